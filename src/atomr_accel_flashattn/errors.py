@@ -1,0 +1,244 @@
+"""Every exception and warning that this package raises.
+
+::
+
+    FlashAttnError
+     ├─ ConstructionError (ValueError)     an argument is wrong: raised before anything is allocated, compiled or launched
+     │   ├─ ShapeError                     rank, or sizes that do not fit together
+     │   ├─ DTypeError                     element type
+     │   ├─ DeviceMismatchError            arrays on different devices, or a backend asked for that cannot reach them
+     │   ├─ HeadCountError                 query heads are no multiple of KV heads
+     │   ├─ HeadDimError                   head dim outside what a kernel can do
+     │   ├─ StrideError                    last dimension not contiguous
+     │   ├─ CuSeqlensError                 cumulative lengths: start, order, end, size
+     │   ├─ WindowError                    window sizes
+     │   ├─ SinkWithoutMaskError           sink_tokens without a bounded window, where they would change nothing
+     │   ├─ ScaleError                     softmax_scale not finite
+     │   ├─ SoftcapError                   softcap negative or not finite
+     │   ├─ DropoutError                   drop probability, or its (seed, offset) array
+     │   ├─ SlopesError                    ALiBi slopes or learned sink
+     │   ├─ OutputError                    out=: shape, type, device, or needed and missing
+     │   ├─ ArrayTypeError (TypeError)     an object that is no array we can read
+     │   └─ UnsupportedArgumentError       an argument of another package that has no meaning here
+     ├─ DispatchError                      the request is well formed, and no kernel does it
+     │   ├─ ArchUnsupportedError           not on this architecture
+     │   └─ FeatureNotBuiltError           not in this version; names the feature
+     └─ RuntimeFlashAttnError (RuntimeError)
+         ├─ NoDriverError                  no NVIDIA driver on this machine
+         ├─ DriverTooOldError              the driver is older than the kernels need
+         ├─ NvrtcMissingError              the compiler library is not installed
+         ├─ CompileError                   NVRTC refused a kernel: spec, log, path of the saved source
+         ├─ CacheError                     a cache command that was asked for could not be done
+         ├─ LaunchError                    CUDA refused a launch: error name, text, kernel
+         └─ DeviceLostError                a sticky CUDA error: the process has to be restarted
+
+    CacheWarning (UserWarning)             the disk cache cannot be used; the call goes on without it
+
+Messages say what was got, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = [
+    "ArchUnsupportedError",
+    "ArrayTypeError",
+    "CacheError",
+    "CacheWarning",
+    "CompileError",
+    "ConstructionError",
+    "CuSeqlensError",
+    "DTypeError",
+    "DeviceLostError",
+    "DeviceMismatchError",
+    "DispatchError",
+    "DriverTooOldError",
+    "DropoutError",
+    "FeatureNotBuiltError",
+    "FlashAttnError",
+    "HeadCountError",
+    "HeadDimError",
+    "LaunchError",
+    "NoDriverError",
+    "NvrtcMissingError",
+    "OutputError",
+    "RuntimeFlashAttnError",
+    "ScaleError",
+    "ShapeError",
+    "SinkWithoutMaskError",
+    "SlopesError",
+    "SoftcapError",
+    "StrideError",
+    "UnsupportedArgumentError",
+    "WindowError",
+]
+
+
+class FlashAttnError(Exception):
+    """Root of the tree: catches everything that this package raises on purpose."""
+
+
+class ConstructionError(FlashAttnError, ValueError):
+    """An argument is wrong. Raised while the request is made; nothing has been allocated or written."""
+
+
+class ShapeError(ConstructionError):
+    """Wrong rank, or sizes that do not fit together."""
+
+
+class DTypeError(ConstructionError):
+    """An element type that is not allowed here."""
+
+
+class DeviceMismatchError(ConstructionError):
+    """Arrays of one call live on different devices, or not where the chosen backend can reach them."""
+
+
+class HeadCountError(ConstructionError):
+    """The number of query heads is no positive multiple of the number of KV heads."""
+
+
+class HeadDimError(ConstructionError):
+    """A head dim that no kernel takes."""
+
+
+class StrideError(ConstructionError):
+    """The last dimension is not contiguous, or strides make no sense."""
+
+
+class CuSeqlensError(ConstructionError):
+    """Cumulative sequence lengths that do not start at 0, decrease, end elsewhere than at the total, or have the wrong size."""
+
+
+class WindowError(ConstructionError):
+    """A window size that is not allowed."""
+
+
+class SinkWithoutMaskError(ConstructionError):
+    """``sink_tokens`` without a left window bound, where it would change nothing."""
+
+
+class ScaleError(ConstructionError):
+    """``softmax_scale`` is not a finite number."""
+
+
+class SoftcapError(ConstructionError):
+    """``softcap`` is negative or not finite."""
+
+
+class DropoutError(ConstructionError):
+    """A drop probability outside [0, 1), or a wrong (seed, offset) array."""
+
+
+class SlopesError(ConstructionError):
+    """ALiBi slopes or a learned sink of the wrong shape, type or device."""
+
+
+class OutputError(ConstructionError):
+    """``out=`` does not fit the call, or is needed and missing."""
+
+
+class ArrayTypeError(ConstructionError, TypeError):
+    """An object that is no array we can read."""
+
+
+class UnsupportedArgumentError(ConstructionError):
+    """An argument that a drop-in call knows by name and cannot honour; none is ignored."""
+
+
+class DispatchError(FlashAttnError):
+    """The request is well formed, and no kernel does it."""
+
+
+class ArchUnsupportedError(DispatchError):
+    """The architecture does not have what the request needs."""
+
+
+class FeatureNotBuiltError(DispatchError):
+    """A feature that this version does not have.
+
+    Args:
+        feature: its name, for programs (``"paged"``, ``"fp8"``, ``"backward"``, ...).
+        reason: what was asked for and what to do instead, for people.
+    """
+
+    def __init__(self, feature: str, reason: str = "") -> None:
+        self.feature = feature
+        self.reason = reason
+        super().__init__(f"'{feature}' is not built in this version" + (f": {reason}" if reason else ""))
+
+    def __reduce__(self) -> tuple[type[FeatureNotBuiltError], tuple[str, str]]:
+        return type(self), (self.feature, self.reason)
+
+
+class RuntimeFlashAttnError(FlashAttnError, RuntimeError):
+    """The machine, the driver, the compiler or the cache failed."""
+
+
+class NoDriverError(RuntimeFlashAttnError):
+    """No NVIDIA driver on this machine."""
+
+
+class DriverTooOldError(RuntimeFlashAttnError):
+    """The driver is older than the kernels need."""
+
+
+class NvrtcMissingError(RuntimeFlashAttnError):
+    """The NVRTC library, or the CUDA headers it needs, are not installed."""
+
+
+class CompileError(RuntimeFlashAttnError):
+    """NVRTC refused a kernel, or built it in a way that may not be shipped.
+
+    Args:
+        message: one line.
+        spec: the KernelSpec, or its name.
+        log: NVRTC's log, whole.
+        source_path: where the ``.cu`` was saved, None when it could not be.
+    """
+
+    def __init__(self, message: str, *, spec: object = None, log: str = "", source_path: Path | None = None) -> None:
+        self.spec = spec
+        self.log = log
+        self.source_path = source_path
+        name = getattr(spec, "kernel_name", spec)
+        parts = [message]
+        if name is not None:
+            parts.append(f"kernel: {name}")
+        if source_path is not None:
+            parts.append(f"source: {source_path}")
+        if log:
+            parts.append(f"log:\n{log}")
+        super().__init__("\n".join(parts))
+
+
+class CacheError(RuntimeFlashAttnError):
+    """A cache command that was asked for (verify, clear, write) could not be done. Normal calls warn instead."""
+
+
+class LaunchError(RuntimeFlashAttnError):
+    """CUDA refused a launch.
+
+    Args:
+        message: one line.
+        kernel_name: the kernel, when known.
+        cuda_error: CUDA's name of the error, as ``CUDA_ERROR_INVALID_VALUE``.
+    """
+
+    def __init__(self, message: str, *, kernel_name: str = "", cuda_error: str = "") -> None:
+        self.kernel_name = kernel_name
+        self.cuda_error = cuda_error
+        details = ", ".join(f"{what}: {text}" for what, text in (("kernel", kernel_name), ("CUDA error", cuda_error)) if text)
+        super().__init__(f"{message} ({details})" if details else message)
+
+
+class DeviceLostError(LaunchError):
+    """A sticky CUDA error: every later call on this context fails too. Restart the process."""
+
+
+class CacheWarning(UserWarning):
+    """The disk cache cannot be used (read-only, full, corrupt); the call goes on without it."""
