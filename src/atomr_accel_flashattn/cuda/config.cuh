@@ -1,0 +1,22 @@
+// The one template parameter of a kernel. Python's KernelSpec writes it with designated initialisers (jit/source.py).
+#pragma once
+
+namespace fa {
+
+enum class DType { F16, BF16 };
+
+struct Config {
+  DType dtype;
+  int head_dim, v_head_dim;  // tile widths; the user's sizes may be smaller
+  int block_m, block_n;      // rows of Q, rows of K and V
+  int warps;
+  int stages;  // buffers of K and of V
+  bool q_in_registers;
+  bool exact_head_dim;  // the user's sizes equal the widths
+  bool aligned;         // 16-byte loads are legal everywhere
+  bool left_bound, right_bound, sink_tokens;
+  bool alibi, softcap, prescale;
+  bool learned_sink, dropout, varlen;
+};
+
+}  // namespace fa

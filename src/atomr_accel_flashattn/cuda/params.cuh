@@ -1,0 +1,41 @@
+// Launch parameters: every run-time number of a kernel. jit/params.py mirrors these structs field by field (a test compares the offsets).
+#pragma once
+
+#include "integers.cuh"
+
+namespace fa {
+
+// Steps in elements; 64-bit, because batch x heads x length may pass 2^31.
+struct Strides {
+  int64_t batch, row, head;
+};
+
+constexpr int32_t kUnbounded = 1 << 30;  // window_left / window_right without a bound
+
+struct FwdParams {
+  const void *q, *k, *v;
+  void* o;
+  float* lse;  // null: not wanted
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;
+  const float *alibi_slopes, *learned_sink;
+  const int64_t* rng;  // seed, offset
+  Strides q_stride, k_stride, v_stride, o_stride;
+  int64_t lse_batch_stride, lse_head_stride;
+  int64_t alibi_batch_stride;
+  int32_t batch, heads, heads_per_kv, seqlen_q, seqlen_k, head_dim, v_head_dim;
+  int32_t window_left, window_right, sink_tokens;
+  int32_t blocks_m, section_heads;
+  int32_t dropout_threshold;
+  float dropout_rescale;
+  float scale_log2, softcap_scale, softcap_log2;
+};
+
+struct DropoutMaskParams {
+  uint8_t* keep;
+  const int64_t* rng;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;
+  int32_t batch, heads, seqlen_q, seqlen_k;
+  int32_t dropout_threshold;
+};
+
+}  // namespace fa

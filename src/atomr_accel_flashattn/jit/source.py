@@ -1,0 +1,80 @@
+"""The source text of a kernel: a few lines that include the headers and name one Config. Everything else is package data in cuda/."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from .spec import Direction, KernelSpec
+
+__all__ = ["headers_digest", "headers_dir", "kernel_source"]
+
+_FORWARD = """\
+#include "fwd.cuh"
+
+extern "C" __global__ void __launch_bounds__({threads}, {min_blocks}) {name}(const __grid_constant__ fa::FwdParams p) {{
+  fa::forward<fa::Config{{
+{config}
+  }}>(p);
+}}
+"""
+
+_DROPOUT_MASK = """\
+#include "dropout_mask.cuh"
+
+extern "C" __global__ void __launch_bounds__(128) {name}(const __grid_constant__ fa::DropoutMaskParams p) {{
+  fa::dropout_mask<{varlen}>(p);
+}}
+"""
+
+
+def headers_dir() -> Path:
+    """Folder of the CUDA headers that every kernel includes."""
+    return Path(__file__).resolve().parent.parent / "cuda"
+
+
+@cache
+def headers_digest() -> bytes:
+    """SHA-256 over the names and contents of all headers: part of every cache key."""
+    digest = hashlib.sha256()
+    for path in sorted(headers_dir().glob("*.cuh")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.digest()
+
+
+def kernel_source(spec: KernelSpec) -> str:
+    """CUDA C++ that defines the one kernel ``spec.kernel_name``. Equal specs give equal text."""
+    if spec.direction is Direction.DROPOUT_MASK:
+        return _DROPOUT_MASK.format(name=spec.kernel_name, varlen=_literal(spec.varlen))
+    config = ",\n".join(f"    .{name} = {_literal(value)}" for name, value in _config(spec).items())
+    return _FORWARD.format(threads=spec.tile.threads, min_blocks=spec.tile.min_blocks, name=spec.kernel_name, config=config)
+
+
+def _config(spec: KernelSpec) -> dict[str, int | bool | str]:
+    """Members of cuda/config.cuh's Config, in their order."""
+    return {
+        "dtype": f"fa::DType::{spec.dtype.name}",
+        "head_dim": spec.head_dim,
+        "v_head_dim": spec.v_head_dim,
+        "block_m": spec.tile.block_m,
+        "block_n": spec.tile.block_n,
+        "warps": spec.tile.warps,
+        "stages": spec.tile.stages,
+        "q_in_registers": spec.tile.q_in_registers,
+        "exact_head_dim": spec.exact_head_dim,
+        "aligned": spec.aligned,
+        "left_bound": spec.left_bound,
+        "right_bound": spec.right_bound,
+        "sink_tokens": spec.sink_tokens,
+        "alibi": spec.alibi,
+        "softcap": spec.softcap,
+        "prescale": spec.prescale,
+        "learned_sink": spec.learned_sink,
+        "dropout": spec.dropout,
+        "varlen": spec.varlen,
+    }
+
+
+def _literal(value: int | bool | str) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,50 @@
+"""Which tile a kernel gets: a table, made by measurement where a card was at hand (docs/performance.md)."""
+
+from __future__ import annotations
+
+from ..types import SmArch
+from .spec import Tile
+
+__all__ = ["HEAD_DIM_WIDTHS", "head_dim_width", "tile_for"]
+
+HEAD_DIM_WIDTHS = (32, 64, 96, 128, 192, 256)
+
+# Architectures with at least 163 KB of shared memory per block. Measured on Hopper; not on sm_80 and sm_100.
+_LARGE = {
+    32: Tile(block_m=128, block_n=64, warps=4, min_blocks=2),
+    64: Tile(block_m=128, block_n=64, warps=4, min_blocks=2),
+    96: Tile(block_m=128, block_n=64, warps=4, min_blocks=2),
+    128: Tile(block_m=128, block_n=64, warps=4, min_blocks=2),
+    192: Tile(block_m=128, block_n=64, warps=8),
+    256: Tile(block_m=128, block_n=64, warps=8),
+}
+
+# Architectures with 99 KB: two blocks of a multiprocessor share 100 KB. No such card was at hand; the tiles run on Hopper in the tests.
+_SMALL = {
+    32: Tile(block_m=128, block_n=64, warps=4, min_blocks=2),
+    64: Tile(block_m=128, block_n=64, warps=4, min_blocks=2),
+    96: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),
+    128: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),
+    192: Tile(block_m=128, block_n=64, warps=8),
+    256: Tile(block_m=64, block_n=64, warps=4),
+}
+
+_TABLES = {
+    SmArch.SM_80: _LARGE,
+    SmArch.SM_86: _SMALL,
+    SmArch.SM_89: _SMALL,
+    SmArch.SM_90: _LARGE,
+    SmArch.SM_100: _LARGE,
+    SmArch.SM_120: _SMALL,
+}
+
+
+def head_dim_width(head_dim: int) -> int:
+    """The tile width that holds a head dim of 8..256."""
+    return next(width for width in HEAD_DIM_WIDTHS if width >= head_dim)
+
+
+def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, causal: bool, dropout: bool) -> Tile:
+    """The tile of the mma.sync family for widths ``head_dim`` and ``v_head_dim``; ``causal`` means a right bound without a left one."""
+    del causal, dropout
+    return _TABLES[arch][max(head_dim, v_head_dim)]

@@ -1,0 +1,112 @@
+"""A forward attention problem in its one normal form.
+
+Every request lowers to an :class:`AttentionProblem`; the GPU parameter packer and the CPU backend read nothing else. It is made by
+requests that have already checked their arguments, so nothing here validates. Meaning: docs/semantics.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .types import Device, DType
+
+__all__ = ["ArrayInfo", "AttentionProblem", "Band", "Dropout", "Strides"]
+
+
+class Strides(NamedTuple):
+    """Steps in elements from one batch, row (token) and head to the next. ``batch`` is 0 for packed (varlen) tensors."""
+
+    batch: int
+    row: int
+    head: int
+
+
+class Band(NamedTuple):
+    """A mask: key j is visible when p - left <= j <= p + right, p = i + Sk - Sq; None is unbounded. ``j < sink_tokens`` lifts ``left``."""
+
+    left: int | None = None
+    right: int | None = None
+    sink_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayInfo:
+    """What we need to know of an array, whatever library it came from. Strides are in elements."""
+
+    ptr: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: DType | None  # None: an integer array (cu_seqlens, rng), named by `dtype_name`
+    dtype_name: str
+    device: Device
+    source: Any = field(repr=False, compare=False)  # keeps the memory alive; what the user handed in
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Drop probability and the (seed, offset) int64[2] array that fixes the pattern (docs/semantics.md, Dropout)."""
+
+    p: float
+    rng: ArrayInfo
+
+    @property
+    def keep_threshold(self) -> int:
+        """T in 1..255: a byte below it keeps its element."""
+        return min(255, max(1, round(256 * (1 - self.p))))
+
+    @property
+    def rescale(self) -> float:
+        """256 / T, the factor on kept probabilities."""
+        return 256 / self.keep_threshold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionProblem:
+    """One forward call. Dense: (B, S, H, D) arrays. Varlen: (total, H, D) arrays, ``seqlen_*`` are the maxima, ``cu_seqlens_*`` set."""
+
+    q: ArrayInfo
+    k: ArrayInfo
+    v: ArrayInfo
+    q_strides: Strides
+    k_strides: Strides
+    v_strides: Strides
+    batch: int
+    heads: int
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    v_head_dim: int
+    softmax_scale: float
+    band: Band = Band()
+    softcap: float = 0.0
+    alibi_slopes: ArrayInfo | None = None  # float32 (Hq,) or (B, Hq)
+    learned_sink: ArrayInfo | None = None  # float32 (Hq,)
+    cu_seqlens_q: ArrayInfo | None = None  # int32 (B + 1,)
+    cu_seqlens_k: ArrayInfo | None = None
+    dropout: Dropout | None = None
+
+    @property
+    def is_varlen(self) -> bool:
+        """Whether sequences are packed one after the other."""
+        return self.cu_seqlens_q is not None
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of o."""
+        if self.is_varlen:
+            return (self.q.shape[0], self.heads, self.v_head_dim)
+        return (self.batch, self.seqlen_q, self.heads, self.v_head_dim)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Shape of the float32 LSE."""
+        if self.is_varlen:
+            return (self.heads, self.q.shape[0])
+        return (self.batch, self.heads, self.seqlen_q)
+
+    @property
+    def dropout_mask_shape(self) -> tuple[int, ...]:
+        """Shape of the bool keep pattern."""
+        return (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
