@@ -1,0 +1,76 @@
+# One verb per thing to do. Everything runs in .venv, which is made on first use; nothing has to be installed by hand.
+#
+#   PYTHON=python3.12   the interpreter that makes .venv (3.11 or later)
+#   TORCH=1             adds PyTorch: interop tests, and a second oracle
+#   WORKERS=4           test processes (default: one per core)
+#   ARGS="..."          handed on to the command behind demo, test, gpu-test, compile-all and bench
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+WORKERS ?= auto
+TORCH ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+CUDA_SOURCES = $(shell find src -name '*.cuh' -o -name '*.cu')
+NEEDS_TORCH := $(if $(filter-out 0,$(TORCH)),$(VENV)/.torch)
+
+.PHONY: help demo test lint format compile-all gpu-test bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## attention on real activations: compile, run, compare, draw (writes demo-output/)
+	$(BIN)/atomr-flashattn demo --out demo-output $(ARGS)
+
+test: $(VENV)/.dev $(NEEDS_TORCH) ## every test that needs no GPU (TORCH=1 adds PyTorch)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
+
+lint: $(VENV)/.dev ## ruff, mypy --strict, import layers, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run --Werror $(CUDA_SOURCES)
+
+format: $(VENV)/.dev ## rewrite Python and CUDA in the house style
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CUDA_SOURCES)
+
+compile-all: $(VENV)/.dev ## compile the full product of archs and features (long)
+	$(BIN)/atomr-flashattn compile --all $(ARGS)
+
+gpu-test: $(VENV)/.dev $(NEEDS_TORCH) ## the tests that need a GPU, one after the other
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench: $(VENV)/.dev ## measure against the peers found on this machine (needs a GPU)
+	$(BIN)/atomr-flashattn bench $(ARGS)
+
+clean: ## remove .venv and everything that was written by a verb
+	rm -rf $(VENV) build dist demo-output .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the environment --------------------------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later found: install one, or name it with PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+# The CPU build serves where one is offered; the tests need no other.
+$(VENV)/.torch: | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	@touch $@
