@@ -1,0 +1,218 @@
+"""Forward attention on the CPU, blockwise with an online softmax (FlashAttention-2, arXiv 2307.08691, Algorithm 1).
+
+Memory beyond the outputs is one float copy of the K and V of one KV head plus a few tiles: O(N). The two products are BLAS calls, for
+all query heads of a KV head at once, so K is never repeated. float16, bfloat16 and float32 accumulate in float32, float64 in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..arrays import as_numpy
+from ..types import DType
+from .mask import BandMask
+from .philox import keep_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from ..problem import AttentionProblem
+
+    Array = NDArray[Any]
+
+__all__ = ["forward"]
+
+# Tile sizes: scores of 256 x 256 floats are 256 KiB and stay in a core's L2 through the dozen passes over them.
+_TILE_ROWS = 256  # rows of the score tile: queries times the query heads that share a KV head
+_TILE_COLS = 256
+_MIN_QUERIES = 16  # so that a large GQA ratio does not cut the queries into single rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """The dropout of a call, with its generator state read."""
+
+    seed: int
+    offset: int
+    threshold: int
+    rescale: float
+
+    def keep(self, sequence: int, heads: int, group: range, rows: range, cols: range) -> NDArray[np.bool_]:
+        """Kept elements, bool (len(group), len(rows), len(cols)), for the query heads of ``group``."""
+        streams = [sequence * heads + head for head in group]
+        return keep_mask(self.seed, self.offset, streams=streams, rows=rows, cols=cols, threshold=self.threshold)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What all sequences of a call share, as NumPy values; `compute` is the type of the accumulators."""
+
+    problem: AttentionProblem
+    compute: np.dtype[Any]
+    slopes: Array | None  # (B, Hq)
+    sink: Array | None  # (Hq,)
+    pattern: _Pattern | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """One sequence: q (Sq, Hq, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), out (Sq, Hq, Dv), lse (Hq, Sq), all views."""
+
+    index: int
+    q: Array
+    k: Array
+    v: Array
+    out: Array
+    lse: Array | None
+
+
+class _OnlineSoftmax:
+    """Running maximum, denominator and unnormalised output of a block of rows, (heads, queries)."""
+
+    def __init__(self, heads: int, queries: int, v_head_dim: int, dtype: np.dtype[Any]) -> None:
+        self.maximum: Array = np.full((heads, queries), -np.inf, dtype)
+        self.total: Array = np.zeros((heads, queries), dtype)
+        self.output: Array = np.zeros((heads, queries, v_head_dim), dtype)
+
+    def update(self, scores: Array, v: Array, keep: Array | None, round_to: np.dtype[Any]) -> None:
+        """Take in a tile: ``scores`` (heads, queries, keys) with -inf where hidden, overwritten; ``v`` (keys, Dv)."""
+        maximum = np.maximum(self.maximum, scores.max(axis=-1))
+        shift = np.where(np.isneginf(maximum), 0, maximum)  # a row that has seen no key yet: exp(-inf - 0) is 0, not NaN
+        scores -= shift[..., None]
+        probabilities = np.exp(scores, out=scores)
+        decay = np.exp(self.maximum - shift)
+        self.total = self.total * decay + probabilities.sum(axis=-1)
+        if keep is not None:
+            probabilities *= keep
+        if round_to != probabilities.dtype:
+            probabilities = probabilities.astype(round_to).astype(v.dtype)
+        self.output *= decay[..., None]
+        heads, queries, keys = probabilities.shape
+        self.output += (probabilities.reshape(heads * queries, keys) @ v).reshape(self.output.shape)
+        self.maximum = maximum
+
+    def finish(self, sink: Array | None, rescale: float) -> tuple[Array, Array]:
+        """Normalised output (heads, queries, Dv) and LSE (heads, queries); ``sink`` (heads,) joins the denominator only."""
+        if sink is not None:
+            maximum = np.maximum(self.maximum, sink[:, None])
+            shift = np.where(np.isneginf(maximum), 0, maximum)
+            decay = np.exp(self.maximum - shift)
+            self.total = self.total * decay + np.exp(sink[:, None] - shift)
+            self.output *= decay[..., None]
+            self.maximum = maximum
+        empty = self.total == 0
+        divisor = np.where(empty, 1, self.total)
+        return self.output * (rescale / divisor)[..., None], np.where(empty, -np.inf, self.maximum + np.log(divisor))
+
+
+def forward(problem: AttentionProblem, out: Array, lse: Array | None, dropout_mask: NDArray[np.bool_] | None) -> None:
+    """Write o, and where given the float32 LSE and the bool keep pattern, of a problem whose arrays are in host memory.
+
+    Shapes are ``problem.out_shape``, ``lse_shape`` and ``dropout_mask_shape``; strides are free. NaN and infinity follow docs/semantics.md.
+    """
+    call = _read_call(problem)
+    if dropout_mask is not None and call.pattern is not None:
+        dropout_mask[...] = False
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore", under="ignore"):
+        for sequence in _sequences(problem, out, lse):
+            for kv_head in range(problem.heads_kv):
+                _attend_kv_head(call, sequence, kv_head)
+            if dropout_mask is not None and call.pattern is not None:
+                _write_pattern(call, call.pattern, sequence, dropout_mask[sequence.index])
+
+
+def _read_call(problem: AttentionProblem) -> _Call:
+    """Convert what is not q, k or v."""
+    compute = np.dtype(np.float64 if problem.q.dtype is DType.F64 else np.float32)
+    slopes = sink = pattern = None
+    if problem.alibi_slopes is not None:
+        slopes = np.broadcast_to(as_numpy(problem.alibi_slopes).astype(compute), (problem.batch, problem.heads))
+    if problem.learned_sink is not None:
+        sink = as_numpy(problem.learned_sink).astype(compute)
+    if problem.dropout is not None:
+        seed, offset = (int(word) for word in as_numpy(problem.dropout.rng))
+        pattern = _Pattern(seed, offset, problem.dropout.keep_threshold, problem.dropout.rescale)
+    return _Call(problem, compute, slopes, sink, pattern)
+
+
+def _sequences(problem: AttentionProblem, out: Array, lse: Array | None) -> Iterator[_Sequence]:
+    """Views of each sequence, packed or dense."""
+    q, k, v = (as_numpy(info) for info in (problem.q, problem.k, problem.v))
+    if problem.cu_seqlens_q is None or problem.cu_seqlens_k is None:
+        for index in range(problem.batch):
+            yield _Sequence(index, q[index], k[index], v[index], out[index], None if lse is None else lse[index])
+        return
+    ends_q, ends_k = as_numpy(problem.cu_seqlens_q).tolist(), as_numpy(problem.cu_seqlens_k).tolist()
+    for index in range(problem.batch):
+        rows, keys = slice(ends_q[index], ends_q[index + 1]), slice(ends_k[index], ends_k[index + 1])
+        yield _Sequence(index, q[rows], k[keys], v[keys], out[rows], None if lse is None else lse[:, rows])
+
+
+def _blocks(span: range, size: int) -> Iterator[range]:
+    """Cut a range into pieces of at most ``size``."""
+    for start in range(span.start, span.stop, size):
+        yield range(start, min(start + size, span.stop))
+
+
+def _attend_kv_head(call: _Call, sequence: _Sequence, kv_head: int) -> None:
+    """All query heads that read one KV head of one sequence."""
+    problem, ratio = call.problem, call.problem.heads // call.problem.heads_kv
+    group = range(kv_head * ratio, (kv_head + 1) * ratio)
+    queries = range(len(sequence.q))
+    mask = BandMask(len(sequence.q), len(sequence.k), problem.band)
+    keys = np.zeros((len(sequence.k), problem.head_dim), call.compute)
+    values = np.zeros((len(sequence.k), problem.v_head_dim), call.compute)
+    for seen in mask.key_ranges(queries):  # the rest stays zero: NaN in a key that nobody sees is never read
+        span = slice(seen.start, seen.stop)
+        keys[span], values[span] = sequence.k[span, kv_head], sequence.v[span, kv_head]
+    for rows in _blocks(queries, max(_MIN_QUERIES, _TILE_ROWS // ratio)):
+        _attend_rows(call, sequence, mask, group, rows, keys, values)
+
+
+def _attend_rows(call: _Call, sequence: _Sequence, mask: BandMask, group: range, rows: range, keys: Array, values: Array) -> None:
+    """One block of queries, for every head of ``group``, against all the keys that it sees."""
+    problem, round_to = call.problem, sequence.v.dtype
+    heads, span = slice(group.start, group.stop), slice(rows.start, rows.stop)
+    factor = problem.softmax_scale / problem.softcap if problem.softcap else problem.softmax_scale
+    q = sequence.q[span, heads].transpose(1, 0, 2).astype(call.compute, order="C") * call.compute.type(factor)
+    q = q.reshape(len(group) * len(rows), problem.head_dim)
+    state = _OnlineSoftmax(len(group), len(rows), problem.v_head_dim, call.compute)
+    for seen in mask.key_ranges(rows):
+        for cols in _blocks(seen, _TILE_COLS):
+            tile = slice(cols.start, cols.stop)
+            scores = (q @ keys[tile].T).reshape(len(group), len(rows), len(cols))
+            _bias_and_mask(call, sequence.index, mask, group, rows, cols, scores)
+            keep = call.pattern.keep(sequence.index, problem.heads, group, rows, cols) if call.pattern else None
+            state.update(scores, values[tile], keep, round_to)
+    output, lse = state.finish(None if call.sink is None else call.sink[heads], call.pattern.rescale if call.pattern else 1.0)
+    sequence.out[span, heads] = output.transpose(1, 0, 2).astype(sequence.out.dtype)
+    if sequence.lse is not None:
+        sequence.lse[heads, span] = lse
+
+
+def _bias_and_mask(call: _Call, index: int, mask: BandMask, group: range, rows: range, cols: range, scores: Array) -> None:
+    """Softcap, ALiBi and mask, in place, on scores (heads, queries, keys); with softcap they come divided by it."""
+    if call.problem.softcap:
+        np.tanh(scores, out=scores)
+        scores *= call.compute.type(call.problem.softcap)
+    if call.slopes is not None:
+        p = mask.positions(rows)
+        distance = np.abs(np.arange(p.start, p.stop)[:, None] - np.arange(cols.start, cols.stop)).astype(call.compute)
+        scores -= call.slopes[index, group.start : group.stop, None, None] * distance
+    hidden = mask.hidden(rows, cols)
+    if hidden is not None:
+        np.copyto(scores, -np.inf, where=hidden)
+
+
+def _write_pattern(call: _Call, pattern: _Pattern, sequence: _Sequence, keep: NDArray[np.bool_]) -> None:
+    """Fill keep (Hq, max Sq, max Sk) inside the sequence's own lengths, a tile at a time."""
+    for head in range(call.problem.heads):
+        for rows in _blocks(range(len(sequence.q)), _TILE_ROWS):
+            for cols in _blocks(range(len(sequence.k)), 16 * _TILE_COLS):
+                tile = pattern.keep(sequence.index, call.problem.heads, range(head, head + 1), rows, cols)
+                keep[head, rows.start : rows.stop, cols.start : cols.stop] = tile[0]

@@ -1,0 +1,57 @@
+"""The band mask of one sequence: which key ranges a block of queries visits, and which elements of a tile count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..problem import Band
+
+__all__ = ["BandMask"]
+
+
+@dataclass(frozen=True, slots=True)
+class BandMask:
+    """Key j is visible to query i when ``p - left <= j <= p + right`` or it is a sink token, p = i + seqlen_k - seqlen_q."""
+
+    seqlen_q: int
+    seqlen_k: int
+    band: Band
+
+    def positions(self, rows: range) -> range:
+        """The key positions p that the queries of ``rows`` are aligned to; may be negative when there are more queries than keys."""
+        shift = self.seqlen_k - self.seqlen_q
+        return range(rows.start + shift, rows.stop + shift)
+
+    def key_ranges(self, rows: range) -> tuple[range, ...]:
+        """Ranges, ascending and disjoint, of the keys that at least one query of ``rows`` sees; every other key is left unread."""
+        left, right, sink_tokens = self.band
+        p = self.positions(rows)
+        if not rows:
+            return ()
+        stop = self.seqlen_k if right is None else min(self.seqlen_k, max(0, p[-1] + right + 1))
+        start = 0 if left is None else min(stop, max(0, p[0] - left))
+        sinks = min(sink_tokens, stop)
+        ranges = (range(stop),) if sinks >= start else (range(sinks), range(start, stop))
+        return tuple(keys for keys in ranges if keys)
+
+    def hidden(self, rows: range, cols: range) -> NDArray[np.bool_] | None:
+        """Elements of the tile that do not count, bool (len(rows), len(cols)), or None when every element counts."""
+        left, right, sink_tokens = self.band
+        p = self.positions(rows)
+        crosses_right = right is not None and cols[-1] > p[0] + right
+        crosses_left = left is not None and cols[0] < p[-1] - left and cols[-1] >= sink_tokens
+        if not (crosses_left or crosses_right):
+            return None
+        distance = np.arange(cols.start, cols.stop) - np.arange(p.start, p.stop)[:, None]
+        hidden = np.zeros(distance.shape, dtype=np.bool_)
+        if left is not None and crosses_left:
+            hidden |= (distance < -left) & (np.arange(cols.start, cols.stop) >= sink_tokens)
+        if right is not None and crosses_right:
+            hidden |= distance > right
+        return hidden
