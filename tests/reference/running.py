@@ -1,0 +1,67 @@
+"""Run the CPU backend directly on the inputs of a case."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atomr_accel_flashattn.arrays import read_array
+from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
+from atomr_accel_flashattn.reference import forward
+from tests.check import Run
+from tests.inputs import NUMPY_DTYPE, Inputs, Layout, Poisoned
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["problem_of", "run_reference"]
+
+
+def problem_of(inputs: Inputs) -> AttentionProblem:
+    """The normal form of a call, as a request would make it."""
+    q, k, v = (read_array(array, name) for array, name in ((inputs.q, "q"), (inputs.k, "k"), (inputs.v, "v")))
+    return AttentionProblem(
+        q=q,
+        k=k,
+        v=v,
+        q_strides=_strides(q),
+        k_strides=_strides(k),
+        v_strides=_strides(v),
+        batch=inputs.batch,
+        heads=inputs.heads,
+        heads_kv=inputs.heads_kv,
+        seqlen_q=inputs.max_seqlen_q,
+        seqlen_k=inputs.max_seqlen_k,
+        head_dim=q.shape[-1],
+        v_head_dim=v.shape[-1],
+        softmax_scale=inputs.softmax_scale,
+        band=Band(inputs.left, inputs.right, inputs.sink_tokens),
+        softcap=inputs.softcap,
+        alibi_slopes=_optional(inputs.alibi_slopes, "alibi_slopes"),
+        learned_sink=_optional(inputs.learned_sink, "learned_sink"),
+        cu_seqlens_q=_optional(inputs.cu_seqlens_q, "cu_seqlens_q"),
+        cu_seqlens_k=_optional(inputs.cu_seqlens_k, "cu_seqlens_k"),
+        dropout=None if inputs.rng is None else Dropout(inputs.dropout_p, read_array(inputs.rng, "rng")),
+    )
+
+
+def run_reference(inputs: Inputs, layout: Layout = Layout.PADDED) -> Run:
+    """Outputs start as NaN, lie inside guarded memory, and the inputs must come back unchanged."""
+    before = [array.tobytes() for array in (inputs.q, inputs.k, inputs.v)]
+    out = Poisoned.empty(inputs.out_shape, NUMPY_DTYPE[inputs.dtype], layout)
+    lse = np.full(inputs.lse_shape, np.nan, np.float32)
+    keep = np.ones(inputs.keep_shape, np.bool_) if inputs.dropout_p else None
+    forward(problem_of(inputs), out.view, lse, keep)
+    out.check()
+    assert before == [array.tobytes() for array in (inputs.q, inputs.k, inputs.v)], "an input was changed"
+    return Run(out.view, lse, keep)
+
+
+def _strides(info: ArrayInfo) -> Strides:
+    batch = info.strides[0] if len(info.shape) == 4 else 0
+    return Strides(batch, info.strides[-3], info.strides[-2])
+
+
+def _optional(array: NDArray[Any] | None, name: str) -> ArrayInfo | None:
+    return None if array is None else read_array(array, name)
