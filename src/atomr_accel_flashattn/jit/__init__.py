@@ -1,0 +1,1 @@
+"""From a KernelSpec to a running kernel: source, compile, cache, parameters, launch."""
