@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..types import SmArch
 from .spec import Tile
 
@@ -38,6 +40,9 @@ _TABLES = {
     SmArch.SM_120: _SMALL,
 }
 
+_PHILOX_KEYS = 32  # one Philox call covers 32 keys, so no tile with dropout is narrower
+_DROPOUT_NARROWS = 96  # from this width on, the generator's registers spill beside 64 keys of scores (136 to 648 bytes) and fit beside 32
+
 
 def head_dim_width(head_dim: int) -> int:
     """The tile width that holds a head dim of 8..256."""
@@ -46,5 +51,9 @@ def head_dim_width(head_dim: int) -> int:
 
 def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, causal: bool, dropout: bool) -> Tile:
     """The tile of the mma.sync family for widths ``head_dim`` and ``v_head_dim``; ``causal`` means a right bound without a left one."""
-    del causal, dropout
-    return _TABLES[arch][max(head_dim, v_head_dim)]
+    del causal
+    width = max(head_dim, v_head_dim)
+    tile = _TABLES[arch][width]
+    if dropout and width >= _DROPOUT_NARROWS and tile.block_n > _PHILOX_KEYS:
+        return replace(tile, block_n=_PHILOX_KEYS)
+    return tile
