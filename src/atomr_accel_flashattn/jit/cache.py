@@ -124,13 +124,6 @@ class KernelCache:
             return False
         return True
 
-    def discard(self, key: CacheKey) -> None:
-        """Forget an entry (a cubin that the driver refused). Nothing happens when it is not there or may not be removed."""
-        if not self.readonly:
-            for suffix in _SUFFIXES:
-                with contextlib.suppress(OSError):
-                    (self.directory / (key.stem + suffix)).unlink()
-
     def save_source(self, key: CacheKey, source: str) -> Path | None:
         """Keep the text of a kernel that did not compile, for its error message; None when it cannot be kept."""
         if self.readonly:

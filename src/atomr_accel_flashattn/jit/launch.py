@@ -1,0 +1,211 @@
+"""Load a kernel on a device, and launch it.
+
+A steady-state launch touches three things: this thread's block of parameters, one ctypes array assignment for the addresses, one foreign
+call. Nothing on that path looks at the device: a function belongs to its context, and CUDA refuses to launch it from another one before
+anything has run; only then is the right context made current and the launch repeated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ..env import settings
+from ..errors import LaunchError
+from .cache import KernelCache
+from .compile import CompiledKernel, compile_kernel
+from .driver import LaunchConfig, check, cuda_error, current_context, device_properties, driver, launch_function, primary_context
+from .params import KernelParams
+from .spec import KernelSpec
+
+__all__ = ["LaunchPlan", "LoadedKernel", "launch", "load_kernel"]
+
+_MAX_GRID = (1 << 31) - 1
+_PLAIN_SHARED_BYTES = 48 * 1024  # dynamic shared memory that a kernel may use without asking
+# The function belongs to another context than the current one, there is none, or it is gone: INVALID_CONTEXT, INVALID_HANDLE,
+# CONTEXT_IS_DESTROYED.
+_WRONG_CONTEXT = frozenset({201, 400, 709})
+# What the driver says of a cubin that is damaged or for another GPU: INVALID_IMAGE, NO_BINARY_FOR_GPU, INVALID_PTX,
+# UNSUPPORTED_PTX_VERSION, INVALID_SOURCE, NOT_FOUND (no such kernel in it).
+_BAD_IMAGE = frozenset(
+    {
+        "CUDA_ERROR_INVALID_IMAGE",
+        "CUDA_ERROR_INVALID_PTX",
+        "CUDA_ERROR_INVALID_SOURCE",
+        "CUDA_ERROR_NOT_FOUND",
+        "CUDA_ERROR_NO_BINARY_FOR_GPU",
+        "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+    }
+)
+
+P = TypeVar("P", bound=KernelParams)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedKernel:
+    """A kernel on one device. ``function`` is a CUfunction of the device's primary context; ``module`` keeps it alive."""
+
+    spec: KernelSpec
+    device_index: int
+    compiled: CompiledKernel
+    module: Any
+    function: int
+
+    def plan(self, params: P, grid: int) -> LaunchPlan[P]:
+        """A launch of ``grid`` blocks with ``params``, ready to be repeated with other addresses.
+
+        Raises:
+            LaunchError: ``grid`` outside 1..2^31-1.
+        """
+        if not 1 <= grid <= _MAX_GRID:
+            raise LaunchError(f"a grid of {grid} blocks: allowed are 1..{_MAX_GRID}; split the batch", kernel_name=self.spec.kernel_name)
+        return (_WaitingLaunchPlan if settings().debug else LaunchPlan)(self, params, grid)
+
+
+class _Block(Generic[P]):
+    """One thread's parameters and launch configuration, and what ctypes needs to pass them."""
+
+    __slots__ = ("_arguments", "_config", "arguments", "config", "params", "pointers", "stream")
+
+    def __init__(self, kernel: LoadedKernel, params: P, grid: int) -> None:
+        self.params = type(params).from_buffer_copy(params)
+        self.pointers: Any = (ctypes.c_uint64 * params.POINTERS).from_buffer(self.params)
+        self.stream = 0
+        self._config = LaunchConfig((grid, 1, 1), (kernel.spec.tile.threads, 1, 1), kernel.spec.shared_memory)
+        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
+        self.config = ctypes.byref(self._config)
+        self.arguments = ctypes.byref(self._arguments)
+
+    def set_stream(self, stream: int) -> None:
+        """Launch into ``stream`` from now on."""
+        self._config.stream = stream
+        self.stream = stream
+
+
+class _ThreadBlocks(threading.local, Generic[P]):
+    """A :class:`_Block` for each thread that asks: another thread may write its addresses while CUDA reads ours."""
+
+    def __init__(self, kernel: LoadedKernel, params: P, grid: int) -> None:
+        self.block = _Block(kernel, params, grid)
+
+
+class LaunchPlan(Generic[P]):
+    """A launch whose shapes are fixed: only addresses and stream change from call to call. Safe to share between threads."""
+
+    __slots__ = ("_blocks", "_function", "_launch", "grid", "kernel")
+
+    def __init__(self, kernel: LoadedKernel, params: P, grid: int) -> None:
+        self.kernel = kernel
+        self.grid = grid
+        self._launch = launch_function()
+        self._function = ctypes.c_void_p(kernel.function)
+        self._blocks = _ThreadBlocks(kernel, params, grid)
+
+    def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
+        """Launch into ``stream`` (a raw CUstream, 0 for the default one) on ``pointers``, the leading addresses of the parameters.
+
+        Raises:
+            LaunchError: CUDA refused the launch.
+            DeviceLostError: an earlier kernel left the context unusable.
+        """
+        block = self._blocks.block
+        block.pointers[:] = pointers
+        if stream != block.stream:
+            block.set_stream(stream)
+        code = self._launch(block.config, self._function, block.arguments, None)
+        if code:
+            self._recover(code, block)
+
+    def _recover(self, code: int, block: _Block[P]) -> None:
+        """Launch again with the device's context current if the thread's was another one or none, else raise what CUDA said."""
+        index, name = self.kernel.device_index, self.kernel.spec.kernel_name
+        if code in _WRONG_CONTEXT:
+            cuda = driver()
+            ours = int(primary_context(index))
+            current = int(check(cuda.cuCtxGetCurrent(), "cuCtxGetCurrent", name))
+            if current == 0 and index == 0:  # what the CUDA runtime would make current here; let it stay, and the next launch is quick
+                check(cuda.cuCtxSetCurrent(primary_context(index)), "cuCtxSetCurrent", name)
+                code = self._launch(block.config, self._function, block.arguments, None)
+            elif current != ours:  # for this launch only: the thread's current device is not ours to change
+                with current_context(index):
+                    code = self._launch(block.config, self._function, block.arguments, None)
+        if code:
+            size = f"{self.grid} blocks of {self.kernel.spec.tile.threads} threads, {self.kernel.spec.shared_memory} bytes of shared memory"
+            raise cuda_error(code, f"launching {size} on GPU {index}", name)
+
+
+class _WaitingLaunchPlan(LaunchPlan[P]):
+    """The debug form: waits for the kernel, so that its errors are raised by the call that made them. Not while a graph is captured."""
+
+    __slots__ = ()
+
+    def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
+        super().launch(stream, pointers)
+        cuda = driver()
+        with current_context(self.kernel.device_index):
+            capturing = check(cuda.cuStreamIsCapturing(stream), "cuStreamIsCapturing", self.kernel.spec.kernel_name)
+            if capturing == cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
+                check(cuda.cuStreamSynchronize(stream), "running the kernel", self.kernel.spec.kernel_name)
+
+
+_loaded: dict[tuple[KernelSpec, int], LoadedKernel] = {}
+_loading: dict[tuple[KernelSpec, int], threading.Lock] = {}
+_loading_guard = threading.Lock()
+
+
+def load_kernel(spec: KernelSpec, device_index: int, cache: KernelCache | None = None) -> LoadedKernel:
+    """``spec`` on GPU ``device_index``, compiled and loaded at the first call, remembered for later ones. Thread-safe.
+
+    A cubin from disk that the driver does not take is compiled once more.
+
+    Raises:
+        NoDriverError, DriverTooOldError: this machine cannot run kernels.
+        NvrtcMissingError, CompileError: it cannot make this one.
+        LaunchError: the driver does not take it, as when it is for another architecture.
+    """
+    key = (spec, device_index)
+    kernel = _loaded.get(key)
+    if kernel is None:
+        with _loading_guard:
+            lock = _loading.setdefault(key, threading.Lock())
+        with lock:
+            kernel = _loaded.get(key)
+            if kernel is None:
+                kernel = _loaded[key] = _load(spec, device_index, cache)
+    return kernel
+
+
+def launch(kernel: LoadedKernel, grid: int, params: KernelParams, stream: int) -> None:
+    """Launch once. Repeated launches of one shape are cheaper through :meth:`LoadedKernel.plan`."""
+    pointers = (ctypes.c_uint64 * params.POINTERS).from_buffer_copy(params)
+    kernel.plan(params, grid).launch(stream, tuple(pointers))
+
+
+def _load(spec: KernelSpec, device_index: int, cache: KernelCache | None) -> LoadedKernel:
+    driver()
+    with current_context(device_index):
+        compiled = compile_kernel(spec, cache)
+        try:
+            return _load_module(compiled, device_index)
+        except LaunchError as error:
+            if error.cuda_error not in _BAD_IMAGE or not compiled.cache_hit:
+                raise
+        return _load_module(compile_kernel(spec, cache, recompile=True), device_index)
+
+
+def _load_module(compiled: CompiledKernel, device_index: int) -> LoadedKernel:
+    """Hand the cubin to the driver, under the current context."""
+    cuda = driver()
+    spec = compiled.spec
+    name = spec.kernel_name
+    major, minor = device_properties(device_index).compute_capability
+    what = f"loading a kernel for {spec.arch.value} on GPU {device_index} (compute capability {major}.{minor})"
+    module = check(cuda.cuModuleLoadData(compiled.cubin), what, name)
+    function = check(cuda.cuModuleGetFunction(module, name.encode()), what, name)
+    if spec.shared_memory > _PLAIN_SHARED_BYTES:
+        attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        what = f"asking for {spec.shared_memory} bytes of shared memory on GPU {device_index}"
+        check(cuda.cuFuncSetAttribute(function, attribute, spec.shared_memory), what, name)
+    return LoadedKernel(spec, device_index, compiled, module, int(function))

@@ -1,0 +1,171 @@
+"""Launch parameters: the structs of cuda/params.cuh as ctypes, and how a problem fills them.
+
+Pointers come first in every struct, so that a call whose shapes were seen before writes one run of addresses and nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import ClassVar
+
+from ..problem import ArrayInfo, AttentionProblem
+from .spec import Tile
+
+__all__ = [
+    "UNBOUNDED",
+    "DropoutMaskParams",
+    "FwdParams",
+    "KernelParams",
+    "StrideParams",
+    "dropout_mask_grid",
+    "forward_grid",
+    "forward_pointers",
+    "pack_dropout_mask",
+    "pack_forward",
+]
+
+UNBOUNDED = 1 << 30  # window_left, window_right without a bound: kUnbounded of params.cuh
+
+_MASK_ROWS, _MASK_KEYS = 64, 32  # patch of one block of the dropout mask kernel
+_L2_BYTES = 32 << 20  # K and V of the heads that run side by side should stay in L2
+_SECTION_KV_HEADS = 16  # more of them side by side were slower on an H100, however small they were
+
+
+class KernelParams(ctypes.Structure):
+    """Base of the parameter structs. ``POINTERS``: how many 8-byte addresses they start with."""
+
+    POINTERS: ClassVar[int]
+
+
+class StrideParams(ctypes.Structure):
+    """``fa::Strides``, in elements."""
+
+    _fields_ = (("batch", ctypes.c_int64), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
+
+
+class FwdParams(KernelParams):
+    """``fa::FwdParams``: everything that a forward kernel is told at run time."""
+
+    POINTERS = 10
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "o", "lse", "cu_seqlens_q", "cu_seqlens_k")),
+        *((name, ctypes.c_void_p) for name in ("alibi_slopes", "learned_sink", "rng")),
+        *((name, StrideParams) for name in ("q_stride", "k_stride", "v_stride", "o_stride")),
+        *((name, ctypes.c_int64) for name in ("lse_batch_stride", "lse_head_stride", "alibi_batch_stride")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "heads_per_kv", "seqlen_q", "seqlen_k", "head_dim", "v_head_dim")),
+        *((name, ctypes.c_int32) for name in ("window_left", "window_right", "sink_tokens", "blocks_m", "section_heads")),
+        ("dropout_threshold", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("dropout_rescale", "scale_log2", "softcap_scale", "softcap_log2")),
+    )
+
+
+class DropoutMaskParams(KernelParams):
+    """``fa::DropoutMaskParams``: the kernel that writes the dropout pattern."""
+
+    POINTERS = 4
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keep", "rng", "cu_seqlens_q", "cu_seqlens_k")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "seqlen_q", "seqlen_k", "dropout_threshold")),
+    )
+
+
+def forward_pointers(problem: AttentionProblem, out: ArrayInfo, lse_ptr: int | None) -> tuple[int, ...]:
+    """The addresses of a forward call in the order of :class:`FwdParams`; 0 for what it does not have."""
+    return (
+        problem.q.ptr,
+        problem.k.ptr,
+        problem.v.ptr,
+        out.ptr,
+        lse_ptr or 0,
+        _address(problem.cu_seqlens_q),
+        _address(problem.cu_seqlens_k),
+        _address(problem.alibi_slopes),
+        _address(problem.learned_sink),
+        problem.dropout.rng.ptr if problem.dropout else 0,
+    )
+
+
+def pack_forward(problem: AttentionProblem, out: ArrayInfo, lse_ptr: int | None, tile: Tile) -> FwdParams:
+    """Parameters of one forward call.
+
+    Args:
+        problem: checked inputs.
+        out: where o goes, shaped like ``problem.out_shape``, any strides.
+        lse_ptr: address of a contiguous float32 array shaped like ``problem.lse_shape``; None when nobody asked for it.
+        tile: the kernel's.
+    """
+    band, softcap = problem.band, problem.softcap
+    slopes = problem.alibi_slopes
+    lse_heads, lse_rows = problem.lse_shape[-2:]
+    scale_log2 = problem.softmax_scale * math.log2(math.e)
+    return FwdParams(
+        *forward_pointers(problem, out, lse_ptr),
+        q_stride=StrideParams(*problem.q_strides),
+        k_stride=StrideParams(*problem.k_strides),
+        v_stride=StrideParams(*problem.v_strides),
+        o_stride=StrideParams(*((0,) if problem.is_varlen else ()), *out.strides[:-1]),
+        lse_batch_stride=0 if problem.is_varlen else lse_heads * lse_rows,
+        lse_head_stride=lse_rows,
+        alibi_batch_stride=slopes.strides[0] if slopes is not None and len(slopes.shape) == 2 else 0,
+        batch=problem.batch,
+        heads=problem.heads,
+        heads_per_kv=problem.heads // problem.heads_kv,
+        seqlen_q=problem.seqlen_q,
+        seqlen_k=problem.seqlen_k,
+        head_dim=problem.head_dim,
+        v_head_dim=problem.v_head_dim,
+        window_left=UNBOUNDED if band.left is None else min(band.left, UNBOUNDED),
+        window_right=UNBOUNDED if band.right is None else min(band.right, UNBOUNDED),
+        sink_tokens=min(band.sink_tokens, UNBOUNDED),
+        blocks_m=-(-problem.seqlen_q // tile.block_m),
+        section_heads=_section_heads(problem),
+        dropout_threshold=problem.dropout.keep_threshold if problem.dropout else 256,
+        dropout_rescale=problem.dropout.rescale if problem.dropout else 1.0,
+        scale_log2=scale_log2,
+        softcap_scale=problem.softmax_scale / softcap if softcap else 0.0,
+        softcap_log2=softcap * math.log2(math.e),
+    )
+
+
+def forward_grid(problem: AttentionProblem, tile: Tile) -> int:
+    """Blocks of a forward launch, one per tile of query rows, head and sequence; 0 when there is nothing to do."""
+    return -(-problem.seqlen_q // tile.block_m) * problem.batch * problem.heads
+
+
+def pack_dropout_mask(problem: AttentionProblem, keep_ptr: int) -> DropoutMaskParams:
+    """Parameters of the kernel that writes the dropout pattern of ``problem`` (which has a dropout) to ``keep_ptr``.
+
+    ``keep_ptr``: address of a contiguous bool array shaped like ``problem.dropout_mask_shape``.
+    """
+    if problem.dropout is None:
+        raise ValueError("a problem without dropout has no dropout pattern")
+    return DropoutMaskParams(
+        keep=keep_ptr,
+        rng=problem.dropout.rng.ptr,
+        cu_seqlens_q=_address(problem.cu_seqlens_q),
+        cu_seqlens_k=_address(problem.cu_seqlens_k),
+        batch=problem.batch,
+        heads=problem.heads,
+        seqlen_q=problem.seqlen_q,
+        seqlen_k=problem.seqlen_k,
+        dropout_threshold=problem.dropout.keep_threshold,
+    )
+
+
+def dropout_mask_grid(problem: AttentionProblem) -> int:
+    """Blocks of a dropout mask launch: 64 rows by 32 keys each."""
+    return -(-problem.seqlen_q // _MASK_ROWS) * -(-problem.seqlen_k // _MASK_KEYS) * problem.batch * problem.heads
+
+
+def _section_heads(problem: AttentionProblem) -> int:
+    """How many (sequence, query head) pairs run side by side: as many as share K and V that fit in L2, whole groups of one KV head."""
+    element = problem.k.dtype.itemsize if problem.k.dtype else 1
+    kv_bytes = max(1, problem.seqlen_k * (problem.head_dim + problem.v_head_dim) * element)
+    kv_heads = max(1, min(_SECTION_KV_HEADS, _L2_BYTES // kv_bytes))
+    pairs = problem.batch * problem.heads
+    return max(1, min(pairs, kv_heads * (problem.heads // problem.heads_kv)))
+
+
+def _address(array: ArrayInfo | None) -> int:
+    return 0 if array is None else array.ptr

@@ -1,0 +1,205 @@
+"""What jit/launch.py does with a driver: each function is a scenario, run by test_launch.py in a process whose libcuda is fake_driver.c."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from atomr_accel_flashattn.env import settings
+from atomr_accel_flashattn.errors import DeviceLostError, DriverTooOldError, LaunchError, NoDriverError
+from atomr_accel_flashattn.jit import driver as driver_module
+from atomr_accel_flashattn.jit.cache import KernelCache
+from atomr_accel_flashattn.jit.launch import LoadedKernel, launch, load_kernel
+from atomr_accel_flashattn.jit.params import FwdParams
+from tests.jit.kernels import FORWARD
+
+_FAKE = ctypes.CDLL("libcuda.so.1")
+_GRID = 7
+
+
+def fake(name: str) -> Any:
+    return ctypes.c_int.in_dll(_FAKE, f"fake_{name}")
+
+
+def pointers(stream: int) -> tuple[int, ...]:
+    return tuple(range(stream, stream + FwdParams.POINTERS))
+
+
+def loaded(device: int = 0) -> LoadedKernel:
+    return load_kernel(FORWARD, device, KernelCache(os.environ["SCENARIO_CACHE"]))
+
+
+def a_launch_reaches_the_driver_as_planned() -> None:
+    plan = loaded().plan(FwdParams(), _GRID)
+    plan.launch(64, pointers(64))
+    plan.launch(128, pointers(128))
+    plan.launch(0, pointers(0))
+    assert (fake("launches").value, fake("torn").value, fake("loads").value, fake("retains").value) == (3, 0, 1, 1)
+    assert list((ctypes.c_uint * 3).in_dll(_FAKE, "fake_grid")) == [_GRID, 1, 1]
+    assert list((ctypes.c_uint * 3).in_dll(_FAKE, "fake_block")) == [FORWARD.tile.threads, 1, 1]
+    assert fake("launch_shared").value == FORWARD.shared_memory
+
+
+def launching_once_reads_the_addresses_from_the_parameters() -> None:
+    params = FwdParams()
+    (ctypes.c_uint64 * FwdParams.POINTERS).from_buffer(params)[:] = list(pointers(256))
+    launch(loaded(), _GRID, params, 256)
+    assert (fake("launches").value, fake("torn").value) == (1, 0)
+
+
+def a_kernel_is_loaded_once_however_many_threads_ask() -> None:
+    kernels: list[LoadedKernel] = []
+    threads = [threading.Thread(target=lambda: kernels.append(loaded())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fake("loads").value == 1
+    assert len({id(kernel) for kernel in kernels}) == 1
+
+
+def threads_that_share_a_plan_never_tear_its_parameters() -> None:
+    plan = loaded().plan(FwdParams(), _GRID)
+
+    def work(stream: int) -> None:
+        for _ in range(2000):
+            plan.launch(stream, pointers(stream))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=work, args=(1000 * (i + 1),)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert (fake("launches").value, fake("torn").value) == (16000, 0)
+
+
+def a_thread_without_a_context_gets_the_one_of_device_0() -> None:
+    plan = loaded().plan(FwdParams(), _GRID)
+    plan.launch(0, pointers(0))
+    plan.launch(0, pointers(0))
+    assert (fake("launches").value, fake("refused").value) == (2, 1)
+    assert current() == int(driver_module.primary_context(0))
+
+
+def device_1_is_launched_on_and_the_current_context_stays() -> None:
+    plan = loaded(1).plan(FwdParams(), _GRID)
+    for before in (0, int(driver_module.primary_context(0)), int(driver_module.primary_context(1))):
+        if before:
+            driver_module.driver().cuCtxSetCurrent(before)
+        plan.launch(0, pointers(0))
+        assert fake("last_device").value == 1
+        assert current() == before
+    assert (fake("launches").value, fake("refused").value) == (3, 2)
+
+
+def each_device_has_its_own_kernel() -> None:
+    assert loaded(0).function != loaded(1).function
+    assert fake("loads").value == 2
+    with pytest.raises(LaunchError, match="there is no GPU 2: 2 visible"):
+        loaded(2)
+
+
+def current() -> int:
+    return int(driver_module.check(driver_module.driver().cuCtxGetCurrent(), "cuCtxGetCurrent"))
+
+
+def a_cubin_that_does_not_load_is_compiled_once_more() -> None:
+    cache = KernelCache(os.environ["SCENARIO_CACHE"])
+    load_kernel(FORWARD, 0, cache)
+    fake("bad_loads").value = 1
+    assert not load_kernel(FORWARD, 1, cache).compiled.cache_hit
+    assert fake("loads").value == 3
+
+
+def a_cubin_that_never_loads_is_an_error() -> None:
+    fake("bad_loads").value = 100
+    with pytest.raises(LaunchError, match=r"loading a kernel for sm_80 on GPU 0 \(compute capability 8\.0\) failed") as caught:
+        loaded()
+    assert caught.value.cuda_error == "CUDA_ERROR_INVALID_IMAGE"
+    assert caught.value.kernel_name == FORWARD.kernel_name
+    assert fake("loads").value <= 2
+
+
+def large_shared_memory_is_asked_for() -> None:
+    spec = replace(FORWARD, head_dim=128, v_head_dim=128, tile=replace(FORWARD.tile, block_m=128))
+    load_kernel(spec, 0, KernelCache(os.environ["SCENARIO_CACHE"]))
+    assert spec.shared_memory > 48 * 1024
+    assert fake("shared").value == spec.shared_memory
+
+
+def a_refused_launch_is_named() -> None:
+    plan = loaded().plan(FwdParams(), _GRID)
+    fake("launch_status").value = 701
+    with pytest.raises(LaunchError, match=f"launching {_GRID} blocks of 128 threads, .* on GPU 0 failed: what happened") as caught:
+        plan.launch(0, pointers(0))
+    assert not isinstance(caught.value, DeviceLostError)
+    assert caught.value.cuda_error == "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"
+
+
+def a_sticky_error_says_that_the_device_is_lost() -> None:
+    plan = loaded().plan(FwdParams(), _GRID)
+    fake("launch_status").value = 700
+    with pytest.raises(DeviceLostError, match="restart the process") as caught:
+        plan.launch(0, pointers(0))
+    assert caught.value.cuda_error == "CUDA_ERROR_ILLEGAL_ADDRESS"
+
+
+def grids_that_cuda_cannot_launch_are_refused() -> None:
+    for grid in (0, 1 << 31):
+        with pytest.raises(LaunchError, match=r"allowed are 1\.\.2147483647"):
+            loaded().plan(FwdParams(), grid)
+
+
+def debug_waits_for_the_kernel_and_raises_its_error() -> None:
+    os.environ["ATOMR_FLASHATTN_DEBUG"] = "1"
+    settings.cache_clear()
+    plan = loaded().plan(FwdParams(), _GRID)
+    plan.launch(0, pointers(0))
+    assert fake("syncs").value == 1
+    fake("capturing").value = 1
+    plan.launch(0, pointers(0))
+    assert fake("syncs").value == 1
+    fake("capturing").value = 0
+    fake("sync_status").value = 700
+    with pytest.raises(DeviceLostError, match="running the kernel failed"):
+        plan.launch(0, pointers(0))
+
+
+def an_old_driver_is_named() -> None:
+    fake("version").value = 12080
+    with pytest.raises(DriverTooOldError, match=r"for CUDA 12\.8; the kernels need CUDA 13\.0 \(driver 580\) or later"):
+        loaded()
+    assert driver_module.device_count() == 0
+
+
+def a_driver_without_a_gpu_is_named() -> None:
+    fake("init_status").value = 100
+    with pytest.raises(NoDriverError, match="does not start: CUDA_ERROR_NO_DEVICE, what happened"):
+        loaded()
+    assert driver_module.device_count() == 0
+
+
+def devices_are_described() -> None:
+    assert driver_module.device_count() == 2
+    assert driver_module.device_properties(1) == ("Fake GPU", (8, 0), 108, 1 << 30)
+    assert driver_module.driver_version() == "13.0"
+
+
+def too_few_addresses_are_refused() -> None:
+    plan = loaded().plan(FwdParams(), _GRID)
+    with pytest.raises(ValueError, match="same size"):
+        plan.launch(0, (1, 2, 3))
+    assert fake("launches").value == 0
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()

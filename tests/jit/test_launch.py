@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atomr_accel_flashattn.errors import NoDriverError
+from atomr_accel_flashattn.jit import driver
+from atomr_accel_flashattn.jit.launch import load_kernel
+from tests.jit.kernels import MASK
+
+_HERE = Path(__file__).parent
+_SCENARIOS = [
+    node.name
+    for node in ast.parse((_HERE / "scenarios.py").read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name not in {"fake", "pointers", "loaded", "current"}
+]
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("the fake driver needs a C compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", folder / "libcuda.so.1", _HERE / "fake_driver.c", "-ldl"], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scenario_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scenario_cache")
+
+
+@pytest.mark.parametrize("scenario", _SCENARIOS)
+def test_with_a_fake_driver(scenario: str, fake_driver: Path, scenario_cache: Path):
+    environ = {**os.environ, "LD_LIBRARY_PATH": str(fake_driver), "SCENARIO_CACHE": str(scenario_cache), "PYTHONFAULTHANDLER": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.jit.scenarios", scenario],
+        env=environ, cwd=_HERE.parent.parent, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(driver.device_count() > 0, reason="this machine has a GPU")
+def test_no_driver_is_named_and_asking_again_neither_hangs_nor_changes_the_answer():
+    for _ in range(3):
+        with pytest.raises(NoDriverError, match="no NVIDIA driver on this machine"):
+            load_kernel(MASK, 0)
+    assert driver.device_count() == 0
