@@ -1,0 +1,241 @@
+// Runs a CUDA kernel of this project on the CPU, thread by thread: every thread is a fiber, a warp-wide instruction (mma, ldmatrix, shfl, vote)
+// waits for its 32 lanes, __syncthreads waits for the block. All device asm lives in cuda/ptx.cuh, so replacing that one header is enough.
+//
+// Two things are made worse than on a GPU, on purpose. The order in which threads run is drawn from a seed: a missing barrier shows as a result
+// that depends on it. And cp.async writes either at once or as late as the PTX ISA allows (at the wait), also drawn from the seed.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__
+#define __align__(n) __attribute__((aligned(n)))
+#define threadIdx (emulator::thread_index())
+#define blockIdx (emulator::block_index())
+
+using std::max;
+using std::min;
+
+struct uint4 {
+  unsigned x, y, z, w;
+};
+
+inline float __int_as_float(int x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+
+namespace fa {
+inline __align__(1024) unsigned char shared[228 * 1024];
+}
+
+namespace emulator {
+
+struct Index {
+  unsigned x;
+};
+
+struct Copy {
+  uint32_t target;
+  const void* source;  // null: zeros
+};
+
+struct Thread {
+  ucontext_t start;
+  jmp_buf resume;
+  bool started = false, done = false;
+  std::unique_ptr<char[]> stack;
+  std::vector<std::vector<Copy>> groups;  // cp.async groups committed and not yet waited for
+  std::vector<Copy> open;                 // issued since the last commit
+};
+
+// Lanes that have reached a warp-wide instruction, or threads that have reached the block's barrier.
+struct Rendezvous {
+  std::vector<unsigned> waiting;
+  void* operands[32];
+};
+
+struct Machine {
+  std::vector<Thread> threads;
+  std::vector<Rendezvous> warps;
+  Rendezvous barrier;
+  std::vector<unsigned> runnable;
+  unsigned current = 0, block = 0, alive = 0;
+  bool late_copies = false;
+  std::mt19937 random;
+  jmp_buf scheduler;
+  std::function<void()> body;
+};
+
+inline Machine* machine = nullptr;
+
+inline Index thread_index() { return {machine->current}; }
+inline Index block_index() { return {machine->block}; }
+
+// Gives the CPU to another thread; the caller is runnable again only once somebody puts it on the list.
+inline void pause() {
+  Thread& self = machine->threads[machine->current];
+  if (_setjmp(self.resume) == 0) _longjmp(machine->scheduler, 1);
+}
+
+inline void wake(std::vector<unsigned>& waiting) {
+  machine->runnable.insert(machine->runnable.end(), waiting.begin(), waiting.end());
+  waiting.clear();
+}
+
+// The last of the 32 lanes executes the instruction for all.
+template <class Instruction, class Operands>
+void warp_wide(Operands& operands, Instruction execute) {
+  const unsigned lane = machine->current % 32;
+  Rendezvous& warp = machine->warps[machine->current / 32];
+  warp.operands[lane] = &operands;
+  warp.waiting.push_back(machine->current);
+  if (warp.waiting.size() == 32) {
+    Operands* all[32];
+    for (int i = 0; i < 32; ++i) all[i] = static_cast<Operands*>(warp.operands[i]);
+    execute(all);
+    wake(warp.waiting);
+  }
+  pause();
+}
+
+inline void finish_copies(std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) {
+    if (copy.source == nullptr) {
+      std::memset(fa::shared + copy.target, 0, 16);
+    } else {
+      std::memcpy(fa::shared + copy.target, copy.source, 16);
+    }
+  }
+  copies.clear();
+}
+
+inline void start_copy(uint32_t target, const void* source) {
+  if (target % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) throw std::runtime_error("cp.async: misaligned address");
+  Thread& self = machine->threads[machine->current];
+  self.open.push_back({target, source});
+  if (!machine->late_copies) finish_copies(self.open);
+}
+
+inline void commit_copies() {
+  Thread& self = machine->threads[machine->current];
+  self.groups.push_back(std::move(self.open));
+  self.open.clear();
+}
+
+inline void wait_copies(size_t pending) {
+  Thread& self = machine->threads[machine->current];
+  while (self.groups.size() > pending) {
+    finish_copies(self.groups.front());
+    self.groups.erase(self.groups.begin());
+  }
+}
+
+inline void thread_main() {
+  machine->body();
+  machine->threads[machine->current].done = true;
+  --machine->alive;
+  _longjmp(machine->scheduler, 1);
+}
+
+inline void run_thread(unsigned index) {
+  Thread& thread = machine->threads[index];
+  machine->current = index;
+  if (_setjmp(machine->scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.resume, 1);
+  thread.started = true;
+  getcontext(&thread.start);
+  thread.start.uc_stack.ss_sp = thread.stack.get();
+  thread.start.uc_stack.ss_size = 256 * 1024;
+  thread.start.uc_link = nullptr;
+  makecontext(&thread.start, thread_main, 0);
+  setcontext(&thread.start);
+}
+
+inline void run_block(unsigned block) {
+  machine->block = block;
+  std::memset(fa::shared, 0xff, sizeof fa::shared);  // NaN in every format: nothing may be read before it is written
+  machine->alive = machine->threads.size();
+  machine->runnable.clear();
+  for (unsigned i = 0; i < machine->threads.size(); ++i) {
+    Thread& thread = machine->threads[i];
+    thread.started = thread.done = false;
+    thread.groups.clear();
+    thread.open.clear();
+    machine->runnable.push_back(i);
+  }
+  while (!machine->runnable.empty()) {
+    std::swap(machine->runnable[machine->random() % machine->runnable.size()], machine->runnable.back());
+    const unsigned next = machine->runnable.back();
+    machine->runnable.pop_back();
+    run_thread(next);
+  }
+  if (machine->alive != 0) throw std::runtime_error("deadlock: threads wait at different barriers or warp-wide instructions");
+}
+
+// 0, or 1 with the reason in `message`.
+inline int launch(unsigned grid, unsigned threads, unsigned seed, char* message, size_t size, std::function<void()> body) {
+  Machine state;
+  state.threads = std::vector<Thread>(threads);
+  for (Thread& thread : state.threads) thread.stack = std::make_unique<char[]>(256 * 1024);
+  state.warps.resize(threads / 32);
+  state.random.seed(seed);
+  state.late_copies = seed % 2 == 1;
+  state.body = std::move(body);
+  machine = &state;
+  try {
+    for (unsigned block = 0; block < grid; ++block) run_block(block);
+  } catch (const std::exception& error) {
+    std::strncpy(message, error.what(), size - 1);
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() {
+  using emulator::machine;
+  machine->barrier.waiting.push_back(machine->current);
+  if (machine->barrier.waiting.size() == machine->alive) emulator::wake(machine->barrier.waiting);
+  emulator::pause();
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  struct Operands {
+    T in, out;
+  } mine = {x, x};
+  emulator::warp_wide(mine, [mask](Operands** all) {
+    for (int i = 0; i < 32; ++i) all[i]->out = all[i ^ mask]->in;
+  });
+  return mine.out;
+}
+
+inline bool __any_sync(unsigned, bool x) {
+  struct Operands {
+    bool in, out;
+  } mine = {x, x};
+  emulator::warp_wide(mine, [](Operands** all) {
+    bool any = false;
+    for (int i = 0; i < 32; ++i) any |= all[i]->in;
+    for (int i = 0; i < 32; ++i) all[i]->out = any;
+  });
+  return mine.out;
+}

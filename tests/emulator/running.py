@@ -1,0 +1,61 @@
+"""The whole way of a call with the emulator in place of the driver: request, key, spec, source, parameters, grid."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atomr_accel_flashattn.arrays import read_array
+from atomr_accel_flashattn.dispatch import lookup
+from atomr_accel_flashattn.jit.params import dropout_mask_grid, forward_grid, pack_dropout_mask, pack_forward
+from atomr_accel_flashattn.jit.spec import KernelSpec, Tile
+from atomr_accel_flashattn.keys import key_of_problem
+from atomr_accel_flashattn.types import SmArch
+from tests.check import Run
+from tests.inputs import Inputs, Layout, Poisoned
+from tests.reference.running import problem_of
+
+from .build import run
+
+if TYPE_CHECKING:
+    from atomr_accel_flashattn.keys import DispatchKey
+    from atomr_accel_flashattn.problem import AttentionProblem
+
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "emulator"
+
+
+def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = None, seed: int = 0) -> Run:
+    """What :func:`tests.check.check_case` calls: the kernel that ``lookup`` gives on ``arch``, or the same with another tile."""
+    out_layout = Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED
+    out = Poisoned.empty(inputs.out_shape, inputs.q.dtype, out_layout)
+    lse = np.full(inputs.lse_shape, np.nan, np.float32)
+    problem = problem_of(inputs)
+    out_info = read_array(out.view, "out")
+    key = key_of_problem(problem, arch, out_info)
+    spec = lookup(key)
+    assert isinstance(spec, KernelSpec)
+    if tile is not None:
+        spec = replace(spec, tile=tile)
+    if out.view.size:
+        _launch(spec, pack_forward(problem, out_info, lse.ctypes.data, spec.tile), forward_grid(problem, spec.tile), seed)
+    out.check()
+    return Run(out.view, lse, _keep_pattern(problem, key, inputs, seed) if inputs.dropout_p else None)
+
+
+def _keep_pattern(problem: AttentionProblem, key: DispatchKey, inputs: Inputs, seed: int) -> Any:
+    keep = np.full(inputs.keep_shape, 0x55, np.uint8)
+    spec = lookup(replace(key, extras=replace(key.extras, direction="dropout_mask")))
+    assert isinstance(spec, KernelSpec)
+    if keep.size:
+        _launch(spec, pack_dropout_mask(problem, keep.ctypes.data), dropout_mask_grid(problem), seed)
+    assert keep.max(initial=0) <= 1, "the pattern has bytes that are neither 0 nor 1"
+    return keep.view(np.bool_)
+
+
+def _launch(spec: KernelSpec, params: ctypes.Structure, grid: int, seed: int) -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    run(spec, params, grid, FOLDER, seed=seed)

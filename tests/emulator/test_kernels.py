@@ -1,0 +1,86 @@
+"""The kernels' own source, run on the CPU thread by thread, against the float64 oracle. A GPU says the last word (tests/gpu)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from atomr_accel_flashattn.jit.spec import Tile
+from atomr_accel_flashattn.types import DType, SmArch
+from tests.case_lists import hazard_cases, head_dim_cases, pairwise_cases
+from tests.cases import GPU_DTYPES, Alibi, Case, build
+from tests.check import check_case
+from tests.inputs import Inputs
+
+from .build import compiler
+from .running import emulate
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
+
+RAGGED = Case(seqlen_q=150, seqlen_k=333, heads=3, heads_kv=1, head_dim=128, v_head_dim=128, right=0)
+EVERYTHING = Case(
+    lengths_q=(70, 0, 140),
+    lengths_k=(100, 5, 230),
+    heads=3,
+    heads_kv=1,
+    head_dim=120,
+    v_head_dim=104,
+    left=50,
+    right=10,
+    sink_tokens=9,
+    learned_sink=True,
+    alibi=Alibi.BATCH,
+    softcap=20.0,
+    dropout_p=0.2,
+)
+TILES = (
+    Tile(block_m=128, block_n=64, warps=4),
+    Tile(block_m=128, block_n=64, warps=4, stages=2),
+    Tile(block_m=64, block_n=32, warps=4, stages=3),
+    Tile(block_m=64, block_n=64, warps=2, stages=2),
+    Tile(block_m=128, block_n=96, warps=8),
+    Tile(block_m=128, block_n=64, warps=8, q_in_registers=True),
+    Tile(block_m=192, block_n=32, warps=6, stages=2, q_in_registers=True),
+    Tile(block_m=64, block_n=128, warps=4, q_in_registers=True, stages=2),
+)
+NO_DROPOUT_TILES = (Tile(block_m=128, block_n=48, warps=4), Tile(block_m=64, block_n=80, warps=4, stages=2))
+
+
+@pytest.mark.parametrize("case", hazard_cases([DType.BF16]), ids=str)
+def test_hazard(case: Case):
+    check_case(case, emulate)
+
+
+@pytest.mark.parametrize("case", pairwise_cases(GPU_DTYPES), ids=str)
+def test_every_pair_of_features(case: Case):
+    check_case(case, lambda inputs: emulate(inputs, seed=1))
+
+
+@pytest.mark.parametrize("case", head_dim_cases([DType.F16])[::3], ids=str)
+def test_head_dim(case: Case):
+    check_case(case, emulate)
+
+
+@pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_89, SmArch.SM_100], ids=lambda arch: arch.value)
+@pytest.mark.parametrize("case", [RAGGED, EVERYTHING], ids=["causal", "everything"])
+def test_tiles_of_arch(case: Case, arch: SmArch):
+    check_case(case, lambda inputs: emulate(inputs, arch=arch))
+
+
+@pytest.mark.parametrize("tile", TILES + NO_DROPOUT_TILES, ids=str)
+def test_tile(tile: Tile):
+    check_case(RAGGED, lambda inputs: emulate(inputs, tile=tile, seed=1))
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_tile_with_every_feature(tile: Tile):
+    check_case(EVERYTHING, lambda inputs: emulate(inputs, tile=tile))
+
+
+@pytest.mark.parametrize("tile", [TILES[0], TILES[2], TILES[7]], ids=str)
+def test_bits_do_not_depend_on_the_order_of_threads(tile: Tile):
+    inputs: Inputs = build(RAGGED)
+    first = emulate(inputs, tile=tile, seed=0)
+    for seed in range(1, 12):
+        other = emulate(inputs, tile=tile, seed=seed)
+        assert np.array_equal(first.out.view(np.uint16), other.out.view(np.uint16)), f"seed {seed} gives other bits"
