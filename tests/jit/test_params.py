@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from atomr_accel_flashattn.jit import nvrtc, params, source
+from atomr_accel_flashattn.jit.params import DropoutMaskParams, FwdParams, KernelParams, StrideParams
+from atomr_accel_flashattn.jit.spec import Tile
+from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
+from atomr_accel_flashattn.types import Device, DType
+
+TILE = Tile(block_m=128, block_n=64, warps=4)
+_STRUCTS = {StrideParams: "fa::Strides", FwdParams: "fa::FwdParams", DropoutMaskParams: "fa::DropoutMaskParams"}
+
+
+def array(ptr: int, *shape: int, dtype: DType | None = DType.BF16) -> ArrayInfo:
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return ArrayInfo(ptr, shape, strides, dtype, dtype.value if dtype else "int", Device("cuda", 0), None)
+
+
+def dense(**changes: Any) -> AttentionProblem:
+    """B 2, Sq 300, Sk 500, Hq 8, Hkv 2, D 64, Dv 32; addresses 1, 2, 3."""
+    problem = AttentionProblem(
+        q=array(1, 2, 300, 8, 64),
+        k=array(2, 2, 500, 2, 64),
+        v=array(3, 2, 500, 2, 32),
+        q_strides=Strides(300 * 512, 512, 64),
+        k_strides=Strides(500 * 128, 128, 64),
+        v_strides=Strides(500 * 64, 64, 32),
+        batch=2,
+        heads=8,
+        heads_kv=2,
+        seqlen_q=300,
+        seqlen_k=500,
+        head_dim=64,
+        v_head_dim=32,
+        softmax_scale=0.125,
+    )
+    return replace(problem, **changes)
+
+
+def varlen(**changes: Any) -> AttentionProblem:
+    """The same sizes packed: total_q 450, total_k 700."""
+    return dense(
+        q=array(1, 450, 8, 64),
+        k=array(2, 700, 2, 64),
+        v=array(3, 700, 2, 32),
+        q_strides=Strides(0, 512, 64),
+        k_strides=Strides(0, 128, 64),
+        v_strides=Strides(0, 64, 32),
+        cu_seqlens_q=array(6, 3, dtype=None),
+        cu_seqlens_k=array(7, 3, dtype=None),
+        **changes,
+    )
+
+
+def pack(problem: AttentionProblem, lse: int | None = 5) -> FwdParams:
+    return params.pack_forward(problem, array(4, *problem.out_shape), lse, TILE)
+
+
+def strides(value: StrideParams) -> tuple[int, int, int]:
+    return value.batch, value.row, value.head
+
+
+@pytest.mark.parametrize("struct", _STRUCTS, ids=lambda struct: struct.__name__)
+def test_structs_lie_in_memory_as_the_kernels_see_them(struct: type[ctypes.Structure]):
+    name = _STRUCTS[struct]
+    fields = [field[0] for field in struct._fields_]
+    lines = [f"static_assert(sizeof({name}) == {ctypes.sizeof(struct)});"]
+    for field in fields:
+        member = getattr(struct, field)
+        lines.append(f'static_assert(__builtin_offsetof({name}, {field}) == {member.offset}, "offset of {field}");')
+        lines.append(f'static_assert(sizeof({name}::{field}) == {member.size}, "size of {field}");')
+    # A structured binding names every member: one that only the kernels know would not compile, even inside padding.
+    names = ", ".join(f"m{index}" for index in range(len(fields)))
+    text = '#include "params.cuh"\n' + "\n".join(lines)
+    text += f'\nextern "C" __global__ void k(const __grid_constant__ {name} p) {{ const auto& [{names}] = p; }}\n'
+    nvrtc.compile_source("layout", text, "sm_80", [source.headers_dir()])
+
+
+@pytest.mark.parametrize("struct", [FwdParams, DropoutMaskParams])
+def test_addresses_come_first(struct: type[KernelParams]):
+    kinds = [field[1] for field in struct._fields_]
+    assert kinds[: struct.POINTERS] == [ctypes.c_void_p] * struct.POINTERS
+    assert ctypes.c_void_p not in kinds[struct.POINTERS :]
+
+
+def test_unbounded_is_the_kernels_constant():
+    text = f'#include "params.cuh"\nstatic_assert(fa::kUnbounded == {params.UNBOUNDED});\nextern "C" __global__ void k() {{}}'
+    nvrtc.compile_source("constants", text, "sm_80", [source.headers_dir()])
+
+
+def test_dense():
+    p = pack(dense())
+    assert (p.q, p.k, p.v, p.o, p.lse) == (1, 2, 3, 4, 5)
+    assert (p.cu_seqlens_q, p.cu_seqlens_k, p.alibi_slopes, p.learned_sink, p.rng) == (None,) * 5
+    assert strides(p.q_stride) == (300 * 512, 512, 64)
+    assert strides(p.k_stride) == (500 * 128, 128, 64)
+    assert strides(p.v_stride) == (500 * 64, 64, 32)
+    assert strides(p.o_stride) == (300 * 256, 256, 32)
+    assert (p.lse_batch_stride, p.lse_head_stride) == (8 * 300, 300)
+    assert (p.batch, p.heads, p.heads_per_kv, p.seqlen_q, p.seqlen_k, p.head_dim, p.v_head_dim) == (2, 8, 4, 300, 500, 64, 32)
+    assert (p.window_left, p.window_right, p.sink_tokens) == (1 << 30, 1 << 30, 0)
+    assert p.blocks_m == 3
+    assert p.scale_log2 == pytest.approx(0.125 * math.log2(math.e))
+    assert (p.dropout_threshold, p.dropout_rescale) == (256, 1.0)
+    assert params.forward_grid(dense(), TILE) == 3 * 2 * 8
+
+
+def test_varlen():
+    p = pack(varlen())
+    assert (p.cu_seqlens_q, p.cu_seqlens_k) == (6, 7)
+    assert strides(p.q_stride) == (0, 512, 64)
+    assert strides(p.o_stride) == (0, 256, 32)
+    assert (p.lse_batch_stride, p.lse_head_stride) == (0, 450)
+
+
+def test_no_lse_is_a_null_pointer():
+    assert pack(dense(), None).lse is None
+    assert params.forward_pointers(dense(), array(4, 1), None)[4] == 0
+
+
+def test_band():
+    p = pack(dense(band=Band(left=7, right=0, sink_tokens=4)))
+    assert (p.window_left, p.window_right, p.sink_tokens) == (7, 0, 4)
+    huge = pack(dense(band=Band(left=1 << 40, right=1 << 40, sink_tokens=1 << 40)))
+    assert (huge.window_left, huge.window_right, huge.sink_tokens) == (1 << 30,) * 3
+
+
+def test_score_terms():
+    p = pack(dense(softcap=30.0, alibi_slopes=array(8, 8, dtype=DType.F32), learned_sink=array(9, 8, dtype=DType.F32)))
+    assert p.softcap_scale == pytest.approx(0.125 / 30)
+    assert p.softcap_log2 == pytest.approx(30 * math.log2(math.e))
+    assert (p.alibi_slopes, p.learned_sink, p.alibi_batch_stride) == (8, 9, 0)
+    assert pack(dense(alibi_slopes=array(8, 2, 8, dtype=DType.F32))).alibi_batch_stride == 8
+
+
+def test_dropout():
+    problem = dense(dropout=Dropout(0.25, array(10, 2, dtype=None)))
+    p = pack(problem)
+    assert (p.rng, p.dropout_threshold) == (10, 192)
+    assert p.dropout_rescale == pytest.approx(4 / 3)
+    mask = params.pack_dropout_mask(problem, 11)
+    assert (mask.keep, mask.rng, mask.cu_seqlens_q, mask.dropout_threshold) == (11, 10, None, 192)
+    assert (mask.batch, mask.heads, mask.seqlen_q, mask.seqlen_k) == (2, 8, 300, 500)
+    assert params.dropout_mask_grid(problem) == 5 * 16 * 2 * 8
+    with pytest.raises(ValueError, match="no dropout"):
+        params.pack_dropout_mask(dense(), 11)
+
+
+def test_packed_addresses_are_the_ones_that_a_plan_patches():
+    problem = varlen(dropout=Dropout(0.5, array(10, 2, dtype=None)), alibi_slopes=array(8, 8, dtype=DType.F32))
+    pointers = params.forward_pointers(problem, array(4, *problem.out_shape), 5)
+    assert tuple((ctypes.c_uint64 * FwdParams.POINTERS).from_buffer_copy(pack(problem))) == pointers
+    assert pointers == (1, 2, 3, 4, 5, 6, 7, 8, 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param({}, 16, id="never more than there are"),
+        pytest.param({"batch": 64}, 64, id="16 heads of K and V"),
+        pytest.param({"batch": 64, "seqlen_k": 1 << 16}, 8, id="what fits in L2"),
+        pytest.param({"batch": 64, "seqlen_k": 1 << 24}, 4, id="one group at least"),
+        pytest.param({"batch": 64, "seqlen_k": 0}, 64, id="no keys"),
+        pytest.param({"batch": 0}, 1, id="empty batch"),
+    ],
+)
+def test_sections_hold_whole_groups_of_heads_that_fit_in_l2(changes: dict[str, int], expected: int):
+    assert pack(dense(**changes)).section_heads == expected
+
+
+def test_empty_problems_have_no_blocks():
+    assert params.forward_grid(dense(batch=0), TILE) == 0
+    assert params.forward_grid(dense(seqlen_q=0), TILE) == 0
