@@ -1,5 +1,272 @@
-"""FlashAttention for NVIDIA GPUs: CUDA C++ kernels that NVRTC compiles on first use, and a CPU backend with the same semantics."""
+"""FlashAttention for NVIDIA GPUs: CUDA C++ kernels that NVRTC compiles on first use, and a CPU backend with the same semantics.
+
+Names are loaded when they are first used (PEP 562): importing the package costs next to nothing and never imports torch.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bert_padding import index_first_axis, pad_input, unpad_input
+    from .device_array import DeviceArray
+    from .dispatch import (
+        DISPATCH_TABLE,
+        F16,
+        FEATURES,
+        Bf16,
+        Cell,
+        CpuSpec,
+        DispatchTable,
+        F8E4m3,
+        F8E5m2,
+        FaBwdDispatch,
+        FaFwdDispatch,
+        FaPagedFwdDispatch,
+        GemmSupported,
+        best_arch,
+        lookup,
+        with_features,
+    )
+    from .env import Settings, settings
+    from .errors import (
+        ArchUnsupportedError,
+        ArrayTypeError,
+        CacheError,
+        CacheWarning,
+        CompileError,
+        ConstructionError,
+        CuSeqlensError,
+        DeviceLostError,
+        DeviceMismatchError,
+        DispatchError,
+        DriverTooOldError,
+        DropoutError,
+        DTypeError,
+        FeatureNotBuiltError,
+        FlashAttnError,
+        HeadCountError,
+        HeadDimError,
+        LaunchError,
+        NoDriverError,
+        NvrtcMissingError,
+        OutputError,
+        RuntimeFlashAttnError,
+        ScaleError,
+        ShapeError,
+        SinkWithoutMaskError,
+        SlopesError,
+        SoftcapError,
+        StrideError,
+        UnsupportedArgumentError,
+        WindowError,
+    )
+    from .execute import Output, run
+    from .fa2 import Fa2FwdRequest
+    from .functional import (
+        flash_attn_func,
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+    )
+    from .jit.spec import Family, KernelSpec, Tile
+    from .keys import DispatchKey, Extras
+    from .options import AttentionOptions, MaskKind, PositionBias
+    from .types import Device, DType, SmArch
+    from .varlen import CumulativeSeqlens, VarlenFwdRequest
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "DISPATCH_TABLE",
+    "F16",
+    "FEATURES",
+    "ArchUnsupportedError",
+    "ArrayTypeError",
+    "AttentionOptions",
+    "Bf16",
+    "CacheError",
+    "CacheWarning",
+    "Cell",
+    "CompileError",
+    "ConstructionError",
+    "CpuSpec",
+    "CuSeqlensError",
+    "CumulativeSeqlens",
+    "DType",
+    "DTypeError",
+    "Device",
+    "DeviceArray",
+    "DeviceLostError",
+    "DeviceMismatchError",
+    "DispatchError",
+    "DispatchKey",
+    "DispatchTable",
+    "DriverTooOldError",
+    "DropoutError",
+    "Extras",
+    "F8E4m3",
+    "F8E5m2",
+    "Fa2FwdRequest",
+    "FaBwdDispatch",
+    "FaFwdDispatch",
+    "FaPagedFwdDispatch",
+    "Family",
+    "FeatureNotBuiltError",
+    "FlashAttnError",
+    "GemmSupported",
+    "HeadCountError",
+    "HeadDimError",
+    "KernelSpec",
+    "LaunchError",
+    "MaskKind",
+    "NoDriverError",
+    "NvrtcMissingError",
+    "Output",
+    "OutputError",
+    "PositionBias",
+    "RuntimeFlashAttnError",
+    "ScaleError",
+    "Settings",
+    "ShapeError",
+    "SinkWithoutMaskError",
+    "SlopesError",
+    "SmArch",
+    "SoftcapError",
+    "StrideError",
+    "Tile",
+    "UnsupportedArgumentError",
+    "VarlenFwdRequest",
+    "WindowError",
+    "__version__",
+    "best_arch",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "index_first_axis",
+    "lookup",
+    "pad_input",
+    "run",
+    "settings",
+    "unpad_input",
+    "with_features",
+]
+
+_NAMES_OF = {
+    "bert_padding": (
+        "index_first_axis",
+        "pad_input",
+        "unpad_input",
+    ),
+    "device_array": ("DeviceArray",),
+    "dispatch": (
+        "DISPATCH_TABLE",
+        "FEATURES",
+        "Bf16",
+        "Cell",
+        "CpuSpec",
+        "DispatchTable",
+        "F8E4m3",
+        "F8E5m2",
+        "F16",
+        "FaBwdDispatch",
+        "FaFwdDispatch",
+        "FaPagedFwdDispatch",
+        "GemmSupported",
+        "best_arch",
+        "lookup",
+        "with_features",
+    ),
+    "env": (
+        "Settings",
+        "settings",
+    ),
+    "errors": (
+        "ArchUnsupportedError",
+        "ArrayTypeError",
+        "CacheError",
+        "CacheWarning",
+        "CompileError",
+        "ConstructionError",
+        "CuSeqlensError",
+        "DTypeError",
+        "DeviceLostError",
+        "DeviceMismatchError",
+        "DispatchError",
+        "DriverTooOldError",
+        "DropoutError",
+        "FeatureNotBuiltError",
+        "FlashAttnError",
+        "HeadCountError",
+        "HeadDimError",
+        "LaunchError",
+        "NoDriverError",
+        "NvrtcMissingError",
+        "OutputError",
+        "RuntimeFlashAttnError",
+        "ScaleError",
+        "ShapeError",
+        "SinkWithoutMaskError",
+        "SlopesError",
+        "SoftcapError",
+        "StrideError",
+        "UnsupportedArgumentError",
+        "WindowError",
+    ),
+    "execute": (
+        "Output",
+        "run",
+    ),
+    "fa2": ("Fa2FwdRequest",),
+    "functional": (
+        "flash_attn_func",
+        "flash_attn_kvpacked_func",
+        "flash_attn_qkvpacked_func",
+        "flash_attn_varlen_func",
+        "flash_attn_varlen_kvpacked_func",
+        "flash_attn_varlen_qkvpacked_func",
+    ),
+    "jit.spec": (
+        "Family",
+        "KernelSpec",
+        "Tile",
+    ),
+    "keys": (
+        "DispatchKey",
+        "Extras",
+    ),
+    "options": (
+        "AttentionOptions",
+        "MaskKind",
+        "PositionBias",
+    ),
+    "types": (
+        "Device",
+        "DType",
+        "SmArch",
+    ),
+    "varlen": (
+        "CumulativeSeqlens",
+        "VarlenFwdRequest",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{module}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,202 @@
+"""Argument checks that dense and packed requests share. Below a request nothing is checked again.
+
+Every message names the argument, says what it got, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+import sys
+from math import prod
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from .arrays import contiguous_strides, draw_seed_and_offset, read_array
+from .errors import (
+    DeviceMismatchError,
+    DropoutError,
+    DTypeError,
+    FeatureNotBuiltError,
+    HeadCountError,
+    HeadDimError,
+    OutputError,
+    ShapeError,
+    SlopesError,
+    StrideError,
+)
+from .problem import ArrayInfo, Dropout
+from .types import DType
+
+if TYPE_CHECKING:
+    from .options import AttentionOptions, PositionBias
+
+__all__ = ["MAX_HEAD_DIM", "check_out", "check_qkv", "read_dropout", "read_learned_sink", "read_qkv", "read_slopes", "refuse_gradients"]
+
+MAX_HEAD_DIM: Final = 256
+_GPU_DTYPES: Final = (DType.F16, DType.BF16)
+_CPU_DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
+
+
+def read_qkv(q: Any, k: Any, v: Any, *, layout: str) -> tuple[ArrayInfo, ArrayInfo, ArrayInfo]:
+    """Describe q, k and v, of the rank that ``layout`` spells, as ``"(batch, length, heads, head dim)"``."""
+    infos = read_array(q, "q"), read_array(k, "k"), read_array(v, "v")
+    rank = layout.count(",") + 1
+    for name, info in zip("qkv", infos, strict=True):
+        if len(info.shape) != rank:
+            raise ShapeError(f"{name}: got shape {info.shape} of rank {len(info.shape)}; allowed is rank {rank}, {layout}")
+        refuse_gradients(info, name)
+    return infos
+
+
+def refuse_gradients(info: ArrayInfo, name: str) -> None:
+    """A torch tensor that requires grad would silently get none, because backward is not built."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(info.source, torch.Tensor) and info.source.requires_grad and torch.is_grad_enabled():
+        reason = f"{name} requires grad and gradients are enabled, and there is no backward yet; use torch.no_grad() or {name}.detach()"
+        raise FeatureNotBuiltError("backward", reason)
+
+
+def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
+    """Element types, devices, heads, head dims and last strides: what is the same for dense and packed arrays."""
+    _check_dtypes(q, k, v)
+    for name, info in (("k", k), ("v", v)):
+        if info.device != q.device:
+            raise DeviceMismatchError(
+                f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
+            )
+    heads, heads_kv = q.shape[-2], k.shape[-2]
+    if v.shape[-2] != heads_kv:
+        raise HeadCountError(f"v: got {v.shape[-2]} heads with {heads_kv} in k; allowed are equal numbers of KV heads")
+    if heads < 1 or heads_kv < 1 or heads % heads_kv:
+        raise HeadCountError(
+            f"heads: got {heads} query heads and {heads_kv} KV heads; allowed is a number of query heads that is a multiple of the KV heads"
+        )
+    if k.shape[-1] != q.shape[-1]:
+        raise HeadDimError(
+            f"k: got head dim {k.shape[-1]} with {q.shape[-1]} in q; allowed are equal head dims of q and k (v may have its own)"
+        )
+    for name, info in (("q", q), ("k", k), ("v", v)):
+        _check_head_dim(name, info)
+        if info.shape[-1] > 1 and info.strides[-1] != 1:
+            raise StrideError(
+                f"{name}: got strides {info.strides}; allowed is a last stride of 1; call .contiguous() or numpy.ascontiguousarray"
+            )
+
+
+def _check_dtypes(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
+    for name, info in (("q", q), ("k", k), ("v", v)):
+        if info.dtype is not None and info.dtype.is_fp8:
+            raise FeatureNotBuiltError("fp8", f"{name} has type {info.dtype_name}; float16 and bfloat16 are built")
+        if info.dtype is None:
+            raise DTypeError(f"{name}: got type {info.dtype_name}; allowed are {', '.join(_CPU_DTYPES)} (on a GPU float16 and bfloat16)")
+        if info.device.kind != "cpu" and info.dtype not in _GPU_DTYPES:
+            raise DTypeError(
+                f"{name}: got type {info.dtype_name} on {info.device}; allowed on a GPU are float16 and bfloat16; "
+                "convert, or move to the CPU"
+            )
+        if info.dtype is not q.dtype:
+            raise DTypeError(f"{name}: got type {info.dtype_name} with {q.dtype_name} in q; allowed is one type for q, k and v")
+
+
+def _check_head_dim(name: str, info: ArrayInfo) -> None:
+    step = 1 if info.device.kind == "cpu" else 8
+    size = info.shape[-1]
+    if not 1 <= size <= MAX_HEAD_DIM or size % step:
+        what = f"1..{MAX_HEAD_DIM}" if step == 1 else f"multiples of {step} up to {MAX_HEAD_DIM}"
+        raise HeadDimError(
+            f"{name}: got head dim {size} on {info.device}; allowed are {what}; the functional calls pad to the next multiple of 8"
+        )
+
+
+def read_slopes(bias: PositionBias, q: ArrayInfo, *, batch: int, heads: int) -> ArrayInfo | None:
+    """ALiBi slopes, float32 (Hq,) or (B, Hq), or None."""
+    return _read_per_head(bias.slopes, "alibi_slopes", q, shapes=((heads,), (batch, heads)))
+
+
+def read_learned_sink(options: AttentionOptions, q: ArrayInfo, *, heads: int) -> ArrayInfo | None:
+    """The learned sink, float32 (Hq,), or None."""
+    return _read_per_head(options.learned_sink, "learned_sink", q, shapes=((heads,),))
+
+
+def _read_per_head(x: Any, name: str, q: ArrayInfo, *, shapes: tuple[tuple[int, ...], ...]) -> ArrayInfo | None:
+    if x is None:
+        return None
+    info = read_array(x, name)
+    refuse_gradients(info, name)
+    if info.dtype is not DType.F32:
+        raise SlopesError(f"{name}: got type {info.dtype_name}; allowed is float32; call .float() or .astype('float32')")
+    if info.shape not in shapes:
+        raise SlopesError(f"{name}: got shape {info.shape}; allowed is {' or '.join(str(shape) for shape in shapes)}")
+    if info.device != q.device:
+        raise DeviceMismatchError(
+            f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
+        )
+    if info.shape[-1] > 1 and info.strides[-1] != 1:
+        raise SlopesError(f"{name}: got strides {info.strides} for shape {info.shape}; allowed is a last stride of 1; call .contiguous()")
+    return info
+
+
+def is_contiguous(info: ArrayInfo) -> bool:
+    """Whether elements follow each other in row-major order. Steps along dimensions of one element do not count."""
+    return all(size <= 1 or have == want for size, have, want in zip(info.shape, info.strides, contiguous_strides(info.shape), strict=True))
+
+
+def read_dropout(options: AttentionOptions, q: ArrayInfo) -> Dropout | None:
+    """The drop probability with its (seed, offset) array, drawn now if the caller gave none; None without dropout."""
+    if options.dropout_p == 0:
+        return None
+    rng = read_array(options.rng, "rng") if options.rng is not None else draw_seed_and_offset(q)
+    if rng is None:
+        raise DropoutError(
+            "rng: got None, and the library of q has no generator that we know; allowed is an int64 (seed, offset) array on the device of q"
+        )
+    if rng.dtype_name != "int64" or rng.shape != (2,) or not is_contiguous(rng) or rng.device != q.device:
+        raise DropoutError(
+            f"rng: got {rng.dtype_name} of shape {rng.shape} and strides {rng.strides} on {rng.device}; "
+            f"allowed is a contiguous int64 array (seed, offset) of shape (2,) on {q.device}"
+        )
+    return Dropout(float(options.dropout_p), rng)
+
+
+def check_out(out: Any, shape: tuple[int, ...], inputs: tuple[ArrayInfo, ArrayInfo, ArrayInfo]) -> ArrayInfo | None:
+    """The caller's output array, fit to be written; None when a new one is to be made.
+
+    Args:
+        out: what the caller gave.
+        shape: what o has.
+        inputs: q, k and v.
+
+    Raises:
+        OutputError: wrong shape, type, device or strides, read-only, overlapping itself, or the memory of q, k or v.
+    """
+    if out is None:
+        return None
+    info, q = read_array(out, "out"), inputs[0]
+    refuse_gradients(info, "out")
+    if (info.shape, info.dtype, info.device) != (shape, q.dtype, q.device):
+        raise OutputError(
+            f"out: got {info.dtype_name} of shape {info.shape} on {info.device}; allowed is {q.dtype_name} of shape {shape} on {q.device}"
+        )
+    if isinstance(info.source, np.ndarray) and not info.source.flags.writeable:
+        raise OutputError("out: got a read-only NumPy array; allowed is a writeable one; pass a copy")
+    if info.shape[-1] > 1 and info.strides[-1] != 1:
+        raise OutputError(f"out: got strides {info.strides}; allowed is a last stride of 1; pass a contiguous array")
+    if _overlaps_itself(info):
+        raise OutputError(
+            f"out: got strides {info.strides} for shape {info.shape}, where elements share memory; "
+            "allowed is an array of its own; pass a copy"
+        )
+    if prod(info.shape) and info.ptr in {array.ptr for array in inputs}:
+        raise OutputError("out: got the memory of q, k or v, which other blocks still read; allowed is an array of its own")
+    return info
+
+
+def _overlaps_itself(info: ArrayInfo) -> bool:
+    """Whether two elements may share an address; an interleaving that this simple nesting test cannot prove apart counts as shared."""
+    reach = 0
+    for size, step in sorted(zip(info.shape, info.strides, strict=True), key=lambda pair: abs(pair[1])):
+        if size > 1:
+            if abs(step) <= reach:
+                return True
+            reach += (size - 1) * abs(step)
+    return False

@@ -1,0 +1,139 @@
+"""run: from a request to an answer. Key, lookup, outputs, kernel, parameters, launch; or, for arrays in host memory, the CPU backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Final
+
+from .arrays import as_numpy, current_stream, empty_like_framework, raw_stream
+from .dispatch import DispatchKey, Extras, FaFwdDispatch, best_arch, lookup
+from .env import settings
+from .errors import ArrayTypeError, DeviceMismatchError, ShapeError
+from .jit.launch import LoadedKernel, launch, load_kernel
+from .jit.params import FwdParams, dropout_mask_grid, forward_grid, pack_dropout_mask, pack_forward
+from .jit.spec import KernelSpec
+from .problem import ArrayInfo, AttentionProblem
+from .reference import attention as reference
+from .types import Device, SmArch
+
+__all__ = ["Launch", "Output", "execute", "run"]
+
+_MAX_GRID: Final = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """What a forward call made, in the library of q (or of ``out``, when the caller brought one).
+
+    Attributes:
+        out: o, shaped like q with v's head dim.
+        lse: float32 (B, Hq, Sq), packed (Hq, total_q); None when it was not asked for.
+        dropout_mask: bool, True where kept, (B, Hq, Sq, Sk), with the longest lengths when packed; None when not asked for, or without
+            dropout.
+    """
+
+    out: Any
+    lse: Any = None
+    dropout_mask: Any = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Launch:
+    """A forward launch that was made, for the plan cache to repeat with other addresses."""
+
+    kernel: LoadedKernel
+    grid: int
+    params: FwdParams
+
+
+def run(
+    request: FaFwdDispatch, *, stream: Any = None, lse: bool = True, dropout_mask: bool = False, tiles_for: SmArch | None = None
+) -> Output:
+    """Do what a request asks.
+
+    Args:
+        request: a Fa2FwdRequest, a VarlenFwdRequest, or anything that satisfies FaFwdDispatch.
+        stream: the CUDA stream to enqueue on (a raw handle, or a stream of torch, CuPy or cuda.core); None is the current stream of q's
+            library. New outputs belong to that library's current stream, as ever.
+        lse: whether the log-sum-exp is wanted.
+        dropout_mask: whether the dropout pattern is wanted; it takes O(Sq Sk) memory.
+        tiles_for: the arch whose tiles are borrowed, for tests.
+
+    Raises:
+        DispatchError: no kernel does this.
+        DeviceMismatchError: the arrays are not where ATOMR_FLASHATTN_BACKEND wants them.
+        RuntimeFlashAttnError: no driver, no compiler, a kernel that does not compile or launch.
+    """
+    return execute(request, stream=stream, lse=lse, dropout_mask=dropout_mask, tiles_for=tiles_for)[0]
+
+
+def execute(
+    request: FaFwdDispatch, *, stream: Any = None, lse: bool, dropout_mask: bool = False, tiles_for: SmArch | None = None
+) -> tuple[Output, Launch | None]:
+    """:func:`run`, and the launch it made; None from the CPU backend and for empty outputs."""
+    if not isinstance(request, FaFwdDispatch):
+        raise ArrayTypeError(f"request: got {type(request).__qualname__}; allowed is a Fa2FwdRequest or a VarlenFwdRequest")
+    problem = request.problem
+    _check_backend(problem.q.device)
+    key = request.dispatch_key(best_arch(problem.q.device))
+    if tiles_for is not None:
+        key = replace(key, extras=replace(key.extras, tiles_for=tiles_for))
+    spec = lookup(key)
+    out = request.out_array or empty_like_framework(problem.q, problem.out_shape)
+    lse_array = _beside(out, problem.lse_shape, "float32") if lse else None
+    mask = _beside(out, problem.dropout_mask_shape, "bool") if dropout_mask and problem.dropout is not None else None
+    made = None
+    if isinstance(spec, KernelSpec):
+        raw = current_stream(problem.q) if stream is None else raw_stream(stream)
+        made = _launch_forward(problem, spec, out, lse_array, raw)
+        if mask is not None:
+            _launch_dropout_mask(problem, key, mask, raw)
+    else:
+        reference.forward(
+            problem, as_numpy(out), None if lse_array is None else as_numpy(lse_array), None if mask is None else as_numpy(mask)
+        )
+    user_out = out.source if request.out_array is None else getattr(request, "out", out.source)
+    return Output(user_out, lse_array and lse_array.source, mask and mask.source), made
+
+
+def _check_backend(device: Device) -> None:
+    backend = settings().backend
+    if (backend, device.kind) in {("cpu", "cuda"), ("gpu", "cpu")}:
+        raise DeviceMismatchError(
+            f"q: got an array on {device} with ATOMR_FLASHATTN_BACKEND={backend}; allowed are arrays on the {backend}; "
+            "move them, or unset the variable"
+        )
+
+
+def _beside(out: ArrayInfo, shape: tuple[int, ...], dtype_name: str) -> ArrayInfo:
+    """A second output in the library of ``out``; NumPy or DeviceArray where that library cannot be allocated with."""
+    return empty_like_framework(out, shape, dtype_name, fallback=True)
+
+
+def _launch_forward(problem: AttentionProblem, spec: KernelSpec, out: ArrayInfo, lse: ArrayInfo | None, stream: int) -> Launch | None:
+    if not prod(problem.out_shape):
+        return None
+    grid = forward_grid(problem, spec.tile)
+    _check_grid(grid, problem)
+    kernel = load_kernel(spec, problem.q.device.index)
+    params = pack_forward(problem, out, lse.ptr if lse is not None else None, spec.tile)
+    launch(kernel, grid, params, stream)
+    return Launch(kernel, grid, params)
+
+
+def _launch_dropout_mask(problem: AttentionProblem, key: DispatchKey, mask: ArrayInfo, stream: int) -> None:
+    spec = lookup(DispatchKey(key.arch, key.dtype, key.head_dim, varlen=key.varlen, extras=Extras(direction="dropout_mask", dropout=True)))
+    if not isinstance(spec, KernelSpec) or not prod(problem.dropout_mask_shape):
+        return
+    grid = dropout_mask_grid(problem)
+    _check_grid(grid, problem)
+    launch(load_kernel(spec, problem.q.device.index), grid, pack_dropout_mask(problem, mask.ptr), stream)
+
+
+def _check_grid(grid: int, problem: AttentionProblem) -> None:
+    if grid > _MAX_GRID:
+        raise ShapeError(
+            f"q: got batch {problem.batch}, {problem.heads} heads and length {problem.seqlen_q}, which makes {grid} thread blocks; "
+            f"allowed are {_MAX_GRID}; split the batch over several calls"
+        )

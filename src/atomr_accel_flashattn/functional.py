@@ -1,0 +1,345 @@
+"""The functional calls of the ``flash_attn`` package (2.8), name for name, position for position, default for default.
+
+On top of those signatures every call takes, by keyword only, ``out`` (an array to be written), ``learned_sink`` and ``sink_tokens``.
+Differences, all of them on purpose: v may have its own head dim; softcap goes together with dropout; NumPy, CuPy and DLPack arrays are
+as welcome as torch tensors, on the CPU too; the third value of ``return_attn_probs=True`` is the dropout pattern (bool, True where
+kept) or None, because probabilities are never stored. An argument that is not supported raises; none is ignored, and ``deterministic``
+asks for what forward always is.
+"""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+from . import plans
+from .arrays import copy_into, pad_last, read_array, unbind
+from .checks import MAX_HEAD_DIM, check_out, refuse_gradients
+from .errors import FeatureNotBuiltError, ShapeError, WindowError
+from .execute import execute
+from .fa2 import AttentionOptions, Fa2FwdRequest, MaskKind, PositionBias
+from .problem import ArrayInfo
+from .varlen import CumulativeSeqlens, VarlenFwdRequest
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
+
+_HEAD_DIM_STEP = 8
+
+
+def flash_attn_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    out: Any = None,
+    learned_sink: Any = None,
+    sink_tokens: int = 0,
+) -> Any:
+    """Attention of q over k and v (docs/semantics.md; FlashAttention-2, arXiv 2307.08691).
+
+    Args:
+        q: (B, Sq, Hq, D), float16 or bfloat16; on the CPU float32 and float64 too. D up to 256; no multiple of 8 is padded, with a copy.
+        k: (B, Sk, Hkv, D), Hq a multiple of Hkv: query head h reads KV head h // (Hq / Hkv).
+        v: (B, Sk, Hkv, Dv).
+        dropout_p: probability in [0, 1) that an attention weight is dropped.
+        softmax_scale: factor on q.k, None is 1 / sqrt(D).
+        causal: hide keys after the query's own position, aligned to the last key.
+        window_size: (left, right) keys around the query's position, negative is unbounded.
+        softcap: c of c * tanh(s / c); 0 or less is none.
+        alibi_slopes: float32 (Hq,) or (B, Hq).
+        deterministic: accepted; forward always is.
+        return_attn_probs: also return the LSE and the dropout pattern.
+        out: (B, Sq, Hq, Dv) to be written.
+        learned_sink: float32 (Hq,), exp(sink[h]) joins the denominator.
+        sink_tokens: first keys that stay visible when the window has passed them.
+
+    Returns:
+        o (B, Sq, Hq, Dv); with ``return_attn_probs`` (o, lse (B, Hq, Sq) float32, keep pattern (B, Hq, Sq, Sk) bool or None).
+
+    Raises:
+        ConstructionError: the subclass and the message say which argument is wrong.
+        FeatureNotBuiltError: torch tensors that want gradients, fp8.
+        RuntimeFlashAttnError: the GPU, the driver or the compiler failed.
+    """
+    del deterministic
+    numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
+    return _dense(q, k, v, numbers, (alibi_slopes, learned_sink, out))
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    out: Any = None,
+    learned_sink: Any = None,
+    sink_tokens: int = 0,
+) -> Any:
+    """:func:`flash_attn_func` on qkv (B, S, 3, H, D), read in place."""
+    del deterministic
+    q, k, v = _unpack(qkv, "qkv", axis=2, parts=3)
+    numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
+    return _dense(q, k, v, numbers, (alibi_slopes, learned_sink, out))
+
+
+def flash_attn_kvpacked_func(
+    q: Any,
+    kv: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    out: Any = None,
+    learned_sink: Any = None,
+    sink_tokens: int = 0,
+) -> Any:
+    """:func:`flash_attn_func` on q (B, Sq, Hq, D) and kv (B, Sk, 2, Hkv, D), read in place."""
+    del deterministic
+    k, v = _unpack(kv, "kv", axis=2, parts=2)
+    numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
+    return _dense(q, k, v, numbers, (alibi_slopes, learned_sink, out))
+
+
+def flash_attn_varlen_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Any = None,
+    *,
+    out: Any = None,
+    learned_sink: Any = None,
+    sink_tokens: int = 0,
+) -> Any:
+    """Attention over packed sequences; each query sees keys of its own sequence only.
+
+    Args:
+        q: (total_q, Hq, D).
+        k: (total_k, Hkv, D).
+        v: (total_k, Hkv, Dv).
+        cu_seqlens_q: int32 (B + 1,), where the sequences of q begin; starts at 0, ends at total_q. Values on a GPU are not looked at,
+            except with ATOMR_FLASHATTN_DEBUG set.
+        cu_seqlens_k: the same for k and v.
+        max_seqlen_q: length of the longest sequence of q, or an upper bound.
+        max_seqlen_k: the same for k and v.
+        dropout_p: as in :func:`flash_attn_func`, and so are the ones that follow.
+        softmax_scale: factor on q.k.
+        causal: hide later keys, aligned to each sequence's last key.
+        window_size: (left, right).
+        softcap: c of c * tanh(s / c).
+        alibi_slopes: float32 (Hq,) or (B, Hq).
+        deterministic: accepted.
+        return_attn_probs: also return LSE and dropout pattern.
+        block_table: refused; paged K and V are not built.
+        out: (total_q, Hq, Dv) to be written.
+        learned_sink: float32 (Hq,).
+        sink_tokens: first keys of each sequence that stay visible.
+
+    Returns:
+        o (total_q, Hq, Dv); with ``return_attn_probs`` (o, lse (Hq, total_q) float32, keep pattern (B, Hq, max_seqlen_q, max_seqlen_k)
+        bool or None).
+
+    Raises:
+        FeatureNotBuiltError: ``block_table`` is given, and all of :func:`flash_attn_func`.
+    """
+    del deterministic
+    if block_table is not None:
+        raise FeatureNotBuiltError("block_table", "got a block_table; allowed is None, with k and v packed one sequence after the other")
+    numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
+    return _varlen(q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), numbers, (alibi_slopes, learned_sink, out))
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Any,
+    cu_seqlens: Any,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    out: Any = None,
+    learned_sink: Any = None,
+    sink_tokens: int = 0,
+) -> Any:
+    """:func:`flash_attn_varlen_func` on qkv (total, 3, H, D), read in place."""
+    del deterministic
+    q, k, v = _unpack(qkv, "qkv", axis=1, parts=3)
+    numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
+    return _varlen(q, k, v, (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), numbers, (alibi_slopes, learned_sink, out))
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Any,
+    kv: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    out: Any = None,
+    learned_sink: Any = None,
+    sink_tokens: int = 0,
+) -> Any:
+    """:func:`flash_attn_varlen_func` on q (total_q, Hq, D) and kv (total_k, 2, Hkv, D), read in place."""
+    del deterministic
+    k, v = _unpack(kv, "kv", axis=1, parts=2)
+    numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
+    return _varlen(q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), numbers, (alibi_slopes, learned_sink, out))
+
+
+def _dense(q: Any, k: Any, v: Any, numbers: plans.Numbers, others: plans.Others) -> Any:
+    key, result = plans.repeat(q, k, v, None, numbers, others)
+    if result is not None:
+        return result
+    call = _Call(q, k, v, numbers, others)
+    request = Fa2FwdRequest(*call.arrays, mask=call.mask, bias=call.bias, sink_tokens=call.sink_tokens, options=call.options, out=call.out)
+    return call.finish(request, key)
+
+
+def _varlen(q: Any, k: Any, v: Any, packing: plans.Packing, numbers: plans.Numbers, others: plans.Others) -> Any:
+    key, result = plans.repeat(q, k, v, packing, numbers, others)
+    if result is not None:
+        return result
+    call = _Call(q, k, v, numbers, others)
+    request = VarlenFwdRequest(
+        *call.arrays,
+        cu_seqlens_q=CumulativeSeqlens(packing[0], packing[2], name="cu_seqlens_q"),
+        cu_seqlens_k=CumulativeSeqlens(packing[1], packing[3], name="cu_seqlens_k"),
+        mask=call.mask,
+        bias=call.bias,
+        sink_tokens=call.sink_tokens,
+        options=call.options,
+        out=call.out,
+    )
+    return call.finish(request, key)
+
+
+class _Call:
+    """A functional call on its way to a request: arguments in our terms, head dims padded to multiples of 8 as flash-attn does."""
+
+    def __init__(self, q: Any, k: Any, v: Any, numbers: plans.Numbers, others: plans.Others) -> None:
+        dropout_p, softmax_scale, causal, window_size, softcap, self.sink_tokens, self.return_attn_probs = numbers
+        self.others = others
+        slopes, learned_sink, self.out = others
+        self.mask = _mask(window_size, causal=bool(causal))
+        self.bias = PositionBias(slopes)
+        infos = read_array(q, "q"), read_array(k, "k"), read_array(v, "v")
+        self.arrays = (q, k, v)
+        self.padded = False
+        self.copy_to: Any = None
+        self.v_head_dim = 0
+        if all(info.shape for info in infos) and _needs_padding(*(info.shape[-1] for info in infos)):
+            self._pad(infos)
+            head_dim = infos[0].shape[-1]
+            softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        self.options = AttentionOptions(
+            softmax_scale=softmax_scale, softcap=_softcap(softcap), learned_sink=learned_sink, dropout_p=dropout_p
+        )
+
+    def _pad(self, infos: tuple[ArrayInfo, ArrayInfo, ArrayInfo]) -> None:
+        """Zero columns change no product; those of v make columns of o that are cut off again."""
+        for info, name in zip(infos, "qkv", strict=True):
+            refuse_gradients(info, name)
+        self.padded = True
+        self.arrays = tuple(pad_last(info, _round_up(info.shape[-1]), name) for info, name in zip(infos, "qkv", strict=True))
+        q, v_head_dim = infos[0], infos[2].shape[-1]
+        if v_head_dim % _HEAD_DIM_STEP:
+            self.v_head_dim = v_head_dim
+            if self.out is not None:
+                self.copy_to = check_out(self.out, (*q.shape[:-1], v_head_dim), infos)
+                self.out = None
+
+    def finish(self, request: Fa2FwdRequest | VarlenFwdRequest, key: plans.Key | None) -> Any:
+        """Run the request, leave a plan for calls like it, and give the results the form that flash-attn gives them."""
+        output, launch = execute(request, lse=bool(self.return_attn_probs), dropout_mask=bool(self.return_attn_probs))
+        if key is not None and launch is not None and not self.padded:
+            plans.remember(key, launch, self.arrays[0], output, self.others)
+        out = output.out
+        if self.v_head_dim:
+            out = out[..., : self.v_head_dim]
+            if self.copy_to is not None:
+                out = copy_into(self.copy_to, out, self.others[2])
+        return (out, output.lse, output.dropout_mask) if self.return_attn_probs else out
+
+
+def _needs_padding(*head_dims: int) -> bool:
+    """Whether a head dim is odd and all of them are such that padding hides no mistake."""
+    q, k, v = head_dims
+    return q == k and max(q, v) <= MAX_HEAD_DIM and bool(q % _HEAD_DIM_STEP or v % _HEAD_DIM_STEP)
+
+
+def _round_up(size: int) -> int:
+    return -(-size // _HEAD_DIM_STEP) * _HEAD_DIM_STEP
+
+
+def _softcap(softcap: Any) -> Any:
+    """flash-attn takes every cap of 0 or less for none."""
+    return 0.0 if isinstance(softcap, Real) and softcap <= 0 else softcap
+
+
+def _mask(window_size: Any, *, causal: bool) -> MaskKind:
+    try:
+        left, right = window_size
+    except (TypeError, ValueError) as error:
+        raise WindowError(f"window_size: got {window_size!r}; allowed is (left, right), negative for no bound") from error
+    return MaskKind.window(left, 0 if causal else right)
+
+
+def _unpack(x: Any, name: str, *, axis: int, parts: int) -> tuple[Any, ...]:
+    """Views of the parts of a packed array."""
+    info = read_array(x, name)
+    rank = axis + 3
+    if len(info.shape) != rank or info.shape[axis] != parts:
+        shape = "(batch, length, " if axis == 2 else "(total, "
+        raise ShapeError(f"{name}: got shape {info.shape}; allowed is {shape}{parts}, heads, head dim)")
+    return unbind(info, axis)

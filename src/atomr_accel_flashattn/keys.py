@@ -1,0 +1,136 @@
+"""DispatchKey: what is asked of a kernel, as a value that can be written down without a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from .jit.spec import Family
+from .types import DType, SmArch
+
+if TYPE_CHECKING:
+    from .problem import ArrayInfo, AttentionProblem
+
+__all__ = ["VECTOR_BYTES", "DispatchKey", "Extras", "key_of_problem"]
+
+VECTOR_BYTES: Final = 16  # one cp.async
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """The rest of a key; everything has a default.
+
+    Attributes:
+        v_head_dim: head dim of v and o, None is that of q.
+        v_dtype: element type of v, None is that of q.
+        out_dtype: element type of o, None is that of q.
+        softcap: c of c * tanh(s / c), 0 is none.
+        dropout: whether probabilities are dropped.
+        learned_sink: whether a learned sink joins the denominator.
+        direction: ``"fwd"``, ``"bwd"``, or ``"dropout_mask"``, the kernel that writes the keep pattern.
+        split: whether K/V are split over blocks and combined.
+        kv_layout: layout of a paged cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
+        left_pad: whether sequences are padded on the left.
+        load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads.
+        prescale: whether scores are scaled before the maximum, as a softmax_scale <= 0 needs.
+        family: the family that is demanded, None is the best one of the arch.
+        tiles_for: the arch whose tiles are borrowed (tests run them on the card at hand).
+    """
+
+    v_head_dim: int | None = None
+    v_dtype: DType | None = None
+    out_dtype: DType | None = None
+    softcap: float = 0.0
+    dropout: bool = False
+    learned_sink: bool = False
+    direction: Literal["fwd", "bwd", "dropout_mask"] = "fwd"
+    split: bool = False
+    kv_layout: str = "NHD"
+    left_pad: bool = False
+    load_align: int = VECTOR_BYTES
+    prescale: bool = False
+    family: Family | None = None
+    tiles_for: SmArch | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchKey:
+    """What is asked of a kernel, with its numbers.
+
+    Attributes:
+        arch: where it runs.
+        dtype: element type of q and k.
+        head_dim: of q and k, 1..256; on GPUs a multiple of 8.
+        causal: whether keys after the query's own position are hidden.
+        varlen: whether sequences are packed.
+        sliding_window: (left, right) keys around the query's position, -1 unbounded; None is no window.
+        alibi: whether a slope per head is subtracted.
+        sink: first keys that stay visible beyond the left bound.
+        paged: whether K and V lie in pages.
+        gqa_ratio: query heads per KV head.
+        extras: the rest.
+    """
+
+    arch: SmArch
+    dtype: DType
+    head_dim: int
+    causal: bool = False
+    varlen: bool = False
+    sliding_window: tuple[int, int] | None = None
+    alibi: bool = False
+    sink: int = 0
+    paged: bool = False
+    gqa_ratio: int = 1
+    extras: Extras = Extras()
+
+    @property
+    def v_head_dim(self) -> int:
+        """Head dim of v and o."""
+        return self.head_dim if self.extras.v_head_dim is None else self.extras.v_head_dim
+
+    @property
+    def left_bound(self) -> bool:
+        """Whether the window hides keys far before the query."""
+        return self.sliding_window is not None and self.sliding_window[0] >= 0
+
+    @property
+    def right_bound(self) -> bool:
+        """Whether keys after the query are hidden, all or beyond a distance."""
+        return self.causal or (self.sliding_window is not None and self.sliding_window[1] >= 0)
+
+
+def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None = None) -> DispatchKey:
+    """The key of a problem on ``arch``; ``out`` counts for the alignment when the caller brought it."""
+    band = problem.band
+    left, right = (-1 if side is None else side for side in (band.left, band.right))
+    assert problem.q.dtype is not None  # noqa: S101 - requests have checked it
+    return DispatchKey(
+        arch=arch,
+        dtype=problem.q.dtype,
+        head_dim=problem.head_dim,
+        causal=band.right == 0,
+        varlen=problem.is_varlen,
+        sliding_window=None if left < 0 and right <= 0 else (left, right),
+        alibi=problem.alibi_slopes is not None,
+        sink=band.sink_tokens,
+        gqa_ratio=problem.heads // problem.heads_kv,
+        extras=Extras(
+            v_head_dim=None if problem.v_head_dim == problem.head_dim else problem.v_head_dim,
+            softcap=problem.softcap,
+            dropout=problem.dropout is not None,
+            learned_sink=problem.learned_sink is not None,
+            load_align=_load_align([problem.q, problem.k, problem.v, *([out] if out is not None else [])]),
+            prescale=problem.softmax_scale <= 0,
+        ),
+    )
+
+
+def _load_align(arrays: list[ArrayInfo]) -> int:
+    """The largest power of two up to 16 that divides every address and, in bytes, every stride that is ever stepped."""
+    bits = VECTOR_BYTES
+    for array in arrays:
+        itemsize = array.dtype.itemsize if array.dtype is not None else 1
+        bits |= array.ptr
+        for size, step in zip(array.shape[:-1], array.strides[:-1], strict=True):
+            bits |= step * itemsize if size > 1 else 0
+    return bits & -bits

@@ -1,0 +1,171 @@
+"""What a request asks for besides its arrays: mask, position bias, and the options of the softmax. Plain frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite, log2, sqrt
+from numbers import Integral, Real
+from typing import Any, Final
+
+import numpy as np
+
+from .errors import DropoutError, ScaleError, SinkWithoutMaskError, SoftcapError, WindowError
+from .problem import Band
+
+__all__ = ["MAX_LENGTH", "AttentionOptions", "MaskKind", "PositionBias", "is_integer", "is_real"]
+
+MAX_LENGTH: Final = 2**30 - 1  # tokens of one sequence: kernels count them in 32 bits and mark "no bound" with 2^30
+_LOG2_E: Final = log2(np.e)
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer of Python or NumPy, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number of Python or NumPy (arrays and tensors are none: reading them may wait for a GPU)."""
+    return isinstance(value, Real)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskKind:
+    """Which keys a query sees: a band around its position p = i + Sk - Sq (docs/semantics.md).
+
+    Make one with :meth:`full`, :meth:`causal`, :meth:`sliding_causal`, :meth:`sliding_full` or :meth:`window`.
+
+    Attributes:
+        left: keys before p that are visible, None for all.
+        right: keys after p that are visible, None for all.
+    """
+
+    left: int | None = None
+    right: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, side in (("left", self.left), ("right", self.right)):
+            if side is not None and (not is_integer(side) or side < 0):
+                raise WindowError(f"{name}: got {side!r}; allowed is an integer >= 0, or None for no bound")
+
+    @classmethod
+    def full(cls) -> MaskKind:
+        """Every query sees every key."""
+        return cls()
+
+    @classmethod
+    def causal(cls) -> MaskKind:
+        """Keys up to the query's own position, aligned to the last key: j <= p."""
+        return cls(None, 0)
+
+    @classmethod
+    def sliding_causal(cls, window: int) -> MaskKind:
+        """The last ``window`` keys, the query's own among them: p - window < j <= p.
+
+        Raises:
+            WindowError: ``window`` is no integer >= 1.
+        """
+        return cls(_window(window) - 1, 0)
+
+    @classmethod
+    def sliding_full(cls, window: int) -> MaskKind:
+        """Keys nearer than ``window`` on both sides: |p - j| < window.
+
+        Raises:
+            WindowError: ``window`` is no integer >= 1.
+        """
+        return cls(_window(window) - 1, _window(window) - 1)
+
+    @classmethod
+    def window(cls, left: int, right: int) -> MaskKind:
+        """flash-attn's ``window_size``: p - left <= j <= p + right; a negative entry is no bound.
+
+        Raises:
+            WindowError: an entry is no integer.
+        """
+        if not (is_integer(left) and is_integer(right)):
+            raise WindowError(f"window_size: got ({left!r}, {right!r}); allowed are two integers, negative for no bound")
+        return cls(None if left < 0 else int(left), None if right < 0 else int(right))
+
+    def band(self, sink_tokens: int = 0) -> Band:
+        """The mask with sink tokens, as kernels take it: bounds that exceed every length are cut to ``MAX_LENGTH``.
+
+        Raises:
+            WindowError: ``sink_tokens`` is no integer >= 0.
+            SinkWithoutMaskError: sink tokens without a left bound.
+        """
+        if not is_integer(sink_tokens) or sink_tokens < 0:
+            raise WindowError(f"sink_tokens: got {sink_tokens!r}; allowed is an integer >= 0")
+        if sink_tokens > 0 and self.left is None:
+            raise SinkWithoutMaskError(
+                f"sink_tokens: got {sink_tokens} with a mask that has no left bound ({self}), where it would change nothing; "
+                "allowed is 0, or a sliding window, as MaskKind.sliding_causal(4096) or window_size=(4095, 0)"
+            )
+        left, right = (None if side is None else min(int(side), MAX_LENGTH) for side in (self.left, self.right))
+        return Band(left, right, min(int(sink_tokens), MAX_LENGTH))
+
+
+def _window(window: int) -> int:
+    if not is_integer(window) or window < 1:
+        raise WindowError(f"window: got {window!r}; allowed is an integer >= 1 (a window of 1 is the query's own key)")
+    return int(window)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PositionBias:
+    """What is added to scores by distance. Make one with :meth:`none` or :meth:`alibi`.
+
+    Attributes:
+        slopes: float32 (Hq,) or (B, Hq) on the device of q, or None.
+    """
+
+    slopes: Any = None
+
+    @classmethod
+    def none(cls) -> PositionBias:
+        """No bias."""
+        return cls()
+
+    @classmethod
+    def alibi(cls, slopes: Any) -> PositionBias:
+        """ALiBi (arXiv 2108.12409): s - slopes[h] * |p - j|."""
+        return cls(slopes)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class AttentionOptions:
+    """Options of the softmax, checked when made.
+
+    Attributes:
+        softmax_scale: factor on q.k, None is 1 / sqrt(head dim).
+        softcap: c of c * tanh(s / c), 0 is none.
+        learned_sink: float32 (Hq,) on the device of q: exp(sink[h]) joins the denominator; None is none.
+        dropout_p: probability in [0, 1) that an element is dropped; rounded to a multiple of 1/256.
+        rng: int64 (seed, offset) on the device of q; None draws them from the generator of q's library when the request is made.
+
+    Raises:
+        ScaleError, SoftcapError, DropoutError: a number outside its range.
+    """
+
+    softmax_scale: float | None = None
+    softcap: float = 0.0
+    learned_sink: Any = None
+    dropout_p: float = 0.0
+    rng: Any = None
+
+    def __post_init__(self) -> None:
+        scale, cap, p = self.softmax_scale, self.softcap, self.dropout_p
+        if scale is not None and not (is_real(scale) and isfinite(scale) and abs(scale) * _LOG2_E <= _FLOAT32_MAX):
+            raise ScaleError(f"softmax_scale: got {scale!r}; allowed is a finite float32 number, or None for 1 / sqrt(head dim)")
+        if not (is_real(cap) and isfinite(cap) and cap >= 0 and cap * _LOG2_E <= _FLOAT32_MAX):
+            raise SoftcapError(f"softcap: got {cap!r}; allowed is a finite float32 number >= 0, 0 for none")
+        if cap > 0 and abs(scale if scale is not None else 1.0) / cap > _FLOAT32_MAX:
+            raise SoftcapError(
+                f"softcap: got {cap!r}, too small for softmax_scale {scale!r}; allowed is a cap with softmax_scale / softcap below 3.4e38"
+            )
+        if not (is_real(p) and 0 <= p < 1):
+            raise DropoutError(f"dropout_p: got {p!r}; allowed is 0 <= p < 1 (p = 1 would drop everything)")
+
+    def scale_for(self, head_dim: int) -> float:
+        """The factor on q.k."""
+        return 1.0 / sqrt(head_dim) if self.softmax_scale is None else float(self.softmax_scale)
