@@ -1,0 +1,93 @@
+"""``cache``: what lies in the kernel cache, whether it is whole, and how to be rid of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..env import settings
+from ..errors import CacheError
+from ..jit.cache import KernelCache
+from .output import Json, console, make_table, print_json, size_text, time_text
+
+__all__ = ["app", "cache_at"]
+
+app = typer.Typer(help="The kernel cache: list, verify, clear, size.", no_args_is_help=True)
+
+Directory = Annotated[Path | None, typer.Option("--dir", help="Another cache folder than the one that the environment names.")]
+
+
+def cache_at(directory: Path | None) -> KernelCache:
+    """The cache in ``directory``, or the one that the environment names.
+
+    Raises:
+        CacheError: no folder is named anywhere.
+    """
+    folder = directory or settings().cache_dir
+    if folder is None:
+        raise CacheError("no cache folder: this user has no home; name one with --dir or ATOMR_FLASHATTN_CACHE_DIR")
+    return KernelCache(folder)
+
+
+@app.command("list")
+def list_entries(directory: Directory = None, as_json: Json = False) -> None:
+    """List the kernels in the cache."""
+    cache = cache_at(directory)
+    records = cache.list()
+    if as_json:
+        print_json({"directory": cache.directory, "kernels": [asdict(record) for record in records]})
+        return
+    numeric = ("registers", "spills", "cubin", "compile")
+    table = make_table(f"{len(records)} kernels in {cache.directory}", ("kernel", "arch", "NVRTC", *numeric), numeric=numeric)
+    for record in records:
+        table.add_row(
+            record.name,
+            record.arch,
+            record.nvrtc,
+            str(record.registers),
+            f"{record.spill_bytes} B" if record.spill_bytes else "-",
+            size_text(record.cubin_bytes),
+            time_text(record.compile_seconds),
+        )
+    console().print(table)
+
+
+@app.command()
+def verify(directory: Directory = None, as_json: Json = False) -> None:
+    """Read every kernel, compare it with its digest, and remove what is damaged. Status 1 when something was."""
+    cache = cache_at(directory)
+    good, removed = cache.verify()
+    if as_json:
+        print_json({"directory": cache.directory, "good": good, "removed": removed})
+    else:
+        console().print(f"{good} good, {len(removed)} damaged and removed, in {cache.directory}", soft_wrap=True)
+        for stem in removed:
+            console().print(f"  removed {stem}", soft_wrap=True)
+    if removed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def clear(directory: Directory = None, as_json: Json = False) -> None:
+    """Remove every kernel. They are compiled again when they are needed."""
+    cache = cache_at(directory)
+    freed = cache.size()
+    removed = cache.clear()
+    if as_json:
+        print_json({"directory": cache.directory, "removed": removed, "freed_bytes": freed})
+    else:
+        console().print(f"removed {removed} kernels, {size_text(freed)}, from {cache.directory}", soft_wrap=True)
+
+
+@app.command()
+def size(directory: Directory = None, as_json: Json = False) -> None:
+    """Say how much the cache holds."""
+    cache = cache_at(directory)
+    count, used = len(cache), cache.size()
+    if as_json:
+        print_json({"directory": cache.directory, "kernels": count, "bytes": used})
+    else:
+        console().print(f"{count} kernels, {size_text(used)}, in {cache.directory}", soft_wrap=True)

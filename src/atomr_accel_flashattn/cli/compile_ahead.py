@@ -1,0 +1,186 @@
+"""``compile``: kernels ahead of time, for chosen archs and features, in parallel; ``--out`` makes a cache to ship."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import chain, combinations, product
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..dispatch import FEATURES, DispatchKey, arch_of_capability, lookup, with_features
+from ..errors import CompileError, DispatchError
+from ..jit.cache import KernelCache, default_cache
+from ..jit.compile import CompiledKernel, compile_many
+from ..jit.driver import device_count, device_properties
+from ..jit.spec import KernelSpec
+from ..jit.tiles import HEAD_DIM_WIDTHS
+from ..types import DType, SmArch
+from .output import Json, console, make_table, print_json, progress_bar, size_text, time_text
+
+__all__ = ["GPU_ARCHS", "compile_ahead", "outcome_row", "specs_for"]
+
+GPU_ARCHS = (SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90, SmArch.SM_100, SmArch.SM_120)
+_LEFT_BOUND = ("sliding_causal", "sliding_full")
+MASKS = ("full", "causal", *_LEFT_BOUND)
+_DTYPES = (DType.F16, DType.BF16)
+_COMBINABLE = ("sink_tokens", "varlen", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "prescale")
+_PADDED = -8  # a head dim just below a width: the kernel that tests columns
+_SHOWN = 60
+
+
+def compile_ahead(
+    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, ... or 'all'; default: the GPUs of this machine, else all.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="f16, bf16; default: both.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Head dims, 8 to 256; default: 64 and 128.")] = None,
+    mask: Annotated[list[str] | None, typer.Option(help=f"{', '.join(MASKS)}; default: full and causal.")] = None,
+    feature: Annotated[
+        list[str] | None, typer.Option(help=f"Each is compiled on and off, in all combinations: {', '.join(_COMBINABLE)}.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All archs, types, widths, masks and combinations: many hours.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A folder to make a cache in, for ATOMR_FLASHATTN_CACHE_DIR elsewhere.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Kernels at a time; default: one per core.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which kernels.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile kernels ahead of time into the cache. Needs no GPU. Status 1 when one does not compile."""
+    if everything:
+        specs = all_specs(_archs(arch or ["all"]))
+    else:
+        specs = specs_for(
+            _archs(arch), [_dtype(name) for name in dtype] if dtype else _DTYPES, head_dim or (64, 128), mask or MASKS[:2], feature or ()
+        )
+    if dry_run:
+        _show_plan(specs, as_json=as_json)
+        return
+    cache = KernelCache(out) if out is not None else default_cache()
+    with progress_bar(hidden=as_json) as bar:
+        task = bar.add_task(f"compiling {len(specs)} kernels", total=len(specs))
+        results = compile_many(specs, jobs, lambda _spec, _result: bar.advance(task), cache)
+    failures = [result for result in results if isinstance(result, CompileError)]
+    _report(specs, results, cache, as_json=as_json)
+    if failures:
+        raise failures[0]
+
+
+def specs_for(
+    archs: Iterable[SmArch], dtypes: Iterable[DType], head_dims: Iterable[int], masks: Iterable[str], features: Iterable[str]
+) -> list[KernelSpec]:
+    """The kernels for every arch x type x head dim x mask x subset of ``features``, each once.
+
+    Raises:
+        DispatchError: a mask or feature that is none, or a kernel that is not built.
+    """
+    masks, features = list(masks), list(dict.fromkeys(features))
+    for name, given, allowed in (("mask", masks, MASKS), ("feature", features, _COMBINABLE)):
+        wrong = [value for value in given if value not in allowed]
+        if wrong:
+            raise DispatchError(f"{name}: got {', '.join(wrong)}; allowed are {', '.join(allowed)}")
+    # FEATURES gives its own window to a sink without one; here a mask without a left bound simply has no kernel with sinks.
+    chosen = [(mask, *subset) for mask in masks for subset in _subsets(features) if mask in _LEFT_BOUND or "sink_tokens" not in subset]
+    keys = (
+        with_features(DispatchKey(arch, dtype, head_dim), names)
+        for arch, dtype, head_dim, names in product(list(archs), list(dtypes), list(head_dims), chosen)
+    )
+    return list(dict.fromkeys(_kernels(keys)))
+
+
+def all_specs(archs: Iterable[SmArch]) -> list[KernelSpec]:
+    """The full product on ``archs``: exact and padded head dims of every width, both types, every mask and combination, dropout masks."""
+    archs = list(archs)
+    head_dims = [width + change for width in HEAD_DIM_WIDTHS for change in (0, _PADDED)]
+    patterns = (
+        with_features(DispatchKey(arch, DType.F16, 64, varlen=varlen), ["dropout_mask"]) for arch in archs for varlen in (False, True)
+    )
+    return list(dict.fromkeys([*specs_for(archs, _DTYPES, head_dims, MASKS, _COMBINABLE), *_kernels(patterns)]))
+
+
+def _kernels(keys: Iterable[DispatchKey]) -> Iterator[KernelSpec]:
+    for key in keys:
+        spec = lookup(key)
+        if isinstance(spec, KernelSpec):
+            yield spec
+
+
+def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    ordered = [name for name in FEATURES if name in set(names)]
+    return chain.from_iterable(combinations(ordered, size) for size in range(len(ordered) + 1))
+
+
+def _archs(names: list[str] | None) -> list[SmArch]:
+    if names is None:
+        here = [arch_of_capability(*device_properties(index).compute_capability) for index in range(device_count())]
+        return list(dict.fromkeys(here)) or list(GPU_ARCHS)
+    if "all" in names:
+        return list(GPU_ARCHS)
+    known = {arch.value: arch for arch in SmArch if arch is not SmArch.CPU}
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise DispatchError(f"arch: got {', '.join(wrong)}; allowed are {', '.join(arch.value for arch in GPU_ARCHS)} and all")
+    return [known[name] for name in names]
+
+
+def _dtype(name: str) -> DType:
+    try:
+        return DType(name)
+    except ValueError:
+        raise DispatchError(f"dtype: got {name}; allowed are {', '.join(dtype.value for dtype in _DTYPES)}") from None
+
+
+def outcome_row(result: CompiledKernel | CompileError) -> dict[str, Any]:
+    """What is told of one compiled kernel, as plain values."""
+    if isinstance(result, CompileError):
+        return {"kernel": getattr(result.spec, "kernel_name", str(result.spec)), "error": str(result)}
+    return {
+        "kernel": result.spec.kernel_name,
+        "arch": result.spec.arch.value,
+        "registers": result.registers,
+        "shared_bytes": result.shared_bytes,
+        "spill_bytes": result.spill_bytes,
+        "cubin_bytes": len(result.cubin),
+        "seconds": result.seconds,
+        "compile_seconds": result.compile_seconds,
+        "cache_hit": result.cache_hit,
+    }
+
+
+def _show_plan(specs: list[KernelSpec], *, as_json: bool) -> None:
+    if as_json:
+        print_json({"kernels": [{"kernel": spec.kernel_name, **asdict(spec)} for spec in specs]})
+        return
+    for spec in specs:
+        typer.echo(spec.kernel_name)
+
+
+def _report(specs: list[KernelSpec], results: list[CompiledKernel | CompileError], cache: KernelCache | None, *, as_json: bool) -> None:
+    rows = [outcome_row(result) for result in results]
+    where = cache.directory if cache is not None else None
+    if as_json:
+        print_json({"directory": where, "kernels": rows})
+        return
+    made = [row for row in rows if "error" not in row]
+    screen = console()
+    if len(made) <= _SHOWN:
+        numeric = ("registers", "shared", "spills", "cubin", "time")
+        table = make_table("", ("kernel", "arch", *numeric, "cache"), numeric=numeric)
+        for row in made:
+            table.add_row(
+                row["kernel"],
+                row["arch"],
+                str(row["registers"]),
+                size_text(row["shared_bytes"]),
+                f"{row['spill_bytes']} B" if row["spill_bytes"] else "-",
+                size_text(row["cubin_bytes"]),
+                time_text(row["seconds"]),
+                "hit" if row["cache_hit"] else "miss",
+            )
+        screen.print(table)
+    hits = sum(row["cache_hit"] for row in made)
+    total = size_text(sum(row["cubin_bytes"] for row in made))
+    screen.print(
+        f"{len(specs)} kernels: {len(made) - hits} compiled, {hits} from the cache, {len(specs) - len(made)} failed; {total} in "
+        f"{where or 'memory only: the cache is switched off'}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,138 @@
+"""``demo``: the main job on real input, with and without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..demo import Backend, Case, CaseResult, choose_backend, draw, kernels_of, load_cases, run_case
+from ..errors import CompileError
+from ..jit.compile import CompiledKernel, compile_many
+from .compile_ahead import GPU_ARCHS, outcome_row
+from .matrix import render_matrix, support_matrix
+from .output import Json, console, make_table, print_json, progress_bar, size_text, time_text
+
+__all__ = ["PICTURE", "demo"]
+
+PICTURE = "attention.png"
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo-output"),
+    device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    tokens: Annotated[int, typer.Option(min=64, help="Length of the long context.")] = 4096,
+    compile_kernels: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the kernels for every supported arch.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Compute attention of a real layer and of a long context, compare, compile for every arch, and draw the map. Status 1 when wrong."""
+    if device not in {"auto", "cpu", "gpu"}:
+        raise typer.BadParameter(f"got {device!r}; allowed are auto, cpu and gpu", param_hint="--device")
+    screen = Console(quiet=True) if as_json else console()
+    backend = choose_backend(device)
+    _greet(screen, backend)
+
+    cases = load_cases(tokens)
+    results = [run_case(case, backend) for case in cases]
+    _show_results(screen, cases, results)
+
+    compiled = _compile(cases, hidden=as_json) if compile_kernels else []
+    if compiled:
+        _show_kernels(screen, compiled)
+    table = support_matrix()
+    screen.print(render_matrix(table))
+
+    picture = _draw(out, cases, results, backend)
+    screen.print(f"picture: {picture or 'none, matplotlib is not installed (the extra [demo] brings it)'}", soft_wrap=True, markup=False)
+    if as_json:
+        print_json(
+            {
+                "backend": asdict(backend),
+                "cases": [_without_lse(result) for result in results],
+                "kernels": [outcome_row(result) for result in compiled],
+                "matrix": table,
+                "picture": picture,
+            }
+        )
+    failed = [result for result in compiled if isinstance(result, CompileError)]
+    if failed:
+        raise failed[0]
+    if not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+def _greet(screen: Console, backend: Backend) -> None:
+    where = f"[bold]{backend.name}[/]"
+    if backend.device.kind == "cpu":
+        where = f"the [bold]CPU backend[/] ({backend.why}): the same semantics, kernels are compiled and not run"
+    screen.print(f"Running on {where}\n", soft_wrap=True)
+
+
+def _show_results(screen: Console, cases: Sequence[Case], results: Sequence[CaseResult]) -> None:
+    numeric = ("error", "allowed", "first call", "time")
+    table = make_table(
+        f"Attention on {results[0].backend}, compared with what is known",
+        ("case", "backend", "kernel", "compared with", *numeric, ""),
+        numeric=numeric,
+    )
+    for case, result in zip(cases, results, strict=True):
+        table.add_row(
+            f"{case.title}\n[dim]{case.shape}[/]",
+            result.kernel,
+            case.origin,
+            f"{result.error:.2e}",
+            f"{result.allowed:.2e}",
+            time_text(result.first_seconds),
+            time_text(result.seconds),
+            "[green]ok[/]" if result.passed else "[bold red]WRONG[/]",
+        )
+    screen.print(table)
+
+
+def _compile(cases: Sequence[Case], *, hidden: bool) -> list[CompiledKernel | CompileError]:
+    specs = kernels_of(cases, GPU_ARCHS)
+    with progress_bar(hidden=hidden) as bar:
+        task = bar.add_task("compiling for every arch", total=len(specs))
+        return compile_many(specs, progress=lambda _spec, _result: bar.advance(task))
+
+
+def _show_kernels(screen: Console, results: Sequence[CompiledKernel | CompileError]) -> None:
+    numeric = ("registers", "shared", "spills", "seconds")
+    table = make_table("Their kernels, for every supported arch", ("arch", "kernel", *numeric, "cache"), numeric=numeric)
+    for row in map(outcome_row, results):
+        if "error" in row:
+            table.add_row("", row["kernel"], "", "", "", "", "[bold red]failed[/]")
+            continue
+        table.add_row(
+            row["arch"],
+            row["kernel"],
+            str(row["registers"]),
+            size_text(row["shared_bytes"]),
+            f"{row['spill_bytes']} B" if row["spill_bytes"] else "none",
+            f"{row['seconds']:.3f}",
+            "hit" if row["cache_hit"] else "miss",
+        )
+    screen.print(table)
+
+
+def _draw(out: Path, cases: Sequence[Case], results: Sequence[CaseResult], backend: Backend) -> Path | None:
+    """Draw the maps; None without matplotlib."""
+    if find_spec("matplotlib") is None:
+        return None
+    out.mkdir(parents=True, exist_ok=True)
+    (real, long), (real_result, long_result) = cases, results
+    caption = (
+        f"Probabilities exp(scale q.k - lse) with the LSE that was returned by {real_result.kernel} on {backend.name}; "
+        f"largest error {real_result.error:.1e} against the model's own output"
+    )
+    return draw(out / PICTURE, real, real_result.lse, long, long_result.lse, caption=caption)
+
+
+def _without_lse(result: CaseResult) -> dict[str, object]:
+    """The result as plain values."""
+    return {name: value for name, value in asdict(result).items() if name != "lse"} | {"passed": result.passed}

@@ -1,0 +1,206 @@
+"""``matrix``: what is supported on which architecture, asked of ``DISPATCH_TABLE`` and of the record of a GPU test run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.markup import escape
+
+from ..dispatch import DISPATCH_TABLE, FEATURES, Cell, arch_of_capability
+from ..errors import CacheError, FeatureNotBuiltError
+from ..types import DType, SmArch
+from .output import Json, console, make_table, print_json
+
+__all__ = ["END_MARK", "START_MARK", "Matrix", "markdown", "matrix", "render_matrix", "rendered_readme", "support_matrix"]
+
+START_MARK = "<!-- matrix: start -->"
+END_MARK = "<!-- matrix: end -->"
+
+_LABELS = {
+    "full": "full",
+    "causal": "causal",
+    "sliding_causal": "sliding causal",
+    "sliding_full": "sliding full, `window_size`",
+    "sink_tokens": "sink tokens",
+    "varlen": "varlen (`cu_seqlens`)",
+    "gqa": "MQA / GQA, any ratio",
+    "alibi": "ALiBi",
+    "softcap": "softcap",
+    "learned_sink": "learned sink",
+    "dropout": "dropout",
+    "dropout_mask": "dropout pattern out",
+    "unaligned": "any alignment",
+    "prescale": "zero or negative scale",
+    "backward": "backward",
+    "paged": "paged KV cache",
+    "split": "split KV",
+    "left_pad": "left padding",
+    "fa3": "wgmma family (FA3)",
+}
+_DTYPE_LABELS = {
+    DType.F16: "f16",
+    DType.BF16: "bf16",
+    DType.F32: "f32",
+    DType.F64: "f64",
+    DType.F8E4M3: "fp8 e4m3",
+    DType.F8E5M2: "fp8 e5m2",
+}
+_HEAD_DIM = 128
+_SHORT_NAME = re.compile(r"^NVIDIA (GeForce |Tesla )?| (\d+ ?GB|PCIe|SXM\d?|HBM\d\w?|NVL).*$")
+# How the ids of the GPU tests name what they exercise, where that differs from the feature's own name.
+_TEST_MARKS = {
+    "sliding_causal": "window",
+    "sliding_full": "window",
+    "sink_tokens": "sink",
+    "gqa": "kv",
+    "unaligned": "odd",
+    "prescale": "scale-",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One cell. ``state``: ``runs`` (CPU), ``ran``, ``compiles`` or ``refused``; ``text``: the words for it; ``reason``: of a refusal."""
+
+    state: str
+    text: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Rows of features, columns of architectures."""
+
+    archs: tuple[str, ...]
+    rows: dict[str, tuple[Entry, ...]]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Every refusal once, in the order of the rows; the first sentence says which feature."""
+        return list(dict.fromkeys(entry.reason for entries in self.rows.values() for entry in entries if entry.reason))
+
+
+def matrix(
+    record: Annotated[Path | None, typer.Option(help="A record of a GPU test run (benchmarks/results/gpu-tests.json).")] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
+    write: Annotated[Path | None, typer.Option(help="Replace the table between the markers of this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which feature runs, compiles or is refused on which architecture."""
+    table = support_matrix(record)
+    if write is not None:
+        write.write_text(rendered_readme(write.read_text(encoding="utf-8"), table), encoding="utf-8")
+    if as_json:
+        print_json(table)
+    elif as_markdown:
+        typer.echo(markdown(table))
+    else:
+        console().print(render_matrix(table))
+
+
+def support_matrix(record: Path | None = None) -> Matrix:
+    """The matrix of this version; cells that a GPU test run has passed say on which card.
+
+    Args:
+        record: a record of kind ``gpu_tests``, or a folder of which the newest counts; None claims no run.
+
+    Raises:
+        CacheError: the record cannot be read or is none.
+    """
+    runs = Runs.read(record)
+    rows = {_DTYPE_LABELS[dtype]: _row(runs, dtype.value, dtype) for dtype in DType}
+    rows |= {_LABELS.get(name, name): _row(runs, name, DType.F16, [name]) for name in FEATURES}
+    return Matrix(tuple(arch.value for arch in SmArch), rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """What a card has been seen to do: its short name, its architecture, and the ids of the tests that passed on it."""
+
+    card: str = ""
+    arch: SmArch | None = None
+    passed: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path | None) -> Runs:
+        """Read a record, or the newest of a folder. A run with a failed test counts for nothing.
+
+        Raises:
+            CacheError: it cannot be read or is no record of GPU tests.
+        """
+        newest = max(path.glob("gpu_tests*.json"), key=lambda file: file.name, default=None) if path is not None and path.is_dir() else path
+        if newest is None:
+            return cls()
+        try:
+            found = json.loads(newest.read_text(encoding="utf-8"))
+            failed = found["outcomes"].get("failed", 0)
+            major, minor = map(int, found["device"]["compute_capability"].split("."))
+            passed = tuple(cell["test"] for cell in found["cells"] if cell["outcome"] == "passed")
+            card = _SHORT_NAME.sub("", found["device"]["name"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CacheError(f"{newest}: no record of a GPU test run ({error!r}); make one with make gpu-test") from error
+        return cls() if failed else cls(card, arch_of_capability(major, minor), passed)
+
+    def did(self, arch: SmArch, feature: str) -> bool:
+        """Whether a test that names ``feature`` passed on this architecture."""
+        mark = _TEST_MARKS.get(feature, feature)
+        return arch is self.arch and any(mark in test for test in self.passed)
+
+
+def _row(runs: Runs, mark: str, dtype: DType, features: Sequence[str] = ()) -> tuple[Entry, ...]:
+    return tuple(_entry(DISPATCH_TABLE.cell(arch, dtype, _HEAD_DIM, features), runs, mark) for arch in SmArch)
+
+
+def _entry(cell: Cell, runs: Runs, feature: str) -> Entry:
+    if cell.refusal is not None:
+        named = f"{cell.refusal.feature}: {cell.refusal.reason}" if isinstance(cell.refusal, FeatureNotBuiltError) else str(cell.refusal)
+        return Entry("refused", "refused", named.replace(f"on {cell.key.arch.value}", "on a GPU"))  # the column names the arch
+    if cell.key.arch is SmArch.CPU:
+        return Entry("runs", "runs")
+    return Entry("ran", f"ran on {runs.card}") if runs.did(cell.key.arch, feature) else Entry("compiles", "compiles")
+
+
+def render_matrix(table: Matrix) -> RenderableType:
+    """For a terminal: the table, and below it the reasons of refusals, numbered."""
+    screen = make_table("What is supported", ("", *table.archs))
+    for name, entries in table.rows.items():
+        screen.add_row(name.replace("`", ""), *(_coloured(entry, table) for entry in entries))
+    notes = "\n".join(f"[dim]{number}[/] {escape(reason)}" for number, reason in enumerate(table.reasons, 1))
+    return Group(screen, f"[dim]refused:[/]\n{notes}\n")
+
+
+def _coloured(entry: Entry, table: Matrix) -> str:
+    colour = {"runs": "green", "ran": "green", "compiles": "cyan", "refused": "dim"}[entry.state]
+    return f"[{colour}]{escape(_words(entry, table))}[/]"
+
+
+def _words(entry: Entry, table: Matrix) -> str:
+    return f"{entry.text} {table.reasons.index(entry.reason) + 1}" if entry.reason else entry.text
+
+
+def markdown(table: Matrix) -> str:
+    """For the README: the same table, with refusals as numbers and the reasons as a list."""
+    lines = [f"| | {' | '.join(table.archs)} |", f"|---|{'---|' * len(table.archs)}"]
+    lines += [f"| {name} | {' | '.join(_words(entry, table) for entry in entries)} |" for name, entries in table.rows.items()]
+    reasons = [f"{number}. {reason}" for number, reason in enumerate(table.reasons, 1)]
+    return "\n".join([*lines, "", "A number is a refusal, by name and with this reason:", "", *reasons])
+
+
+def rendered_readme(text: str, table: Matrix) -> str:
+    """``text`` with the table between its markers made anew.
+
+    Raises:
+        CacheError: the markers are not there.
+    """
+    before, start, rest = text.partition(START_MARK)
+    _, end, after = rest.partition(END_MARK)
+    if not (start and end):
+        raise CacheError(f"no place for the table: allowed are files with a line {START_MARK} and a later line {END_MARK}")
+    return f"{before}{start}\n{markdown(table)}\n{end}{after}"
