@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 CUDA_SOURCES = $(shell find src -name '*.cuh' -o -name '*.cu')
 NEEDS_TORCH := $(if $(filter-out 0,$(TORCH)),$(VENV)/.torch)
 
-.PHONY: help demo test lint format compile-all gpu-test bench clean
+.PHONY: help demo test lint readme format compile-all gpu-test bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: $(VENV)/.dev ## ruff, mypy --strict, import layers, clang-format
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(CUDA_SOURCES)
 
+readme: $(VENV)/.dev ## render the support matrix of README.md from the code and the record of the last GPU test run
+	$(BIN)/atomr-flashattn matrix --record benchmarks/results --write README.md
+
 format: $(VENV)/.dev ## rewrite Python and CUDA in the house style
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
@@ -46,8 +49,8 @@ format: $(VENV)/.dev ## rewrite Python and CUDA in the house style
 compile-all: $(VENV)/.dev ## compile the full product of archs and features (long)
 	$(BIN)/atomr-flashattn compile --all $(ARGS)
 
-gpu-test: $(VENV)/.dev $(NEEDS_TORCH) ## the tests that need a GPU, one after the other
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+gpu-test: $(VENV)/.dev $(NEEDS_TORCH) ## the tests that need a GPU (and TORCH=1); writes benchmarks/results/gpu_tests.json
+	ATOMR_FLASHATTN_TEST_RECORD=benchmarks/results/gpu_tests.json $(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: $(VENV)/.dev ## measure against the peers found on this machine (needs a GPU)
 	$(BIN)/atomr-flashattn bench $(ARGS)
