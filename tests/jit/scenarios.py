@@ -51,6 +51,11 @@ def launching_once_reads_the_addresses_from_the_parameters() -> None:
     (ctypes.c_uint64 * FwdParams.POINTERS).from_buffer(params)[:] = list(pointers(256))
     launch(loaded(), _GRID, params, 256)
     assert (fake("launches").value, fake("torn").value) == (1, 0)
+    fake("launch_status").value = 701
+    with pytest.raises(LaunchError, match="launching 7 blocks"):
+        launch(loaded(), _GRID, params, 256)
+    with pytest.raises(LaunchError, match="a grid of 0 blocks"):
+        launch(loaded(), 0, params, 256)
 
 
 def a_kernel_is_loaded_once_however_many_threads_ask() -> None:
@@ -172,6 +177,8 @@ def debug_waits_for_the_kernel_and_raises_its_error() -> None:
     fake("sync_status").value = 700
     with pytest.raises(DeviceLostError, match="running the kernel failed"):
         plan.launch(0, pointers(0))
+    with pytest.raises(DeviceLostError, match="running the kernel failed"):
+        launch(loaded(), _GRID, FwdParams(), 0)
 
 
 def an_old_driver_is_named() -> None:

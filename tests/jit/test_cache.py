@@ -201,6 +201,14 @@ def test_readonly_reads_and_never_writes(tmp_path: Path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_strict_raises_where_others_warn(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match="cannot write the kernel cache"):
+        KernelCache(tmp_path / "file", strict=True).put(KEY, RECORD, CUBIN, "source")
+    with pytest.raises(CacheError, match="cannot read the kernel cache"):
+        KernelCache(tmp_path / "file", strict=True).get(KEY)
+
+
 def test_names_longer_than_a_file_name_are_cut(tmp_path: Path):
     cache = KernelCache(tmp_path)
     key = CacheKey("n" * 400, "ef" * 32)

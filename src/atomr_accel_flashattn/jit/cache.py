@@ -78,12 +78,14 @@ class KernelCache:
     """One folder of compiled kernels, safe to share between threads, processes and users.
 
     What fails while a kernel is looked up or kept is no error: the caller gets a miss, and a :class:`CacheWarning` once per folder and
-    operation. What fails when it was asked for (:meth:`list`, :meth:`verify`, :meth:`clear`) raises :class:`CacheError`.
+    operation. What fails when it was asked for (:meth:`list`, :meth:`verify`, :meth:`clear`) raises :class:`CacheError`; so does
+    everything with ``strict``, for a cache that is being made to be shipped.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, readonly: bool = False) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, readonly: bool = False, strict: bool = False) -> None:
         self.directory = Path(directory)
         self.readonly = readonly
+        self.strict = strict
         self._warned: set[str] = set()
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
@@ -251,6 +253,8 @@ class KernelCache:
         return target
 
     def _warn(self, operation: str, error: OSError) -> None:
+        if self.strict:
+            raise CacheError(f"cannot {operation} the kernel cache {self.directory}: {error.strerror or error}") from error
         with self._guard:
             if operation in self._warned:
                 return

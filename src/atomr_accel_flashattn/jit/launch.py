@@ -59,22 +59,20 @@ class LoadedKernel:
         Raises:
             LaunchError: ``grid`` outside 1..2^31-1.
         """
-        if not 1 <= grid <= _MAX_GRID:
-            raise LaunchError(f"a grid of {grid} blocks: allowed are 1..{_MAX_GRID}; split the batch", kernel_name=self.spec.kernel_name)
         return (_WaitingLaunchPlan if settings().debug else LaunchPlan)(self, params, grid)
 
 
-class _Block(Generic[P]):
-    """One thread's parameters and launch configuration, and what ctypes needs to pass them."""
+class _Block:
+    """Parameters and launch configuration of one thread, and what ctypes needs to pass them."""
 
-    __slots__ = ("_arguments", "_config", "arguments", "config", "params", "pointers", "stream")
+    __slots__ = ("_arguments", "_config", "_params", "arguments", "config", "pointers", "stream")
 
-    def __init__(self, kernel: LoadedKernel, params: P, grid: int) -> None:
-        self.params = type(params).from_buffer_copy(params)
-        self.pointers: Any = (ctypes.c_uint64 * params.POINTERS).from_buffer(self.params)
-        self.stream = 0
+    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int) -> None:
+        self._params = type(params).from_buffer_copy(params)
         self._config = LaunchConfig((grid, 1, 1), (kernel.spec.tile.threads, 1, 1), kernel.spec.shared_memory)
-        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
+        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
+        self.pointers: Any = (ctypes.c_uint64 * params.POINTERS).from_buffer(self._params)
+        self.stream = 0
         self.config = ctypes.byref(self._config)
         self.arguments = ctypes.byref(self._arguments)
 
@@ -84,10 +82,10 @@ class _Block(Generic[P]):
         self.stream = stream
 
 
-class _ThreadBlocks(threading.local, Generic[P]):
+class _ThreadBlocks(threading.local):
     """A :class:`_Block` for each thread that asks: another thread may write its addresses while CUDA reads ours."""
 
-    def __init__(self, kernel: LoadedKernel, params: P, grid: int) -> None:
+    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int) -> None:
         self.block = _Block(kernel, params, grid)
 
 
@@ -97,6 +95,7 @@ class LaunchPlan(Generic[P]):
     __slots__ = ("_blocks", "_function", "_launch", "grid", "kernel")
 
     def __init__(self, kernel: LoadedKernel, params: P, grid: int) -> None:
+        _check_grid(kernel, grid)
         self.kernel = kernel
         self.grid = grid
         self._launch = launch_function()
@@ -116,38 +115,66 @@ class LaunchPlan(Generic[P]):
             block.set_stream(stream)
         code = self._launch(block.config, self._function, block.arguments, None)
         if code:
-            self._recover(code, block)
-
-    def _recover(self, code: int, block: _Block[P]) -> None:
-        """Launch again with the device's context current if the thread's was another one or none, else raise what CUDA said."""
-        index, name = self.kernel.device_index, self.kernel.spec.kernel_name
-        if code in _WRONG_CONTEXT:
-            cuda = driver()
-            ours = int(primary_context(index))
-            current = int(check(cuda.cuCtxGetCurrent(), "cuCtxGetCurrent", name))
-            if current == 0 and index == 0:  # what the CUDA runtime would make current here; let it stay, and the next launch is quick
-                check(cuda.cuCtxSetCurrent(primary_context(index)), "cuCtxSetCurrent", name)
-                code = self._launch(block.config, self._function, block.arguments, None)
-            elif current != ours:  # for this launch only: the thread's current device is not ours to change
-                with current_context(index):
-                    code = self._launch(block.config, self._function, block.arguments, None)
-        if code:
-            size = f"{self.grid} blocks of {self.kernel.spec.tile.threads} threads, {self.kernel.spec.shared_memory} bytes of shared memory"
-            raise cuda_error(code, f"launching {size} on GPU {index}", name)
+            _recover(self.kernel, self.grid, block, code)
 
 
 class _WaitingLaunchPlan(LaunchPlan[P]):
-    """The debug form: waits for the kernel, so that its errors are raised by the call that made them. Not while a graph is captured."""
+    """The debug form: waits for the kernel, so that its errors are raised by the call that made them."""
 
     __slots__ = ()
 
     def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
         super().launch(stream, pointers)
-        cuda = driver()
-        with current_context(self.kernel.device_index):
-            capturing = check(cuda.cuStreamIsCapturing(stream), "cuStreamIsCapturing", self.kernel.spec.kernel_name)
-            if capturing == cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
-                check(cuda.cuStreamSynchronize(stream), "running the kernel", self.kernel.spec.kernel_name)
+        _wait(self.kernel, stream)
+
+
+def launch(kernel: LoadedKernel, grid: int, params: KernelParams, stream: int) -> None:
+    """Launch once, at the addresses in ``params``. Launches of one shape that repeat are cheaper through :meth:`LoadedKernel.plan`.
+
+    Raises:
+        LaunchError: ``grid`` outside 1..2^31-1, or CUDA refused the launch.
+        DeviceLostError: an earlier kernel left the context unusable.
+    """
+    _check_grid(kernel, grid)
+    block = _Block(kernel, params, grid)
+    block.set_stream(stream)
+    code = launch_function()(block.config, ctypes.c_void_p(kernel.function), block.arguments, None)
+    if code:
+        _recover(kernel, grid, block, code)
+    if settings().debug:
+        _wait(kernel, stream)
+
+
+def _check_grid(kernel: LoadedKernel, grid: int) -> None:
+    if not 1 <= grid <= _MAX_GRID:
+        raise LaunchError(f"a grid of {grid} blocks: allowed are 1..{_MAX_GRID}; split the batch", kernel_name=kernel.spec.kernel_name)
+
+
+def _recover(kernel: LoadedKernel, grid: int, block: _Block, code: int) -> None:
+    """After a launch that failed with ``code``: try again under the device's context if the thread's was another or none, else raise."""
+    index, spec = kernel.device_index, kernel.spec
+    if code in _WRONG_CONTEXT:
+        cuda, again = driver(), launch_function()
+        function = ctypes.c_void_p(kernel.function)
+        current = int(check(cuda.cuCtxGetCurrent(), "cuCtxGetCurrent", spec.kernel_name))
+        if current == 0 and index == 0:  # what the CUDA runtime would make current here; let it stay, and the next launch is quick
+            check(cuda.cuCtxSetCurrent(primary_context(index)), "cuCtxSetCurrent", spec.kernel_name)
+            code = again(block.config, function, block.arguments, None)
+        elif current != int(primary_context(index)):  # for this launch only: the thread's current device is not ours to change
+            with current_context(index):
+                code = again(block.config, function, block.arguments, None)
+    if code:
+        size = f"{grid} blocks of {spec.tile.threads} threads, {spec.shared_memory} bytes of shared memory"
+        raise cuda_error(code, f"launching {size} on GPU {index}", spec.kernel_name)
+
+
+def _wait(kernel: LoadedKernel, stream: int) -> None:
+    """Wait for ``stream`` and raise what went wrong in it. While a graph is captured nothing runs, so there is nothing to wait for."""
+    cuda, name = driver(), kernel.spec.kernel_name
+    with current_context(kernel.device_index):
+        capturing = check(cuda.cuStreamIsCapturing(stream), "cuStreamIsCapturing", name)
+        if capturing == cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
+            check(cuda.cuStreamSynchronize(stream), "running the kernel", name)
 
 
 _loaded: dict[tuple[KernelSpec, int], LoadedKernel] = {}
@@ -175,12 +202,6 @@ def load_kernel(spec: KernelSpec, device_index: int, cache: KernelCache | None =
             if kernel is None:
                 kernel = _loaded[key] = _load(spec, device_index, cache)
     return kernel
-
-
-def launch(kernel: LoadedKernel, grid: int, params: KernelParams, stream: int) -> None:
-    """Launch once. Repeated launches of one shape are cheaper through :meth:`LoadedKernel.plan`."""
-    pointers = (ctypes.c_uint64 * params.POINTERS).from_buffer_copy(params)
-    kernel.plan(params, grid).launch(stream, tuple(pointers))
 
 
 def _load(spec: KernelSpec, device_index: int, cache: KernelCache | None) -> LoadedKernel:
