@@ -1,0 +1,163 @@
+"""What a call costs on the CPU, where each microsecond goes, what starting up costs, and whether memory grows with N or with N squared."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .breakdown import call_breakdown
+from .cells import Cell
+from .inputs import make_inputs
+from .peers import Peer, Refused, all_peers
+
+__all__ = ["HostOptions", "enqueue_us", "run_host"]
+
+Say = Callable[[str], None]
+SMALL = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64,), causal=False)
+SMALL_PACKED = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64, 32), causal=True, packed=True)
+MEMORY_LENGTHS = (4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostOptions:
+    """``calls`` are enqueued between two waits for the device (fewer than the 1024 that CUDA queues); the median of ``repeats`` counts."""
+
+    calls: int = 500
+    repeats: int = 9
+    warm_up: int = 200
+    startup: bool = True
+    memory: bool = True
+
+
+def run_host(options: HostOptions, say: Say = print) -> dict[str, Any]:
+    """All of it on the current CUDA device; the start-up part needs no device.
+
+    Returns:
+        ``enqueue_us`` by peer, ``breakdown_us`` by step, ``startup`` seconds and milliseconds, ``memory`` bytes by length.
+
+    Raises:
+        RuntimeError: no CUDA device.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("the host benchmark enqueues on a CUDA device; this machine has none")
+    body: dict[str, Any] = {}
+    with torch.no_grad():
+        body["enqueue_us"] = {"dense": _peers_us(SMALL, options, say), "packed": _peers_us(SMALL_PACKED, options, say)}
+        body["breakdown_us"] = call_breakdown(options.calls, options.repeats)
+        for step, cost in body["breakdown_us"].items():
+            say(f"  {step:40} {cost:7.2f} us")
+        if options.memory:
+            body["memory"] = memory_growth(say)
+    if options.startup:
+        body["startup"] = startup(say)
+    return body
+
+
+def _peers_us(cell: Cell, options: HostOptions, say: Say) -> dict[str, float | str]:
+    """Microseconds to enqueue one call, by peer; a text where a peer does not do it."""
+    import torch
+
+    inputs = make_inputs(cell, torch.device("cuda", torch.cuda.current_device()), l2_bytes=0)[0]
+    found: dict[str, float | str] = {}
+    for peer in all_peers():
+        try:
+            call = peer.prepare(cell, inputs)
+            found[peer.name] = enqueue_us(call, options, peer.context)
+        except (Refused, RuntimeError) as reason:
+            found[peer.name] = str(reason).split("\n")[0]
+        cost = found[peer.name]
+        text = cost if isinstance(cost, str) else f"{cost:.2f} us"
+        say(f"enqueue {cell.mask:6} {'packed' if cell.packed else 'dense':7} {peer.name:6} {text}")
+    return found
+
+
+def enqueue_us(call: Callable[[], object], options: HostOptions, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> float:
+    """Median over ``repeats`` of the CPU microseconds per call in a steady state. The device keeps up: the queue never fills."""
+    import torch
+
+    costs = []
+    with context():
+        for _ in range(options.warm_up):
+            call()
+        for _ in range(options.repeats):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(options.calls):
+                call()
+            costs.append((time.perf_counter() - began) / options.calls * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(costs)
+
+
+def memory_growth(say: Say) -> dict[str, Any]:
+    """Peak bytes beyond the inputs by length, one batch, 8 heads of 64: the output and the LSE, so that doubling N doubles them."""
+    import torch
+
+    peaks: dict[int, int] = {}
+    ours: Peer = all_peers()[0]
+    for length in MEMORY_LENGTHS:
+        cell = Cell(group="memory", head_dim=64, heads=8, heads_kv=8, lengths=(length,), causal=True)
+        inputs = make_inputs(cell, torch.device("cuda", torch.cuda.current_device()), l2_bytes=0)[0]
+        call = ours.prepare(cell, inputs)
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        peaks[length] = torch.cuda.max_memory_allocated() - before
+    growth = peaks[MEMORY_LENGTHS[-1]] / max(peaks[MEMORY_LENGTHS[0]], 1)
+    times = MEMORY_LENGTHS[-1] // MEMORY_LENGTHS[0]
+    say(f"memory beyond the inputs: {peaks} bytes; {growth:.2f} x for {times} x the tokens")
+    return {
+        "peak_bytes": {str(length): peak for length, peak in peaks.items()},
+        "growth": growth,
+        "tokens_growth": times,
+        "linear": growth <= 1.1 * times,
+    }
+
+
+def startup(say: Say) -> dict[str, float]:
+    """Seconds to import without torch (best of five processes, less a bare one), cold compile seconds, disk-cache hit milliseconds."""
+    bare = min(_process_seconds("pass") for _ in range(5))
+    imported = min(_process_seconds("import atomr_accel_flashattn") for _ in range(5))
+    found = {"import_s": imported - bare} | _compile_times()
+    say(", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    return found
+
+
+def _process_seconds(code: str) -> float:
+    environment: Mapping[str, str] = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)  # noqa: S603 - our own interpreter
+    return time.perf_counter() - began
+
+
+def _compile_times() -> dict[str, float]:
+    """Cold compile of d 128 causal bf16 into an empty cache (NVRTC loaded before by another kernel), then hits of it."""
+    from ..dispatch import DispatchKey, lookup
+    from ..jit.cache import KernelCache
+    from ..jit.compile import compile_kernel
+    from ..jit.spec import KernelSpec
+    from ..types import DType, SmArch
+
+    first, second = (lookup(DispatchKey(SmArch.SM_90, DType.BF16, d, causal=True)) for d in (64, 128))
+    if not isinstance(first, KernelSpec) or not isinstance(second, KernelSpec):
+        raise TypeError("lookup gave no kernel for sm_90")
+    with tempfile.TemporaryDirectory() as folder:
+        cache = KernelCache(Path(folder))
+        load_and_compile = compile_kernel(first, cache).seconds
+        cold = compile_kernel(second, cache).seconds
+        hits = [compile_kernel(second, cache).seconds for _ in range(50)]
+    return {"first_compile_s": load_and_compile, "cold_compile_s": cold, "cache_hit_ms": statistics.median(hits) * 1e3}

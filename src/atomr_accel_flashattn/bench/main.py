@@ -1,0 +1,62 @@
+"""Entry points of the command line: run, print, write the record, draw the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .forward import Options, Report, Row, run_forward
+from .host import HostOptions, run_host
+from .record import make_record, write_record
+from .report import draw, format_row, header, summary
+
+__all__ = ["RESULTS", "main", "main_host"]
+
+RESULTS = Path("benchmarks/results")
+
+Say = Callable[[str], None]
+
+
+def main(
+    options: Options, *, out: Path = RESULTS, commit: str | None = None, picture: bool = True, say: Say = print
+) -> tuple[Report, Path]:
+    """Run the forward benchmark.
+
+    Args:
+        options: cells, rounds, budget, peers.
+        out: folder for the record and the picture.
+        commit: what the record calls the code; None asks git.
+        picture: also draw ``<record>.png``.
+        say: where lines of text go; pass a no-op to be silent.
+
+    Returns:
+        the report, and the path of the JSON record. ``report.failures`` is empty when every cell of ours was right and timed.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`run_forward`.
+    """
+    say(header())
+
+    def show(row: Row) -> None:
+        say(format_row(asdict(row)))
+
+    report = run_forward(options, show)
+    record = make_record("forward", report.as_dict() | {"options": asdict(options)}, commit=commit)
+    for line in summary(record):
+        say(line)
+    path = write_record(record, out)
+    say(f"record: {path}")
+    if picture and report.rows:
+        say(f"picture: {draw(record, path.with_suffix('.png'))}")
+    return report, path
+
+
+def main_host(options: HostOptions, *, out: Path = RESULTS, commit: str | None = None, say: Say = print) -> tuple[dict[str, Any], Path]:
+    """Run the host-cost benchmark: microseconds per call and where they go, start-up times, memory growth; the record and its path."""
+    body = run_host(options, say)
+    record = make_record("host", body, commit=commit)
+    path = write_record(record, out)
+    say(f"record: {path}")
+    return record, path

@@ -1,0 +1,154 @@
+"""What is compared: this package's FA2 family, and what torch carries (its FlashAttention-2, cuDNN).
+
+A peer that cannot do a cell raises :class:`Refused` with the reason; the row then says so instead of holding a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from .cells import Cell
+    from .inputs import Inputs
+
+__all__ = ["CudnnPeer", "Ours", "Peer", "Refused", "TorchFa2", "all_peers"]
+
+Call = Callable[[], "torch.Tensor"]
+UNBOUNDED = -1
+
+
+class Refused(Exception):  # noqa: N818 - no error: the reason why a column is empty
+    """The peer does not do this cell; the text says why."""
+
+
+class Peer(Protocol):
+    """One column. ``prepare`` does everything that is not to be timed; the call it returns does the work once."""
+
+    name: str
+
+    def prepare(self, cell: Cell, inputs: Inputs) -> Call:
+        """A call that returns o laid out as q is. Raises Refused."""
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around every call (backend choice)."""
+
+    def adds_alibi(self, cell: Cell) -> bool:
+        """Whether the cell's ALiBi bias is really added."""
+
+
+class Ours:
+    """This package through its flash-attn compatible calls: what a user pays, allocation included."""
+
+    name = "ours"
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing to choose."""
+        return contextlib.nullcontext()
+
+    def adds_alibi(self, cell: Cell) -> bool:
+        """Whenever the cell has it."""
+        return cell.alibi
+
+    def prepare(self, cell: Cell, inputs: Inputs) -> Call:
+        """``flash_attn_func`` or ``flash_attn_varlen_func``."""
+        from ..functional import flash_attn_func, flash_attn_varlen_func
+
+        window = (UNBOUNDED, UNBOUNDED) if cell.window is None else (cell.window - 1, 0)
+        q, k, v, offsets, longest, slopes = inputs.q, inputs.k, inputs.v, inputs.offsets, inputs.max_length, inputs.slopes
+        causal = cell.causal
+        if cell.packed:
+            return lambda: flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, causal=causal, window_size=window)
+        return lambda: flash_attn_func(q, k, v, causal=causal, window_size=window, alibi_slopes=slopes)
+
+
+class _Sdpa:
+    """torch.nn.functional.scaled_dot_product_attention held to one backend."""
+
+    name = ""
+    backend = ""
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Hold SDPA to the backend."""
+        from torch.nn import attention
+
+        held: contextlib.AbstractContextManager[Any] = attention.sdpa_kernel([getattr(attention.SDPBackend, self.backend)])
+        return held
+
+    def sdpa(self, cell: Cell, inputs: Inputs) -> Call:
+        """The dense call; torch wants (B, H, S, D), which is a view."""
+        from torch.nn.functional import scaled_dot_product_attention
+
+        q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+        causal, gqa = cell.causal, cell.heads != cell.heads_kv
+        return lambda: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa).transpose(1, 2)
+
+
+class CudnnPeer(_Sdpa):
+    """cuDNN's attention through SDPA."""
+
+    name = "cudnn"
+    backend = "CUDNN_ATTENTION"
+
+    def adds_alibi(self, cell: Cell) -> bool:
+        """Never: SDPA has no ALiBi but a materialised (S, S) bias."""
+        del cell
+        return False
+
+    def prepare(self, cell: Cell, inputs: Inputs) -> Call:
+        """Dense, full or causal, GQA."""
+        if cell.packed or cell.window is not None or cell.alibi:
+            raise Refused("SDPA has no packed sequences, window or ALiBi")
+        return self.sdpa(cell, inputs)
+
+
+class TorchFa2(_Sdpa):
+    """The FlashAttention-2 that torch carries: SDPA for dense cells, ``varlen_attn`` for packed ones, its operator for windows.
+
+    torch builds it without ALiBi, so an ALiBi cell is timed without the bias: the same products and less other work, a bar that is a
+    little too high.
+    """
+
+    name = "fa2"
+    backend = "FLASH_ATTENTION"
+
+    def adds_alibi(self, cell: Cell) -> bool:
+        """Never: see the class."""
+        del cell
+        return False
+
+    def prepare(self, cell: Cell, inputs: Inputs) -> Call:
+        """Every cell."""
+        if cell.packed:
+            return self._varlen(cell, inputs)
+        if cell.window is not None:
+            return self._window(cell, inputs)
+        return self.sdpa(cell, inputs)
+
+    @staticmethod
+    def _varlen(cell: Cell, inputs: Inputs) -> Call:
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError as error:
+            raise Refused("this torch has no varlen_attn") from error
+        q, k, v, offsets, longest = inputs.q, inputs.k, inputs.v, inputs.offsets, inputs.max_length
+        window = (UNBOUNDED, 0) if cell.causal else (UNBOUNDED, UNBOUNDED)
+        attend: Any = varlen_attn
+        return lambda: attend(q, k, v, offsets, offsets, longest, longest, window_size=window)
+
+    @staticmethod
+    def _window(cell: Cell, inputs: Inputs) -> Call:
+        import torch
+
+        operator: Any = torch.ops.aten._flash_attention_forward  # noqa: SLF001 - SDPA does not pass a window on
+        q, k, v, s = inputs.q, inputs.k, inputs.v, inputs.max_length
+        left = (cell.window or 0) - 1
+        return lambda: operator(q, k, v, None, None, s, s, 0.0, False, False, window_size_left=left, window_size_right=0)[0]
+
+
+def all_peers() -> list[Peer]:
+    """Ours first, then the others."""
+    return [Ours(), TorchFa2(), CudnnPeer()]
