@@ -1,0 +1,135 @@
+"""Take the NumPy inputs of one call to a device with their memory layout, run them there into poisoned outputs.
+
+The device is ``cuda:0``; ``ATOMR_FLASHATTN_TEST_DEVICE`` names another, and ``cpu`` runs the same tests on the CPU backend.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from atomr_accel_flashattn.execute import run
+from atomr_accel_flashattn.fa2 import AttentionOptions, Fa2FwdRequest, MaskKind, PositionBias
+from atomr_accel_flashattn.functional import flash_attn_func, flash_attn_varlen_func
+from atomr_accel_flashattn.types import SmArch
+from atomr_accel_flashattn.varlen import CumulativeSeqlens, VarlenFwdRequest
+from tests.check import Run
+from tests.inputs import Inputs, Layout, place, storage_of
+
+Array = NDArray[Any]
+
+DEVICE = os.environ.get("ATOMR_FLASHATTN_TEST_DEVICE", "cuda:0")
+Request = Fa2FwdRequest | VarlenFwdRequest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call on the device: its request, and the poisoned buffer that the output lies in."""
+
+    request: Request
+    out: torch.Tensor
+    storage: torch.Tensor
+
+
+def upload(view: Array, device: str = DEVICE) -> torch.Tensor:
+    """The same values with the same strides and the same offset from an aligned address, on the device."""
+    storage, offset, strides = storage_of(view)
+    return torch.as_strided(_flat_tensor(storage, device), view.shape, strides, offset)
+
+
+def _flat_tensor(storage: Array, device: str) -> torch.Tensor:
+    copy = storage.copy()
+    if copy.dtype.name == "bfloat16":
+        return torch.from_numpy(copy.view(np.int16)).to(device).view(torch.bfloat16)
+    return torch.from_numpy(copy).to(device)
+
+
+def download(tensor: torch.Tensor) -> Array:
+    """A NumPy copy; bf16 as ml_dtypes has it."""
+    host = tensor.detach().cpu()
+    if host.dtype is torch.bfloat16:
+        return np.asarray(host.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+    return np.asarray(host.numpy())
+
+
+def make_call(inputs: Inputs, *, out_layout: Layout = Layout.PADDED, device: str = DEVICE) -> Call:
+    """Upload everything and make the request; the output and all around it is filled with NaN."""
+    out_view = place(np.zeros(inputs.out_shape, inputs.q.dtype), out_layout)
+    out_storage, offset, strides = storage_of(out_view)
+    storage = _flat_tensor(out_storage, device).fill_(float("nan"))
+    out = torch.as_strided(storage, inputs.out_shape, strides, offset)
+    return Call(make_request(inputs, device, out), out, storage)
+
+
+def make_request(inputs: Inputs, device: str = DEVICE, out: torch.Tensor | None = None) -> Request:
+    """The request of a call, every array on the device."""
+    q, k, v = (upload(x, device) for x in (inputs.q, inputs.k, inputs.v))
+    slopes, sink, rng = (None if x is None else upload(x, device) for x in (inputs.alibi_slopes, inputs.learned_sink, inputs.rng))
+    options = AttentionOptions(
+        softmax_scale=inputs.softmax_scale, softcap=inputs.softcap, learned_sink=sink, dropout_p=inputs.dropout_p, rng=rng
+    )
+    common: dict[str, Any] = {
+        "mask": MaskKind(inputs.left, inputs.right),
+        "bias": PositionBias.none() if slopes is None else PositionBias.alibi(slopes),
+        "sink_tokens": inputs.sink_tokens,
+        "options": options,
+        "out": out,
+    }
+    if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
+        return Fa2FwdRequest(q, k, v, **common)
+    lengths = {
+        "cu_seqlens_q": CumulativeSeqlens(upload(inputs.cu_seqlens_q, device), inputs.max_seqlen_q),
+        "cu_seqlens_k": CumulativeSeqlens(upload(inputs.cu_seqlens_k, device), inputs.max_seqlen_k),
+    }
+    return VarlenFwdRequest(q, k, v, **lengths, **common)
+
+
+def run_inputs(inputs: Inputs, tiles_for: SmArch | None = None) -> Run:
+    """What :func:`tests.check.check_case` calls: one run on the device, with everything uploaded in its layout."""
+    return execute(make_call(inputs), tiles_for)
+
+
+def execute(call: Call, tiles_for: SmArch | None = None) -> Run:
+    """Run the request and bring the results to the host. Fails when anything around the output was written."""
+    output = run(call.request, dropout_mask=True, tiles_for=tiles_for)
+    synchronize()
+    assert output.out.data_ptr() == call.out.data_ptr(), "the output is not the tensor that was passed as out="
+    assert output.lse is not None, "run() gave no LSE"
+    around = call.storage.clone()
+    torch.as_strided(around, call.out.shape, call.out.stride(), call.out.storage_offset()).fill_(float("nan"))
+    touched = torch.nonzero(~torch.isnan(around))
+    assert len(touched) == 0, f"{len(touched)} elements outside the output were written, the first at element {touched[0].item()}"
+    keep = None if output.dropout_mask is None else download(output.dropout_mask)
+    return Run(download(call.out), download(output.lse), keep)
+
+
+def functional_call(inputs: Inputs, device: str = DEVICE) -> Callable[[], torch.Tensor]:
+    """The same call, without dropout, through the flash-attn compatible functions (and so through the plan cache), on tensors made once."""
+    q, k, v = (upload(x, device) for x in (inputs.q, inputs.k, inputs.v))
+    extra = (inputs.alibi_slopes, inputs.learned_sink, inputs.cu_seqlens_q, inputs.cu_seqlens_k)
+    slopes, sink, offsets_q, offsets_k = (None if x is None else upload(x, device) for x in extra)
+    options: dict[str, Any] = {
+        "softmax_scale": inputs.softmax_scale,
+        "window_size": tuple(-1 if side is None else side for side in (inputs.left, inputs.right)),
+        "softcap": inputs.softcap,
+        "alibi_slopes": slopes,
+        "learned_sink": sink,
+        "sink_tokens": inputs.sink_tokens,
+    }
+    if offsets_q is None:
+        return lambda: flash_attn_func(q, k, v, **options)
+    longest = inputs.max_seqlen_q, inputs.max_seqlen_k
+    return lambda: flash_attn_varlen_func(q, k, v, offsets_q, offsets_k, *longest, **options)
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if DEVICE != "cpu":
+        torch.cuda.synchronize(DEVICE)

@@ -1,0 +1,82 @@
+"""The whole feature grid on the card against the float64 oracle: o (NaN before, in guarded memory), LSE and dropout pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+torch = pytest.importorskip("torch")
+
+from tests.case_lists import MASKS, hazard_cases, head_dim_cases, large_cases, pairwise_cases  # noqa: E402 - after the skip
+from tests.cases import GPU_DTYPES, Case  # noqa: E402
+from tests.check import check_case  # noqa: E402
+from tests.gpu.harness import run_inputs  # noqa: E402
+from tests.strategies import random_cases  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+
+Record = Callable[[str, object], None]
+RANDOM_RUNS, EXAMPLES = 12, 15
+
+
+def grid_cases() -> list[Case]:
+    """Every head dim with every mask in both types: more than one tile of queries and of keys, none of them full."""
+    widths = range(8, 257, 8)
+    return [
+        Case(dtype=dtype, heads=4, heads_kv=2, seqlen_q=133, seqlen_k=201, head_dim=d, v_head_dim=d, **mask)
+        for dtype in GPU_DTYPES
+        for d in widths
+        for mask in MASKS
+    ]
+
+
+def check(case: Case, record_property: Record) -> None:
+    report = check_case(case, run_inputs)
+    record_property("dtype", case.dtype.value)
+    record_property("ratio", round(report.ratio, 4))  # of the error to that of the plain evaluation in the same type
+    record_property("share", round(report.error / report.bound, 4) if report.bound else 0.0)  # of what is allowed
+    record_property("lse_error", float(f"{report.lse_error:.2e}"))
+
+
+@pytest.mark.parametrize("case", grid_cases(), ids=str)
+def test_every_head_dim_with_every_mask(case: Case, record_property: Record) -> None:
+    check(case, record_property)
+
+
+@pytest.mark.parametrize("case", head_dim_cases(GPU_DTYPES), ids=str)
+def test_every_head_dim_and_mixed_widths(case: Case, record_property: Record) -> None:
+    check(case, record_property)
+
+
+@pytest.mark.parametrize("case", pairwise_cases(GPU_DTYPES), ids=str)
+def test_every_pair_of_features(case: Case, record_property: Record) -> None:
+    check(case, record_property)
+
+
+@pytest.mark.parametrize("case", hazard_cases(GPU_DTYPES), ids=str)
+def test_hazard(case: Case, record_property: Record) -> None:
+    check(case, record_property)
+
+
+@pytest.mark.parametrize("case", large_cases(GPU_DTYPES), ids=str)
+def test_large_on_sampled_rows(case: Case, record_property: Record) -> None:
+    check(case, record_property)
+
+
+@pytest.mark.parametrize("run", range(RANDOM_RUNS))
+def test_random_shapes_and_features(run: int) -> None:
+    @seed(run)
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],  # shrinking compiles a kernel a step
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=random_cases(GPU_DTYPES))
+    def judge(case: Case) -> None:
+        check_case(case, run_inputs)
+
+    judge()
