@@ -1,0 +1,32 @@
+"""SASS of a cubin through nvdisasm, and the opcodes in it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+__all__ = ["find_nvdisasm", "opcodes"]
+
+OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+
+
+def find_nvdisasm() -> str | None:
+    """The program of the ``nvidia-cuda-nvdisasm`` wheel, else the one on PATH."""
+    spec = find_spec("nvidia")
+    for folder in spec.submodule_search_locations or [] if spec is not None else []:
+        for program in sorted(Path(folder).glob("*/bin/nvdisasm")):
+            return str(program)
+    return shutil.which("nvdisasm")
+
+
+def opcodes(cubin: bytes, folder: Path) -> set[str]:
+    """Every opcode with its modifiers, as ``HMMA.16816.F32.BF16``; ``folder`` takes the temporary file."""
+    program = find_nvdisasm()
+    assert program is not None, "nvdisasm is not installed: pip install nvidia-cuda-nvdisasm==13.*"
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    done = subprocess.run([program, "-c", str(path)], capture_output=True, text=True, check=True)
+    return set(OPCODE.findall(done.stdout))

@@ -1,0 +1,69 @@
+"""Every kernel compiles for every architecture, holds the instructions its spec expects, and spills nothing that is not known."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from atomr_accel_flashattn.jit.compile import compile_kernel
+from atomr_accel_flashattn.jit.spec import KernelSpec
+from atomr_accel_flashattn.jit.tiles import HEAD_DIM_WIDTHS
+from tests.compile.disassembly import opcodes
+from tests.compile.kernels import ARCHS, DTYPES, all_specs, feature_specs, plain_specs
+from tests.compile.known_spills import KNOWN_SPILLS
+
+SPECS = all_specs()
+# Where registers, spills, sizes and seconds go, one JSON line a kernel; unset writes nothing.
+RECORD = os.environ.get("ATOMR_FLASHATTN_COMPILE_RECORD")
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kernel_name)
+def test_kernel_compiles_with_its_instructions_and_without_new_spills(spec: KernelSpec, tmp_path: Path) -> None:
+    kernel = compile_kernel(spec)
+    found = opcodes(kernel.cubin, tmp_path)
+    if RECORD:
+        _write_line(Path(RECORD), kernel.registers, kernel.spill_bytes, len(kernel.cubin), kernel.compile_seconds, name=spec.kernel_name)
+    for expected in spec.expected_instructions:
+        assert any(_is(opcode, expected) for opcode in found), f"no {expected} in the SASS; there are {sorted(found)}"
+    assert "C75" not in kernel.log, kernel.log
+    known = KNOWN_SPILLS.get(spec.kernel_name)
+    allowed = 0 if known is None else known.bytes
+    assert kernel.spill_bytes <= allowed, (
+        f"{kernel.spill_bytes} bytes of spills with {kernel.registers} registers, {allowed} are known; "
+        "make the tile smaller, or enter it in tests/compile/known_spills.py with the reason"
+    )
+    assert spec.shared_memory <= spec.arch.shared_memory_per_block
+
+
+def test_every_arch_type_and_width_is_compiled() -> None:
+    assert {(spec.arch, spec.dtype, spec.head_dim) for spec in plain_specs()} == {
+        (arch, dtype, width) for arch in ARCHS for dtype in DTYPES for width in HEAD_DIM_WIDTHS
+    }
+
+
+def test_every_feature_is_compiled_on_and_off_with_every_arch() -> None:
+    specs = feature_specs()
+    flags = [field.name for field in fields(KernelSpec) if field.type == "bool"]
+    for arch in ARCHS:
+        of_arch = [spec for spec in specs if spec.arch is arch]
+        for flag in flags:
+            assert {getattr(spec, flag) for spec in of_arch} == {False, True}, f"{arch.value}: {flag}"
+
+
+def test_known_spills_name_kernels_that_exist() -> None:
+    assert set(KNOWN_SPILLS) <= {spec.kernel_name for spec in SPECS}
+
+
+def _is(opcode: str, expected: str) -> bool:
+    """``HMMA`` is in ``HMMA.16816.F32``; ``IMAD.WIDE.U32`` in ``IMAD.WIDE.U32.X``."""
+    return opcode == expected or opcode.startswith(expected + ".")
+
+
+def _write_line(path: Path, registers: int, spill_bytes: int, cubin_bytes: int, seconds: float, *, name: str) -> None:
+    line = {"kernel": name, "registers": registers, "spill_bytes": spill_bytes, "cubin_bytes": cubin_bytes, "seconds": round(seconds, 3)}
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
