@@ -1,0 +1,38 @@
+"""Run a benchmark without the command line's dependencies: ``python -m tools.gpu_bench forward --cells grid_d128* --rounds 5``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from atomr_accel_flashattn.bench import HostOptions, Options, main, main_host
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["forward", "host"])
+    parser.add_argument("--cells", help="comma-separated patterns of cell names")
+    parser.add_argument("--peers", help="comma-separated: ours, fa2, cudnn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no further cell is begun")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--commit", default=os.environ.get("ATOMR_FLASHATTN_COMMIT"), help="what the record calls the code")
+    return parser.parse_args()
+
+
+def run() -> int:
+    """0 when everything was right and timed."""
+    arguments = _arguments()
+    if arguments.what == "host":
+        main_host(HostOptions(), out=arguments.out, commit=arguments.commit)
+        return 0
+    peers = tuple(arguments.peers.split(",")) if arguments.peers else None
+    options = Options(cells=arguments.cells, rounds=arguments.rounds, budget=arguments.budget, peers=peers)
+    report, _ = main(options, out=arguments.out, commit=arguments.commit)
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
