@@ -269,7 +269,7 @@ def _empty_torch(torch: Any, like: Any, shape: tuple[int, ...], dtype: Any) -> A
         array = torch.empty_like(like)
         if array.stride(-1) == 1:
             return array
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def unbind(info: ArrayInfo, axis: int) -> tuple[Any, ...]:
@@ -362,7 +362,7 @@ def draw_seed_and_offset(like: ArrayInfo) -> ArrayInfo | None:
     torch = sys.modules.get("torch")
     array: Any
     if torch is not None and isinstance(source, torch.Tensor):
-        array = torch.randint(low, high, (2,), dtype=torch.int64, device=source.device)
+        array = source.new_empty((2,), dtype=torch.int64).random_(low, high)
     elif isinstance(source, np.ndarray):
         array = np.random.randint(low, high, 2, dtype=np.int64)  # noqa: NPY002 - the generator that np.random.seed controls
     elif _is_cupy(source):

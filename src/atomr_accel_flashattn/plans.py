@@ -44,9 +44,7 @@ class Hooks:
     plain_types: frozenset[type] = frozenset()
     is_grad_enabled: Any = None
     empty_like: Any = None
-    empty: Any = None
     float32: Any = None
-    randint: Any = None
     int64: Any = None
     raw_stream: Any = None
 
@@ -70,8 +68,7 @@ def meet_torch() -> None:
     if torch is None or hooks.plain_types or not hasattr(torch, "nn"):
         return
     hooks.is_grad_enabled = torch.is_grad_enabled
-    hooks.empty_like, hooks.empty, hooks.float32 = torch.empty_like, torch.empty, torch.float32
-    hooks.randint, hooks.int64 = torch.randint, torch.int64
+    hooks.empty_like, hooks.float32, hooks.int64 = torch.empty_like, torch.float32, torch.int64
     hooks.raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # noqa: SLF001 - 0.2 us; the public call costs 8
     hooks.plain_types = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -120,9 +117,9 @@ def _launch(plan: _Plan, q: Any, qkv: tuple[int, int, int], extra: tuple[int, in
         out = hooks.empty_like(q) if plan.out_shape is None else q.new_empty(plan.out_shape)
     lse = rng = None
     if plan.lse_shape is not None:
-        lse = hooks.empty(plan.lse_shape, dtype=hooks.float32, device=q.device)
+        lse = q.new_empty(plan.lse_shape, dtype=hooks.float32)
     if plan.dropout:
-        rng = hooks.randint(-(2**63), 2**63 - 1, (2,), dtype=hooks.int64, device=q.device)
+        rng = q.new_empty((2,), dtype=hooks.int64).random_(-(2**63), 2**63 - 1)
     pointers = (*qkv, out.data_ptr(), 0 if lse is None else lse.data_ptr(), *extra, 0 if rng is None else rng.data_ptr())
     plan.launch.launch(hooks.raw_stream(plan.device_index), pointers)
     return out if lse is None else (out, lse, None)
