@@ -11,13 +11,19 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock
+
 from atomr_accel_flashattn.jit.source import headers_digest, headers_dir, kernel_source
 
 if TYPE_CHECKING:
     from atomr_accel_flashattn.jit.spec import KernelSpec
 
+__all__ = ["compiler", "run"]
+
 HERE = Path(__file__).resolve().parent
-_FLAGS = ["-std=c++20", "-O2", "-shared", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+FOLDER = HERE.parents[1] / "build" / "emulator"
+REPLACED = ("emulator.h", "ptx.cuh")  # what takes the place of the GPU
+_FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 
 _RUN = """
 extern "C" int run(const fa::{params}* p, unsigned grid, unsigned threads, unsigned seed, char* message, size_t size) {{
@@ -31,34 +37,46 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
+def run(spec: KernelSpec, params: ctypes.Structure, grid: int, *, seed: int = 0) -> None:
+    """Runs all blocks of the grid. The seed draws the order of threads; an odd one makes copies land as late as they may."""
+    threads = 128 if spec.direction.name == "DROPOUT_MASK" else spec.tile.threads
+    message = ctypes.create_string_buffer(256)
+    if _library(spec).run(ctypes.byref(params), grid, threads, seed, message, len(message)):
+        raise RuntimeError(f"{spec.kernel_name}: {message.value.decode()}")
+
+
 @cache
-def build(spec: KernelSpec, folder: Path) -> ctypes.CDLL:
+def _library(spec: KernelSpec) -> ctypes.CDLL:
     """Shared library of one kernel, compiled once per source."""
     params = "DropoutMaskParams" if spec.direction.name == "DROPOUT_MASK" else "FwdParams"
     text = '#include "emulator.h"\n' + kernel_source(spec) + _RUN.format(params=params, name=spec.kernel_name)
-    own = b"".join((HERE / name).read_bytes() for name in ("emulator.h", "ptx.cuh"))
-    digest = hashlib.sha256(text.encode() + headers_digest() + own).hexdigest()[:24]
-    library = folder / f"{digest}.so"
+    headers = _headers()
+    stem = headers / hashlib.sha256(text.encode()).hexdigest()[:24]
+    library = stem.with_suffix(".so")
     if not library.exists():
-        headers = folder / f"{digest}.headers"
-        shutil.copytree(headers_dir(), headers, dirs_exist_ok=True)
-        for name in ("emulator.h", "ptx.cuh"):
-            shutil.copy(HERE / name, headers / name)
-        source = folder / f"{digest}.cpp"
+        source, partial = stem.with_suffix(".cpp"), stem.with_suffix(f".{os.getpid()}")
         source.write_text(text)
-        partial = folder / f"{digest}.{os.getpid()}.so"
-        command = [str(compiler()), *_FLAGS, "-I", str(headers), "-o", str(partial), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            msg = f"the emulator could not compile {spec.kernel_name}:\n{done.stderr[:4000]}"
-            raise RuntimeError(msg)
+        _compile(headers, "-shared", "-o", str(partial), str(source))
         partial.replace(library)
     return ctypes.CDLL(str(library))
 
 
-def run(spec: KernelSpec, params: ctypes.Structure, grid: int, folder: Path, *, seed: int = 0) -> None:
-    """Runs all blocks of the grid; an odd seed makes cp.async land as late as it may."""
-    threads = 128 if spec.direction.name == "DROPOUT_MASK" else spec.tile.threads
-    message = ctypes.create_string_buffer(256)
-    if build(spec, folder).run(ctypes.byref(params), grid, threads, seed, message, len(message)):
-        raise RuntimeError(f"{spec.kernel_name}: {message.value.decode()}")
+@cache
+def _headers() -> Path:
+    """A folder with the project's headers, the emulator's in the place of the GPU's, and emulator.h precompiled."""
+    own = b"".join((HERE / name).read_bytes() for name in REPLACED)
+    folder = FOLDER / hashlib.sha256(headers_digest() + own + str(_FLAGS).encode()).hexdigest()[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "emulator.h.gch").exists():
+            shutil.copytree(headers_dir(), folder, dirs_exist_ok=True)
+            for name in REPLACED:
+                shutil.copy(HERE / name, folder / name)
+            _compile(folder, "-x", "c++-header", "-o", str(folder / "emulator.h.gch"), str(folder / "emulator.h"))
+    return folder
+
+
+def _compile(headers: Path, *arguments: str) -> None:
+    done = subprocess.run([str(compiler()), *_FLAGS, "-I", str(headers), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the emulator could not compile {arguments[-1]}:\n{done.stderr[:4000]}")

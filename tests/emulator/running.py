@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     from atomr_accel_flashattn.keys import DispatchKey
     from atomr_accel_flashattn.problem import AttentionProblem
 
-FOLDER = Path(__file__).resolve().parents[2] / "build" / "emulator"
-
 
 def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = None, seed: int = 0) -> Run:
     """What :func:`tests.check.check_case` calls: the kernel that ``lookup`` gives on ``arch``, or the same with another tile."""
@@ -41,7 +37,7 @@ def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = 
     if tile is not None:
         spec = replace(spec, tile=tile)
     if out.view.size:
-        _launch(spec, pack_forward(problem, out_info, lse.ctypes.data, spec.tile), forward_grid(problem, spec.tile), seed)
+        run(spec, pack_forward(problem, out_info, lse.ctypes.data, spec.tile), forward_grid(problem, spec.tile), seed=seed)
     out.check()
     return Run(out.view, lse, _keep_pattern(problem, key, inputs, seed) if inputs.dropout_p else None)
 
@@ -51,11 +47,7 @@ def _keep_pattern(problem: AttentionProblem, key: DispatchKey, inputs: Inputs, s
     spec = lookup(replace(key, extras=replace(key.extras, direction="dropout_mask")))
     assert isinstance(spec, KernelSpec)
     if keep.size:
-        _launch(spec, pack_dropout_mask(problem, keep.ctypes.data), dropout_mask_grid(problem), seed)
+        run(spec, pack_dropout_mask(problem, keep.ctypes.data), dropout_mask_grid(problem), seed=seed)
     assert keep.max(initial=0) <= 1, "the pattern has bytes that are neither 0 nor 1"
     return keep.view(np.bool_)
 
-
-def _launch(spec: KernelSpec, params: ctypes.Structure, grid: int, seed: int) -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    run(spec, params, grid, FOLDER, seed=seed)
