@@ -14,6 +14,7 @@ import numpy as np
 from .device_array import DeviceArray
 from .dlpack import BorrowedTensor, read_dlpack
 from .errors import ArrayTypeError, DeviceMismatchError, DTypeError, HeadDimError, OutputError, StrideError
+from .jit.driver import driver
 from .problem import ArrayInfo
 from .types import Device, DType
 
@@ -186,13 +187,12 @@ def _device_of_pointer(ptr: int, name: str) -> int:
     """Ordinal of the GPU that owns an address; an empty array has none and counts as device 0."""
     if ptr == 0:
         return 0
-    from cuda.bindings import driver
-
-    driver.cuInit(0)
-    error, ordinal = driver.cuPointerGetAttribute(driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, ptr)
-    if error != driver.CUresult.CUDA_SUCCESS:
+    cuda = driver()
+    status, ordinal = cuda.cuPointerGetAttribute(cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, ptr)
+    if int(status):
         raise DeviceMismatchError(
-            f"{name}: address {ptr:#x} of its __cuda_array_interface__ is not CUDA memory ({error.name}); is the array still alive?"
+            f"{name}: got address {ptr:#x} in its __cuda_array_interface__, which is not CUDA memory ({status.name}); "
+            "allowed is an array that is alive on a GPU"
         )
     return int(ordinal)
 

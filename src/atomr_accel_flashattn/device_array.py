@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
-from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from .errors import ArrayTypeError, DTypeError, LaunchError, ShapeError
+from .jit.driver import check, current_context, driver
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,6 +57,7 @@ class DeviceArray:
         Raises:
             ShapeError: a negative size.
             DTypeError: a type name that we do not know.
+            NoDriverError: this machine has no GPU that we can use.
             LaunchError: CUDA could not allocate.
         """
         if any(size < 0 for size in shape):
@@ -65,8 +65,9 @@ class DeviceArray:
         size = prod(shape) * _itemsize(dtype_name)
         if size == 0:
             return cls(0, shape, dtype_name, device_index, owner=None)
-        ptr = _in_context(device_index, lambda driver: driver.cuMemAlloc(size))
-        return cls(int(ptr), shape, dtype_name, device_index, owner=_Allocation(int(ptr), device_index))
+        with current_context(device_index):
+            ptr = int(check(driver().cuMemAlloc(size), f"allocating {size} bytes on GPU {device_index}"))
+        return cls(ptr, shape, dtype_name, device_index, owner=_Allocation(ptr, device_index))
 
     @classmethod
     def from_numpy(cls, array: np.ndarray[Any, Any], device_index: int = 0) -> DeviceArray:
@@ -76,15 +77,20 @@ class DeviceArray:
         host = np.ascontiguousarray(array)
         made = cls.empty(array.shape, host.dtype.name, device_index)
         if host.nbytes:
-            _in_context(device_index, lambda driver: driver.cuMemcpyHtoD(made.ptr, host.ctypes.data, host.nbytes))
+            with current_context(device_index):
+                check(driver().cuMemcpyHtoD(made.ptr, host.ctypes.data, host.nbytes), f"copying {host.nbytes} bytes to GPU {device_index}")
         return made
 
     def numpy(self, *, stream: int = _LEGACY_DEFAULT_STREAM) -> np.ndarray[Any, Any]:
         """A copy in host memory, after all work that was enqueued on ``stream`` (a raw CUstream)."""
         host = np.empty(self.shape, _bits(self.dtype_name))
         if host.nbytes:
-            _in_context(self.device_index, lambda driver: driver.cuStreamSynchronize(stream))
-            _in_context(self.device_index, lambda driver: driver.cuMemcpyDtoH(host.ctypes.data, self.ptr, host.nbytes))
+            with current_context(self.device_index):
+                check(driver().cuStreamSynchronize(stream), "waiting for a stream")
+                check(
+                    driver().cuMemcpyDtoH(host.ctypes.data, self.ptr, host.nbytes),
+                    f"copying {host.nbytes} bytes from GPU {self.device_index}",
+                )
         if self.dtype_name in _NOT_IN_NUMPY:
             import ml_dtypes
 
@@ -136,32 +142,5 @@ class _Allocation:
 
     def __del__(self) -> None:
         if not sys.is_finalizing():  # the process frees it, and the driver may be gone already
-            with contextlib.suppress(LaunchError):  # a lost device: whoever used it has been told
-                _in_context(self.device_index, lambda driver: driver.cuMemFree(self.ptr))
-
-
-@cache
-def _primary_context(device_index: int) -> Any:
-    from cuda.bindings import driver  # never imported where there is no GPU
-
-    _check(driver.cuInit(0), "starting CUDA")
-    device = _check(driver.cuDeviceGet(device_index), f"finding cuda:{device_index}")
-    return _check(driver.cuDevicePrimaryCtxRetain(device), f"opening cuda:{device_index}")
-
-
-def _in_context(device_index: int, action: Callable[[Any], tuple[Any, ...]]) -> Any:
-    """Run one driver call with the device's primary context current, and take the context off again."""
-    from cuda.bindings import driver  # as above
-
-    _check(driver.cuCtxPushCurrent(_primary_context(device_index)), f"switching to cuda:{device_index}")
-    try:
-        return _check(action(driver), f"memory of cuda:{device_index}")
-    finally:
-        driver.cuCtxPopCurrent()
-
-
-def _check(result: tuple[Any, ...], what: str) -> Any:
-    error, *values = result
-    if int(error):
-        raise LaunchError(f"{what} failed; is there enough free memory, and has no earlier kernel failed?", cuda_error=error.name)
-    return values[0] if values else None
+            with contextlib.suppress(LaunchError), current_context(self.device_index):  # a lost device: whoever used it has been told
+                driver().cuMemFree(self.ptr)
