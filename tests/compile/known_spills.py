@@ -1,20 +1,35 @@
-"""Register spills that are known and accepted: bytes as ptxas reports them (stores and loads), and why.
+"""Register spills that are known and accepted: bytes as ptxas reports them (stores and loads per thread), and why.
 
-A kernel that spills more than its entry, or spills without one, fails tests/compile. The key is ``KernelSpec.kernel_name``.
+A kernel that spills more than its entry allows, or spills without one, fails tests/compile.
 """
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-__all__ = ["KNOWN_SPILLS", "Spill"]
+__all__ = ["KNOWN_SPILLS", "Spill", "allowed_spill"]
 
 
 class Spill(NamedTuple):
-    """At most ``bytes`` of spill traffic per thread, because of ``reason``."""
+    """Kernels whose ``KernelSpec.kernel_name`` matches ``pattern`` may spill ``bytes``, because of ``reason``."""
 
+    pattern: str
     bytes: int
     reason: str
 
 
-KNOWN_SPILLS: dict[str, Spill] = {}
+_INVARIANTS = (
+    "two blocks of 4 warps leave 255 registers a thread; accumulators of O and S and the fragments of Q and K fill them. What spills are "
+    "loop invariants (tensor addresses, mask bounds): stored once before the key loop, a few loads per key tile, never an accumulator"
+)
+
+KNOWN_SPILLS = (
+    Spill("fa2_fwd_*_d128_m128n64w4s1b2*", 144, _INVARIANTS),
+    Spill("fa2_fwd_*_d128_m128n32w4s1b2*", 128, _INVARIANTS),
+)
+
+
+def allowed_spill(kernel_name: str) -> int:
+    """Bytes that this kernel may spill; 0 for most."""
+    return max((spill.bytes for spill in KNOWN_SPILLS if fnmatchcase(kernel_name, spill.pattern)), default=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from atomr_accel_flashattn.jit.spec import KernelSpec
 from atomr_accel_flashattn.jit.tiles import HEAD_DIM_WIDTHS
 from tests.compile.disassembly import opcodes
 from tests.compile.kernels import ARCHS, DTYPES, all_specs, feature_specs, plain_specs
-from tests.compile.known_spills import KNOWN_SPILLS
+from tests.compile.known_spills import KNOWN_SPILLS, allowed_spill
 
 SPECS = all_specs()
 # Where registers, spills, sizes and seconds go, one JSON line a kernel; unset writes nothing.
@@ -30,8 +31,7 @@ def test_kernel_compiles_with_its_instructions_and_without_new_spills(spec: Kern
     for expected in spec.expected_instructions:
         assert any(_is(opcode, expected) for opcode in found), f"no {expected} in the SASS; there are {sorted(found)}"
     assert "C75" not in kernel.log, kernel.log
-    known = KNOWN_SPILLS.get(spec.kernel_name)
-    allowed = 0 if known is None else known.bytes
+    allowed = allowed_spill(spec.kernel_name)
     assert kernel.spill_bytes <= allowed, (
         f"{kernel.spill_bytes} bytes of spills with {kernel.registers} registers, {allowed} are known; "
         "make the tile smaller, or enter it in tests/compile/known_spills.py with the reason"
@@ -54,8 +54,9 @@ def test_every_feature_is_compiled_on_and_off_with_every_arch() -> None:
             assert {getattr(spec, flag) for spec in of_arch} == {False, True}, f"{arch.value}: {flag}"
 
 
-def test_known_spills_name_kernels_that_exist() -> None:
-    assert set(KNOWN_SPILLS) <= {spec.kernel_name for spec in SPECS}
+def test_known_spills_are_of_kernels_that_exist() -> None:
+    for spill in KNOWN_SPILLS:
+        assert any(fnmatchcase(spec.kernel_name, spill.pattern) for spec in SPECS), spill.pattern
 
 
 def _is(opcode: str, expected: str) -> bool:
