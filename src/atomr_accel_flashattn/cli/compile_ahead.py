@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, combinations, product
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +20,10 @@ from ..jit.tiles import HEAD_DIM_WIDTHS
 from ..types import DType, SmArch
 from .output import Json, console, make_table, print_json, progress_bar, size_text, time_text
 
-__all__ = ["GPU_ARCHS", "compile_ahead", "outcome_row", "specs_for"]
+__all__ = ["GPU_ARCHS", "MASKS", "all_specs", "compile_ahead", "outcome_row", "specs_for"]
 
 GPU_ARCHS = (SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90, SmArch.SM_100, SmArch.SM_120)
-_LEFT_BOUND = ("sliding_causal", "sliding_full")
+_LEFT_BOUND = ("sliding_causal", "sliding_full", "left_window")  # the last: window_size=(n, -1)
 MASKS = ("full", "causal", *_LEFT_BOUND)
 _DTYPES = (DType.F16, DType.BF16)
 _COMBINABLE = ("sink_tokens", "varlen", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "prescale")
@@ -81,8 +81,8 @@ def specs_for(
     # FEATURES gives its own window to a sink without one; here a mask without a left bound simply has no kernel with sinks.
     chosen = [(mask, *subset) for mask in masks for subset in _subsets(features) if mask in _LEFT_BOUND or "sink_tokens" not in subset]
     keys = (
-        with_features(DispatchKey(arch, dtype, head_dim), names)
-        for arch, dtype, head_dim, names in product(list(archs), list(dtypes), list(head_dims), chosen)
+        with_features(_masked(DispatchKey(arch, dtype, head_dim), mask), subset)
+        for arch, dtype, head_dim, (mask, *subset) in product(list(archs), list(dtypes), list(head_dims), chosen)
     )
     return list(dict.fromkeys(_kernels(keys)))
 
@@ -95,6 +95,10 @@ def all_specs(archs: Iterable[SmArch]) -> list[KernelSpec]:
         with_features(DispatchKey(arch, DType.F16, 64, varlen=varlen), ["dropout_mask"]) for arch in archs for varlen in (False, True)
     )
     return list(dict.fromkeys([*specs_for(archs, _DTYPES, head_dims, MASKS, _COMBINABLE), *_kernels(patterns)]))
+
+
+def _masked(key: DispatchKey, mask: str) -> DispatchKey:
+    return replace(key, sliding_window=(1023, -1)) if mask == "left_window" else with_features(key, [mask])
 
 
 def _kernels(keys: Iterable[DispatchKey]) -> Iterator[KernelSpec]:

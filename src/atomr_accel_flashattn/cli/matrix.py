@@ -54,14 +54,18 @@ _DTYPE_LABELS = {
 }
 _HEAD_DIM = 128
 _SHORT_NAME = re.compile(r"^NVIDIA (GeForce |Tesla )?| (\d+ ?GB|PCIe|SXM\d?|HBM\d\w?|NVL).*$")
-# How the ids of the GPU tests name what they exercise, where that differs from the feature's own name.
+# How the ids of the GPU tests name what they exercise, where that is not the feature's own name.
 _TEST_MARKS = {
-    "sliding_causal": "window",
-    "sliding_full": "window",
-    "sink_tokens": "sink",
-    "gqa": "kv",
+    "f16": r"(?<!b)f16",
+    "full": r"-full\b",
+    "causal": r"-causal\b",
+    "sliding_causal": r"band\(\d+,0\)",
+    "sliding_full": r"band\(\d+,[1-9]",
+    "sink_tokens": r"\dsink",
+    "gqa": r"h\d+kv\d",
+    "dropout_mask": "dropout",
     "unaligned": "odd",
-    "prescale": "scale-",
+    "prescale": r"scale(-|0(?!\.))",
 }
 
 
@@ -135,7 +139,8 @@ class Runs:
         Raises:
             CacheError: it cannot be read or is no record of GPU tests.
         """
-        newest = max(path.glob("gpu_tests*.json"), key=lambda file: file.name, default=None) if path is not None and path.is_dir() else path
+        is_folder = path is not None and path.suffix != ".json"
+        newest = max(path.glob("gpu_tests*.json"), key=lambda file: file.name, default=None) if path is not None and is_folder else path
         if newest is None:
             return cls()
         try:
@@ -151,7 +156,7 @@ class Runs:
     def did(self, arch: SmArch, feature: str) -> bool:
         """Whether a test that names ``feature`` passed on this architecture."""
         mark = _TEST_MARKS.get(feature, feature)
-        return arch is self.arch and any(mark in test for test in self.passed)
+        return arch is self.arch and any(re.search(mark, test) for test in self.passed)
 
 
 def _row(runs: Runs, mark: str, dtype: DType, features: Sequence[str] = ()) -> tuple[Entry, ...]:

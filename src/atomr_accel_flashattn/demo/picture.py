@@ -76,7 +76,7 @@ def draw(path: Path, real: Case, real_lse: Array, long: Case, long_lse: Array, *
     _draw_heads(figure, maps)
     _draw_long(figure, pooled_probabilities(long, long_lse, _LONG_HEAD), long)
     figure.text(0.5, 0.025, caption, ha="center", color=_FAINT, fontsize=8.5)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
     return path
 
 

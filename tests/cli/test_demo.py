@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atomr_accel_flashattn.cli.compile_ahead import GPU_ARCHS
+from atomr_accel_flashattn.cli.demo import PICTURE
+from atomr_accel_flashattn.demo import choose_backend, kernels_of, load_cases, run_case
+from atomr_accel_flashattn.demo.cases import dense_rows, long_context, minilm
+from atomr_accel_flashattn.demo.picture import pooled_probabilities, probabilities
+from atomr_accel_flashattn.env import settings
+from atomr_accel_flashattn.errors import DeviceMismatchError
+from atomr_accel_flashattn.jit.driver import device_count
+from tests.cli.conftest import Invoke
+
+PNG = b"\x89PNG\r\n\x1a\n"
+SHORT = 512
+no_gpu = pytest.mark.skipif(device_count() > 0, reason="says what a machine without a GPU says")
+
+
+def test_demo_on_the_cpu_backend_runs_compiles_and_draws(invoke: Invoke, cache_dir: Path, tmp_path: Path) -> None:
+    result = invoke("demo", "--device", "cpu", "--tokens", SHORT, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "CPU backend (as asked)" in result.stdout
+    assert result.stdout.count("reference_cpu") == 2
+    assert result.stdout.count("ok") >= 2
+    for arch in GPU_ARCHS:
+        assert arch.value in result.stdout
+    assert "miss" in result.stdout
+    assert "What is supported" in result.stdout
+    assert (tmp_path / "out" / PICTURE).read_bytes().startswith(PNG)
+    assert len(list(cache_dir.glob("*.cubin"))) == 2 * len(GPU_ARCHS)
+
+
+def test_demo_json(invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("demo", "--device", "cpu", "--tokens", SHORT, "--out", tmp_path, "--no-compile", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [case["case"] for case in found["cases"]] == ["minilm", "long-context"]
+    assert all(case["passed"] and case["error"] <= case["allowed"] for case in found["cases"])
+    assert found["kernels"] == []
+    assert found["picture"] == str(tmp_path / PICTURE)
+    assert found["backend"]["name"] == "CPU"
+
+
+def test_demo_without_matplotlib_says_so(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atomr_accel_flashattn.cli.demo.find_spec", lambda _name: None)
+    result = invoke("demo", "--device", "cpu", "--tokens", SHORT, "--out", tmp_path, "--no-compile")
+    assert result.exit_code == 0
+    assert "matplotlib is not installed" in result.stdout
+    assert not (tmp_path / PICTURE).exists()
+
+
+def test_a_wrong_answer_ends_with_status_1(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atomr_accel_flashattn.demo.cases.Case.error", lambda _case, _out: float("nan"))
+    result = invoke("demo", "--device", "cpu", "--tokens", SHORT, "--out", tmp_path, "--no-compile")
+    assert result.exit_code == 1
+    assert "WRONG" in result.stdout
+
+
+def test_unknown_device_is_a_usage_error(invoke: Invoke) -> None:
+    assert invoke("demo", "--device", "tpu").exit_code == 2
+
+
+@no_gpu
+def test_demanding_a_gpu_without_one_is_a_named_error(invoke: Invoke) -> None:
+    result = invoke("demo", "--device", "gpu")
+    assert result.exit_code == 1
+    assert "DeviceMismatchError: device: got 'gpu' on a machine without one" in result.stderr
+    with pytest.raises(DeviceMismatchError):
+        choose_backend("gpu")
+
+
+@no_gpu
+def test_without_a_gpu_the_cpu_is_taken_and_the_reason_given() -> None:
+    assert choose_backend().why == "no GPU on this machine"
+
+
+def test_the_environment_narrows_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOMR_FLASHATTN_BACKEND", "cpu")
+    settings.cache_clear()
+    try:
+        assert choose_backend().device.kind == "cpu"
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
+
+
+@pytest.mark.gpu
+def test_demo_on_the_gpu(invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("demo", "--device", "gpu", "--out", tmp_path, "--no-compile", "--json")
+    assert result.exit_code == 0, result.output
+    assert all(case["kernel"].startswith("fa2_fwd_") for case in json.loads(result.stdout)["cases"])
+
+
+def test_fixture_is_what_the_model_computed() -> None:
+    case = minilm()
+    assert case.q.shape == (1, len(case.tokens), 12, 32)
+    assert case.q.dtype == np.float16
+    assert case.tokens[1:4] == ("the", "lighthouse", "keeper")
+    assert case.error(dense_rows(case.q, case.k, case.v, case.rows, causal=False)) < 1e-6
+
+
+def test_long_context_is_the_same_every_time_and_knows_its_rows() -> None:
+    first, second = (long_context(256) for _ in range(2))
+    assert np.array_equal(first.q, second.q)
+    assert first.rows[0] == 0
+    assert first.rows[-1] == 255
+    assert np.allclose(first.expected[:, 0], first.v[:, 0].repeat(4, axis=1))  # the first query sees the first key only
+
+
+def test_maps_are_probabilities() -> None:
+    for case in load_cases(256):
+        lse = run_case(case, choose_backend("cpu")).lse
+        weights = probabilities(case, lse, 3)
+        assert np.allclose(weights.sum(axis=-1), 1, atol=1e-3)
+        assert not case.causal or np.all(np.triu(weights, 1) == 0)
+        pooled = pooled_probabilities(case, lse, 3, side=32)
+        assert pooled.shape == (32, 32)
+        assert pooled.max() <= 1.001
+
+
+def test_every_case_has_a_kernel_on_every_arch() -> None:
+    specs = kernels_of(load_cases(64), GPU_ARCHS)
+    assert [spec.arch for spec in specs] == [arch for arch in GPU_ARCHS for _ in range(2)]

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atomr_accel_flashattn.cli.matrix import END_MARK, START_MARK, Runs, markdown, rendered_readme, support_matrix
+from atomr_accel_flashattn.dispatch import DISPATCH_TABLE, FEATURES
+from atomr_accel_flashattn.errors import CacheError
+from atomr_accel_flashattn.types import DType, SmArch
+from tests.cli.conftest import Ask, Invoke
+
+
+def write_record(path: Path, *tests: str, failed: int = 0, device: str = "NVIDIA H100 80GB HBM3") -> Path:
+    cells = [{"test": test, "outcome": "passed"} for test in tests]
+    path.write_text(json.dumps({"device": {"name": device, "compute_capability": "9.0"}, "outcomes": {"failed": failed}, "cells": cells}))
+    return path
+
+
+def states(record: Path | None = None, arch: str = "sm_90") -> dict[str, str]:
+    table = support_matrix(record)
+    return {name: entries[table.archs.index(arch)].text for name, entries in table.rows.items()}
+
+
+def test_every_type_and_feature_has_a_row_with_a_cell_per_arch() -> None:
+    table = support_matrix()
+    assert len(table.rows) == len(DType) + len(FEATURES)
+    assert all(len(entries) == len(SmArch) for entries in table.rows.values())
+
+
+def test_cells_say_what_dispatch_says() -> None:
+    table = support_matrix()
+    by_feature = list(table.rows.values())[len(DType) :]
+    for feature, entries in zip(FEATURES, by_feature, strict=True):
+        for arch, entry in zip(SmArch, entries, strict=True):
+            assert (entry.state != "refused") == DISPATCH_TABLE.cell(arch, DType.F16, 128, [feature]).built
+
+
+def test_refusals_give_their_reason(invoke: Invoke) -> None:
+    result = invoke("matrix")
+    assert result.exit_code == 0
+    assert "backward: " in result.stdout
+    assert "paged: " in result.stdout
+
+
+def test_matrix_json(ask: Ask) -> None:
+    table = ask("matrix")
+    assert table["rows"]["causal"][table["archs"].index("sm_80")] == {"state": "compiles", "text": "compiles", "reason": ""}
+
+
+def test_nothing_is_said_to_have_run_without_a_record() -> None:
+    assert "ran" not in {text.split()[0] for text in states().values()}
+
+
+def test_a_record_names_the_card_for_what_its_tests_named(tmp_path: Path) -> None:
+    record = write_record(tmp_path / "gpu_tests.json", "test_grid.py::test[bf16-b1-q70-k90-h8kv2-d64-causal-alibi]")
+    found = states(record)
+    assert found["bf16"] == found["causal"] == found["ALiBi"] == found["MQA / GQA, any ratio"] == "ran on H100"
+    assert found["f16"] == found["softcap"] == found["full"] == "compiles"
+    assert states(record, "sm_80")["bf16"] == "compiles"
+
+
+def test_a_run_with_a_failure_counts_for_nothing(tmp_path: Path) -> None:
+    assert states(write_record(tmp_path / "gpu_tests.json", "bf16", failed=1))["bf16"] == "compiles"
+
+
+@pytest.mark.parametrize(
+    ("device", "short"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA L40S PCIe", "L40S"),
+    ],
+)
+def test_cards_have_short_names(tmp_path: Path, device: str, short: str) -> None:
+    assert Runs.read(write_record(tmp_path / "gpu_tests.json", device=device)).card == short
+
+
+def test_the_newest_record_of_a_folder_counts(tmp_path: Path) -> None:
+    assert Runs.read(tmp_path) == Runs()
+    write_record(tmp_path / "gpu_tests_1.json", "old")
+    write_record(tmp_path / "gpu_tests_2.json", "new")
+    assert Runs.read(tmp_path).passed == ("new",)
+
+
+def test_a_file_that_is_no_record_is_a_named_error(tmp_path: Path, invoke: Invoke) -> None:
+    (tmp_path / "other.json").write_text("[]")
+    for path in (tmp_path / "other.json", tmp_path / "missing.json"):
+        result = invoke("matrix", "--record", path)
+        assert result.exit_code == 1
+        assert "no record of a GPU test run" in result.stderr
+
+
+def test_write_replaces_what_is_between_the_markers(tmp_path: Path, invoke: Invoke) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{START_MARK}\nold\n{END_MARK}\nafter\n")
+    shown = invoke("matrix", "--markdown", "--write", page).stdout
+    assert page.read_text() == f"before\n{START_MARK}\n{shown}{END_MARK}\nafter\n"
+    assert shown == markdown(support_matrix()) + "\n"
+
+
+def test_a_page_without_markers_is_a_named_error() -> None:
+    with pytest.raises(CacheError, match="no place for the table"):
+        rendered_readme("# title", support_matrix())

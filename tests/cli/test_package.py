@@ -1,0 +1,78 @@
+"""What people see before they run anything: the README, the wheel, the time of an import."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from atomr_accel_flashattn.cli.matrix import rendered_readme, support_matrix
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_matrix_is_current() -> None:
+    assert rendered_readme(README, support_matrix(ROOT / "benchmarks" / "results")) == README, "run: make readme"
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_readme_examples_run(block: str) -> None:
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for said in re.findall(r"print\(.*\)  # (.*)", block):
+        assert said in done.stdout
+
+
+def test_readme_links_lead_somewhere() -> None:
+    local = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert local
+    assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_wheel_is_under_a_megabyte_and_whole(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.stat().st_size < 1_000_000
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = ROOT / "src" / "atomr_accel_flashattn"
+    wanted = {
+        f"atomr_accel_flashattn/{path.relative_to(package)}"
+        for path in package.rglob("*")
+        if path.suffix in {".py", ".cuh", ".npz", ".typed"}
+    }
+    assert wanted <= names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"atomr_accel_flashattn"}
+
+
+def test_import_is_quick_and_brings_neither_torch_nor_cuda() -> None:
+    code = (
+        "import sys, time; t = time.perf_counter(); import atomr_accel_flashattn as fa; fa.flash_attn_func, fa.Fa2FwdRequest; "
+        "print(time.perf_counter() - t); assert not {'torch', 'cuda.core', 'cuda.bindings', 'rich'} & set(sys.modules), sorted(sys.modules)"
+    )
+    best = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3))
+    assert best < 0.4
+
+
+def test_help_is_there_at_once() -> None:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "atomr_accel_flashattn", "--help"], capture_output=True, check=True)
+    assert time.perf_counter() - began < 5
