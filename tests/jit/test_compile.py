@@ -155,6 +155,21 @@ def test_nvrtc_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             memory.cache_clear()
 
 
+def test_half_an_nvrtc_is_named(monkeypatch: pytest.MonkeyPatch):
+    real = nvrtc._bindings()
+
+    class WithoutBuiltins:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def nvrtcCompileProgram(self, *_: object) -> tuple[Any]:  # noqa: N802 - NVRTC's name
+            return (real.nvrtcResult.NVRTC_ERROR_BUILTIN_OPERATION_FAILURE,)
+
+    monkeypatch.setattr(nvrtc, "_bindings", WithoutBuiltins)
+    with pytest.raises(NvrtcMissingError, match=r"only in part.*pip install"):
+        nvrtc.compile_source("k", "", "sm_80")
+
+
 def test_the_report_adds_spills_and_takes_the_kernels_registers():
     assert nvrtc.parse_report(_SPILLING) == nvrtc.PtxasReport(registers=255, spill_bytes=56, static_shared_bytes=2048)
     assert nvrtc.parse_report("") == nvrtc.PtxasReport(0, 0, 0)

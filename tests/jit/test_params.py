@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -71,14 +72,15 @@ def test_structs_lie_in_memory_as_the_kernels_see_them(struct: type[ctypes.Struc
     name = _STRUCTS[struct]
     fields = [field[0] for field in struct._fields_]
     lines = [f"static_assert(sizeof({name}) == {ctypes.sizeof(struct)});"]
-    for field in fields:
-        member = getattr(struct, field)
-        lines.append(f'static_assert(__builtin_offsetof({name}, {field}) == {member.offset}, "offset of {field}");')
-        lines.append(f'static_assert(sizeof({name}::{field}) == {member.size}, "size of {field}");')
+    lines += [f'static_assert(sizeof({name}::{field}) == {getattr(struct, field).size}, "size of {field}");' for field in fields]
+    # Same sizes, same order, same whole: same offsets. NVRTC 13.0 has no offsetof, but it compares addresses inside an object.
+    lines.append(f"constexpr bool before(const void* a, const void* b) {{ return a < b; }}\nconstexpr {name} value{{}};")
+    for first, second in itertools.pairwise(fields):
+        lines.append(f'static_assert(before(&value.{first}, &value.{second}), "{first} is not before {second}");')
     # A structured binding names every member: one that only the kernels know would not compile, even inside padding.
     names = ", ".join(f"m{index}" for index in range(len(fields)))
+    lines.append(f'extern "C" __global__ void k(const __grid_constant__ {name} p) {{ const auto& [{names}] = p; }}')
     text = '#include "params.cuh"\n' + "\n".join(lines)
-    text += f'\nextern "C" __global__ void k(const __grid_constant__ {name} p) {{ const auto& [{names}] = p; }}\n'
     nvrtc.compile_source("layout", text, "sm_80", [source.headers_dir()])
 
 

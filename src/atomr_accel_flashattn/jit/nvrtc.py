@@ -24,6 +24,7 @@ from ..errors import CompileError, NvrtcMissingError
 __all__ = ["Compiled", "PtxasReport", "compile_options", "compile_source", "nvrtc_digest", "nvrtc_version", "parse_report"]
 
 _SAMPLE_BYTES = 4096
+_INSTALL = "Install it: pip install 'cuda-toolkit[nvrtc]==13.*'"
 # C7510..C7519: ptxas could not overlap wgmma and serialised it; the kernel is right and several times slower.
 _SERIALISED = re.compile(r"\(?\bC75\d\d\b\)?.*")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -68,7 +69,7 @@ def compile_source(name: str, source: str, arch: str, include_dirs: Sequence[Pat
     Measured on 2 cores: 6 compiles of 0.43 s take 2.6 s in one thread and 1.4 s in two, so threads are all that a parallel build needs.
 
     Raises:
-        NvrtcMissingError: the library is not installed.
+        NvrtcMissingError: the library, or the builtins library that belongs to it, is not installed.
         CompileError: NVRTC refused the text, or ptxas serialised wgmma.
     """
     nvrtc = _bindings()
@@ -78,6 +79,8 @@ def compile_source(name: str, source: str, arch: str, include_dirs: Sequence[Pat
         options = [option.encode() for option in (*compile_options(arch), *(f"-I{path}" for path in include_dirs))]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         log = _text(nvrtc, program)
+        if status == nvrtc.nvrtcResult.NVRTC_ERROR_BUILTIN_OPERATION_FAILURE:
+            raise NvrtcMissingError(f"NVRTC at {_load()} is there only in part: {log}. {_INSTALL}")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise CompileError(f"NVRTC {nvrtc_version()} failed with {status.name} for {arch}", spec=name, log=log)
         serialised = _SERIALISED.search(log)
@@ -150,8 +153,7 @@ def _load() -> str:
         loaded = load_nvidia_dynamic_lib("nvrtc")
     except (DynamicLibNotFoundError, OSError) as error:
         raise NvrtcMissingError(
-            f"NVRTC, which compiles the kernels, was not found or does not load ({str(error).splitlines()[0]}). "
-            "Install it: pip install 'cuda-toolkit[nvrtc]==13.*'"
+            f"NVRTC, which compiles the kernels, was not found or does not load ({str(error).splitlines()[0]}). {_INSTALL}"
         ) from error
     return str(loaded.abs_path)
 
