@@ -141,13 +141,11 @@ def build(case: Case) -> Inputs:
     batch = len(case.lengths_q) if case.lengths_q is not None else case.batch
     slopes = {Alibi.NONE: None, Alibi.HEADS: (case.heads,), Alibi.BATCH: (batch, case.heads)}[case.alibi]
     kind = NUMPY_DTYPE[case.dtype]
-    kv_layout = case.layout
-    q_layout = Layout.CONTIGUOUS if case.layout is Layout.SHARED_KV else case.layout
     inputs = Inputs(
         dtype=case.dtype,
-        q=place(q.astype(kind), q_layout),
-        k=place(k.astype(kind), kv_layout),
-        v=place(v.astype(kind), kv_layout),
+        q=q.astype(kind),
+        k=k.astype(kind),
+        v=v.astype(kind),
         softmax_scale=case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale,
         left=case.left,
         right=case.right,
@@ -161,7 +159,8 @@ def build(case: Case) -> Inputs:
         rng=random.integers(-(2**63), 2**63 - 1, 2, dtype=np.int64) if case.dropout_p else None,
     )
     _poison(inputs, case.values)
-    return inputs
+    q_layout = Layout.CONTIGUOUS if case.layout is Layout.SHARED_KV else case.layout
+    return replace(inputs, q=place(inputs.q, q_layout), k=place(inputs.k, case.layout), v=place(inputs.v, case.layout))
 
 
 def _normal(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -16,9 +16,12 @@ from atomr_accel_flashattn.types import DType
 from .inputs import NUMPY_DTYPE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
-    from .inputs import Inputs, Sequence
+    from .inputs import Inputs
+    from .inputs import Sequence as InputSequence
 
     Array = NDArray[Any]
 
@@ -57,10 +60,12 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Types of an evaluation: of the arithmetic, and what probabilities and o are rounded to."""
+    """Types of an evaluation: of the arithmetic, and what probabilities and o are rounded to; and where it scales."""
 
     compute: np.dtype[Any]
     rounded: np.dtype[Any]
+    scale_first: bool = False  # scale q instead of the products
+    reverse: bool = False  # sum q.k from the last term to the first
 
 
 def oracle(inputs: Inputs, rows: Rows | None = None) -> Result:
@@ -69,10 +74,17 @@ def oracle(inputs: Inputs, rows: Rows | None = None) -> Result:
     return evaluate(inputs, Precision(exact, exact), rows)
 
 
-def same_dtype(inputs: Inputs, rows: Rows | None = None) -> Result:
-    """What a plain NumPy evaluation in the input's type gives: float32 (float64) products and softmax; P and o rounded to the type."""
+def same_dtype(inputs: Inputs, rows: Rows | None = None) -> tuple[Result, ...]:
+    """Plain NumPy evaluations in the input's type: float32 (float64) products and softmax; P and o rounded to the type.
+
+    One for 16-bit types. Four for float32 and float64, scaling the products or scaling q, summing q.k forwards or backwards: there the
+    error is only that of one order of operations, and one evaluation can be right by luck.
+    """
+    rounded = NUMPY_DTYPE[inputs.dtype]
     compute = np.dtype(np.float64 if inputs.dtype is DType.F64 else np.float32)
-    return evaluate(inputs, Precision(compute, NUMPY_DTYPE[inputs.dtype]), rows)
+    choices = (False, True) if rounded == compute else (False,)
+    precisions = [Precision(compute, rounded, scale_first, reverse) for scale_first in choices for reverse in choices]
+    return tuple(evaluate(inputs, precision, rows) for precision in precisions)
 
 
 def evaluate(inputs: Inputs, precision: Precision, rows: Rows | None = None) -> Result:
@@ -95,7 +107,7 @@ def evaluate(inputs: Inputs, precision: Precision, rows: Rows | None = None) -> 
         return Result(out, lse)
 
 
-def _attend(inputs: Inputs, sequence: Sequence, head: NDArray[np.int64], query: NDArray[np.int64], precision: Precision) -> Result:
+def _attend(inputs: Inputs, sequence: InputSequence, head: NDArray[np.int64], query: NDArray[np.int64], precision: Precision) -> Result:
     """o (len(head), len(query), Dv) and LSE (len(head), len(query)) of some heads and queries of a sequence."""
     seqlen_q, seqlen_k = len(sequence.q), len(sequence.k)
     kv_head = head // (inputs.heads // inputs.heads_kv)
@@ -103,13 +115,16 @@ def _attend(inputs: Inputs, sequence: Sequence, head: NDArray[np.int64], query: 
     q = sequence.q[query][:, head].transpose(1, 0, 2).astype(kind)
     k = sequence.k[:, kv_head].transpose(1, 0, 2).astype(kind)
     v = sequence.v[:, kv_head].transpose(1, 0, 2).astype(kind)
+    if precision.reverse:
+        q, k = q[..., ::-1].copy(), k[..., ::-1].copy()
     unseen = ~_seen_by_any(inputs, seqlen_q, seqlen_k)
     k[:, unseen] = 0
     v[:, unseen] = 0
 
     key = np.arange(seqlen_k)
     p = query[:, None] + seqlen_k - seqlen_q
-    score = kind.type(inputs.softmax_scale) * (q @ k.transpose(0, 2, 1))
+    scale = kind.type(inputs.softmax_scale)
+    score = (q * scale) @ k.transpose(0, 2, 1) if precision.scale_first else scale * (q @ k.transpose(0, 2, 1))
     if inputs.softcap:
         score = kind.type(inputs.softcap) * np.tanh(score / kind.type(inputs.softcap))
     if inputs.alibi_slopes is not None:
@@ -199,8 +214,8 @@ class Tolerance(NamedTuple):
     floor: float
 
     @classmethod
-    def of_output(cls, dtype: DType, exact: Array, plain: Array, factor: float = 2.0) -> Tolerance:
-        """``factor`` times the error of the same-type evaluation plus the rounding floor; 2 for o, 3 for gradients."""
+    def of_output(cls, dtype: DType, exact: Array, plain: Sequence[Array], factor: float = 2.0) -> Tolerance:
+        """``factor`` times the largest error of the same-type evaluations plus the rounding floor; 2 for o, 3 for gradients."""
         kind = NUMPY_DTYPE[dtype]
         wide = np.dtype(np.float64) if dtype is DType.F64 else np.dtype(np.float32)
         with np.errstate(all="ignore"):
@@ -208,7 +223,7 @@ class Tolerance(NamedTuple):
             moved: Array = (rounded.astype(wide) + np.array(0.3, wide)).astype(kind)
             back: Array = (moved.astype(wide) - np.array(0.3, wide)).astype(kind)
             floor = 2 * _largest_finite(back.astype(exact.dtype) - rounded.astype(exact.dtype))
-            error = _largest_finite(plain.astype(exact.dtype) - exact)
+            error = max(_largest_finite(each.astype(exact.dtype) - exact) for each in plain)
         return cls(factor * error + floor, error, floor)
 
 
