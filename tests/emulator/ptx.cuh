@@ -1,4 +1,5 @@
-// The leaves of cuda/ptx.cuh, with the same signatures, on the emulator. Fragment layouts are those of the PTX ISA manual, 9.7.14.5.
+// The leaves of cuda/ptx.cuh, with the same signatures, on the emulator. Fragment layouts are those of the PTX ISA manual,
+// "Matrix fragments for mma.m16n8k16".
 #pragma once
 
 #include "integers.cuh"

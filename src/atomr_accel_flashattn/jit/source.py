@@ -11,10 +11,10 @@ from .spec import Direction, KernelSpec
 __all__ = ["headers_digest", "headers_dir", "kernel_source"]
 
 _FORWARD = """\
-#include "fwd.cuh"
+#include "fa2_fwd.cuh"
 
 extern "C" __global__ void __launch_bounds__({threads}, {min_blocks}) {name}(const __grid_constant__ fa::FwdParams p) {{
-  fa::forward<fa::Config{{
+  fa::fa2_forward<fa::Config{{
 {config}
   }}>(p);
 }}

@@ -1,0 +1,156 @@
+// The rows of one warp: scores, softmax state and output in registers, and everything that is done to them between the two products. Both
+// kernel families have the same accumulator layout, so both use this.
+#pragma once
+
+#include "element.cuh"
+#include "epilogue.cuh"
+#include "mask.cuh"
+#include "philox.cuh"
+#include "scheduler.cuh"
+#include "score.cuh"
+#include "sequence.cuh"
+#include "softmax.cuh"
+
+namespace fa {
+
+// kBlocks blocks of 16 rows. This lane holds rows lane / 4 and lane / 4 + 8 of each block, columns 2 * (lane % 4) and + 1 of each 8-column tile.
+template <Config C, int kBlocks>
+struct WarpRows {
+  static constexpr int kRows = 16 * kBlocks;
+  static constexpr int kKeyTiles = C.block_n / 8;
+  static constexpr int kOutTiles = C.v_head_dim / 8;
+  static_assert(!C.dropout || C.block_n % 32 == 0, "one Philox call covers 32 keys");
+  using Type = Element<C.dtype>;
+
+  const FwdParams& p;
+  const Work work;
+  const Sequence seq;
+  const int first_row;  // inside the sequence
+  const Band<C> band;
+  const Score<C> score;
+
+  float rO[kBlocks][kOutTiles][4];
+  float rS[kBlocks][kKeyTiles][4];
+  float rescale[kBlocks][2];
+  OnlineSoftmax<kBlocks> softmax;
+
+  __device__ __forceinline__ WarpRows(const FwdParams& params, const Work& w, const Sequence& s, int row)
+      : p(params), work(w), seq(s), first_row(row), band(params, s, row, kRows), score(params, w.batch, w.head) {
+    clear(rO);
+  }
+
+  template <int kTiles>
+  static __device__ __forceinline__ void clear(float (&x)[kBlocks][kTiles][4]) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[b][t][e] = 0.f;
+  }
+
+  // Scores of tile n become unnormalised probabilities. Returns whether rescale_output() has anything to do.
+  __device__ __forceinline__ bool softmax_tile(int n) {
+    transform_scores(n);
+    if (band.cuts(n)) hide_keys(n);
+    const bool grew = softmax.update(rS, rescale, score.factor);
+    if constexpr (C.dropout) drop(n);
+    return grew;
+  }
+
+  __device__ __forceinline__ void rescale_output() {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int t = 0; t < kOutTiles; ++t)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) rO[b][t][e] *= rescale[b][e / 2];
+  }
+
+  // Two neighbouring accumulator tiles of P, packed, are the A operand of one k step of P V.
+  __device__ __forceinline__ void pack_probabilities(uint32_t (&a)[4], int b, int k) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = Type::pack(rS[b][2 * k + i / 2][i % 2 * 2], rS[b][2 * k + i / 2][i % 2 * 2 + 1]);
+  }
+
+  // Normalise, write O and, where wanted, LSE.
+  __device__ __forceinline__ void store() {
+    auto* out = static_cast<uint16_t*>(p.o) + seq.batch * p.o_stride.batch + seq.q_row * p.o_stride.row + work.head * p.o_stride.head;
+    const float sink = C.learned_sink ? p.learned_sink[work.head] * kLog2e : 0.f;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = first_row + 16 * b + 8 * r + lane_row();
+        const float sum = quad_reduce(softmax.sum[b][r], [](float x, float y) { return x + y; });
+        RowEnd end = finish_row<C>(sum, softmax.max[b][r] * score.factor, sink);
+        if (p.lse != nullptr && lane_col() == 0 && row < seq.length_q) {
+          p.lse[work.batch * p.lse_batch_stride + work.head * p.lse_head_stride + seq.q_row + row] = end.lse;
+        }
+        if constexpr (C.dropout) end.scale *= p.dropout_rescale;
+#pragma unroll
+        for (int t = 0; t < kOutTiles; t += 4) {
+          uint32_t w[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) w[i] = Type::pack(rO[b][t + i][2 * r] * end.scale, rO[b][t + i][2 * r + 1] * end.scale);
+          store_row_32<C>(out + row * p.o_stride.row, 8 * t, p.v_head_dim, w, row < seq.length_q);
+        }
+      }
+  }
+
+ private:
+  static __device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x) % 32 / 4; }
+  static __device__ __forceinline__ int lane_col() { return static_cast<int>(threadIdx.x) % 4 * 2; }
+  __device__ __forceinline__ int position(int b, int r) const { return band.p_first + 16 * b + 8 * r + lane_row(); }
+
+  __device__ __forceinline__ void transform_scores(int n) {
+    if constexpr (C.alibi || Score<C>::kInLog2) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float first = static_cast<float>(n * C.block_n + lane_col() - position(b, r));
+#pragma unroll
+          for (int t = 0; t < kKeyTiles; ++t)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              rS[b][t][2 * r + e] = score.apply(rS[b][t][2 * r + e], first + static_cast<float>(8 * t + e));
+            }
+        }
+    }
+  }
+
+  __device__ __forceinline__ void hide_keys(int n) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const auto row = band.row(position(b, r), n * C.block_n + lane_col());
+#pragma unroll
+        for (int t = 0; t < kKeyTiles; ++t)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (row.hides(8 * t + e)) rS[b][t][2 * r + e] = negative_infinity();
+          }
+      }
+  }
+
+  __device__ __forceinline__ void drop(int n) {
+    const Philox philox(p.rng);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int t = 0; t < kKeyTiles; t += 4) {
+        const uint32_t row_group = (first_row / 16 + b) * 8 + lane_row();
+        const uint32_t key_group = (n * C.block_n / 32 + t / 4) * 4 + threadIdx.x % 4;
+        const DropoutBytes bytes = {philox(row_group, key_group, work.batch * p.heads + work.head)};
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          const int r = i / 8, tile = i / 2 % 4, e = i % 2;
+          if (bytes.at(r, tile, e) >= p.dropout_threshold) rS[b][t + tile][2 * r + e] = 0.f;
+        }
+      }
+  }
+};
+
+}  // namespace fa
