@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .cells import Cell, all_cells, select
+from .entry import main, main_host
 from .forward import Options, Report, Result, Row, run_forward
 from .host import HostOptions, run_host
-from .main import main, main_host
 
 __all__ = [
     "Cell",

@@ -6,13 +6,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import FlashAttnError
 from .cells import Cell, select
 from .inputs import ERROR_LIMIT, Inputs, check_rows, make_inputs
 from .peers import Peer, Refused, all_peers
 from .timing import Contestant, measure_in_turns
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Options", "Report", "Result", "Row", "ceilings", "run_forward"]
 
@@ -155,6 +158,14 @@ def run_forward(options: Options, progress: Callable[[Row], None] | None = None)
     return report
 
 
+def _card() -> tuple[torch.device, int]:
+    """The current device and the bytes of its L2 cache."""
+    import torch
+
+    index = torch.cuda.current_device()
+    return torch.device("cuda", index), torch.cuda.get_device_properties(index).L2_cache_size
+
+
 def _choose(names: Sequence[str] | None) -> list[Peer]:
     peers = all_peers()
     if names is None:
@@ -167,11 +178,8 @@ def _choose(names: Sequence[str] | None) -> list[Peer]:
 
 
 def _run_cell(cell: Cell, peers: Sequence[Peer], options: Options, ceiling: float) -> Row:
-    import torch
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    l2: int = torch.cuda.get_device_properties(device).L2_cache_size
-    sets = make_inputs(cell, device, l2_bytes=l2, seed=options.seed)
+    device, l2_bytes = _card()
+    sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed)
     results: dict[str, Result] = {}
     contestants = dict(_prepare(cell, peers, sets, results))
     for name, timing in measure_in_turns(contestants, rounds=options.rounds, seed=options.seed).items():

@@ -97,15 +97,12 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
     panels = _panels(record["rows"])
     if not panels:
         raise ValueError("the record has no rows to draw")
-    columns = 2
-    height = -(-len(panels) // columns)
-    figure, axes = plt.subplots(height, columns, figsize=(12, 2.9 * height), squeeze=False, layout="constrained")
-    flat = [axis for line in axes for axis in line]
-    for axis, (title, rows) in zip(flat, panels, strict=False):
-        _bars(axis, title, rows)
-    for axis in flat[len(panels) :]:
-        axis.set_axis_off()
-    handles, labels = flat[0].get_legend_handles_labels()
+    # Two panels a row; the last one has the row to itself when it is alone there.
+    mosaic = [[n, min(n + 1, len(panels) - 1)] for n in range(0, len(panels), 2)]
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(12, 2.9 * len(mosaic)), layout="constrained")
+    for n, (title, rows) in enumerate(panels):
+        _bars(axes[n], title, rows)
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(PEERS), frameon=False)
     ceiling = record["ceilings"][0]["matmul_bf16_tflops"]
     figure.supxlabel(
@@ -126,7 +123,9 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str
         if row["group"] == "grid":
             panels.setdefault(f"head_dim {row['head_dim']}, {row['mask']}", []).append((row["length"], row))
         else:
-            panels.setdefault("other cells, head_dim 128", []).append((f"{row['group']}\n{row['mask']}\n{row['length']}", row))
+            mark = "*" if any(result["note"] for result in row["results"].values()) else ""
+            label = f"{row['group']}{mark}\n{row['mask'].removeprefix(row['group'])}\n{row['length']}"
+            panels.setdefault("other cells, head_dim 128 (* a peer without the bias)", []).append((label, row))
     return list(panels.items())
 
 

@@ -1,0 +1,176 @@
+"""The benchmark's own machinery on the CPU: small cells, and times that are made up."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from atomr_accel_flashattn.bench import (  # noqa: E402 - after the skip
+    entry,
+    forward,
+    timing,
+)
+from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
+from atomr_accel_flashattn.bench.forward import Options  # noqa: E402
+from atomr_accel_flashattn.bench.inputs import Inputs, check_rows, make_inputs  # noqa: E402
+from atomr_accel_flashattn.bench.peers import CudnnPeer, Ours, Refused, TorchFa2  # noqa: E402
+from atomr_accel_flashattn.bench.report import markdown  # noqa: E402
+from atomr_accel_flashattn.bench.timing import Contestant, Timing, measure_in_turns  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {"head_dim": 64, "heads": 4, "heads_kv": 4, "lengths": (96, 96), "causal": True}
+CELLS = [
+    Cell(group="grid", **SIZES),
+    Cell(group="grid", **SIZES | {"causal": False}),
+    Cell(group="gqa", **SIZES | {"heads_kv": 2}),
+    Cell(group="varlen", packed=True, **SIZES | {"lengths": (20, 96, 70)}),
+    Cell(group="window", window=16, **SIZES),
+    Cell(group="alibi", alibi=True, **SIZES),
+]
+
+
+def inputs_of(cell: Cell) -> Inputs:
+    return make_inputs(cell, CPU, l2_bytes=0)[0]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_our_calls_do_what_the_cell_says(cell: Cell) -> None:
+    inputs, peer = inputs_of(cell), Ours()
+    assert check_rows(cell, inputs, peer.prepare(cell, inputs)(), with_alibi=peer.adds_alibi(cell)) < 5e-3
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_the_check_sees_a_wrong_mask_a_swapped_head_and_a_nan(cell: Cell) -> None:
+    inputs, peer = inputs_of(cell), Ours()
+    out = peer.prepare(cell, inputs)()
+    other = Cell(**{**SIZES, "lengths": cell.lengths, "heads_kv": cell.heads_kv}, group="other", packed=cell.packed, window=8)
+    assert check_rows(cell, inputs, peer.prepare(other, inputs)(), with_alibi=cell.alibi) > 0.1
+    assert check_rows(cell, inputs, out.flip(-2), with_alibi=cell.alibi) > 0.1
+    assert check_rows(cell, inputs, torch.full_like(out, float("nan")), with_alibi=cell.alibi) == float("inf")
+
+
+def test_inputs_are_random_and_exceed_the_cache_together() -> None:
+    cell = CELLS[0]
+    sets = make_inputs(cell, CPU, l2_bytes=cell.min_bytes)
+    assert len(sets) == 3
+    assert not torch.equal(sets[0].q, sets[1].q)
+    assert abs(float(sets[0].q.float().std()) - 1) < 0.1
+
+
+def test_peers_say_why_they_do_not_do_a_cell() -> None:
+    for cell in CELLS[3:]:
+        with pytest.raises(Refused, match="packed sequences, window or ALiBi"):
+            CudnnPeer().prepare(cell, inputs_of(cell))
+
+
+def test_the_dense_peer_is_right() -> None:
+    for cell in CELLS[:3]:
+        inputs = inputs_of(cell)
+        assert check_rows(cell, inputs, TorchFa2().sdpa(cell, inputs)(), with_alibi=False) < 1e-2
+
+
+def test_contestants_take_turns_in_shuffled_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def note(name: str) -> Contestant:
+        return Contestant([lambda: seen.append(name)], nullcontext)
+
+    def time_once(calls: Any) -> float:
+        calls[0]()
+        return float(len(seen))
+
+    monkeypatch.setattr(timing, "_settle_and_time", time_once)
+    timings = measure_in_turns({name: note(name) for name in "abc"}, rounds=8, seed=1)
+    rounds = [seen[i : i + 3] for i in range(0, 24, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 2
+    assert all(len(found.rounds) == 8 for found in timings.values())
+
+
+def test_the_median_of_the_rounds_counts() -> None:
+    found = Timing([3.0, 1.0, 2.0, 9.0, 2.0])
+    assert found.ms == 2.0
+    assert found.spread == 4.0
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a card that runs small cells and draws lots for the times."""
+    draw = random.Random(0)
+
+    def times(contestants: Mapping[str, Contestant], *, rounds: int, seed: int) -> dict[str, Timing]:
+        del seed
+        return {name: Timing([draw.uniform(1, 2) for _ in range(rounds)]) for name in contestants}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(forward, "_card", lambda: (CPU, 0))
+    monkeypatch.setattr(forward, "ceilings", lambda: {"matmul_bf16_tflops": 700.0, "copy_gbs": 4000.0})
+    monkeypatch.setattr(forward, "select", lambda _patterns: CELLS)
+    monkeypatch.setattr(forward, "measure_in_turns", times)
+    monkeypatch.setattr(entry, "make_record", _record)
+
+
+def _record(kind: str, body: dict[str, Any], *, commit: str | None) -> dict[str, Any]:
+    return {"kind": kind, "timestamp": "2026-01-02T03:04:05+00:00", "commit": commit, "device": {"name": "No Card"}, "versions": {}} | body
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_run_prints_rows_and_writes_a_record_and_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    lines: list[str] = []
+    report, path = entry.main(Options(rounds=3), out=tmp_path, commit="abc", say=lines.append)
+    assert report.failures == []
+    assert path.name == "forward_no-card_20260102T030405.json"
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    record = json.loads(path.read_text())
+    assert [row["cell"] for row in record["rows"]] == [str(cell) for cell in CELLS]
+    assert record["rows"][3]["results"]["cudnn"]["refused"]
+    assert record["rows"][5]["results"]["fa2"]["note"] == "without the bias"
+    for row in record["rows"]:
+        ours = row["results"]["ours"]
+        assert ours["tflops"] == pytest.approx(row["flops"] / ours["ms"] * 1e-9)
+        for name, ratio in row["ratios"].items():
+            assert ratio == pytest.approx(row["results"][name]["ms"] / ours["ms"])
+    assert record["geometric_means"].keys() == {"fa2"}  # cuDNN needs a card
+    assert sum(line.startswith(("grid_", "gqa_", "varlen_", "window_", "alibi_")) for line in lines) == len(CELLS)
+    page = markdown(record)
+    assert "No Card" in page
+    assert page.count("\n| ") == len(CELLS) + 1
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_wrong_answer_is_not_timed_and_fails_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Ours, "prepare", lambda _self, _cell, inputs: lambda: torch.zeros_like(inputs.q))
+    report, _ = entry.main(Options(), out=tmp_path, picture=False, say=lambda _line: None)
+    assert len(report.failures) == len(CELLS)
+    assert all("wrong: relative error 1" in failure for failure in report.failures)
+    assert report.geometric_means == {}
+
+
+@pytest.mark.usefixtures("made_up")
+def test_cells_that_the_budget_does_not_reach_are_named(tmp_path: Path) -> None:
+    report, _ = entry.main(Options(budget=-1), out=tmp_path, picture=False, say=lambda _line: None)
+    assert report.skipped == [str(cell) for cell in CELLS]
+
+
+@pytest.mark.usefixtures("made_up")
+def test_an_unknown_peer_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="no peer named fa9; there are ours, fa2, cudnn"):
+        forward.run_forward(Options(peers=("fa9",)))
+
+
+def test_without_a_card_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+        forward.run_forward(Options())
