@@ -1,4 +1,4 @@
-"""Run a benchmark without the command line's dependencies: ``python -m tools.gpu_bench forward --cells grid_d128* --rounds 5``."""
+"""Run a benchmark without the command line's dependencies: ``python tools/gpu_bench.py forward --cells grid_d128* --rounds 5``."""
 
 from __future__ import annotations
 

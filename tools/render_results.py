@@ -1,4 +1,4 @@
-"""Write the Markdown table and the picture of forward records again: ``python tools/render_results.py benchmarks/results/forward_*.json``."""
+"""Write table and picture of forward records again: ``python tools/render_results.py benchmarks/results/forward_*.json``."""
 
 from __future__ import annotations
 
