@@ -71,7 +71,7 @@ class Device(NamedTuple):
     """Where an array lives: ``("cpu", 0)`` or ``("cuda", ordinal)``."""
 
     kind: str
-    index: int
+    index: int  # type: ignore[assignment]  # the field hides tuple.index, which nobody calls here
 
     def __str__(self) -> str:
         return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
