@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -63,16 +62,21 @@ def test_wheel_is_under_a_megabyte_and_whole(tmp_path: Path) -> None:
     assert {name.split("/")[0].split("-")[0] for name in names} == {"atomr_accel_flashattn"}
 
 
-def test_import_is_quick_and_brings_neither_torch_nor_cuda() -> None:
-    code = (
-        "import sys, time; t = time.perf_counter(); import atomr_accel_flashattn as fa; fa.flash_attn_func, fa.Fa2FwdRequest; "
-        "print(time.perf_counter() - t); assert not {'torch', 'cuda.core', 'cuda.bindings', 'rich'} & set(sys.modules), sorted(sys.modules)"
-    )
-    best = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3))
-    assert best < 0.4
+def cpu_seconds(code: str) -> float:
+    """Seconds of processor time that ``code`` takes in a fresh interpreter, best of three: a busy machine does not count."""
+    timed = f"import sys, time; began = time.process_time(); {code}; sys.stdout.write(str(time.process_time() - began))"
+    return min(float(subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True).stdout) for _ in range(3))
 
 
-def test_help_is_there_at_once() -> None:
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "atomr_accel_flashattn", "--help"], capture_output=True, check=True)
-    assert time.perf_counter() - began < 5
+def test_import_is_quick() -> None:
+    assert cpu_seconds("import atomr_accel_flashattn as fa; fa.flash_attn_func, fa.Fa2FwdRequest, fa.run") < 0.4
+
+
+def test_command_line_is_there_at_once() -> None:
+    assert cpu_seconds("import atomr_accel_flashattn.cli") < 1.0
+
+
+def test_import_brings_neither_torch_nor_cuda_nor_rich() -> None:
+    code = "import sys, atomr_accel_flashattn as fa; fa.flash_attn_func, fa.run; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert {"torch", "cuda.core", "cuda.bindings", "rich", "matplotlib"} & loaded == set()

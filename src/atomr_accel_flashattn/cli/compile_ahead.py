@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..dispatch import FEATURES, DispatchKey, arch_of_capability, lookup, with_features
+from ..dispatch import DISPATCH_TABLE, FEATURES, DispatchKey, arch_of_capability, lookup, with_features
 from ..errors import CompileError, DispatchError
 from ..jit.cache import KernelCache, default_cache
 from ..jit.compile import CompiledKernel, compile_many
@@ -22,7 +22,7 @@ from .output import Json, console, make_table, print_json, progress_bar, size_te
 
 __all__ = ["GPU_ARCHS", "MASKS", "all_specs", "compile_ahead", "outcome_row", "specs_for"]
 
-GPU_ARCHS = (SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90, SmArch.SM_100, SmArch.SM_120)
+GPU_ARCHS = tuple(arch for arch in SmArch if isinstance(DISPATCH_TABLE.cell(arch, DType.F16, 128).spec, KernelSpec))
 _LEFT_BOUND = ("sliding_causal", "sliding_full", "left_window")  # the last: window_size=(n, -1)
 MASKS = ("full", "causal", *_LEFT_BOUND)
 _DTYPES = (DType.F16, DType.BF16)

@@ -77,7 +77,7 @@ def _show_results(screen: Console, cases: Sequence[Case], results: Sequence[Case
     numeric = ("error", "allowed", "first call", "time")
     table = make_table(
         f"Attention on {results[0].backend}, compared with what is known",
-        ("case", "backend", "kernel", "compared with", *numeric, ""),
+        ("case", "kernel", "compared with", *numeric, ""),
         numeric=numeric,
     )
     for case, result in zip(cases, results, strict=True):
@@ -102,7 +102,7 @@ def _compile(cases: Sequence[Case], *, hidden: bool) -> list[CompiledKernel | Co
 
 
 def _show_kernels(screen: Console, results: Sequence[CompiledKernel | CompileError]) -> None:
-    numeric = ("registers", "shared", "spills", "seconds")
+    numeric = ("registers", "shared", "spills", "time")
     table = make_table("Their kernels, for every supported arch", ("arch", "kernel", *numeric, "cache"), numeric=numeric)
     for row in map(outcome_row, results):
         if "error" in row:
@@ -114,7 +114,7 @@ def _show_kernels(screen: Console, results: Sequence[CompiledKernel | CompileErr
             str(row["registers"]),
             size_text(row["shared_bytes"]),
             f"{row['spill_bytes']} B" if row["spill_bytes"] else "none",
-            f"{row['seconds']:.3f}",
+            time_text(row["seconds"]),
             "hit" if row["cache_hit"] else "miss",
         )
     screen.print(table)

@@ -18,7 +18,16 @@ from .output import Json, console, make_table, print_json, size_text
 
 __all__ = ["gather", "info"]
 
-_DISTRIBUTIONS = ("atomr-accel-flashattn", "cuda-bindings", "cuda-pathfinder", "nvidia-cuda-nvrtc", "numpy", "ml_dtypes", "torch", "cupy-cuda13x")
+_DISTRIBUTIONS = (
+    "atomr-accel-flashattn",
+    "cuda-bindings",
+    "cuda-pathfinder",
+    "nvidia-cuda-nvrtc",
+    "numpy",
+    "ml_dtypes",
+    "torch",
+    "cupy-cuda13x",
+)
 
 
 def info(as_json: Json = False) -> None:

@@ -178,22 +178,22 @@ def render_matrix(table: Matrix) -> RenderableType:
     for name, entries in table.rows.items():
         screen.add_row(name.replace("`", ""), *(_coloured(entry, table) for entry in entries))
     notes = "\n".join(f"[dim]{number}[/] {escape(reason)}" for number, reason in enumerate(table.reasons, 1))
-    return Group(screen, f"[dim]refused:[/]\n{notes}\n")
+    return Group(screen, f"[dim]- is a refusal; its reason:[/]\n{notes}\n")
 
 
 def _coloured(entry: Entry, table: Matrix) -> str:
     colour = {"runs": "green", "ran": "green", "compiles": "cyan", "refused": "dim"}[entry.state]
-    return f"[{colour}]{escape(_words(entry, table))}[/]"
+    return f"[{colour}]{f'- {table.reasons.index(entry.reason) + 1}' if entry.reason else entry.text}[/]"
 
 
-def _words(entry: Entry, table: Matrix) -> str:
+def _cell(entry: Entry, table: Matrix) -> str:
     return f"{entry.text} {table.reasons.index(entry.reason) + 1}" if entry.reason else entry.text
 
 
 def markdown(table: Matrix) -> str:
     """For the README: the same table, with refusals as numbers and the reasons as a list."""
     lines = [f"| | {' | '.join(table.archs)} |", f"|---|{'---|' * len(table.archs)}"]
-    lines += [f"| {name} | {' | '.join(_words(entry, table) for entry in entries)} |" for name, entries in table.rows.items()]
+    lines += [f"| {name} | {' | '.join(_cell(entry, table) for entry in entries)} |" for name, entries in table.rows.items()]
     reasons = [f"{number}. {reason}" for number, reason in enumerate(table.reasons, 1)]
     return "\n".join([*lines, "", "A number is a refusal, by name and with this reason:", "", *reasons])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -47,9 +48,11 @@ def _plain(value: Any) -> Any:
 
 def make_table(title: str, columns: Sequence[str], *, numeric: Sequence[str] = (), **options: Any) -> Table:
     """A table in the one style of all commands; ``numeric`` columns are right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", border_style="dim", **options)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold", border_style="dim", box=SIMPLE_HEAD, **options
+    )
     for column in columns:
-        table.add_column(column, justify="right" if column in numeric else "left", no_wrap=column in numeric)
+        table.add_column(column, justify="right" if column in numeric else "left", no_wrap=column in numeric, overflow="fold")
     return table
 
 
