@@ -12,7 +12,7 @@
 #   host       microseconds per call, start-up, memory growth                            (              120 s)
 #
 # Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, BENCH_ARGS, HOST_ARGS; SANITIZER_TOOLS, SANITIZER_SECONDS (for each
-# tool); ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the interpreter; JOBS the test processes.
+# tool), SANITIZER_KERNELS (part of their names); ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the interpreter; JOBS the test processes.
 set -u
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-out} PYTHON=${PYTHON:-python3} JOBS=${JOBS:-12}
@@ -47,7 +47,7 @@ run_sanitizer() {
   for tool in ${SANITIZER_TOOLS:-memcheck initcheck racecheck synccheck}; do
     echo "--- $tool"
     # Only our kernels are checked, and no API calls: the driver's own search for symbols that it may lack is reported otherwise.
-    compute-sanitizer --tool "$tool" --kernel-name kns=fa2_ --error-exitcode 9 --report-api-errors no --print-limit 20 \
+    compute-sanitizer --tool "$tool" --kernel-name "kns=${SANITIZER_KERNELS:-fa2_}" --error-exitcode 9 --report-api-errors no --print-limit 20 \
       --log-file "/tmp/sanitizer_$tool.log" "$PYTHON" tools/sanitizer_cases.py --seconds "${SANITIZER_SECONDS:-50}" || status=$?
     head -n 100 "/tmp/sanitizer_$tool.log"
     tail -n 1 "/tmp/sanitizer_$tool.log"

@@ -137,6 +137,7 @@ def test_a_run_prints_rows_and_writes_a_record_and_a_picture(tmp_path: Path) -> 
     assert record["rows"][3]["results"]["cudnn"]["refused"]
     assert record["rows"][5]["results"]["fa2"]["note"] == "without the bias"
     for row in record["rows"]:
+        assert row["kernel"] == "reference_cpu"
         ours = row["results"]["ours"]
         assert ours["tflops"] == pytest.approx(row["flops"] / ours["ms"] * 1e-9)
         for name, ratio in row["ratios"].items():

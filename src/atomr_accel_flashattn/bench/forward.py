@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import FlashAttnError
 from .cells import Cell, select
 from .inputs import ERROR_LIMIT, Inputs, check_rows, make_inputs
-from .peers import Peer, Refused, all_peers
+from .peers import Peer, Refused, all_peers, kernel_name
 from .timing import Contestant, measure_in_turns
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Row:
     length: str
     batch: int
     alibi: bool
+    kernel: str  # ours
     flops: float
     results: dict[str, Result]
     ratios: dict[str, float]
@@ -199,6 +200,7 @@ def _run_cell(cell: Cell, peers: Sequence[Peer], options: Options, ceiling: floa
         length=cell.length,
         batch=cell.batch,
         alibi=cell.alibi,
+        kernel=kernel_name(cell, sets[0]),
         flops=cell.flops,
         results=results,
         ratios=ratios,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .cells import Cell
     from .inputs import Inputs
 
-__all__ = ["CudnnPeer", "Ours", "Peer", "Refused", "TorchFa2", "all_peers"]
+__all__ = ["CudnnPeer", "Ours", "Peer", "Refused", "TorchFa2", "all_peers", "kernel_name"]
 
 Call = Callable[[], "torch.Tensor"]
 UNBOUNDED = -1
@@ -38,6 +38,22 @@ class Peer(Protocol):
 
     def adds_alibi(self, cell: Cell) -> bool:
         """Whether the cell's ALiBi bias is really added."""
+
+
+def kernel_name(cell: Cell, inputs: Inputs) -> str:
+    """The kernel of ours that does a cell."""
+    from ..dispatch import lookup
+    from ..fa2 import Fa2FwdRequest, MaskKind, PositionBias
+    from ..varlen import CumulativeSeqlens, VarlenFwdRequest
+
+    mask = MaskKind.sliding_causal(cell.window) if cell.window else MaskKind.causal() if cell.causal else MaskKind.full()
+    arrays, bias = (inputs.q, inputs.k, inputs.v), PositionBias(inputs.slopes)
+    request: Fa2FwdRequest | VarlenFwdRequest
+    if inputs.offsets is None:
+        request = Fa2FwdRequest(*arrays, mask=mask, bias=bias)
+    else:
+        request = VarlenFwdRequest(*arrays, cu_seqlens_q=CumulativeSeqlens(inputs.offsets, inputs.max_length), mask=mask, bias=bias)
+    return lookup(request.dispatch_key()).kernel_name
 
 
 class Ours:
