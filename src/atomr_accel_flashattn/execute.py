@@ -7,7 +7,7 @@ from math import prod
 from typing import Any, Final
 
 from .arrays import as_numpy, current_stream, empty_like_framework, raw_stream
-from .dispatch import DispatchKey, Extras, FaFwdDispatch, best_arch, lookup
+from .dispatch import CpuSpec, DispatchKey, Extras, FaFwdDispatch, best_arch, lookup
 from .env import settings
 from .errors import ArrayTypeError, DeviceMismatchError, ShapeError
 from .jit.launch import LoadedKernel, launch, load_kernel
@@ -17,7 +17,7 @@ from .problem import ArrayInfo, AttentionProblem
 from .reference import attention as reference
 from .types import Device, SmArch
 
-__all__ = ["Launch", "Output", "execute", "run"]
+__all__ = ["Launch", "Output", "Outputs", "execute", "fill", "make_outputs", "run"]
 
 _MAX_GRID: Final = 2**31 - 1
 
@@ -36,6 +36,20 @@ class Output:
     out: Any
     lse: Any = None
     dropout_mask: Any = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outputs:
+    """The arrays that a call writes, described. They may be made by one thread (on its stream) and written by another."""
+
+    out: ArrayInfo
+    lse: ArrayInfo | None
+    dropout_mask: ArrayInfo | None
+
+    def for_user(self, request: FaFwdDispatch) -> Output:
+        """The arrays themselves: the caller's own ``out`` where there was one."""
+        out = self.out.source if request.out_array is None else getattr(request, "out", self.out.source)
+        return Output(out, self.lse and self.lse.source, self.dropout_mask and self.dropout_mask.source)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,29 +86,53 @@ def execute(
     request: FaFwdDispatch, *, stream: Any = None, lse: bool, dropout_mask: bool = False, tiles_for: SmArch | None = None
 ) -> tuple[Output, Launch | None]:
     """:func:`run`, and the launch it made; None from the CPU backend and for empty outputs."""
+    key, spec = _resolve(request, tiles_for)
+    outputs = make_outputs(request, lse=lse, dropout_mask=dropout_mask)
+    return outputs.for_user(request), _fill(request.problem, key, spec, outputs, stream)
+
+
+def make_outputs(request: FaFwdDispatch, *, lse: bool, dropout_mask: bool = False) -> Outputs:
+    """The arrays that a call writes: the request's own ``out``, new ones for the rest, on the current stream of q's library."""
+    problem = request.problem
+    out = request.out_array or empty_like_framework(problem.q, problem.out_shape)
+    return Outputs(
+        out,
+        _beside(out, problem.lse_shape, "float32") if lse else None,
+        _beside(out, problem.dropout_mask_shape, "bool") if dropout_mask and problem.dropout is not None else None,
+    )
+
+
+def fill(request: FaFwdDispatch, outputs: Outputs, *, stream: Any = None) -> Launch | None:
+    """Do what a request asks, into arrays that :func:`make_outputs` made, perhaps in another thread. Arguments and errors: :func:`run`.
+
+    Returns:
+        the launch that was made; None from the CPU backend and for empty outputs.
+    """
+    key, spec = _resolve(request, None)
+    return _fill(request.problem, key, spec, outputs, stream)
+
+
+def _resolve(request: FaFwdDispatch, tiles_for: SmArch | None) -> tuple[DispatchKey, KernelSpec | CpuSpec]:
     if not isinstance(request, FaFwdDispatch):
         raise ArrayTypeError(f"request: got {type(request).__qualname__}; allowed is a Fa2FwdRequest or a VarlenFwdRequest")
-    problem = request.problem
-    _check_backend(problem.q.device)
-    key = request.dispatch_key(best_arch(problem.q.device))
+    device = request.problem.q.device
+    _check_backend(device)
+    key = request.dispatch_key(best_arch(device))
     if tiles_for is not None:
         key = replace(key, extras=replace(key.extras, tiles_for=tiles_for))
-    spec = lookup(key)
-    out = request.out_array or empty_like_framework(problem.q, problem.out_shape)
-    lse_array = _beside(out, problem.lse_shape, "float32") if lse else None
-    mask = _beside(out, problem.dropout_mask_shape, "bool") if dropout_mask and problem.dropout is not None else None
-    made = None
-    if isinstance(spec, KernelSpec):
-        raw = current_stream(problem.q) if stream is None else raw_stream(stream)
-        made = _launch_forward(problem, spec, out, lse_array, raw)
-        if mask is not None:
-            _launch_dropout_mask(problem, key, mask, raw)
-    else:
-        reference.forward(
-            problem, as_numpy(out), None if lse_array is None else as_numpy(lse_array), None if mask is None else as_numpy(mask)
-        )
-    user_out = out.source if request.out_array is None else getattr(request, "out", out.source)
-    return Output(user_out, lse_array and lse_array.source, mask and mask.source), made
+    return key, lookup(key)
+
+
+def _fill(problem: AttentionProblem, key: DispatchKey, spec: KernelSpec | CpuSpec, outputs: Outputs, stream: Any) -> Launch | None:
+    out, lse, mask = outputs.out, outputs.lse, outputs.dropout_mask
+    if not isinstance(spec, KernelSpec):
+        reference.forward(problem, as_numpy(out), None if lse is None else as_numpy(lse), None if mask is None else as_numpy(mask))
+        return None
+    raw = current_stream(problem.q) if stream is None else raw_stream(stream)
+    made = _launch_forward(problem, spec, out, lse, raw)
+    if mask is not None:
+        _launch_dropout_mask(problem, key, mask, raw)
+    return made
 
 
 def _check_backend(device: Device) -> None:
