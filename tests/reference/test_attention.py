@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from atomr_accel_flashattn.reference import forward
+from atomr_accel_flashattn.reference.attention import _rounded
 from atomr_accel_flashattn.types import DType
 from tests.case_lists import hazard_cases, head_dim_cases, large_cases, pairwise_cases
 from tests.cases import ALL_DTYPES, Alibi, Case, build
@@ -95,6 +96,19 @@ def test_nan_in_a_key_that_a_query_sees_reaches_that_query() -> None:
     inputs.k[0, 40] = np.nan
     out = run_reference(inputs).out
     assert np.isnan(out[0, 40:]).all()
+
+
+def test_rounding_of_probabilities_equals_the_cast_for_every_float16_and_between() -> None:
+    steps = np.arange(0x3C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # 0 to the last before 1
+    halfway = (steps + np.append(steps[1:], np.float32(1))) / 2  # exact in float32: ties
+    below, above = np.nextafter(halfway, np.float32(0)), np.nextafter(halfway, np.float32(2))
+    values = np.concatenate(
+        [steps, halfway, np.nextafter(halfway, np.float32(0)), np.nextafter(halfway, np.float32(2)), [1, 1e-40, np.nan]]
+    )
+    values = values.astype(np.float32)
+    for dtype in (DType.F16, DType.BF16):
+        kind = NUMPY_DTYPE[dtype]
+        np.testing.assert_array_equal(_rounded(values.copy(), kind), values.astype(kind).astype(np.float32))
 
 
 def _peak_bytes(case: Case) -> int:

@@ -91,7 +91,7 @@ class _OnlineSoftmax:
         if keep is not None:
             probabilities *= keep
         if round_to != probabilities.dtype:
-            probabilities = probabilities.astype(round_to).astype(v.dtype)
+            probabilities = _rounded(probabilities, round_to)
         self.output *= decay[..., None]
         heads, queries, keys = probabilities.shape
         self.output += (probabilities.reshape(heads * queries, keys) @ v).reshape(self.output.shape)
@@ -193,6 +193,23 @@ def _attend_rows(call: _Call, sequence: _Sequence, mask: BandMask, group: range,
     sequence.out[span, heads] = output.transpose(1, 0, 2).astype(sequence.out.dtype)
     if sequence.lse is not None:
         sequence.lse[heads, span] = lse
+
+
+def _rounded(probabilities: Array, to: np.dtype[Any]) -> Array:
+    """Round float32 values in [0, 1] to a 16-bit type and keep them in float32.
+
+    NumPy's cast to float16 takes 2 ns an element and 70 when the result underflows, as most of a long ALiBi row does. Adding and
+    subtracting 1.5 * 2^13 times the leading power of two rounds to float16's 11 bits in 1 ns, ties to even; below 2^-14 float16 has fixed
+    steps, hence the maximum.
+    """
+    if to != np.float16:
+        return probabilities.astype(to).astype(probabilities.dtype)
+    magic: Array = (probabilities.view(np.int32) & 0x7F800000).view(np.float32)
+    np.maximum(magic, np.float32(2**-14), out=magic)
+    magic *= np.float32(1.5 * 2**13)
+    probabilities += magic
+    probabilities -= magic
+    return probabilities
 
 
 def _products(q: Array, k: Array) -> Array:
