@@ -12,7 +12,8 @@
 #   host       microseconds per call, start-up, memory growth                            (              120 s)
 #
 # Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, BENCH_ARGS, HOST_ARGS; SANITIZER_TOOLS, SANITIZER_SECONDS (for each
-# tool), SANITIZER_KERNELS (part of their names); ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the interpreter; JOBS the test processes.
+# tool), SANITIZER_KERNELS (part of their names); ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the
+# interpreter; JOBS the test processes.
 set -u
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-out} PYTHON=${PYTHON:-python3} JOBS=${JOBS:-12}

@@ -10,9 +10,10 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
+if TYPE_CHECKING:
+    import pytest
 
 RECORD_VARIABLE = "ATOMR_FLASHATTN_TEST_RECORD"
 COMMIT_VARIABLE = "ATOMR_FLASHATTN_COMMIT"
