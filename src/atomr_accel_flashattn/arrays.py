@@ -116,6 +116,8 @@ def _read_protocol(x: Any, name: str) -> ArrayInfo:
 
 
 def _info(ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype_name: str, device: Device, source: Any) -> ArrayInfo:
+    if 0 in shape:  # steps of an empty array are never taken, and NumPy may give any
+        strides = contiguous_strides(shape)
     return ArrayInfo(ptr, shape, strides, _DTYPES.get(dtype_name), dtype_name, device, source)
 
 

@@ -1,0 +1,1 @@
+"""Tests of the host: arrays, requests, dispatch, execution, functional calls, plan cache."""

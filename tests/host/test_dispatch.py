@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import atomr_accel_flashattn as fa
+from atomr_accel_flashattn.dispatch import arch_of_capability
+from atomr_accel_flashattn.errors import ArchUnsupportedError, DispatchError, FeatureNotBuiltError
+from atomr_accel_flashattn.jit.driver import device_count
+from atomr_accel_flashattn.jit.spec import Direction
+from atomr_accel_flashattn.jit.tiles import HEAD_DIM_WIDTHS
+from atomr_accel_flashattn.types import Device, DType, SmArch
+
+GPU_ARCHS = [arch for arch in SmArch if arch not in {SmArch.CPU, SmArch.SM_90A}]
+sides = st.integers(-3, 10_000)
+extras = st.builds(
+    fa.Extras,
+    v_head_dim=st.none() | st.integers(-8, 300),
+    v_dtype=st.none() | st.sampled_from(DType),
+    out_dtype=st.none() | st.sampled_from(DType),
+    softcap=st.floats() | st.just(0.0),
+    dropout=st.booleans(),
+    learned_sink=st.booleans(),
+    direction=st.sampled_from(["fwd", "bwd", "dropout_mask"]),
+    split=st.booleans(),
+    kv_layout=st.sampled_from(["NHD", "HND", "VLLM_V1"]),
+    left_pad=st.booleans(),
+    load_align=st.integers(-1, 32),
+    prescale=st.booleans(),
+    family=st.none() | st.sampled_from(fa.Family),
+    tiles_for=st.none() | st.sampled_from(SmArch),
+)
+keys = st.builds(
+    fa.DispatchKey,
+    arch=st.sampled_from(SmArch),
+    dtype=st.sampled_from(DType),
+    head_dim=st.integers(-8, 300) | st.sampled_from(HEAD_DIM_WIDTHS),
+    causal=st.booleans(),
+    varlen=st.booleans(),
+    sliding_window=st.none() | st.tuples(sides, sides),
+    alibi=st.booleans(),
+    sink=st.integers(-1, 8),
+    paged=st.booleans(),
+    gqa_ratio=st.integers(-1, 16),
+    extras=extras | st.just(fa.Extras()),
+)
+built_keys = st.builds(
+    fa.DispatchKey,
+    arch=st.sampled_from(GPU_ARCHS),
+    dtype=st.sampled_from([DType.F16, DType.BF16]),
+    head_dim=st.integers(1, 32).map(lambda n: 8 * n),
+    causal=st.booleans(),
+    varlen=st.booleans(),
+    sliding_window=st.tuples(st.integers(0, 9000), st.integers(-1, 9000)),
+    alibi=st.booleans(),
+    sink=st.integers(0, 8),
+    gqa_ratio=st.integers(1, 16),
+    extras=st.builds(
+        fa.Extras,
+        v_head_dim=st.none() | st.integers(1, 32).map(lambda n: 8 * n),
+        softcap=st.floats(0, 100),
+        dropout=st.booleans(),
+        learned_sink=st.booleans(),
+        load_align=st.sampled_from([2, 4, 8, 16]),
+        prescale=st.booleans(),
+    ),
+)
+
+
+def outcome(key: fa.DispatchKey) -> object:
+    """The spec, or the text of the refusal."""
+    try:
+        return fa.lookup(key)
+    except DispatchError as refusal:
+        return str(refusal)
+
+
+@given(keys)
+@settings(max_examples=1000, deadline=None)
+def test_lookup_gives_a_spec_or_a_dispatch_error_and_says_the_same_twice(key):
+    first = outcome(key)
+    assert isinstance(first, fa.KernelSpec | fa.CpuSpec | str)
+    assert outcome(replace(key)) == first
+
+
+junk = (
+    st.none()
+    | st.text(max_size=3)
+    | st.floats()
+    | st.lists(st.integers(), max_size=3)
+    | st.binary(max_size=2)
+    | st.dictionaries(st.text(), st.text())
+)
+
+
+@given(built_keys, st.sampled_from(fa.DispatchKey.__slots__), junk)
+@settings(max_examples=500, deadline=None)
+def test_lookup_of_values_of_any_type_raises_nothing_else(key, name, value):
+    assert isinstance(outcome(replace(key, **{name: value})), fa.KernelSpec | str)
+
+
+@pytest.mark.parametrize("value", [None, "fa2", ("sm_90", "f16", 64), fa.Extras()])
+def test_lookup_of_no_key_at_all(value):
+    with pytest.raises(DispatchError, match=f"got {type(value).__qualname__}; allowed is a DispatchKey"):
+        fa.lookup(value)
+
+
+@given(built_keys)
+@settings(max_examples=500, deadline=None)
+def test_every_combination_of_built_features_has_a_kernel_that_fits_its_arch(key):
+    spec = fa.lookup(key)
+    assert isinstance(spec, fa.KernelSpec)
+    assert spec.shared_memory <= key.arch.shared_memory_per_block
+    assert spec.head_dim == min(width for width in HEAD_DIM_WIDTHS if width >= key.head_dim)
+    assert spec.v_head_dim == min(width for width in HEAD_DIM_WIDTHS if width >= key.v_head_dim)
+    assert spec.exact_head_dim == ((spec.head_dim, spec.v_head_dim) == (key.head_dim, key.v_head_dim))
+    assert (spec.left_bound, spec.right_bound) == (True, key.causal or key.sliding_window[1] >= 0)
+    assert spec.sink_tokens == (key.sink > 0)
+    assert spec.aligned == (key.extras.load_align == 16)
+
+
+@given(built_keys, st.integers(0, 9000), st.integers(1, 99), st.floats(0.5, 50), st.integers(1, 8))
+@settings(max_examples=300, deadline=None)
+def test_numbers_do_not_change_the_kernel(key, left, ratio, cap, sink):
+    other = replace(
+        key,
+        sliding_window=(left, key.sliding_window[1]),
+        gqa_ratio=ratio,
+        sink=sink if key.sink else 0,
+        extras=replace(key.extras, softcap=cap if key.extras.softcap else 0.0),
+    )
+    assert fa.lookup(other) == fa.lookup(key)
+
+
+@given(built_keys, st.sampled_from(["alibi", "varlen", "dropout", "learned_sink", "prescale", "aligned", "softcap", "sink_tokens"]))
+@settings(max_examples=300, deadline=None)
+def test_presence_changes_the_kernel(key, feature):
+    spec = fa.lookup(key)
+    present = getattr(spec, feature)
+    changes: dict[str, Any] = {
+        "alibi": {"alibi": not present},
+        "varlen": {"varlen": not present},
+        "sink_tokens": {"sink": 0 if present else 1},
+        "dropout": {"extras": replace(key.extras, dropout=not present)},
+        "learned_sink": {"extras": replace(key.extras, learned_sink=not present)},
+        "prescale": {"extras": replace(key.extras, prescale=not present)},
+        "aligned": {"extras": replace(key.extras, load_align=8 if present else 16)},
+        "softcap": {"extras": replace(key.extras, softcap=0.0 if present else 1.0)},
+    }
+    other = fa.lookup(replace(key, **changes[feature]))
+    assert getattr(other, feature) is not present
+    assert other.kernel_name != spec.kernel_name
+
+
+@given(keys)
+def test_keys_and_specs_survive_pickling(key):
+    assert pickle.loads(pickle.dumps(key)) == key  # noqa: S301 - our own bytes
+    spec = outcome(key)
+    assert pickle.loads(pickle.dumps(spec)) == spec  # noqa: S301
+
+
+PLAIN = fa.DispatchKey(SmArch.SM_90, DType.F16, 128)
+
+
+@pytest.mark.parametrize(
+    ("feature", "key"),
+    [
+        ("paged", replace(PLAIN, paged=True)),
+        ("fp8", replace(PLAIN, dtype=DType.F8E4M3)),
+        ("fp8", replace(PLAIN, extras=fa.Extras(v_dtype=DType.F8E5M2))),
+        ("backward", replace(PLAIN, extras=fa.Extras(direction="bwd"))),
+        ("fa3", replace(PLAIN, arch=SmArch.SM_90A)),
+        ("fa3", replace(PLAIN, extras=fa.Extras(family=fa.Family.FA3))),
+        ("fa3", replace(PLAIN, extras=fa.Extras(tiles_for=SmArch.SM_90A))),
+        ("split", replace(PLAIN, extras=fa.Extras(split=True))),
+        ("left_pad", replace(PLAIN, extras=fa.Extras(left_pad=True))),
+        ("kv_layout", replace(PLAIN, extras=fa.Extras(kv_layout="HND"))),
+        ("v_dtype", replace(PLAIN, extras=fa.Extras(v_dtype=DType.BF16))),
+        ("out_dtype", replace(PLAIN, extras=fa.Extras(out_dtype=DType.F32))),
+        ("paged", replace(PLAIN, arch=SmArch.CPU, paged=True)),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(feature, key):
+    with pytest.raises(FeatureNotBuiltError, match=f"'{feature}' is not built") as raised:
+        fa.lookup(key)
+    assert raised.value.feature == feature
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHS)
+@pytest.mark.parametrize("dtype", [DType.F32, DType.F64])
+def test_wide_types_are_refused_on_gpus(arch, dtype):
+    with pytest.raises(ArchUnsupportedError, match=f"got {dtype.value} on {arch.value}; allowed there are f16, bf16"):
+        fa.lookup(fa.DispatchKey(arch, dtype, 64))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (replace(PLAIN, head_dim=12), "head_dim: got 12; allowed is a multiple of 8 up to 256"),
+        (replace(PLAIN, head_dim=264), "head_dim: got 264"),
+        (replace(PLAIN, extras=fa.Extras(v_head_dim=0)), "v_head_dim: got 0"),
+        (replace(PLAIN, arch=SmArch.CPU, head_dim=257), "1..256 on the CPU"),
+        (replace(PLAIN, sliding_window=(-2, 0)), "sliding_window: got (-2, 0)"),
+        (replace(PLAIN, gqa_ratio=0), "gqa_ratio: got 0; allowed is an integer >= 1"),
+        (replace(PLAIN, sink=-1), "sink: got -1"),
+        (replace(PLAIN, sink=4), "sink: got 4 with sliding_window=None"),
+        (replace(PLAIN, extras=fa.Extras(softcap=float("nan"))), "softcap: got nan"),
+        (replace(PLAIN, extras=fa.Extras(load_align=0)), "load_align: got 0"),
+        (replace(PLAIN, extras=fa.Extras(tiles_for=SmArch.CPU)), "tiles_for: got cpu"),
+        (replace(PLAIN, extras=fa.Extras(direction="sideways")), "direction: got 'sideways'"),
+    ],
+)
+def test_values_outside_their_range_are_refused(key, message):
+    with pytest.raises(DispatchError) as raised:
+        fa.lookup(key)
+    assert message in str(raised.value)
+
+
+def test_tiles_that_do_not_fit_are_refused():
+    refused = []
+    for tiles_for in GPU_ARCHS:
+        for arch in GPU_ARCHS:
+            for width in HEAD_DIM_WIDTHS:
+                key = fa.DispatchKey(arch, DType.F16, width, extras=fa.Extras(tiles_for=tiles_for))
+                try:
+                    spec = fa.lookup(key)
+                    assert spec.tile == fa.lookup(fa.DispatchKey(tiles_for, DType.F16, width)).tile
+                except ArchUnsupportedError as error:
+                    refused.append(str(error))
+    assert all("bytes of shared memory" in text and "per block" in text for text in refused)
+    with_room = fa.DispatchKey(SmArch.SM_90, DType.F16, 128, extras=fa.Extras(tiles_for=SmArch.SM_86))
+    assert fa.lookup(with_room).arch is SmArch.SM_90
+
+
+def test_the_cpu_does_everything_with_one_row():
+    for dtype in (DType.F16, DType.BF16, DType.F32, DType.F64):
+        spec = fa.lookup(
+            fa.DispatchKey(SmArch.CPU, dtype, 61, causal=True, varlen=True, alibi=True, extras=fa.Extras(softcap=30.0, dropout=True))
+        )
+        assert (spec.kernel_name, spec.arch, spec.dtype) == ("reference_cpu", SmArch.CPU, dtype)
+
+
+def test_the_dropout_mask_is_one_kernel_for_all_types_and_head_dims():
+    mask = fa.Extras(direction="dropout_mask", dropout=True)
+    specs = {
+        fa.lookup(fa.DispatchKey(SmArch.SM_90, dtype, width, extras=mask)) for dtype in (DType.F16, DType.BF16) for width in (8, 64, 256)
+    }
+    assert len(specs) == 1
+    assert specs.pop().direction is Direction.DROPOUT_MASK
+
+
+class TestTable:
+    def test_iterating_visits_every_feature_of_every_arch_and_only_once(self):
+        keys = list(fa.DISPATCH_TABLE)
+        assert len(keys) == len(set(keys)) == len(fa.DISPATCH_TABLE)
+        assert {key.arch for key in keys} == set(SmArch)
+        assert {key.dtype for key in keys} == set(DType)
+
+    def test_a_cell_is_built_or_refused_with_a_reason(self):
+        for cell in fa.DISPATCH_TABLE.values():
+            assert cell.built == (cell.refusal is None) == (cell.spec is not None)
+            assert cell.built or len(str(cell.refusal)) > 20
+
+    def test_features_combine(self):
+        cell = fa.DISPATCH_TABLE.cell(SmArch.SM_80, DType.BF16, 64, ["sliding_full", "sink_tokens", "alibi", "varlen", "dropout"])
+        assert cell.spec is not None
+        assert cell.spec.kernel_name.endswith("leftbound_rightbound_sinktokens_alibi_dropout_varlen")
+        assert cell.key in fa.DISPATCH_TABLE
+        assert "cell" not in fa.DISPATCH_TABLE
+
+    def test_an_unknown_feature_is_refused_with_the_list(self):
+        with pytest.raises(DispatchError, match="got 'flash'; allowed are full, causal"):
+            fa.with_features(PLAIN, ["flash"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_86"),
+        ((8, 7), "sm_86"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((12, 1), "sm_120"),
+    ],
+)
+def test_arch_of_a_card(capability, arch):
+    assert arch_of_capability(*capability) is SmArch(arch)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (6, 1), (11, 0), (13, 0), (8, 8)])
+def test_a_card_without_kernels_is_refused(capability):
+    with pytest.raises(ArchUnsupportedError, match=rf"got {capability[0]}\.{capability[1]}; allowed are 8\.0.*CPU backend"):
+        arch_of_capability(*capability)
+
+
+def test_best_arch_of_the_host_and_of_a_gpu_that_is_not_there():
+    assert fa.best_arch(Device("cpu", 0)) is SmArch.CPU
+    if not device_count():
+        with pytest.raises(fa.NoDriverError, match="driver"):
+            fa.best_arch(Device("cuda", 0))
+
+
+def test_markers_are_gemm_types():
+    markers = {fa.F16: DType.F16, fa.Bf16: DType.BF16, fa.F8E4m3: DType.F8E4M3, fa.F8E5m2: DType.F8E5M2}
+    for marker, dtype in markers.items():
+        assert marker.dtype is dtype
+        assert isinstance(marker, fa.GemmSupported)
+        assert isinstance(marker(), fa.GemmSupported)
+    assert not isinstance(object(), fa.GemmSupported)
+
+
+def test_requests_are_forward_dispatch_and_nothing_more():
+    q = np.zeros((1, 2, 2, 8), np.float16)
+    dense = fa.Fa2FwdRequest(q, q, q)
+    packed = fa.VarlenFwdRequest(q[0], q[0], q[0], cu_seqlens_q=fa.CumulativeSeqlens.from_lengths([2]))
+    for request in (dense, packed):
+        assert isinstance(request, fa.FaFwdDispatch)
+        assert not isinstance(request, fa.FaPagedFwdDispatch | fa.FaBwdDispatch)
+
+
+class TestKeyOfRequest:
+    def key(self, **kwargs):
+        q, k, v = np.zeros((2, 6, 4, 64), np.float16), np.zeros((2, 9, 2, 64), np.float16), np.zeros((2, 9, 2, 32), np.float16)
+        return fa.Fa2FwdRequest(q, k, v, **kwargs).dispatch_key(SmArch.SM_90)
+
+    @pytest.mark.parametrize(
+        ("mask", "causal", "window"),
+        [
+            (fa.MaskKind.full(), False, None),
+            (fa.MaskKind.causal(), True, None),
+            (fa.MaskKind.sliding_causal(4), True, (3, 0)),
+            (fa.MaskKind.sliding_full(4), False, (3, 3)),
+            (fa.MaskKind.window(-1, 5), False, (-1, 5)),
+            (fa.MaskKind.window(5, -1), False, (5, -1)),
+            (fa.MaskKind.window(0, 0), True, (0, 0)),
+            (fa.MaskKind.window(2**40, 2**40), False, (2**30 - 1, 2**30 - 1)),
+        ],
+    )
+    def test_mask(self, mask, causal, window):
+        key = self.key(mask=mask)
+        assert (key.causal, key.sliding_window) == (causal, window)
+        spec = fa.lookup(key)
+        assert (spec.left_bound, spec.right_bound) == (mask.left is not None, mask.right is not None)
+
+    def test_the_rest(self):
+        options = fa.AttentionOptions(softmax_scale=-1.0, softcap=5.0, learned_sink=np.zeros(4, np.float32), dropout_p=0.1)
+        slopes = fa.PositionBias.alibi(np.zeros((2, 4), np.float32))
+        key = self.key(options=options, bias=slopes, mask=fa.MaskKind.sliding_causal(2), sink_tokens=3)
+        assert (key.arch, key.dtype, key.head_dim, key.v_head_dim, key.gqa_ratio, key.sink) == (SmArch.SM_90, DType.F16, 64, 32, 2, 3)
+        assert key.alibi
+        assert key.extras.learned_sink
+        assert key.extras.dropout
+        assert key.extras.prescale
+        assert key.extras.softcap == 5.0
+
+    def test_zero_scale_needs_prescale_and_positive_does_not(self):
+        assert self.key(options=fa.AttentionOptions(softmax_scale=0.0)).extras.prescale
+        assert not self.key(options=fa.AttentionOptions(softmax_scale=1e-9)).extras.prescale
+
+
+@pytest.mark.parametrize(("offset", "align"), [(0, 16), (1, 2), (2, 4), (4, 8), (8, 16)])
+@pytest.mark.parametrize("which", ["q", "k", "v", "out"])
+def test_alignment_is_that_of_the_worst_address(offset, align, which):
+    arrays = {name: aligned((1, 4, 2, 64), 0) for name in ("q", "k", "v", "out")}
+    arrays[which] = aligned((1, 4, 2, 64), offset)
+    assert fa.Fa2FwdRequest(**arrays).dispatch_key(SmArch.SM_90).extras.load_align == align
+
+
+@pytest.mark.parametrize(("row", "align"), [(128, 16), (129, 2), (130, 4), (132, 8), (136, 16)])
+def test_alignment_is_that_of_the_worst_stride(row, align):
+    q = aligned((1, 4, 2, 64), 0)
+    wide = np.lib.stride_tricks.as_strided(aligned((8 * row,), 0), (1, 4, 2, 64), (0, 2 * row, 128, 2))
+    assert fa.Fa2FwdRequest(q, wide, q).dispatch_key(SmArch.SM_90).extras.load_align == align
+
+
+def test_a_stride_that_is_never_stepped_does_not_count():
+    q = np.lib.stride_tricks.as_strided(aligned((256,), 0), (1, 1, 2, 64), (2, 6, 128, 2))
+    assert fa.Fa2FwdRequest(q, q, q).dispatch_key(SmArch.SM_90).extras.load_align == 16
+
+
+def aligned(shape: tuple[int, ...], offset: int) -> np.ndarray:
+    """Zeros in float16 whose first element lies ``offset`` elements after a multiple of 16 bytes."""
+    size = int(np.prod(shape))
+    storage = np.zeros(size + 32, np.float16)
+    start = -storage.ctypes.data % 16 // 2 + offset
+    return storage[start : start + size].reshape(shape)

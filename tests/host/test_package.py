@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+import atomr_accel_flashattn as fa
+from atomr_accel_flashattn import errors
+
+
+def test_all_is_sorted_and_complete():
+    assert list(fa.__all__) == sorted(fa.__all__, key=lambda name: (0 if name.isupper() else 1 if name[0].isupper() else 2, name))
+    assert {*fa._MODULE_OF, "__version__"} == set(fa.__all__)
+
+
+@pytest.mark.parametrize("name", fa.__all__)
+def test_every_public_name_is_there_and_listed_by_its_module(name):
+    value = getattr(fa, name)
+    assert value is not None
+    if name in fa._MODULE_OF:
+        module = importlib.import_module(f"atomr_accel_flashattn.{fa._MODULE_OF[name]}")
+        assert name in module.__all__, f"{name} is no public name of {module.__name__}"
+
+
+def test_the_names_for_type_checkers_are_those_loaded_on_use():
+    imports = [node for node in ast.walk(ast.parse(inspect.getsource(fa))) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    assert {alias.name: node.module for node in imports for alias in node.names} == fa._MODULE_OF
+
+
+def test_an_unknown_name_is_an_attribute_error_that_says_it():
+    with pytest.raises(AttributeError, match="no attribute 'flash_attn_fun'"):
+        fa.flash_attn_fun  # noqa: B018
+
+
+def test_import_takes_neither_torch_nor_cuda_nor_time():
+    code = (
+        "import sys, time; start = time.perf_counter(); import atomr_accel_flashattn as fa; bare = time.perf_counter() - start; "
+        "fa.flash_attn_func, fa.run, fa.lookup; "
+        "heavy = [m for m in sys.modules if m.partition('.')[0] in {'torch', 'cuda', 'cupy', 'jax', 'matplotlib', 'rich', 'typer'}]; "
+        "assert not heavy, heavy; assert bare < 0.4, bare"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_error_tree_in_the_docstring_is_the_error_tree():
+    drawn, path = {}, []
+    for line in errors.__doc__.splitlines():
+        name = line.strip(" │├└─").split()[0] if line.strip(" │├└─") else ""
+        if not name.endswith(("Error", "Warning")) or name not in errors.__all__:
+            continue
+        depth = line.index(name) // 4
+        path = [*path[: depth - 1], name]
+        drawn[name] = path[-2] if len(path) > 1 else None
+    assert set(drawn) == set(errors.__all__)
+    for name, parent in drawn.items():
+        kind = getattr(errors, name)
+        assert issubclass(kind, Exception)
+        # DeviceLostError is drawn beside LaunchError, whose child it is: who catches the launch error catches it as well
+        assert parent is None or issubclass(kind, getattr(errors, parent)), f"{name} is drawn under {parent}"
+
+
+def test_builtin_bases_are_those_that_callers_expect():
+    assert issubclass(errors.ConstructionError, ValueError)
+    assert issubclass(errors.ArrayTypeError, TypeError)
+    assert issubclass(errors.RuntimeFlashAttnError, RuntimeError)
+    assert issubclass(errors.CacheWarning, UserWarning)
+
+
+def test_errors_carry_what_programs_need():
+    refused = pickle.loads(pickle.dumps(errors.FeatureNotBuiltError("paged", "pack it")))  # noqa: S301 - our own bytes
+    assert (refused.feature, refused.reason) == ("paged", "pack it")
+    assert "paged" in str(refused)
+    failed = errors.CompileError("NVRTC refused it", spec="fa2_fwd", log="error: x", source_path=None)
+    assert "fa2_fwd" in str(failed)
+    assert "error: x" in str(failed)
+    lost = errors.DeviceLostError("sticky", kernel_name="fa2_fwd", cuda_error="CUDA_ERROR_ILLEGAL_ADDRESS")
+    assert (lost.kernel_name, lost.cuda_error) == ("fa2_fwd", "CUDA_ERROR_ILLEGAL_ADDRESS")
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in str(lost)

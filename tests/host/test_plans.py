@@ -1,0 +1,445 @@
+"""The plan cache, on a fake GPU: a repeated call is right whatever was called before it, and costs one launch."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import HealthCheck, given, settings  # noqa: E402 - after the skip
+from hypothesis import strategies as st  # noqa: E402
+
+import atomr_accel_flashattn as fa  # noqa: E402
+from atomr_accel_flashattn import env, execute, plans  # noqa: E402
+
+from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    card = FakeGpu()
+    monkeypatch.setattr(execute, "load_kernel", card.load)
+    monkeypatch.setattr(execute, "launch", card.launch)
+    monkeypatch.setattr(execute, "best_arch", lambda device: fa.SmArch.SM_90 if device.kind == "cuda" else fa.SmArch.CPU)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)
+    monkeypatch.setattr(plans, "hooks", plans.Hooks())
+    plans.clear()
+    plans.meet_torch()
+    plans.hooks.plain_types = frozenset({FakeCuda})
+    yield card
+    plans.clear()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One functional call; ``offset`` and ``pad`` shift q, k and v off 16-byte multiples and stretch their rows."""
+
+    seed: int = 0
+    batch: int = 2
+    seqlen_q: int = 5
+    seqlen_k: int = 9
+    heads: int = 4
+    heads_kv: int = 2
+    head_dim: int = 16
+    v_head_dim: int = 16
+    dtype: str = "float16"
+    offset: int = 0
+    pad: int = 0
+    heads_first: bool = False
+    scale: float | None = None
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    sink_tokens: int = 0
+    slopes: int = 0  # dimensions
+    learned_sink: bool = False
+    out: bool = False
+    lse: bool = False
+    packed: bool = False
+    split: int = 2  # where the first of two packed sequences ends
+
+    def tensor(self, number: int, rows: int, heads: int, head_dim: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(10 * self.seed + number)
+        sizes = (self.batch, heads, rows, head_dim + self.pad) if self.heads_first else (self.batch, rows, heads, head_dim + self.pad)
+        flat = torch.randn(torch.Size(sizes).numel() + self.offset, generator=generator).to(getattr(torch, self.dtype))
+        tensor = flat[self.offset :].view(sizes)[..., :head_dim]
+        return tensor.transpose(1, 2) if self.heads_first else tensor
+
+    def run(self, wrap: Any) -> Any:
+        """The call on tensors that ``wrap`` puts somewhere; (out, lse or None)."""
+        q = self.tensor(0, self.seqlen_q, self.heads, self.head_dim)
+        k = self.tensor(1, self.seqlen_k, self.heads_kv, self.head_dim)
+        v = self.tensor(2, self.seqlen_k, self.heads_kv, self.v_head_dim)
+        slopes = torch.rand((self.batch, self.heads)[2 - self.slopes :]) if self.slopes else None
+        sink = torch.rand(self.heads) if self.learned_sink else None
+        out_shape = (self.batch, self.seqlen_q, self.heads, self.v_head_dim)
+        packing: tuple[Any, ...] = ()
+        if self.packed:
+            q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+            out_shape = (self.batch * self.seqlen_q, self.heads, self.v_head_dim)
+            ends = [[0, min(self.split, x.shape[0]), x.shape[0]] for x in (q, k)]
+            packing = (*(wrap(torch.tensor(each, dtype=torch.int32)) for each in ends), q.shape[0], k.shape[0])
+        function = fa.flash_attn_varlen_func if self.packed else fa.flash_attn_func
+        slopes, sink = (None if x is None else wrap(x) for x in (slopes, sink))
+        result = function(
+            *(wrap(x) for x in (q, k, v)),
+            *packing,
+            softmax_scale=self.scale,
+            causal=self.causal,
+            window_size=self.window,
+            softcap=self.softcap,
+            alibi_slopes=slopes,
+            return_attn_probs=self.lse,
+            out=wrap(torch.full(out_shape, torch.nan, dtype=getattr(torch, self.dtype))) if self.out else None,
+            learned_sink=sink,
+            sink_tokens=self.sink_tokens,
+        )
+        return result[:2] if self.lse else (result, None)
+
+    def check(self) -> None:
+        """The fake GPU, through plans, gives what the CPU backend gives."""
+        torch.manual_seed(self.seed)
+        made = self.run(fake)
+        torch.manual_seed(self.seed)
+        expected = self.run(lambda tensor: tensor)
+        assert made[0].shape == expected[0].shape
+        np.testing.assert_allclose(host(made[0]), host(expected[0]), rtol=1e-2, atol=2e-3)
+        assert (made[1] is None) == (expected[1] is None)
+        if made[1] is not None:
+            np.testing.assert_allclose(host(made[1]), host(expected[1]), rtol=1e-3, atol=1e-3)
+
+
+def host(tensor: Any) -> np.ndarray:
+    return torch.Tensor.float(tensor.as_subclass(torch.Tensor)).numpy()
+
+
+BASE = Call()
+# One change each, all of them to things that must not share a plan with the base.
+CHANGES: dict[str, dict[str, Any]] = {
+    "batch": {"batch": 3},
+    "seqlen_q": {"seqlen_q": 6},
+    "seqlen_k": {"seqlen_k": 8},
+    "heads": {"heads": 8},
+    "heads_kv": {"heads_kv": 1},
+    "head_dim": {"head_dim": 24},
+    "v_head_dim": {"v_head_dim": 8},
+    "dtype": {"dtype": "bfloat16"},
+    "address": {"offset": 1},
+    "address_4": {"offset": 4},
+    "strides": {"pad": 8},
+    "odd_strides": {"pad": 1},
+    "order": {"heads_first": True},
+    "scale": {"scale": 0.5},
+    "scale_zero": {"scale": 0.0},
+    "scale_negative": {"scale": -0.5},
+    "causal": {"causal": True},
+    "window": {"window": (2, 0)},
+    "window_other": {"window": (3, 0)},
+    "window_right": {"window": (-1, 2)},
+    "softcap": {"softcap": 2.0},
+    "softcap_other": {"softcap": 3.0},
+    "sink_tokens": {"window": (1, 0), "sink_tokens": 1},
+    "slopes": {"slopes": 1},
+    "slopes_per_batch": {"slopes": 2},
+    "learned_sink": {"learned_sink": True},
+    "out": {"out": True},
+    "lse": {"lse": True},
+    "packed": {"packed": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_that_differs_in_one_thing_has_its_own_plan(gpu: FakeGpu, change: str):
+    other = replace(BASE, **CHANGES[change])
+    BASE.check()
+    other.check()
+    assert len(plans._plans) == 2
+    assert gpu.planned == [False, False]
+    for call in (replace(BASE, seed=1), replace(other, seed=2), replace(BASE, seed=3)):
+        call.check()
+    assert len(plans._plans) == 2
+    assert gpu.planned[2:] == [True] * 3
+
+
+calls = st.builds(
+    Call,
+    seed=st.integers(0, 99),
+    batch=st.sampled_from([1, 2]),
+    seqlen_q=st.sampled_from([1, 5]),
+    seqlen_k=st.sampled_from([1, 5, 9]),
+    heads_kv=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([8, 16]),
+    v_head_dim=st.sampled_from([8, 16]),
+    dtype=st.sampled_from(["float16", "bfloat16"]),
+    offset=st.sampled_from([0, 0, 1, 8]),
+    pad=st.sampled_from([0, 0, 1, 8]),
+    heads_first=st.booleans(),
+    scale=st.sampled_from([None, 0.25, 1.0, 0.0, -1.0]),
+    causal=st.booleans(),
+    window=st.sampled_from([(-1, -1), (2, 0), (0, 2), (3, -1)]),
+    softcap=st.sampled_from([0.0, -1.0, 2.0, 3.0]),
+    slopes=st.sampled_from([0, 0, 1, 2]),
+    learned_sink=st.booleans(),
+    out=st.booleans(),
+    lse=st.booleans(),
+    packed=st.booleans(),
+    split=st.sampled_from([0, 1, 4]),
+)
+
+
+@given(st.lists(calls, min_size=1, max_size=4), st.lists(st.integers(0, 3), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_sequence_of_calls_is_right_whatever_plans_there_are(gpu: FakeGpu, pool: list[Call], order: list[int]):
+    """Plans are kept from example to example, so thousands of pairs of calls meet."""
+    for count, which in enumerate(order):
+        replace(pool[which % len(pool)], seed=count).check()
+    assert all(isinstance(plan, plans._Plan) for plan in plans._plans.values())
+
+
+@pytest.mark.parametrize("sink_tokens", [0, 1, 3])
+def test_sink_tokens_are_part_of_the_key(gpu: FakeGpu, sink_tokens: int):
+    for count in itertools.chain([0, 1, 3, 1], [sink_tokens]):
+        replace(BASE, window=(1, 0), sink_tokens=count, seed=count).check()
+
+
+def qkv(**kwargs: Any) -> list[FakeCuda]:
+    call = replace(BASE, **kwargs)
+    return [fake(call.tensor(number, 5, 4, 16)) for number in range(3)]
+
+
+def test_a_repeated_call_takes_the_addresses_and_the_stream_of_now(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    fa.flash_attn_func(*qkv())
+    monkeypatch.setattr(plans.hooks, "raw_stream", lambda index: 1234 + index)
+    q, k, v = qkv(seed=5)
+    out = fa.flash_attn_func(q, k, v)
+    _, params, stream, planned = gpu.launches[-1]
+    assert planned
+    assert stream == 1234
+    assert (params.q, params.k, params.v, params.o, params.lse) == (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), None)
+
+
+@pytest.mark.parametrize("shape", [{"pad": 3}, {"heads_first": True}, {"offset": 1}, {"heads_first": True, "pad": 8}])
+def test_inputs_that_are_not_contiguous_are_never_copied(gpu: FakeGpu, shape: dict[str, Any]):
+    for seed in range(3):
+        q, k, v = qkv(seed=seed, **shape)
+        fa.flash_attn_func(q, k, v)
+        params = gpu.last
+        assert (params.q, params.k, params.v) == (q.data_ptr(), k.data_ptr(), v.data_ptr())
+        assert (params.q_stride.batch, params.q_stride.row, params.q_stride.head) == q.stride()[:3]
+        packed = fake(torch.randn(2, 5, 3, 4, 16).half())
+        fa.flash_attn_qkvpacked_func(packed)
+        assert (gpu.last.q, gpu.last.k) == (packed.data_ptr(), packed[:, :, 1].data_ptr())
+    assert gpu.planned == [False, False, True, True, True, True]
+
+
+def test_broadcast_heads_are_not_copied_and_give_an_output_of_its_own(gpu: FakeGpu):
+    for _ in range(2):
+        q = fake(torch.randn(1, 5, 1, 16).half()).expand(2, 5, 4, 16)
+        out = fa.flash_attn_func(q, q, q)
+        assert gpu.last.q == q.data_ptr()
+        assert (gpu.last.q_stride.batch, gpu.last.q_stride.head) == (0, 0)
+        np.testing.assert_allclose(host(out[1, :, 3]), host(out[0, :, 0]))
+
+
+def test_gradients_are_refused_though_there_is_a_plan(gpu: FakeGpu):
+    fa.flash_attn_func(*qkv())
+    for which in range(3):
+        tensors = qkv()
+        tensors[which].requires_grad_()
+        with pytest.raises(fa.FeatureNotBuiltError, match="requires grad"):
+            fa.flash_attn_func(*tensors)
+        with torch.no_grad():
+            fa.flash_attn_func(*tensors)
+    assert gpu.planned == [False, True, True, True]
+
+
+@pytest.mark.parametrize("name", ["alibi_slopes", "learned_sink"])
+def test_gradients_of_the_other_tensors_are_refused_though_there_is_a_plan(gpu: FakeGpu, name: str):
+    fa.flash_attn_func(*qkv(), **{name: fake(torch.ones(4))})
+    with pytest.raises(fa.FeatureNotBuiltError, match=f"{name} requires grad"):
+        fa.flash_attn_func(*qkv(), **{name: fake(torch.ones(4)).requires_grad_()})
+    assert gpu.planned == [False]
+
+
+def test_an_out_that_is_an_input_is_refused_though_there_is_a_plan(gpu: FakeGpu):
+    q, k, v = qkv()
+    fa.flash_attn_func(q, k, v, out=fake(torch.empty_like(q)))
+    with pytest.raises(fa.OutputError, match="memory of q, k or v"):
+        fa.flash_attn_func(q, k, v, out=k)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"alibi_slopes": torch.ones(3)}, fa.SlopesError),
+        ({"alibi_slopes": torch.ones(4).double()}, fa.SlopesError),
+        ({"alibi_slopes": torch.ones(8)[::2]}, fa.SlopesError),
+        ({"window_size": (0.5, 0)}, fa.WindowError),
+        ({"softmax_scale": float("nan")}, fa.ScaleError),
+    ],
+)
+def test_a_wrong_call_like_a_right_one_is_still_refused(gpu: FakeGpu, change: dict[str, Any], error: type[Exception]):
+    fa.flash_attn_func(*qkv(), alibi_slopes=fake(torch.ones(4)))
+    changed = {name: fake(value) if isinstance(value, torch.Tensor) else value for name, value in change.items()}
+    for _ in range(2):
+        with pytest.raises(error):
+            fa.flash_attn_func(*qkv(), **changed)
+
+
+def test_another_device_has_its_own_plan(gpu: FakeGpu):
+    for seed in range(2):
+        for index in (0, 1):
+            tensors = qkv(seed=seed)
+            for tensor in tensors:
+                tensor.index = index
+            fa.flash_attn_func(*tensors)
+            assert gpu.launches[-1][2] == STREAM + index
+    assert gpu.planned == [False, False, True, True]
+
+
+def test_a_key_on_another_device_is_refused_though_there_is_a_plan(gpu: FakeGpu):
+    q, k, v = qkv()
+    fa.flash_attn_func(q, k, v)
+    k.index = 1
+    with pytest.raises(fa.DeviceMismatchError, match="k: got an array on cuda:1 with q on cuda:0"):
+        fa.flash_attn_func(q, k, v)
+
+
+def test_dropout_draws_anew_for_every_call(gpu: FakeGpu):
+    q, k, v = qkv()
+    torch.manual_seed(0)
+    first, second = (fa.flash_attn_func(q, k, v, 0.5) for _ in range(2))
+    assert gpu.planned == [False, True]
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    np.testing.assert_array_equal(host(fa.flash_attn_func(q, k, v, 0.5)), host(first))
+    np.testing.assert_array_equal(host(fa.flash_attn_func(q, k, v, 0.5)), host(second))
+
+
+def test_the_dropout_pattern_is_a_launch_of_its_own_and_makes_no_plan(gpu: FakeGpu):
+    q, k, v = qkv()
+    for _ in range(2):
+        _, lse, pattern = fa.flash_attn_func(q, k, v, 0.5, return_attn_probs=True)
+        assert (lse.shape, pattern.shape, pattern.dtype) == ((2, 4, 5), (2, 4, 5, 5), torch.bool)
+    assert gpu.planned == [False] * 4
+    assert gpu.launches[1][1].rng == gpu.launches[0][1].rng
+    assert not plans._plans
+
+
+def test_odd_head_dims_are_padded_on_the_gpu_and_make_no_plan(gpu: FakeGpu):
+    for _ in range(2):
+        q, k, v = (fake(torch.randn(2, 5, 4, 13).half()) for _ in "qkv")
+        out = fa.flash_attn_func(q, k, v)
+        expected = fa.flash_attn_func(*(x.as_subclass(torch.Tensor) for x in (q, k, v)))
+        np.testing.assert_allclose(host(out), host(expected), rtol=1e-2, atol=2e-3)
+        assert gpu.last.head_dim == 16
+        given = fake(torch.empty(2, 5, 4, 13).half())
+        assert fa.flash_attn_func(q, k, v, out=given) is given
+        np.testing.assert_array_equal(host(given), host(out))
+    assert not plans._plans
+
+
+def test_numbers_that_may_change_behind_our_back_make_no_plan(gpu: FakeGpu):
+    flag = np.array([1])  # unhashable
+    fa.flash_attn_func(*qkv(), causal=torch.tensor(True))
+    fa.flash_attn_func(*qkv(), causal=flag)
+    fa.flash_attn_func(*qkv(), window_size=[3, 0])
+    assert gpu.planned == [False] * 3
+    assert not plans._plans
+
+
+def test_debug_makes_no_plan(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ATOMR_FLASHATTN_DEBUG", "1")
+    env.settings.cache_clear()
+    try:
+        fa.flash_attn_func(*qkv())
+        fa.flash_attn_func(*qkv())
+    finally:
+        monkeypatch.delenv("ATOMR_FLASHATTN_DEBUG")
+        env.settings.cache_clear()
+    assert gpu.planned == [False, False]
+
+
+def test_an_empty_output_launches_nothing(gpu: FakeGpu):
+    q = fake(torch.empty(2, 0, 4, 16).half())
+    k = fake(torch.randn(2, 5, 4, 16).half())
+    assert fa.flash_attn_func(q, k, k).shape == q.shape
+    assert not gpu.launches
+
+
+def test_no_keys_are_a_launch_like_any_other(gpu: FakeGpu):
+    for _ in range(2):
+        q, k = fake(torch.randn(2, 5, 4, 16).half()), fake(torch.empty(2, 0, 4, 16).half())
+        out, lse, _ = fa.flash_attn_func(q, k, k, return_attn_probs=True)
+        assert (out == 0).all()
+        assert torch.isneginf(lse).all()
+    assert gpu.planned == [False, True]
+
+
+def test_the_number_of_plans_is_bounded(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plans, "_MAX_PLANS", 3)
+    for length in range(1, 9):
+        replace(BASE, seqlen_q=length).check()
+        assert len(plans._plans) <= 3
+
+
+def test_threads_share_plans_and_get_their_own_answers(gpu: FakeGpu):
+    expected = {seed: replace(BASE, seed=seed, lse=True).run(lambda tensor: tensor)[0] for seed in range(4)}
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for _ in range(10):
+            out = replace(BASE, seed=seed, lse=True).run(fake)[0]
+            if not np.allclose(host(out), host(expected[seed]), rtol=1e-2, atol=2e-3):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert sum(gpu.planned) >= 36
+
+
+def test_a_stream_that_is_given_is_the_one_launched_on(gpu: FakeGpu):
+    class OfTorch:
+        cuda_stream = 5
+
+    class OfCuda:
+        def __cuda_stream__(self) -> tuple[int, int]:  # noqa: PLW3201 - a protocol of cuda.core
+            return (0, 6)
+
+    class OfCupy:
+        ptr = 7
+
+    request = fa.Fa2FwdRequest(*qkv())
+    for stream, raw in ((None, STREAM), (4, 4), (OfTorch(), 5), (OfCuda(), 6), (OfCupy(), 7)):
+        fa.run(request, stream=stream)
+        assert gpu.launches[-1][2] == raw
+    with pytest.raises(fa.ArrayTypeError, match="stream: got str; allowed are a raw CUstream"):
+        fa.run(request, stream="main")
+
+
+def test_borrowed_tiles_reach_the_launch(gpu: FakeGpu):
+    fa.run(fa.Fa2FwdRequest(*qkv()), tiles_for=fa.SmArch.SM_86)
+    spec = gpu.launches[-1][0]
+    assert spec.arch is fa.SmArch.SM_90
+    assert spec.tile == fa.lookup(fa.DispatchKey(fa.SmArch.SM_86, fa.DType.F16, 16)).tile
+
+
+def test_more_blocks_than_a_grid_has_are_refused(gpu: FakeGpu):
+    huge = fake(torch.zeros(1, 1, 1, 8).half()).expand(2**16, 2**20, 2, 8)
+    request = fa.Fa2FwdRequest(huge, huge, huge)
+    object.__setattr__(request, "out_array", request.problem.q)  # shapes alone decide: nothing of this size is made
+    with pytest.raises(fa.ShapeError, match="thread blocks; allowed are 2147483647; split the batch"):
+        fa.run(request, lse=False)
