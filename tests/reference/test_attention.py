@@ -102,9 +102,7 @@ def test_rounding_of_probabilities_equals_the_cast_for_every_float16_and_between
     steps = np.arange(0x3C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # 0 to the last before 1
     halfway = (steps + np.append(steps[1:], np.float32(1))) / 2  # exact in float32: ties
     below, above = np.nextafter(halfway, np.float32(0)), np.nextafter(halfway, np.float32(2))
-    values = np.concatenate(
-        [steps, halfway, np.nextafter(halfway, np.float32(0)), np.nextafter(halfway, np.float32(2)), [1, 1e-40, np.nan]]
-    )
+    values = np.concatenate([steps, halfway, below, above, [1, 1e-40, np.nan]])
     values = values.astype(np.float32)
     for dtype in (DType.F16, DType.BF16):
         kind = NUMPY_DTYPE[dtype]
