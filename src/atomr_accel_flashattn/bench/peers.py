@@ -122,27 +122,39 @@ class CudnnPeer(_Sdpa):
 
 
 class TorchFa2(_Sdpa):
-    """The FlashAttention-2 that torch carries: SDPA for dense cells, ``varlen_attn`` for packed ones, its operator for windows.
+    """The FlashAttention-2 that torch carries: SDPA for dense cells, ``varlen_attn`` for packed ones, its operator for windows and ALiBi.
 
-    torch builds it without ALiBi, so an ALiBi cell is timed without the bias: the same products and less other work, a bar that is a
+    A torch that was built without ALiBi is timed without the bias in those cells: the same products and less other work, a bar that is a
     little too high.
     """
 
     name = "fa2"
     backend = "FLASH_ATTENTION"
 
+    def __init__(self) -> None:
+        self._has_alibi = False
+
     def adds_alibi(self, cell: Cell) -> bool:
-        """Never: see the class."""
-        del cell
-        return False
+        """Whether this torch was found to take slopes when the cell was prepared."""
+        return cell.alibi and self._has_alibi
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
         """Every cell."""
         if cell.packed:
             return self._varlen(cell, inputs)
         if cell.window is not None:
-            return self._window(cell, inputs)
-        return self.sdpa(cell, inputs)
+            return self._operator(cell, inputs)
+        return self._alibi(cell, inputs) if cell.alibi else self.sdpa(cell, inputs)
+
+    def _alibi(self, cell: Cell, inputs: Inputs) -> Call:
+        call = self._operator(cell, inputs)
+        try:
+            call()
+        except (RuntimeError, NotImplementedError):
+            self._has_alibi = False
+            return self.sdpa(cell, inputs)
+        self._has_alibi = True
+        return call
 
     @staticmethod
     def _varlen(cell: Cell, inputs: Inputs) -> Call:
@@ -156,13 +168,17 @@ class TorchFa2(_Sdpa):
         return lambda: attend(q, k, v, offsets, offsets, longest, longest, window_size=window)
 
     @staticmethod
-    def _window(cell: Cell, inputs: Inputs) -> Call:
+    def _operator(cell: Cell, inputs: Inputs) -> Call:
         import torch
 
-        operator: Any = torch.ops.aten._flash_attention_forward  # noqa: SLF001 - SDPA does not pass a window on
-        q, k, v, s = inputs.q, inputs.k, inputs.v, inputs.max_length
-        left = (cell.window or 0) - 1
-        return lambda: operator(q, k, v, None, None, s, s, 0.0, False, False, window_size_left=left, window_size_right=0)[0]
+        operator: Any = torch.ops.aten._flash_attention_forward  # noqa: SLF001 - SDPA passes neither a window nor slopes on
+        q, k, v, s, causal = inputs.q, inputs.k, inputs.v, inputs.max_length, cell.causal and cell.window is None
+        options: dict[str, Any] = {}
+        if cell.window is not None:
+            options |= {"window_size_left": cell.window - 1, "window_size_right": 0}
+        if inputs.slopes is not None:
+            options["alibi_slopes"] = inputs.slopes
+        return lambda: operator(q, k, v, None, None, s, s, 0.0, causal, False, **options)[0]
 
 
 def all_peers() -> list[Peer]:
