@@ -39,7 +39,7 @@ run_tests() {
   # NumPy's threads would fight over the cores: the processes are the parallelism. Warnings of this machine's packages are shown, not raised.
   # shellcheck disable=SC2086
   OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest tests/gpu -m gpu -q -n "$JOBS" --dist worksteal -p no:cacheprovider \
-    --timeout 180 --maxfail 100 --tb short --show-capture no -W default ${PYTEST_ARGS:-}
+    --timeout 180 --maxfail 100 --tb short --show-capture no -r fE -W default --disable-warnings ${PYTEST_ARGS:-}
 }
 
 run_sanitizer() {
