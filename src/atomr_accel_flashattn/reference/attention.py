@@ -106,9 +106,8 @@ class _OnlineSoftmax:
             self.total = self.total * decay + np.exp(sink[:, None] - shift)
             self.output *= decay[..., None]
             self.maximum = maximum
-        empty = self.total == 0
-        divisor = np.where(empty, 1, self.total)
-        return self.output * (rescale / divisor)[..., None], np.where(empty, -np.inf, self.maximum + np.log(divisor))
+        divisor = np.where(self.total == 0, 1, self.total)  # no key and no sink: the output is 0, the maximum and so the LSE -inf
+        return self.output * (rescale / divisor)[..., None], self.maximum + np.log(divisor)
 
 
 def forward(problem: AttentionProblem, out: Array, lse: Array | None, dropout_mask: NDArray[np.bool_] | None) -> None:

@@ -36,8 +36,7 @@ class BandMask:
             return ()
         stop = self.seqlen_k if right is None else min(self.seqlen_k, max(0, p[-1] + right + 1))
         start = 0 if left is None else min(stop, max(0, p[0] - left))
-        sinks = min(sink_tokens, stop)
-        ranges = (range(stop),) if sinks >= start else (range(sinks), range(start, stop))
+        ranges = (range(stop),) if sink_tokens >= start else (range(sink_tokens), range(start, stop))
         return tuple(keys for keys in ranges if keys)
 
     def hidden(self, rows: range, cols: range) -> NDArray[np.bool_] | None:
