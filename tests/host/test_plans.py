@@ -79,7 +79,8 @@ class Call:
         q = self.tensor(0, self.seqlen_q, self.heads, self.head_dim)
         k = self.tensor(1, self.seqlen_k, self.heads_kv, self.head_dim)
         v = self.tensor(2, self.seqlen_k, self.heads_kv, self.v_head_dim)
-        slopes = torch.rand((self.batch, self.heads)[2 - self.slopes :]) if self.slopes else None
+        sequences = 2 if self.packed else self.batch
+        slopes = torch.rand((sequences, self.heads)[2 - self.slopes :]) if self.slopes else None
         sink = torch.rand(self.heads) if self.learned_sink else None
         out_shape = (self.batch, self.seqlen_q, self.heads, self.v_head_dim)
         packing: tuple[Any, ...] = ()
@@ -438,7 +439,7 @@ def test_borrowed_tiles_reach_the_launch(gpu: FakeGpu):
 
 
 def test_more_blocks_than_a_grid_has_are_refused(gpu: FakeGpu):
-    huge = fake(torch.zeros(1, 1, 1, 8).half()).expand(2**16, 2**20, 2, 8)
+    huge = fake(torch.zeros(1, 1, 1, 8).half()).expand(2**18, 2**20, 2, 8)
     request = fa.Fa2FwdRequest(huge, huge, huge)
     object.__setattr__(request, "out_array", request.problem.q)  # shapes alone decide: nothing of this size is made
     with pytest.raises(fa.ShapeError, match="thread blocks; allowed are 2147483647; split the batch"):
