@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from atomr_accel_flashattn.jit.source import headers_digest, headers_dir, kernel_source
+from atomr_accel_flashattn.jit.source import body_source, headers_digest, headers_dir
+from atomr_accel_flashattn.jit.spec import Direction, Family
 
 if TYPE_CHECKING:
     from atomr_accel_flashattn.jit.spec import KernelSpec
@@ -22,7 +23,7 @@ __all__ = ["compiler", "run"]
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parents[1] / "build" / "emulator"
-REPLACED = ("emulator.h", "ptx.cuh")  # what takes the place of the GPU
+REPLACED = ("emulator.h", "ptx.cuh", "hopper_ptx.cuh")  # what takes the place of the GPU
 _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 
 _RUN = """
@@ -39,8 +40,8 @@ def compiler() -> str | None:
 
 def run(spec: KernelSpec, params: ctypes.Structure, grid: int, *, seed: int = 0) -> None:
     """Runs all blocks of the grid. The seed draws the order of threads; an odd one makes copies land as late as they may."""
-    threads = 128 if spec.direction.name == "DROPOUT_MASK" else spec.tile.threads
-    message = ctypes.create_string_buffer(256)
+    threads = 128 if spec.direction is Direction.DROPOUT_MASK else spec.tile.threads
+    message = ctypes.create_string_buffer(2048)
     if _library(spec).run(ctypes.byref(params), grid, threads, seed, message, len(message)):
         raise RuntimeError(f"{spec.kernel_name}: {message.value.decode()}")
 
@@ -48,8 +49,7 @@ def run(spec: KernelSpec, params: ctypes.Structure, grid: int, *, seed: int = 0)
 @cache
 def _library(spec: KernelSpec) -> ctypes.CDLL:
     """Shared library of one kernel, compiled once per source."""
-    params = "DropoutMaskParams" if spec.direction.name == "DROPOUT_MASK" else "FwdParams"
-    text = '#include "emulator.h"\n' + kernel_source(spec) + _RUN.format(params=params, name=spec.kernel_name)
+    text = '#include "emulator.h"\n' + body_source(spec) + _RUN.format(params=_params(spec), name=spec.kernel_name)
     headers = _headers()
     stem = headers / hashlib.sha256(text.encode()).hexdigest()[:24]
     library = stem.with_suffix(".so")
@@ -59,6 +59,12 @@ def _library(spec: KernelSpec) -> ctypes.CDLL:
         _compile(headers, "-shared", "-o", str(partial), str(source))
         partial.replace(library)
     return ctypes.CDLL(str(library))
+
+
+def _params(spec: KernelSpec) -> str:
+    if spec.direction is Direction.DROPOUT_MASK:
+        return "DropoutMaskParams"
+    return "Fa3FwdParams" if spec.family is Family.FA3 else "FwdParams"
 
 
 @cache

@@ -1,8 +1,9 @@
 // Runs a CUDA kernel of this project on the CPU, thread by thread: every thread is a fiber, a warp-wide instruction (mma, ldmatrix, shfl, vote)
 // waits for its 32 lanes, __syncthreads waits for the block. All device asm lives in cuda/ptx.cuh, so replacing that one header is enough.
 //
-// Two things are made worse than on a GPU, on purpose. The order in which threads run is drawn from a seed: a missing barrier shows as a result
-// that depends on it. And cp.async writes either at once or as late as the PTX ISA allows (at the wait), also drawn from the seed.
+// Things are made worse than on a GPU, on purpose. The order in which threads run is drawn from a seed, and tensor copies finish in an order drawn
+// from it too: a missing barrier shows as a result that depends on the seed. cp.async writes, and wgmma reads and writes, either at once or as
+// late as the PTX ISA allows (at the wait), also drawn from the seed.
 #pragma once
 
 #include <setjmp.h>
@@ -13,9 +14,11 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #define __device__
@@ -27,6 +30,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define threadIdx (emulator::thread_index())
 #define blockIdx (emulator::block_index())
+#define gridDim (emulator::grid_size())
 
 using std::max;
 using std::min;
@@ -56,6 +60,23 @@ struct Copy {
   const void* source;  // null: zeros
 };
 
+// wgmma of one thread: where its accumulators and A registers are, or the descriptors of operands in shared memory.
+struct Product {
+  float* d;
+  const uint32_t* a_registers;  // null: A is in shared memory
+  uint64_t a, b;
+  bool accumulate, b_transposed;
+  int n;
+  float (*widen)(uint32_t);
+};
+
+// mbarrier
+struct Barrier {
+  int count = 0, pending = 0, phase = 0;
+  long bytes = 0;
+  std::vector<unsigned> waiting;
+};
+
 struct Thread {
   ucontext_t start;
   jmp_buf resume;
@@ -63,6 +84,8 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   std::vector<std::vector<Copy>> groups;  // cp.async groups committed and not yet waited for
   std::vector<Copy> open;                 // issued since the last commit
+  std::vector<std::vector<Product>> product_groups;
+  std::vector<Product> open_products;
 };
 
 // Lanes that have reached a warp-wide instruction, or threads that have reached the block's barrier.
@@ -75,8 +98,11 @@ struct Machine {
   std::vector<Thread> threads;
   std::vector<Rendezvous> warps;
   Rendezvous barrier;
+  std::map<int, std::vector<unsigned>> named_barriers, warpgroups;
+  std::map<uint32_t, Barrier> mbarriers;
+  std::vector<std::function<void()>> engine;  // tensor copies in flight
   std::vector<unsigned> runnable;
-  unsigned current = 0, block = 0, alive = 0;
+  unsigned current = 0, block = 0, grid = 0, alive = 0;
   bool late_copies = false;
   std::mt19937 random;
   jmp_buf scheduler;
@@ -87,6 +113,7 @@ inline Machine* machine = nullptr;
 
 inline Index thread_index() { return {machine->current}; }
 inline Index block_index() { return {machine->block}; }
+inline Index grid_size() { return {machine->grid}; }
 
 // Gives the CPU to another thread; the caller is runnable again only once somebody puts it on the list.
 inline void pause() {
@@ -113,6 +140,24 @@ void warp_wide(Operands& operands, Instruction execute) {
     wake(warp.waiting);
   }
   pause();
+}
+
+// Waits until `count` threads have come to `waiting`; the last one does the work first.
+template <class Work>
+void gather(std::vector<unsigned>& waiting, size_t count, Work work) {
+  waiting.push_back(machine->current);
+  if (waiting.size() == count) {
+    work();
+    wake(waiting);
+  }
+  pause();
+}
+
+inline void end_phase_if_complete(Barrier& barrier) {
+  if (barrier.pending != 0 || barrier.bytes != 0) return;
+  ++barrier.phase;
+  barrier.pending = barrier.count;
+  wake(barrier.waiting);
 }
 
 inline void finish_copies(std::vector<Copy>& copies) {
@@ -168,6 +213,26 @@ inline void run_thread(unsigned index) {
   setcontext(&thread.start);
 }
 
+// Who waits for what, for the message of a deadlock.
+inline std::string describe_waits() {
+  std::string text = "deadlock;";
+  for (const auto& [address, barrier] : machine->mbarriers) {
+    if (barrier.waiting.empty()) continue;
+    text += " mbarrier " + std::to_string(address) + " (phase " + std::to_string(barrier.phase) + ", " + std::to_string(barrier.pending) +
+            " arrivals and " + std::to_string(barrier.bytes) + " bytes missing): " + std::to_string(barrier.waiting.size()) + " threads from " +
+            std::to_string(barrier.waiting.front()) + ";";
+  }
+  for (size_t i = 0; i < machine->warps.size(); ++i) {
+    const size_t lanes = machine->warps[i].waiting.size();
+    if (lanes != 0) text += " warp " + std::to_string(i) + ": " + std::to_string(lanes) + " lanes at a warp-wide instruction;";
+  }
+  for (const auto& [first, waiting] : machine->warpgroups) {
+    if (!waiting.empty()) text += " warpgroup of thread " + std::to_string(first) + ": " + std::to_string(waiting.size()) + " at wgmma;";
+  }
+  if (!machine->barrier.waiting.empty()) text += " block barrier: " + std::to_string(machine->barrier.waiting.size()) + ";";
+  return text;
+}
+
 inline void run_block(unsigned block) {
   machine->block = block;
   std::memset(fa::shared, 0xff, sizeof fa::shared);  // NaN in every format: nothing may be read before it is written
@@ -178,15 +243,26 @@ inline void run_block(unsigned block) {
     thread.started = thread.done = false;
     thread.groups.clear();
     thread.open.clear();
+    thread.product_groups.clear();
+    thread.open_products.clear();
     machine->runnable.push_back(i);
   }
-  while (!machine->runnable.empty()) {
-    std::swap(machine->runnable[machine->random() % machine->runnable.size()], machine->runnable.back());
+  machine->mbarriers.clear();
+  while (!machine->runnable.empty() || !machine->engine.empty()) {
+    const size_t choices = machine->runnable.size() + machine->engine.size(), choice = machine->random() % choices;
+    if (choice >= machine->runnable.size()) {
+      std::swap(machine->engine[choice - machine->runnable.size()], machine->engine.back());
+      const auto copy = std::move(machine->engine.back());
+      machine->engine.pop_back();
+      copy();
+      continue;
+    }
+    std::swap(machine->runnable[choice], machine->runnable.back());
     const unsigned next = machine->runnable.back();
     machine->runnable.pop_back();
     run_thread(next);
   }
-  if (machine->alive != 0) throw std::runtime_error("deadlock: threads wait at different barriers or warp-wide instructions");
+  if (machine->alive != 0) throw std::runtime_error(describe_waits());
 }
 
 // 0, or 1 with the reason in `message`.
@@ -198,6 +274,7 @@ inline int launch(unsigned grid, unsigned threads, unsigned seed, char* message,
   state.random.seed(seed);
   state.late_copies = seed % 2 == 1;
   state.body = std::move(body);
+  state.grid = grid;
   machine = &state;
   try {
     for (unsigned block = 0; block < grid; ++block) run_block(block);
@@ -226,6 +303,25 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
     for (int i = 0; i < 32; ++i) all[i]->out = all[i ^ mask]->in;
   });
   return mine.out;
+}
+
+template <class T>
+T __shfl_sync(unsigned, T x, int from) {
+  struct Operands {
+    T in, out;
+  } mine = {x, x};
+  emulator::warp_wide(mine, [from](Operands** all) {
+    for (int i = 0; i < 32; ++i) all[i]->out = all[from]->in;
+  });
+  return mine.out;
+}
+
+inline void __syncwarp() { __shfl_sync(0xffffffffu, 0, 0); }
+
+inline int atomicAdd(int* address, int x) {
+  const int old = *address;
+  *address += x;
+  return old;
 }
 
 inline bool __any_sync(unsigned, bool x) {

@@ -18,6 +18,13 @@ void cp_async_wait() {
 
 inline void store_shared_16(uint32_t dst, uint4 x) { std::memcpy(fa::shared + dst, &x, 16); }
 
+inline void store_shared_4(uint32_t dst, int x) { std::memcpy(fa::shared + dst, &x, 4); }
+inline int load_shared_4(uint32_t src) {
+  int x;
+  std::memcpy(&x, fa::shared + src, 4);
+  return x;
+}
+
 struct MatrixOperands {
   uint32_t* r;
   uint32_t src;

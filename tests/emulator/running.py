@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ import numpy as np
 
 from atomr_accel_flashattn.arrays import read_array
 from atomr_accel_flashattn.dispatch import lookup
-from atomr_accel_flashattn.jit.params import dropout_mask_grid, forward_grid, pack_dropout_mask, pack_forward
-from atomr_accel_flashattn.jit.spec import KernelSpec, Tile
+from atomr_accel_flashattn.jit.params import FwdParams, dropout_mask_grid, forward_grid, pack_dropout_mask, pack_fa3_forward, pack_forward
+from atomr_accel_flashattn.jit.spec import Family, KernelSpec, Tile
+from atomr_accel_flashattn.jit.tensor_map import TensorMapSpec, tensor_map_specs
 from atomr_accel_flashattn.keys import key_of_problem
 from atomr_accel_flashattn.types import SmArch
 from tests.check import Run
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
     from atomr_accel_flashattn.problem import AttentionProblem
 
 
-def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = None, seed: int = 0) -> Run:
-    """What :func:`tests.check.check_case` calls: the kernel that ``lookup`` gives on ``arch``, or the same with another tile."""
+def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = None, family: Family = Family.FA2, seed: int = 0) -> Run:
+    """What :func:`tests.check.check_case` calls: the kernel that ``lookup`` gives on ``arch``, or the same with another tile or family."""
     out_layout = Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED
     out = Poisoned.empty(inputs.out_shape, inputs.q.dtype, out_layout)
     lse = np.full(inputs.lse_shape, np.nan, np.float32)
@@ -35,11 +37,29 @@ def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = 
     spec = lookup(key)
     assert isinstance(spec, KernelSpec)
     if tile is not None:
-        spec = replace(spec, tile=tile)
-    if out.view.size:
+        spec = replace(spec, tile=tile, family=family)
+    if out.view.size and spec.family is Family.FA3:
+        _run_fa3(problem, spec, pack_forward(problem, out_info, lse.ctypes.data, spec.tile), seed)
+    elif out.view.size:
         run(spec, pack_forward(problem, out_info, lse.ctypes.data, spec.tile), forward_grid(problem, spec.tile), seed=seed)
     out.check()
     return Run(out.view, lse, _keep_pattern(problem, key, inputs, seed) if inputs.dropout_p else None)
+
+
+def _run_fa3(problem: AttentionProblem, spec: KernelSpec, forward: FwdParams, seed: int) -> None:
+    counters = np.zeros(2, np.int32)
+    q_map, k_map, v_map = (flat_tensor(each) for each in tensor_map_specs(problem, spec))
+    tiles = forward_grid(problem, spec.tile)
+    params = pack_fa3_forward(forward, (q_map, k_map, v_map), counters.ctypes.data, tiles)
+    run(spec, params, min(tiles, 3) if spec.tile.persistent else tiles, seed=seed)
+    assert not counters.any(), "a persistent kernel must leave its counters zero"
+
+
+def flat_tensor(spec: TensorMapSpec) -> bytes:
+    """What tests/emulator/hopper_ptx.cuh reads in place of a CUtensorMap: FlatTensor."""
+    assert all(step % 16 == 0 for step in spec.strides), f"strides {spec.strides} of a tensor map are no multiples of 16 bytes"
+    assert spec.ptr % 16 == 0, "a tensor map starts on a multiple of 16 bytes"
+    return struct.pack("<Qqqqiiiiii", spec.ptr, *spec.strides, *spec.sizes, *spec.box).ljust(128, b"\0")
 
 
 def _keep_pattern(problem: AttentionProblem, key: DispatchKey, inputs: Inputs, seed: int) -> Any:
@@ -50,4 +70,3 @@ def _keep_pattern(problem: AttentionProblem, key: DispatchKey, inputs: Inputs, s
         run(spec, pack_dropout_mask(problem, keep.ctypes.data), dropout_mask_grid(problem), seed=seed)
     assert keep.max(initial=0) <= 1, "the pattern has bytes that are neither 0 nor 1"
     return keep.view(np.bool_)
-

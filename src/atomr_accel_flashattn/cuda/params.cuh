@@ -5,6 +5,11 @@
 
 namespace fa {
 
+// CUtensorMap, encoded on the host by cuTensorMapEncodeTiled.
+struct alignas(64) TensorMap {
+  unsigned char bytes[128];
+};
+
 // Steps in elements; 64-bit, because batch x heads x length may pass 2^31.
 struct Strides {
   int64_t batch, row, head;
@@ -28,6 +33,14 @@ struct FwdParams {
   int32_t dropout_threshold;
   float dropout_rescale;
   float scale_log2, softcap_scale, softcap_log2;
+};
+
+// The FA3 family reads q, k and v through tensor maps.
+struct Fa3FwdParams {
+  FwdParams fwd;
+  int32_t* counters;  // persistent: tiles taken, blocks done; zero before and after every launch
+  int32_t tiles;
+  TensorMap q_map, k_map, v_map;
 };
 
 struct DropoutMaskParams {

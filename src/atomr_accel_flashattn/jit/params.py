@@ -15,13 +15,16 @@ from .spec import Tile
 __all__ = [
     "UNBOUNDED",
     "DropoutMaskParams",
+    "Fa3FwdParams",
     "FwdParams",
     "KernelParams",
     "StrideParams",
+    "TensorMapParams",
     "dropout_mask_grid",
     "forward_grid",
     "forward_pointers",
     "pack_dropout_mask",
+    "pack_fa3_forward",
     "pack_forward",
 ]
 
@@ -57,6 +60,25 @@ class FwdParams(KernelParams):
         *((name, ctypes.c_int32) for name in ("window_left", "window_right", "sink_tokens", "blocks_m", "section_heads")),
         ("dropout_threshold", ctypes.c_int32),
         *((name, ctypes.c_float) for name in ("dropout_rescale", "scale_log2", "softcap_scale", "softcap_log2")),
+    )
+
+
+class TensorMapParams(ctypes.Structure):
+    """``fa::TensorMap``: a CUtensorMap. Its 64-byte alignment inside a struct is spelled out there."""
+
+    _fields_ = (("bytes", ctypes.c_ubyte * 128),)
+
+
+class Fa3FwdParams(KernelParams):
+    """``fa::Fa3FwdParams``: a forward kernel of the FA3 family."""
+
+    POINTERS = FwdParams.POINTERS
+    _fields_ = (
+        ("fwd", FwdParams),
+        ("counters", ctypes.c_void_p),
+        ("tiles", ctypes.c_int32),
+        ("_alignment", ctypes.c_ubyte * 36),
+        *((name, TensorMapParams) for name in ("q_map", "k_map", "v_map")),
     )
 
 
@@ -126,6 +148,19 @@ def pack_forward(problem: AttentionProblem, out: ArrayInfo, lse_ptr: int | None,
         softcap_scale=problem.softmax_scale / softcap if softcap else 0.0,
         softcap_log2=softcap * math.log2(math.e),
     )
+
+
+def pack_fa3_forward(forward: FwdParams, maps: tuple[bytes, bytes, bytes], counters: int, tiles: int) -> Fa3FwdParams:
+    """Parameters of one forward call of the FA3 family.
+
+    Args:
+        forward: what both families are told.
+        maps: encoded tensor maps of q, k and v.
+        counters: address of two int32 zeros that the kernel leaves zero; used by persistent kernels.
+        tiles: how many tiles there are in all.
+    """
+    q_map, k_map, v_map = (TensorMapParams.from_buffer_copy(each) for each in maps)
+    return Fa3FwdParams(fwd=forward, counters=counters, tiles=tiles, q_map=q_map, k_map=k_map, v_map=v_map)
 
 
 def forward_grid(problem: AttentionProblem, tile: Tile) -> int:

@@ -6,15 +6,26 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from .spec import Direction, KernelSpec
+from .spec import Direction, Family, KernelSpec
+from .wgmma import wgmma_leaves
 
-__all__ = ["headers_digest", "headers_dir", "kernel_source"]
+__all__ = ["body_source", "headers_digest", "headers_dir", "kernel_source"]
 
-_FORWARD = """\
+_FA2_FORWARD = """\
 #include "fa2_fwd.cuh"
 
 extern "C" __global__ void __launch_bounds__({threads}, {min_blocks}) {name}(const __grid_constant__ fa::FwdParams p) {{
   fa::fa2_forward<fa::Config{{
+{config}
+  }}>(p);
+}}
+"""
+
+_FA3_FORWARD = """\
+#include "fa3_fwd.cuh"
+
+extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(const __grid_constant__ fa::Fa3FwdParams p) {{
+  fa::fa3_forward<fa::Config{{
 {config}
   }}>(p);
 }}
@@ -45,13 +56,27 @@ def headers_digest() -> bytes:
 
 def kernel_source(spec: KernelSpec) -> str:
     """CUDA C++ that defines the one kernel ``spec.kernel_name``. Equal specs give equal text."""
+    return leaves_source(spec) + body_source(spec)
+
+
+def leaves_source(spec: KernelSpec) -> str:
+    """The instructions that have to be written out for this kernel; empty for all but the FA3 family."""
+    if spec.family is not Family.FA3:
+        return ""
+    return '#include "hopper_ptx.cuh"\n\n' + wgmma_leaves({spec.tile.block_n, spec.v_head_dim}, spec.dtype) + "\n"
+
+
+def body_source(spec: KernelSpec) -> str:
+    """The kernel without those."""
     if spec.direction is Direction.DROPOUT_MASK:
         return _DROPOUT_MASK.format(name=spec.kernel_name, varlen=_literal(spec.varlen))
     config = ",\n".join(f"    .{name} = {_literal(value)}" for name, value in _config(spec).items())
-    return _FORWARD.format(threads=spec.tile.threads, min_blocks=spec.tile.min_blocks, name=spec.kernel_name, config=config)
+    if spec.family is Family.FA3:
+        return _FA3_FORWARD.format(threads=spec.tile.threads, name=spec.kernel_name, config=config)
+    return _FA2_FORWARD.format(threads=spec.tile.threads, min_blocks=spec.tile.min_blocks, name=spec.kernel_name, config=config)
 
 
-def _config(spec: KernelSpec) -> dict[str, int | bool | str]:
+def _config(spec: KernelSpec) -> dict[str, int | str]:
     """Members of cuda/config.cuh's Config, in their order."""
     return {
         "dtype": f"fa::DType::{spec.dtype.name}",
@@ -73,8 +98,9 @@ def _config(spec: KernelSpec) -> dict[str, int | bool | str]:
         "learned_sink": spec.learned_sink,
         "dropout": spec.dropout,
         "varlen": spec.varlen,
+        "persistent": spec.tile.persistent,
     }
 
 
-def _literal(value: int | bool | str) -> str:
+def _literal(value: int | str) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -9,6 +9,9 @@ from ..types import DType, SmArch
 
 __all__ = ["Direction", "Family", "KernelSpec", "Tile"]
 
+_FA3_BARRIERS = 256  # bytes, more than any number of stages needs
+_FA3_ALIGNMENT = 1024  # the swizzle repeats over 1024 bytes, dynamic shared memory starts on 16
+
 
 class Family(Enum):
     """Which instructions do the products: ``FA2`` mma.sync, ``FA3`` wgmma."""
@@ -26,7 +29,7 @@ class Direction(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """How the work is cut: rows of Q and of K/V per step, warps per block, K/V buffers, where Q lives, blocks per multiprocessor asked for."""
+    """How work is cut: rows of Q and of K/V per step, warps a block, K/V buffers, where Q lives, blocks a multiprocessor shall hold."""
 
     block_m: int
     block_n: int
@@ -34,6 +37,7 @@ class Tile:
     stages: int = 1
     q_in_registers: bool = False
     min_blocks: int = 1
+    persistent: bool = False  # FA3: blocks take tile after tile
 
     @property
     def threads(self) -> int:
@@ -41,8 +45,8 @@ class Tile:
         return self.warps * 32
 
     def __str__(self) -> str:
-        q = "q" if self.q_in_registers else ""
-        return f"m{self.block_m}n{self.block_n}w{self.warps}s{self.stages}{q}b{self.min_blocks}"
+        flags = ("q" if self.q_in_registers else "") + ("p" if self.persistent else "")
+        return f"m{self.block_m}n{self.block_n}w{self.warps}s{self.stages}{flags}b{self.min_blocks}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +83,14 @@ class KernelSpec:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of dynamic shared memory: Q (shared with the O staging buffer), then ``stages`` buffers of K and of V."""
+        """Bytes of dynamic shared memory: Q, then ``stages`` buffers of K and of V; FA3 adds its barriers."""
         if self.direction is Direction.DROPOUT_MASK:
             return 0
         tile, size = self.tile, self.dtype.itemsize
-        q = tile.block_m * max(self.head_dim, self.v_head_dim) * size
+        q = tile.block_m * self.head_dim * size
         kv = tile.stages * tile.block_n * (self.head_dim + self.v_head_dim) * size
+        if self.family is Family.FA3:
+            return q + kv + _FA3_BARRIERS + _FA3_ALIGNMENT
         return max(q, kv) if tile.q_in_registers else q + kv
 
     @property
@@ -92,4 +98,6 @@ class KernelSpec:
         """SASS opcodes that must appear; CI disassembles and looks for them."""
         if self.direction is Direction.DROPOUT_MASK:
             return ("IMAD.WIDE.U32",)
+        if self.family is Family.FA3:
+            return ("HGMMA", "UTMALDG", "SYNCS")
         return ("HMMA", "LDSM", "LDGSTS") if self.aligned else ("HMMA", "LDSM")

@@ -1,0 +1,234 @@
+// Forward attention on Hopper: FlashAttention-3 (arXiv 2407.08608). A producer warp brings tiles by tensor copies; one to three consumer
+// warpgroups of 64 rows multiply with wgmma, and compute the softmax of one tile while the tensor cores work on the next (section 3.2).
+#pragma once
+
+#include "panels.cuh"
+#include "rows.cuh"
+#include "tile_stream.cuh"
+
+namespace fa {
+
+template <Config C>
+struct Fa3Forward {
+  static constexpr int kConsumers = C.warps / 4 - 1;
+  static constexpr int kWarpgroupRows = 64;
+  static constexpr int kSteps = C.head_dim / 16;      // of Q K^T
+  static constexpr int kValueSteps = C.block_n / 16;  // of P V
+  static_assert(C.block_m == kConsumers * kWarpgroupRows, "a consumer warpgroup has 64 rows");
+  static_assert(C.aligned, "tensor copies need 16-byte strides");
+
+  using Rows = WarpRows<C, 1>;
+  using TileQ = PanelTile<C.block_m, C.head_dim>;
+  using TileK = PanelTile<C.block_n, C.head_dim>;
+  using TileV = PanelTile<C.block_n, C.v_head_dim>;
+  using Stream = TileStream<C.persistent>;
+
+  // Offsets in shared memory; the first is 1024-byte aligned, as the swizzle demands.
+  static constexpr int kQ = 0, kK = kQ + TileQ::kBytes, kV = kK + C.stages * TileK::kBytes, kBarriersQ = kV + C.stages * TileV::kBytes;
+  static constexpr int kBarriersK = kBarriersQ + Ring<1>::kBytes, kBarriersV = kBarriersK + Ring<C.stages>::kBytes;
+  static constexpr int kStream = kBarriersV + Ring<C.stages>::kBytes;
+
+  // Registers are moved from the loading warpgroup to the computing ones: 64 Ki in all (PTX ISA, setmaxnreg).
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+
+  // L2 policies (createpolicy): q is read once, k and v by many blocks.
+  static constexpr uint64_t kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
+
+  const Fa3FwdParams& p;
+  const uint32_t shared;
+  Ring<1> ring_q;
+  Ring<C.stages> ring_k, ring_v;
+  Stream stream;
+
+  __device__ __forceinline__ Fa3Forward(const Fa3FwdParams& params, uint32_t address)
+      : p(params),
+        shared(address),
+        ring_q(address + kBarriersQ),
+        ring_k(address + kBarriersK),
+        ring_v(address + kBarriersV),
+        stream(params, address + kStream) {}
+
+  static __device__ __forceinline__ void init_barriers(uint32_t shared) {
+    Ring<1>::init(shared + kBarriersQ, 1, kConsumers);
+    Ring<C.stages>::init(shared + kBarriersK, 1, kConsumers);
+    Ring<C.stages>::init(shared + kBarriersV, 1, kConsumers);
+    Stream::init(shared + kStream, 4 * kConsumers);
+    ptx::barrier_init_fence();
+  }
+
+  // Role of the loading warp. Everything in it is uniform over the warp; one elected lane issues.
+  __device__ __forceinline__ void produce() {
+    const bool leader = ptx::elect_one();
+    for (int tile = Stream::first(); tile < p.tiles; tile = stream.hand_out(leader)) {
+      stream.take(leader);
+      const Work work = decode_work(p.fwd, tile);
+      const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
+      const Band<C> band(p.fwd, seq, work.block_m * C.block_m, C.block_m);
+      int n = first_tile(work, seq, band);
+      if (n < 0) continue;
+      load_q(work, seq, leader);
+      load_keys(work, seq, n, leader);
+      for (int next = band.next_tile(n); next >= 0; n = next, next = band.next_tile(n)) {
+        load_keys(work, seq, next, leader);  // K runs one tile ahead of V, as the consumers read it
+        load_values(work, seq, n, leader);
+      }
+      load_values(work, seq, n, leader);
+    }
+    stream.finish(leader);
+  }
+
+  // Role of a computing warpgroup.
+  __device__ __forceinline__ void consume(int warpgroup) {
+    int tile = Stream::first();
+    while (tile < p.tiles) {
+      const Work work = decode_work(p.fwd, tile);
+      const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
+      const int first_row = work.block_m * C.block_m;
+      const Band<C> band(p.fwd, seq, first_row, C.block_m);
+      Rows rows(p.fwd, work, seq, first_row + static_cast<int>(threadIdx.x - 128) / 32 * 16);
+      const int n = first_tile(work, seq, band);
+      if (n >= 0) attend(rows, band, n, warpgroup);
+      if (first_row < seq.length_q) rows.store();
+      tile = stream.next();
+    }
+  }
+
+ private:
+  // -1 when the rows of this tile do not exist or see nothing; then neither role touches the rings.
+  static __device__ __forceinline__ int first_tile(const Work& work, const Sequence& seq, const Band<C>& band) {
+    return work.block_m * C.block_m < seq.length_q ? band.first_tile() : -1;
+  }
+
+  __device__ __forceinline__ void load_q(const Work& work, const Sequence& seq, bool leader) {
+    ring_q.wait_empty();
+    if (leader) {
+      ptx::barrier_arrive_expect(ring_q.full(), TileQ::kBytes);
+      TileQ::load(shared + kQ, &p.q_map, ring_q.full(), seq.q_row + work.block_m * C.block_m, work.head, seq.batch, kEvictFirst);
+    }
+    ring_q.advance();
+  }
+  __device__ __forceinline__ void load_keys(const Work& work, const Sequence& seq, int n, bool leader) {
+    load_tile<TileK>(ring_k, shared + kK, &p.k_map, work, seq, n, leader);
+  }
+  __device__ __forceinline__ void load_values(const Work& work, const Sequence& seq, int n, bool leader) {
+    load_tile<TileV>(ring_v, shared + kV, &p.v_map, work, seq, n, leader);
+  }
+  template <class Tile>
+  __device__ __forceinline__ void load_tile(Ring<C.stages>& ring, uint32_t tiles, const TensorMap* map, const Work& work,
+                                            const Sequence& seq, int n, bool leader) {
+    ring.wait_empty();
+    if (leader) {
+      ptx::barrier_arrive_expect(ring.full(), Tile::kBytes);
+      Tile::load(tiles + ring.stage * Tile::kBytes, map, ring.full(), seq.k_row + n * C.block_n, work.head / p.fwd.heads_per_kv, seq.batch,
+                 kEvictLast);
+    }
+    ring.advance();
+  }
+
+  // Algorithm 2 of the paper: S of the next tile is multiplied while the softmax of this one runs.
+  __device__ __forceinline__ void attend(Rows& rows, const Band<C>& band, int n, int warpgroup) {
+    uint32_t rP[kValueSteps][4];
+    ring_q.wait_full();
+    ring_k.wait_full();
+    multiply_keys(rows, warpgroup);
+    ptx::wgmma_wait<0>();
+    ptx::pin(rows.rS[0]);
+    release(ring_k);
+    rows.softmax_tile(n);  // nothing to rescale yet
+    pack(rows, rP);
+    for (int next = band.next_tile(n); next >= 0; n = next, next = band.next_tile(n)) {
+      ring_k.wait_full();
+      multiply_keys(rows, warpgroup);
+      wait_values(rows, n, warpgroup);
+      multiply_values(rows, rP);
+      ptx::wgmma_wait<1>();
+      ptx::pin(rows.rS[0]);
+      release(ring_k);
+      const bool grew = rows.softmax_tile(next);
+      ptx::wgmma_wait<0>();
+      ptx::pin(rows.rO[0]);
+      release(ring_v);
+      pack(rows, rP);
+      if (grew) rows.rescale_output();
+    }
+    release(ring_q);
+    wait_values(rows, n, warpgroup);
+    multiply_values(rows, rP);
+    ptx::wgmma_wait<0>();
+    ptx::pin(rows.rO[0]);
+    release(ring_v);
+  }
+
+  // S = Q K^T, as one group
+  __device__ __forceinline__ void multiply_keys(Rows& rows, int warpgroup) {
+    using Product = ptx::Wgmma<C.block_n, C.dtype>;
+    const uint32_t sQ = shared + kQ + warpgroup * kWarpgroupRows * TileQ::kRowBytes, sK = shared + kK + ring_k.stage * TileK::kBytes;
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) Product::keys(rows.rS[0], TileQ::along_columns(sQ, k), TileK::along_columns(sK, k), k > 0);
+    ptx::wgmma_commit();
+  }
+
+  // O += P V, as one group
+  __device__ __forceinline__ void multiply_values(Rows& rows, const uint32_t (&rP)[kValueSteps][4]) {
+    using Product = ptx::Wgmma<C.v_head_dim, C.dtype>;
+    const uint32_t sV = shared + kV + ring_v.stage * TileV::kBytes;
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kValueSteps; ++k) Product::values(rows.rO[0], rP[k], TileV::along_rows(sV, k));
+    ptx::wgmma_commit();
+  }
+
+  static __device__ __forceinline__ void pack(const Rows& rows, uint32_t (&rP)[kValueSteps][4]) {
+#pragma unroll
+    for (int k = 0; k < kValueSteps; ++k) rows.pack_probabilities(rP[k], 0, k);
+  }
+
+  // A whole warpgroup is done with the current stage: wgmma_wait has made that true of each of its threads' reads.
+  template <int kStages>
+  __device__ __forceinline__ void release(Ring<kStages>& ring) {
+    if (threadIdx.x % 128 == 0) ptx::barrier_arrive(ring.empty());
+    ring.advance();
+  }
+
+  // Tensor copies zero what lies outside the tensor, not what lies outside this sequence or its window: a NaN there would pass through a
+  // probability of zero. Every warpgroup writes the zeros it needs; two of them write the same ones.
+  __device__ __forceinline__ void wait_values(const Rows& rows, int n, int warpgroup) {
+    ring_v.wait_full();
+    if constexpr (C.varlen || C.left_bound) {
+      const Band<C> all(p.fwd, rows.seq, 0, rows.seq.length_q);  // what any query of the sequence sees
+      const int first = n * C.block_n, begin = all.key_begin(), end = rows.seq.length_k;
+      if (first >= begin && first + C.block_n <= end) return;
+      const uint32_t sV = shared + kV + ring_v.stage * TileV::kBytes;
+      for (int i = threadIdx.x % 128; i < C.block_n * (C.v_head_dim / 8); i += 128) {
+        const int row = i / (C.v_head_dim / 8), key = first + row;
+        if (key >= end || (key < begin && key >= all.sinks))
+          ptx::store_shared_16(sV + TileV::offset(row, i % (C.v_head_dim / 8)), {0, 0, 0, 0});
+      }
+      ptx::async_proxy_fence();
+      ptx::named_barrier_sync(1 + warpgroup, 128);
+    }
+  }
+};
+
+template <Config C>
+__device__ __forceinline__ void fa3_forward(const Fa3FwdParams& p) {
+  using Kernel = Fa3Forward<C>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t address = (ptx::shared_address(shared) + 1023) & ~1023u;
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);  // uniform, as the compiler then knows
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  if (threadIdx.x == 0) Kernel::init_barriers(address);
+  __syncthreads();
+  Kernel kernel(p, address);
+  if (warpgroup == 0) {
+    if constexpr (Kernel::kConsumers > 1) ptx::registers_release<Kernel::kProducerRegisters>();
+    if (warp == 0) kernel.produce();
+  } else {
+    if constexpr (Kernel::kConsumers > 1) ptx::registers_acquire<Kernel::kConsumerRegisters>();
+    kernel.consume(warpgroup - 1);
+  }
+}
+
+}  // namespace fa
