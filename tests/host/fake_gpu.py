@@ -111,7 +111,9 @@ def _mask_size(params: DropoutMaskParams) -> int:
 
 def _check_alignment(spec: KernelSpec, params: FwdParams) -> None:
     if spec.aligned:
-        assert not ((params.q or 0) | (params.k or 0) | (params.v or 0) | (params.o or 0)) & 15, "an aligned kernel was given an odd address"
+        assert not ((params.q or 0) | (params.k or 0) | (params.v or 0) | (params.o or 0)) & 15, (
+            "an aligned kernel was given an odd address"
+        )
         for name in ("q_stride", "k_stride", "v_stride", "o_stride"):
             strides = getattr(params, name)
             assert not (strides.row | strides.head) * spec.dtype.itemsize & 15, f"an aligned kernel was given an odd {name}"

@@ -72,13 +72,25 @@ ARRAYS = [
     dense("no_array", fa.ArrayTypeError, "got builtins.list", "allowed are torch tensors", q=[[1.0]]),
     dense("masked_array", fa.ArrayTypeError, "masked array", "allowed are plain arrays", q=np.ma.masked_array(make(B, SQ, HQ, D))),
     dense("foreign_byte_order", fa.DTypeError, "foreign byte order", "native order", q=make(B, SQ, HQ, D).astype(">f4")),
-    dense("strides_between_elements", fa.StrideError, "in bytes", "multiples of the element size 4", q=np.zeros((B, SQ, HQ, D), [("a", "f4"), ("b", "i1")])["a"]),
+    dense(
+        "strides_between_elements",
+        fa.StrideError,
+        "in bytes",
+        "multiples of the element size 4",
+        q=np.zeros((B, SQ, HQ, D), [("a", "f4"), ("b", "i1")])["a"],
+    ),
     dense("rank_of_q", fa.ShapeError, "shape (5, 4, 8) of rank 3", "rank 4", q=make(SQ, HQ, D)),
     dense("rank_of_v", fa.ShapeError, "v: got shape (7, 2, 8)", "rank 4", v=make(SK, HKV, D)),
     dense("batch_of_k", fa.ShapeError, "batch 3 with 2 in q", "equal batches", k=make(3, SK, HKV, D)),
     dense("batch_of_v", fa.ShapeError, "v: got batch 1", "equal batches", v=make(1, SK, HKV, D)),
     dense("length_of_v", fa.ShapeError, "length 6 with 7 in k", "equal lengths", v=make(B, 6, HKV, D)),
-    dense("length_over_the_limit", fa.ShapeError, "length 1073741824", "at most 1073741823", q=np.broadcast_to(make(1, 1, 1, 8), (B, 2**30, 2, 8))),
+    dense(
+        "length_over_the_limit",
+        fa.ShapeError,
+        "length 1073741824",
+        "at most 1073741823",
+        q=np.broadcast_to(make(1, 1, 1, 8), (B, 2**30, 2, 8)),
+    ),
     dense("integers", fa.DTypeError, "type int32", "allowed are float16, bfloat16, float32, float64", q=make(B, SQ, HQ, D, dtype="int32")),
     dense("mixed_types", fa.DTypeError, "k: got type float64 with float32 in q", "one type", k=make(B, SK, HKV, D, dtype="float64")),
     dense("no_heads", fa.HeadCountError, "0 query heads and 2 KV heads", "multiple", q=make(B, SQ, 0, D)),
@@ -91,9 +103,19 @@ ARRAYS = [
     dense("head_dim_large", fa.HeadDimError, "head dim 257", "1..256", q=make(B, SQ, HQ, 257), k=make(B, SK, HKV, 257)),
     dense("v_head_dim_large", fa.HeadDimError, "v: got head dim 264", "1..256", v=make(B, SK, HKV, 264)),
     dense("last_stride", fa.StrideError, "q: got strides", "last stride of 1", q=make(B, SQ, HQ, 2 * D)[..., ::2]),
-    Refusal("packed_rank", lambda: fa.flash_attn_qkvpacked_func(make(B, SQ, HQ, D)), fa.ShapeError, "shape (2, 5, 4, 8)", "(batch, length, 3, heads"),
     Refusal(
-        "kvpacked_parts", lambda: fa.flash_attn_kvpacked_func(make(B, SQ, HQ, D), make(B, SK, 3, HKV, D)), fa.ShapeError, "(2, 7, 3, 2, 8)", "length, 2, heads"
+        "packed_rank",
+        lambda: fa.flash_attn_qkvpacked_func(make(B, SQ, HQ, D)),
+        fa.ShapeError,
+        "shape (2, 5, 4, 8)",
+        "(batch, length, 3, heads",
+    ),
+    Refusal(
+        "kvpacked_parts",
+        lambda: fa.flash_attn_kvpacked_func(make(B, SQ, HQ, D), make(B, SK, 3, HKV, D)),
+        fa.ShapeError,
+        "(2, 7, 3, 2, 8)",
+        "length, 2, heads",
     ),
     Refusal(
         "varlen_packed_parts",
@@ -102,20 +124,68 @@ ARRAYS = [
         "(5, 2, 4, 8)",
         "(total, 3, heads",
     ),
-]  # fmt: skip
+]
 
 ON_GPU = [
-    gpu("float32", fa.DTypeError, "float32 on cuda:0", "float16 and bfloat16", q=on_gpu(make(1, 2, 2, 8)), k=on_gpu(make(1, 2, 2, 8)), v=on_gpu(make(1, 2, 2, 8))),
-    gpu("device_mix", fa.DeviceMismatchError, "k: got an array on cpu with q on cuda:0", "one device", **{**GPU_QKV, "k": make(1, 2, 2, 8, **HALF)}),
-    gpu("two_gpus", fa.DeviceMismatchError, "v: got an array on cuda:1 with q on cuda:0", "one device", **{**GPU_QKV, "v": on_gpu(make(1, 2, 2, 8, **HALF), 1)}),
-    gpu("head_dim", fa.HeadDimError, "head dim 12 on cuda:0", "multiples of 8 up to 256", **{name: on_gpu(make(1, 2, 2, 12, **HALF)) for name in "qkv"}),
-    gpu("head_dim_large", fa.HeadDimError, "head dim 264 on cuda:0", "multiples of 8 up to 256", **{name: on_gpu(make(1, 2, 2, 264, **HALF)) for name in "qkv"}),
-    gpu("slopes_on_the_host", fa.DeviceMismatchError, "alibi_slopes: got an array on cpu", "one device", **GPU_QKV, bias=fa.PositionBias.alibi(make(2))),
-    gpu("rng_on_the_host", fa.DropoutError, "on cpu", "on cuda:0", **GPU_QKV, options=fa.AttentionOptions(dropout_p=0.5, rng=make(2, dtype="int64"))),
+    gpu(
+        "float32",
+        fa.DTypeError,
+        "float32 on cuda:0",
+        "float16 and bfloat16",
+        q=on_gpu(make(1, 2, 2, 8)),
+        k=on_gpu(make(1, 2, 2, 8)),
+        v=on_gpu(make(1, 2, 2, 8)),
+    ),
+    gpu(
+        "device_mix",
+        fa.DeviceMismatchError,
+        "k: got an array on cpu with q on cuda:0",
+        "one device",
+        **{**GPU_QKV, "k": make(1, 2, 2, 8, **HALF)},
+    ),
+    gpu(
+        "two_gpus",
+        fa.DeviceMismatchError,
+        "v: got an array on cuda:1 with q on cuda:0",
+        "one device",
+        **{**GPU_QKV, "v": on_gpu(make(1, 2, 2, 8, **HALF), 1)},
+    ),
+    gpu(
+        "head_dim",
+        fa.HeadDimError,
+        "head dim 12 on cuda:0",
+        "multiples of 8 up to 256",
+        **{name: on_gpu(make(1, 2, 2, 12, **HALF)) for name in "qkv"},
+    ),
+    gpu(
+        "head_dim_large",
+        fa.HeadDimError,
+        "head dim 264 on cuda:0",
+        "multiples of 8 up to 256",
+        **{name: on_gpu(make(1, 2, 2, 264, **HALF)) for name in "qkv"},
+    ),
+    gpu(
+        "slopes_on_the_host",
+        fa.DeviceMismatchError,
+        "alibi_slopes: got an array on cpu",
+        "one device",
+        **GPU_QKV,
+        bias=fa.PositionBias.alibi(make(2)),
+    ),
+    gpu(
+        "rng_on_the_host",
+        fa.DropoutError,
+        "on cpu",
+        "on cuda:0",
+        **GPU_QKV,
+        options=fa.AttentionOptions(dropout_p=0.5, rng=make(2, dtype="int64")),
+    ),
     gpu("out_on_the_host", fa.OutputError, "on cpu", "on cuda:0", **GPU_QKV, out=make(1, 2, 2, 8, **HALF)),
     Refusal(
         "gpu_cu_seqlens_on_the_host",
-        lambda: fa.VarlenFwdRequest(*(on_gpu(make(4, 2, 8, **HALF)) for _ in "qkv"), cu_seqlens_q=fa.CumulativeSeqlens(np.array([0, 4], np.int32))),
+        lambda: fa.VarlenFwdRequest(
+            *(on_gpu(make(4, 2, 8, **HALF)) for _ in "qkv"), cu_seqlens_q=fa.CumulativeSeqlens(np.array([0, 4], np.int32))
+        ),
         fa.DeviceMismatchError,
         "cu_seqlens_q: got an array on cpu with q on cuda:0",
         "one device",
@@ -127,7 +197,7 @@ ON_GPU = [
         "got None",
         "None only for offsets in host memory",
     ),
-]  # fmt: skip
+]
 
 NUMBERS = [
     dense("window_not_a_pair", fa.WindowError, "got 4", "(left, right)", window_size=4),
@@ -161,22 +231,38 @@ NUMBERS = [
         "shape (2,)",
     ),
     Refusal("request_type", lambda: fa.run("q"), fa.ArrayTypeError, "got str", "Fa2FwdRequest or a VarlenFwdRequest"),
-]  # fmt: skip
+]
 
 OUTPUTS = [
     dense("out_shape", fa.OutputError, "(2, 5, 4, 16)", "(2, 5, 4, 8)", out=make(B, SQ, HQ, 16)),
     dense("out_type", fa.OutputError, "float64", "float32", out=make(B, SQ, HQ, D, dtype="float64")),
     dense("out_read_only", fa.OutputError, "read-only", "writeable", out=READ_ONLY),
     dense("out_last_stride", fa.OutputError, "strides", "last stride of 1", out=make(B, SQ, HQ, 2 * D)[..., ::2]),
-    dense("out_overlaps_itself", fa.OutputError, "share memory", "an array of its own", out=np.lib.stride_tricks.as_strided(make(D), (B, SQ, HQ, D), (0, 0, 0, 4))),
+    dense(
+        "out_overlaps_itself",
+        fa.OutputError,
+        "share memory",
+        "an array of its own",
+        out=np.lib.stride_tricks.as_strided(make(D), (B, SQ, HQ, D), (0, 0, 0, 4)),
+    ),
     dense("out_is_q", fa.OutputError, "memory of q, k or v", "an array of its own", q=SAME, out=SAME),
     dense("out_of_a_padded_call", fa.OutputError, "(2, 5, 4, 8)", "(2, 5, 4, 7)", v=make(B, SK, HKV, 7), out=make(B, SQ, HQ, D)),
-]  # fmt: skip
+]
 
 PACKED = [
-    varlen("start", fa.CuSeqlensError, "cu_seqlens_q: got 1 as its first value", "allowed is 0", cu_seqlens_q=np.array([1, 2, SQ], np.int32)),
-    varlen("decreasing", fa.CuSeqlensError, "got 6 followed by 5 at index 1", "never decrease", cu_seqlens_q=np.array([0, 6, SQ], np.int32)),
-    varlen("end", fa.CuSeqlensError, "cu_seqlens_k: got 6 as its last value with 7 rows", "the number of rows", cu_seqlens_k=np.array([0, 3, 6], np.int32)),
+    varlen(
+        "start", fa.CuSeqlensError, "cu_seqlens_q: got 1 as its first value", "allowed is 0", cu_seqlens_q=np.array([1, 2, SQ], np.int32)
+    ),
+    varlen(
+        "decreasing", fa.CuSeqlensError, "got 6 followed by 5 at index 1", "never decrease", cu_seqlens_q=np.array([0, 6, SQ], np.int32)
+    ),
+    varlen(
+        "end",
+        fa.CuSeqlensError,
+        "cu_seqlens_k: got 6 as its last value with 7 rows",
+        "the number of rows",
+        cu_seqlens_k=np.array([0, 3, 6], np.int32),
+    ),
     varlen("type", fa.DTypeError, "int64", "int32", cu_seqlens_q=np.array([0, 2, SQ])),
     varlen("rank", fa.CuSeqlensError, "shape (1, 3)", "(batch + 1,)", cu_seqlens_q=np.array([[0, 2, SQ]], np.int32)),
     varlen("empty_offsets", fa.CuSeqlensError, "shape (0,)", "(batch + 1,)", cu_seqlens_q=np.array([], np.int32)),
@@ -189,9 +275,15 @@ PACKED = [
     varlen("rows_of_v", fa.ShapeError, "6 rows with 7 in k", "equal numbers of rows", v=make(6, HKV, D)),
     varlen("rank", fa.ShapeError, "rank 4", "rank 3, (total, heads, head dim)", q=make(1, SQ, HQ, D)),
     Refusal("lengths_negative", lambda: fa.CumulativeSeqlens.from_lengths([3, -1]), fa.CuSeqlensError, "[3, -1]", ">= 0"),
-    Refusal("lengths_beyond_int32", lambda: fa.CumulativeSeqlens.from_lengths([2**30 - 1] * 3), fa.CuSeqlensError, "3221225469", "2147483647"),
     Refusal(
-        "lengths_for_no_array", lambda: fa.CumulativeSeqlens.from_lengths([1], like="q"), fa.ArrayTypeError, "got builtins.str", "torch tensors"
+        "lengths_beyond_int32", lambda: fa.CumulativeSeqlens.from_lengths([2**30 - 1] * 3), fa.CuSeqlensError, "3221225469", "2147483647"
+    ),
+    Refusal(
+        "lengths_for_no_array",
+        lambda: fa.CumulativeSeqlens.from_lengths([1], like="q"),
+        fa.ArrayTypeError,
+        "got builtins.str",
+        "torch tensors",
     ),
     Refusal(
         "no_cumulative_seqlens",
@@ -200,11 +292,11 @@ PACKED = [
         "got ndarray",
         "allowed is a CumulativeSeqlens",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("refusal", [*ARRAYS, *ON_GPU, *NUMBERS, *OUTPUTS, *PACKED], ids=str)
-def test_bad_argument(refusal):
+def test_bad_argument(refusal: Refusal):
     with pytest.raises(refusal.error) as raised:
         refusal.call()
     assert type(raised.value) is refusal.error
@@ -216,7 +308,7 @@ def test_fp8_is_refused_by_name():
     import ml_dtypes
 
     q = np.zeros((1, 2, 2, 16), ml_dtypes.float8_e4m3fn)
-    with pytest.raises(fa.FeatureNotBuiltError, match="'fp8' is not built.*float8_e4m3fn"):
+    with pytest.raises(fa.FeatureNotBuiltError, match=r"'fp8' is not built.*float8_e4m3fn"):
         fa.flash_attn_func(q, q, q)
 
 
@@ -230,7 +322,7 @@ def test_a_refusal_leaves_the_output_alone():
 
 
 @pytest.mark.parametrize(("backend", "allowed"), [("gpu", "allowed are arrays on the gpu"), ("cpu", "allowed are arrays on the cpu")])
-def test_arrays_where_the_backend_setting_does_not_want_them(monkeypatch, backend, allowed):
+def test_arrays_where_the_backend_setting_does_not_want_them(monkeypatch: pytest.MonkeyPatch, backend: str, allowed: str):
     monkeypatch.setenv("ATOMR_FLASHATTN_BACKEND", backend)
     settings.cache_clear()
     try:
@@ -243,10 +335,10 @@ def test_arrays_where_the_backend_setting_does_not_want_them(monkeypatch, backen
         settings.cache_clear()
 
 
-def test_values_on_a_gpu_are_looked_at_only_in_debug(monkeypatch):
+def test_values_on_a_gpu_are_looked_at_only_in_debug(monkeypatch: pytest.MonkeyPatch):
     looked: list[str] = []
 
-    def look(info):
+    def look(info: ArrayInfo) -> np.ndarray:
         looked.append(info.dtype_name)
         return np.asarray(info.source)
 
@@ -267,13 +359,13 @@ def test_values_on_a_gpu_are_looked_at_only_in_debug(monkeypatch):
 
 @pytest.mark.torch
 class TestTorch:
-    def tensors(self, **kwargs):
+    def tensors(self, **kwargs: Any):
         import torch
 
         return [torch.zeros(1, 2, 2, 8, **kwargs) for _ in "qkv"]
 
     @pytest.mark.parametrize("which", [0, 1, 2])
-    def test_gradients_are_refused_by_name(self, which):
+    def test_gradients_are_refused_by_name(self, which: int):
         import torch
 
         tensors = self.tensors()
@@ -299,7 +391,7 @@ class TestTorch:
     def test_a_sparse_tensor_is_refused(self):
         tensors = self.tensors()
         tensors[0] = tensors[0].to_sparse()
-        with pytest.raises(fa.ArrayTypeError, match="layout torch.sparse_coo; allowed are plain strided"):
+        with pytest.raises(fa.ArrayTypeError, match=r"layout torch\.sparse_coo; allowed are plain strided"):
             fa.flash_attn_func(*tensors)
 
     def test_a_tensor_inside_vmap_is_refused(self):

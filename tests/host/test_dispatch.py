@@ -83,7 +83,7 @@ def outcome(key: fa.DispatchKey) -> object:
 
 @given(keys)
 @settings(max_examples=1000, deadline=None)
-def test_lookup_gives_a_spec_or_a_dispatch_error_and_says_the_same_twice(key):
+def test_lookup_gives_a_spec_or_a_dispatch_error_and_says_the_same_twice(key: fa.DispatchKey):
     first = outcome(key)
     assert isinstance(first, fa.KernelSpec | fa.CpuSpec | str)
     assert outcome(replace(key)) == first
@@ -101,19 +101,19 @@ junk = (
 
 @given(built_keys, st.sampled_from(fa.DispatchKey.__slots__), junk)
 @settings(max_examples=500, deadline=None)
-def test_lookup_of_values_of_any_type_raises_nothing_else(key, name, value):
+def test_lookup_of_values_of_any_type_raises_nothing_else(key: fa.DispatchKey, name: str, value: Any):
     assert isinstance(outcome(replace(key, **{name: value})), fa.KernelSpec | str)
 
 
 @pytest.mark.parametrize("value", [None, "fa2", ("sm_90", "f16", 64), fa.Extras()])
-def test_lookup_of_no_key_at_all(value):
+def test_lookup_of_no_key_at_all(value: Any):
     with pytest.raises(DispatchError, match=f"got {type(value).__qualname__}; allowed is a DispatchKey"):
         fa.lookup(value)
 
 
 @given(built_keys)
 @settings(max_examples=500, deadline=None)
-def test_every_combination_of_built_features_has_a_kernel_that_fits_its_arch(key):
+def test_every_combination_of_built_features_has_a_kernel_that_fits_its_arch(key: fa.DispatchKey):
     spec = fa.lookup(key)
     assert isinstance(spec, fa.KernelSpec)
     assert spec.shared_memory <= key.arch.shared_memory_per_block
@@ -127,7 +127,7 @@ def test_every_combination_of_built_features_has_a_kernel_that_fits_its_arch(key
 
 @given(built_keys, st.integers(0, 9000), st.integers(1, 99), st.floats(0.5, 50), st.integers(1, 8))
 @settings(max_examples=300, deadline=None)
-def test_numbers_do_not_change_the_kernel(key, left, ratio, cap, sink):
+def test_numbers_do_not_change_the_kernel(key: fa.DispatchKey, left: int, ratio: int, cap: float, sink: int):
     other = replace(
         key,
         sliding_window=(left, key.sliding_window[1]),
@@ -140,7 +140,7 @@ def test_numbers_do_not_change_the_kernel(key, left, ratio, cap, sink):
 
 @given(built_keys, st.sampled_from(["alibi", "varlen", "dropout", "learned_sink", "prescale", "aligned", "softcap", "sink_tokens"]))
 @settings(max_examples=300, deadline=None)
-def test_presence_changes_the_kernel(key, feature):
+def test_presence_changes_the_kernel(key: fa.DispatchKey, feature: str):
     spec = fa.lookup(key)
     present = getattr(spec, feature)
     changes: dict[str, Any] = {
@@ -159,7 +159,7 @@ def test_presence_changes_the_kernel(key, feature):
 
 
 @given(keys)
-def test_keys_and_specs_survive_pickling(key):
+def test_keys_and_specs_survive_pickling(key: fa.DispatchKey):
     assert pickle.loads(pickle.dumps(key)) == key  # noqa: S301 - our own bytes
     spec = outcome(key)
     assert pickle.loads(pickle.dumps(spec)) == spec  # noqa: S301
@@ -186,7 +186,7 @@ PLAIN = fa.DispatchKey(SmArch.SM_90, DType.F16, 128)
         ("paged", replace(PLAIN, arch=SmArch.CPU, paged=True)),
     ],
 )
-def test_what_is_not_built_is_refused_by_name(feature, key):
+def test_what_is_not_built_is_refused_by_name(feature: str, key: fa.DispatchKey):
     with pytest.raises(FeatureNotBuiltError, match=f"'{feature}' is not built") as raised:
         fa.lookup(key)
     assert raised.value.feature == feature
@@ -194,7 +194,7 @@ def test_what_is_not_built_is_refused_by_name(feature, key):
 
 @pytest.mark.parametrize("arch", GPU_ARCHS)
 @pytest.mark.parametrize("dtype", [DType.F32, DType.F64])
-def test_wide_types_are_refused_on_gpus(arch, dtype):
+def test_wide_types_are_refused_on_gpus(arch: Any, dtype: Any):
     with pytest.raises(ArchUnsupportedError, match=f"got {dtype.value} on {arch.value}; allowed there are f16, bf16"):
         fa.lookup(fa.DispatchKey(arch, dtype, 64))
 
@@ -216,7 +216,7 @@ def test_wide_types_are_refused_on_gpus(arch, dtype):
         (replace(PLAIN, extras=fa.Extras(direction="sideways")), "direction: got 'sideways'"),
     ],
 )
-def test_values_outside_their_range_are_refused(key, message):
+def test_values_outside_their_range_are_refused(key: fa.DispatchKey, message: str):
     with pytest.raises(DispatchError) as raised:
         fa.lookup(key)
     assert message in str(raised.value)
@@ -291,12 +291,12 @@ class TestTable:
         ((12, 1), "sm_120"),
     ],
 )
-def test_arch_of_a_card(capability, arch):
+def test_arch_of_a_card(capability: tuple[int, int], arch: Any):
     assert arch_of_capability(*capability) is SmArch(arch)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (6, 1), (11, 0), (13, 0), (8, 8)])
-def test_a_card_without_kernels_is_refused(capability):
+def test_a_card_without_kernels_is_refused(capability: tuple[int, int]):
     with pytest.raises(ArchUnsupportedError, match=rf"got {capability[0]}\.{capability[1]}; allowed are 8\.0.*CPU backend"):
         arch_of_capability(*capability)
 
@@ -327,7 +327,7 @@ def test_requests_are_forward_dispatch_and_nothing_more():
 
 
 class TestKeyOfRequest:
-    def key(self, **kwargs):
+    def key(self, **kwargs: Any):
         q, k, v = np.zeros((2, 6, 4, 64), np.float16), np.zeros((2, 9, 2, 64), np.float16), np.zeros((2, 9, 2, 32), np.float16)
         return fa.Fa2FwdRequest(q, k, v, **kwargs).dispatch_key(SmArch.SM_90)
 
@@ -344,7 +344,7 @@ class TestKeyOfRequest:
             (fa.MaskKind.window(2**40, 2**40), False, (2**30 - 1, 2**30 - 1)),
         ],
     )
-    def test_mask(self, mask, causal, window):
+    def test_mask(self, mask: fa.MaskKind, causal: bool, window: Any):
         key = self.key(mask=mask)
         assert (key.causal, key.sliding_window) == (causal, window)
         spec = fa.lookup(key)
@@ -368,14 +368,14 @@ class TestKeyOfRequest:
 
 @pytest.mark.parametrize(("offset", "align"), [(0, 16), (1, 2), (2, 4), (4, 8), (8, 16)])
 @pytest.mark.parametrize("which", ["q", "k", "v", "out"])
-def test_alignment_is_that_of_the_worst_address(offset, align, which):
+def test_alignment_is_that_of_the_worst_address(offset: int, align: int, which: str):
     arrays = {name: aligned((1, 4, 2, 64), 0) for name in ("q", "k", "v", "out")}
     arrays[which] = aligned((1, 4, 2, 64), offset)
     assert fa.Fa2FwdRequest(**arrays).dispatch_key(SmArch.SM_90).extras.load_align == align
 
 
 @pytest.mark.parametrize(("row", "align"), [(128, 16), (129, 2), (130, 4), (132, 8), (136, 16)])
-def test_alignment_is_that_of_the_worst_stride(row, align):
+def test_alignment_is_that_of_the_worst_stride(row: int, align: int):
     q = aligned((1, 4, 2, 64), 0)
     wide = np.lib.stride_tricks.as_strided(aligned((8 * row,), 0), (1, 4, 2, 64), (0, 2 * row, 128, 2))
     assert fa.Fa2FwdRequest(q, wide, q).dispatch_key(SmArch.SM_90).extras.load_align == align

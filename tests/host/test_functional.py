@@ -42,7 +42,7 @@ REQUIRED = {
 
 
 @pytest.mark.parametrize("name", REQUIRED)
-def test_signature_is_that_of_flash_attn(name):
+def test_signature_is_that_of_flash_attn(name: str):
     parameters = inspect.signature(getattr(fa, name)).parameters.values()
     positional = [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     required = [(argument, inspect.Parameter.empty) for argument in REQUIRED[name]]
@@ -149,7 +149,7 @@ def same(one: Any, other: Any) -> None:
 
 @given(shapes)
 @settings(max_examples=40, deadline=None)
-def test_packed_forms_equal_the_plain_form(shape):
+def test_packed_forms_equal_the_plain_form(shape: Any):
     q, k, v = (shape.array(seed) for seed in range(3))
     plain = fa.flash_attn_func(q, k, v, **shape.options())
     same(fa.flash_attn_qkvpacked_func(np.stack([q, k, v], 2), **shape.options()), plain)
@@ -158,7 +158,7 @@ def test_packed_forms_equal_the_plain_form(shape):
 
 @given(shapes)
 @settings(max_examples=40, deadline=None)
-def test_sequences_of_one_length_equal_a_batch(shape):
+def test_sequences_of_one_length_equal_a_batch(shape: Any):
     q, k, v = (shape.array(seed) for seed in range(3))
     out, lse, _ = fa.flash_attn_func(q, k, v, **shape.options())
     offsets = np.arange(shape.batch + 1, dtype=np.int32) * shape.length
@@ -172,7 +172,7 @@ def test_sequences_of_one_length_equal_a_batch(shape):
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=4), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_each_packed_sequence_equals_its_own_dense_call(lengths, causal):
+def test_each_packed_sequence_equals_its_own_dense_call(lengths: list[tuple[int, int]], causal: bool):
     rng = np.random.default_rng(0)
     total_q, total_k = (sum(pair[side] for pair in lengths) for side in (0, 1))
     q, k, v = (rng.standard_normal((rows, 2, 16), np.float32) for rows in (total_q, total_k, total_k))
@@ -190,7 +190,7 @@ def test_each_packed_sequence_equals_its_own_dense_call(lengths, causal):
 
 @pytest.mark.parametrize(("head_dim", "v_head_dim"), [(1, 1), (7, 7), (12, 20), (64, 13), (13, 64), (255, 9)])
 @pytest.mark.parametrize("given_out", [False, True])
-def test_odd_head_dims_are_padded_and_cut_back(head_dim, v_head_dim, given_out):
+def test_odd_head_dims_are_padded_and_cut_back(head_dim: int, v_head_dim: int, given_out: bool):
     rng = np.random.default_rng(1)
     q, k, v = (rng.standard_normal((2, 9, 2, size), np.float32) for size in (head_dim, head_dim, v_head_dim))
     out = np.full((2, 9, 2, v_head_dim), np.nan, np.float32) if given_out else None
@@ -224,7 +224,7 @@ def test_return_attn_probs_gives_the_dropout_pattern_and_else_nothing():
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_deterministic_is_accepted_and_changes_nothing(deterministic):
+def test_deterministic_is_accepted_and_changes_nothing(deterministic: bool):
     q = np.random.default_rng(4).standard_normal((1, 20, 2, 16), np.float32)
     np.testing.assert_array_equal(fa.flash_attn_func(q, q, q, deterministic=deterministic), fa.flash_attn_func(q, q, q))
 
@@ -237,7 +237,7 @@ def test_causal_overrides_the_right_side_of_the_window():
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 16), (2, 0, 2, 16)])
-def test_empty_batch_and_no_queries_give_empty_results(shape):
+def test_empty_batch_and_no_queries_give_empty_results(shape: Any):
     q, k = np.zeros(shape, np.float32), np.zeros((shape[0], 7, 2, 16), np.float32)
     out, lse, _ = fa.flash_attn_func(q, k, k, return_attn_probs=True)
     assert (out.shape, lse.shape) == (shape, (shape[0], 2, shape[1]))
@@ -299,7 +299,7 @@ def test_dlpack_objects_with_out_and_without():
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-def test_output_has_the_type_of_q(dtype):
+def test_output_has_the_type_of_q(dtype: Any):
     q = np.ones((1, 3, 2, 16), dtype)
     assert fa.flash_attn_func(q, q, q).dtype == dtype
 
@@ -308,7 +308,7 @@ def test_output_has_the_type_of_q(dtype):
 class TestTorch:
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
     @pytest.mark.parametrize("head_dim", [16, 13])
-    def test_torch_equals_numpy(self, dtype, head_dim):
+    def test_torch_equals_numpy(self, dtype: Any, head_dim: int):
         import torch
 
         generator = torch.Generator().manual_seed(0)

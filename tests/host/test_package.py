@@ -19,7 +19,7 @@ def test_all_is_sorted_and_complete():
 
 
 @pytest.mark.parametrize("name", fa.__all__)
-def test_every_public_name_is_there_and_listed_by_its_module(name):
+def test_every_public_name_is_there_and_listed_by_its_module(name: str):
     value = getattr(fa, name)
     assert value is not None
     if name in fa._MODULE_OF:

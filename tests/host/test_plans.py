@@ -41,7 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
 @dataclass(frozen=True)
 class Call:
-    """One functional call; ``offset`` and ``pad`` shift q, k and v off 16-byte multiples and stretch their rows."""
+    """One functional call; ``offset``, ``pad`` and ``heads_first`` shift, stretch and reorder those of q, k and v that ``moved`` names."""
 
     seed: int = 0
     batch: int = 2
@@ -55,6 +55,7 @@ class Call:
     offset: int = 0
     pad: int = 0
     heads_first: bool = False
+    moved: str = "qkv"
     scale: float | None = None
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
@@ -69,10 +70,11 @@ class Call:
 
     def tensor(self, number: int, rows: int, heads: int, head_dim: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(10 * self.seed + number)
-        sizes = (self.batch, heads, rows, head_dim + self.pad) if self.heads_first else (self.batch, rows, heads, head_dim + self.pad)
-        flat = torch.randn(torch.Size(sizes).numel() + self.offset, generator=generator).to(getattr(torch, self.dtype))
-        tensor = flat[self.offset :].view(sizes)[..., :head_dim]
-        return tensor.transpose(1, 2) if self.heads_first else tensor
+        offset, pad, heads_first = (self.offset, self.pad, self.heads_first) if "qkv"[number] in self.moved else (0, 0, False)
+        sizes = (self.batch, heads, rows, head_dim + pad) if heads_first else (self.batch, rows, heads, head_dim + pad)
+        flat = torch.randn(torch.Size(sizes).numel() + offset, generator=generator).to(getattr(torch, self.dtype))
+        tensor = flat[offset:].view(sizes)[..., :head_dim]
+        return tensor.transpose(1, 2) if heads_first else tensor
 
     def run(self, wrap: Any) -> Any:
         """The call on tensors that ``wrap`` puts somewhere; (out, lse or None)."""
@@ -133,12 +135,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "heads_kv": {"heads_kv": 1},
     "head_dim": {"head_dim": 24},
     "v_head_dim": {"v_head_dim": 8},
+    "v_head_dim_of_the_same_strides": {"v_head_dim": 8, "pad": 8, "moved": "v"},
     "dtype": {"dtype": "bfloat16"},
     "address": {"offset": 1},
     "address_4": {"offset": 4},
     "strides": {"pad": 8},
     "odd_strides": {"pad": 1},
     "order": {"heads_first": True},
+    **{f"strides_of_{name}": {"pad": 8, "moved": name} for name in "qkv"},
+    **{f"order_of_{name}": {"heads_first": True, "moved": name} for name in "qkv"},
+    **{f"address_of_{name}": {"offset": 1, "moved": name} for name in "qkv"},
     "scale": {"scale": 0.5},
     "scale_zero": {"scale": 0.0},
     "scale_negative": {"scale": -0.5},
@@ -184,6 +190,7 @@ calls = st.builds(
     offset=st.sampled_from([0, 0, 1, 8]),
     pad=st.sampled_from([0, 0, 1, 8]),
     heads_first=st.booleans(),
+    moved=st.sampled_from(["q", "k", "v", "kv", "qkv"]),
     scale=st.sampled_from([None, 0.25, 1.0, 0.0, -1.0]),
     causal=st.booleans(),
     window=st.sampled_from([(-1, -1), (2, 0), (0, 2), (3, -1)]),
@@ -417,7 +424,7 @@ def test_a_stream_that_is_given_is_the_one_launched_on(gpu: FakeGpu):
         cuda_stream = 5
 
     class OfCuda:
-        def __cuda_stream__(self) -> tuple[int, int]:  # noqa: PLW3201 - a protocol of cuda.core
+        def __cuda_stream__(self) -> tuple[int, int]:
             return (0, 6)
 
     class OfCupy:
