@@ -30,7 +30,18 @@ from .types import DType
 if TYPE_CHECKING:
     from .options import AttentionOptions, PositionBias
 
-__all__ = ["MAX_HEAD_DIM", "check_out", "check_qkv", "read_dropout", "read_learned_sink", "read_qkv", "read_slopes", "refuse_gradients"]
+__all__ = [
+    "MAX_HEAD_DIM",
+    "check_out",
+    "check_qkv",
+    "is_contiguous",
+    "read_dropout",
+    "read_learned_sink",
+    "read_qkv",
+    "read_slopes",
+    "refuse_gradients",
+    "steps",
+]
 
 MAX_HEAD_DIM: Final = 256
 _GPU_DTYPES: Final = (DType.F16, DType.BF16)
@@ -134,6 +145,15 @@ def _read_per_head(x: Any, name: str, q: ArrayInfo, *, shapes: tuple[tuple[int, 
     if info.shape[-1] > 1 and info.strides[-1] != 1:
         raise SlopesError(f"{name}: got strides {info.strides} for shape {info.shape}; allowed is a last stride of 1; call .contiguous()")
     return info
+
+
+def steps(info: ArrayInfo) -> tuple[int, ...]:
+    """Strides of all dimensions but the last; 0 where there is one element and no step is ever taken.
+
+    Libraries give such dimensions any stride. As 0 they spoil no alignment, and a kernel that forms addresses of rows past the end (it
+    loads none of them) forms those of the first row.
+    """
+    return tuple(step if size > 1 else 0 for size, step in zip(info.shape[:-1], info.strides[:-1], strict=True))
 
 
 def is_contiguous(info: ArrayInfo) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checks import check_out, check_qkv, read_dropout, read_learned_sink, read_qkv, read_slopes
+from .checks import check_out, check_qkv, read_dropout, read_learned_sink, read_qkv, read_slopes, steps
 from .dispatch import DispatchKey, best_arch, key_of_problem
 from .errors import ShapeError
 from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias
@@ -59,9 +59,9 @@ class Fa2FwdRequest:
             q=q,
             k=k,
             v=v,
-            q_strides=Strides(*q.strides[:3]),
-            k_strides=Strides(*k.strides[:3]),
-            v_strides=Strides(*v.strides[:3]),
+            q_strides=Strides(*steps(q)),
+            k_strides=Strides(*steps(k)),
+            v_strides=Strides(*steps(v)),
             batch=batch,
             heads=heads,
             heads_kv=k.shape[2],

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import copy_to_host, read_array
-from .checks import check_out, check_qkv, is_contiguous, read_dropout, read_learned_sink, read_qkv, read_slopes
+from .checks import check_out, check_qkv, is_contiguous, read_dropout, read_learned_sink, read_qkv, read_slopes, steps
 from .device_array import DeviceArray
 from .dispatch import DispatchKey, best_arch, key_of_problem
 from .env import settings
@@ -185,9 +185,9 @@ class VarlenFwdRequest:
             q=q,
             k=k,
             v=v,
-            q_strides=Strides(0, *q.strides[:2]),
-            k_strides=Strides(0, *k.strides[:2]),
-            v_strides=Strides(0, *v.strides[:2]),
+            q_strides=Strides(0, *steps(q)),
+            k_strides=Strides(0, *steps(k)),
+            v_strides=Strides(0, *steps(v)),
             batch=batch,
             heads=heads,
             heads_kv=k.shape[1],

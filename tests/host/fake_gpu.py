@@ -114,9 +114,11 @@ def _check_alignment(spec: KernelSpec, params: FwdParams) -> None:
         assert not ((params.q or 0) | (params.k or 0) | (params.v or 0) | (params.o or 0)) & 15, (
             "an aligned kernel was given an odd address"
         )
-        for name in ("q_stride", "k_stride", "v_stride", "o_stride"):
+        for name in ("q_stride", "k_stride", "v_stride"):
             strides = getattr(params, name)
-            assert not (strides.row | strides.head) * spec.dtype.itemsize & 15, f"an aligned kernel was given an odd {name}"
+            assert not (strides.batch | strides.row | strides.head) * spec.dtype.itemsize & 15, f"an aligned kernel was given an odd {name}"
+        taken = [step for step, size in ((params.o_stride.row, params.seqlen_q), (params.o_stride.head, params.heads)) if size > 1]
+        assert not any(step * spec.dtype.itemsize & 15 for step in taken), "an aligned kernel was given an odd o_stride"
     assert spec.exact_head_dim == ((spec.head_dim, spec.v_head_dim) == (params.head_dim, params.v_head_dim))
 
 

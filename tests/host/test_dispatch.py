@@ -383,7 +383,9 @@ def test_alignment_is_that_of_the_worst_stride(row: int, align: int):
 
 def test_a_stride_that_is_never_stepped_does_not_count():
     q = np.lib.stride_tricks.as_strided(aligned((256,), 0), (1, 1, 2, 64), (2, 6, 128, 2))
-    assert fa.Fa2FwdRequest(q, q, q).dispatch_key(SmArch.SM_90).extras.load_align == 16
+    request = fa.Fa2FwdRequest(q, q, q)
+    assert request.dispatch_key(SmArch.SM_90).extras.load_align == 16
+    assert request.problem.q_strides == (0, 0, 64)  # not even as the step to a row past the end
 
 
 def aligned(shape: tuple[int, ...], offset: int) -> np.ndarray:
