@@ -19,16 +19,26 @@
      │   ├─ SlopesError                    ALiBi slopes or learned sink
      │   ├─ OutputError                    out=: shape, type, device, or needed and missing
      │   ├─ ArrayTypeError (TypeError)     an object that is no array we can read
-     │   └─ UnsupportedArgumentError       an argument of another package that has no meaning here
+     │   ├─ UnsupportedArgumentError       an argument of another package that has no meaning here
+     │   ├─ PropsError                     a property of an actor or a pool, as max_in_flight 0
+     │   └─ UnknownMessageError (TypeError)  an object that is no FlashAttnMsg
      ├─ DispatchError                      the request is well formed, and no kernel does it
      │   ├─ ArchUnsupportedError           not on this architecture
      │   └─ FeatureNotBuiltError           not in this version; names the feature
+     ├─ ActorError (RuntimeError)          an actor or a pool could not take a request, or not bring it to an answer
+     │   ├─ ActorStoppedError              it stopped, or had stopped, before the request was launched
+     │   ├─ MailboxFullError               no place in the mailbox, and the caller did not want to wait for one
+     │   ├─ RequestTimeoutError (TimeoutError)  the time that the caller gave a request is over
+     │   ├─ StaleArrayError                an array was freed, resized or moved between ask and reply
+     │   ├─ MockAnswerError                what the mock inner answers to a request that is right; names the kernel
+     │   └─ WorkerLostError                a Ray worker died with the request, and no retry was left
      └─ RuntimeFlashAttnError (RuntimeError)
          ├─ NoDriverError                  no NVIDIA driver on this machine
          ├─ DriverTooOldError              the driver is older than the kernels need
          ├─ NvrtcMissingError              the compiler library is not installed
          ├─ CompileError                   NVRTC refused a kernel: spec, log, path of the saved source
          ├─ CacheError                     a cache command that was asked for could not be done
+         ├─ RayMissingError (ImportError)  a pool was asked for and Ray is not installed
          ├─ LaunchError                    CUDA refused a launch: error name, text, kernel
          └─ DeviceLostError                a sticky CUDA error: the process has to be restarted
 
@@ -45,6 +55,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
+    "ActorError",
+    "ActorStoppedError",
     "ArchUnsupportedError",
     "ArrayTypeError",
     "CacheError",
@@ -63,18 +75,26 @@ __all__ = [
     "HeadCountError",
     "HeadDimError",
     "LaunchError",
+    "MailboxFullError",
+    "MockAnswerError",
     "NoDriverError",
     "NvrtcMissingError",
     "OutputError",
+    "PropsError",
+    "RayMissingError",
+    "RequestTimeoutError",
     "RuntimeFlashAttnError",
     "ScaleError",
     "ShapeError",
     "SinkWithoutMaskError",
     "SlopesError",
     "SoftcapError",
+    "StaleArrayError",
     "StrideError",
+    "UnknownMessageError",
     "UnsupportedArgumentError",
     "WindowError",
+    "WorkerLostError",
 ]
 
 
@@ -150,6 +170,14 @@ class UnsupportedArgumentError(ConstructionError):
     """An argument that a drop-in call knows by name and cannot honour; none is ignored."""
 
 
+class PropsError(ConstructionError):
+    """A property of an actor or a pool that is not allowed, as ``max_in_flight`` 0. Nothing has been started."""
+
+
+class UnknownMessageError(ConstructionError, TypeError):
+    """An object that is no message an actor knows."""
+
+
 class DispatchError(FlashAttnError):
     """The request is well formed, and no kernel does it."""
 
@@ -173,6 +201,45 @@ class FeatureNotBuiltError(DispatchError):
 
     def __reduce__(self) -> tuple[type[FeatureNotBuiltError], tuple[str, str]]:
         return type(self), (self.feature, self.reason)
+
+
+class ActorError(FlashAttnError, RuntimeError):
+    """An actor or a pool could not take a request, or not bring it to an answer."""
+
+
+class ActorStoppedError(ActorError):
+    """The actor stopped, or had stopped, before the request was launched. ``__cause__`` says why, where there is more to say."""
+
+
+class MailboxFullError(ActorError):
+    """No place in the mailbox, and the caller did not want, or was not allowed, to wait for one."""
+
+
+class RequestTimeoutError(ActorError, TimeoutError):
+    """The time that the caller gave a request is over. A launch that was made is not undone; its inputs live until it has finished."""
+
+
+class StaleArrayError(ActorError):
+    """An array of a request was freed, resized or moved between ask and reply, so its answer would mean nothing."""
+
+
+class MockAnswerError(ActorError):
+    """What the mock inner answers to a request that is right.
+
+    Args:
+        kernel_name: the kernel that the request resolves to.
+    """
+
+    def __init__(self, kernel_name: str) -> None:
+        self.kernel_name = kernel_name
+        super().__init__(f"the mock inner computes nothing; the request is right and resolves to {kernel_name}")
+
+    def __reduce__(self) -> tuple[type[MockAnswerError], tuple[str]]:
+        return type(self), (self.kernel_name,)
+
+
+class WorkerLostError(ActorError):
+    """A Ray worker died, or lost its GPU, with the request, and no retry or no worker was left."""
 
 
 class RuntimeFlashAttnError(FlashAttnError, RuntimeError):
@@ -214,6 +281,10 @@ class CompileError(RuntimeFlashAttnError):
         if log:
             parts.append(f"log:\n{log}")
         super().__init__("\n".join(parts))
+
+
+class RayMissingError(RuntimeFlashAttnError, ImportError):
+    """A pool was asked for, and the optional Ray is not installed."""
 
 
 class CacheError(RuntimeFlashAttnError):

@@ -1,0 +1,75 @@
+"""Timeouts of requests: one thread and a heap, started by the first request that has one."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+import weakref
+from itertools import count
+
+from ..errors import RequestTimeoutError
+from .reply import Ticket
+
+__all__ = ["Deadlines"]
+
+_SWEEP_AT = 4096  # entries; requests that were answered in time leave theirs behind until then, or until their time
+
+
+class Deadlines:
+    """Fails what is not answered in time. Thread-safe."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._heap: list[tuple[float, int, float, weakref.ref[Ticket]]] = []
+        self._numbers = count()
+        self._changed = threading.Condition()
+        self._sweep_at = _SWEEP_AT
+        self._thread: threading.Thread | None = None
+        self._over = False
+
+    def add(self, ticket: Ticket, timeout: float, began: float) -> None:
+        """Fail ``ticket`` ``timeout`` seconds after ``began`` (of ``time.monotonic``)."""
+        entry = (began + timeout, next(self._numbers), timeout, weakref.ref(ticket))
+        with self._changed:
+            if self._over:
+                return
+            heapq.heappush(self._heap, entry)
+            if len(self._heap) >= self._sweep_at:
+                self._heap = [each for each in self._heap if _is_open(each[3]())]
+                heapq.heapify(self._heap)
+                self._sweep_at = max(_SWEEP_AT, 2 * len(self._heap))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=f"{self._label}-deadlines", daemon=True)
+                self._thread.start()
+            elif self._heap[0] is entry:
+                self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread; deadlines that are left are forgotten, as every request has its answer by then."""
+        with self._changed:
+            self._over = True
+            self._heap.clear()
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._over and (not self._heap or self._heap[0][0] > time.monotonic()):
+                    self._changed.wait(self._heap[0][0] - time.monotonic() if self._heap else None)
+                if self._over:
+                    return
+                _, _, timeout, reference = heapq.heappop(self._heap)
+            ticket = reference()
+            if ticket is not None:
+                ticket.reply.fail(timed_out(self._label, timeout, "not answered"))
+            del ticket
+
+
+def _is_open(ticket: Ticket | None) -> bool:
+    return ticket is not None and not ticket.reply.done()
+
+
+def timed_out(label: str, timeout: float, what: str) -> RequestTimeoutError:
+    """The error of a request whose time is over."""
+    return RequestTimeoutError(f"{label}: {what} within {timeout:g} s; allow more time, or send less at once")

@@ -1,0 +1,180 @@
+"""Door: how requests come in, to one actor or to a pool of them. ask, tell, ask_async; from any thread and any event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Self
+
+from ..errors import PropsError, UnknownMessageError
+from ..execute import Output
+from .deadlines import Deadlines, timed_out
+from .mailbox import Mailbox
+from .messages import FlashAttnMsg, Message
+from .props import FlashAttnProps, Overflow
+from .reply import Reply, Ticket
+
+__all__ = ["Door"]
+
+_log = logging.getLogger(__name__)
+_MESSAGES = (FlashAttnMsg.Forward, FlashAttnMsg.Backward, FlashAttnMsg.PagedForward)
+
+
+class Door(ABC):
+    """What callers hold. Thread-safe; stops what is behind it at the end of a ``with`` block.
+
+    What is not accepted raises, here and now; what is accepted is answered, exactly once, through its Reply.
+
+    Attributes:
+        props: what was started.
+    """
+
+    def __init__(self, props: FlashAttnProps, mailbox: Mailbox) -> None:
+        self.props = props
+        self._mailbox = mailbox
+        self._deadlines = Deadlines(props.label)
+
+    @abstractmethod
+    def _accept(self, message: Message) -> Ticket:
+        """Look a message over and make its ticket; raises what makes it unacceptable."""
+
+    @abstractmethod
+    def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Let nothing in any more, answer what is there, and end."""
+
+    def _entered(self) -> None:  # noqa: B027 - a hook
+        """Called when a ticket has come in."""
+
+    def _is_own_thread(self) -> bool:
+        """Whether the caller's thread is one that answers requests."""
+        return False
+
+    def ask(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> Reply:
+        """Send a request.
+
+        Args:
+            message: a FlashAttnMsg.
+            timeout: seconds from now in which it has to be answered; None is no limit. The time that it waits for a place counts.
+            overflow: what happens when the mailbox is full; None is as the props say. A thread that must not wait (one that runs an
+                event loop, or one of the actor's own, as callbacks do) is refused instead.
+
+        Returns:
+            the Reply: a concurrent.futures.Future of an Output that can be awaited. It fails with what went wrong with this request.
+
+        Raises:
+            UnknownMessageError: no FlashAttnMsg.
+            DeviceMismatchError: a request for another device.
+            StaleArrayError: an array was resized since the request was made.
+            OutputError: outputs in q's library cannot be made; give ``out``.
+            ActorStoppedError: the actor has stopped, or is about to.
+            MailboxFullError: no place, and not to wait for one.
+            RequestTimeoutError: no place in time.
+        """
+        began = time.monotonic()
+        ticket = self._ticket(message, timeout)
+        wait = (self.props.overflow if overflow is None else overflow) is Overflow.WAIT
+        place = self._mailbox.enter(ticket, wait=wait and self._may_wait())
+        if place is not None:
+            self._wait_for(place, timeout, began)
+        self._entered()
+        if timeout is not None:
+            self._deadlines.add(ticket, timeout, began)
+        return ticket.reply
+
+    def tell(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> None:
+        """Send a request whose answer lies in its ``out``; what goes wrong after it was accepted is logged.
+
+        Arguments and errors: :meth:`ask`.
+        """
+        self.ask(message, timeout=timeout, overflow=overflow).add_done_callback(self._log_failure)
+
+    async def ask_async(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> Output:  # noqa: ASYNC109 - of the request
+        """Send a request and await its answer; a full mailbox is awaited too. Cancelling the task cancels the request until its launch.
+
+        Arguments and errors: :meth:`ask`, and those of the request itself.
+        """
+        began = time.monotonic()
+        ticket = self._ticket(message, timeout)
+        wait = (self.props.overflow if overflow is None else overflow) is Overflow.WAIT
+        place = self._mailbox.enter(ticket, wait=wait)
+        try:
+            if place is not None:
+                await asyncio.wait_for(asyncio.wrap_future(place), timeout)
+        except TimeoutError:
+            ticket.reply.cancel()
+            raise timed_out(self.props.label, timeout or 0.0, "no place in the mailbox") from None
+        except asyncio.CancelledError:
+            ticket.reply.cancel()  # it may have been let in meanwhile
+            raise
+        self._entered()
+        if timeout is not None:
+            self._deadlines.add(ticket, timeout, began)
+        return await ticket.reply
+
+    async def stop_async(self, *, drain: bool = True, timeout: float | None = None) -> None:  # noqa: ASYNC109 - of the stop
+        """:meth:`stop` for event loops."""
+        await asyncio.to_thread(self.stop, drain=drain, timeout=timeout)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are accepted."""
+        return not self._mailbox.closed
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not been taken for launch yet."""
+        return self._mailbox.waiting
+
+    @property
+    def unanswered(self) -> int:
+        """Requests that were accepted and have no answer yet, waiting or in flight."""
+        return self._mailbox.unsettled
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop(drain=kind is None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.stop_async(drain=kind is None)
+
+    def _ticket(self, message: Message, timeout: float | None) -> Ticket:
+        if not isinstance(message, _MESSAGES):
+            raise UnknownMessageError(
+                f"message: got {type(message).__qualname__}; allowed are FlashAttnMsg.Forward, .Backward and .PagedForward; "
+                "wrap a request as FlashAttnMsg.Forward(request)"
+            )
+        if timeout is not None and not timeout > 0:
+            raise PropsError(f"timeout: got {timeout!r}; allowed is a number of seconds > 0, or None for no limit")
+        self._mailbox.check_open()
+        return self._accept(message)
+
+    def _may_wait(self) -> bool:
+        """Not in a thread that others, or the actor itself, need in order to go on."""
+        if self._is_own_thread():
+            return False
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return True
+        return False
+
+    def _wait_for(self, place: Future[None], timeout: float | None, began: float) -> None:
+        try:
+            place.result(None if timeout is None else max(0.0, began + timeout - time.monotonic()))
+        except TimeoutError:
+            if place.cancel():
+                raise timed_out(self.props.label, timeout or 0.0, "no place in the mailbox") from None
+            place.result()  # it came at the last moment, or the actor stopped
+
+    def _log_failure(self, reply: Future[Output]) -> None:
+        if not reply.cancelled() and (error := reply.exception()) is not None:
+            _log.error("%s: a request that was told failed: %s", self.props.label, error, exc_info=error)

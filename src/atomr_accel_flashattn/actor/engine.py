@@ -1,0 +1,207 @@
+"""Engine: from a ticket taken out of the inbox to its answer. Used by one actor thread and one completion thread.
+
+What can end a request, and who settles it: an answer or an error of its launch (completion thread), an error before it or a stop (actor
+thread), a timeout (deadline thread), a cancel (the caller), a lost device (whoever sees it first). The future itself lets only the first
+of them through; the mailbox forgets the ticket once its outcome is certain.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+from ..errors import ActorStoppedError, DeviceLostError
+from ..execute import Output
+from .completion import CompletionThread, Launched
+from .fusion import MAX_FUSED
+from .inner import FlashAttnInner
+from .mailbox import Mailbox
+from .messages import refusal
+from .props import FlashAttnProps
+from .reply import Ticket, own_error
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """What an actor does with its messages.
+
+    Args:
+        props: of the actor.
+        inner: who does the work.
+        mailbox: whose tickets these are.
+        stop_actor: ends the actor when the device is lost.
+    """
+
+    def __init__(self, props: FlashAttnProps, inner: FlashAttnInner, mailbox: Mailbox, stop_actor: Callable[[], None]) -> None:
+        self._props = props
+        self._inner = inner
+        self._mailbox = mailbox
+        self._stop_actor = stop_actor
+        self._group: list[Ticket] = []
+        self._refusing: Callable[[], BaseException] | None = None
+        self._thread: threading.Thread | None = None
+        self._gave_up = False
+        self._slots: SimpleQueue[None] = SimpleQueue()  # one token per launch that may still be made
+        for _ in range(props.max_in_flight):
+            self._slots.put(None)
+        self._completions = CompletionThread(f"{props.label}-completions", inner.attach, self._landed)
+
+    def enter_thread(self) -> None:
+        """Called first, in the actor's thread. Where the inner cannot work in it, everything fails with the reason and the actor stops."""
+        self._thread = threading.current_thread()
+        try:
+            self._inner.attach()
+        except Exception as error:  # noqa: BLE001 - the answer to every request
+            self._end_with(error, "it could not start")
+
+    def is_own_thread(self) -> bool:
+        """Whether the caller is one of the actor's two threads, as callbacks of replies are."""
+        return threading.current_thread() is self._thread or self._completions.is_current()
+
+    def take(self, ticket: Ticket) -> None:
+        """A ticket came out of the inbox. It is launched now, or with those that wait behind it."""
+        more = self._mailbox.leave()
+        self._group.append(ticket)
+        if not (self._props.fuse_decodes and more and len(self._group) < MAX_FUSED):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Launch what was gathered, in order; neighbours with equal fuse keys together."""
+        group, self._group = self._group, []
+        batch: list[Ticket] = []
+        batch_key = None
+        for ticket in group:
+            key = ticket.job.fuse_key
+            if batch and (key is None or key != batch_key):
+                self._depart(batch)
+                batch = []
+            batch.append(ticket)
+            batch_key = key
+        if batch:
+            self._depart(batch)
+
+    def _depart(self, tickets: list[Ticket]) -> None:
+        """Launch tickets as one, as soon as a launch may be made; each alone where that fails, because one of them may be at fault."""
+        self._slots.get()
+        live = [ticket for ticket in tickets if self._is_cleared(ticket)]
+        if live and self._launch(live):
+            return
+        self._slots.put(None)
+        if len(live) > 1:
+            for ticket in live:
+                self._slots.get()
+                if not self._launch([ticket]):
+                    self._slots.put(None)
+
+    def _is_cleared(self, ticket: Ticket) -> bool:
+        """Whether a ticket is to be launched; it has begun then. Else it is settled."""
+        error = self._refusing() if self._refusing else refusal(ticket.job.message) or _staleness(ticket)
+        if error is not None:
+            self._fail(ticket, error)
+            return False
+        begun = ticket.reply.begin()
+        if not begun:
+            self._mailbox.settle(ticket)
+        return begun
+
+    def _launch(self, tickets: list[Ticket]) -> bool:
+        """Launch tickets that have begun. False: nothing was launched; a single ticket has failed then."""
+        if self._gave_up:
+            for ticket in tickets:
+                self._fail(ticket, stopped_error(self._props.label))
+            return False
+        try:
+            flight = self._inner.launch([ticket.job for ticket in tickets])
+        except DeviceLostError as error:
+            self.lose_device(error)
+            return False
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is this request's answer and must not end the actor
+            if len(tickets) == 1:
+                self._fail(tickets[0], error)
+            return False
+        self._completions.add(Launched(tickets, flight))
+        return True
+
+    def _landed(self, launched: Launched, error: BaseException | None) -> None:
+        """The device is done with a launch. In the completion thread."""
+        self._slots.put(None)
+        if isinstance(error, DeviceLostError):
+            self.lose_device(error)
+        for ticket in launched.tickets:
+            own = error if error is None or len(launched.tickets) == 1 else own_error(error)
+            verdict = own or _verdict(ticket)
+            self._mailbox.settle(ticket)
+            if isinstance(verdict, BaseException):
+                ticket.reply.fail(verdict)
+            else:
+                ticket.reply.answer(verdict)
+
+    def _fail(self, ticket: Ticket, error: BaseException) -> None:
+        ticket.reply.begin()  # no cancel from here on; who waits for one that was cancelled is told
+        ticket.reply.fail(error)
+        self._mailbox.settle(ticket)
+
+    def lose_device(self, cause: DeviceLostError) -> None:
+        """Nothing works any more: everything that waits or flies fails with ``cause``, and the actor stops."""
+        self._end_with(cause, "its device was lost, and only a new process can use it again")
+
+    def _end_with(self, cause: Exception, why: str) -> None:
+        label = self._props.label
+
+        def stopped() -> ActorStoppedError:
+            error = ActorStoppedError(f"{label}: the actor has stopped, because {why}: {cause}")
+            error.__cause__ = cause
+            return error
+
+        self._mailbox.close(stopped)
+        self._refusing = lambda: own_error(cause)
+        self.fail_unsettled(self._refusing)
+        self._stop_actor()
+
+    def refuse(self, why: Callable[[], ActorStoppedError]) -> None:
+        """Let nobody in and launch nothing any more; what is flying still gets its answer."""
+        self._mailbox.close(why)
+        self._refusing = self._refusing or why
+
+    def fail_unsettled(self, error: Callable[[], BaseException]) -> None:
+        """Answer everything that has no answer yet, flying or not. Arrays in flight live on until the device is done with them."""
+        for ticket in self._mailbox.take_unsettled():
+            self._fail(ticket, error())
+
+    def give_up(self) -> None:
+        """Nobody waits for the device any more: wake the actor's thread, should it wait for a launch to finish."""
+        self._gave_up = True
+        self._slots.put(None)
+
+    def shut_down(self) -> None:
+        """End everything, in the actor's thread: answer what is left, wait for what is flying."""
+        self._flush()
+        self._completions.finish(wait=not self._gave_up)
+        self._mailbox.close(lambda: stopped_error(self._props.label))
+        self.fail_unsettled(lambda: stopped_error(self._props.label))
+        if not self._gave_up:
+            self._inner.close()
+
+
+def _staleness(ticket: Ticket) -> BaseException | None:
+    try:
+        ticket.job.check_fresh()
+    except BaseException as error:  # noqa: BLE001 - arrays of others may raise anything; it is this request's answer
+        return error
+    return None
+
+
+def _verdict(ticket: Ticket) -> Output | BaseException:
+    """The answer of a launch that went well, if its arrays are still the same."""
+    try:
+        ticket.job.check_fresh()
+        return ticket.job.answer()
+    except BaseException as error:  # noqa: BLE001 - the same
+        return error
+
+
+def stopped_error(label: str) -> ActorStoppedError:
+    """The error of a request that came too late."""
+    return ActorStoppedError(f"{label}: the actor has stopped, and the request was not launched; start a new actor")

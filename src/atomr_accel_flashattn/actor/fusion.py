@@ -1,0 +1,138 @@
+"""Several small decodes as one packed launch.
+
+Fused are dense requests of a few queries over little K and V that agree in everything but their lengths, and that bring neither ``out``
+(a later one could read what an earlier one writes) nor dropout (its pattern depends on the batch index). K and V are copied side by side,
+so more than a little of them would cost more than a launch saves. On the CPU backend the answers are equal bit for bit, because every
+sequence is computed alone; on a GPU the packed kernel is another kernel than the dense one, and answers agree within the tolerance of
+docs/semantics.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Hashable, Sequence
+from math import prod
+from typing import Any, Final
+
+import numpy as np
+
+from ..execute import Outputs, fill, make_outputs
+from ..fa2 import Fa2FwdRequest
+from ..problem import ArrayInfo
+from ..varlen import CumulativeSeqlens, VarlenFwdRequest
+from .messages import FlashAttnMsg, Message
+
+__all__ = ["MAX_FUSED", "fuse_key", "launch_fused"]
+
+MAX_FUSED: Final = 64
+_MAX_QUERIES: Final = 8
+_MAX_KV_BYTES: Final = 1 << 20
+
+
+def fuse_key(message: Message) -> Hashable | None:
+    """Equal keys may be fused; None: not this one."""
+    if not isinstance(message, FlashAttnMsg.Forward) or type(message.request) is not Fa2FwdRequest or message.dropout_mask:
+        return None
+    request: Fa2FwdRequest = message.request
+    problem = request.problem
+    arrays = (problem.q, problem.k, problem.v)
+    if request.out_array is not None or problem.dropout is not None or not 1 <= problem.seqlen_q <= _MAX_QUERIES or problem.batch == 0:
+        return None
+    if problem.alibi_slopes is not None and len(problem.alibi_slopes.shape) == 2:
+        return None
+    if sum(prod(array.shape) * (array.dtype.itemsize if array.dtype else 1) for array in arrays[1:]) > _MAX_KV_BYTES:
+        return None
+    library = _library(arrays)
+    if library is None:
+        return None
+    per_head = [None if array is None else array.ptr for array in (problem.alibi_slopes, problem.learned_sink)]
+    shape = (problem.heads, problem.heads_kv, problem.head_dim, problem.v_head_dim, problem.q.dtype_name, problem.q.device)
+    return (library, *shape, problem.softmax_scale, problem.softcap, problem.band, *per_head, message.lse)
+
+
+def _library(arrays: Sequence[ArrayInfo]) -> str | None:
+    torch = sys.modules.get("torch")
+    if all(type(array.source) is np.ndarray for array in arrays):
+        return "numpy"
+    if torch is not None and all(isinstance(array.source, torch.Tensor) for array in arrays):
+        return "torch"
+    return None
+
+
+def launch_fused(calls: Sequence[tuple[Message, Outputs]], *, stream: int | None) -> object:
+    """Do all calls, whose fuse keys are equal, as one packed one.
+
+    Args:
+        calls: messages, and where their answers go.
+        stream: raw CUDA stream; None on the CPU.
+
+    Returns:
+        what has to live until the device is done.
+    """
+    requests: list[Fa2FwdRequest] = [message.request for message, _ in calls]
+    with _quiet(requests[0].problem.q, stream):
+        packed = _pack(requests)
+        outputs = make_outputs(packed, lse=calls[0][1].lse is not None)
+        fill(packed, outputs, stream=stream)
+        _unpack(outputs, [outputs for _, outputs in calls])
+    return packed, outputs
+
+
+@contextlib.contextmanager
+def _quiet(q: ArrayInfo, stream: int | None) -> Any:
+    """Torch without gradients, on the actor's stream."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(q.source, torch.Tensor):
+        yield
+        return
+    on = contextlib.nullcontext() if stream is None else torch.cuda.stream(torch.cuda.ExternalStream(stream, device=q.device.index))
+    with torch.no_grad(), on:
+        yield
+
+
+def _pack(requests: Sequence[Fa2FwdRequest]) -> VarlenFwdRequest:
+    first = requests[0]
+    q, k, v = (_rows([getattr(request, name) for request in requests]) for name in "qkv")
+    lengths = [[length for r in requests for length in [getattr(r.problem, side)] * r.problem.batch] for side in ("seqlen_q", "seqlen_k")]
+    return VarlenFwdRequest(
+        q,
+        k,
+        v,
+        cu_seqlens_q=CumulativeSeqlens.from_lengths(lengths[0], like=q),
+        cu_seqlens_k=CumulativeSeqlens.from_lengths(lengths[1], like=q),
+        mask=first.mask,
+        bias=first.bias,
+        sink_tokens=first.sink_tokens,
+        options=first.options,
+    )
+
+
+def _rows(arrays: Sequence[Any]) -> Any:
+    """(B, S, H, D) each -> (sum of B S, H, D)."""
+    flat = [array.reshape(-1, *array.shape[2:]) for array in arrays]
+    return np.concatenate(flat) if isinstance(flat[0], np.ndarray) else sys.modules["torch"].cat(flat)
+
+
+def _unpack(packed: Outputs, outputs: Sequence[Outputs]) -> None:
+    """Copy each call's part of the packed answer to where the caller expects it."""
+    row = 0
+    pairs: dict[str, list[tuple[Any, Any]]] = {"out": [], "lse": []}
+    for each in outputs:
+        batch, length, heads = each.out.shape[:3]
+        rows = slice(row, row + batch * length)
+        row = rows.stop
+        pairs["out"].append((each.out.source, packed.out.source[rows].reshape(each.out.shape)))
+        if each.lse is not None and packed.lse is not None:
+            pairs["lse"].append((each.lse.source, packed.lse.source[:, rows].reshape(heads, batch, length).swapaxes(0, 1)))
+    for copies in pairs.values():
+        _copy(copies)
+
+
+def _copy(pairs: Sequence[tuple[Any, Any]]) -> None:
+    if pairs and not isinstance(pairs[0][0], np.ndarray):
+        targets, parts = zip(*pairs, strict=True)
+        sys.modules["torch"]._foreach_copy_(targets, parts)
+        return
+    for target, part in pairs:
+        target[...] = part

@@ -1,0 +1,197 @@
+"""The real inner: kernels on one GPU and one stream.
+
+Streams. Outputs are made in the caller's thread, so a caching allocator counts them as the caller's, and frees and reuses them in the
+order of the caller's stream. The launch goes to the actor's stream and waits there, on the device, for an event that was recorded in the
+caller's stream at ask: inputs are ready, and nothing of the caller still uses the memory of the outputs. The reply comes when the device
+is done, so the caller may use the answer on any stream. When both are the same stream there is no event to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, Final
+
+from ..arrays import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
+from ..execute import Outputs, fill
+from ..fa2 import Fa2FwdRequest
+from ..jit.driver import check, current_context, driver, primary_context
+from ..jit.launch import LaunchPlan
+from ..jit.params import FwdParams, forward_pointers
+from ..problem import ArrayInfo, AttentionProblem
+from ..types import Device
+from ..varlen import VarlenFwdRequest
+from .fusion import launch_fused
+from .inner import FlashAttnInner, Flight, Job
+from .messages import FlashAttnMsg, Message
+
+__all__ = ["CudaEvents", "GpuInner"]
+
+_DEFAULT_STREAMS: Final = frozenset({0, LEGACY_DEFAULT_STREAM})
+_MAX_PLANS: Final = 4096
+_OWN_REQUESTS: Final = (Fa2FwdRequest, VarlenFwdRequest)  # whose kernel is a function of their problem alone
+
+
+class CudaEvents:
+    """Events of one device without timing, made once and used again. Thread-safe.
+
+    Waiting spins inside the driver, as torch.cuda.synchronize() does: an event that sleeps wakes 20 us or more after its kernel.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._free: SimpleQueue[Any] = SimpleQueue()
+        self._made: list[Any] = []
+
+    def record(self, stream: int) -> Any:
+        """An event at the end of ``stream``; the default stream is that of this device."""
+        cuda = driver()
+        try:
+            event = self._free.get_nowait()
+        except Empty:
+            with current_context(self._index):
+                event = check(cuda.cuEventCreate(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING), "cuEventCreate")
+            self._made.append(event)
+        if stream in _DEFAULT_STREAMS:  # which device a default stream belongs to is what the thread's context says
+            with current_context(self._index):
+                check(cuda.cuEventRecord(event, stream), "cuEventRecord")
+        else:
+            check(cuda.cuEventRecord(event, stream), "cuEventRecord")
+        return event
+
+    def make_wait(self, stream: int, event: Any) -> None:
+        """Whatever is enqueued on ``stream`` from now on waits for ``event`` as it was recorded last."""
+        check(driver().cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent")
+
+    def give_back(self, event: Any) -> None:
+        """It may be used again: nobody asks about it any more."""
+        self._free.put(event)
+
+    def wait(self, event: Any) -> None:
+        """Block until the device has reached ``event``; the interpreter lock is free meanwhile.
+
+        Raises:
+            DeviceLostError: the device does not reach it any more.
+        """
+        check(driver().cuEventSynchronize(event), "waiting for a launch of the actor")
+
+    def close(self) -> None:
+        """Destroy them all."""
+        for event in self._made:
+            driver().cuEventDestroy(event)
+        self._made.clear()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _EventFlight:
+    """A launch on the GPU. ``alive``: what it needs besides the jobs."""
+
+    events: CudaEvents
+    event: Any
+    alive: object
+
+    def wait(self) -> None:
+        self.events.wait(self.event)
+        self.events.give_back(self.event)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Mark:
+    """Where the caller's stream was at ask. Its event goes back when the job has waited for it, or was never launched."""
+
+    events: CudaEvents
+    event: Any
+
+    def __del__(self) -> None:
+        self.events.give_back(self.event)
+
+
+class GpuInner(FlashAttnInner):
+    """Kernels on GPU ``index`` and ``stream``; None is a stream of its own."""
+
+    def __init__(self, index: int, stream: Any = None) -> None:
+        super().__init__(Device("cuda", index))
+        self._events = CudaEvents(index)
+        self._own_stream: Any = None
+        self._plans: dict[Hashable, LaunchPlan[FwdParams]] = {}
+        if stream is None:
+            cuda = driver()
+            with current_context(index):
+                self._own_stream = check(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate")
+            self._stream = int(self._own_stream)
+        else:
+            self._stream = raw_stream(stream)
+
+    def attach(self) -> None:
+        """Make the device's primary context, which torch uses too, current in this thread."""
+        check(driver().cuCtxSetCurrent(primary_context(self.device.index)), "cuCtxSetCurrent")
+
+    def accept(self, message: Message) -> Job:
+        """As every inner; besides, mark where the caller's stream is now, if it is another than the actor's."""
+        job = super().accept(message)
+        if job.outputs is not None:
+            theirs = current_stream(job.request.problem.q)
+            if theirs != self._stream and not {theirs, self._stream} <= _DEFAULT_STREAMS:
+                job.ready = _Mark(self._events, self._events.record(theirs))
+        return job
+
+    def launch(self, jobs: Sequence[Job]) -> Flight:
+        """Enqueue on the actor's stream."""
+        for job in jobs:
+            if job.ready is not None:
+                self._events.make_wait(self._stream, job.ready.event)
+                job.ready = None
+        alive: object = None
+        if len(jobs) > 1:
+            alive = launch_fused([(job.message, job.outputs) for job in jobs if job.outputs is not None], stream=self._stream)
+        else:
+            self._launch(jobs[0])
+        return _EventFlight(self._events, self._events.record(self._stream), alive)
+
+    def _launch(self, job: Job) -> None:
+        """The steady state repeats a plan, as plans.py does for functional calls: no key, no lookup, no packing."""
+        request, outputs, message = job.request, job.outputs, job.message
+        assert outputs is not None  # noqa: S101 - only forward messages are launched
+        assert isinstance(message, FlashAttnMsg.Forward)  # noqa: S101 - the same
+        problem = request.problem
+        plain = type(request) in _OWN_REQUESTS and outputs.dropout_mask is None
+        key = (type(request), *_plan_key(problem, outputs)) if plain else None
+        plan = self._plans.get(key)
+        if plan is not None:
+            plan.launch(self._stream, forward_pointers(problem, outputs.out, outputs.lse.ptr if outputs.lse else None))
+            return
+        made = fill(request, outputs, stream=self._stream)
+        if made is not None and key is not None and type(made.params) is FwdParams:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            self._plans[key] = made.kernel.plan(made.params, made.grid)
+
+    def close(self) -> None:
+        """Give back events and the stream."""
+        self._events.close()
+        if self._own_stream is not None:
+            driver().cuStreamDestroy(self._own_stream)
+
+
+def _plan_key(problem: AttentionProblem, outputs: Outputs) -> tuple[Any, ...]:
+    """Everything that a launch is a function of, except addresses: see plans.py for why this is enough."""
+    q, k, v, out = problem.q, problem.k, problem.v, outputs.out
+    return (
+        *(q.shape, q.strides, q.dtype_name, k.shape, k.strides, v.shape, v.strides, out.strides),
+        (q.ptr | k.ptr | v.ptr | out.ptr) & 15,
+        problem.band,
+        problem.softmax_scale,
+        problem.softcap,
+        _layout(problem.alibi_slopes),
+        _layout(problem.learned_sink),
+        _layout(problem.cu_seqlens_q),
+        problem.seqlen_q,
+        problem.seqlen_k,
+        problem.dropout and problem.dropout.p,
+        outputs.lse is None,
+    )
+
+
+def _layout(info: ArrayInfo | None) -> tuple[Any, ...] | None:
+    return None if info is None else (info.shape, info.strides)

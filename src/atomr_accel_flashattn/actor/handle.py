@@ -1,0 +1,79 @@
+"""FlashAttnHandle: what callers of one actor hold."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from .door import Door
+from .engine import Engine, stopped_error
+from .inner import FlashAttnInner
+from .mailbox import Mailbox
+from .messages import Message
+from .props import FlashAttnProps
+from .reply import Ticket
+
+if TYPE_CHECKING:
+    import pykka
+
+__all__ = ["FlashAttnHandle"]
+
+
+class FlashAttnHandle(Door):
+    """The way to one actor. Made by :meth:`FlashAttnActor.start`.
+
+    Attributes:
+        props: what the actor was started with.
+    """
+
+    def __init__(
+        self,
+        props: FlashAttnProps,
+        inner: FlashAttnInner,
+        reference: pykka.ActorRef[Any],
+        mailbox: Mailbox,
+        engine: Engine,
+        finished: threading.Event,
+    ) -> None:
+        super().__init__(props, mailbox)
+        self._inner = inner
+        self._reference = reference
+        self._engine = engine
+        self._finished = finished
+
+    def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Let nothing in any more, answer what is there, and end the actor. Can be called again, as with ``drain=False`` for more haste.
+
+        Returns when everything is answered; at once when called by a callback of a Reply, which runs in the actor itself.
+
+        Args:
+            drain: whether requests that wait are still launched; else they fail with ActorStoppedError. Launches in flight are
+                answered either way.
+            timeout: seconds after which everything without an answer fails with ActorStoppedError, in flight or not; None is no limit.
+        """
+        label = self.props.label
+        if drain:
+            self._mailbox.close(lambda: stopped_error(label))
+        else:
+            self._engine.refuse(lambda: stopped_error(label))
+        self._reference.stop(block=False)
+        if self._engine.is_own_thread():
+            return
+        if not self._finished.wait(timeout):
+            self._engine.refuse(lambda: stopped_error(label))
+            self._engine.fail_unsettled(lambda: stopped_error(label))
+            self._engine.give_up()
+        self._deadlines.close()
+
+    def _accept(self, message: Message) -> Ticket:
+        job = self._inner.accept(message)
+        if self.props.fuse_decodes:
+            job.fuse_key = self._inner.fuse_key(job)
+        return Ticket(job)
+
+    def _is_own_thread(self) -> bool:
+        return self._engine.is_own_thread()
+
+    def __repr__(self) -> str:
+        state = "alive" if self.is_alive else "stopped"
+        return f"FlashAttnHandle({self.props.label!r}, {self.props.place}, {state}, {self.unanswered} unanswered)"

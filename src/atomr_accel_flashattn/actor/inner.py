@@ -1,0 +1,212 @@
+"""FlashAttnInner: what does the work behind a mailbox, in three forms: the GPU, the CPU backend, and a mock.
+
+An inner is asked three things, each in another thread: to look a request over and make its outputs (the caller's thread, so new arrays
+belong to the caller's stream), to launch (the actor's), and, through the :class:`Flight` that a launch returns, to wait until the device
+is done (the completion thread). Another device, or a test that wants a late or failing one, derives from FlashAttnInner.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..dispatch import FaFwdDispatch, best_arch, lookup
+from ..errors import DeviceMismatchError, MockAnswerError, UnknownMessageError
+from ..execute import Output, Outputs, fill, make_outputs
+from ..fa2 import Fa2FwdRequest
+from ..types import Device, SmArch
+from ..varlen import VarlenFwdRequest
+from .freshness import Fingerprint
+from .fusion import fuse_key, launch_fused
+from .messages import FlashAttnMsg, Message
+
+__all__ = ["FlashAttnInner", "Flight", "Job"]
+
+_OWN_REQUESTS = (Fa2FwdRequest, VarlenFwdRequest)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A message that an inner has looked over.
+
+    Attributes:
+        message: what was sent; keeps the inputs alive.
+        outputs: the arrays to be written, None for a message without.
+        fingerprint: the arrays as they were at ask.
+        ready: what the launch has to wait for on the device: the work that the caller had enqueued before.
+        fuse_key: jobs that wait together and have equal keys may be launched as one; None: alone.
+    """
+
+    message: Message
+    outputs: Outputs | None = None
+    fingerprint: Fingerprint | None = None
+    ready: Any = None
+    fuse_key: Hashable | None = None
+
+    @property
+    def request(self) -> FaFwdDispatch:
+        """The forward request."""
+        request: FaFwdDispatch = self.message.request
+        return request
+
+    def check_fresh(self) -> None:
+        """Look at the arrays again.
+
+        Raises:
+            StaleArrayError: one was freed, resized or moved since ask.
+        """
+        if self.fingerprint is not None:
+            self.fingerprint.check()
+
+    def answer(self) -> Output:
+        """What the caller gets."""
+        assert self.outputs is not None  # noqa: S101 - only forward messages are launched
+        return self.outputs.for_user(self.request)
+
+
+class Flight(Protocol):
+    """A launch that the device has not finished."""
+
+    def wait(self) -> None:
+        """Return when the device is done. Called once, in the completion thread, in the order of the launches.
+
+        Raises:
+            DeviceLostError: nothing works any more; every request fails and the actor stops.
+            Exception: anything else is the answer to this launch alone.
+        """
+        ...
+
+
+class FlashAttnInner(ABC):
+    """The work behind a mailbox. Make one with :meth:`gpu`, :meth:`reference` or :meth:`mock`; each serves one actor.
+
+    Attributes:
+        device: where the arrays of requests have to live.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    @staticmethod
+    def gpu(index: int = 0, *, stream: Any = None) -> FlashAttnInner:
+        """Kernels on one GPU and stream; None is a stream of its own.
+
+        Raises:
+            NoDriverError, DriverTooOldError, LaunchError: the GPU cannot be used.
+        """
+        from .gpu import GpuInner
+
+        return GpuInner(index, stream)
+
+    @staticmethod
+    def reference() -> FlashAttnInner:
+        """The CPU backend. It computes in the completion thread, so that launches return at once, as on a GPU."""
+        return _ReferenceInner()
+
+    @staticmethod
+    def mock(device: Device = Device("cpu", 0), *, arch: SmArch = SmArch.CPU) -> FlashAttnInner:  # noqa: B008 - a named tuple
+        """No compute: checks a request, resolves its kernel for ``arch``, and answers with a MockAnswerError that names it."""
+        return _MockInner(device, arch)
+
+    def attach(self) -> None:  # noqa: B027 - a hook
+        """Called once in each thread of the actor, before anything else there."""
+
+    def accept(self, message: Message) -> Job:
+        """Look a message over, in the caller's thread, and make its outputs. Does not wait for the device.
+
+        Raises:
+            UnknownMessageError: a Forward without a forward request.
+            DeviceMismatchError: arrays on another device.
+            StaleArrayError: an array was resized since the request was made.
+            OutputError: the library of q cannot be allocated with, and there is no ``out``.
+        """
+        if not isinstance(message, FlashAttnMsg.Forward):
+            return Job(message)
+        request = message.request
+        if not isinstance(request, _OWN_REQUESTS) and not isinstance(request, FaFwdDispatch):
+            raise UnknownMessageError(
+                f"message: got a Forward with {type(request).__qualname__}; allowed is a Fa2FwdRequest or a VarlenFwdRequest"
+            )
+        if request.problem.q.device != self.device:
+            raise DeviceMismatchError(
+                f"message: got a request on {request.problem.q.device} for an actor on {self.device}; "
+                "allowed are requests on the actor's device; send it to the actor of that device"
+            )
+        outputs = self.make_outputs(message)
+        return Job(message, outputs, Fingerprint.of(request))
+
+    def make_outputs(self, message: FlashAttnMsg.Forward) -> Outputs | None:
+        """The arrays that a call writes."""
+        return make_outputs(message.request, lse=message.lse, dropout_mask=message.dropout_mask)
+
+    def fuse_key(self, job: Job) -> Hashable | None:
+        """Jobs that wait together and have equal keys may be launched as one; None: alone."""
+        return fuse_key(job.message)
+
+    @abstractmethod
+    def launch(self, jobs: Sequence[Job]) -> Flight:
+        """Enqueue one job, or several with equal fuse keys as one, in the actor's thread.
+
+        Raises:
+            DeviceLostError: nothing works any more.
+            Exception: anything else is the answer to these jobs alone.
+        """
+
+    def close(self) -> None:  # noqa: B027 - a hook
+        """Called once, when nothing is in flight any more."""
+
+
+@dataclass(slots=True, eq=False)
+class _Calculation:
+    """A flight that is computed by whoever waits for it: the CPU as a device with one stream."""
+
+    jobs: Sequence[Job]
+
+    def wait(self) -> None:
+        for job in self.jobs:
+            job.check_fresh()
+        if len(self.jobs) > 1:
+            launch_fused([(job.message, job.outputs) for job in self.jobs if job.outputs is not None], stream=None)
+            return
+        (job,) = self.jobs
+        assert job.outputs is not None  # noqa: S101 - only forward messages are launched
+        fill(job.request, job.outputs)
+
+
+class _ReferenceInner(FlashAttnInner):
+    def __init__(self) -> None:
+        super().__init__(Device("cpu", 0))
+
+    def launch(self, jobs: Sequence[Job]) -> Flight:
+        for job in jobs:
+            lookup(job.request.dispatch_key(best_arch(self.device)))
+        return _Calculation(jobs)
+
+
+@dataclass(slots=True, eq=False)
+class _MockFlight:
+    error: MockAnswerError
+
+    def wait(self) -> None:
+        raise self.error
+
+
+class _MockInner(FlashAttnInner):
+    def __init__(self, device: Device, arch: SmArch) -> None:
+        super().__init__(device)
+        self.arch = arch
+        self._names: dict[object, str] = {}
+
+    def make_outputs(self, message: FlashAttnMsg.Forward) -> Outputs | None:  # noqa: ARG002 - nothing will be written
+        return None
+
+    def fuse_key(self, job: Job) -> None:  # noqa: ARG002 - nothing will be launched
+        return None
+
+    def launch(self, jobs: Sequence[Job]) -> Flight:
+        (job,) = jobs
+        spec = lookup(job.request.dispatch_key(self.arch))
+        name = self._names.get(spec) or self._names.setdefault(spec, spec.kernel_name)
+        return _MockFlight(MockAnswerError(name))
