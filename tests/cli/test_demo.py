@@ -9,12 +9,13 @@ import pytest
 
 from atomr_accel_flashattn.cli.compile_ahead import GPU_ARCHS
 from atomr_accel_flashattn.cli.demo import PICTURE
-from atomr_accel_flashattn.demo import choose_backend, kernels_of, load_cases, run_case
+from atomr_accel_flashattn.demo import Backend, choose_backend, kernels_of, load_cases, run_case, runner
 from atomr_accel_flashattn.demo.cases import dense_rows, long_context, minilm
 from atomr_accel_flashattn.demo.picture import pooled_probabilities, probabilities
 from atomr_accel_flashattn.env import settings
-from atomr_accel_flashattn.errors import DeviceMismatchError
-from atomr_accel_flashattn.jit.driver import device_count
+from atomr_accel_flashattn.errors import ArchUnsupportedError, DeviceMismatchError, DriverTooOldError
+from atomr_accel_flashattn.jit.driver import DeviceProperties, device_count
+from atomr_accel_flashattn.types import Device
 from tests.cli.conftest import Invoke
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -77,6 +78,30 @@ def test_demanding_a_gpu_without_one_is_a_named_error(invoke: Invoke) -> None:
 @no_gpu
 def test_without_a_gpu_the_cpu_is_taken_and_the_reason_given() -> None:
     assert choose_backend().why == "no GPU on this machine"
+
+
+def test_a_gpu_that_cannot_be_used_is_left_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "driver", lambda: None)
+    monkeypatch.setattr(runner, "device_count", lambda: 1)
+    monkeypatch.setattr(runner, "device_properties", lambda _index: DeviceProperties("Tesla T4", (7, 5), 40, 16 * 10**9))
+    assert "got 7.5" in choose_backend().why
+    with pytest.raises(ArchUnsupportedError):
+        choose_backend("gpu")
+
+    def old() -> None:
+        raise DriverTooOldError("the driver is old")
+
+    monkeypatch.setattr(runner, "driver", old)
+    assert choose_backend().why == "the driver is old"
+    with pytest.raises(DriverTooOldError):
+        choose_backend("gpu")
+
+
+def test_a_gpu_that_can_be_used_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "driver", lambda: None)
+    monkeypatch.setattr(runner, "device_count", lambda: 1)
+    monkeypatch.setattr(runner, "device_properties", lambda _index: DeviceProperties("NVIDIA H100", (9, 0), 132, 85 * 10**9))
+    assert choose_backend() == Backend(Device("cuda", 0), "NVIDIA H100")
 
 
 def test_the_environment_narrows_auto(monkeypatch: pytest.MonkeyPatch) -> None:

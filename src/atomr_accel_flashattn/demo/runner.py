@@ -12,7 +12,7 @@ import numpy as np
 from ..device_array import DeviceArray
 from ..dispatch import arch_of_capability, lookup
 from ..env import settings
-from ..errors import DeviceMismatchError
+from ..errors import ArchUnsupportedError, DeviceMismatchError, DriverTooOldError, NoDriverError
 from ..execute import Output, run
 from ..fa2 import Fa2FwdRequest, MaskKind
 from ..jit.driver import check, current_context, device_count, device_properties, driver
@@ -70,19 +70,31 @@ class CaseResult:
 
 
 def choose_backend(wanted: str = "auto") -> Backend:
-    """The CPU for ``"cpu"``, the first GPU for ``"gpu"``, whatever there is for ``"auto"`` (ATOMR_FLASHATTN_BACKEND may narrow it).
+    """The CPU for ``"cpu"``, the first GPU for ``"gpu"``, whatever works for ``"auto"`` (ATOMR_FLASHATTN_BACKEND may narrow it).
 
     Raises:
         DeviceMismatchError: a GPU was demanded and there is none.
+        DriverTooOldError: a GPU was demanded and its driver is too old.
         ArchUnsupportedError: a GPU was demanded and no kernel is built for it.
     """
     wanted = settings().backend if wanted == "auto" else wanted
     if wanted == "cpu":
         return Backend(Device("cpu", 0), "CPU", "as asked")
-    if device_count() == 0:
+    try:
+        return _first_gpu()
+    except (DeviceMismatchError, DriverTooOldError, ArchUnsupportedError) as error:
         if wanted == "gpu":
-            raise DeviceMismatchError("device: got 'gpu' on a machine without one; use 'cpu'; atomr-flashattn info tells more")
-        return Backend(Device("cpu", 0), "CPU", "no GPU on this machine")
+            raise
+        return Backend(Device("cpu", 0), "CPU", "no GPU on this machine" if isinstance(error, DeviceMismatchError) else str(error))
+
+
+def _first_gpu() -> Backend:
+    try:
+        driver()
+    except NoDriverError as error:
+        raise DeviceMismatchError("device: got 'gpu' on a machine without one; use 'cpu'; atomr-flashattn info tells more") from error
+    if device_count() == 0:
+        raise DeviceMismatchError("device: got 'gpu' on a machine that shows none; use 'cpu'; atomr-flashattn info tells more")
     facts = device_properties(0)
     arch_of_capability(*facts.compute_capability)
     return Backend(Device("cuda", 0), facts.name)
