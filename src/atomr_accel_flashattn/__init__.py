@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .actor import FlashAttnActor, FlashAttnHandle, FlashAttnInner, FlashAttnMsg, FlashAttnPool, FlashAttnProps, Overflow, Reply
     from .bert_padding import index_first_axis, pad_input, unpad_input
+    from .dense import DenseFwdRequest
     from .device_array import DeviceArray
     from .dispatch import (
         DISPATCH_TABLE,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
         RequestTimeoutError,
         RuntimeFlashAttnError,
         ScaleError,
+        ScheduleError,
         ShapeError,
         SinkWithoutMaskError,
         SlopesError,
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     )
     from .execute import Output, run
     from .fa2 import Fa2FwdRequest
+    from .fa3 import Fa3FwdRequest, PersistentMode
     from .functional import (
         flash_attn_func,
         flash_attn_kvpacked_func,
@@ -111,6 +114,7 @@ __all__ = [
     "CumulativeSeqlens",
     "DType",
     "DTypeError",
+    "DenseFwdRequest",
     "Device",
     "DeviceArray",
     "DeviceLostError",
@@ -124,6 +128,7 @@ __all__ = [
     "F8E4m3",
     "F8E5m2",
     "Fa2FwdRequest",
+    "Fa3FwdRequest",
     "FaBwdDispatch",
     "FaFwdDispatch",
     "FaPagedFwdDispatch",
@@ -149,6 +154,7 @@ __all__ = [
     "Output",
     "OutputError",
     "Overflow",
+    "PersistentMode",
     "PositionBias",
     "PropsError",
     "RayMissingError",
@@ -156,6 +162,7 @@ __all__ = [
     "RequestTimeoutError",
     "RuntimeFlashAttnError",
     "ScaleError",
+    "ScheduleError",
     "Settings",
     "ShapeError",
     "SinkWithoutMaskError",
@@ -257,6 +264,8 @@ _NAMES_OF = {
         "RequestTimeoutError",
         "RuntimeFlashAttnError",
         "ScaleError",
+        "ScheduleError",
+        "ScheduleError",
         "ShapeError",
         "SinkWithoutMaskError",
         "SlopesError",
@@ -272,7 +281,9 @@ _NAMES_OF = {
         "Output",
         "run",
     ),
+    "dense": ("DenseFwdRequest",),
     "fa2": ("Fa2FwdRequest",),
+    "fa3": ("Fa3FwdRequest", "PersistentMode"),
     "functional": (
         "flash_attn_func",
         "flash_attn_kvpacked_func",

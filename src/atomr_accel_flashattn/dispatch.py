@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from .errors import ArchUnsupportedError, DispatchError, FeatureNotBuiltError
 from .jit.driver import device_properties
-from .jit.spec import Direction, Family, KernelSpec
-from .jit.tiles import HEAD_DIM_WIDTHS, head_dim_width, tile_for
+from .jit.spec import Direction, Family, KernelSpec, Tile
+from .jit.tiles import HEAD_DIM_WIDTHS, head_dim_width, tile_for, wgmma_tile_for
 from .keys import VECTOR_BYTES, DispatchKey, Extras, key_of_problem
 from .protocols import F16, Bf16, F8E4m3, F8E5m2, FaBwdDispatch, FaFwdDispatch, FaPagedFwdDispatch, GemmSupported
 from .types import Device, DType, SmArch
@@ -43,12 +43,15 @@ __all__ = [
     "best_arch",
     "key_of_problem",
     "lookup",
+    "wgmma_arch",
     "with_features",
 ]
 
 _MAX_HEAD_DIM: Final = HEAD_DIM_WIDTHS[-1]
 _GPU_DTYPES: Final = (DType.F16, DType.BF16)
 _CPU_DTYPES: Final = (DType.F16, DType.BF16, DType.F32, DType.F64)
+_BEFORE_WGMMA: Final = frozenset({SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90})
+_CROWDED: Final = 2  # features beside mask and head dim that a thread of a three-warpgroup tile has registers for
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +103,15 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
         return _dropout_mask_spec(key)
     extras, width, v_width = key.extras, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim)
     tile_arch = extras.tiles_for or key.arch
+    family, tile = _family_and_tile(key, width, v_width)
     spec = KernelSpec(
-        family=Family.FA2,
+        family=family,
         direction=direction,
-        arch=key.arch,
+        arch=SmArch.SM_90 if key.arch is SmArch.SM_90A and family is Family.FA2 else key.arch,
         dtype=key.dtype,
         head_dim=width,
         v_head_dim=v_width,
-        tile=tile_for(tile_arch, width, v_width, causal=key.right_bound and not key.left_bound, dropout=bool(extras.dropout)),
+        tile=tile,
         exact_head_dim=(width, v_width) == (key.head_dim, key.v_head_dim),
         aligned=extras.load_align % VECTOR_BYTES == 0,
         left_bound=key.left_bound,
@@ -128,13 +132,32 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
     return spec
 
 
+def _family_and_tile(key: DispatchKey, width: int, v_width: int) -> tuple[Family, Tile]:
+    """The wgmma family on sm_90a where its tensor copies can read the arrays, the mma.sync family everywhere else."""
+    extras = key.extras
+    if key.arch is SmArch.SM_90A and extras.family is not Family.FA2 and extras.load_align % VECTOR_BYTES == 0 and not extras.tiles_for:
+        features = (key.left_bound, key.sink > 0, key.alibi, extras.softcap > 0, extras.learned_sink, key.varlen)
+        tile = wgmma_tile_for(
+            width,
+            v_width,
+            dropout=bool(extras.dropout),
+            crowded=sum(map(bool, features)) > _CROWDED,
+            persistent=extras.persistent is not False,
+        )
+        return Family.FA3, tile
+    tile_arch = extras.tiles_for or (SmArch.SM_90 if key.arch is SmArch.SM_90A else key.arch)
+    causal = key.right_bound and not key.left_bound
+    return Family.FA2, tile_for(tile_arch, width, v_width, causal=causal, dropout=bool(extras.dropout))
+
+
 def _dropout_mask_spec(key: DispatchKey) -> KernelSpec:
     """The keep pattern depends on no element type, head dim or tile: one kernel per arch, and one for packed sequences."""
-    tile = tile_for(key.arch, 64, 64, causal=False, dropout=True)
+    arch = SmArch.SM_90 if key.arch is SmArch.SM_90A else key.arch
+    tile = tile_for(arch, 64, 64, causal=False, dropout=True)
     return KernelSpec(
         family=Family.FA2,
         direction=Direction.DROPOUT_MASK,
-        arch=key.arch,
+        arch=arch,
         dtype=DType.F16,
         head_dim=64,
         v_head_dim=64,
@@ -147,6 +170,7 @@ def _refuse_values(key: DispatchKey) -> None:
     """Values outside their range, and keys that contradict themselves."""
     window: Any = key.sliding_window
     extras, on_cpu = key.extras, key.arch is SmArch.CPU
+    blocks: Any = extras.persistent_blocks
     dims = f"1..{_MAX_HEAD_DIM} on the CPU" if on_cpu else f"a multiple of 8 up to {_MAX_HEAD_DIM} (functional calls pad)"
     whole_window = window is None or (len(window) == 2 and all(_is_int(side, at_least=-1) for side in window))
     checks: tuple[tuple[str, object, bool, str], ...] = (
@@ -161,6 +185,8 @@ def _refuse_values(key: DispatchKey) -> None:
         ("softcap", extras.softcap, 0 <= extras.softcap < inf, "a finite number >= 0"),
         ("load_align", extras.load_align, _is_int(extras.load_align, at_least=1), "an integer >= 1"),
         ("direction", extras.direction, extras.direction in {"fwd", "bwd", "dropout_mask"}, "'fwd', 'bwd' or 'dropout_mask'"),
+        ("persistent", extras.persistent, extras.persistent in {None, True, False}, "None, True or False"),
+        ("persistent_blocks", blocks, blocks is None or _is_int(blocks, at_least=1), "None or an integer >= 1"),
         ("tiles_for", extras.tiles_for, extras.tiles_for in {None, *SmArch}, "None or an SmArch"),
         ("family", extras.family, extras.family in {None, *Family}, "None or a Family"),
     )
@@ -186,8 +212,6 @@ def _refuse_unbuilt(key: DispatchKey) -> None:
     extras, arch = key.extras, key.arch
     fp8 = [dtype.value for dtype in (key.dtype, extras.v_dtype, extras.out_dtype) if dtype is not None and dtype.is_fp8]
     features = (
-        (arch is SmArch.SM_90A or extras.tiles_for is SmArch.SM_90A, "fa3", "sm_90a is the wgmma family; use sm_90"),
-        (extras.family is Family.FA3, "fa3", "the wgmma family; use Family.FA2 or None"),
         (bool(key.paged), "paged", "K and V have to be plain or packed arrays"),
         (bool(fp8), "fp8", f"got {', '.join(fp8)}; f16 and bf16 are built"),
         (extras.direction == "bwd", "backward", "forward is built"),
@@ -200,8 +224,13 @@ def _refuse_unbuilt(key: DispatchKey) -> None:
     for asked, feature, reason in features:
         if asked:
             raise FeatureNotBuiltError(feature, reason)
-    if extras.tiles_for is SmArch.CPU:
-        raise ArchUnsupportedError("tiles_for: got cpu, which has no tiles; allowed are GPU architectures")
+    if extras.tiles_for in {SmArch.CPU, SmArch.SM_90A}:
+        raise ArchUnsupportedError(f"tiles_for: got {extras.tiles_for.value}; allowed are the architectures of the mma.sync family")
+    if extras.family is Family.FA3 and arch in _BEFORE_WGMMA:
+        raise ArchUnsupportedError(
+            f"family: got fa3 on {arch.value}, which has no wgmma; allowed are sm_90a and, resolved to mma.sync, sm_100 and sm_120; "
+            "use an Fa2FwdRequest"
+        )
     allowed = _CPU_DTYPES if arch is SmArch.CPU else _GPU_DTYPES
     if key.dtype not in allowed:
         names = ", ".join(dtype.value for dtype in allowed)
@@ -322,6 +351,17 @@ def arch_of_capability(major: int, minor: int) -> SmArch:
             f"compute capability: got {major}.{minor}; allowed are 8.0, 8.6, 8.7, 8.9, 9.0, 10.x and 12.x; use the CPU backend"
         )
     return arch
+
+
+def wgmma_arch(device: Device) -> SmArch:
+    """The architecture that requests of the FA3 family compile for: on Hopper the one with wgmma, elsewhere that of every call.
+
+    Raises:
+        ArchUnsupportedError: a GPU that no kernel is built for.
+        NoDriverError: a GPU device on a machine without a driver.
+    """
+    arch = best_arch(device)
+    return SmArch.SM_90A if arch is SmArch.SM_90 else arch
 
 
 def best_arch(device: Device) -> SmArch:

@@ -20,6 +20,7 @@
      │   ├─ OutputError                    out=: shape, type, device, or needed and missing
      │   ├─ ArrayTypeError (TypeError)     an object that is no array we can read
      │   ├─ UnsupportedArgumentError       an argument of another package that has no meaning here
+     │   ├─ ScheduleError                  PersistentMode with a number of blocks that makes no sense
      │   ├─ PropsError                     a property of an actor or a pool, as max_in_flight 0
      │   └─ UnknownMessageError (TypeError)  an object that is no FlashAttnMsg
      ├─ DispatchError                      the request is well formed, and no kernel does it
@@ -85,6 +86,7 @@ __all__ = [
     "RequestTimeoutError",
     "RuntimeFlashAttnError",
     "ScaleError",
+    "ScheduleError",
     "ShapeError",
     "SinkWithoutMaskError",
     "SlopesError",
@@ -168,6 +170,10 @@ class ArrayTypeError(ConstructionError, TypeError):
 
 class UnsupportedArgumentError(ConstructionError):
     """An argument that a drop-in call knows by name and cannot honour; none is ignored."""
+
+
+class ScheduleError(ConstructionError):
+    """A PersistentMode that makes no sense."""
 
 
 class PropsError(ConstructionError):

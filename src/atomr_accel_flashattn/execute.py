@@ -7,12 +7,15 @@ from math import prod
 from typing import Any, Final
 
 from .arrays import as_numpy, current_stream, empty_like_framework, raw_stream
-from .dispatch import CpuSpec, DispatchKey, Extras, FaFwdDispatch, best_arch, lookup
+from .dispatch import CpuSpec, DispatchKey, Extras, FaFwdDispatch, lookup
 from .env import settings
 from .errors import ArrayTypeError, DeviceMismatchError, ShapeError
+from .jit.counters import counters_for
+from .jit.driver import device_properties
 from .jit.launch import LoadedKernel, launch, load_kernel
-from .jit.params import FwdParams, dropout_mask_grid, forward_grid, pack_dropout_mask, pack_forward
-from .jit.spec import KernelSpec
+from .jit.params import Fa3FwdParams, FwdParams, dropout_mask_grid, forward_grid, pack_dropout_mask, pack_fa3_forward, pack_forward
+from .jit.spec import Family, KernelSpec
+from .jit.tensor_map import TensorMapSpec, encode, tensor_map_specs
 from .problem import ArrayInfo, AttentionProblem
 from .reference import attention as reference
 from .types import Device, SmArch
@@ -58,7 +61,8 @@ class Launch:
 
     kernel: LoadedKernel
     grid: int
-    params: FwdParams
+    params: FwdParams | Fa3FwdParams
+    maps: tuple[TensorMapSpec, ...] = ()  # of q, k and v, in the FA3 family
 
 
 def run(
@@ -117,7 +121,7 @@ def _resolve(request: FaFwdDispatch, tiles_for: SmArch | None) -> tuple[Dispatch
         raise ArrayTypeError(f"request: got {type(request).__qualname__}; allowed is a Fa2FwdRequest or a VarlenFwdRequest")
     device = request.problem.q.device
     _check_backend(device)
-    key = request.dispatch_key(best_arch(device))
+    key = request.dispatch_key()
     if tiles_for is not None:
         key = replace(key, extras=replace(key.extras, tiles_for=tiles_for))
     return key, lookup(key)
@@ -129,7 +133,7 @@ def _fill(problem: AttentionProblem, key: DispatchKey, spec: KernelSpec | CpuSpe
         reference.forward(problem, as_numpy(out), None if lse is None else as_numpy(lse), None if mask is None else as_numpy(mask))
         return None
     raw = current_stream(problem.q) if stream is None else raw_stream(stream)
-    made = _launch_forward(problem, spec, out, lse, raw)
+    made = _launch_forward(problem, key, spec, outputs, raw)
     if mask is not None:
         _launch_dropout_mask(problem, key, mask, raw)
     return made
@@ -149,15 +153,35 @@ def _beside(out: ArrayInfo, shape: tuple[int, ...], dtype_name: str) -> ArrayInf
     return empty_like_framework(out, shape, dtype_name, fallback=True)
 
 
-def _launch_forward(problem: AttentionProblem, spec: KernelSpec, out: ArrayInfo, lse: ArrayInfo | None, stream: int) -> Launch | None:
+def _launch_forward(problem: AttentionProblem, key: DispatchKey, spec: KernelSpec, outputs: Outputs, stream: int) -> Launch | None:
     if not prod(problem.out_shape):
         return None
+    out, lse = outputs.out, outputs.lse
     grid = forward_grid(problem, spec.tile)
     _check_grid(grid, problem)
-    kernel = load_kernel(spec, problem.q.device.index)
     params = pack_forward(problem, out, lse.ptr if lse is not None else None, spec.tile)
-    launch(kernel, grid, params, stream)
-    return Launch(kernel, grid, params)
+    if spec.family is Family.FA3:
+        made = _prepare_fa3(problem, spec, params, grid, key, stream)
+    else:
+        made = Launch(load_kernel(spec, problem.q.device.index), grid, params)
+    launch(made.kernel, made.grid, made.params, stream)
+    return made
+
+
+def _prepare_fa3(problem: AttentionProblem, spec: KernelSpec, forward: FwdParams, tiles: int, key: DispatchKey, stream: int) -> Launch:
+    """A launch of the wgmma family.
+
+    Persistent blocks are as many as asked for, or one per multiprocessor. With no more tiles than that, and no word from the caller, each
+    tile gets a block of its own, and the counters are not needed.
+    """
+    index = problem.q.device.index
+    blocks = key.extras.persistent_blocks or device_properties(index).multiprocessors
+    if key.extras.persistent is None and tiles <= blocks:
+        spec = replace(spec, tile=replace(spec.tile, persistent=False))
+    grid, counters = (min(tiles, blocks), counters_for(index, stream)) if spec.tile.persistent else (tiles, 0)
+    maps = tensor_map_specs(problem, spec)
+    q_map, k_map, v_map = map(encode, maps)
+    return Launch(load_kernel(spec, index), grid, pack_fa3_forward(forward, (q_map, k_map, v_map), counters, tiles), maps)
 
 
 def _launch_dropout_mask(problem: AttentionProblem, key: DispatchKey, mask: ArrayInfo, stream: int) -> None:

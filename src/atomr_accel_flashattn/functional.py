@@ -15,9 +15,10 @@ from typing import Any
 from . import plans
 from .arrays import copy_into, pad_last, read_array, unbind
 from .checks import MAX_HEAD_DIM, check_out, refuse_gradients
+from .dense import DenseFwdRequest
 from .errors import FeatureNotBuiltError, ShapeError, WindowError
 from .execute import execute
-from .fa2 import AttentionOptions, Fa2FwdRequest, MaskKind, PositionBias
+from .options import AttentionOptions, MaskKind, PositionBias
 from .problem import ArrayInfo
 from .varlen import CumulativeSeqlens, VarlenFwdRequest
 
@@ -242,7 +243,9 @@ def _dense(q: Any, k: Any, v: Any, numbers: plans.Numbers, others: plans.Others)
     if result is not None:
         return result
     call = _Call(q, k, v, numbers, others)
-    request = Fa2FwdRequest(*call.arrays, mask=call.mask, bias=call.bias, sink_tokens=call.sink_tokens, options=call.options, out=call.out)
+    request = DenseFwdRequest(
+        *call.arrays, mask=call.mask, bias=call.bias, sink_tokens=call.sink_tokens, options=call.options, out=call.out
+    )
     return call.finish(request, key)
 
 
@@ -299,7 +302,7 @@ class _Call:
                 self.copy_to = check_out(self.out, (*q.shape[:-1], v_head_dim), infos)
                 self.out = None
 
-    def finish(self, request: Fa2FwdRequest | VarlenFwdRequest, key: plans.Key | None) -> Any:
+    def finish(self, request: DenseFwdRequest | VarlenFwdRequest, key: plans.Key | None) -> Any:
         """Run the request, leave a plan for calls like it, and give the results the form that flash-attn gives them."""
         output, launch = execute(request, lse=bool(self.return_attn_probs), dropout_mask=bool(self.return_attn_probs))
         if key is not None and launch is not None and not self.padded:

@@ -34,6 +34,8 @@ class Extras:
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads.
         prescale: whether scores are scaled before the maximum, as a softmax_scale <= 0 needs.
         family: the family that is demanded, None is the best one of the arch.
+        persistent: whether blocks of the wgmma family take tile after tile; None leaves it to the launch, which knows how many there are.
+        persistent_blocks: how many persistent blocks, None is one per multiprocessor.
         tiles_for: the arch whose tiles are borrowed (tests run them on the card at hand).
     """
 
@@ -50,6 +52,8 @@ class Extras:
     load_align: int = VECTOR_BYTES
     prescale: bool = False
     family: Family | None = None
+    persistent: bool | None = None
+    persistent_blocks: int | None = None
     tiles_for: SmArch | None = None
 
 

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias
 from .env import settings
 from .execute import Launch, Output
 from .jit.launch import LaunchPlan
-from .jit.params import FwdParams
+from .jit.params import Fa3FwdParams, FwdParams
 
 __all__ = ["Hooks", "Key", "Numbers", "Others", "Packing", "clear", "hooks", "meet_torch", "remember", "repeat"]
 
@@ -51,7 +51,7 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Plan:
-    launch: LaunchPlan[FwdParams]
+    launch: LaunchPlan[FwdParams | Fa3FwdParams]
     device_index: int
     out_shape: tuple[int, ...] | None  # None: torch.empty_like(q) has the strides that the launch writes
     lse_shape: tuple[int, ...] | None
@@ -165,7 +165,7 @@ def remember(key: Key, launch: Launch, q: Any, output: Output, others: Others) -
     if len(_plans) >= _MAX_PLANS:
         _plans.clear()
     _plans[key] = _Plan(
-        launch=launch.kernel.plan(launch.params, launch.grid),
+        launch=launch.kernel.plan(launch.params, launch.grid, launch.maps),
         device_index=launch.kernel.device_index,
         out_shape=out_shape,
         lse_shape=None if output.lse is None else tuple(output.lse.shape),

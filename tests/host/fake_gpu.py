@@ -87,7 +87,7 @@ class FakeKernel:
     spec: KernelSpec
     device_index: int
 
-    def plan(self, params: FwdParams, grid: int) -> FakePlan:
+    def plan(self, params: FwdParams, grid: int, maps: tuple[Any, ...] = ()) -> FakePlan:  # noqa: ARG002 - the FA3 family has them
         return FakePlan(self, FwdParams.from_buffer_copy(params), grid)
 
 

@@ -175,9 +175,6 @@ PLAIN = fa.DispatchKey(SmArch.SM_90, DType.F16, 128)
         ("fp8", replace(PLAIN, dtype=DType.F8E4M3)),
         ("fp8", replace(PLAIN, extras=fa.Extras(v_dtype=DType.F8E5M2))),
         ("backward", replace(PLAIN, extras=fa.Extras(direction="bwd"))),
-        ("fa3", replace(PLAIN, arch=SmArch.SM_90A)),
-        ("fa3", replace(PLAIN, extras=fa.Extras(family=fa.Family.FA3))),
-        ("fa3", replace(PLAIN, extras=fa.Extras(tiles_for=SmArch.SM_90A))),
         ("split", replace(PLAIN, extras=fa.Extras(split=True))),
         ("left_pad", replace(PLAIN, extras=fa.Extras(left_pad=True))),
         ("kv_layout", replace(PLAIN, extras=fa.Extras(kv_layout="HND"))),
@@ -212,7 +209,8 @@ def test_wide_types_are_refused_on_gpus(arch: Any, dtype: Any):
         (replace(PLAIN, sink=4), "sink: got 4 with sliding_window=None"),
         (replace(PLAIN, extras=fa.Extras(softcap=float("nan"))), "softcap: got nan"),
         (replace(PLAIN, extras=fa.Extras(load_align=0)), "load_align: got 0"),
-        (replace(PLAIN, extras=fa.Extras(tiles_for=SmArch.CPU)), "tiles_for: got cpu"),
+        (replace(PLAIN, extras=fa.Extras(persistent="yes")), "persistent: got 'yes'"),  # type: ignore[arg-type]
+        (replace(PLAIN, extras=fa.Extras(persistent_blocks=0)), "persistent_blocks: got 0"),
         (replace(PLAIN, extras=fa.Extras(direction="sideways")), "direction: got 'sideways'"),
     ],
 )
@@ -394,3 +392,67 @@ def aligned(shape: tuple[int, ...], offset: int) -> np.ndarray:
     storage = np.zeros(size + 32, np.float16)
     start = -storage.ctypes.data % 16 // 2 + offset
     return storage[start : start + size].reshape(shape)
+
+
+WGMMA = replace(PLAIN, arch=SmArch.SM_90A)
+
+
+def test_hopper_resolves_to_wgmma():
+    spec = fa.lookup(WGMMA)
+    assert (spec.family, spec.arch, spec.expected_instructions) == (fa.Family.FA3, SmArch.SM_90A, ("HGMMA", "UTMALDG", "SYNCS"))
+
+
+@pytest.mark.parametrize("extras", [fa.Extras(family=fa.Family.FA2), fa.Extras(load_align=8)], ids=["asked_for", "unaligned"])
+def test_hopper_takes_the_other_family_where_tensor_copies_cannot_or_shall_not(extras: fa.Extras):
+    spec = fa.lookup(replace(WGMMA, extras=extras))
+    assert (spec.family, spec.arch) == (fa.Family.FA2, SmArch.SM_90)
+
+
+@pytest.mark.parametrize("arch", [SmArch.SM_100, SmArch.SM_120])
+def test_an_fa3_request_resolves_to_mma_sync_where_there_is_no_wgmma(arch: SmArch):
+    spec = fa.lookup(replace(PLAIN, arch=arch, extras=fa.Extras(family=fa.Family.FA3)))
+    assert (spec.family, spec.arch) == (fa.Family.FA2, arch)
+
+
+@pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90])
+def test_an_fa3_request_is_refused_before_hopper(arch: SmArch):
+    with pytest.raises(ArchUnsupportedError, match=f"got fa3 on {arch.value}, which has no wgmma"):
+        fa.lookup(replace(PLAIN, arch=arch, extras=fa.Extras(family=fa.Family.FA3)))
+
+
+@pytest.mark.parametrize("arch", [SmArch.CPU, SmArch.SM_90A])
+def test_tiles_are_borrowed_from_the_mma_sync_family_only(arch: SmArch):
+    with pytest.raises(ArchUnsupportedError, match=f"tiles_for: got {arch.value}; allowed are the architectures of the mma.sync family"):
+        fa.lookup(replace(PLAIN, extras=fa.Extras(tiles_for=arch)))
+
+
+@given(built_keys)
+@settings(max_examples=300, deadline=None)
+def test_every_combination_fits_a_wgmma_tile(key: fa.DispatchKey):
+    spec = fa.lookup(replace(key, arch=SmArch.SM_90A, extras=replace(key.extras, tiles_for=None, load_align=16)))
+    assert isinstance(spec, fa.KernelSpec)
+    assert spec.family is fa.Family.FA3
+    assert spec.shared_memory <= SmArch.SM_90A.shared_memory_per_block
+    assert spec.tile.block_m == 64 * (spec.tile.warps // 4 - 1)
+    assert not spec.dropout or spec.tile.block_n % 32 == 0
+
+
+@pytest.mark.parametrize("mode", [fa.PersistentMode.Grid(), fa.PersistentMode.Persistent(7), fa.PersistentMode.auto()])
+def test_fa3_request_carries_its_schedule(mode: fa.PersistentMode):
+    q = np.zeros((1, 8, 2, 64), np.float16)
+    key = fa.Fa3FwdRequest(q, q, q, persistent=mode).dispatch_key(SmArch.SM_90A)
+    assert (key.extras.family, key.extras.persistent, key.extras.persistent_blocks) == (fa.Family.FA3, mode.persistent, mode.blocks)
+    spec = fa.lookup(key)
+    assert isinstance(spec, fa.KernelSpec)
+    assert spec.tile.persistent == (mode.persistent is not False)
+
+
+@pytest.mark.parametrize("blocks", [0, -1, 1.5, True])
+def test_persistent_mode_refuses_blocks_that_make_no_sense(blocks: Any):
+    with pytest.raises(fa.ScheduleError, match="allowed is a positive integer, with persistent=True"):
+        fa.PersistentMode.Persistent(blocks)
+
+
+def test_blocks_without_persistence_are_refused():
+    with pytest.raises(fa.ScheduleError, match="got 4 blocks"):
+        fa.PersistentMode(persistent=False, blocks=4)

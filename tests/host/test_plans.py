@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402 - after the sk
 from hypothesis import strategies as st  # noqa: E402
 
 import atomr_accel_flashattn as fa  # noqa: E402
-from atomr_accel_flashattn import env, execute, plans  # noqa: E402
+from atomr_accel_flashattn import dispatch, env, execute, plans  # noqa: E402
 
 from .calls import Call, host  # noqa: E402
 from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake  # noqa: E402
@@ -30,7 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     card = FakeGpu()
     monkeypatch.setattr(execute, "load_kernel", card.load)
     monkeypatch.setattr(execute, "launch", card.launch)
-    monkeypatch.setattr(execute, "best_arch", lambda device: fa.SmArch.SM_90 if device.kind == "cuda" else fa.SmArch.CPU)
+    monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda index: fa.SmArch.SM_90)  # noqa: ARG005
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)
     monkeypatch.setattr(plans, "hooks", plans.Hooks())
     plans.clear()

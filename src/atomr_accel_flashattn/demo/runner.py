@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..dense import DenseFwdRequest
 from ..device_array import DeviceArray
 from ..dispatch import arch_of_capability, lookup
 from ..env import settings
 from ..errors import ArchUnsupportedError, DeviceMismatchError, DriverTooOldError, NoDriverError
 from ..execute import Output, run
-from ..fa2 import Fa2FwdRequest, MaskKind
 from ..jit.driver import check, current_context, device_count, device_properties, driver
 from ..jit.spec import KernelSpec
+from ..options import MaskKind
 from ..types import Device, SmArch
 from .cases import Case
 
@@ -108,7 +109,7 @@ def run_case(case: Case, backend: Backend) -> CaseResult:
     """
     on_gpu = backend.device.kind == "cuda"
     q, k, v = (DeviceArray.from_numpy(x, backend.device.index) if on_gpu else x for x in (case.q, case.k, case.v))
-    request = Fa2FwdRequest(q, k, v, mask=MaskKind.causal() if case.causal else MaskKind.full())
+    request = DenseFwdRequest(q, k, v, mask=MaskKind.causal() if case.causal else MaskKind.full())
     wait = _waiter(backend.device)
 
     def call() -> Output:
@@ -132,7 +133,7 @@ def run_case(case: Case, backend: Backend) -> CaseResult:
 
 def kernels_of(cases: Iterable[Case], archs: Iterable[SmArch]) -> list[KernelSpec]:
     """The kernels that do ``cases`` on ``archs``, in that order, each once."""
-    requests = [Fa2FwdRequest(case.q, case.k, case.v, mask=MaskKind.causal() if case.causal else MaskKind.full()) for case in cases]
+    requests = [DenseFwdRequest(case.q, case.k, case.v, mask=MaskKind.causal() if case.causal else MaskKind.full()) for case in cases]
     specs = [lookup(request.dispatch_key(arch)) for arch in archs for request in requests]
     return list(dict.fromkeys(spec for spec in specs if isinstance(spec, KernelSpec)))
 

@@ -25,6 +25,7 @@ __all__ = [
     "device_count",
     "device_properties",
     "driver",
+    "driver_function",
     "driver_version",
     "launch_function",
     "primary_context",
@@ -105,9 +106,14 @@ def driver() -> Any:
 
 
 @cache
+def driver_function(name: str) -> Any:
+    """A function of the driver library as a ctypes function returning its CUresult. The interpreter lock is free meanwhile."""
+    return getattr(ctypes.CDLL(_library()), name)
+
+
 def launch_function() -> Any:
-    """``cuLaunchKernelEx(config*, function, arguments**, extra**) -> int`` as a ctypes function. The interpreter lock is free meanwhile."""
-    return ctypes.CDLL(_library()).cuLaunchKernelEx
+    """``cuLaunchKernelEx(config*, function, arguments**, extra**) -> int``."""
+    return driver_function("cuLaunchKernelEx")
 
 
 def driver_version() -> str:

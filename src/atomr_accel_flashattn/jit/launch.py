@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from ..env import settings
 from ..errors import LaunchError
 from .cache import KernelCache
 from .compile import CompiledKernel, compile_kernel
+from .counters import counters_for
 from .driver import LaunchConfig, check, cuda_error, current_context, device_properties, driver, launch_function, primary_context
-from .params import KernelParams
+from .params import Fa3FwdParams, KernelParams
 from .spec import KernelSpec
+from .tensor_map import TensorMapSpec, encode
 
 __all__ = ["LaunchPlan", "LoadedKernel", "launch", "load_kernel"]
 
 _MAX_GRID = (1 << 31) - 1
+_KEPT_MAPS = 1024  # encoded tensor maps that a plan remembers for each of q, k and v
 _PLAIN_SHARED_BYTES = 48 * 1024  # dynamic shared memory that a kernel may use without asking
 # The function belongs to another context than the current one, there is none, or it is gone: INVALID_CONTEXT, INVALID_HANDLE,
 # CONTEXT_IS_DESTROYED.
@@ -53,13 +56,13 @@ class LoadedKernel:
     module: Any
     function: int
 
-    def plan(self, params: P, grid: int) -> LaunchPlan[P]:
-        """A launch of ``grid`` blocks with ``params``, ready to be repeated with other addresses.
+    def plan(self, params: P, grid: int, maps: tuple[TensorMapSpec, ...] = ()) -> LaunchPlan[P]:
+        """A launch of ``grid`` blocks with ``params``, ready to be repeated with other addresses; ``maps``: of q, k, v in the FA3 family.
 
         Raises:
             LaunchError: ``grid`` outside 1..2^31-1.
         """
-        return (_WaitingLaunchPlan if settings().debug else LaunchPlan)(self, params, grid)
+        return (_WaitingLaunchPlan if settings().debug else LaunchPlan)(self, params, grid, maps)
 
 
 class _Block:
@@ -76,17 +79,57 @@ class _Block:
         self.config = ctypes.byref(self._config)
         self.arguments = ctypes.byref(self._arguments)
 
+    def aim(self, stream: int, pointers: tuple[int, ...]) -> None:
+        """Launch into ``stream`` on ``pointers`` from now on."""
+        self.pointers[:] = pointers
+        if stream != self.stream:
+            self.set_stream(stream)
+
     def set_stream(self, stream: int) -> None:
         """Launch into ``stream`` from now on."""
         self._config.stream = stream
         self.stream = stream
 
 
+class _MappedBlock(_Block):
+    """A :class:`_Block` of the FA3 family: tensor maps follow the addresses of q, k and v, the counters follow the stream."""
+
+    __slots__ = ("_addresses", "_device_index", "_encoded", "_maps", "_persistent", "_specs", "_values")
+
+    def __init__(self, kernel: LoadedKernel, params: Fa3FwdParams, grid: int, specs: tuple[TensorMapSpec, ...]) -> None:
+        super().__init__(kernel, params, grid)
+        self._values: Any = self._params
+        self._device_index = kernel.device_index
+        self._persistent = kernel.spec.tile.persistent
+        self._specs = specs
+        self._maps = (self._values.q_map, self._values.k_map, self._values.v_map)
+        self._addresses = [spec.ptr for spec in specs]
+        self._encoded: list[dict[int, bytes]] = [{} for _ in specs]
+
+    def aim(self, stream: int, pointers: tuple[int, ...]) -> None:
+        super().aim(stream, pointers)
+        for i in range(3):
+            if pointers[i] != self._addresses[i]:
+                self._move(i, pointers[i])
+        if self._persistent:
+            self._values.counters = counters_for(self._device_index, stream)
+
+    def _move(self, i: int, address: int) -> None:
+        known = self._encoded[i]
+        encoded = known.get(address)
+        if encoded is None:
+            if len(known) >= _KEPT_MAPS:
+                known.clear()
+            encoded = known[address] = encode(replace(self._specs[i], ptr=address))
+        ctypes.memmove(ctypes.addressof(self._maps[i]), encoded, len(encoded))
+        self._addresses[i] = address
+
+
 class _ThreadBlocks(threading.local):
     """A :class:`_Block` for each thread that asks: another thread may write its addresses while CUDA reads ours."""
 
-    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int) -> None:
-        self.block = _Block(kernel, params, grid)
+    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int, maps: tuple[TensorMapSpec, ...]) -> None:
+        self.block = _MappedBlock(kernel, params, grid, maps) if isinstance(params, Fa3FwdParams) else _Block(kernel, params, grid)
 
 
 class LaunchPlan(Generic[P]):
@@ -94,13 +137,13 @@ class LaunchPlan(Generic[P]):
 
     __slots__ = ("_blocks", "_function", "_launch", "grid", "kernel")
 
-    def __init__(self, kernel: LoadedKernel, params: P, grid: int) -> None:
+    def __init__(self, kernel: LoadedKernel, params: P, grid: int, maps: tuple[TensorMapSpec, ...] = ()) -> None:
         _check_grid(kernel, grid)
         self.kernel = kernel
         self.grid = grid
         self._launch = launch_function()
         self._function = ctypes.c_void_p(kernel.function)
-        self._blocks = _ThreadBlocks(kernel, params, grid)
+        self._blocks = _ThreadBlocks(kernel, params, grid, maps)
 
     def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
         """Launch into ``stream`` (a raw CUstream, 0 for the default one) on ``pointers``, the leading addresses of the parameters.
@@ -110,9 +153,7 @@ class LaunchPlan(Generic[P]):
             DeviceLostError: an earlier kernel left the context unusable.
         """
         block = self._blocks.block
-        block.pointers[:] = pointers
-        if stream != block.stream:
-            block.set_stream(stream)
+        block.aim(stream, pointers)
         code = self._launch(block.config, self._function, block.arguments, None)
         if code:
             _recover(self.kernel, self.grid, block, code)

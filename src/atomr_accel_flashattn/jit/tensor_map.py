@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from ..problem import ArrayInfo, AttentionProblem, Strides
 from ..types import DType
+from .driver import check, driver
 from .spec import KernelSpec
 
-__all__ = ["TensorMapSpec", "tensor_map_specs"]
+__all__ = ["TensorMapSpec", "encode", "tensor_map_specs"]
+
+_BYTES = 128
+_WIDE_ROW = 128  # bytes of a panel's row, and so the swizzle's span; 64 otherwise
+_KEPT = 4096  # encoded maps of 128 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,36 @@ def tensor_map_specs(problem: AttentionProblem, spec: KernelSpec) -> tuple[Tenso
         _map(problem.k, problem.k_strides, problem.batch, spec.head_dim, tile.block_n),
         _map(problem.v, problem.v_strides, problem.batch, spec.v_head_dim, tile.block_n),
     )
+
+
+@lru_cache(maxsize=_KEPT)
+def encode(spec: TensorMapSpec) -> bytes:
+    """The 128 bytes of a CUtensorMap (3 us, then remembered).
+
+    Raises:
+        LaunchError: the driver refuses the map.
+    """
+    cuda = driver()
+    types = cuda.CUtensorMapDataType
+    element = {DType.F16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, DType.BF16: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16}[spec.dtype]
+    swizzles = cuda.CUtensorMapSwizzle
+    encoded: Any = check(
+        cuda.cuTensorMapEncodeTiled(
+            element,
+            4,
+            spec.ptr,
+            [cuda.cuuint64_t(size) for size in spec.sizes],
+            [cuda.cuuint64_t(step) for step in spec.strides],
+            [cuda.cuuint32_t(size) for size in (*spec.box, 1, 1)],
+            [cuda.cuuint32_t(1)] * 4,
+            cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if spec.row_bytes == _WIDE_ROW else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+            cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        f"encoding a tensor map of sizes {spec.sizes} and byte strides {spec.strides}",
+    )
+    return ctypes.string_at(int(encoded.getPtr()), _BYTES)
 
 
 def _map(array: ArrayInfo, strides: Strides, batch: int, width: int, rows: int) -> TensorMapSpec:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..types import SmArch
 from .spec import Tile
 
-__all__ = ["HEAD_DIM_WIDTHS", "head_dim_width", "tile_for"]
+__all__ = ["HEAD_DIM_WIDTHS", "head_dim_width", "tile_for", "wgmma_tile_for"]
 
 HEAD_DIM_WIDTHS = (32, 64, 96, 128, 192, 256)
 
@@ -41,12 +41,47 @@ _TABLES = {
 }
 
 _PHILOX_KEYS = 32  # one Philox call covers 32 keys, so no tile with dropout is narrower
+_THREE_WARPGROUPS = 16  # warps of a block with three of them and the loading one
 _DROPOUT_NARROWS = 96  # from this width on, the generator's registers spill beside 64 keys of scores (136 to 648 bytes) and fit beside 32
+
+
+# The wgmma family, by (q/k width, v width); other pairs take the row of the wider one. 64 rows per consumer warpgroup: 240 registers a
+# thread with two of them, 160 with three. block_n is the largest that neither spills nor exceeds 227 KB with two stages.
+_WGMMA = {
+    (32, 32): Tile(block_m=192, block_n=128, warps=16, stages=2),
+    (64, 64): Tile(block_m=192, block_n=128, warps=16, stages=2),
+    (96, 96): Tile(block_m=128, block_n=160, warps=12, stages=2),
+    (128, 128): Tile(block_m=128, block_n=128, warps=12, stages=2),
+    (192, 128): Tile(block_m=128, block_n=128, warps=12, stages=2),
+    (64, 256): Tile(block_m=128, block_n=96, warps=12, stages=2),
+    (192, 192): Tile(block_m=128, block_n=112, warps=12, stages=2),
+    (256, 256): Tile(block_m=128, block_n=80, warps=12, stages=2),
+}
+_WGMMA_CROWDED = Tile(block_m=128, block_n=128, warps=12, stages=2)  # for (32, 32) and (64, 64), where three warpgroups would spill
 
 
 def head_dim_width(head_dim: int) -> int:
     """The tile width that holds a head dim of 8..256."""
     return next(width for width in HEAD_DIM_WIDTHS if width >= head_dim)
+
+
+def wgmma_tile_for(head_dim: int, v_head_dim: int, *, dropout: bool, crowded: bool, persistent: bool) -> Tile:
+    """The tile of the wgmma family for two widths.
+
+    Args:
+        head_dim: width of q and k.
+        v_head_dim: width of v.
+        dropout: whether the Philox generator needs registers, and key tiles of whole calls of it.
+        crowded: whether so many features meet that 160 registers do not hold them.
+        persistent: whether blocks take tile after tile.
+    """
+    wider = max(head_dim, v_head_dim)
+    tile = _WGMMA.get((head_dim, v_head_dim)) or _WGMMA[wider, wider]
+    if (dropout or crowded) and tile.warps == _THREE_WARPGROUPS:
+        tile = _WGMMA_CROWDED
+    if dropout:
+        tile = replace(tile, block_n=tile.block_n // _PHILOX_KEYS * _PHILOX_KEYS)
+    return replace(tile, persistent=persistent)
 
 
 def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, causal: bool, dropout: bool) -> Tile:

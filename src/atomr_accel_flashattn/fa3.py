@@ -1,0 +1,68 @@
+"""Fa3FwdRequest: a dense forward call by the wgmma family (FlashAttention-3), and how its tiles are handed to the blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from .dense import DenseFwdRequest
+from .dispatch import DispatchKey, key_of_problem, wgmma_arch
+from .errors import ScheduleError
+from .jit.spec import Family
+from .types import SmArch
+
+__all__ = ["Fa3FwdRequest", "PersistentMode"]
+
+
+@dataclass(frozen=True, slots=True)
+class PersistentMode:
+    """Who takes which tile of rows: one block each, or fewer blocks that take tile after tile.
+
+    Attributes:
+        persistent: None lets the launch choose: persistent when there are more tiles than multiprocessors.
+        blocks: how many persistent blocks; None is one per multiprocessor.
+
+    Raises:
+        ScheduleError: ``blocks`` that is no positive integer, or without ``persistent``.
+    """
+
+    persistent: bool | None = None
+    blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and not (self.persistent is True and type(self.blocks) is int and self.blocks > 0):
+            raise ScheduleError(f"PersistentMode: got {self.blocks!r} blocks; allowed is a positive integer, with persistent=True")
+
+    @classmethod
+    def auto(cls) -> PersistentMode:
+        """Whatever suits the number of tiles."""
+        return cls()
+
+    @classmethod
+    def Grid(cls) -> PersistentMode:  # noqa: N802 - the name of the choice, as users write it
+        """One block per tile."""
+        return cls(persistent=False)
+
+    @classmethod
+    def Persistent(cls, num_sms: int | None = None) -> PersistentMode:  # noqa: N802 - as above
+        """``num_sms`` blocks, None is one per multiprocessor; each takes tiles from a counter."""
+        return cls(persistent=True, blocks=num_sms)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fa3FwdRequest(DenseFwdRequest):
+    """Attention by FlashAttention-3 (arXiv 2407.08608) on Hopper. Attributes and errors: DenseFwdRequest.
+
+    On sm_100 and sm_120, which have no wgmma, it resolves to the mma.sync family; before Hopper it is refused.
+
+    Attributes:
+        persistent: how tiles are handed to blocks.
+    """
+
+    persistent: PersistentMode = field(default=PersistentMode.auto(), kw_only=True)
+
+    def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
+        """The key of this request on ``arch``; None is the best one for the device of q."""
+        key = key_of_problem(self.problem, arch or wgmma_arch(self.problem.q.device), self.out_array)
+        mode = self.persistent
+        extras = replace(key.extras, family=Family.FA3, persistent=mode.persistent, persistent_blocks=mode.blocks)
+        return replace(key, extras=extras)
