@@ -27,6 +27,19 @@ _log = logging.getLogger(__name__)
 _handles: weakref.WeakSet[FlashAttnHandle] = weakref.WeakSet()
 
 
+class _Letter:
+    """A ticket in the inbox. Pykka keeps the last message it handled until the next one comes; opened, it keeps no arrays alive."""
+
+    __slots__ = ("_ticket",)
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket: list[Ticket] = [ticket]
+
+    def open(self) -> Ticket:
+        """The ticket, once."""
+        return self._ticket.pop()
+
+
 class FlashAttnActor(pykka.ThreadingActor):
     """One mailbox for one device and one stream. Start one with :meth:`start`, talk to it through the handle that this returns.
 
@@ -79,7 +92,7 @@ class FlashAttnActor(pykka.ThreadingActor):
 
     def _post(self, ticket: Ticket) -> None:
         try:
-            self.actor_ref.tell(ticket)
+            self.actor_ref.tell(_Letter(ticket))
         except pykka.ActorDeadError as error:
             raise stopped_error(self._label) from error
 
@@ -91,9 +104,9 @@ class FlashAttnActor(pykka.ThreadingActor):
         self.engine.enter_thread()
 
     def on_receive(self, message: Any) -> None:
-        """Take a ticket. Other objects can only come past the handle, from a broadcast over Pykka's registry, and are left alone."""
-        if isinstance(message, Ticket):
-            self.engine.take(message)
+        """Take a ticket out of its letter. Other objects can only come past the handle, from a broadcast over Pykka's registry, and are left alone."""
+        if isinstance(message, _Letter):
+            self.engine.take(message.open())
         else:
             _log.warning("%s: ignored a %s, which did not come through the handle", self._label, type(message).__qualname__)
 

@@ -1,0 +1,201 @@
+"""Bad input: each its own error, and nothing lost."""
+
+from __future__ import annotations
+
+import numpy as np  # noqa: TC002 - get_type_hints keeps working
+import pykka
+import pytest
+
+import atomr_accel_flashattn as fa
+from atomr_accel_flashattn import FlashAttnActor, FlashAttnInner, FlashAttnMsg, FlashAttnProps, SmArch
+from atomr_accel_flashattn.types import Device
+from tests.actor.devices import PATIENCE, HeldDevice, message
+
+
+@pytest.mark.parametrize(
+    ("props", "says"),
+    [
+        ({"max_in_flight": 0}, "max_in_flight: got 0; allowed is an integer in 1..1000"),
+        ({"max_in_flight": True}, "max_in_flight: got True"),
+        ({"max_in_flight": 2.0}, "max_in_flight: got 2.0"),
+        ({"mailbox_limit": 0}, "mailbox_limit: got 0"),
+        ({"overflow": "wait"}, "overflow: got 'wait'"),
+        ({"device": "tpu"}, "device: got 'tpu'; allowed are 'cpu', 'cuda'"),
+        ({"device": "cuda:x"}, "device: got 'cuda:x'"),
+        ({"device": "cpu", "stream": 7}, "stream: got 7 with device cpu"),
+    ],
+)
+def test_props_that_are_not_allowed(props: dict[str, object], says: str):
+    with pytest.raises(fa.PropsError, match=says) as caught:
+        FlashAttnProps(**props)  # type: ignore[arg-type]
+    assert isinstance(caught.value, ValueError)
+
+
+NAMED = [("cpu", ("cpu", 0)), ("cuda", ("cuda", 0)), ("cuda:3", ("cuda", 3)), (Device("cuda", 1), ("cuda", 1))]
+
+
+@pytest.mark.parametrize(("given", "device"), NAMED)
+def test_devices_by_name(given: Device | str, device: tuple[str, int]):
+    assert FlashAttnProps(device=given).place == device
+
+
+def test_no_props_at_all_and_props_that_are_none():
+    with pytest.raises(fa.PropsError, match="props: got dict"):
+        FlashAttnActor.start({"max_in_flight": 3})  # type: ignore[arg-type]
+    with pytest.raises(fa.DeviceMismatchError, match="inner: got one for cpu with device cuda:1"):
+        FlashAttnActor.start(FlashAttnProps(device="cuda:1"), FlashAttnInner.reference())
+
+
+@pytest.mark.skipif(fa.FlashAttnProps().place.kind == "cuda", reason="there is a driver")
+def test_the_real_inner_without_a_driver_is_refused_at_start():
+    with pytest.raises((fa.NoDriverError, fa.DriverTooOldError)):
+        FlashAttnActor.start(FlashAttnProps(device="cuda"))
+
+
+@pytest.mark.parametrize("unknown", [None, 3, "stop", {"request": 1}, message().request, FlashAttnMsg()])
+def test_an_unknown_message(unknown: object):
+    with FlashAttnActor.start() as actor:
+        with pytest.raises(fa.UnknownMessageError, match=f"message: got {type(unknown).__qualname__}") as caught:
+            actor.ask(unknown)  # type: ignore[arg-type]
+        with pytest.raises(fa.UnknownMessageError):
+            actor.tell(unknown)  # type: ignore[arg-type]
+        assert isinstance(caught.value, TypeError)
+        assert actor.ask(message()).result(PATIENCE).out is not None
+
+
+def test_a_forward_message_without_a_forward_request():
+    with FlashAttnActor.start() as actor, pytest.raises(fa.UnknownMessageError, match="got a Forward with int"):
+        actor.ask(FlashAttnMsg.Forward(3))
+
+
+def test_a_request_for_another_device():
+    inner = FlashAttnInner.mock(Device("cuda", 1), arch=SmArch.SM_90)
+    with FlashAttnActor.start(FlashAttnProps(device="cuda:1"), inner) as actor:
+        with pytest.raises(fa.DeviceMismatchError, match="got a request on cpu for an actor on cuda:1"):
+            actor.ask(message())
+        assert actor.unanswered == 0
+
+
+def test_an_actor_that_has_stopped():
+    actor = FlashAttnActor.start()
+    actor.stop()
+    for call in (actor.ask, actor.tell):
+        with pytest.raises(fa.ActorStoppedError, match="has stopped"):
+            call(message())
+    actor.stop()
+    assert repr(actor) == "FlashAttnHandle('flash-attn', cpu, stopped, 0 unanswered)"
+
+
+def test_an_actor_that_pykka_stopped_behind_our_back():
+    device = HeldDevice()
+    actor = FlashAttnActor.start(FlashAttnProps(device="cpu", max_in_flight=1), device)
+    replies = [actor.ask(message(seed)) for seed in range(3)]
+    device.wait_for(1)
+    device.flights[0].land()
+    pykka.ActorRegistry.stop_all(block=False)
+    for count in (2, 3):
+        device.wait_for(count)
+        device.land_all()
+    assert [reply.result(PATIENCE).out is not None for reply in replies] == [True] * 3
+    actor.stop(timeout=PATIENCE)
+    with pytest.raises(fa.ActorStoppedError):
+        actor.ask(message())
+
+
+def test_a_broadcast_that_is_no_message_is_left_alone():
+    with FlashAttnActor.start() as actor:
+        pykka.ActorRegistry.broadcast("hello")
+        assert actor.ask(message()).result(PATIENCE).out is not None
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_a_timeout_that_is_none(timeout: float):
+    with FlashAttnActor.start() as actor, pytest.raises(fa.PropsError, match="timeout: got"):
+        actor.ask(message(), timeout=timeout)
+
+
+@pytest.mark.parametrize(("kind", "feature"), [(FlashAttnMsg.Backward, "backward"), (FlashAttnMsg.PagedForward, "paged")])
+def test_what_is_not_built_is_refused_by_name_in_its_own_reply(kind: type, feature: str):
+    for inner in (FlashAttnInner.reference(), FlashAttnInner.mock()):
+        with FlashAttnActor.start(FlashAttnProps(device="cpu"), inner) as actor:
+            with pytest.raises(fa.FeatureNotBuiltError) as caught:
+                actor.ask(kind(message().request)).result(PATIENCE)
+            assert caught.value.feature == feature
+
+
+def test_the_mock_answers_with_the_kernel_that_would_have_run():
+    with FlashAttnActor.start(FlashAttnProps(device="cpu"), FlashAttnInner.mock(arch=SmArch.SM_90)) as actor:
+        sent = message(dtype="float16")
+        with pytest.raises(fa.MockAnswerError, match="computes nothing") as caught:
+            actor.ask(sent).result(PATIENCE)
+        key = sent.request.dispatch_key(SmArch.SM_90)
+        spec = fa.lookup(key)
+        assert caught.value.kernel_name == spec.kernel_name
+        with pytest.raises(fa.ArchUnsupportedError, match="f32"):
+            actor.ask(message(dtype="float32")).result(PATIENCE)
+
+
+def numpy_resize(array: np.ndarray) -> None:
+    array.resize((64,), refcheck=False)
+
+
+def held_back(sent: FlashAttnMsg.Forward, spoil: object, *, flying: bool) -> None:
+    """Spoil an array of a request that waits, or that flies."""
+    device = HeldDevice()
+    with FlashAttnActor.start(FlashAttnProps(device="cpu", max_in_flight=1), device) as actor:
+        before = actor.ask(message(7))
+        device.wait_for(1)
+        if flying:
+            device.flights[0].land()
+        reply = actor.ask(sent)
+        if flying:
+            device.wait_for(2)
+            device.flights[1].jobs = ()  # the device has read its inputs
+        spoil()  # type: ignore[operator]
+        device.land_all()
+        with pytest.raises(fa.StaleArrayError, match=r"its memory changed between ask and reply.*keep them as they are"):
+            reply.result(PATIENCE)
+        assert before.result(PATIENCE).out is not None
+        after = actor.ask(message(8))
+        device.wait_for(2)
+        device.wait_for(3 if flying else 2)
+        device.land_all()
+        assert after.result(PATIENCE).out is not None
+
+
+@pytest.mark.parametrize("flying", [False, True])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_numpy_array_resized_early(name: str, flying: bool):
+    sent = message()
+    arrays = {each: getattr(sent.request, each).copy() for each in "qkv"}
+    request = fa.Fa2FwdRequest(**arrays)
+    held_back(FlashAttnMsg.Forward(request), lambda: numpy_resize(arrays[name]), flying=flying)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("flying", [False, True])
+@pytest.mark.parametrize("how", ["freed", "resized", "shrunk"])
+def test_a_torch_tensor_freed_or_resized_early(how: str, flying: bool):
+    import torch
+
+    q, k, v = (torch.randn(1, 4, 2, 8) for _ in range(3))
+    request = fa.Fa2FwdRequest(q, k, v)
+    spoil = {
+        "freed": lambda: k.untyped_storage().resize_(0),
+        "resized": lambda: k.resize_(1, 8, 2, 8),
+        "shrunk": lambda: k.untyped_storage().resize_(64),
+    }[how]
+    held_back(FlashAttnMsg.Forward(request), spoil, flying=flying)
+
+
+@pytest.mark.torch
+def test_an_array_that_changed_since_its_request_was_made_is_not_accepted():
+    import torch
+
+    q = torch.randn(1, 4, 2, 8)
+    request = fa.Fa2FwdRequest(q, q.clone(), q.clone())
+    q.untyped_storage().resize_(0)
+    with FlashAttnActor.start(FlashAttnProps(device="cpu")) as actor:
+        with pytest.raises(fa.StaleArrayError, match="q: its memory changed since the request was made"):
+            actor.ask(FlashAttnMsg.Forward(request))
+        assert actor.unanswered == 0
