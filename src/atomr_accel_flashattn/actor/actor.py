@@ -104,7 +104,7 @@ class FlashAttnActor(pykka.ThreadingActor):
         self.engine.enter_thread()
 
     def on_receive(self, message: Any) -> None:
-        """Take a ticket out of its letter. Other objects can only come past the handle, from a broadcast over Pykka's registry, and are left alone."""
+        """Open a letter. Other objects come past the handle, from a broadcast over Pykka's registry, and are left alone."""
         if isinstance(message, _Letter):
             self.engine.take(message.open())
         else:

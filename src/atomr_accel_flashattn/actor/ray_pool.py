@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ActorStoppedError, DeviceLostError, PropsError, RayMissingError, UnknownMessageError, WorkerLostError
@@ -74,6 +75,9 @@ class FlashAttnPool(Door):
         self._started = 0
         self._spare = 0
         self._stopping = False
+        self._returns: SimpleQueue[tuple[Future[Any], _Errand, _Member] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"{props.label}-returns", daemon=True)
+        self._thread.start()
 
     @classmethod
     def start(
@@ -133,7 +137,8 @@ class FlashAttnPool(Door):
 
         Args:
             drain: whether requests that wait are still sent; else they fail with ActorStoppedError.
-            timeout: seconds after which everything without an answer fails with ActorStoppedError; None is no limit.
+            timeout: seconds after which everything without an answer fails with ActorStoppedError; None is no limit. A callback of a
+                Reply does not wait.
         """
         label = self.props.label
         self._mailbox.close(lambda: stopped_error(label))
@@ -143,6 +148,13 @@ class FlashAttnPool(Door):
                 self._queue.clear()
             for errand in waiting:
                 self._settle(errand, stopped_error(label))
+        if self._is_own_thread():
+            threading.Thread(target=self._end, args=(timeout,), name=f"{label}-stop").start()
+        else:
+            self._end(timeout)
+
+    def _end(self, timeout: float | None) -> None:
+        label = self.props.label
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             while self._mailbox.unsettled and (deadline is None or time.monotonic() < deadline):
@@ -155,6 +167,10 @@ class FlashAttnPool(Door):
         for member in members:
             self._ray.kill(member.actor)
         self._deadlines.close()
+        self._returns.put(None)
+
+    def _is_own_thread(self) -> bool:
+        return threading.current_thread() is self._thread
 
     @property
     def loads(self) -> dict[int, int]:
@@ -199,7 +215,7 @@ class FlashAttnPool(Door):
                 continue
             errand.tries += 1
             reference = member.actor.forward.remote(errand.parcel, *errand.arrays)
-            reference.future().add_done_callback(lambda done, errand=errand, member=member: self._returned(done, errand, member))
+            reference.future().add_done_callback(lambda done, errand=errand, member=member: self._returns.put((done, errand, member)))
 
     def _next(self) -> tuple[_Errand, _Member] | None:
         """The oldest request and the least loaded worker; None when there is none of either."""
@@ -220,8 +236,14 @@ class FlashAttnPool(Door):
             member.load -= errand.cost
             member.errands -= 1
 
+    def _run(self) -> None:
+        """Handle what the workers return, in a thread of ours: in Ray's, the start of another worker would wait for itself."""
+        while (returned := self._returns.get()) is not None:
+            self._returned(*returned)
+            del returned  # the arrays of the last request must not live until the next one
+
     def _returned(self, done: Future[Any], errand: _Errand, member: _Member) -> None:
-        """A call of a worker has ended. In a thread of Ray."""
+        """A call of a worker has ended."""
         self._relieve(member, errand)
         failure = done.exception()
         answer = done.result() if failure is None else None

@@ -1,0 +1,126 @@
+"""A driver made of Python: streams and events that note what was asked of them, and kernels that the CPU backend computes."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from atomr_accel_flashattn import arrays, execute
+from atomr_accel_flashattn.actor import gpu
+from atomr_accel_flashattn.execute import Launch
+from atomr_accel_flashattn.jit.params import FwdParams
+from atomr_accel_flashattn.problem import ArrayInfo
+from atomr_accel_flashattn.reference import attention
+from atomr_accel_flashattn.types import Device
+
+
+class _Flags:
+    CU_EVENT_DISABLE_TIMING = 2
+    CU_STREAM_NON_BLOCKING = 1
+
+
+class FakeArray:
+    """Host memory that says it is on a GPU."""
+
+    def __init__(self, array: np.ndarray, index: int = 0) -> None:
+        self.array = array
+        self.index = index
+
+    def info(self) -> ArrayInfo:
+        host = arrays.read_array(self.array, "x")
+        return ArrayInfo(host.ptr, host.shape, host.strides, host.dtype, host.dtype_name, Device("cuda", self.index), self)
+
+
+@dataclass
+class FakeDriver:
+    """What ``driver()`` returns; ``log`` is what happened, in order."""
+
+    log: list[tuple[Any, ...]] = field(default_factory=list)
+    sticky: bool = False
+    events: Any = field(default_factory=lambda: count(1000))
+    live_events: int = 0
+
+    CUevent_flags = _Flags
+    CUstream_flags = _Flags
+
+    def cuStreamCreate(self, flags: int) -> tuple[int, int]:  # noqa: N802 - CUDA's name
+        self.log.append(("stream", flags))
+        return 0, 500
+
+    def cuStreamDestroy(self, stream: int) -> tuple[int]:  # noqa: N802 - CUDA's name
+        self.log.append(("destroy", stream))
+        return (0,)
+
+    def cuEventCreate(self, flags: int) -> tuple[int, int]:  # noqa: N802, ARG002 - CUDA's name
+        self.live_events += 1
+        return 0, next(self.events)
+
+    def cuEventDestroy(self, event: int) -> tuple[int]:  # noqa: N802, ARG002 - CUDA's name
+        self.live_events -= 1
+        return (0,)
+
+    def cuEventRecord(self, event: int, stream: int) -> tuple[int]:  # noqa: N802 - CUDA's name
+        self.log.append(("record", event, stream))
+        return (0,)
+
+    def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[int]:  # noqa: N802, ARG002 - CUDA's name
+        self.log.append(("wait", event, stream))
+        return (0,)
+
+    def cuEventSynchronize(self, event: int) -> tuple[int]:  # noqa: N802 - CUDA's name
+        self.log.append(("synchronize", event))
+        return (700 if self.sticky else 0,)
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[int]:  # noqa: N802 - CUDA's name
+        self.log.append(("context", context))
+        return (0,)
+
+
+@dataclass
+class FakePlan:
+    driver: FakeDriver
+
+    def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
+        self.driver.log.append(("repeat", stream, pointers[:3]))
+
+
+@dataclass
+class FakeKernel:
+    driver: FakeDriver
+
+    def plan(self, params: FwdParams, grid: int) -> FakePlan:  # noqa: ARG002 - a plan of the fake launches nothing
+        return FakePlan(self.driver)
+
+
+def install(monkeypatch: Any) -> FakeDriver:
+    """Put the fake where the GPU inner looks for the driver, and for the way to a kernel."""
+    fake = FakeDriver()
+
+    @contextmanager
+    def current_context(index: int) -> Any:
+        fake.log.append(("push", index))
+        yield
+
+    def fill(request: Any, outputs: Any, *, stream: int) -> Launch:
+        fake.log.append(("launch", stream, (request.problem.q.ptr, request.problem.k.ptr, request.problem.v.ptr)))
+        out, lse = (None if info is None else info.source for info in (outputs.out, outputs.lse))
+        host = [arrays.read_array(info.source.array, "x") for info in (request.problem.q, request.problem.k, request.problem.v)]
+        problem = replace(request.problem, q=host[0], k=host[1], v=host[2])
+        attention.forward(problem, out.array, None if lse is None else lse.array, None)
+        return Launch(FakeKernel(fake), 1, FwdParams())  # type: ignore[arg-type]
+
+    def empty(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None = None, *, fallback: bool = False) -> ArrayInfo:
+        if like.device.kind == "cpu":
+            return arrays.empty_like_framework(like, shape, dtype_name, fallback=fallback)
+        return FakeArray(np.empty(shape, arrays.numpy_dtype(dtype_name or like.dtype_name)), like.device.index).info()
+
+    monkeypatch.setattr(gpu, "driver", lambda: fake)
+    monkeypatch.setattr(gpu, "current_context", current_context)
+    monkeypatch.setattr(gpu, "primary_context", lambda index: 90 + index)
+    monkeypatch.setattr(gpu, "fill", fill)
+    monkeypatch.setattr(execute, "empty_like_framework", empty)
+    return fake

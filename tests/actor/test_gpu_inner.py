@@ -1,0 +1,125 @@
+"""The real inner above a driver made of Python: which stream waits for what, what is repeated, what is given back, what a lost GPU does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import atomr_accel_flashattn as fa
+from atomr_accel_flashattn import FlashAttnActor, FlashAttnInner, FlashAttnMsg, FlashAttnProps
+from atomr_accel_flashattn.actor import gpu
+from atomr_accel_flashattn.jit import driver as driver_module
+from tests.actor.devices import PATIENCE
+from tests.actor.fake_gpu import FakeArray, FakeDriver, install
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    return install(monkeypatch)
+
+
+def sent(seed: int = 0, seqlen: int = 4, index: int = 0) -> FlashAttnMsg.Forward:
+    q, k, v = np.random.default_rng(seed).standard_normal((3, 1, seqlen, 2, 16)).astype(np.float16)
+    return FlashAttnMsg.Forward(fa.Fa2FwdRequest(*(FakeArray(array, index).info() for array in (q, k, v))))
+
+
+def kinds(cuda: FakeDriver) -> list[str]:
+    return [entry[0] for entry in cuda.log if entry[0] not in {"push", "context"}]
+
+
+def test_a_launch_waits_for_the_callers_stream_and_the_reply_for_the_launch(cuda: FakeDriver):
+    with FlashAttnActor.start(FlashAttnProps(device="cuda:0")) as actor:
+        message = sent()
+        output = actor.ask(message).result(PATIENCE)
+    host = fa.run(fa.Fa2FwdRequest(*(info.source.array for info in (message.request.q, message.request.k, message.request.v))))
+    np.testing.assert_array_equal(output.out.array, host.out)
+    np.testing.assert_array_equal(output.lse.array, host.lse)
+    assert kinds(cuda) == ["stream", "record", "wait", "launch", "record", "synchronize", "destroy"]
+    _, record, wait, launch, done, synchronize, _ = (entry for entry in cuda.log if entry[0] not in {"push", "context"})
+    assert record[2] == 1, "the caller's stream: the legacy default one, for arrays of a library without streams"
+    assert wait == ("wait", record[1], 500)
+    assert launch[1] == done[2] == 500
+    assert synchronize[1] == done[1]
+    assert cuda.live_events == 0
+    assert cuda.log.count(("context", 90)) == 2
+
+
+def test_on_the_callers_own_stream_there_is_nothing_to_wait_for(cuda: FakeDriver):
+    for stream in (0, 1):
+        with FlashAttnActor.start(FlashAttnProps(device="cuda:0", stream=stream)) as actor:
+            actor.ask(sent()).result(PATIENCE)
+        assert kinds(cuda) == ["launch", "record", "synchronize"]
+        cuda.log.clear()
+
+
+def test_a_call_like_an_earlier_one_repeats_its_plan_with_its_own_addresses(cuda: FakeDriver):
+    with FlashAttnActor.start(FlashAttnProps(device="cuda:0", stream=0)) as actor:
+        messages = [sent(0), sent(1), sent(2, seqlen=5)]
+        for message in messages:
+            actor.ask(message).result(PATIENCE)
+    made = [entry for entry in cuda.log if entry[0] in {"launch", "repeat"}]
+    assert [entry[0] for entry in made] == ["launch", "repeat", "launch"]
+    problem = messages[1].request.problem
+    assert made[1][2] == (problem.q.ptr, problem.k.ptr, problem.v.ptr)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mask": fa.MaskKind.causal()},
+        {"mask": fa.MaskKind.sliding_causal(3)},
+        {"options": fa.AttentionOptions(softmax_scale=0.3)},
+        {"options": fa.AttentionOptions(softcap=2.0)},
+    ],
+)
+def test_plans_are_not_shared_by_calls_that_differ(cuda: FakeDriver, change: dict[str, object]):
+    with FlashAttnActor.start(FlashAttnProps(device="cuda:0", stream=0)) as actor:
+        first = sent(0)
+        actor.ask(first).result(PATIENCE)
+        request = first.request
+        actor.ask(FlashAttnMsg.Forward(fa.Fa2FwdRequest(request.q, request.k, request.v, **change))).result(PATIENCE)  # type: ignore[arg-type]
+        actor.ask(FlashAttnMsg.Forward(request, lse=False)).result(PATIENCE)
+    assert kinds(cuda).count("launch") == 3
+
+
+def test_events_of_requests_that_were_never_launched_are_used_again(cuda: FakeDriver):
+    inner = FlashAttnInner.gpu()
+    for _ in range(50):
+        inner.accept(sent())
+    assert cuda.live_events <= 2
+    inner.close()
+    assert cuda.live_events == 0
+
+
+def test_a_request_for_another_gpu(cuda: FakeDriver):
+    with FlashAttnActor.start(FlashAttnProps(device="cuda:0")) as actor, pytest.raises(fa.DeviceMismatchError, match="cuda:1"):
+        actor.ask(sent(index=1))
+
+
+def test_a_sticky_error_fails_all_and_stops_the_actor(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
+    def cuda_error(code: int, what: str, kernel_name: str = "") -> fa.LaunchError:
+        return fa.DeviceLostError(f"{what} failed", kernel_name=kernel_name, cuda_error=f"CUDA_ERROR_{code}")
+
+    monkeypatch.setattr(driver_module, "cuda_error", cuda_error)
+    actor = FlashAttnActor.start(FlashAttnProps(device="cuda:0"))
+    actor.ask(sent()).result(PATIENCE)
+    cuda.sticky = True
+    for _ in range(3):
+        try:
+            reply = actor.ask(sent())
+        except fa.ActorStoppedError as error:
+            assert isinstance(error.__cause__, fa.DeviceLostError)  # noqa: PT017 - whether the next one still gets in is a race
+        else:
+            with pytest.raises(fa.DeviceLostError, match="CUDA_ERROR_700"):
+                reply.result(PATIENCE)
+    actor.stop(timeout=PATIENCE)
+    with pytest.raises(fa.ActorStoppedError, match="device was lost"):
+        actor.ask(sent())
+
+
+def test_events_that_wait_are_those_that_were_recorded_last(cuda: FakeDriver):
+    events = gpu.CudaEvents(3)
+    first = events.record(7)
+    events.give_back(first)
+    assert events.record(0) == first
+    assert cuda.log == [("push", 3), ("record", first, 7), ("push", 3), ("record", first, 0)]
