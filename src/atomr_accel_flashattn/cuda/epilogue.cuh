@@ -16,8 +16,8 @@ struct RowEnd {
 template <Config C>
 __device__ __forceinline__ RowEnd finish_row(float sum, float max_log2, float sink_log2) {
   if constexpr (C.learned_sink) {
+    if (sum == 0.f && sink_log2 == negative_infinity()) return {0.f, negative_infinity()};
     const float top = fmaxf(max_log2, sink_log2);
-    if (top == negative_infinity()) return {0.f, top};
     const float shrink = ptx::exp2(max_log2 - top);
     sum = fmaf(sum, shrink, ptx::exp2(sink_log2 - top));
     return {shrink / sum, (top + ptx::log2(sum)) * kLn2};

@@ -53,6 +53,7 @@ struct Fa2Forward {
     } else {
       walk_staged(load_k, load_v, keys);
     }
+    rows.finish();
     rows.store();
   }
 

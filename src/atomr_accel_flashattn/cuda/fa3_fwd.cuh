@@ -81,16 +81,23 @@ struct Fa3Forward {
   // Role of a computing warpgroup.
   __device__ __forceinline__ void consume(int warpgroup) {
     int tile = Stream::first();
+    Work work = decode_work(p.fwd, tile);
     while (tile < p.tiles) {
-      const Work work = decode_work(p.fwd, tile);
       const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
       const int first_row = work.block_m * C.block_m;
       const Band<C> band(p.fwd, seq, first_row, C.block_m);
       Rows rows(p.fwd, work, seq, first_row + static_cast<int>(threadIdx.x - 128) / 32 * 16);
       const int n = first_tile(work, seq, band);
-      if (n >= 0) attend(rows, band, n, warpgroup);
-      if (first_row < seq.length_q) rows.store();
+      uint32_t rP[kValueSteps][4];  // read by a product until it is waited for
+      if (n >= 0) attend(rows, rP, band, n, warpgroup);
+      // Beside the last product: the 600 clocks that the divisions of the next tile take, and the end of the softmax.
       tile = stream.next();
+      work = decode_work(p.fwd, min(tile, p.tiles - 1));
+      rows.finish();
+      ptx::wgmma_wait<0>();
+      ptx::pin(rows.rO[0]);
+      if (n >= 0) release(ring_v);
+      if (first_row < seq.length_q) rows.store();
     }
   }
 
@@ -126,9 +133,8 @@ struct Fa3Forward {
     ring.advance();
   }
 
-  // Algorithm 2 of the paper: S of the next tile is multiplied while the softmax of this one runs.
-  __device__ __forceinline__ void attend(Rows& rows, const Band<C>& band, int n, int warpgroup) {
-    uint32_t rP[kValueSteps][4];
+  // Algorithm 2 of the paper: S of the next tile is multiplied while the softmax of this one runs. The last product is still running on return.
+  __device__ __forceinline__ void attend(Rows& rows, uint32_t (&rP)[kValueSteps][4], const Band<C>& band, int n, int warpgroup) {
     ring_q.wait_full();
     ring_k.wait_full();
     multiply_keys(rows, warpgroup);
@@ -155,9 +161,6 @@ struct Fa3Forward {
     release(ring_q);
     wait_values(rows, n, warpgroup);
     multiply_values(rows, rP);
-    ptx::wgmma_wait<0>();
-    ptx::pin(rows.rO[0]);
-    release(ring_v);
   }
 
   // S = Q K^T, as one group

@@ -7,7 +7,7 @@ namespace fa::ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// cp.async: 16 bytes to shared memory past L1; bytes beyond `valid` are written as zero and not read.
+// cp.async: 16 bytes to shared memory past L1. What is not `valid` is written as zero and not read.
 __device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
@@ -71,7 +71,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
   return r;
 }
 
-// ex2, lg2, rcp: approximate, within 2 ulp; 16 a clock on one multiprocessor.
+// ex2, lg2, rcp: approximate, with relative errors up to 2^-22 (lg2 near 1: absolute); 16 a clock on one multiprocessor.
 __device__ __forceinline__ float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -31,7 +31,7 @@ struct WarpRows {
 
   float rO[kBlocks][kOutTiles][4];
   float rS[kBlocks][kKeyTiles][4];
-  float rescale[kBlocks][2];
+  float rescale[kBlocks][2];  // of rO: to a new maximum, and at the end to its denominator
   OnlineSoftmax<kBlocks> softmax;
 
   __device__ __forceinline__ WarpRows(const FwdParams& params, const Work& w, const Sequence& s, int row)
@@ -73,9 +73,8 @@ struct WarpRows {
     for (int i = 0; i < 4; ++i) a[i] = Type::pack(rS[b][2 * k + i / 2][i % 2 * 2], rS[b][2 * k + i / 2][i % 2 * 2 + 1]);
   }
 
-  // Normalise, write O and, where wanted, LSE.
-  __device__ __forceinline__ void store() {
-    auto* out = static_cast<uint16_t*>(p.o) + seq.batch * p.o_stride.batch + seq.q_row * p.o_stride.row + work.head * p.o_stride.head;
+  // Denominators and, where wanted, LSE. Needs no output, so it may run beside the last product.
+  __device__ __forceinline__ void finish() {
     const float sink = C.learned_sink ? p.learned_sink[work.head] * kLog2e : 0.f;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
@@ -83,16 +82,27 @@ struct WarpRows {
       for (int r = 0; r < 2; ++r) {
         const int row = first_row + 16 * b + 8 * r + lane_row();
         const float sum = quad_reduce(softmax.sum[b][r], [](float x, float y) { return x + y; });
-        RowEnd end = finish_row<C>(sum, softmax.max[b][r] * score.factor, sink);
+        const RowEnd end = finish_row<C>(sum, softmax.max[b][r] * score.factor, sink);
         if (p.lse != nullptr && lane_col() == 0 && row < seq.length_q) {
           p.lse[work.batch * p.lse_batch_stride + work.head * p.lse_head_stride + seq.q_row + row] = end.lse;
         }
-        if constexpr (C.dropout) end.scale *= p.dropout_rescale;
+        rescale[b][r] = C.dropout ? end.scale * p.dropout_rescale : end.scale;
+      }
+  }
+
+  // Write O, normalised as finish() found.
+  __device__ __forceinline__ void store() {
+    auto* out = static_cast<uint16_t*>(p.o) + seq.batch * p.o_stride.batch + seq.q_row * p.o_stride.row + work.head * p.o_stride.head;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = first_row + 16 * b + 8 * r + lane_row();
 #pragma unroll
         for (int t = 0; t < kOutTiles; t += 4) {
           uint32_t w[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) w[i] = Type::pack(rO[b][t + i][2 * r] * end.scale, rO[b][t + i][2 * r + 1] * end.scale);
+          for (int i = 0; i < 4; ++i) w[i] = Type::pack(rO[b][t + i][2 * r] * rescale[b][r], rO[b][t + i][2 * r + 1] * rescale[b][r]);
           store_row_32<C>(out + row * p.o_stride.row, 8 * t, p.v_head_dim, w, row < seq.length_q);
         }
       }

@@ -27,7 +27,7 @@ struct TileStream {
   // Loading warp: asks for the next tile; its number is needed only at hand_out().
   __device__ __forceinline__ void take(bool leader) {
     if constexpr (kPersistent) {
-      if (leader) taken = atomicAdd(p.counters, 1) + gridDim.x;
+      if (leader) taken = min(atomicAdd(p.counters, 1) + gridDim.x, 0x7fffffffu);  // past the last tile, never negative
     }
   }
   // Loading warp: hands the taken tile to the computing warps, and gives its number; p.tiles or more ends the work.
