@@ -15,7 +15,7 @@ from .jit.driver import device_properties
 from .jit.launch import LoadedKernel, launch, load_kernel
 from .jit.params import Fa3FwdParams, FwdParams, dropout_mask_grid, forward_grid, pack_dropout_mask, pack_fa3_forward, pack_forward
 from .jit.spec import Family, KernelSpec
-from .jit.tensor_map import TensorMapSpec, encode, tensor_map_specs
+from .jit.tensor_map import encode, tensor_map_specs
 from .problem import ArrayInfo, AttentionProblem
 from .reference import attention as reference
 from .types import Device, SmArch
@@ -62,7 +62,6 @@ class Launch:
     kernel: LoadedKernel
     grid: int
     params: FwdParams | Fa3FwdParams
-    maps: tuple[TensorMapSpec, ...] = ()  # of q, k and v, in the FA3 family
 
 
 def run(
@@ -179,9 +178,8 @@ def _prepare_fa3(problem: AttentionProblem, spec: KernelSpec, forward: FwdParams
     if key.extras.persistent is None and tiles <= blocks:
         spec = replace(spec, tile=replace(spec.tile, persistent=False))
     grid, counters = (min(tiles, blocks), counters_for(index, stream)) if spec.tile.persistent else (tiles, 0)
-    maps = tensor_map_specs(problem, spec)
-    q_map, k_map, v_map = map(encode, maps)
-    return Launch(load_kernel(spec, index), grid, pack_fa3_forward(forward, (q_map, k_map, v_map), counters, tiles), maps)
+    q_map, k_map, v_map = (encode(each, index) for each in tensor_map_specs(problem, spec))
+    return Launch(load_kernel(spec, index), grid, pack_fa3_forward(forward, (q_map, k_map, v_map), counters, tiles))
 
 
 def _launch_dropout_mask(problem: AttentionProblem, key: DispatchKey, mask: ArrayInfo, stream: int) -> None:

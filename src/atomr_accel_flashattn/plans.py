@@ -165,7 +165,7 @@ def remember(key: Key, launch: Launch, q: Any, output: Output, others: Others) -
     if len(_plans) >= _MAX_PLANS:
         _plans.clear()
     _plans[key] = _Plan(
-        launch=launch.kernel.plan(launch.params, launch.grid, launch.maps),
+        launch=launch.kernel.plan(launch.params, launch.grid),
         device_index=launch.kernel.device_index,
         out_shape=out_shape,
         lse_shape=None if output.lse is None else tuple(output.lse.shape),

@@ -17,3 +17,4 @@ MASK = KernelSpec(
     tile=Tile(block_m=64, block_n=32, warps=4),
 )
 FORWARD = replace(MASK, direction=Direction.FORWARD, tile=Tile(block_m=64, block_n=64, warps=4))
+WGMMA = replace(FORWARD, family=Family.FA3, arch=SmArch.SM_90A, tile=Tile(block_m=64, block_n=32, warps=8, stages=2, persistent=True))

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from atomr_accel_flashattn.jit import driver as driver_module
 from atomr_accel_flashattn.jit.cache import KernelCache
 from atomr_accel_flashattn.jit.launch import LoadedKernel, launch, load_kernel
 from atomr_accel_flashattn.jit.params import FwdParams
+from atomr_accel_flashattn.jit.spec import KernelSpec
 from tests.jit.kernels import FORWARD
 
 _FAKE = ctypes.CDLL("libcuda.so.1")
@@ -27,12 +29,24 @@ def fake(name: str) -> Any:
     return ctypes.c_int.in_dll(_FAKE, f"fake_{name}")
 
 
-def pointers(stream: int) -> tuple[int, ...]:
-    return tuple(range(stream, stream + FwdParams.POINTERS))
+def pointers(stream: int, step: int = 1) -> tuple[int, ...]:
+    return tuple(range(stream, stream + step * FwdParams.POINTERS, step))
 
 
-def loaded(device: int = 0) -> LoadedKernel:
-    return load_kernel(FORWARD, device, KernelCache(os.environ["SCENARIO_CACHE"]))
+def loaded(device: int = 0, spec: KernelSpec = FORWARD) -> LoadedKernel:
+    return load_kernel(spec, device, KernelCache(os.environ["SCENARIO_CACHE"]))
+
+
+def in_threads(work: Callable[[int], None], arguments: Iterable[int]) -> None:
+    """Run ``work`` of each argument in a thread of its own, switching as often as Python can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=work, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
 
 
 def a_launch_reaches_the_driver_as_planned() -> None:
@@ -76,14 +90,7 @@ def threads_that_share_a_plan_never_tear_its_parameters() -> None:
         for _ in range(2000):
             plan.launch(stream, pointers(stream))
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    threads = [threading.Thread(target=work, args=(1000 * (i + 1),)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    sys.setswitchinterval(interval)
+    in_threads(work, [1000 * (i + 1) for i in range(8)])
     assert (fake("launches").value, fake("torn").value) == (16000, 0)
 
 

@@ -15,10 +15,12 @@ from atomr_accel_flashattn.jit.launch import load_kernel
 from tests.jit.kernels import MASK
 
 _HERE = Path(__file__).parent
+_HELPERS = {"fake", "pointers", "loaded", "current", "in_threads"}
 _SCENARIOS = [
-    node.name
-    for node in ast.parse((_HERE / "scenarios.py").read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name not in {"fake", "pointers", "loaded", "current"}
+    pytest.param(module, node.name, id=node.name)
+    for module in ("scenarios", "scenarios_fa3")
+    for node in ast.parse((_HERE / f"{module}.py").read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name not in _HELPERS and not node.name.startswith("_")
 ]
 
 
@@ -37,11 +39,11 @@ def scenario_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scenario_cache")
 
 
-@pytest.mark.parametrize("scenario", _SCENARIOS)
-def test_with_a_fake_driver(scenario: str, fake_driver: Path, scenario_cache: Path):
+@pytest.mark.parametrize(("module", "scenario"), _SCENARIOS)
+def test_with_a_fake_driver(module: str, scenario: str, fake_driver: Path, scenario_cache: Path):
     environ = {**os.environ, "LD_LIBRARY_PATH": str(fake_driver), "SCENARIO_CACHE": str(scenario_cache), "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.jit.scenarios", scenario],
+        [sys.executable, "-m", f"tests.jit.{module}", scenario],
         env=environ, cwd=_HERE.parent.parent, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,13 +9,20 @@ from typing import Any
 import pytest
 
 from atomr_accel_flashattn.jit import nvrtc, params, source
-from atomr_accel_flashattn.jit.params import DropoutMaskParams, FwdParams, KernelParams, StrideParams
+from atomr_accel_flashattn.jit.params import DropoutMaskParams, Fa3FwdParams, FwdParams, KernelParams, StrideParams, TensorMapParams
 from atomr_accel_flashattn.jit.spec import Tile
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
 from atomr_accel_flashattn.types import Device, DType
 
 TILE = Tile(block_m=128, block_n=64, warps=4)
-_STRUCTS = {StrideParams: "fa::Strides", FwdParams: "fa::FwdParams", DropoutMaskParams: "fa::DropoutMaskParams"}
+_STRUCTS = {
+    StrideParams: "fa::Strides",
+    FwdParams: "fa::FwdParams",
+    TensorMapParams: "fa::TensorMap",
+    Fa3FwdParams: "fa::Fa3FwdParams",
+    DropoutMaskParams: "fa::DropoutMaskParams",
+}
+_PADDING = {"_alignment"}  # which the kernels' compiler puts there by itself
 
 
 def array(ptr: int, *shape: int, dtype: DType | None = DType.BF16) -> ArrayInfo:
@@ -70,7 +77,7 @@ def strides(value: StrideParams) -> tuple[int, int, int]:
 @pytest.mark.parametrize("struct", _STRUCTS, ids=lambda struct: struct.__name__)
 def test_structs_lie_in_memory_as_the_kernels_see_them(struct: type[ctypes.Structure]):
     name = _STRUCTS[struct]
-    fields = [field[0] for field in struct._fields_]
+    fields = [field[0] for field in struct._fields_ if field[0] not in _PADDING]
     lines = [f"static_assert(sizeof({name}) == {ctypes.sizeof(struct)});"]
     lines += [f'static_assert(sizeof({name}::{field}) == {getattr(struct, field).size}, "size of {field}");' for field in fields]
     # Same sizes, same order, same whole: same offsets. NVRTC 13.0 has no offsetof, but it compares addresses inside an object.
@@ -82,6 +89,31 @@ def test_structs_lie_in_memory_as_the_kernels_see_them(struct: type[ctypes.Struc
     lines.append(f'extern "C" __global__ void k(const __grid_constant__ {name} p) {{ const auto& [{names}] = p; }}')
     text = '#include "params.cuh"\n' + "\n".join(lines)
     nvrtc.compile_source("layout", text, "sm_80", [source.headers_dir()])
+
+
+def test_maps_start_on_multiples_of_64_behind_padding_that_fills_the_gap():
+    fields = dict(Fa3FwdParams._fields_)
+    gap, before = Fa3FwdParams._alignment, Fa3FwdParams.tiles
+    assert gap.offset == before.offset + before.size
+    assert gap.offset + gap.size == Fa3FwdParams.q_map.offset
+    assert ctypes.sizeof(fields["_alignment"]) < 64
+    for field in (Fa3FwdParams.q_map, Fa3FwdParams.k_map, Fa3FwdParams.v_map):
+        assert field.offset % 64 == 0
+        assert field.size == 128
+    text = (
+        '#include "params.cuh"\nstatic_assert(alignof(fa::TensorMap) == 64 && alignof(fa::Fa3FwdParams) == 64);\n'
+        'extern "C" __global__ void k() {}'
+    )
+    nvrtc.compile_source("alignment", text, "sm_90a", [source.headers_dir()])
+
+
+def test_the_parameters_of_the_fa3_family():
+    forward = pack(dense())
+    p = params.pack_fa3_forward(forward, (b"q" * 128, b"k" * 128, b"v" * 128), 512, 7)
+    assert bytes(p.fwd) == bytes(forward)
+    assert (p.counters, p.tiles) == (512, 7)
+    assert [bytes(each.bytes) for each in (p.q_map, p.k_map, p.v_map)] == [b"q" * 128, b"k" * 128, b"v" * 128]
+    assert tuple((ctypes.c_uint64 * Fa3FwdParams.POINTERS).from_buffer_copy(p))[:5] == (1, 2, 3, 4, 5)
 
 
 @pytest.mark.parametrize("struct", [FwdParams, DropoutMaskParams])

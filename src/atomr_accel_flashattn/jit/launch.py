@@ -1,15 +1,16 @@
 """Load a kernel on a device, and launch it.
 
 A steady-state launch touches three things: this thread's block of parameters, one ctypes array assignment for the addresses, one foreign
-call. Nothing on that path looks at the device: a function belongs to its context, and CUDA refuses to launch it from another one before
-anything has run; only then is the right context made current and the launch repeated.
+call; in the FA3 family also the tensor map of every address that changed, and the stream's counters. Nothing on that path looks at the
+device: a function belongs to its context, and CUDA refuses to launch it from another one before anything has run; only then is the right
+context made current and the launch repeated.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ..env import settings
@@ -20,12 +21,11 @@ from .counters import counters_for
 from .driver import LaunchConfig, check, cuda_error, current_context, device_properties, driver, launch_function, primary_context
 from .params import Fa3FwdParams, KernelParams
 from .spec import KernelSpec
-from .tensor_map import TensorMapSpec, encode
+from .tensor_map import TENSOR_MAP_ALIGNMENT, move
 
 __all__ = ["LaunchPlan", "LoadedKernel", "launch", "load_kernel"]
 
 _MAX_GRID = (1 << 31) - 1
-_KEPT_MAPS = 1024  # encoded tensor maps that a plan remembers for each of q, k and v
 _PLAIN_SHARED_BYTES = 48 * 1024  # dynamic shared memory that a kernel may use without asking
 # The function belongs to another context than the current one, there is none, or it is gone: INVALID_CONTEXT, INVALID_HANDLE,
 # CONTEXT_IS_DESTROYED.
@@ -56,13 +56,13 @@ class LoadedKernel:
     module: Any
     function: int
 
-    def plan(self, params: P, grid: int, maps: tuple[TensorMapSpec, ...] = ()) -> LaunchPlan[P]:
-        """A launch of ``grid`` blocks with ``params``, ready to be repeated with other addresses; ``maps``: of q, k, v in the FA3 family.
+    def plan(self, params: P, grid: int) -> LaunchPlan[P]:
+        """A launch of ``grid`` blocks with ``params``, ready to be repeated with other addresses.
 
         Raises:
             LaunchError: ``grid`` outside 1..2^31-1.
         """
-        return (_WaitingLaunchPlan if settings().debug else LaunchPlan)(self, params, grid, maps)
+        return (_WaitingLaunchPlan if settings().debug else LaunchPlan)(self, params, grid)
 
 
 class _Block:
@@ -71,7 +71,7 @@ class _Block:
     __slots__ = ("_arguments", "_config", "_params", "arguments", "config", "pointers", "stream")
 
     def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int) -> None:
-        self._params = type(params).from_buffer_copy(params)
+        self._params = _aligned_copy(params)
         self._config = LaunchConfig((grid, 1, 1), (kernel.spec.tile.threads, 1, 1), kernel.spec.shared_memory)
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
         self.pointers: Any = (ctypes.c_uint64 * params.POINTERS).from_buffer(self._params)
@@ -94,42 +94,37 @@ class _Block:
 class _MappedBlock(_Block):
     """A :class:`_Block` of the FA3 family: tensor maps follow the addresses of q, k and v, the counters follow the stream."""
 
-    __slots__ = ("_addresses", "_device_index", "_encoded", "_maps", "_persistent", "_specs", "_values")
+    __slots__ = ("_device_index", "_mapped", "_maps", "_persistent", "_values")
 
-    def __init__(self, kernel: LoadedKernel, params: Fa3FwdParams, grid: int, specs: tuple[TensorMapSpec, ...]) -> None:
+    def __init__(self, kernel: LoadedKernel, params: Fa3FwdParams, grid: int) -> None:
         super().__init__(kernel, params, grid)
         self._values: Any = self._params
         self._device_index = kernel.device_index
         self._persistent = kernel.spec.tile.persistent
-        self._specs = specs
-        self._maps = (self._values.q_map, self._values.k_map, self._values.v_map)
-        self._addresses = [spec.ptr for spec in specs]
-        self._encoded: list[dict[int, bytes]] = [{} for _ in specs]
+        self._maps = tuple(ctypes.addressof(each) for each in (self._values.q_map, self._values.k_map, self._values.v_map))
+        self._mapped = tuple(self.pointers[:3])
 
     def aim(self, stream: int, pointers: tuple[int, ...]) -> None:
+        qkv = pointers[:3]
+        if qkv != self._mapped:
+            self._move(qkv)
         super().aim(stream, pointers)
-        for i in range(3):
-            if pointers[i] != self._addresses[i]:
-                self._move(i, pointers[i])
         if self._persistent:
             self._values.counters = counters_for(self._device_index, stream)
 
-    def _move(self, i: int, address: int) -> None:
-        known = self._encoded[i]
-        encoded = known.get(address)
-        if encoded is None:
-            if len(known) >= _KEPT_MAPS:
-                known.clear()
-            encoded = known[address] = encode(replace(self._specs[i], ptr=address))
-        ctypes.memmove(ctypes.addressof(self._maps[i]), encoded, len(encoded))
-        self._addresses[i] = address
+    def _move(self, qkv: tuple[int, ...]) -> None:
+        """An array without elements has the address 0 in every call, and its map is never read."""
+        for tensor_map, before, now in zip(self._maps, self._mapped, qkv, strict=True):
+            if now not in {before, 0}:
+                move(tensor_map, now, self._device_index)
+        self._mapped = qkv
 
 
 class _ThreadBlocks(threading.local):
     """A :class:`_Block` for each thread that asks: another thread may write its addresses while CUDA reads ours."""
 
-    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int, maps: tuple[TensorMapSpec, ...]) -> None:
-        self.block = _MappedBlock(kernel, params, grid, maps) if isinstance(params, Fa3FwdParams) else _Block(kernel, params, grid)
+    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int) -> None:
+        self.block = _MappedBlock(kernel, params, grid) if isinstance(params, Fa3FwdParams) else _Block(kernel, params, grid)
 
 
 class LaunchPlan(Generic[P]):
@@ -137,13 +132,13 @@ class LaunchPlan(Generic[P]):
 
     __slots__ = ("_blocks", "_function", "_launch", "grid", "kernel")
 
-    def __init__(self, kernel: LoadedKernel, params: P, grid: int, maps: tuple[TensorMapSpec, ...] = ()) -> None:
+    def __init__(self, kernel: LoadedKernel, params: P, grid: int) -> None:
         _check_grid(kernel, grid)
         self.kernel = kernel
         self.grid = grid
         self._launch = launch_function()
         self._function = ctypes.c_void_p(kernel.function)
-        self._blocks = _ThreadBlocks(kernel, params, grid, maps)
+        self._blocks = _ThreadBlocks(kernel, params, grid)
 
     def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
         """Launch into ``stream`` (a raw CUstream, 0 for the default one) on ``pointers``, the leading addresses of the parameters.
@@ -184,6 +179,14 @@ def launch(kernel: LoadedKernel, grid: int, params: KernelParams, stream: int) -
         _recover(kernel, grid, block, code)
     if settings().debug:
         _wait(kernel, stream)
+
+
+def _aligned_copy(params: KernelParams) -> KernelParams:
+    """The same parameters on an address that tensor maps may have."""
+    room = bytearray(ctypes.sizeof(params) + TENSOR_MAP_ALIGNMENT)
+    offset = -ctypes.addressof(ctypes.c_char.from_buffer(room)) % TENSOR_MAP_ALIGNMENT
+    room[offset : offset + ctypes.sizeof(params)] = bytes(params)
+    return type(params).from_buffer(room, offset)  # keeps `room`
 
 
 def _check_grid(kernel: LoadedKernel, grid: int) -> None:

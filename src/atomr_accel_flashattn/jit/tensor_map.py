@@ -1,29 +1,42 @@
-"""Tensor maps: how the copy engine of sm_90a sees q, k and v. Described here as data, encoded by the driver or by the tests' emulator."""
+"""Tensor maps: how the copy engine of sm_90a sees q, k and v. Described here as data, encoded by the driver or by the tests' emulator.
+
+A launch that was made before moves its maps to the addresses of now (:func:`move`), which is cheaper than to look an encoded one up.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from ..problem import ArrayInfo, AttentionProblem, Strides
 from ..types import DType
-from .driver import check, driver
+from .driver import cuda_error, current_context, driver_function
 from .spec import KernelSpec
 
-__all__ = ["TensorMapSpec", "encode", "tensor_map_specs"]
+__all__ = ["TENSOR_MAP_ALIGNMENT", "TENSOR_MAP_BYTES", "TensorMapSpec", "encode", "move", "tensor_map_specs"]
 
-_BYTES = 128
+TENSOR_MAP_BYTES = 128
+TENSOR_MAP_ALIGNMENT = 64
 _WIDE_ROW = 128  # bytes of a panel's row, and so the swizzle's span; 64 otherwise
-_KEPT = 4096  # encoded maps of 128 bytes
+_NOWHERE = 16  # the address of arrays without elements, which nobody reads: null may not be one
+
+# Of cuda.h: CU_TENSOR_MAP_DATA_TYPE_FLOAT16 and _BFLOAT16, _INTERLEAVE_NONE, _SWIZZLE_64B and _128B, _L2_PROMOTION_L2_256B,
+# _FLOAT_OOB_FILL_NONE (zeros).
+_ELEMENT = {DType.F16: 6, DType.BF16: 9}
+_NO_INTERLEAVE, _SWIZZLE_64, _SWIZZLE_128, _PROMOTE_TO_256, _FILL_WITH_ZEROS = 0, 2, 3, 3, 0
+
+_Four64, _Three64, _Four32 = ctypes.c_uint64 * 4, ctypes.c_uint64 * 3, ctypes.c_uint32 * 4
+_EVERY_ELEMENT = _Four32(1, 1, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMapSpec:
     """A 4-d tensor (columns, rows, heads, batches), first dimension contiguous, copied in boxes of ``box`` = (columns, rows).
 
-    ``strides`` are bytes between rows, heads and batches. Equal maps are encoded once.
+    ``strides`` are bytes between rows, heads and batches.
     """
 
     dtype: DType
@@ -48,34 +61,64 @@ def tensor_map_specs(problem: AttentionProblem, spec: KernelSpec) -> tuple[Tenso
     )
 
 
-@lru_cache(maxsize=_KEPT)
-def encode(spec: TensorMapSpec) -> bytes:
-    """The 128 bytes of a CUtensorMap (3 us, then remembered).
+def encode(spec: TensorMapSpec, device_index: int) -> bytes:
+    """The 128 bytes of a CUtensorMap for GPU ``device_index`` (3 us).
 
     Raises:
         LaunchError: the driver refuses the map.
     """
-    cuda = driver()
-    types = cuda.CUtensorMapDataType
-    element = {DType.F16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, DType.BF16: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16}[spec.dtype]
-    swizzles = cuda.CUtensorMapSwizzle
-    encoded: Any = check(
-        cuda.cuTensorMapEncodeTiled(
-            element,
-            4,
-            spec.ptr,
-            [cuda.cuuint64_t(size) for size in spec.sizes],
-            [cuda.cuuint64_t(step) for step in spec.strides],
-            [cuda.cuuint32_t(size) for size in (*spec.box, 1, 1)],
-            [cuda.cuuint32_t(1)] * 4,
-            cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if spec.row_bytes == _WIDE_ROW else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
-            cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        ),
-        f"encoding a tensor map of sizes {spec.sizes} and byte strides {spec.strides}",
+    room = ctypes.create_string_buffer(TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT)
+    offset = -ctypes.addressof(room) % TENSOR_MAP_ALIGNMENT
+    arguments = (
+        ctypes.byref(room, offset),
+        _ELEMENT[spec.dtype],
+        4,
+        ctypes.c_void_p(spec.ptr),
+        _Four64(*spec.sizes),
+        _Three64(*spec.strides),
+        _Four32(*spec.box, 1, 1),
+        _EVERY_ELEMENT,
+        _NO_INTERLEAVE,
+        _SWIZZLE_128 if spec.row_bytes == _WIDE_ROW else _SWIZZLE_64,
+        _PROMOTE_TO_256,
+        _FILL_WITH_ZEROS,
     )
-    return ctypes.string_at(int(encoded.getPtr()), _BYTES)
+    code = _call(_encode_function(), arguments, device_index)
+    if code:
+        raise cuda_error(code, f"encoding a tensor map of sizes {spec.sizes} and byte strides {spec.strides}")
+    return room.raw[offset : offset + TENSOR_MAP_BYTES]
+
+
+def move(tensor_map: int, ptr: int, device_index: int) -> None:
+    """Let the encoded map at host address ``tensor_map`` (a multiple of 64) read from ``ptr`` (0.3 us).
+
+    Raises:
+        LaunchError: the driver refuses the address.
+    """
+    code = _call(_move_function(), (tensor_map, ptr), device_index)
+    if code:
+        raise cuda_error(code, f"moving a tensor map to {ptr:#x}")
+
+
+def _call(function: Callable[..., int], arguments: tuple[Any, ...], device_index: int) -> int:
+    """The CUresult. The driver may ask for a context, though it needs none to fill 128 bytes; most threads that launch have one."""
+    code = function(*arguments)
+    if code:
+        with current_context(device_index):
+            code = function(*arguments)
+    return code
+
+
+@cache
+def _encode_function() -> Any:
+    return driver_function("cuTensorMapEncodeTiled")
+
+
+@cache
+def _move_function() -> Any:
+    function = driver_function("cuTensorMapReplaceAddress")
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    return function
 
 
 def _map(array: ArrayInfo, strides: Strides, batch: int, width: int, rows: int) -> TensorMapSpec:
@@ -84,7 +127,7 @@ def _map(array: ArrayInfo, strides: Strides, batch: int, width: int, rows: int) 
     dtype = array.dtype or DType.F16
     sizes = (columns, max(1, tokens), max(1, heads), max(1, batch if lead else 1))
     steps = (strides.row, strides.head, strides.batch if lead else 0)
-    return TensorMapSpec(dtype, array.ptr, sizes, _bytes(steps, sizes, dtype), (64 if width % 64 == 0 else 32, rows))
+    return TensorMapSpec(dtype, array.ptr or _NOWHERE, sizes, _bytes(steps, sizes, dtype), (64 if width % 64 == 0 else 32, rows))
 
 
 def _bytes(steps: tuple[int, int, int], sizes: tuple[int, int, int, int], dtype: DType) -> tuple[int, int, int]:

@@ -1,0 +1,258 @@
+"""Launches of the FA3 family: tensor maps follow addresses, counters follow streams. Each function is a scenario of test_launch.py."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from atomr_accel_flashattn.errors import LaunchError
+from atomr_accel_flashattn.jit import counters
+from atomr_accel_flashattn.jit import driver as driver_module
+from atomr_accel_flashattn.jit.counters import counters_for
+from atomr_accel_flashattn.jit.launch import LaunchPlan, launch
+from atomr_accel_flashattn.jit.params import Fa3FwdParams, FwdParams, pack_fa3_forward
+from atomr_accel_flashattn.jit.tensor_map import TensorMapSpec, encode, move
+from atomr_accel_flashattn.types import DType
+from tests.jit.kernels import WGMMA
+from tests.jit.scenarios import fake, in_threads, loaded, pointers
+
+_GRID, _STEP = 7, 64
+_PER_THREAD = 2  # CU_STREAM_PER_THREAD
+_SPEC = TensorMapSpec(DType.BF16, 4096, (64, 300, 8, 2), (1024, 128, 307200), (64, 128))
+
+
+class _Map(ctypes.Structure):
+    """What fake_driver.c makes of a tensor map."""
+
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("sizes", ctypes.c_uint64 * 4),
+        ("strides", ctypes.c_uint64 * 3),
+        ("box", ctypes.c_uint * 4),
+        ("steps", ctypes.c_uint * 4),
+        *((name, ctypes.c_uint) for name in ("type", "rank", "interleave", "swizzle", "promotion", "fill")),
+    )
+
+
+def _at(stream: int) -> tuple[int, ...]:
+    return pointers(stream, _STEP)
+
+
+def _params(stream: int = 4096) -> Fa3FwdParams:
+    """Parameters that fake_driver.c takes for right, when they are launched into ``stream``."""
+    fake("step").value, fake("maps_at").value = _STEP, Fa3FwdParams.q_map.offset
+    fake("counters_at").value = Fa3FwdParams.counters.offset
+    forward = FwdParams(*_at(stream))
+    q, k, v = (encode(replace(_SPEC, ptr=address), 0) for address in _at(stream)[:3])
+    return pack_fa3_forward(forward, (q, k, v), counters_for(0, stream), 5)
+
+
+def _plan(device: int = 0) -> LaunchPlan[Fa3FwdParams]:
+    return loaded(device, WGMMA).plan(_params(), _GRID)
+
+
+def _use_device(index: int) -> None:
+    driver_module.driver().cuCtxSetCurrent(driver_module.primary_context(index))
+
+
+def _ran(count: int) -> bool:
+    return (fake("launches").value, fake("torn").value, fake("forbidden").value) == (count, 0, 0)
+
+
+def a_map_is_encoded_as_it_is_described() -> None:
+    _use_device(0)
+    for dtype, element in ((DType.F16, 6), (DType.BF16, 9)):
+        for columns, swizzle in ((64, 3), (32, 2)):
+            made = _Map.from_buffer_copy(encode(replace(_SPEC, dtype=dtype, box=(columns, 128)), 0))
+            assert (made.address, list(made.sizes), list(made.strides)) == (4096, [64, 300, 8, 2], [1024, 128, 307200])
+            assert (list(made.box), list(made.steps)) == ([columns, 128, 1, 1], [1, 1, 1, 1])
+            assert (made.type, made.rank, made.interleave, made.swizzle, made.promotion, made.fill) == (element, 4, 0, swizzle, 3, 0)
+
+
+def a_map_that_the_driver_refuses_is_named() -> None:
+    with pytest.raises(LaunchError, match=r"encoding a tensor map of sizes \(64, 300, 8, 2\) and byte strides \(1020, .*failed") as caught:
+        encode(replace(_SPEC, strides=(1020, 128, 307200)), 0)
+    assert caught.value.cuda_error == "CUDA_ERROR_INVALID_VALUE"
+    with pytest.raises(LaunchError, match="moving a tensor map to 0x18 failed"):
+        move(1 << 20, 0x18, 0)
+
+
+def a_thread_without_a_context_encodes_moves_and_launches() -> None:
+    failures: list[BaseException] = []
+
+    def work(stream: int) -> None:
+        try:
+            launch(loaded(0, WGMMA), _GRID, _params(stream), stream)
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            failures.append(error)
+
+    in_threads(work, [4096])
+    plan = _plan()
+    in_threads(lambda stream: plan.launch(stream, _at(stream)), [8192])
+    assert not failures
+    assert fake("moves").value == 3
+    assert _ran(2)
+
+
+def a_plan_that_moves_launches_with_maps_of_those_addresses() -> None:
+    _use_device(0)
+    plan = _plan()
+    encoded = fake("encodes").value
+    for stream in (4096, 4096, 8192, 12288, 8192, 8192):
+        plan.launch(stream, _at(stream))
+    assert _ran(6)
+    assert fake("encodes").value == encoded
+    assert fake("moves").value == 9
+
+
+def one_map_moves_alone() -> None:
+    _use_device(0)
+    plan = _plan()
+    fake("step").value = 0
+    same = (4096,) * 10
+    plan.launch(4096, same)
+    moved = fake("moves").value
+    for i in range(3):
+        addresses = tuple(8192 if i == j else 4096 for j in range(3))
+        before = fake("torn").value
+        plan.launch(4096, (*addresses, *same[3:]))
+        assert fake("torn").value == before + 1  # the driver wants them all at 4096: one is not
+        plan.launch(4096, same)
+    assert fake("moves").value == moved + 6
+    assert fake("torn").value == 3
+
+
+def arrays_without_elements_keep_their_map() -> None:
+    _use_device(0)
+    fake("step").value = 0
+    forward = FwdParams(4096, *(0,) * 9)
+    made = encode(replace(_SPEC, ptr=16), 0)
+    plan = loaded(0, WGMMA).plan(pack_fa3_forward(forward, (encode(_SPEC, 0), made, made), counters_for(0, 4096), 5), _GRID)
+    for address in (4096, 8192):
+        plan.launch(4096, (address, *(0,) * 9))
+    assert fake("launches").value == 2
+    assert fake("moves").value == 1
+
+
+def threads_that_share_a_plan_tear_neither_maps_nor_counters() -> None:
+    _use_device(0)
+    plan = _plan()
+
+    def work(stream: int) -> None:
+        _use_device(0)
+        for n in range(1500):
+            mine = stream + 65536 * (n % 3)
+            plan.launch(mine, _at(mine))
+
+    in_threads(work, [4096 * (i + 1) for i in range(8)])
+    assert _ran(12000)
+    assert fake("allocs").value == 1
+
+
+def a_launch_that_does_not_repeat_has_its_maps_and_counters() -> None:
+    _use_device(0)
+    for stream in (4096, 8192, 4096):
+        launch(loaded(0, WGMMA), _GRID, _params(stream), stream)
+    assert _ran(3)
+
+
+def a_stream_keeps_its_counters_and_shares_them_with_nobody() -> None:
+    _use_device(0)
+    streams = [0, 4096, 8192, 12288]
+    first = [counters_for(0, stream) for stream in streams]
+    assert [counters_for(0, stream) for stream in streams] == first
+    assert len({*first}) == len(streams)
+    assert counters_for(0, 1) == first[0]  # CU_STREAM_LEGACY is stream 0
+    assert {*first}.isdisjoint(counters_for(1, stream) for stream in streams)
+
+
+def counters_of_device_1_are_memory_of_device_1() -> None:
+    _use_device(0)
+    counters_for(1, 4096)
+    assert fake("alloc_device").value == 1
+    assert int(driver_module.check(driver_module.driver().cuCtxGetCurrent(), "")) == int(driver_module.primary_context(0))
+    counters_for(0, 4096)
+    assert fake("alloc_device").value == 0
+    assert fake("allocs").value == 2
+
+
+def a_handle_that_comes_back_is_another_stream() -> None:
+    """Work of the stream that was destroyed may still be running."""
+    _use_device(0)
+    before = counters_for(0, 4096)
+    fake("stream_generation").value = 1
+    assert counters_for(0, 4096) != before
+
+
+def every_thread_has_a_default_stream_of_its_own() -> None:
+    seen: list[int] = []
+    in_threads(lambda stream: seen.extend(counters_for(0, stream) for _ in range(3)), [_PER_THREAD] * 4)
+    assert len({*seen}) == 4
+
+
+def captured_launches_have_counters_of_their_own() -> None:
+    _use_device(0)
+    plan = _plan()
+    plan.launch(4096, _at(4096))
+    fake("capturing").value = 1
+    captured = set()
+    for _ in range(5):
+        plan.launch(4096, _at(4096))
+        captured.add(ctypes.c_uint64.in_dll(ctypes.CDLL("libcuda.so.1"), "fake_counters").value)
+    fake("capturing").value = 0
+    plan.launch(4096, _at(4096))
+    assert _ran(7)
+    assert len(captured) == 5
+
+
+def counters_can_be_made_while_anything_is_captured() -> None:
+    _use_device(0)
+    fake("capturing").value = 1
+    assert counters_for(0, 4096)
+    in_threads(lambda device: _expect(counters_for(device, 4096)), [1])
+    assert (fake("allocs").value, fake("forbidden").value) == (2, 0)
+    status, memory = driver_module.driver().cuMemAlloc(8)
+    assert int(status) == 900, "the capture mode of the thread was not put back"
+    assert not memory
+
+
+def a_block_that_is_used_up_is_followed_by_another() -> None:
+    counters._PAIRS = 4
+    _use_device(0)
+    fake("capturing").value = 1
+    pairs = [counters_for(0, 4096) for _ in range(30)]
+    assert len({*pairs}) == 30
+    assert fake("allocs").value == 8
+    assert all(list((ctypes.c_int * 2).from_address(pair)) == [0, 0] for pair in pairs)
+
+
+def threads_that_come_first_together_share_one_block() -> None:
+    _use_device(0)
+    seen: list[int] = []
+    in_threads(lambda stream: seen.append(counters_for(0, stream)), [4096 * (i + 1) for i in range(16)])
+    assert len({*seen}) == 16
+    assert fake("allocs").value == 1
+
+
+def memory_that_is_not_there_is_an_error_now_and_none_later() -> None:
+    _use_device(0)
+    fake("alloc_status").value = 2
+    for _ in range(2):
+        with pytest.raises(LaunchError, match="allocating counters failed") as caught:
+            counters_for(0, 4096)
+        assert caught.value.cuda_error == "CUDA_ERROR_OUT_OF_MEMORY"
+    fake("alloc_status").value = 0
+    first = counters_for(0, 4096)
+    assert list((ctypes.c_int * 2).from_address(first)) == [0, 0]
+
+
+def _expect(value: Any) -> None:
+    assert value
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
