@@ -68,12 +68,14 @@ struct Fa3Forward {
       int n = first_tile(work, seq, band);
       if (n < 0) continue;
       load_q(work, seq, leader);
-      load_keys(work, seq, n, leader);
+      const int head_kv = work.head / p.fwd.heads_per_kv;
+      load_keys(head_kv, seq, n, leader);
+#pragma unroll 1
       for (int next = band.next_tile(n); next >= 0; n = next, next = band.next_tile(n)) {
-        load_keys(work, seq, next, leader);  // K runs one tile ahead of V, as the consumers read it
-        load_values(work, seq, n, leader);
+        load_keys(head_kv, seq, next, leader);  // K runs one tile ahead of V, as the consumers read it
+        load_values(head_kv, seq, n, leader);
       }
-      load_values(work, seq, n, leader);
+      load_values(head_kv, seq, n, leader);
     }
     stream.finish(leader);
   }
@@ -115,20 +117,19 @@ struct Fa3Forward {
     }
     ring_q.advance();
   }
-  __device__ __forceinline__ void load_keys(const Work& work, const Sequence& seq, int n, bool leader) {
-    load_tile<TileK>(ring_k, shared + kK, &p.k_map, work, seq, n, leader);
+  __device__ __forceinline__ void load_keys(int head_kv, const Sequence& seq, int n, bool leader) {
+    load_tile<TileK>(ring_k, shared + kK, &p.k_map, head_kv, seq, n, leader);
   }
-  __device__ __forceinline__ void load_values(const Work& work, const Sequence& seq, int n, bool leader) {
-    load_tile<TileV>(ring_v, shared + kV, &p.v_map, work, seq, n, leader);
+  __device__ __forceinline__ void load_values(int head_kv, const Sequence& seq, int n, bool leader) {
+    load_tile<TileV>(ring_v, shared + kV, &p.v_map, head_kv, seq, n, leader);
   }
   template <class Tile>
-  __device__ __forceinline__ void load_tile(Ring<C.stages>& ring, uint32_t tiles, const TensorMap* map, const Work& work,
-                                            const Sequence& seq, int n, bool leader) {
+  __device__ __forceinline__ void load_tile(Ring<C.stages>& ring, uint32_t tiles, const TensorMap* map, int head_kv, const Sequence& seq,
+                                            int n, bool leader) {
     ring.wait_empty();
     if (leader) {
       ptx::barrier_arrive_expect(ring.full(), Tile::kBytes);
-      Tile::load(tiles + ring.stage * Tile::kBytes, map, ring.full(), seq.k_row + n * C.block_n, work.head / p.fwd.heads_per_kv, seq.batch,
-                 kEvictLast);
+      Tile::load(tiles + ring.stage * Tile::kBytes, map, ring.full(), seq.k_row + n * C.block_n, head_kv, seq.batch, kEvictLast);
     }
     ring.advance();
   }
