@@ -50,7 +50,7 @@ def parse_tile(text: str) -> Tile:
 
 def tiles_that_fit(spec: KernelSpec) -> Iterator[Tile]:
     """Every tile whose shared memory and registers fit as many blocks as it asks for."""
-    axes = itertools.product((64, 128, 192), (32, 48, 64, 80, 96, 128), (4, 8), (1, 2), (False, True), (1, 2))
+    axes = itertools.product((64, 128, 192, 256), (16, 32, 48, 64, 80, 96, 128), (4, 8), (1, 2, 3), (False, True), (1, 2, 3))
     for m, n, w, s, q, b in axes:
         tile = Tile(block_m=m, block_n=n, warps=w, stages=s, q_in_registers=q, min_blocks=b)
         held = m * (spec.v_head_dim + n) // tile.threads + (m * spec.head_dim // 2 // tile.threads if q else 0)
