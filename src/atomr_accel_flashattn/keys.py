@@ -15,6 +15,10 @@ __all__ = ["VECTOR_BYTES", "DispatchKey", "Extras", "key_of_problem"]
 
 VECTOR_BYTES: Final = 16  # one cp.async
 
+# Kernels that take the maximum of raw scores divide slopes by the scale and multiply infinity by it: in float32 the scale must be neither 0
+# nor so small that a slope overflows.
+_SMALL_SCALE: Final = 2.0**-60
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extras:
@@ -32,7 +36,7 @@ class Extras:
         kv_layout: layout of a paged cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
         left_pad: whether sequences are padded on the left.
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads.
-        prescale: whether scores are scaled before the maximum, as a softmax_scale <= 0 needs.
+        prescale: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
         family: the family that is demanded, None is the best one of the arch.
         persistent: whether blocks of the wgmma family take tile after tile; None leaves it to the launch, which knows how many there are.
         persistent_blocks: how many persistent blocks, None is one per multiprocessor.
@@ -124,7 +128,7 @@ def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | Non
             dropout=problem.dropout is not None,
             learned_sink=problem.learned_sink is not None,
             load_align=_load_align([problem.q, problem.k, problem.v, *([out] if out is not None else [])]),
-            prescale=problem.softmax_scale <= 0,
+            prescale=problem.softmax_scale < _SMALL_SCALE,
         ),
     )
 

@@ -359,8 +359,11 @@ class TestKeyOfRequest:
         assert key.extras.prescale
         assert key.extras.softcap == 5.0
 
-    def test_zero_scale_needs_prescale_and_positive_does_not(self):
-        assert self.key(options=fa.AttentionOptions(softmax_scale=0.0)).extras.prescale
+    @pytest.mark.parametrize("scale", [0.0, 1e-50, 1e-30])
+    def test_scales_that_are_not_or_hardly_positive_need_prescale(self, scale: float):
+        assert self.key(options=fa.AttentionOptions(softmax_scale=scale)).extras.prescale
+
+    def test_other_positive_scales_do_not(self):
         assert not self.key(options=fa.AttentionOptions(softmax_scale=1e-9)).extras.prescale
 
 
