@@ -173,5 +173,8 @@ def _hazards_of_numbers() -> Iterator[tuple[str, _Options]]:
     yield "zero_scale", {"softmax_scale": 0.0, "seqlen_q": 100, "seqlen_k": 200, **CAUSAL}
     yield "zero_scale_alibi", {"softmax_scale": 0.0, "alibi": Alibi.BATCH, "batch": 2}
     yield "zero_scale_softcap", {"softmax_scale": 0.0, "softcap": 3.0}
-    yield "tiny_scale", {"softmax_scale": 1e-30, "alibi": Alibi.HEADS}
+    for scale in (1e-30, 1e-39, 1e-50):  # the last two are a denormal number and zero in float32
+        yield "tiny_scale", {"softmax_scale": scale, "alibi": Alibi.HEADS}
+    for cap in (1e4, 1e6, 1e9):
+        yield "softcap_far_above_scores", {"softcap": cap, **CAUSAL}
     yield "learned_sink", {"learned_sink": True, "seqlen_q": 100, "seqlen_k": 200, "heads": 6, "heads_kv": 2}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from atomr_accel_flashattn.jit.spec import Tile
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.case_lists import hazard_cases, head_dim_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Alibi, Case, build
-from tests.check import check_case
+from tests.check import check_arrays, check_case
 from tests.inputs import Inputs
 
 from .build import compiler
@@ -84,3 +86,15 @@ def test_bits_do_not_depend_on_the_order_of_threads(tile: Tile):
     for seed in range(1, 12):
         other = emulate(inputs, tile=tile, seed=seed)
         assert np.array_equal(first.out.view(np.uint16), other.out.view(np.uint16)), f"seed {seed} gives other bits"
+
+
+def test_a_learned_sink_of_minus_infinity_is_none_and_hides_no_nan():
+    inputs: Inputs = build(replace(RAGGED, seqlen_q=120, seqlen_k=60, learned_sink=True))
+    assert inputs.learned_sink is not None
+    inputs.learned_sink[...] = -np.inf
+    inputs.q[0, 100] = np.nan
+    run = emulate(inputs)
+    check_arrays("sink_of_minus_infinity", inputs, run)
+    assert run.lse is not None
+    assert np.isnan(run.lse[0, :, 100]).all()
+    assert np.isneginf(run.lse[0, :, :60]).all()
