@@ -178,6 +178,17 @@ class FlashAttnPool(Door):
         with self._lock:
             return {member.number: member.errands for member in self._members}
 
+    def processes(self) -> dict[int, int]:
+        """Process ids by worker number, each on the worker's own machine. Asks the workers, and so waits for those that still start.
+
+        Raises:
+            ray.exceptions.RayActorError: one is lost, and the pool has not noticed yet.
+        """
+        with self._lock:
+            members = list(self._members)
+        pids = self._ray.get([member.actor.ready.remote() for member in members])
+        return {member.number: int(pid) for member, pid in zip(members, pids, strict=True)}
+
     def _accept(self, message: Message) -> Ticket:
         if not isinstance(message, FlashAttnMsg.Forward):
             empty = Parcel((), (), None, {}, (0.0, 0.0, 0.0), lse=False, dropout_mask=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,9 @@ class Worker:
         props = FlashAttnProps(label=start.label, device=device, max_in_flight=start.max_in_flight, fuse_decodes=start.fuse_decodes)
         self._handle = FlashAttnActor.start(props)
 
-    async def ready(self) -> None:
-        """Return when the worker is up."""
+    async def ready(self) -> int:
+        """The process, once the worker is up."""
+        return os.getpid()
 
     async def forward(self, parcel: Parcel, *arrays: np.ndarray[Any, Any]) -> list[Bits | None] | Exception:
         """Answer one request; what went wrong with it is returned, not raised, so that Ray does not wrap it."""
