@@ -43,16 +43,12 @@ def one_actor() -> None:
 
 def a_pool() -> None:
     """Two workers, one of which is killed while it works."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     with fa.FlashAttnPool.start(2, fa.FlashAttnProps(device="cpu")) as pool:
         replies = [pool.ask(message(seed, 512)) for seed in range(32)]
         print(f"a pool: unanswered requests by worker {pool.loads}; killing one of {pool.processes()}")
         os.kill(min(pool.processes().values()), signal.SIGKILL)
         answers = sum(reply.result().out is not None for reply in replies)
         print(f"a pool: {answers} answers to {len(replies)} requests; workers now {list(pool.loads)}")
-    ray.shutdown()
 
 
 if __name__ == "__main__":

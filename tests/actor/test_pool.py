@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import runpy
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -235,6 +237,15 @@ def test_a_callback_may_stop_the_pool():
     pool.ask(message()).add_done_callback(lambda _: (pool.stop(), stopped.set()))
     assert stopped.wait(PATIENCE)
     pool.stop(timeout=PATIENCE)
+
+
+def test_the_example(capsys: pytest.CaptureFixture[str]):
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "actor_pool.py"))
+    example["one_actor"]()
+    example["a_pool"]()
+    said = capsys.readouterr().out
+    assert "16 answers to a thread, 8 to an event loop" in said
+    assert "32 answers to 32 requests" in said
 
 
 def test_stop_without_drain_fails_what_waits():

@@ -46,6 +46,9 @@ class Door(ABC):
     def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Let nothing in any more, answer what is there, and end."""
 
+    async def _ticket_async(self, message: Message, timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
+        return self._ticket(message, timeout)
+
     def _entered(self) -> None:  # noqa: B027 - a hook
         """Called when a ticket has come in."""
 
@@ -98,7 +101,7 @@ class Door(ABC):
         Arguments and errors: :meth:`ask`, and those of the request itself.
         """
         began = time.monotonic()
-        ticket = self._ticket(message, timeout)
+        ticket = await self._ticket_async(message, timeout)
         wait = (self.props.overflow if overflow is None else overflow) is Overflow.WAIT
         place = self._mailbox.enter(ticket, wait=wait)
         try:

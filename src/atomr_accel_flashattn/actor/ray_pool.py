@@ -6,6 +6,7 @@ request is sent, a lost worker takes only its own few requests with it, and thos
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import deque
@@ -203,6 +204,10 @@ class FlashAttnPool(Door):
         cost = 1e6 + float(problem.batch) * problem.heads * problem.seqlen_q * problem.seqlen_k * problem.head_dim
         job = Job(message, fingerprint=None if message.request.out_array is None else fingerprint)
         return _Errand(job, parcel=parcel, arrays=[self._sent(array) for array in arrays], cost=cost)
+
+    async def _ticket_async(self, message: Message, timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
+        """Off the event loop, because arrays are copied."""
+        return await asyncio.to_thread(self._ticket, message, timeout)
 
     def _sent(self, array: np.ndarray[Any, Any]) -> Any:
         """What stands for an array in calls. A copy in either case: the caller's memory may change from here on."""
