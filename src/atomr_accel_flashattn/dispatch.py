@@ -51,7 +51,6 @@ _MAX_HEAD_DIM: Final = HEAD_DIM_WIDTHS[-1]
 _GPU_DTYPES: Final = (DType.F16, DType.BF16)
 _CPU_DTYPES: Final = (DType.F16, DType.BF16, DType.F32, DType.F64)
 _BEFORE_WGMMA: Final = frozenset({SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90})
-_CROWDED: Final = 2  # features beside mask and head dim that a thread of a three-warpgroup tile has registers for
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +135,11 @@ def _family_and_tile(key: DispatchKey, width: int, v_width: int) -> tuple[Family
     """The wgmma family on sm_90a where its tensor copies can read the arrays, the mma.sync family everywhere else."""
     extras = key.extras
     if key.arch is SmArch.SM_90A and extras.family is not Family.FA2 and extras.load_align % VECTOR_BYTES == 0 and not extras.tiles_for:
-        features = (key.left_bound, key.sink > 0, key.alibi, extras.softcap > 0, extras.learned_sink, key.varlen)
         tile = wgmma_tile_for(
             width,
             v_width,
             dropout=bool(extras.dropout),
-            crowded=sum(map(bool, features)) > _CROWDED,
+            alibi_and_softcap=bool(key.alibi) and extras.softcap > 0,
             persistent=extras.persistent is not False,
         )
         return Family.FA3, tile

@@ -1,25 +1,35 @@
 """A GPU made of host memory: torch tensors that say they are on cuda, and kernels that decode their parameters and ask the CPU backend.
 
-So everything above the driver runs as on a card: dispatch, packing, plans, pointers. A launch fails when its parameters contradict its
-spec, as an aligned kernel with an odd address.
+So everything above the driver runs as on a card: dispatch, packing, plans, pointers, tensor maps. A launch fails when its parameters
+contradict its spec, as an aligned kernel with an odd address, or a map of memory that is not the argument.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import struct
+import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
+from atomr_accel_flashattn import dispatch, execute
 from atomr_accel_flashattn.arrays import as_numpy, contiguous_strides, dtype_name_of
-from atomr_accel_flashattn.jit.params import UNBOUNDED, DropoutMaskParams, FwdParams
-from atomr_accel_flashattn.jit.spec import KernelSpec
+from atomr_accel_flashattn.jit import launch
+from atomr_accel_flashattn.jit.driver import DeviceProperties
+from atomr_accel_flashattn.jit.launch import LoadedKernel
+from atomr_accel_flashattn.jit.params import UNBOUNDED, DropoutMaskParams, Fa3FwdParams, FwdParams
+from atomr_accel_flashattn.jit.spec import Direction, Family, KernelSpec
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
 from atomr_accel_flashattn.reference import attention
-from atomr_accel_flashattn.types import Device, DType
+from atomr_accel_flashattn.types import Device, DType, SmArch
+from tests.emulator.running import flat_tensor
+
+if TYPE_CHECKING:
+    import pytest
 
 STREAM = 77
 
@@ -48,9 +58,34 @@ def fake(tensor: torch.Tensor) -> FakeCuda:
 
 @dataclass
 class FakeGpu:
-    """What was launched: (spec, parameters, stream, whether a plan repeated it)."""
+    """What was launched: (spec, parameters, stream, whether a plan repeated it). The FA3 family's parameters are their ``fwd``."""
 
+    properties: DeviceProperties = field(default_factory=lambda: DeviceProperties("Fake", (9, 0), 132, 1 << 30))
     launches: list[tuple[KernelSpec, Any, int, bool]] = field(default_factory=list)
+    grids: list[int] = field(default_factory=list)
+    counters: dict[int, int] = field(default_factory=dict)
+    specs: list[KernelSpec] = field(default_factory=list)
+    once: threading.local = field(default_factory=threading.local)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, arch: SmArch = SmArch.SM_90) -> None:
+        """Take the place of the driver under ``execute`` and ``jit.launch``, as a GPU whose calls compile for ``arch``."""
+        launch_once = launch.launch
+
+        def launch_without_plan(*arguments: Any) -> None:
+            self.once.now = True
+            launch_once(*arguments)
+            self.once.now = False
+
+        for module in (execute, launch):
+            monkeypatch.setattr(module, "counters_for", self.counters_for)
+            monkeypatch.setattr(module, "device_properties", lambda _index: self.properties)
+        monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda _index: arch)
+        monkeypatch.setattr(execute, "load_kernel", self.load)
+        monkeypatch.setattr(execute, "launch", launch_without_plan)
+        monkeypatch.setattr(execute, "encode", lambda spec, _index: flat_tensor(spec))
+        monkeypatch.setattr(launch, "move", _move)
+        monkeypatch.setattr(launch, "launch_function", lambda: self.on_launch)
+        monkeypatch.setattr(launch, "_wait", lambda _kernel, _stream: None)
 
     @property
     def last(self) -> Any:
@@ -62,47 +97,70 @@ class FakeGpu:
         """For each launch, whether a plan made it."""
         return [launch[3] for launch in self.launches]
 
-    def load(self, spec: KernelSpec, device_index: int) -> FakeKernel:
-        """Stands in for ``load_kernel``."""
-        return FakeKernel(self, spec, device_index)
+    def load(self, spec: KernelSpec, device_index: int) -> LoadedKernel:
+        """Stands in for ``load_kernel``: a function is the number of its spec."""
+        self.specs.append(spec)
+        return LoadedKernel(spec, device_index, cast("Any", None), None, len(self.specs))
 
-    def launch(self, kernel: FakeKernel, grid: int, params: Any, stream: int, *, planned: bool = False) -> None:
-        """Stands in for ``launch``."""
-        spec = kernel.spec
-        self.launches.append((spec, params, stream, planned))
-        if isinstance(params, DropoutMaskParams):
-            np.frombuffer((ctypes.c_uint8 * _mask_size(params)).from_address(params.keep), np.uint8)[:] = 1
-            return
-        assert grid == -(-params.seqlen_q // spec.tile.block_m) * params.batch * params.heads
+    def counters_for(self, device_index: int, stream: int) -> int:
+        """Stands in for the function of that name."""
+        return self.counters.setdefault(stream, 4096 + 8 * len(self.counters) + (device_index << 32))
+
+    def on_launch(self, config: Any, function: ctypes.c_void_p, arguments: Any, _extra: None) -> int:
+        """Stands in for cuLaunchKernelEx."""
+        spec, config = self.specs[(function.value or 0) - 1], config._obj
+        grid, stream, address = config.grid[0], config.stream or 0, arguments._obj[0]
+        self.grids.append(grid)
+        if spec.direction is Direction.DROPOUT_MASK:
+            mask = DropoutMaskParams.from_buffer_copy(DropoutMaskParams.from_address(address))
+            self._remember(spec, mask, stream)
+            np.frombuffer((ctypes.c_uint8 * _mask_size(mask)).from_address(mask.keep), np.uint8)[:] = 1
+            return 0
+        params = FwdParams.from_buffer_copy(FwdParams.from_address(address))
+        self._remember(spec, params, stream)
+        tiles = -(-params.seqlen_q // spec.tile.block_m) * params.batch * params.heads
+        if spec.family is Family.FA3:
+            fa3 = Fa3FwdParams.from_buffer_copy(Fa3FwdParams.from_address(address))
+            assert fa3.tiles == tiles
+            assert spec.tile.persistent or grid == tiles
+            assert not spec.tile.persistent or fa3.counters == self.counters[stream]
+            _check_maps(spec, fa3)
+        else:
+            assert grid == tiles
         _check_alignment(spec, params)
         problem, out, lse = _decode(spec, params)
         attention.forward(problem, as_numpy(out), None if lse is None else as_numpy(lse), None)
+        return 0
+
+    def _remember(self, spec: KernelSpec, params: Any, stream: int) -> None:
+        self.launches.append((spec, params, stream, not getattr(self.once, "now", False)))
 
 
-@dataclass
-class FakeKernel:
-    """Stands in for a LoadedKernel."""
-
-    gpu: FakeGpu
-    spec: KernelSpec
-    device_index: int
-
-    def plan(self, params: FwdParams, grid: int, maps: tuple[Any, ...] = ()) -> FakePlan:  # noqa: ARG002 - the FA3 family has them
-        return FakePlan(self, FwdParams.from_buffer_copy(params), grid)
+def _move(tensor_map: int, ptr: int, device_index: int) -> None:
+    """Stands in for the function of that name; the driver wants maps on multiples of 64."""
+    assert tensor_map % 64 == 0
+    ctypes.c_uint64.from_address(tensor_map).value = ptr
 
 
-@dataclass
-class FakePlan:
-    """Stands in for a LaunchPlan."""
-
-    kernel: FakeKernel
-    params: FwdParams
-    grid: int
-
-    def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
-        params = FwdParams.from_buffer_copy(self.params)
-        (ctypes.c_uint64 * params.POINTERS).from_buffer(params)[:] = pointers
-        self.kernel.gpu.launch(self.kernel, self.grid, params, stream, planned=True)
+def _check_maps(spec: KernelSpec, params: Fa3FwdParams) -> None:
+    """The maps are those of the addresses, sizes and strides that the rest of the parameters tells (tests/emulator, ``flat_tensor``)."""
+    p, tile = params.fwd, spec.tile
+    packed = [int(as_numpy(_at(ptr, (p.batch + 1,), "int32"))[-1]) if spec.varlen else 0 for ptr in (p.cu_seqlens_q, p.cu_seqlens_k)]
+    rows_q, rows_k = (rows if spec.varlen else length for rows, length in zip(packed, (p.seqlen_q, p.seqlen_k), strict=True))
+    heads_kv, batch = p.heads // p.heads_per_kv, 1 if spec.varlen else p.batch
+    expected = (
+        (params.q_map, p.q, p.q_stride, (p.head_dim, rows_q, p.heads, batch), (spec.head_dim, tile.block_m)),
+        (params.k_map, p.k, p.k_stride, (p.head_dim, rows_k, heads_kv, batch), (spec.head_dim, tile.block_n)),
+        (params.v_map, p.v, p.v_stride, (p.v_head_dim, rows_k, heads_kv, batch), (spec.v_head_dim, tile.block_n)),
+    )
+    for tensor_map, ptr, stride, sizes, (width, rows) in expected:
+        address, *numbers = struct.unpack("<Qqqqiiiiii", bytes(tensor_map.bytes)[:56])
+        if all(sizes):
+            assert address == ptr, "a tensor map reads from another address than the argument's"
+        assert tuple(numbers[3:7]) == tuple(max(1, size) for size in sizes)
+        for size, step, real in zip(sizes[1:], numbers[:3], (stride.row, stride.head, stride.batch), strict=True):
+            assert size <= 1 or step == real * spec.dtype.itemsize
+        assert numbers[7:] == [64 if width % 64 == 0 else 32, rows]
 
 
 def _mask_size(params: DropoutMaskParams) -> int:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402 - after the sk
 from hypothesis import strategies as st  # noqa: E402
 
 import atomr_accel_flashattn as fa  # noqa: E402
-from atomr_accel_flashattn import dispatch, env, execute, plans  # noqa: E402
+from atomr_accel_flashattn import env, plans  # noqa: E402
 
 from .calls import Call, host  # noqa: E402
 from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake  # noqa: E402
@@ -25,12 +25,11 @@ from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake  # noqa: E402
 pytestmark = pytest.mark.torch
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+@pytest.fixture(params=[fa.SmArch.SM_90, fa.SmArch.SM_90A], ids=["fa2", "fa3"])
+def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[FakeGpu]:
+    """Calls take the FA3 family on sm_90a, wherever its tensor copies can read the arrays."""
     card = FakeGpu()
-    monkeypatch.setattr(execute, "load_kernel", card.load)
-    monkeypatch.setattr(execute, "launch", card.launch)
-    monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda index: fa.SmArch.SM_90)  # noqa: ARG005
+    card.install(monkeypatch, request.param)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)
     monkeypatch.setattr(plans, "hooks", plans.Hooks())
     plans.clear()

@@ -57,7 +57,7 @@ _WGMMA = {
     (192, 192): Tile(block_m=128, block_n=112, warps=12, stages=2),
     (256, 256): Tile(block_m=128, block_n=80, warps=12, stages=2),
 }
-_WGMMA_CROWDED = Tile(block_m=128, block_n=128, warps=12, stages=2)  # for (32, 32) and (64, 64), where three warpgroups would spill
+_TWO_WARPGROUPS = Tile(block_m=128, block_n=128, warps=12, stages=2)  # for (32, 32) and (64, 64), where three of them would spill
 
 
 def head_dim_width(head_dim: int) -> int:
@@ -65,20 +65,20 @@ def head_dim_width(head_dim: int) -> int:
     return next(width for width in HEAD_DIM_WIDTHS if width >= head_dim)
 
 
-def wgmma_tile_for(head_dim: int, v_head_dim: int, *, dropout: bool, crowded: bool, persistent: bool) -> Tile:
+def wgmma_tile_for(head_dim: int, v_head_dim: int, *, dropout: bool, alibi_and_softcap: bool, persistent: bool) -> Tile:
     """The tile of the wgmma family for two widths.
 
     Args:
         head_dim: width of q and k.
         v_head_dim: width of v.
         dropout: whether the Philox generator needs registers, and key tiles of whole calls of it.
-        crowded: whether so many features meet that 160 registers do not hold them.
+        alibi_and_softcap: whether both meet, the one pair of features that 160 registers do not hold beside 128 keys.
         persistent: whether blocks take tile after tile.
     """
     wider = max(head_dim, v_head_dim)
     tile = _WGMMA.get((head_dim, v_head_dim)) or _WGMMA[wider, wider]
-    if (dropout or crowded) and tile.warps == _THREE_WARPGROUPS:
-        tile = _WGMMA_CROWDED
+    if (dropout or alibi_and_softcap) and tile.warps == _THREE_WARPGROUPS:
+        tile = _TWO_WARPGROUPS
     if dropout:
         tile = replace(tile, block_n=tile.block_n // _PHILOX_KEYS * _PHILOX_KEYS)
     return replace(tile, persistent=persistent)

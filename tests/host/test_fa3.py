@@ -1,0 +1,171 @@
+"""Fa3FwdRequest on a fake GPU: which family answers it, how its tiles are handed out, and what its tensor maps and counters are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
+from atomr_accel_flashattn import dispatch  # noqa: E402
+from atomr_accel_flashattn.errors import ArchUnsupportedError, ScheduleError  # noqa: E402
+from atomr_accel_flashattn.fa3 import Fa3FwdRequest, PersistentMode  # noqa: E402
+from atomr_accel_flashattn.jit.spec import Family, KernelSpec  # noqa: E402
+from atomr_accel_flashattn.keys import DispatchKey  # noqa: E402
+from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
+
+from .calls import Call, host  # noqa: E402
+from .fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+CALL = Call(head_dim=64, v_head_dim=64)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    card = FakeGpu()
+    card.install(monkeypatch)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)
+    return card
+
+
+def tensors(call: Call = CALL) -> tuple[torch.Tensor, ...]:
+    rows, heads, widths = (call.seqlen_q, *[call.seqlen_k] * 2), (call.heads, *[call.heads_kv] * 2), (*[call.head_dim] * 2, call.v_head_dim)
+    return tuple(call.tensor(number, *shape) for number, shape in enumerate(zip(rows, heads, widths, strict=True)))
+
+
+def check(gpu: FakeGpu, call: Call = CALL, **options: Any) -> KernelSpec:
+    """Run a request on the fake GPU, which judges its parameters, and on the CPU; the spec of the launch."""
+    on_cpu = tensors(call)
+    output = fa.run(Fa3FwdRequest(*map(fake, on_cpu), **options))
+    expected = fa.run(fa.Fa2FwdRequest(*on_cpu, mask=options.get("mask", fa.MaskKind.full())))
+    np.testing.assert_allclose(host(output.out), host(expected.out), rtol=1e-2, atol=2e-3)
+    np.testing.assert_allclose(host(output.lse), host(expected.lse), rtol=1e-3, atol=1e-3)
+    return gpu.launches[-1][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"batch": 1},
+        {"seqlen_q": 1, "seqlen_k": 1},
+        {"seqlen_q": 200, "seqlen_k": 300},
+        {"heads": 8, "heads_kv": 1},
+        {"heads": 1, "heads_kv": 1},
+        {"head_dim": 40, "v_head_dim": 24},
+        {"head_dim": 192, "v_head_dim": 128},
+        {"head_dim": 64, "v_head_dim": 256},
+        {"head_dim": 256, "v_head_dim": 256},
+        {"pad": 8},
+        {"pad": 8, "moved": "v"},
+        {"heads_first": True},
+        {"offset": 8},
+    ],
+    ids=str,
+)
+def test_maps_are_those_of_the_arguments(gpu: FakeGpu, change: dict[str, Any]):
+    for mask in (fa.MaskKind.full(), fa.MaskKind.causal(), fa.MaskKind.window(3, 1)):
+        spec = check(gpu, replace(CALL, **change), mask=mask)
+        assert (spec.family, spec.arch) == (Family.FA3, SmArch.SM_90A)
+
+
+@pytest.mark.parametrize("change", [{"offset": 1}, {"offset": 4}, {"pad": 1}, {"pad": 4, "moved": "k"}], ids=str)
+def test_arrays_that_tensor_copies_cannot_read_take_the_other_family(gpu: FakeGpu, change: dict[str, Any]):
+    spec = check(gpu, replace(CALL, **change))
+    assert (spec.family, spec.arch, spec.aligned) == (Family.FA2, SmArch.SM_90, False)
+
+
+def test_no_keys_and_no_queries(gpu: FakeGpu):
+    q, k = fake(torch.randn(2, 5, 4, 64).half()), fake(torch.empty(2, 0, 4, 64).half())
+    output = fa.run(Fa3FwdRequest(q, k, k))
+    assert (output.out == 0).all()
+    assert torch.isneginf(output.lse).all()
+    assert len(gpu.launches) == 1
+    assert fa.run(Fa3FwdRequest(k, q, q)).out.shape == k.shape
+    assert len(gpu.launches) == 1
+
+
+def test_heads_that_share_memory_are_not_copied(gpu: FakeGpu):
+    q = fake(torch.randn(2, 5, 4, 64).half())
+    k = fake(torch.randn(2, 9, 1, 64).half()).expand(2, 9, 4, 64)
+    fa.run(Fa3FwdRequest(q, k, k))
+    assert gpu.launches[-1][0].family is Family.FA3
+    assert gpu.last.k == k.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("mode", "heads", "persistent", "grid"),
+    [
+        pytest.param(PersistentMode.auto(), 4, False, 8, id="auto: a block for each tile while there are enough multiprocessors"),
+        pytest.param(PersistentMode.auto(), 12, True, 20, id="auto: persistent when there are more tiles"),
+        pytest.param(PersistentMode.Grid(), 12, False, 24, id="Grid"),
+        pytest.param(PersistentMode.Persistent(), 12, True, 20, id="Persistent"),
+        pytest.param(PersistentMode.Persistent(), 4, True, 8, id="Persistent with fewer tiles than blocks"),
+        pytest.param(PersistentMode.Persistent(3), 12, True, 3, id="Persistent(3)"),
+        pytest.param(PersistentMode.Persistent(100), 12, True, 24, id="Persistent(100)"),
+    ],
+)
+def test_how_tiles_are_handed_out(gpu: FakeGpu, mode: PersistentMode, heads: int, persistent: bool, grid: int):
+    gpu.properties = gpu.properties._replace(multiprocessors=20)
+    spec = check(gpu, replace(CALL, heads=heads, heads_kv=heads), persistent=mode)
+    assert spec.tile.persistent == persistent
+    assert gpu.grids[-1] == grid
+    assert bool(gpu.counters) == persistent
+
+
+@pytest.mark.parametrize("blocks", [0, -1, True, 2.0, "3"])
+def test_numbers_of_blocks_that_are_refused(blocks: Any):
+    with pytest.raises(ScheduleError, match="positive integer"):
+        PersistentMode.Persistent(blocks)
+
+
+def test_blocks_without_persistent_are_refused():
+    with pytest.raises(ScheduleError, match="with persistent=True"):
+        PersistentMode(blocks=3)
+
+
+@pytest.mark.parametrize("arch", [SmArch.SM_100, SmArch.SM_120])
+def test_later_architectures_answer_with_the_other_family(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, arch: SmArch):
+    monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda _index: arch)
+    spec = check(gpu, persistent=PersistentMode.Persistent(3))
+    assert (spec.family, spec.arch, spec.tile.persistent) == (Family.FA2, arch, False)
+
+
+@pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_86, SmArch.SM_89])
+def test_earlier_architectures_refuse(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, arch: SmArch):
+    monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda _index: arch)
+    with pytest.raises(ArchUnsupportedError, match=f"got fa3 on {arch.value}, which has no wgmma"):
+        fa.run(Fa3FwdRequest(*map(fake, tensors())))
+
+
+def test_the_cpu_backend_answers_too():
+    on_cpu = tensors()
+    np.testing.assert_array_equal(host(fa.run(Fa3FwdRequest(*on_cpu)).out), host(fa.run(fa.Fa2FwdRequest(*on_cpu)).out))
+
+
+@pytest.mark.parametrize(
+    ("features", "consumers"),
+    [
+        pytest.param({}, 3, id="plain"),
+        pytest.param({"alibi": True}, 3, id="alibi"),
+        pytest.param({"softcap": 5.0}, 3, id="softcap"),
+        pytest.param({"alibi": True, "softcap": 5.0}, 2, id="alibi and softcap"),
+        pytest.param({"dropout": True}, 2, id="dropout"),
+    ],
+)
+def test_three_warpgroups_where_their_registers_last(features: dict[str, Any], consumers: int):
+    extras = fa.Extras(softcap=features.get("softcap", 0.0), dropout=features.get("dropout", False), learned_sink=True)
+    key = DispatchKey(
+        SmArch.SM_90A, DType.F16, 64, causal=True, varlen=True, sliding_window=(64, 0), sink=4, alibi="alibi" in features, extras=extras
+    )
+    spec = dispatch.lookup(key)
+    assert isinstance(spec, KernelSpec)
+    assert spec.tile.warps == 4 * (consumers + 1)
+    assert spec.tile.block_m == 64 * consumers
