@@ -78,6 +78,14 @@ def test_cards_have_short_names(tmp_path: Path, device: str, short: str) -> None
     assert Runs.read(write_record(tmp_path / "gpu_tests.json", device=device)).card == short
 
 
+def test_the_wgmma_family_runs_on_hopper_and_counts_for_sm_90a_alone(tmp_path: Path) -> None:
+    tests = "test_grid.py::test[fa2-bf16-b1-causal]", "test_grid.py::test[fa3-f16-b1-causal-alibi]"
+    record = write_record(tmp_path / "gpu_tests.json", *tests)
+    mma, wgmma = states(record), states(record, "sm_90a")
+    assert (mma["bf16"], mma["ALiBi"]) == ("ran on H100", "compiles")
+    assert (wgmma["bf16"], wgmma["ALiBi"], wgmma["wgmma family (FA3)"]) == ("compiles", "ran on H100", "ran on H100")
+
+
 def test_the_newest_record_of_a_folder_counts(tmp_path: Path) -> None:
     assert Runs.read(tmp_path) == Runs()
     write_record(tmp_path / "gpu_tests_1.json", "old")

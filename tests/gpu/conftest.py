@@ -1,4 +1,4 @@
-"""A record of what ran on the card: device, versions, commit, and for each cell its outcome and its error over what is allowed.
+"""Each test with each kernel family of the card. A record: device, versions, commit, and for each cell its outcome and share of the bound.
 
 ``ATOMR_FLASHATTN_TEST_RECORD=path.json`` writes it at the end of the
 session; ``ATOMR_FLASHATTN_COMMIT`` names the code where there is no git.
@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pytest
+import pytest
+
+from atomr_accel_flashattn.jit.spec import Family
+from tests.gpu.families import FAMILIES, use_family
 
 RECORD_VARIABLE = "ATOMR_FLASHATTN_TEST_RECORD"
 COMMIT_VARIABLE = "ATOMR_FLASHATTN_COMMIT"
@@ -60,3 +63,11 @@ def pytest_configure(config: pytest.Config) -> None:
     path = os.environ.get(RECORD_VARIABLE)
     if path and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(Path(path)), "atomr-gpu-recorder")
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.value, autouse=True)
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> Iterator[Family]:
+    """The kernel family of this test; modules that are about one of them have a fixture of this name of their own."""
+    record_property("family", request.param.value)
+    with use_family(request.param, request.node.nodeid, monkeypatch):
+        yield request.param

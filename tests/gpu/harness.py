@@ -5,7 +5,6 @@ The device is ``cuda:0``; ``ATOMR_FLASHATTN_TEST_DEVICE`` names another, and ``c
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from atomr_accel_flashattn.dense import DenseFwdRequest
 from atomr_accel_flashattn.execute import run
 from atomr_accel_flashattn.fa2 import AttentionOptions, Fa2FwdRequest, MaskKind, PositionBias
 from atomr_accel_flashattn.functional import flash_attn_func, flash_attn_varlen_func
 from atomr_accel_flashattn.types import SmArch
 from atomr_accel_flashattn.varlen import CumulativeSeqlens, VarlenFwdRequest
 from tests.check import Run
+from tests.gpu.families import DEVICE
 from tests.inputs import Inputs, Layout, place, storage_of
 
 Array = NDArray[Any]
 
-DEVICE = os.environ.get("ATOMR_FLASHATTN_TEST_DEVICE", "cuda:0")
-Request = Fa2FwdRequest | VarlenFwdRequest
+DENSE: type[DenseFwdRequest] = Fa2FwdRequest  # tests/gpu/families.py puts another one here
+Request = DenseFwdRequest | VarlenFwdRequest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +60,11 @@ def download(tensor: torch.Tensor) -> Array:
     return np.asarray(host.numpy())
 
 
+def dense(*arrays: Any, **options: Any) -> DenseFwdRequest:
+    """A dense request of the family that is tested."""
+    return DENSE(*arrays, **options)
+
+
 def make_call(inputs: Inputs, *, out_layout: Layout = Layout.PADDED, device: str = DEVICE) -> Call:
     """Upload everything and make the request; the output and all around it is filled with NaN."""
     out_view = place(np.zeros(inputs.out_shape, inputs.q.dtype), out_layout)
@@ -83,7 +89,7 @@ def make_request(inputs: Inputs, device: str = DEVICE, out: torch.Tensor | None 
         "out": out,
     }
     if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
-        return Fa2FwdRequest(q, k, v, **common)
+        return dense(q, k, v, **common)
     lengths = {
         "cu_seqlens_q": CumulativeSeqlens(upload(inputs.cu_seqlens_q, device), inputs.max_seqlen_q),
         "cu_seqlens_k": CumulativeSeqlens(upload(inputs.cu_seqlens_k, device), inputs.max_seqlen_k),

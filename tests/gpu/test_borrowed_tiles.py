@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from atomr_accel_flashattn.jit.spec import Family  # noqa: E402 - after the skip
 from atomr_accel_flashattn.types import SmArch  # noqa: E402 - after the skip
 from tests.cases import GPU_DTYPES, Alibi, Case  # noqa: E402
 from tests.check import check_case  # noqa: E402
@@ -16,6 +17,13 @@ from tests.gpu.harness import DEVICE, run_inputs  # noqa: E402
 from tests.inputs import Layout  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.skipif(DEVICE == "cpu", reason="the CPU backend has no tiles")]
+
+
+@pytest.fixture
+def family() -> Family:
+    """The one whose tiles differ from arch to arch."""
+    return Family.FA2
+
 
 ARCHS = (SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_120)
 WIDTHS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128), (72, 200))

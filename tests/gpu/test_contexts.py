@@ -13,6 +13,7 @@ from atomr_accel_flashattn.dispatch import arch_of_capability
 from atomr_accel_flashattn.jit.driver import check, current_context, device_count, device_properties, driver, primary_context
 from atomr_accel_flashattn.jit.launch import LaunchPlan, load_kernel
 from atomr_accel_flashattn.jit.params import DropoutMaskParams
+from atomr_accel_flashattn.jit.spec import Family
 from atomr_accel_flashattn.reference.philox import keep_mask
 from tests.jit.kernels import MASK
 
@@ -20,6 +21,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(device_count() == 0, reason="n
 
 _ROWS, _KEYS, _SEED, _THRESHOLD = 64, 32, 42, 128
 _PATTERN = keep_mask(_SEED, 0, streams=[0], rows=range(_ROWS), cols=range(_KEYS), threshold=_THRESHOLD)[0]
+
+
+@pytest.fixture
+def family() -> Family:
+    """The dropout mask kernel's."""
+    return MASK.family
 
 
 @dataclass

@@ -13,10 +13,10 @@ from atomr_accel_flashattn import functional  # noqa: E402 - after the skip
 from atomr_accel_flashattn.device_array import DeviceArray  # noqa: E402
 from atomr_accel_flashattn.errors import DeviceMismatchError, DTypeError, FeatureNotBuiltError, FlashAttnError  # noqa: E402
 from atomr_accel_flashattn.execute import run  # noqa: E402
-from atomr_accel_flashattn.fa2 import Fa2FwdRequest, MaskKind  # noqa: E402
+from atomr_accel_flashattn.fa2 import MaskKind  # noqa: E402
 from tests.cases import GPU_DTYPES, Case, build  # noqa: E402
 from tests.check import Run, check_arrays  # noqa: E402
-from tests.gpu.harness import DEVICE, download, execute, make_call, make_request  # noqa: E402
+from tests.gpu.harness import DEVICE, dense, download, execute, make_call, make_request  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.skipif(DEVICE == "cpu", reason="about GPUs")]
 
@@ -41,14 +41,14 @@ def test_a_device_that_is_not_current(case: Case) -> None:
 def test_arrays_on_two_devices_are_refused() -> None:
     q = torch.randn(1, 8, 1, 64, device="cuda:0", dtype=torch.float16)
     with pytest.raises(DeviceMismatchError, match="cuda:1"):
-        Fa2FwdRequest(q, q.to("cuda:1"), q)
+        dense(q, q.to("cuda:1"), q)
 
 
 def test_device_arrays_without_a_framework() -> None:
     for dtype in GPU_DTYPES:
         inputs = build(CASE.with_dtype(dtype))
         q, k, v = (DeviceArray.from_numpy(np.ascontiguousarray(x)) for x in (inputs.q, inputs.k, inputs.v))
-        output = run(Fa2FwdRequest(q, k, v, mask=MaskKind.causal()))
+        output = run(dense(q, k, v, mask=MaskKind.causal()))
         check_arrays(str(CASE), inputs, Run(output.out.numpy(), output.lse.numpy()))
 
 
@@ -84,7 +84,7 @@ def test_a_dlpack_object_with_out() -> None:
 def test_float32_is_refused_on_a_gpu() -> None:
     q = torch.randn(1, 8, 1, 64, device=DEVICE)
     with pytest.raises(FlashAttnError, match=r"f(loat)?16") as refusal:
-        run(Fa2FwdRequest(q, q, q))
+        run(dense(q, q, q))
     assert isinstance(refusal.value, DTypeError) or "f32" in str(refusal.value)
 
 
@@ -99,4 +99,4 @@ def test_gradients_are_refused_and_never_dropped() -> None:
 def test_cpu_and_gpu_arrays_are_not_mixed() -> None:
     q = torch.randn(1, 8, 1, 64, device=DEVICE, dtype=torch.float16)
     with pytest.raises(DeviceMismatchError):
-        Fa2FwdRequest(q, q.cpu(), q)
+        dense(q, q.cpu(), q)

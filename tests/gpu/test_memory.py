@@ -16,12 +16,12 @@ from filelock import FileLock
 torch = pytest.importorskip("torch")
 
 from atomr_accel_flashattn.execute import Output, run  # noqa: E402 - after the skip
-from atomr_accel_flashattn.fa2 import Fa2FwdRequest, MaskKind  # noqa: E402
+from atomr_accel_flashattn.fa2 import MaskKind  # noqa: E402
 from atomr_accel_flashattn.types import DType  # noqa: E402
 from atomr_accel_flashattn.varlen import CumulativeSeqlens, VarlenFwdRequest  # noqa: E402
 from tests.cases import Case, build  # noqa: E402
 from tests.check import Run, check_arrays  # noqa: E402
-from tests.gpu.harness import DEVICE, download, make_request  # noqa: E402
+from tests.gpu.harness import DEVICE, dense, download, make_request  # noqa: E402
 from tests.inputs import Inputs, Layout  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
@@ -76,7 +76,7 @@ def test_more_than_2_to_31_elements_by_batch_and_heads() -> None:
     batch, length, heads, width = 2100, 64, 128, 128
     assert batch * length * heads * width > MANY
     q, k, v = (normal(batch, length, heads, width) for _ in range(3))
-    output = run(Fa2FwdRequest(q, k, v, mask=MaskKind.causal()))
+    output = run(dense(q, k, v, mask=MaskKind.causal()))
     assert finite_everywhere(output)
     crossing = MANY // (length * heads * width)
     for b in (0, crossing - 1, crossing, batch - 1):
@@ -88,7 +88,7 @@ def test_more_than_2_to_31_elements_by_length() -> None:
     length, heads, width = 270_000, 64, 128
     assert length * heads * width > MANY
     q, k, v = (normal(1, length, heads, width) for _ in range(3))
-    output = run(Fa2FwdRequest(q, k, v, mask=MaskKind.sliding_causal(WINDOW)))
+    output = run(dense(q, k, v, mask=MaskKind.sliding_causal(WINDOW)))
     assert finite_everywhere(output)
     for row in (WINDOW, MANY // (heads * width), length - 16):
         rows, keys = slice(row, row + 16), slice(row - WINDOW, row + 16)
@@ -116,7 +116,7 @@ def test_more_than_2_to_31_elements_packed() -> None:
 def test_strides_beyond_32_bits() -> None:
     storage = normal(5 << 29)
     q, k, v = (storage.as_strided((2, 70, 2, 64), (MANY + 8, 136, 64, 1), 1024 * n) for n in range(3))
-    output = run(Fa2FwdRequest(q, k, v))
+    output = run(dense(q, k, v))
     for b in range(2):
         check_part(f"sequence {b}", part(q[b], k[b], v[b], None, None), output.out[b], output.lse[b])
 
@@ -142,11 +142,11 @@ def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
     peaks = []
     for length in (4096, 16384):
         q = normal(1, length, 8, 64)
-        run(Fa2FwdRequest(q, q, q, mask=MaskKind.causal()))
+        run(dense(q, q, q, mask=MaskKind.causal()))
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run(Fa2FwdRequest(q, q, q, mask=MaskKind.causal()))
+        run(dense(q, q, q, mask=MaskKind.causal()))
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] <= 4.1 * peaks[0]

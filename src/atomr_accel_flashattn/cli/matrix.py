@@ -154,9 +154,10 @@ class Runs:
         return cls() if failed else cls(card, arch_of_capability(major, minor), passed)
 
     def did(self, arch: SmArch, feature: str) -> bool:
-        """Whether a test that names ``feature`` passed on this architecture."""
-        mark = _TEST_MARKS.get(feature, feature)
-        return arch is self.arch and any(re.search(mark, test) for test in self.passed)
+        """Whether a test that names ``feature`` passed on this architecture; tests of the wgmma family count for sm_90a, and only there."""
+        mark, wgmma = _TEST_MARKS.get(feature, feature), arch is SmArch.SM_90A
+        on_this_card = self.arch is (SmArch.SM_90 if wgmma else arch)
+        return on_this_card and any(re.search(mark, test) for test in self.passed if ("fa3" in test) == wgmma)
 
 
 def _row(runs: Runs, mark: str, dtype: DType, features: Sequence[str] = ()) -> tuple[Entry, ...]:
