@@ -1,4 +1,4 @@
-// PTX leaves: one instruction a function, nothing else writes asm but hopper_ptx.cuh. The manual is PTX ISA 9.0.
+// PTX leaves: one instruction a function, nothing else writes asm but hopper_ptx.cuh and jit/wgmma.py (PTX ISA 9.0).
 #pragma once
 
 #include "integers.cuh"

@@ -21,8 +21,8 @@ struct OnlineSoftmax {
   float max[kBlocks][2];  // reference maximum, in score units; -inf until a key was seen
   float sum[kBlocks][2];  // this lane's part of the denominator
 
-  // The output is rescaled only when a maximum grew by more than 2^8: until then the old one serves as reference, probabilities reach at most
-  // 256 instead of 1, and nothing overflows in f16, bf16 or float32. Skips nearly every rescale after the first tiles.
+  // The output is rescaled only when a maximum grew by more than 8 in log2 units: until then the old one is the reference, probabilities reach
+  // at most 256 instead of 1, and nothing overflows in f16, bf16 or float32. Skips nearly every rescale after the first tiles.
   static constexpr float kLazyGrowth = 8.f;
 
   __device__ __forceinline__ OnlineSoftmax() {
