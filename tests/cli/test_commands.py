@@ -31,6 +31,17 @@ def test_module_is_the_same_command() -> None:
     assert "verify" in done.stdout
 
 
+def test_version(invoke: Invoke) -> None:
+    assert invoke("--version").stdout == f"atomr-flashattn {fa.__version__}\n"
+
+
+def test_a_file_that_cannot_be_written_is_one_line_too(invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("matrix", "--write", tmp_path / "missing.md")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: FileNotFoundError: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_error_is_one_line_and_no_traceback(invoke: Invoke) -> None:
     result = invoke("compile", "--arch", "sm_75")
     assert result.exit_code == 1
@@ -138,6 +149,26 @@ def test_compile_ends_with_the_compilers_log(invoke: Invoke, cache_dir: Path, mo
     assert "log:" in result.stderr
 
 
+@pytest.mark.usefixtures("cache_dir")
+def test_kernels_that_cannot_be_kept_are_an_error(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = invoke(*ONE_KERNEL, "--out", tmp_path / "file")
+    assert result.exit_code == 1
+    assert "CacheError: cannot " in result.stderr
+    assert "compiled" not in result.stdout
+
+
+@pytest.mark.parametrize("switch", ["CACHE_READONLY", "DISABLE_CACHE"])
+def test_a_cache_that_may_not_be_filled_is_an_error_before_anything_is_compiled(
+    invoke: Invoke, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    monkeypatch.setenv(f"ATOMR_FLASHATTN_{switch}", "1")
+    result = invoke(*ONE_KERNEL)
+    assert result.exit_code == 1
+    assert f"CacheError: no cache to fill: ATOMR_FLASHATTN_{switch} is set; name a folder with --out" in result.stderr
+    assert not cache_dir.exists()
+
+
 def test_sinks_are_compiled_only_where_a_window_has_a_left_bound() -> None:
     specs = specs_for([fa.SmArch.SM_80], [fa.DType.F16], [64], MASKS, ["sink_tokens"])
     assert len(specs) == 6  # the sliding masks are two bands at compile time, with a right bound and without; each with sinks and without
@@ -184,6 +215,22 @@ def test_cache_without_any_folder_is_a_named_error(invoke: Invoke, monkeypatch: 
     result = invoke("cache", "list")
     assert result.exit_code == 1
     assert "CacheError: no cache folder" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["verify", "clear"])
+def test_files_of_others_are_never_removed(invoke: Invoke, tmp_path: Path, command: str) -> None:
+    for name in ("package.json", "mine.cu"):
+        (tmp_path / name).write_text("{}")
+    result = invoke("cache", command, "--dir", tmp_path)
+    assert result.exit_code == 1
+    assert "mine.cu; nothing was removed" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"package.json", "mine.cu"}
+
+
+def test_a_folder_that_is_named_and_not_there_is_a_named_error(invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("cache", "verify", "--dir", tmp_path / "typo")
+    assert result.exit_code == 1
+    assert "CacheError: no folder" in result.stderr
 
 
 # --- bench ------------------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -16,7 +17,7 @@ __all__ = ["app", "main"]
 
 
 class Commands(TyperGroup):
-    """The root group: an error that this package raises on purpose ends a command with one line and status 1, not with a traceback."""
+    """The root group: errors raised on purpose, and files that cannot be read or written, end a command with one line and status 1."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
@@ -25,12 +26,14 @@ class Commands(TyperGroup):
             warnings.simplefilter("always", CacheWarning)
             try:
                 return super().invoke(ctx)
-            except FlashAttnError as error:
+            except BrokenPipeError:  # whoever read our output has gone: click ends quietly
+                raise
+            except (FlashAttnError, OSError) as error:
                 _show_error(error)
                 raise typer.Exit(1) from error
 
 
-def _show_error(error: FlashAttnError) -> None:
+def _show_error(error: Exception) -> None:
     """``error: NameOfError: first line``; a compile error keeps the rest, which is the compiler's log."""
     first, *rest = str(error).splitlines() or [""]
     errors().print(f"[bold red]error:[/] [bold]{type(error).__name__}[/]: ", end="")
@@ -53,6 +56,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"atomr-flashattn {version('atomr-accel-flashattn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Options of the whole."""
+
+
 app.command("demo")(demo.demo)
 app.command("info")(info.info)
 app.command("matrix")(matrix.matrix)

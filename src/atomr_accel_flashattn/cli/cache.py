@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -17,19 +18,38 @@ __all__ = ["app", "cache_at"]
 
 app = typer.Typer(help="The kernel cache: list, verify, clear, size.", no_args_is_help=True)
 
+_OURS = re.compile(r"-[0-9a-f]{16}\.(json|cubin|cu)$")  # how KernelCache names what it writes
 Directory = Annotated[Path | None, typer.Option("--dir", help="Another cache folder than the one that the environment names.")]
 
 
 def cache_at(directory: Path | None) -> KernelCache:
-    """The cache in ``directory``, or the one that the environment names.
+    """The cache in ``directory``, or the one that the environment names, which need not exist yet.
 
     Raises:
-        CacheError: no folder is named anywhere.
+        CacheError: no folder is named anywhere, or ``directory`` does not exist.
     """
+    if directory is not None and not directory.exists():
+        raise CacheError(f"no folder {directory}; name one that exists with --dir")
     folder = directory or settings().cache_dir
     if folder is None:
         raise CacheError("no cache folder: this user has no home; name one with --dir or ATOMR_FLASHATTN_CACHE_DIR")
     return KernelCache(folder)
+
+
+def _cache_to_clean(directory: Path | None) -> KernelCache:
+    """:func:`cache_at` for commands that remove files: refused when the folder holds files of the same kinds that we did not write.
+
+    Raises:
+        CacheError: a folder that is not ours alone.
+    """
+    cache = cache_at(directory)
+    names = (path.name for path in cache.directory.iterdir()) if cache.directory.is_dir() else ()
+    foreign = sorted(name for name in names if name.endswith((".json", ".cubin", ".cu")) and not _OURS.search(name))
+    if foreign:
+        raise CacheError(
+            f"{cache.directory} is no kernel cache, for it holds {foreign[0]}; nothing was removed; name the right folder with --dir"
+        )
+    return cache
 
 
 @app.command("list")
@@ -58,7 +78,7 @@ def list_entries(directory: Directory = None, as_json: Json = False) -> None:
 @app.command()
 def verify(directory: Directory = None, as_json: Json = False) -> None:
     """Read every kernel, compare it with its digest, and remove what is damaged. Status 1 when something was."""
-    cache = cache_at(directory)
+    cache = _cache_to_clean(directory)
     good, removed = cache.verify()
     if as_json:
         print_json({"directory": cache.directory, "good": good, "removed": removed})
@@ -73,7 +93,7 @@ def verify(directory: Directory = None, as_json: Json = False) -> None:
 @app.command()
 def clear(directory: Directory = None, as_json: Json = False) -> None:
     """Remove every kernel. They are compiled again when they are needed."""
-    cache = cache_at(directory)
+    cache = _cache_to_clean(directory)
     freed = cache.size()
     removed = cache.clear()
     if as_json:

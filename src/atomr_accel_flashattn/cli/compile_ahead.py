@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from ..dispatch import DISPATCH_TABLE, FEATURES, DispatchKey, arch_of_capability, lookup, with_features
-from ..errors import CompileError, DispatchError
-from ..jit.cache import KernelCache, default_cache
+from ..env import settings
+from ..errors import CacheError, CompileError, DispatchError
+from ..jit.cache import KernelCache
 from ..jit.compile import CompiledKernel, compile_many
 from ..jit.driver import device_count, device_properties
 from ..jit.spec import KernelSpec
@@ -55,7 +56,7 @@ def compile_ahead(
     if dry_run:
         _show_plan(specs, as_json=as_json)
         return
-    cache = KernelCache(out) if out is not None else default_cache()
+    cache = _cache_to_fill(out)
     with progress_bar(hidden=as_json) as bar:
         task = bar.add_task(f"compiling {len(specs)} kernels", total=len(specs))
         results = compile_many(specs, jobs, lambda _spec, _result: bar.advance(task), cache)
@@ -63,6 +64,25 @@ def compile_ahead(
     _report(specs, results, cache, as_json=as_json)
     if failures:
         raise failures[0]
+
+
+def _cache_to_fill(out: Path | None) -> KernelCache:
+    """The folder that the kernels are compiled for. It is strict: kernels that cannot be kept were compiled for nothing.
+
+    Raises:
+        CacheError: no folder is named, or the environment forbids to write to the one that is.
+    """
+    here = settings()
+    folder = out or here.cache_dir
+    if out is None and (folder is None or here.cache_readonly or here.cache_disabled):
+        why = (
+            "this user has no home"
+            if folder is None
+            else f"ATOMR_FLASHATTN_{'CACHE_READONLY' if here.cache_readonly else 'DISABLE_CACHE'} is set"
+        )
+        raise CacheError(f"no cache to fill: {why}; name a folder with --out")
+    assert folder is not None  # noqa: S101 - refused above
+    return KernelCache(folder, strict=True)
 
 
 def specs_for(
@@ -158,9 +178,9 @@ def _show_plan(specs: list[KernelSpec], *, as_json: bool) -> None:
         typer.echo(spec.kernel_name)
 
 
-def _report(specs: list[KernelSpec], results: list[CompiledKernel | CompileError], cache: KernelCache | None, *, as_json: bool) -> None:
+def _report(specs: list[KernelSpec], results: list[CompiledKernel | CompileError], cache: KernelCache, *, as_json: bool) -> None:
     rows = [outcome_row(result) for result in results]
-    where = cache.directory if cache is not None else None
+    where = cache.directory
     if as_json:
         print_json({"directory": where, "kernels": rows})
         return
@@ -184,7 +204,6 @@ def _report(specs: list[KernelSpec], results: list[CompiledKernel | CompileError
     hits = sum(row["cache_hit"] for row in made)
     total = size_text(sum(row["cubin_bytes"] for row in made))
     screen.print(
-        f"{len(specs)} kernels: {len(made) - hits} compiled, {hits} from the cache, {len(specs) - len(made)} failed; {total} in "
-        f"{where or 'memory only: the cache is switched off'}",
+        f"{len(specs)} kernels: {len(made) - hits} compiled, {hits} from the cache, {len(specs) - len(made)} failed; {total} in {where}",
         soft_wrap=True,
     )
