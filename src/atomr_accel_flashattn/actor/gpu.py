@@ -18,7 +18,7 @@ from ..execute import Outputs, fill
 from ..fa2 import Fa2FwdRequest
 from ..jit.driver import check, current_context, driver, primary_context
 from ..jit.launch import LaunchPlan
-from ..jit.params import FwdParams, forward_pointers
+from ..jit.params import forward_pointers
 from ..problem import ArrayInfo, AttentionProblem
 from ..types import Device
 from ..varlen import VarlenFwdRequest
@@ -114,7 +114,7 @@ class GpuInner(FlashAttnInner):
         super().__init__(Device("cuda", index))
         self._events = CudaEvents(index)
         self._own_stream: Any = None
-        self._plans: dict[Hashable, LaunchPlan[FwdParams]] = {}
+        self._plans: dict[Hashable, LaunchPlan[Any]] = {}
         if stream is None:
             cuda = driver()
             with current_context(index):
@@ -162,7 +162,7 @@ class GpuInner(FlashAttnInner):
             plan.launch(self._stream, forward_pointers(problem, outputs.out, outputs.lse.ptr if outputs.lse else None))
             return
         made = fill(request, outputs, stream=self._stream)
-        if made is not None and key is not None and type(made.params) is FwdParams:
+        if made is not None and key is not None:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             self._plans[key] = made.kernel.plan(made.params, made.grid)
