@@ -247,26 +247,24 @@ def test_a_callback_may_stop_the_actor_and_send_to_it(device: HeldDevice):
 
 def test_back_pressure_waits_for_a_place_in_order(device: HeldDevice):
     with start(device, max_in_flight=1, mailbox_limit=1) as actor:
-        replies = [actor.ask(message())]
+        messages = [message(seed) for seed in range(5)]
+        replies = [actor.ask(messages[0])]
         device.wait_for(1)
-        sent: list[int] = []
-
-        def send(seed: int) -> None:
-            replies.append(actor.ask(message(seed)))
-            sent.append(seed)
-
         senders = []
-        for seed in range(1, 5):
-            senders.append(threading.Thread(target=send, args=(seed,)))
+        for count, each in enumerate(messages[1:], 2):
+            senders.append(threading.Thread(target=lambda each=each: replies.append(actor.ask(each))))
             senders[-1].start()
-            time.sleep(0.02)
-        assert len(sent) <= 2  # one in the mailbox, one with the actor, which waits for a launch to finish
+            deadline = time.monotonic() + PATIENCE
+            while actor._mailbox.unsettled + len(actor._mailbox._outside) < count and time.monotonic() < deadline:
+                time.sleep(0.001)
+        assert len(actor._mailbox._outside) >= 2  # one is in the mailbox, one with the actor, which waits for a launch to finish
+        assert len(replies) <= 3
         for count in range(1, 6):
             device.wait_for(count)
             device.flights[count - 1].land()
         for sender in senders:
             sender.join(PATIENCE)
-        assert sent == [1, 2, 3, 4]
+        assert [flight.jobs[0].message for flight in device.flights] == messages
         assert all(reply.result(PATIENCE).out is not None for reply in replies)
 
 

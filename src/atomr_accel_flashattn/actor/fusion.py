@@ -99,13 +99,22 @@ def _pack(requests: Sequence[Fa2FwdRequest]) -> VarlenFwdRequest:
         q,
         k,
         v,
-        cu_seqlens_q=CumulativeSeqlens.from_lengths(lengths[0], like=q),
-        cu_seqlens_k=CumulativeSeqlens.from_lengths(lengths[1], like=q),
+        cu_seqlens_q=_seqlens(lengths[0], q),
+        cu_seqlens_k=_seqlens(lengths[1], q),
         mask=first.mask,
         bias=first.bias,
         sink_tokens=first.sink_tokens,
         options=first.options,
     )
+
+
+def _seqlens(lengths: list[int], like: Any) -> CumulativeSeqlens:
+    """Offsets in the library and on the device of ``like``; on a GPU without waiting for it, as a copy from plain memory would."""
+    if isinstance(like, np.ndarray) or not like.is_cuda:
+        return CumulativeSeqlens.from_lengths(lengths, like=like)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    pinned = sys.modules["torch"].from_numpy(offsets).pin_memory()
+    return CumulativeSeqlens(pinned.to(like.device, non_blocking=True), max(lengths))
 
 
 def _rows(arrays: Sequence[Any]) -> Any:
