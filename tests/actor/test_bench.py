@@ -1,0 +1,23 @@
+"""The benchmark of the mailbox runs, writes its record and draws it; its figures are not looked at here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atomr_accel_flashattn.bench.actor import ActorOptions, main_actor
+
+
+@pytest.mark.torch
+def test_every_part_is_measured_recorded_and_drawn(tmp_path: Path) -> None:
+    said: list[str] = []
+    options = ActorOptions(device="cpu", requests=8, repeats=1)
+    record, path = main_actor(options, out=tmp_path, commit="none", say=said.append)
+    assert json.loads(path.read_text())["kind"] == "actor"
+    assert path.with_suffix(".png").stat().st_size > 1000
+    assert record["round_trip_us"]["actor"] > 0 < record["pipelined_us"]["actor"]
+    assert [row["ratio"] > 0 for row in record["throughput"]] == [True] * 3
+    assert set(record["fused_us"]) == {"False", "True"}
+    assert any("round trip" in line for line in said)
