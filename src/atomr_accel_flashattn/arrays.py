@@ -35,6 +35,7 @@ __all__ = [
     "pad_last",
     "raw_stream",
     "read_array",
+    "share_memory",
     "unbind",
 ]
 
@@ -48,6 +49,7 @@ _DTYPES: Final = {
     "float64": DType.F64,
 }
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
+_OVERLAP_WORK: Final[Any] = 10_000  # candidates that NumPy looks at; views of one packed buffer need fewer than ten
 _BIT_TYPES: Final = {"bfloat16": "<u2", "float8_e4m3fn": "|u1", "float8_e5m2": "|u1"}  # how NumPy's array interface can carry them
 
 
@@ -109,9 +111,10 @@ def _read_protocol(x: Any, name: str) -> ArrayInfo:
         return _info(view.ptr, view.shape, view.strides, view.dtype_name, view.device, view.borrowed)
     if hasattr(x, "__cuda_array_interface__"):
         return _read_cuda_array_interface(x, name)
+    advice = "; call numpy.asarray" if isinstance(x, (list, tuple)) else ""
     raise ArrayTypeError(
         f"{name}: got {type(x).__module__}.{type(x).__qualname__}, which is no array; allowed are torch tensors, NumPy and CuPy arrays, "
-        "DeviceArray, and objects with __dlpack__ or __cuda_array_interface__"
+        f"DeviceArray, and objects with __dlpack__ or __cuda_array_interface__{advice}"
     )
 
 
@@ -125,10 +128,13 @@ def _read_torch(x: Any, name: str, torch: Any) -> ArrayInfo:
     device = x.device
     if device.type not in {"cpu", "cuda"}:
         raise DeviceMismatchError(f"{name}: got a torch tensor on {device}; allowed are cpu and cuda; move it there with .to()")
-    if x.layout is not torch.strided or x.is_neg():
-        raise ArrayTypeError(
-            f"{name}: got a torch tensor of layout {x.layout}; allowed are plain strided tensors; call .to_dense() or .resolve_neg()"
-        )
+    if x.layout is not torch.strided or x.is_nested or x.is_neg():
+        what, advice = f"a torch tensor of layout {x.layout}", "call .to_dense()"
+        if x.is_nested:
+            what, advice = "a nested torch tensor", "pack the sequences and use flash_attn_varlen_func"
+        elif x.is_neg():
+            what, advice = "a torch tensor with its negative bit set", "call .resolve_neg()"
+        raise ArrayTypeError(f"{name}: got {what}; allowed are plain strided tensors; {advice}")
     try:
         ptr = x.data_ptr()
     except RuntimeError as error:
@@ -211,6 +217,18 @@ def as_numpy(info: ArrayInfo) -> np.ndarray[Any, Any]:
     if not all(info.shape):
         return np.empty(info.shape, dtype)
     return np.asarray(_HostInterface(info, dtype)).view(dtype)
+
+
+def share_memory(a: ArrayInfo, b: ArrayInfo) -> bool:
+    """Whether two arrays on one device have an element in common; what cannot be decided in a moment counts as shared."""
+    if 0 in a.shape or 0 in b.shape:
+        return False
+    # NumPy compares addresses and strides and reads nothing, so addresses on a GPU will do.
+    first, second = (np.asarray(_HostInterface(info, numpy_dtype(info.dtype_name))) for info in (a, b))
+    try:
+        return bool(np.shares_memory(first, second, max_work=_OVERLAP_WORK))
+    except np.exceptions.TooHardError:
+        return True
 
 
 class _HostInterface:

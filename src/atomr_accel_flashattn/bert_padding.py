@@ -42,7 +42,7 @@ def unpad_input(hidden_states: Any, attention_mask: Any, unused_mask: Any = None
         the number of valid tokens of each sequence, int32 (B,).
 
     Raises:
-        ShapeError: sizes that do not fit together.
+        ShapeError: sizes that do not fit together, or masks that add up to anything but 0 and 1.
         DeviceMismatchError: arrays on different devices.
     """
     states = _check_rank(hidden_states, "hidden_states", 2, "(batch, length, ...)")
@@ -62,6 +62,8 @@ def unpad_input(hidden_states: Any, attention_mask: Any, unused_mask: Any = None
     indices = _flat_nonzero(kept)
     flat = hidden_states.reshape((states.shape[0] * states.shape[1], *states.shape[2:]))
     longest = int(lengths.max()) if states.shape[0] else 0
+    if int(cu_seqlens[-1]) != indices.shape[0]:
+        raise ShapeError("attention_mask and unused_mask: got a value other than 0 and 1, or a token in both; allowed is 1 in at most one")
     return flat[indices], indices, cu_seqlens, longest, attention_mask.sum(-1, dtype=int32)
 
 

@@ -6,12 +6,11 @@ Every message names the argument, says what it got, what is allowed, and what to
 from __future__ import annotations
 
 import sys
-from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from .arrays import contiguous_strides, draw_seed_and_offset, read_array
+from .arrays import contiguous_strides, draw_seed_and_offset, read_array, share_memory
 from .errors import (
     DeviceMismatchError,
     DropoutError,
@@ -99,14 +98,18 @@ def _check_dtypes(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
         if info.dtype is not None and info.dtype.is_fp8:
             raise FeatureNotBuiltError("fp8", f"{name} has type {info.dtype_name}; float16 and bfloat16 are built")
         if info.dtype is None:
-            raise DTypeError(f"{name}: got type {info.dtype_name}; allowed are {', '.join(_CPU_DTYPES)} (on a GPU float16 and bfloat16)")
+            raise DTypeError(
+                f"{name}: got type {info.dtype_name}; allowed are {', '.join(_CPU_DTYPES)} (on a GPU float16 and bfloat16); convert {name}"
+            )
         if info.device.kind != "cpu" and info.dtype not in _GPU_DTYPES:
             raise DTypeError(
                 f"{name}: got type {info.dtype_name} on {info.device}; allowed on a GPU are float16 and bfloat16; "
                 "convert, or move to the CPU"
             )
         if info.dtype is not q.dtype:
-            raise DTypeError(f"{name}: got type {info.dtype_name} with {q.dtype_name} in q; allowed is one type for q, k and v")
+            raise DTypeError(
+                f"{name}: got type {info.dtype_name} with {q.dtype_name} in q; allowed is one type for q, k and v; convert {name}"
+            )
 
 
 def _check_head_dim(name: str, info: ArrayInfo) -> None:
@@ -114,9 +117,8 @@ def _check_head_dim(name: str, info: ArrayInfo) -> None:
     size = info.shape[-1]
     if not 1 <= size <= MAX_HEAD_DIM or size % step:
         what = f"1..{MAX_HEAD_DIM}" if step == 1 else f"multiples of {step} up to {MAX_HEAD_DIM}"
-        raise HeadDimError(
-            f"{name}: got head dim {size} on {info.device}; allowed are {what}; the functional calls pad to the next multiple of 8"
-        )
+        pads = "; the functional calls pad to the next multiple of 8" if 1 <= size < MAX_HEAD_DIM else ""
+        raise HeadDimError(f"{name}: got head dim {size} on {info.device}; allowed are {what}{pads}")
 
 
 def read_slopes(bias: PositionBias, q: ArrayInfo, *, batch: int, heads: int) -> ArrayInfo | None:
@@ -206,8 +208,8 @@ def check_out(out: Any, shape: tuple[int, ...], inputs: tuple[ArrayInfo, ArrayIn
             f"out: got strides {info.strides} for shape {info.shape}, where elements share memory; "
             "allowed is an array of its own; pass a copy"
         )
-    if prod(info.shape) and info.ptr in {array.ptr for array in inputs}:
-        raise OutputError("out: got the memory of q, k or v, which other blocks still read; allowed is an array of its own")
+    if any(share_memory(info, array) for array in inputs):
+        raise OutputError("out: got the memory of q, k or v, which other blocks still read; allowed is an array of its own; pass a copy")
     return info
 
 

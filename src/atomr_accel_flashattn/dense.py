@@ -8,7 +8,7 @@ from typing import Any
 from .checks import check_out, check_qkv, read_dropout, read_learned_sink, read_qkv, read_slopes, steps
 from .dispatch import DispatchKey, best_arch, key_of_problem
 from .errors import ShapeError
-from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias
+from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias, check_kinds
 from .problem import ArrayInfo, AttentionProblem, Strides
 from .types import SmArch
 
@@ -53,6 +53,7 @@ class DenseFwdRequest:
     def __post_init__(self) -> None:
         q, k, v = read_qkv(self.q, self.k, self.v, layout="(batch, length, heads, head dim)")
         check_qkv(q, k, v)
+        check_kinds(self.mask, self.bias, self.options)
         _check_sizes(q, k, v)
         batch, seqlen_q, heads, head_dim = q.shape
         problem = AttentionProblem(

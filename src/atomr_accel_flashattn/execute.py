@@ -70,7 +70,7 @@ def run(
     """Do what a request asks.
 
     Args:
-        request: a Fa2FwdRequest, a VarlenFwdRequest, or anything that satisfies FaFwdDispatch.
+        request: a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest, or anything that satisfies FaFwdDispatch.
         stream: the CUDA stream to enqueue on (a raw handle, or a stream of torch, CuPy or cuda.core); None is the current stream of q's
             library. New outputs belong to that library's current stream, as ever.
         lse: whether the log-sum-exp is wanted.
@@ -116,8 +116,10 @@ def fill(request: FaFwdDispatch, outputs: Outputs, *, stream: Any = None) -> Lau
 
 
 def _resolve(request: FaFwdDispatch, tiles_for: SmArch | None) -> tuple[DispatchKey, KernelSpec | CpuSpec]:
-    if not isinstance(request, FaFwdDispatch):
-        raise ArrayTypeError(f"request: got {type(request).__qualname__}; allowed is a Fa2FwdRequest or a VarlenFwdRequest")
+    if isinstance(request, type) or not isinstance(request, FaFwdDispatch):
+        raise ArrayTypeError(
+            f"request: got {type(request).__qualname__}; allowed is a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest"
+        )
     device = request.problem.q.device
     _check_backend(device)
     key = request.dispatch_key()

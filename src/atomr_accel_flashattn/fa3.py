@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .dense import DenseFwdRequest
 from .dispatch import DispatchKey, key_of_problem, wgmma_arch
@@ -22,13 +23,17 @@ class PersistentMode:
         blocks: how many persistent blocks; None is one per multiprocessor.
 
     Raises:
-        ScheduleError: ``blocks`` that is no positive integer, or without ``persistent``.
+        ScheduleError: ``blocks`` that is no positive integer, or without ``persistent``; ``persistent`` that is no bool.
     """
 
     persistent: bool | None = None
     blocks: int | None = None
 
     def __post_init__(self) -> None:
+        if self.persistent is not None and not isinstance(self.persistent, bool):
+            raise ScheduleError(
+                f"PersistentMode: got persistent={self.persistent!r}; allowed are True, False, and None for the launch to choose"
+            )
         if self.blocks is not None and not (self.persistent is True and type(self.blocks) is int and self.blocks > 0):
             raise ScheduleError(f"PersistentMode: got {self.blocks!r} blocks; allowed is a positive integer, with persistent=True")
 
@@ -59,6 +64,12 @@ class Fa3FwdRequest(DenseFwdRequest):
     """
 
     persistent: PersistentMode = field(default=PersistentMode.auto(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        DenseFwdRequest.__post_init__(self)  # a class with slots has no zero-argument super()
+        mode: Any = self.persistent
+        if not isinstance(mode, PersistentMode):
+            raise ScheduleError(f"persistent: got {mode!r}; allowed is a PersistentMode, as PersistentMode.Persistent()")
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         """The key of this request on ``arch``; None is the best one for the device of q."""

@@ -3,8 +3,8 @@
 On top of those signatures every call takes, by keyword only, ``out`` (an array to be written), ``learned_sink`` and ``sink_tokens``.
 Differences, all of them on purpose: v may have its own head dim; softcap goes together with dropout; NumPy, CuPy and DLPack arrays are
 as welcome as torch tensors, on the CPU too; the third value of ``return_attn_probs=True`` is the dropout pattern (bool, True where
-kept) or None, because probabilities are never stored. An argument that is not supported raises; none is ignored, and ``deterministic``
-asks for what forward always is.
+kept) or None, because probabilities are never stored; the LSE of a query that sees no key is -inf, as it is of an empty sum, where
+flash-attn has +inf. An argument that is not supported raises; none is ignored, and ``deterministic`` asks for what forward always is.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from . import plans
 from .arrays import copy_into, pad_last, read_array, unbind
 from .checks import MAX_HEAD_DIM, check_out, refuse_gradients
 from .dense import DenseFwdRequest
-from .errors import FeatureNotBuiltError, ShapeError, WindowError
+from .errors import FeatureNotBuiltError, ShapeError, UnsupportedArgumentError, WindowError
 from .execute import execute
-from .options import AttentionOptions, MaskKind, PositionBias
+from .options import AttentionOptions, MaskKind, PositionBias, is_integer
 from .problem import ArrayInfo
 from .varlen import CumulativeSeqlens, VarlenFwdRequest
 
@@ -271,10 +273,11 @@ class _Call:
     """A functional call on its way to a request: arguments in our terms, head dims padded to multiples of 8 as flash-attn does."""
 
     def __init__(self, q: Any, k: Any, v: Any, numbers: plans.Numbers, others: plans.Others) -> None:
-        dropout_p, softmax_scale, causal, window_size, softcap, self.sink_tokens, self.return_attn_probs = numbers
+        dropout_p, softmax_scale, causal, window_size, softcap, self.sink_tokens, return_attn_probs = numbers
         self.others = others
         slopes, learned_sink, self.out = others
-        self.mask = _mask(window_size, causal=bool(causal))
+        self.return_attn_probs = _flag(return_attn_probs, "return_attn_probs")
+        self.mask = _mask(window_size, causal=_flag(causal, "causal"))
         self.bias = PositionBias(slopes)
         infos = read_array(q, "q"), read_array(k, "k"), read_array(v, "v")
         self.arrays = (q, k, v)
@@ -304,7 +307,7 @@ class _Call:
 
     def finish(self, request: DenseFwdRequest | VarlenFwdRequest, key: plans.Key | None) -> Any:
         """Run the request, leave a plan for calls like it, and give the results the form that flash-attn gives them."""
-        output, launch = execute(request, lse=bool(self.return_attn_probs), dropout_mask=bool(self.return_attn_probs))
+        output, launch = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
         if key is not None and launch is not None and not self.padded:
             plans.remember(key, launch, self.arrays[0], output, self.others)
         out = output.out
@@ -330,12 +333,19 @@ def _softcap(softcap: Any) -> Any:
     return 0.0 if isinstance(softcap, Real) and softcap <= 0 else softcap
 
 
+def _flag(value: Any, name: str) -> bool:
+    """True or False (of NumPy too, or as 1 and 0); a string would count as True, and a tensor would have to be waited for."""
+    if isinstance(value, (bool, np.bool_)) or (is_integer(value) and value in {0, 1}):
+        return bool(value)
+    raise UnsupportedArgumentError(f"{name}: got {value!r}; allowed are True and False")
+
+
 def _mask(window_size: Any, *, causal: bool) -> MaskKind:
     try:
         left, right = window_size
     except (TypeError, ValueError) as error:
         raise WindowError(f"window_size: got {window_size!r}; allowed is (left, right), negative for no bound") from error
-    return MaskKind.window(left, 0 if causal else right)
+    return MaskKind.window(left, 0 if causal and is_integer(right) else right)
 
 
 def _unpack(x: Any, name: str, *, axis: int, parts: int) -> tuple[Any, ...]:

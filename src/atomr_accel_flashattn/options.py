@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite, log2, sqrt
+from math import log2, sqrt
 from numbers import Integral, Real
 from typing import Any, Final
 
 import numpy as np
 
-from .errors import DropoutError, ScaleError, SinkWithoutMaskError, SoftcapError, WindowError
+from .errors import ArrayTypeError, DropoutError, ScaleError, SinkWithoutMaskError, SoftcapError, WindowError
 from .problem import Band
 
-__all__ = ["MAX_LENGTH", "AttentionOptions", "MaskKind", "PositionBias", "is_integer", "is_real"]
+__all__ = ["MAX_LENGTH", "AttentionOptions", "MaskKind", "PositionBias", "check_kinds", "is_integer", "is_real"]
 
 MAX_LENGTH: Final = 2**30 - 1  # tokens of one sequence: kernels count them in 32 bits and mark "no bound" with 2^30
 _LOG2_E: Final = log2(np.e)
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+_LARGEST: Final = _FLOAT32_MAX / _LOG2_E  # kernels multiply by log2(e); compared, not computed with: integers may exceed every float
 
 
 def is_integer(value: Any) -> bool:
@@ -155,9 +156,9 @@ class AttentionOptions:
 
     def __post_init__(self) -> None:
         scale, cap, p = self.softmax_scale, self.softcap, self.dropout_p
-        if scale is not None and not (is_real(scale) and isfinite(scale) and abs(scale) * _LOG2_E <= _FLOAT32_MAX):
+        if scale is not None and not (is_real(scale) and abs(scale) <= _LARGEST):
             raise ScaleError(f"softmax_scale: got {scale!r}; allowed is a finite float32 number, or None for 1 / sqrt(head dim)")
-        if not (is_real(cap) and isfinite(cap) and cap >= 0 and cap * _LOG2_E <= _FLOAT32_MAX):
+        if not (is_real(cap) and 0 <= cap <= _LARGEST):
             raise SoftcapError(f"softcap: got {cap!r}; allowed is a finite float32 number >= 0, 0 for none")
         if cap > 0 and abs(scale if scale is not None else 1.0) / cap > _FLOAT32_MAX:
             raise SoftcapError(
@@ -169,3 +170,20 @@ class AttentionOptions:
     def scale_for(self, head_dim: int) -> float:
         """The factor on q.k."""
         return 1.0 / sqrt(head_dim) if self.softmax_scale is None else float(self.softmax_scale)
+
+
+def check_kinds(mask: Any, bias: Any, options: Any) -> None:
+    """Whether the parts of a request are what their names say.
+
+    Raises:
+        ArrayTypeError: one of them is another object, as a string, an array, or a method that was not called.
+    """
+    for name, value, kind, example in (
+        ("mask", mask, MaskKind, "MaskKind.causal()"),
+        ("bias", bias, PositionBias, "PositionBias.alibi(slopes)"),
+        ("options", options, AttentionOptions, "AttentionOptions(softcap=30.0)"),
+    ):
+        if not isinstance(value, kind):
+            raise ArrayTypeError(
+                f"{name}: got {type(value).__qualname__}; allowed is a {kind.__name__}, as {example}; leave it out for none"
+            )

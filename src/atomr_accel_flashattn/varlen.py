@@ -15,7 +15,7 @@ from .device_array import DeviceArray
 from .dispatch import DispatchKey, best_arch, key_of_problem
 from .env import settings
 from .errors import ArrayTypeError, CuSeqlensError, DeviceMismatchError, DTypeError, ShapeError
-from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias, is_integer
+from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias, check_kinds, is_integer
 from .problem import ArrayInfo, AttentionProblem, Strides
 from .types import SmArch
 
@@ -92,7 +92,10 @@ class CumulativeSeqlens:
             CuSeqlensError: a negative or non-integer length, or a total beyond int32.
             ArrayTypeError: a library that we cannot make arrays with.
         """
-        values = np.asarray(lengths)
+        try:
+            values = np.asarray(lengths)
+        except (ValueError, TypeError) as error:  # ragged, or memory of a GPU
+            raise CuSeqlensError(f"lengths: got {lengths!r}; allowed is a flat sequence of integers >= 0 in host memory") from error
         if values.ndim != 1 or (values.size and values.dtype.kind not in "iu") or (values < 0).any():
             raise CuSeqlensError(f"lengths: got {lengths!r}; allowed is a flat sequence of integers >= 0")
         offsets = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
@@ -175,6 +178,7 @@ class VarlenFwdRequest:
     def __post_init__(self) -> None:
         q, k, v = read_qkv(self.q, self.k, self.v, layout="(total, heads, head dim)")
         check_qkv(q, k, v)
+        check_kinds(self.mask, self.bias, self.options)
         if v.shape[0] != k.shape[0]:
             raise ShapeError(f"v: got {v.shape[0]} rows with {k.shape[0]} in k; allowed are equal numbers of rows of k and v")
         seqlens_q = self.cu_seqlens_q

@@ -67,6 +67,8 @@ GPU_QKV = {"q": on_gpu(make(1, 2, 2, 8, **HALF)), "k": on_gpu(make(1, 2, 2, 8, *
 READ_ONLY = make(B, SQ, HQ, D)
 READ_ONLY.flags.writeable = False
 SAME = make(B, SQ, HQ, D)
+SHIFTED = make(B * SQ + 1, HQ, D)
+OVERLAPPING = SHIFTED[1:].reshape(B, SQ, HQ, D)
 
 ARRAYS = [
     dense("no_array", fa.ArrayTypeError, "got builtins.list", "allowed are torch tensors", q=[[1.0]]),
@@ -230,7 +232,28 @@ NUMBERS = [
         "int64 of shape (3,)",
         "shape (2,)",
     ),
-    Refusal("request_type", lambda: fa.run("q"), fa.ArrayTypeError, "got str", "Fa2FwdRequest or a VarlenFwdRequest"),
+    Refusal(
+        "request_type",
+        lambda: fa.run("q"),
+        fa.ArrayTypeError,
+        "got str",
+        "DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest",
+    ),
+    Refusal("request_class", lambda: fa.run(fa.Fa2FwdRequest), fa.ArrayTypeError, "got type", "VarlenFwdRequest"),
+    dense("causal_string", fa.UnsupportedArgumentError, "causal: got 'False'", "True and False", causal="False"),
+    dense("causal_mask", fa.UnsupportedArgumentError, "causal: got array", "True and False", causal=np.ones((SQ, SK), bool)),
+    dense("return_attn_probs_string", fa.UnsupportedArgumentError, "got 'no'", "True and False", return_attn_probs="no"),
+    dense("window_right_of_a_causal_call", fa.WindowError, "(3, 'x')", "two integers", causal=True, window_size=(3, "x")),
+    dense("scale_beyond_every_float", fa.ScaleError, "got 1000", "finite float32", softmax_scale=10**400),
+    dense("softcap_beyond_every_float", fa.SoftcapError, "got 1000", "finite float32", softcap=10**400),
+    Refusal("mask_string", lambda: fa.Fa2FwdRequest(**qkv(), mask="causal"), fa.ArrayTypeError, "mask: got str", "MaskKind.causal()"),
+    Refusal(
+        "mask_not_called", lambda: fa.Fa2FwdRequest(**qkv(), mask=fa.MaskKind.causal), fa.ArrayTypeError, "mask: got method", "a MaskKind"
+    ),
+    Refusal("bias_array", lambda: fa.Fa2FwdRequest(**qkv(), bias=make(HQ)), fa.ArrayTypeError, "bias: got ndarray", "PositionBias"),
+    Refusal("options_dict", lambda: fa.Fa3FwdRequest(**qkv(), options={}), fa.ArrayTypeError, "options: got dict", "AttentionOptions"),
+    Refusal("persistent_bool", lambda: fa.Fa3FwdRequest(**qkv(), persistent=True), fa.ScheduleError, "got True", "a PersistentMode"),
+    Refusal("persistent_string", lambda: fa.PersistentMode(persistent="yes"), fa.ScheduleError, "'yes'", "True, False"),
 ]
 
 OUTPUTS = [
@@ -246,6 +269,9 @@ OUTPUTS = [
         out=np.lib.stride_tricks.as_strided(make(D), (B, SQ, HQ, D), (0, 0, 0, 4)),
     ),
     dense("out_is_q", fa.OutputError, "memory of q, k or v", "an array of its own", q=SAME, out=SAME),
+    dense(
+        "out_overlaps_q", fa.OutputError, "memory of q, k or v", "pass a copy", q=SHIFTED[: B * SQ].reshape(B, SQ, HQ, D), out=OVERLAPPING
+    ),
     dense("out_of_a_padded_call", fa.OutputError, "(2, 5, 4, 8)", "(2, 5, 4, 7)", v=make(B, SK, HKV, 7), out=make(B, SQ, HQ, D)),
 ]
 
@@ -275,6 +301,7 @@ PACKED = [
     varlen("rows_of_v", fa.ShapeError, "6 rows with 7 in k", "equal numbers of rows", v=make(6, HKV, D)),
     varlen("rank", fa.ShapeError, "rank 4", "rank 3, (total, heads, head dim)", q=make(1, SQ, HQ, D)),
     Refusal("lengths_negative", lambda: fa.CumulativeSeqlens.from_lengths([3, -1]), fa.CuSeqlensError, "[3, -1]", ">= 0"),
+    Refusal("lengths_ragged", lambda: fa.CumulativeSeqlens.from_lengths([[1], [2, 3]]), fa.CuSeqlensError, "[[1], [2, 3]]", "flat"),
     Refusal(
         "lengths_beyond_int32", lambda: fa.CumulativeSeqlens.from_lengths([2**30 - 1] * 3), fa.CuSeqlensError, "3221225469", "2147483647"
     ),
@@ -302,6 +329,12 @@ def test_bad_argument(refusal: Refusal):
     assert type(raised.value) is refusal.error
     assert refusal.got in str(raised.value)
     assert refusal.allowed in str(raised.value)
+
+
+def test_an_output_beside_its_inputs_in_one_buffer_is_taken():
+    packed = make(B, SQ, 4, HQ, D)
+    q, k, v, out = (packed[:, :, part] for part in range(4))
+    assert fa.flash_attn_func(q, k, v, out=out) is out
 
 
 def test_fp8_is_refused_by_name():
@@ -393,6 +426,15 @@ class TestTorch:
         tensors[0] = tensors[0].to_sparse()
         with pytest.raises(fa.ArrayTypeError, match=r"layout torch\.sparse_coo; allowed are plain strided"):
             fa.flash_attn_func(*tensors)
+
+    def test_a_negative_bit_and_nesting_are_named(self):
+        import torch
+
+        q, k, v = self.tensors()
+        with pytest.raises(fa.ArrayTypeError, match=r"negative bit set; allowed are plain strided tensors; call \.resolve_neg\(\)"):
+            fa.flash_attn_func(torch._neg_view(q), k, v)
+        with pytest.raises(fa.ArrayTypeError, match=r"nested torch tensor; .* use flash_attn_varlen_func"):
+            fa.flash_attn_func(torch.nested.nested_tensor([q[0], q[0]], layout=torch.jagged), k, v)
 
     def test_a_tensor_inside_vmap_is_refused(self):
         import torch

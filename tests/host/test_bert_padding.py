@@ -106,3 +106,9 @@ def test_devices_have_to_agree():
 
     with pytest.raises(fa.DeviceMismatchError, match="got a torch tensor on meta"):
         fa.unpad_input(torch.from_numpy(STATES), torch.from_numpy(MASK).to("meta"))
+
+
+@pytest.mark.parametrize("value", [2, -1])
+def test_a_mask_of_other_values_than_0_and_1_is_refused(value: int):
+    with pytest.raises(fa.ShapeError, match="a value other than 0 and 1"):
+        fa.unpad_input(np.zeros((2, 3, 4), np.float32), np.full((2, 3), value))

@@ -270,11 +270,10 @@ def test_odd_head_dims_are_padded_on_the_gpu_and_make_no_plan(gpu: FakeGpu):
     assert not plans._plans
 
 
-def test_numbers_that_may_change_behind_our_back_make_no_plan(gpu: FakeGpu):
-    flag = np.array([1])  # unhashable
-    fa.flash_attn_func(*qkv(), causal=torch.tensor(True))
-    fa.flash_attn_func(*qkv(), causal=flag)
-    fa.flash_attn_func(*qkv(), window_size=[3, 0])
+def test_numbers_that_are_not_plain_make_no_plan(gpu: FakeGpu):
+    fa.flash_attn_func(*qkv(), causal=np.True_)
+    fa.flash_attn_func(*qkv(), softcap=np.float32(30))
+    fa.flash_attn_func(*qkv(), window_size=[3, 0])  # unhashable
     assert gpu.planned == [False] * 3
     assert not plans._plans
 
