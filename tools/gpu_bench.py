@@ -14,7 +14,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["forward", "host"])
     parser.add_argument("--cells", help="comma-separated patterns of cell names")
-    parser.add_argument("--peers", help="comma-separated: ours, fa2, cudnn")
+    parser.add_argument("--peers", help="comma-separated: ours, fa2, cudnn, flex, and fa3, fa4 where they are installed")
+    parser.add_argument("--families", default="", help="of our kernels, comma-separated: fa2, fa3; the first is the column ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no further cell is begun")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -29,7 +30,8 @@ def run() -> int:
         main_host(HostOptions(), out=arguments.out, commit=arguments.commit)
         return 0
     peers = tuple(arguments.peers.split(",")) if arguments.peers else None
-    options = Options(cells=arguments.cells, rounds=arguments.rounds, budget=arguments.budget, peers=peers)
+    families = tuple(name for name in arguments.families.split(",") if name)
+    options = Options(cells=arguments.cells, rounds=arguments.rounds, budget=arguments.budget, peers=peers, families=families)
     report, _ = main(options, out=arguments.out, commit=arguments.commit)
     return 1 if report.failures else 0
 

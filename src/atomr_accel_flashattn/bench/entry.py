@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .forward import Options, Report, Row, run_forward
+from .forward import Options, Report, Row, chosen_peers, run_forward
 from .host import HostOptions, run_host
 from .record import make_record, write_record
 from .report import draw, format_row, header, summary
@@ -37,7 +37,7 @@ def main(
     Raises:
         ValueError, RuntimeError: as :func:`run_forward`.
     """
-    say(header())
+    say(header([peer.name for peer in chosen_peers(options)]))
 
     def show(row: Row) -> None:
         say(format_row(asdict(row)))

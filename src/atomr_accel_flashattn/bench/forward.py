@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..dispatch import lookup
 from ..errors import FlashAttnError
+from ..jit.spec import Family
 from .cells import Cell, select
+from .families import OfFamily, request_of
 from .inputs import ERROR_LIMIT, Inputs, check_rows, make_inputs
-from .peers import Peer, Refused, all_peers, kernel_name
+from .other_peers import FlexPeer, importable_peers
+from .peers import CudnnPeer, Ours, Peer, Refused, TorchFa2
 from .timing import Contestant, measure_in_turns
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Options", "Report", "Result", "Row", "ceilings", "run_forward"]
+__all__ = ["Options", "Report", "Result", "Row", "ceilings", "chosen_peers", "run_forward"]
 
 MATMUL_SIZE = 8192
 COPY_BYTES = 1 << 32
@@ -32,7 +36,9 @@ class Options:
         cells: comma-separated patterns of cell names, None is all.
         rounds: how often each peer is timed in a cell.
         budget: seconds after which no further cell is begun.
-        peers: names, None is all.
+        peers: names, None is all but those that take long to prepare.
+        families: of our kernels, "fa2" or "fa3": the first is the column ``ours``, others are columns beside it; none is what users'
+            calls take.
         seed: of the inputs and of the order in which peers take turns.
     """
 
@@ -40,6 +46,7 @@ class Options:
     rounds: int = 5
     budget: float = 600.0
     peers: tuple[str, ...] | None = None
+    families: tuple[str, ...] = ()
     seed: int = 0
 
 
@@ -143,7 +150,7 @@ def run_forward(options: Options, progress: Callable[[Row], None] | None = None)
         raise RuntimeError("the benchmark needs a CUDA device and a torch that sees it; this machine has none")
     began = time.perf_counter()
     report = Report()
-    peers = _choose(options.peers)
+    peers = chosen_peers(options)
     with torch.no_grad():
         report.ceilings.append(ceilings())
         for cell in select(options.cells):
@@ -167,15 +174,30 @@ def _card() -> tuple[torch.device, int]:
     return torch.device("cuda", index), torch.cuda.get_device_properties(index).L2_cache_size
 
 
-def _choose(names: Sequence[str] | None) -> list[Peer]:
-    peers = all_peers()
-    if names is None:
-        return peers
-    known = [peer.name for peer in peers]
-    unknown = sorted(set(names) - set(known))
+def chosen_peers(options: Options) -> list[Peer]:
+    """Ours first, then those asked for.
+
+    Raises:
+        ValueError: a name that is no peer or no family.
+    """
+    families = [_family(name) for name in options.families]
+    ours: list[Peer] = [OfFamily(family, f"{OURS}_{family.value}" if n else OURS) for n, family in enumerate(families)] or [Ours()]
+    there: list[Peer] = [*ours, TorchFa2(), CudnnPeer(), *importable_peers()]
+    if options.peers is None:
+        return there
+    there.append(FlexPeer())
+    known = [peer.name for peer in there]
+    unknown = sorted(set(options.peers) - set(known))
     if unknown:
         raise ValueError(f"no peer named {', '.join(unknown)}; there are {', '.join(known)}")
-    return [peer for peer in peers if peer.name in names]
+    return [peer for peer in there if peer.name in options.peers]
+
+
+def _family(name: str) -> Family:
+    known = [family.value for family in Family]
+    if name not in known:
+        raise ValueError(f"no family named {name}; there are {', '.join(known)}")
+    return Family(name)
 
 
 def _run_cell(cell: Cell, peers: Sequence[Peer], options: Options, ceiling: float) -> Row:
@@ -200,7 +222,7 @@ def _run_cell(cell: Cell, peers: Sequence[Peer], options: Options, ceiling: floa
         length=cell.length,
         batch=cell.batch,
         alibi=cell.alibi,
-        kernel=kernel_name(cell, sets[0]),
+        kernel=lookup(request_of(cell, sets[0], _family(options.families[0]) if options.families else None).dispatch_key()).kernel_name,
         flops=cell.flops,
         results=results,
         ratios=ratios,

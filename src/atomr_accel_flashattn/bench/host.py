@@ -16,8 +16,9 @@ from typing import Any
 
 from .breakdown import call_breakdown
 from .cells import Cell
+from .forward import Options, chosen_peers
 from .inputs import make_inputs
-from .peers import Peer, Refused, all_peers
+from .peers import Peer, Refused
 
 __all__ = ["HostOptions", "enqueue_us", "run_host"]
 
@@ -70,7 +71,7 @@ def _peers_us(cell: Cell, options: HostOptions, say: Say) -> dict[str, float | s
 
     inputs = make_inputs(cell, torch.device("cuda", torch.cuda.current_device()), l2_bytes=0)[0]
     found: dict[str, float | str] = {}
-    for peer in all_peers():
+    for peer in chosen_peers(Options()):
         try:
             call = peer.prepare(cell, inputs)
             found[peer.name] = enqueue_us(call, options, peer.context)
@@ -105,7 +106,7 @@ def memory_growth(say: Say) -> dict[str, Any]:
     import torch
 
     peaks: dict[int, int] = {}
-    ours: Peer = all_peers()[0]
+    ours: Peer = chosen_peers(Options())[0]
     for length in MEMORY_LENGTHS:
         cell = Cell(group="memory", head_dim=64, heads=8, heads_kv=8, lengths=(length,), causal=True)
         inputs = make_inputs(cell, torch.device("cuda", torch.cuda.current_device()), l2_bytes=0)[0]

@@ -1,4 +1,4 @@
-"""What is compared: this package's FA2 family, and what torch carries (its FlashAttention-2, cuDNN).
+"""What is compared: the calls of this package, and what torch carries (its FlashAttention-2, cuDNN).
 
 A peer that cannot do a cell raises :class:`Refused` with the reason; the row then says so instead of holding a time.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .cells import Cell
     from .inputs import Inputs
 
-__all__ = ["CudnnPeer", "Ours", "Peer", "Refused", "TorchFa2", "all_peers", "kernel_name"]
+__all__ = ["UNBOUNDED", "Call", "CudnnPeer", "Ours", "Peer", "Refused", "TorchFa2"]
 
 Call = Callable[[], "torch.Tensor"]
 UNBOUNDED = -1
@@ -38,22 +38,6 @@ class Peer(Protocol):
 
     def adds_alibi(self, cell: Cell) -> bool:
         """Whether the cell's ALiBi bias is really added."""
-
-
-def kernel_name(cell: Cell, inputs: Inputs) -> str:
-    """The kernel of ours that does a cell."""
-    from ..dispatch import lookup
-    from ..fa2 import Fa2FwdRequest, MaskKind, PositionBias
-    from ..varlen import CumulativeSeqlens, VarlenFwdRequest
-
-    mask = MaskKind.sliding_causal(cell.window) if cell.window else MaskKind.causal() if cell.causal else MaskKind.full()
-    arrays, bias = (inputs.q, inputs.k, inputs.v), PositionBias(inputs.slopes)
-    request: Fa2FwdRequest | VarlenFwdRequest
-    if inputs.offsets is None:
-        request = Fa2FwdRequest(*arrays, mask=mask, bias=bias)
-    else:
-        request = VarlenFwdRequest(*arrays, cu_seqlens_q=CumulativeSeqlens(inputs.offsets, inputs.max_length), mask=mask, bias=bias)
-    return lookup(request.dispatch_key()).kernel_name
 
 
 class Ours:
@@ -179,8 +163,3 @@ class TorchFa2(_Sdpa):
         if inputs.slopes is not None:
             options["alibi_slopes"] = inputs.slopes
         return lambda: operator(q, k, v, None, None, s, s, 0.0, causal, False, **options)[0]
-
-
-def all_peers() -> list[Peer]:
-    """Ours first, then the others."""
-    return [Ours(), TorchFa2(), CudnnPeer()]

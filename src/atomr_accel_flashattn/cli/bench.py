@@ -21,6 +21,9 @@ __all__ = ["bench"]
 def bench(
     cells: Annotated[str | None, typer.Option(help="Only cells that match these comma-separated patterns; --list shows the names.")] = None,
     peers: Annotated[str | None, typer.Option(help="Only these peers, comma-separated.")] = None,
+    families: Annotated[
+        str | None, typer.Option(help="Families of our kernels, fa2 or fa3, comma-separated; the first is the column ours.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns that the peers take in each cell.")] = 5,
     budget: Annotated[float, typer.Option(min=1, help="Seconds after which no further cell is begun.")] = 600.0,
     host: Annotated[bool, typer.Option("--host", help="Measure what a call costs on the CPU, start-up and memory instead.")] = False,
@@ -36,14 +39,15 @@ def bench(
     from ..bench import HostOptions, Options, main, main_host
 
     say = (lambda _line: None) if as_json else typer.echo
-    chosen = tuple(name.strip() for name in peers.split(",")) if peers else None
+    chosen = _names(peers) or None
     with redirect_stdout(io.StringIO() if as_json else sys.stdout):
         try:
             if host:
                 record, path = main_host(HostOptions(), out=out, say=say)
                 failures: list[str] = []
             else:
-                report, path = main(Options(cells=cells, rounds=rounds, budget=budget, peers=chosen), out=out, say=say)
+                options = Options(cells=cells, rounds=rounds, budget=budget, peers=chosen, families=_names(families))
+                report, path = main(options, out=out, say=say)
                 record, failures = report.as_dict(), report.failures
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
@@ -51,6 +55,10 @@ def bench(
         print_json({"record": path, "result": record})
     if failures:
         raise RuntimeFlashAttnError(f"{len(failures)} cells were refused or wrong: {'; '.join(failures)}")
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",")) if text else ()
 
 
 def _list(patterns: str | None, *, as_json: bool) -> None:

@@ -1,0 +1,99 @@
+"""Our kernels with the family chosen by hand: one more column beside the calls that users make."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..arrays import current_stream
+from ..dispatch import DispatchKey, FaFwdDispatch, lookup, wgmma_arch
+from ..execute import execute
+from ..fa2 import Fa2FwdRequest, MaskKind, PositionBias
+from ..jit.spec import Family, KernelSpec
+from ..problem import ArrayInfo, AttentionProblem
+from ..types import SmArch
+from ..varlen import CumulativeSeqlens, VarlenFwdRequest
+from .peers import Call, Refused
+
+if TYPE_CHECKING:
+    from .cells import Cell
+    from .inputs import Inputs
+
+__all__ = ["OfFamily", "request_of"]
+
+_OUT = 3  # place of o among the leading addresses of the parameters
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Held:
+    """A request, dense or packed, that is answered by one family."""
+
+    request: FaFwdDispatch
+    family: Family
+
+    @property
+    def problem(self) -> AttentionProblem:
+        """The request's."""
+        return self.request.problem
+
+    @property
+    def out_array(self) -> ArrayInfo | None:
+        """The request's."""
+        return self.request.out_array
+
+    def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
+        """The request's key, with the family demanded, on an arch that has it."""
+        key = self.request.dispatch_key(arch or (wgmma_arch(self.problem.q.device) if self.family is Family.FA3 else None))
+        return replace(key, extras=replace(key.extras, family=self.family))
+
+
+def request_of(cell: Cell, inputs: Inputs, family: Family | None = None) -> FaFwdDispatch:
+    """The request of a cell; ``family`` None takes the one that functional calls take."""
+    mask = MaskKind.sliding_causal(cell.window) if cell.window else MaskKind.causal() if cell.causal else MaskKind.full()
+    arrays, bias = (inputs.q, inputs.k, inputs.v), PositionBias(inputs.slopes)
+    request: Fa2FwdRequest | VarlenFwdRequest
+    if inputs.offsets is None:
+        request = Fa2FwdRequest(*arrays, mask=mask, bias=bias)
+    else:
+        request = VarlenFwdRequest(*arrays, cu_seqlens_q=CumulativeSeqlens(inputs.offsets, inputs.max_length), mask=mask, bias=bias)
+    return request if family is None else _Held(request, family)
+
+
+class OfFamily:
+    """This package with the family chosen: a plan that is repeated, with a new output every time, as the functional calls do."""
+
+    def __init__(self, family: Family, name: str) -> None:
+        self.family = family
+        self.name = name
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing to choose."""
+        return contextlib.nullcontext()
+
+    def adds_alibi(self, cell: Cell) -> bool:
+        """Whenever the cell has it."""
+        return cell.alibi
+
+    def prepare(self, cell: Cell, inputs: Inputs) -> Call:
+        """Every cell, on a GPU that has the family."""
+        import torch
+
+        request = request_of(cell, inputs, self.family)
+        spec = lookup(request.dispatch_key())
+        if not isinstance(spec, KernelSpec) or spec.family is not self.family:
+            raise Refused(f"{self.family.value} resolves to {spec.kernel_name} here")
+        made = execute(request, lse=False)[1]
+        if made is None:
+            raise Refused("nothing to launch")
+        plan, stream, q = made.kernel.plan(made.params, made.grid), current_stream(request.problem.q), inputs.q
+        addresses = tuple((ctypes.c_uint64 * made.params.POINTERS).from_buffer_copy(made.params))
+        before, after = addresses[:_OUT], addresses[_OUT + 1 :]
+
+        def call() -> torch.Tensor:
+            out = torch.empty_like(q)
+            plan.launch(stream, (*before, out.data_ptr(), *after))
+            return out
+
+        return call
