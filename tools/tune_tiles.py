@@ -35,7 +35,8 @@ from atomr_accel_flashattn.jit.params import forward_grid, forward_pointers, pac
 from atomr_accel_flashattn.jit.spec import KernelSpec, Tile
 from atomr_accel_flashattn.varlen import CumulativeSeqlens, VarlenFwdRequest
 
-TILE = re.compile(r"m(\d+)n(\d+)w(\d+)s(\d+)(q?)b(\d+)")
+TILE = re.compile(r"m(\d+)n(\d+)w(\d+)s(\d+)(q?)(o?)b(\d+)")
+_OVERLAP_STAGES = 2
 REGISTERS = 224  # of accumulators and scores a thread may hold before nothing else fits
 
 
@@ -43,19 +44,19 @@ def parse_tile(text: str) -> Tile:
     """``m128n64w4s1b2`` as kernel names write it."""
     found = TILE.fullmatch(text)
     if found is None:
-        raise SystemExit(f"no tile {text!r}: write m<rows>n<keys>w<warps>s<stages>[q]b<blocks>, as m128n64w4s1b2")
-    m, n, w, s, q, b = found.groups()
-    return Tile(block_m=int(m), block_n=int(n), warps=int(w), stages=int(s), q_in_registers=bool(q), min_blocks=int(b))
+        raise SystemExit(f"no tile {text!r}: write m<rows>n<keys>w<warps>s<stages>[q][o]b<blocks>, as m128n64w4s1b2")
+    m, n, w, s, q, o, b = found.groups()
+    return Tile(block_m=int(m), block_n=int(n), warps=int(w), stages=int(s), q_in_registers=bool(q), overlap=bool(o), min_blocks=int(b))
 
 
 def tiles_that_fit(spec: KernelSpec) -> Iterator[Tile]:
     """Every tile whose shared memory and registers fit as many blocks as it asks for."""
-    axes = itertools.product((64, 128, 192, 256), (16, 32, 48, 64, 80, 96, 128), (4, 8), (1, 2, 3), (False, True), (1, 2, 3))
-    for m, n, w, s, q, b in axes:
-        tile = Tile(block_m=m, block_n=n, warps=w, stages=s, q_in_registers=q, min_blocks=b)
-        held = m * (spec.v_head_dim + n) // tile.threads + (m * spec.head_dim // 2 // tile.threads if q else 0)
+    axes = itertools.product((64, 128, 192, 256), (16, 32, 48, 64, 80, 96, 128), (4, 8), (1, 2, 3), (False, True), (False, True), (1, 2, 3))
+    for m, n, w, s, q, o, b in axes:
+        tile = Tile(block_m=m, block_n=n, warps=w, stages=s, q_in_registers=q, overlap=o, min_blocks=b)
+        held = m * (spec.v_head_dim + (2 * n if o else n)) // tile.threads + (m * spec.head_dim // 2 // tile.threads if q else 0)
         fits = replace(spec, tile=tile).shared_memory * b <= spec.arch.shared_memory_per_sm - 1024 * b
-        if m % (16 * w) == 0 and fits and held <= min(REGISTERS, 65536 // (tile.threads * b)):
+        if m % (16 * w) == 0 and (s == _OVERLAP_STAGES or not o) and fits and held <= min(REGISTERS, 65536 // (tile.threads * b)):
             yield tile
 
 

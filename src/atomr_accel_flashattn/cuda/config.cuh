@@ -17,6 +17,7 @@ struct Config {
   bool left_bound, right_bound, sink_tokens;
   bool alibi, softcap, prescale;
   bool learned_sink, dropout, varlen;
+  bool overlap = false;     // S of the next tile beside the softmax of this one (FA2 family; the FA3 family always does)
   bool persistent = false;  // blocks take tile after tile from a counter (FA3 family)
 };
 

@@ -29,7 +29,10 @@ struct Fa2Forward {
   const Band<C> band;  // of the whole block
   const uint32_t sQ, sK, sV;
   uint32_t rQ[C.q_in_registers ? kBlocks : 1][C.q_in_registers ? kSteps : 1][4];
+  const int warp_row;  // first row of this warp inside the block
   Rows rows;
+
+  using Scores = typename Rows::Scores;
 
   __device__ __forceinline__ Fa2Forward(const FwdParams& params, const Work& work, const Sequence& seq, uint32_t shared)
       : p(params),
@@ -37,7 +40,8 @@ struct Fa2Forward {
         sQ(shared),
         sK(C.q_in_registers ? shared : shared + TileQ::kBytes),  // Q leaves its place to K once it is in registers
         sV(sK + C.stages * TileK::kBytes),
-        rows(params, work, seq, work.block_m * C.block_m + warp_row()) {}
+        warp_row(warp_index() * Rows::kRows),
+        rows(params, work, seq, work.block_m * C.block_m + warp_row) {}
 
   __device__ __forceinline__ void run() {
     const int head_kv = rows.work.head / p.heads_per_kv;
@@ -48,7 +52,9 @@ struct Fa2Forward {
 
     load_q.load(sQ, rows.work.block_m * C.block_m, {0, rows.seq.length_q, 0});
     if constexpr (C.q_in_registers) keep_q();
-    if constexpr (C.stages == 1) {
+    if constexpr (C.overlap) {
+      walk_overlapped(load_k, load_v, keys);
+    } else if constexpr (C.stages == 1) {
       walk_single(load_k, load_v, keys);
     } else {
       walk_staged(load_k, load_v, keys);
@@ -58,15 +64,13 @@ struct Fa2Forward {
   }
 
  private:
-  // First row of this warp inside the block.
-  static __device__ __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x) / 32 * Rows::kRows; }
-
   __device__ __forceinline__ const uint16_t* base(const void* x, const Strides& stride, int64_t row, int head) const {
     return static_cast<const uint16_t*>(x) + rows.seq.batch * stride.batch + row * stride.row + head * stride.head;
   }
 
   // One buffer each: V loads while S = Q K^T runs, the next K while the softmax and P V run.
   __device__ __forceinline__ void walk_single(const LoaderK& load_k, const LoaderV& load_v, RowRange keys) {
+    Scores rS;
     int n = band.first_tile();
     if (n >= 0) load_k.load(sK, n * C.block_n, keys);
     ptx::cp_async_commit();
@@ -75,12 +79,12 @@ struct Fa2Forward {
       load_v.load(sV, n * C.block_n, keys);
       ptx::cp_async_commit();
       const bool seen = rows.band.sees(n);
-      if (seen) compute_scores(sK);
+      if (seen) multiply_keys(rS, sK);
       arrive_all();  // V is there, and every warp is done with K
       const int next = band.next_tile(n);
       if (next >= 0) load_k.load(sK, next * C.block_n, keys);
       ptx::cp_async_commit();
-      if (seen) accumulate(n, sV);
+      if (seen) accumulate(rS, n, sV);
       n = next;
     }
     ptx::cp_async_wait<0>();
@@ -88,6 +92,7 @@ struct Fa2Forward {
 
   // A ring of `stages` buffers, filled stages - 1 tiles ahead: one barrier a tile.
   __device__ __forceinline__ void walk_staged(const LoaderK& load_k, const LoaderV& load_v, RowRange keys) {
+    Scores rS;
     int n = band.first_tile(), ahead = n;
     auto fetch = [&](int stage) {
       if (ahead >= 0) {
@@ -105,11 +110,49 @@ struct Fa2Forward {
       __syncthreads();  // this tile is there, and every warp is done with the one before, whose buffer is filled next
       fetch(stage == 0 ? C.stages - 1 : stage - 1);
       if (rows.band.sees(n)) {
-        compute_scores(sK + stage * TileK::kBytes);
-        accumulate(n, sV + stage * TileV::kBytes);
+        multiply_keys(rS, sK + stage * TileK::kBytes);
+        accumulate(rS, n, sV + stage * TileV::kBytes);
       }
       stage = stage + 1 == C.stages ? 0 : stage + 1;
       n = band.next_tile(n);
+    }
+    ptx::cp_async_wait<0>();
+  }
+
+  // S of the next tile is multiplied before the softmax of this one, in the same stretch of code, so that the scheduler can put tensor and
+  // other instructions of one warp side by side. Two buffers each; K runs one tile ahead of V; one barrier a tile.
+  __device__ __forceinline__ void walk_overlapped(const LoaderK& load_k, const LoaderV& load_v, RowRange keys) {
+    static_assert(C.stages == 2, "two buffers of K and of V");
+    Scores even, odd;
+    int n = band.first_tile();
+    if (n < 0) return ptx::cp_async_wait<0>();
+    int next = band.next_tile(n);
+    load_k.load(sK, n * C.block_n, keys);
+    ptx::cp_async_commit();
+    if (next >= 0) load_k.load(sK + TileK::kBytes, next * C.block_n, keys);
+    load_v.load(sV, n * C.block_n, keys);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<1>();
+    __syncthreads();
+    multiply_keys(even, sK);
+    // K of tile `next` is in buffer `other`, V of tile n in the one that is not.
+    auto step = [&](Scores& now, Scores& then, int other) {
+      arrive_all();  // both are there, and every warp is done with the buffers filled next
+      const int after = next >= 0 ? band.next_tile(next) : -1;
+      if (after >= 0) load_k.load(sK + (1 - other) * TileK::kBytes, after * C.block_n, keys);
+      if (next >= 0) load_v.load(sV + other * TileV::kBytes, next * C.block_n, keys);
+      ptx::cp_async_commit();
+      rows.finish_scores(now, n);
+      multiply_keys(then, sK + other * TileK::kBytes);  // for nothing after the last tile, where a branch would part the code
+      softmax_and_values(now, n, sV + (1 - other) * TileV::kBytes);
+      n = next;
+      next = after;
+    };
+    while (true) {
+      step(even, odd, 1);
+      if (n < 0) break;
+      step(odd, even, 0);
+      if (n < 0) break;
     }
     ptx::cp_async_wait<0>();
   }
@@ -126,15 +169,15 @@ struct Fa2Forward {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) read_q.read(rQ[b][k], warp_row() + 16 * b, k);
+      for (int k = 0; k < kSteps; ++k) read_q.read(rQ[b][k], warp_row + 16 * b, k);
     __syncthreads();  // K overwrites Q
   }
 
   // S = Q K^T
-  __device__ __forceinline__ void compute_scores(uint32_t tile_k) {
+  __device__ __forceinline__ void multiply_keys(Scores& rS, uint32_t tile_k) {
     const auto read_q = FragmentReader<C.block_m, C.head_dim>::rows_then_chunks(sQ);
     const auto read_k = FragmentReader<C.block_n, C.head_dim>::chunks_then_rows(tile_k);
-    Rows::clear(rows.rS);
+    Rows::clear(rS);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       uint32_t a[kBlocks][4];
@@ -144,7 +187,7 @@ struct Fa2Forward {
 #pragma unroll
           for (int i = 0; i < 4; ++i) a[b][i] = rQ[b][k][i];
         } else {
-          read_q.read(a[b], warp_row() + 16 * b, k);
+          read_q.read(a[b], warp_row + 16 * b, k);
         }
       }
 #pragma unroll
@@ -153,22 +196,27 @@ struct Fa2Forward {
         read_k.read(bk, 8 * t, k);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-          Type::mma(rows.rS[b][t], a[b], bk[0], bk[1]);
-          Type::mma(rows.rS[b][t + 1], a[b], bk[2], bk[3]);
+          Type::mma(rS[b][t], a[b], bk[0], bk[1]);
+          Type::mma(rS[b][t + 1], a[b], bk[2], bk[3]);
         }
       }
     }
   }
 
   // Bias, mask, softmax, O += P V
-  __device__ __forceinline__ void accumulate(int n, uint32_t tile_v) {
-    if (rows.softmax_tile(n)) rows.rescale_output();
+  __device__ __forceinline__ void accumulate(Scores& rS, int n, uint32_t tile_v) {
+    rows.finish_scores(rS, n);
+    softmax_and_values(rS, n, tile_v);
+  }
+
+  __device__ __forceinline__ void softmax_and_values(Scores& rS, int n, uint32_t tile_v) {
+    if (rows.softmax_tile(rS, n)) rows.rescale_output();
     const auto read_v = FragmentReader<C.block_n, C.v_head_dim>::rows_then_chunks(tile_v);
 #pragma unroll
     for (int k = 0; k < Rows::kKeyTiles / 2; ++k) {
       uint32_t a[kBlocks][4];
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) rows.pack_probabilities(a[b], b, k);
+      for (int b = 0; b < kBlocks; ++b) Rows::pack_probabilities(a[b], rS, b, k);
 #pragma unroll
       for (int t = 0; t < Rows::kOutTiles; t += 2) {
         uint32_t bv[4];

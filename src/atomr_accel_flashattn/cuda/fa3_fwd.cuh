@@ -57,6 +57,17 @@ struct Fa3Forward {
     ptx::barrier_init_fence();
   }
 
+  // Registers that asynchronous products write or read: not to be touched until they are waited for.
+  struct Products {
+    typename Rows::Scores S;
+    uint32_t P[kValueSteps][4];
+
+    __device__ __forceinline__ void pack() {
+#pragma unroll
+      for (int k = 0; k < kValueSteps; ++k) Rows::pack_probabilities(P[k], S, 0, k);
+    }
+  };
+
   // Role of the loading warp. Everything in it is uniform over the warp; one elected lane issues.
   __device__ __forceinline__ void produce() {
     const bool leader = ptx::elect_one();
@@ -88,10 +99,10 @@ struct Fa3Forward {
       const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
       const int first_row = work.block_m * C.block_m;
       const Band<C> band(p.fwd, seq, first_row, C.block_m);
-      Rows rows(p.fwd, work, seq, first_row + static_cast<int>(threadIdx.x - 128) / 32 * 16);
+      Rows rows(p.fwd, work, seq, first_row + (warp_index() - 4) * 16);
       const int n = first_tile(work, seq, band);
-      uint32_t rP[kValueSteps][4];  // read by a product until it is waited for
-      if (n >= 0) attend(rows, rP, band, n, warpgroup);
+      Products r;
+      if (n >= 0) attend(rows, r, band, n, warpgroup);
       // Beside the last product: the 600 clocks that the divisions of the next tile take, and the end of the softmax.
       tile = stream.next();
       work = decode_work(p.fwd, min(tile, p.tiles - 1));
@@ -135,58 +146,55 @@ struct Fa3Forward {
   }
 
   // Algorithm 2 of the paper: S of the next tile is multiplied while the softmax of this one runs. The last product is still running on return.
-  __device__ __forceinline__ void attend(Rows& rows, uint32_t (&rP)[kValueSteps][4], const Band<C>& band, int n, int warpgroup) {
+  __device__ __forceinline__ void attend(Rows& rows, Products& r, const Band<C>& band, int n, int warpgroup) {
     ring_q.wait_full();
     ring_k.wait_full();
-    multiply_keys(rows, warpgroup);
+    multiply_keys(r, warpgroup);
     ptx::wgmma_wait<0>();
-    ptx::pin(rows.rS[0]);
+    ptx::pin(r.S[0]);
     release(ring_k);
-    rows.softmax_tile(n);  // nothing to rescale yet
-    pack(rows, rP);
+    rows.finish_scores(r.S, n);
+    rows.softmax_tile(r.S, n);  // nothing to rescale yet
+    r.pack();
     for (int next = band.next_tile(n); next >= 0; n = next, next = band.next_tile(n)) {
       ring_k.wait_full();
-      multiply_keys(rows, warpgroup);
+      multiply_keys(r, warpgroup);
       wait_values(rows, n, warpgroup);
-      multiply_values(rows, rP);
+      multiply_values(rows, r);
       ptx::wgmma_wait<1>();
-      ptx::pin(rows.rS[0]);
+      ptx::pin(r.S[0]);
       release(ring_k);
-      const bool grew = rows.softmax_tile(next);
+      rows.finish_scores(r.S, next);
+      const bool grew = rows.softmax_tile(r.S, next);
       ptx::wgmma_wait<0>();
       ptx::pin(rows.rO[0]);
       release(ring_v);
-      pack(rows, rP);
+      r.pack();
       if (grew) rows.rescale_output();
     }
     release(ring_q);
     wait_values(rows, n, warpgroup);
-    multiply_values(rows, rP);
+    multiply_values(rows, r);
   }
 
   // S = Q K^T, as one group
-  __device__ __forceinline__ void multiply_keys(Rows& rows, int warpgroup) {
+  __device__ __forceinline__ void multiply_keys(Products& r, int warpgroup) {
     using Product = ptx::Wgmma<C.block_n, C.dtype>;
     const uint32_t sQ = shared + kQ + warpgroup * kWarpgroupRows * TileQ::kRowBytes, sK = shared + kK + ring_k.stage * TileK::kBytes;
     ptx::wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) Product::keys(rows.rS[0], TileQ::along_columns(sQ, k), TileK::along_columns(sK, k), k > 0);
+    for (int k = 0; k < kSteps; ++k) Product::keys(r.S[0], TileQ::along_columns(sQ, k), TileK::along_columns(sK, k), k > 0);
     ptx::wgmma_commit();
   }
 
   // O += P V, as one group
-  __device__ __forceinline__ void multiply_values(Rows& rows, const uint32_t (&rP)[kValueSteps][4]) {
+  __device__ __forceinline__ void multiply_values(Rows& rows, const Products& r) {
     using Product = ptx::Wgmma<C.v_head_dim, C.dtype>;
     const uint32_t sV = shared + kV + ring_v.stage * TileV::kBytes;
     ptx::wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kValueSteps; ++k) Product::values(rows.rO[0], rP[k], TileV::along_rows(sV, k));
+    for (int k = 0; k < kValueSteps; ++k) Product::values(rows.rO[0], r.P[k], TileV::along_rows(sV, k));
     ptx::wgmma_commit();
-  }
-
-  static __device__ __forceinline__ void pack(const Rows& rows, uint32_t (&rP)[kValueSteps][4]) {
-#pragma unroll
-    for (int k = 0; k < kValueSteps; ++k) rows.pack_probabilities(rP[k], 0, k);
   }
 
   // A whole warpgroup is done with the current stage: wgmma_wait has made that true of each of its threads' reads.
@@ -221,8 +229,7 @@ __device__ __forceinline__ void fa3_forward(const Fa3FwdParams& p) {
   using Kernel = Fa3Forward<C>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t address = (ptx::shared_address(shared) + 1023) & ~1023u;
-  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);  // uniform, as the compiler then knows
-  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  const int warpgroup = warpgroup_index(), warp = warp_index();
   if (threadIdx.x == 0) Kernel::init_barriers(address);
   __syncthreads();
   Kernel kernel(p, address);

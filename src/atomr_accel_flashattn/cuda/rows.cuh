@@ -10,6 +10,7 @@
 #include "score.cuh"
 #include "sequence.cuh"
 #include "softmax.cuh"
+#include "uniform.cuh"
 
 namespace fa {
 
@@ -29,8 +30,9 @@ struct WarpRows {
   const Band<C> band;
   const Score<C> score;
 
+  using Scores = float[kBlocks][kKeyTiles][4];
+
   float rO[kBlocks][kOutTiles][4];
-  float rS[kBlocks][kKeyTiles][4];
   float rescale[kBlocks][2];  // of rO: to a new maximum, and at the end to its denominator
   OnlineSoftmax<kBlocks> softmax;
 
@@ -49,12 +51,16 @@ struct WarpRows {
         for (int e = 0; e < 4; ++e) x[b][t][e] = 0.f;
   }
 
+  // Raw products of tile n become scores: scale, bias, mask.
+  __device__ __forceinline__ void finish_scores(Scores& rS, int n) {
+    transform_scores(rS, n);
+    if (band.cuts(n)) hide_keys(rS, n);
+  }
+
   // Scores of tile n become unnormalised probabilities. Returns whether rescale_output() has anything to do.
-  __device__ __forceinline__ bool softmax_tile(int n) {
-    transform_scores(n);
-    if (band.cuts(n)) hide_keys(n);
+  __device__ __forceinline__ bool softmax_tile(Scores& rS, int n) {
     const bool grew = softmax.update(rS, rescale, score.factor);
-    if constexpr (C.dropout) drop(n);
+    if constexpr (C.dropout) drop(rS, n);
     return grew;
   }
 
@@ -68,7 +74,7 @@ struct WarpRows {
   }
 
   // Two neighbouring accumulator tiles of P, packed, are the A operand of one k step of P V.
-  __device__ __forceinline__ void pack_probabilities(uint32_t (&a)[4], int b, int k) const {
+  static __device__ __forceinline__ void pack_probabilities(uint32_t (&a)[4], const Scores& rS, int b, int k) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = Type::pack(rS[b][2 * k + i / 2][i % 2 * 2], rS[b][2 * k + i / 2][i % 2 * 2 + 1]);
   }
@@ -113,7 +119,7 @@ struct WarpRows {
   static __device__ __forceinline__ int lane_col() { return static_cast<int>(threadIdx.x) % 4 * 2; }
   __device__ __forceinline__ int position(int b, int r) const { return band.p_first + 16 * b + 8 * r + lane_row(); }
 
-  __device__ __forceinline__ void transform_scores(int n) {
+  __device__ __forceinline__ void transform_scores(Scores& rS, int n) {
     if constexpr (C.alibi || Score<C>::kInLog2) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
@@ -130,7 +136,7 @@ struct WarpRows {
     }
   }
 
-  __device__ __forceinline__ void hide_keys(int n) {
+  __device__ __forceinline__ void hide_keys(Scores& rS, int n) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
@@ -145,7 +151,7 @@ struct WarpRows {
       }
   }
 
-  __device__ __forceinline__ void drop(int n) {
+  __device__ __forceinline__ void drop(Scores& rS, int n) {
     const Philox philox(p.rng);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)

@@ -98,6 +98,7 @@ def _config(spec: KernelSpec) -> dict[str, int | str]:
         "learned_sink": spec.learned_sink,
         "dropout": spec.dropout,
         "varlen": spec.varlen,
+        "overlap": spec.tile.overlap,
         "persistent": spec.tile.persistent,
     }
 

@@ -37,6 +37,7 @@ class Tile:
     stages: int = 1
     q_in_registers: bool = False
     min_blocks: int = 1
+    overlap: bool = False  # FA2: S of the next tile is multiplied beside the softmax of this one
     persistent: bool = False  # FA3: blocks take tile after tile
 
     @property
@@ -45,7 +46,7 @@ class Tile:
         return self.warps * 32
 
     def __str__(self) -> str:
-        flags = ("q" if self.q_in_registers else "") + ("p" if self.persistent else "")
+        flags = "".join(letter for letter, on in zip("qop", (self.q_in_registers, self.overlap, self.persistent), strict=True) if on)
         return f"m{self.block_m}n{self.block_n}w{self.warps}s{self.stages}{flags}b{self.min_blocks}"
 
 
