@@ -134,11 +134,14 @@ def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | Non
 
 
 def _load_align(arrays: list[ArrayInfo]) -> int:
-    """The largest power of two up to 16 that divides every address and, in bytes, every stride that is ever stepped."""
+    """The largest power of two up to 16 that divides every address and, in bytes, every stride that is ever stepped.
+
+    Arrays that are walked backwards count as unaligned, because tensor copies only step forwards.
+    """
     bits = VECTOR_BYTES
     for array in arrays:
         itemsize = array.dtype.itemsize if array.dtype is not None else 1
         bits |= array.ptr
         for size, step in zip(array.shape[:-1], array.strides[:-1], strict=True):
-            bits |= step * itemsize if size > 1 else 0
+            bits |= 0 if size <= 1 else step * itemsize if step >= 0 else 1
     return bits & -bits

@@ -82,6 +82,20 @@ def test_arrays_that_tensor_copies_cannot_read_take_the_other_family(gpu: FakeGp
     assert (spec.family, spec.arch, spec.aligned) == (Family.FA2, SmArch.SM_90, False)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_arrays_that_are_walked_backwards_take_the_other_family(axis: int):
+    q = np.zeros((2, 5, 4, 64), np.float16)
+    backwards = np.flip(np.zeros((2, 5, 4, 64), np.float16), axis)
+    for arrays in ((backwards, q, q), (q, backwards, q), (q, q, backwards)):
+        spec = dispatch.lookup(Fa3FwdRequest(*arrays).dispatch_key(SmArch.SM_90A))
+        assert isinstance(spec, KernelSpec)
+        assert spec.family is Family.FA2
+    one = np.flip(np.zeros((1, 1, 1, 64), np.float16), axis)
+    spec = dispatch.lookup(Fa3FwdRequest(one, one, one).dispatch_key(SmArch.SM_90A))
+    assert isinstance(spec, KernelSpec)
+    assert spec.family is Family.FA3
+
+
 def test_no_keys_and_no_queries(gpu: FakeGpu):
     q, k = fake(torch.randn(2, 5, 4, 64).half()), fake(torch.empty(2, 0, 4, 64).half())
     output = fa.run(Fa3FwdRequest(q, k, k))
