@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "atomr_accel_flashattn"
-PAGES = ("README.md", "docs/architecture.md", "docs/life-of-a-request.md")
+PAGES = ("README.md", "docs/architecture.md", "docs/life-of-a-request.md", "docs/performance.md")
 FOREIGN = {"cuda.bindings", "cuda.core", "cuda.core.Program", "cuda.core.utils.FileStreamProgramCache", "cuLaunchKernelEx"}
 
 

@@ -92,7 +92,7 @@ class Matrix:
 
 
 def matrix(
-    record: Annotated[Path | None, typer.Option(help="A record of a GPU test run (benchmarks/results/gpu-tests.json).")] = None,
+    record: Annotated[Path | None, typer.Option(help="A record of a GPU test run (benchmarks/results/gpu_tests.json).")] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
     write: Annotated[Path | None, typer.Option(help="Replace the table between the markers of this file.")] = None,
     as_json: Json = False,
