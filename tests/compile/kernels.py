@@ -1,4 +1,7 @@
-"""The kernels that are compiled without a GPU: every arch, type and tile width plain, and all features in pairs at head dim 128."""
+"""The kernels that are compiled without a GPU: every arch, type and tile width plain, and all features in pairs.
+
+The features of the mma.sync family meet at head dim 128, those of the wgmma family at every pair of widths that has a tile of its own.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,15 @@ AXES: dict[str, tuple[Any, ...]] = {
     "varlen": (False, True),
     "load_align": (16, 2),
 }
+# The wgmma family: no "load_align", which takes the other family, and tiles of blocks that stay.
+WGMMA_WIDTHS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (64, 256), (192, 192), (256, 256))
+WGMMA_AXES: dict[str, tuple[Any, ...]] = {
+    "arch": (SmArch.SM_90A,),
+    "dtype": DTYPES,
+    "widths": (*WGMMA_WIDTHS, (56, 56), (104, 104)),
+    **{axis: AXES[axis] for axis in ("window", "sink", "alibi", "softcap", "prescale", "learned_sink", "dropout", "varlen")},
+    "persistent": (False, True),
+}
 
 
 def plain_specs() -> list[KernelSpec]:
@@ -39,6 +51,37 @@ def feature_specs() -> list[KernelSpec]:
     return [_spec(_feature_key(row)) for row in covering_rows(AXES)]
 
 
+def wgmma_plain_specs() -> list[KernelSpec]:
+    """Every type and pair of tile widths of the wgmma family, without any feature."""
+    return [
+        _spec(DispatchKey(SmArch.SM_90A, dtype, d, extras=Extras(v_head_dim=dv)))
+        for dtype, (d, dv) in itertools.product(DTYPES, [*WGMMA_WIDTHS, *((width, width) for width in HEAD_DIM_WIDTHS)])
+    ]
+
+
+def wgmma_feature_specs() -> list[KernelSpec]:
+    """A pairwise covering array over type, widths and every feature of the wgmma family."""
+    return [_spec(_feature_key(row)) for row in covering_rows(WGMMA_AXES)]
+
+
+def wgmma_crowded_specs() -> list[KernelSpec]:
+    """Tiles of three computing warpgroups with all that they are given: everything but dropout, and either ALiBi or softcap."""
+    everything = {"window": (64, 32), "sink": 4, "prescale": True, "learned_sink": True, "dropout": False, "varlen": True}
+    rows = [
+        {
+            **everything,
+            "arch": SmArch.SM_90A,
+            "dtype": DType.BF16,
+            "widths": (width, width),
+            "alibi": alibi,
+            "softcap": 0.0 if alibi else 30.0,
+        }
+        for width in (24, 56, 64)
+        for alibi in (False, True)
+    ]
+    return [_spec(_feature_key(row)) for row in rows]
+
+
 def dropout_mask_specs() -> list[KernelSpec]:
     """The kernel that writes the keep pattern."""
     extras = Extras(direction="dropout_mask", dropout=True)
@@ -47,16 +90,18 @@ def dropout_mask_specs() -> list[KernelSpec]:
 
 def all_specs() -> list[KernelSpec]:
     """Every kernel of this folder's tests, each once."""
-    return list(dict.fromkeys([*plain_specs(), *feature_specs(), *dropout_mask_specs()]))
+    wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs())
+    return list(dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs()]))
 
 
 def _feature_key(row: dict[str, Any]) -> DispatchKey:
     window = row["window"]
+    head_dim, v_head_dim = row["widths"] if "widths" in row else (row["head_dim"],) * 2
     bounded = window is not None and window[0] >= 0
     return DispatchKey(
         row["arch"],
         row["dtype"],
-        row["head_dim"],
+        head_dim,
         causal=window is not None and window[1] == 0,
         varlen=row["varlen"],
         sliding_window=window,
@@ -66,8 +111,10 @@ def _feature_key(row: dict[str, Any]) -> DispatchKey:
             softcap=row["softcap"],
             dropout=row["dropout"],
             learned_sink=row["learned_sink"],
-            load_align=row["load_align"],
+            load_align=row.get("load_align", 16),
             prescale=row["prescale"],
+            v_head_dim=v_head_dim,
+            persistent=row.get("persistent"),
         ),
     )
 

@@ -24,9 +24,20 @@ _INVARIANTS = (
     "loop invariants (tensor addresses, mask bounds): stored once before the key loop, a few loads per key tile, never an accumulator"
 )
 
+_MEETING = (
+    "two computing warpgroups have 240 registers a thread, and the accumulators of O and S and the fragments of P fill most of them. A few "
+    "words spill where softcap or the generator of dropout meets other features; none does in a plain kernel, and a narrower tile would "
+    "cost all of them a fifth of their keys or more"
+)
+
 KNOWN_SPILLS = (
     Spill("fa2_fwd_*_d128_m128n64w4s1b2*", 144, _INVARIANTS),
     Spill("fa2_fwd_*_d128_m128n32w4s1b2*", 128, _INVARIANTS),
+    *(
+        Spill(f"fa3_fwd_*_{widths}_m128n*w12s2*_{feature}*", 96, _MEETING)
+        for widths in ("d96", "d192v128", "d192", "d64v256", "d256")
+        for feature in ("softcap", "dropout")
+    ),
 )
 
 

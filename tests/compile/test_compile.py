@@ -11,13 +11,25 @@ from pathlib import Path
 import pytest
 
 from atomr_accel_flashattn.jit.compile import compile_kernel
-from atomr_accel_flashattn.jit.spec import KernelSpec
+from atomr_accel_flashattn.jit.spec import Family, KernelSpec
 from atomr_accel_flashattn.jit.tiles import HEAD_DIM_WIDTHS
 from tests.compile.disassembly import opcodes
-from tests.compile.kernels import ARCHS, DTYPES, all_specs, feature_specs, plain_specs
+from tests.compile.kernels import (
+    ARCHS,
+    DTYPES,
+    WGMMA_WIDTHS,
+    all_specs,
+    feature_specs,
+    plain_specs,
+    wgmma_crowded_specs,
+    wgmma_feature_specs,
+    wgmma_plain_specs,
+)
 from tests.compile.known_spills import KNOWN_SPILLS, allowed_spill
 
 SPECS = all_specs()
+# Of a thread at the start, by the warps of a block: 64 Ki over three or four warpgroups. setmaxnreg then moves them to those that compute.
+WGMMA_REGISTERS = {12: 168, 16: 128}
 # Where registers, spills, sizes and seconds go, one JSON line a kernel; unset writes nothing.
 RECORD = os.environ.get("ATOMR_FLASHATTN_COMPILE_RECORD")
 
@@ -37,6 +49,9 @@ def test_kernel_compiles_with_its_instructions_and_without_new_spills(spec: Kern
         "make the tile smaller, or enter it in tests/compile/known_spills.py with the reason"
     )
     assert spec.shared_memory <= spec.arch.shared_memory_per_block
+    if spec.family is Family.FA3:
+        assert kernel.registers == WGMMA_REGISTERS[spec.tile.warps]
+        assert any(_is(opcode, "USETMAXREG") for opcode in found)
 
 
 def test_every_arch_type_and_width_is_compiled() -> None:
@@ -52,6 +67,24 @@ def test_every_feature_is_compiled_on_and_off_with_every_arch() -> None:
         of_arch = [spec for spec in specs if spec.arch is arch]
         for flag in flags:
             assert {getattr(spec, flag) for spec in of_arch} == {False, True}, f"{arch.value}: {flag}"
+
+
+def test_the_wgmma_family_is_compiled_with_every_type_and_width_and_every_feature_on_and_off() -> None:
+    plain, featured = wgmma_plain_specs(), wgmma_feature_specs()
+    widths = {*WGMMA_WIDTHS, *((width, width) for width in HEAD_DIM_WIDTHS)}
+    assert {(spec.dtype, spec.head_dim, spec.v_head_dim) for spec in plain} == {(dtype, d, dv) for dtype in DTYPES for d, dv in widths}
+    assert {(spec.dtype, spec.head_dim, spec.v_head_dim) for spec in featured} >= {
+        (dtype, d, dv) for dtype in DTYPES for d, dv in WGMMA_WIDTHS
+    }
+    assert {spec.family for spec in (*plain, *featured)} == {Family.FA3}
+    assert {spec.tile.persistent for spec in featured} == {False, True}
+    flags = [field.name for field in fields(KernelSpec) if field.type == "bool" and field.name != "aligned"]
+    for flag in flags:
+        assert {getattr(spec, flag) for spec in featured} == {False, True}, flag
+
+
+def test_three_warpgroups_are_compiled_with_all_that_they_are_given() -> None:
+    assert all(spec.tile.warps == max(WGMMA_REGISTERS) for spec in wgmma_crowded_specs())
 
 
 def test_known_spills_are_of_kernels_that_exist() -> None:
