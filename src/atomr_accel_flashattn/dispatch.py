@@ -50,6 +50,8 @@ __all__ = [
 _MAX_HEAD_DIM: Final = HEAD_DIM_WIDTHS[-1]
 _GPU_DTYPES: Final = (DType.F16, DType.BF16)
 _CPU_DTYPES: Final = (DType.F16, DType.BF16, DType.F32, DType.F64)
+_FLAGS: Final = ("causal", "varlen", "alibi", "paged")  # of a key: any other object would count as True
+_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "prescale")
 _BEFORE_WGMMA: Final = frozenset({SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90})
 
 
@@ -134,7 +136,8 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
 def _family_and_tile(key: DispatchKey, width: int, v_width: int) -> tuple[Family, Tile]:
     """The wgmma family on sm_90a where its tensor copies can read the arrays, the mma.sync family everywhere else."""
     extras = key.extras
-    if key.arch is SmArch.SM_90A and extras.family is not Family.FA2 and extras.load_align % VECTOR_BYTES == 0 and not extras.tiles_for:
+    copied = extras.tensor_copies and extras.load_align % VECTOR_BYTES == 0
+    if key.arch is SmArch.SM_90A and extras.family is not Family.FA2 and copied and not extras.tiles_for:
         tile = wgmma_tile_for(
             width,
             v_width,
@@ -170,7 +173,7 @@ def _refuse_values(key: DispatchKey) -> None:
     extras, on_cpu = key.extras, key.arch is SmArch.CPU
     blocks: Any = extras.persistent_blocks
     dims = f"1..{_MAX_HEAD_DIM} on the CPU" if on_cpu else f"a multiple of 8 up to {_MAX_HEAD_DIM} (functional calls pad)"
-    whole_window = window is None or (len(window) == 2 and all(_is_int(side, at_least=-1) for side in window))
+    whole_window = window is None or (isinstance(window, tuple) and len(window) == 2 and all(_is_int(side, at_least=-1) for side in window))
     checks: tuple[tuple[str, object, bool, str], ...] = (
         ("arch", key.arch, isinstance(key.arch, SmArch), "an SmArch"),
         ("dtype", key.dtype, isinstance(key.dtype, DType), "a DType"),
@@ -188,7 +191,8 @@ def _refuse_values(key: DispatchKey) -> None:
         ("tiles_for", extras.tiles_for, extras.tiles_for in {None, *SmArch}, "None or an SmArch"),
         ("family", extras.family, extras.family in {None, *Family}, "None or a Family"),
     )
-    for name, value, fine, allowed in checks:
+    flags = tuple((name, getattr(key, name)) for name in _FLAGS) + tuple((name, getattr(extras, name)) for name in _EXTRA_FLAGS)
+    for name, value, fine, allowed in (*checks, *((name, value, value in {True, False}, "True or False") for name, value in flags)):
         if not fine:
             raise DispatchError(f"{name}: got {value!r}; allowed is {allowed}")
     if key.sink > 0 and not key.left_bound:

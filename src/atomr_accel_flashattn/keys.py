@@ -18,6 +18,7 @@ VECTOR_BYTES: Final = 16  # one cp.async
 # Kernels that take the maximum of raw scores divide slopes by the scale and multiply infinity by it: in float32 the scale must be neither 0
 # nor so small that a slope overflows.
 _SMALL_SCALE: Final = 2.0**-60
+_LONGEST_COPY_STRIDE: Final = 1 << 40  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,7 @@ class Extras:
         left_pad: whether sequences are padded on the left.
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads.
         prescale: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
+        tensor_copies: whether the copy engine of sm_90a can step through q, k and v: strides of 0 to 2^40 bytes.
         family: the family that is demanded, None is the best one of the arch.
         persistent: whether blocks of the wgmma family take tile after tile; None leaves it to the launch, which knows how many there are.
         persistent_blocks: how many persistent blocks, None is one per multiprocessor.
@@ -55,6 +57,7 @@ class Extras:
     left_pad: bool = False
     load_align: int = VECTOR_BYTES
     prescale: bool = False
+    tensor_copies: bool = True
     family: Family | None = None
     persistent: bool | None = None
     persistent_blocks: int | None = None
@@ -129,19 +132,24 @@ def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | Non
             learned_sink=problem.learned_sink is not None,
             load_align=_load_align([problem.q, problem.k, problem.v, *([out] if out is not None else [])]),
             prescale=problem.softmax_scale < _SMALL_SCALE,
+            tensor_copies=all(map(_can_be_copied, (problem.q, problem.k, problem.v))),
         ),
     )
 
 
 def _load_align(arrays: list[ArrayInfo]) -> int:
-    """The largest power of two up to 16 that divides every address and, in bytes, every stride that is ever stepped.
-
-    Arrays that are walked backwards count as unaligned, because tensor copies only step forwards.
-    """
+    """The largest power of two up to 16 that divides every address and, in bytes, every stride that is ever stepped."""
     bits = VECTOR_BYTES
     for array in arrays:
         itemsize = array.dtype.itemsize if array.dtype is not None else 1
         bits |= array.ptr
         for size, step in zip(array.shape[:-1], array.strides[:-1], strict=True):
-            bits |= 0 if size <= 1 else step * itemsize if step >= 0 else 1
+            bits |= step * itemsize if size > 1 else 0
     return bits & -bits
+
+
+def _can_be_copied(array: ArrayInfo) -> bool:
+    """Whether a tensor map takes the strides of an array (CUDA Driver API, cuTensorMapEncodeTiled)."""
+    itemsize = array.dtype.itemsize if array.dtype is not None else 1
+    steps = (step * itemsize for size, step in zip(array.shape[:-1], array.strides[:-1], strict=True) if size > 1)
+    return all(0 <= step < _LONGEST_COPY_STRIDE for step in steps)

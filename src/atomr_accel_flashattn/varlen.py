@@ -227,6 +227,10 @@ def _check_seqlens(q: ArrayInfo, k: ArrayInfo, seqlens_q: CumulativeSeqlens, seq
             raise DeviceMismatchError(
                 f"{name}: got an array on {seqlens.array.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
             )
+        if seqlens.longest == 0 and seqlens.batch and array.shape[0]:
+            raise CuSeqlensError(
+                f"{name}: got max_seqlen 0 with {array.shape[0]} rows in the packed array; allowed is the length of the longest sequence"
+            )
         seqlens.check_total(array.shape[0])
     if seqlens_k.batch != seqlens_q.batch:
         raise CuSeqlensError(

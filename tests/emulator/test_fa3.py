@@ -76,3 +76,13 @@ def test_bits_do_not_depend_on_the_order_of_threads_and_copies(case: Case, tile:
     for seed in range(1, 12):
         other = emulate(inputs, tile=tile, family=Family.FA3, seed=seed)
         assert np.array_equal(first.out.view(np.uint16), other.out.view(np.uint16)), f"seed {seed} gives other bits"
+
+
+@pytest.mark.parametrize("family", [Family.FA2, Family.FA3], ids=lambda family: family.value)
+def test_a_nan_reaches_no_block_of_rows_that_does_not_see_its_key(family: Family):
+    case = Case(dtype=DType.BF16, heads=1, heads_kv=1, seqlen_q=384, seqlen_k=384, head_dim=64, v_head_dim=64, right=0)
+    inputs = build(case)
+    inputs.v[0, 200] = np.nan
+    out = emulate(inputs, tile=TILES[3] if family is Family.FA3 else None, family=family).out
+    assert not np.isnan(out[0, :128].astype(np.float32)).any()
+    assert np.isnan(out[0, 200:].astype(np.float32)).all()

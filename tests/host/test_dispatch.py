@@ -405,7 +405,11 @@ def test_hopper_resolves_to_wgmma():
     assert (spec.family, spec.arch, spec.expected_instructions) == (fa.Family.FA3, SmArch.SM_90A, ("HGMMA", "UTMALDG", "SYNCS"))
 
 
-@pytest.mark.parametrize("extras", [fa.Extras(family=fa.Family.FA2), fa.Extras(load_align=8)], ids=["asked_for", "unaligned"])
+@pytest.mark.parametrize(
+    "extras",
+    [fa.Extras(family=fa.Family.FA2), fa.Extras(load_align=8), fa.Extras(tensor_copies=False)],
+    ids=["asked_for", "unaligned", "strides"],
+)
 def test_hopper_takes_the_other_family_where_tensor_copies_cannot_or_shall_not(extras: fa.Extras):
     spec = fa.lookup(replace(WGMMA, extras=extras))
     assert (spec.family, spec.arch) == (fa.Family.FA2, SmArch.SM_90)
@@ -459,3 +463,17 @@ def test_persistent_mode_refuses_blocks_that_make_no_sense(blocks: Any):
 def test_blocks_without_persistence_are_refused():
     with pytest.raises(fa.ScheduleError, match="got 4 blocks"):
         fa.PersistentMode(persistent=False, blocks=4)
+
+
+@pytest.mark.parametrize(
+    ("view", "copied"),
+    [(lambda x: x, True), (lambda x: x[:, ::-1], False), (lambda x: np.broadcast_to(x[:1], (3, *x.shape[1:])), True)],
+    ids=["plain", "reversed", "expanded"],
+)
+def test_a_key_knows_whether_tensor_copies_can_step_through_the_arrays(view: Any, copied: bool):
+    q = np.zeros((3, 8, 2, 64), np.float16)
+    key = fa.Fa3FwdRequest(q, view(q), q).dispatch_key(SmArch.SM_90A)
+    assert key.extras.tensor_copies == copied
+    spec = fa.lookup(key)
+    assert isinstance(spec, fa.KernelSpec)
+    assert spec.family is (fa.Family.FA3 if copied else fa.Family.FA2)

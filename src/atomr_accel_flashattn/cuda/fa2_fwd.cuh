@@ -48,7 +48,7 @@ struct Fa2Forward {
     const LoaderQ load_q(base(p.q, p.q_stride, rows.seq.q_row, rows.work.head), p.q_stride.row, p.head_dim);
     const LoaderK load_k(base(p.k, p.k_stride, rows.seq.k_row, head_kv), p.k_stride.row, p.head_dim);
     const LoaderV load_v(base(p.v, p.v_stride, rows.seq.k_row, head_kv), p.v_stride.row, p.v_head_dim);
-    const RowRange keys = {band.key_begin(), band.key_end(), C.sink_tokens ? min(band.sinks, band.key_end()) : 0};
+    const RowRange keys = band.keys();
 
     load_q.load(sQ, rows.work.block_m * C.block_m, {0, rows.seq.length_q, 0});
     if constexpr (C.q_in_registers) keep_q();

@@ -27,6 +27,7 @@ struct Fa3Forward {
   static constexpr int kQ = 0, kK = kQ + TileQ::kBytes, kV = kK + C.stages * TileK::kBytes, kBarriersQ = kV + C.stages * TileV::kBytes;
   static constexpr int kBarriersK = kBarriersQ + Ring<1>::kBytes, kBarriersV = kBarriersK + Ring<C.stages>::kBytes;
   static constexpr int kStream = kBarriersV + Ring<C.stages>::kBytes;
+  static_assert(kStream + Stream::kBytes <= kBarriersQ + 512, "jit/spec.py leaves 512 bytes for barriers");
 
   // Registers are moved from the loading warpgroup to the computing ones: 64 Ki in all (PTX ISA, setmaxnreg).
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
@@ -71,6 +72,11 @@ struct Fa3Forward {
   // Role of the loading warp. Everything in it is uniform over the warp; one elected lane issues.
   __device__ __forceinline__ void produce() {
     const bool leader = ptx::elect_one();
+    if (leader) {
+      ptx::tensor_prefetch(&p.q_map);
+      ptx::tensor_prefetch(&p.k_map);
+      ptx::tensor_prefetch(&p.v_map);
+    }
     for (int tile = Stream::first(); tile < p.tiles; tile = stream.hand_out(leader)) {
       stream.take(leader);
       const Work work = decode_work(p.fwd, tile);
@@ -94,7 +100,7 @@ struct Fa3Forward {
   // Role of a computing warpgroup.
   __device__ __forceinline__ void consume(int warpgroup) {
     int tile = Stream::first();
-    Work work = decode_work(p.fwd, tile);
+    Work work = decode_work(p.fwd, min(tile, p.tiles - 1));
     while (tile < p.tiles) {
       const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
       const int first_row = work.block_m * C.block_m;
@@ -159,7 +165,7 @@ struct Fa3Forward {
     for (int next = band.next_tile(n); next >= 0; n = next, next = band.next_tile(n)) {
       ring_k.wait_full();
       multiply_keys(r, warpgroup);
-      wait_values(rows, n, warpgroup);
+      wait_values(band, n, warpgroup);
       multiply_values(rows, r);
       ptx::wgmma_wait<1>();
       ptx::pin(r.S[0]);
@@ -173,7 +179,7 @@ struct Fa3Forward {
       if (grew) rows.rescale_output();
     }
     release(ring_q);
-    wait_values(rows, n, warpgroup);
+    wait_values(band, n, warpgroup);
     multiply_values(rows, r);
   }
 
@@ -204,19 +210,19 @@ struct Fa3Forward {
     ring.advance();
   }
 
-  // Tensor copies zero what lies outside the tensor, not what lies outside this sequence or its window: a NaN there would pass through a
-  // probability of zero. Every warpgroup writes the zeros it needs; two of them write the same ones.
-  __device__ __forceinline__ void wait_values(const Rows& rows, int n, int warpgroup) {
+  // Tensor copies zero what lies outside the tensor, not what lies outside this sequence, or what no row of this block sees: a NaN there would
+  // pass through a probability of zero. Every warpgroup writes the zeros it needs; two of them write the same ones.
+  __device__ __forceinline__ void wait_values(const Band<C>& band, int n, int warpgroup) {
     ring_v.wait_full();
-    if constexpr (C.varlen || C.left_bound) {
-      const Band<C> all(p.fwd, rows.seq, 0, rows.seq.length_q);  // what any query of the sequence sees
-      const int first = n * C.block_n, begin = all.key_begin(), end = rows.seq.length_k;
-      if (first >= begin && first + C.block_n <= end) return;
+    if constexpr (C.varlen || C.left_bound || C.right_bound) {
+      const int first = n * C.block_n;
+      RowRange seen = band.keys();
+      if (!C.varlen && seen.end == band.length_k) seen.end = first + C.block_n;  // past the tensor's end the copy has written zeros
+      if (seen.covers(first, C.block_n)) return;
       const uint32_t sV = shared + kV + ring_v.stage * TileV::kBytes;
-      for (int i = threadIdx.x % 128; i < C.block_n * (C.v_head_dim / 8); i += 128) {
-        const int row = i / (C.v_head_dim / 8), key = first + row;
-        if (key >= end || (key < begin && key >= all.sinks))
-          ptx::store_shared_16(sV + TileV::offset(row, i % (C.v_head_dim / 8)), {0, 0, 0, 0});
+      constexpr int kChunks = C.v_head_dim / 8;
+      for (int i = threadIdx.x % 128; i < C.block_n * kChunks; i += 128) {
+        if (!seen.holds(first + i / kChunks)) ptx::store_shared_16(sV + TileV::offset(i / kChunks, i % kChunks), {0, 0, 0, 0});
       }
       ptx::async_proxy_fence();
       ptx::named_barrier_sync(1 + warpgroup, 128);

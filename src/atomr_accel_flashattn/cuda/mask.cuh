@@ -7,6 +7,13 @@
 
 namespace fa {
 
+// Keys that somebody sees: [begin, end), and those below `sinks`.
+struct RowRange {
+  int begin, end, sinks;
+  __device__ __forceinline__ bool holds(int row) const { return row < end && (row >= begin || row < sinks); }
+  __device__ __forceinline__ bool covers(int row, int count) const { return row + count <= end && row >= begin; }
+};
+
 // Rows [first, first + count) of Q as positions p among the keys, and what they see.
 template <Config C>
 struct Band {
@@ -25,6 +32,8 @@ struct Band {
   __device__ __forceinline__ int key_end() const { return C.right_bound ? min(length_k, max(0, p_last + right + 1)) : length_k; }
   // The first key that some row sees through its window; keys below `sinks` may be visible too.
   __device__ __forceinline__ int key_begin() const { return C.left_bound ? min(max(0, p_first - left), key_end()) : 0; }
+
+  __device__ __forceinline__ RowRange keys() const { return {key_begin(), key_end(), min(sinks, key_end())}; }
 
   __device__ __forceinline__ int tile_end() const { return (key_end() + C.block_n - 1) / C.block_n; }
   __device__ __forceinline__ int tile_begin() const { return key_begin() / C.block_n; }

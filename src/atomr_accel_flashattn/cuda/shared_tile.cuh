@@ -1,6 +1,7 @@
 // A tile of rows in shared memory: its swizzled layout, how it is filled from global memory, and how fragments leave it.
 #pragma once
 
+#include "mask.cuh"
 #include "ptx.cuh"
 
 namespace fa {
@@ -19,14 +20,7 @@ struct SharedTile {
   static __device__ __forceinline__ uint32_t offset(int row, int chunk) { return row * kPitch + ((chunk ^ swizzle(row)) << 4); }
 };
 
-// Fills a SharedTile with all threads of a block. `begin` and `end` bound the rows that are read, `sinks` adds the rows below it; all other
-// rows, and the columns from `cols` on, are written as zero.
-struct RowRange {
-  int begin, end, sinks;
-  __device__ __forceinline__ bool holds(int row) const { return row < end && (row >= begin || row < sinks); }
-  __device__ __forceinline__ bool covers(int row, int count) const { return row + count <= end && row >= begin; }
-};
-
+// Fills a SharedTile with all threads of a block. Rows outside a RowRange, and the columns from `cols` on, are written as zero.
 template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols>
 struct TileLoader {
   using Tile = SharedTile<kRows, kCols>;

@@ -9,7 +9,7 @@ from ..types import DType, SmArch
 
 __all__ = ["Direction", "Family", "KernelSpec", "Tile"]
 
-_FA3_BARRIERS = 256  # bytes, more than any number of stages needs
+_FA3_BARRIERS = 512  # bytes; the kernel asserts that its barriers fit
 _FA3_ALIGNMENT = 1024  # the swizzle repeats over 1024 bytes, dynamic shared memory starts on 16
 
 
