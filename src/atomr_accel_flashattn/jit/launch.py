@@ -26,6 +26,7 @@ from .tensor_map import TENSOR_MAP_ALIGNMENT, move
 __all__ = ["LaunchPlan", "LoadedKernel", "launch", "load_kernel"]
 
 _MAX_GRID = (1 << 31) - 1
+_NOWHERE = (-1, -1, -1)  # addresses that no map has
 _PLAIN_SHARED_BYTES = 48 * 1024  # dynamic shared memory that a kernel may use without asking
 # The function belongs to another context than the current one, there is none, or it is gone: INVALID_CONTEXT, INVALID_HANDLE,
 # CONTEXT_IS_DESTROYED.
@@ -114,7 +115,8 @@ class _MappedBlock(_Block):
 
     def _move(self, qkv: tuple[int, ...]) -> None:
         """An array without elements has the address 0 in every call, and its map is never read."""
-        for tensor_map, before, now in zip(self._maps, self._mapped, qkv, strict=True):
+        mapped, self._mapped = self._mapped, _NOWHERE  # until all have moved
+        for tensor_map, before, now in zip(self._maps, mapped, qkv, strict=True):
             if now not in {before, 0}:
                 move(tensor_map, now, self._device_index)
         self._mapped = qkv
