@@ -72,7 +72,8 @@ def run(
     Args:
         request: a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest, or anything that satisfies FaFwdDispatch.
         stream: the CUDA stream to enqueue on (a raw handle, or a stream of torch, CuPy or cuda.core); None is the current stream of q's
-            library. New outputs belong to that library's current stream, as ever.
+            library. New outputs, and a dropout seed that is drawn, belong to that library's current stream, as ever: a caller who names
+            another stream orders the two, and so does one whose k or v come from another library than q.
         lse: whether the log-sum-exp is wanted.
         dropout_mask: whether the dropout pattern is wanted; it takes O(Sq Sk) memory.
         tiles_for: the arch whose tiles are borrowed, for tests.
