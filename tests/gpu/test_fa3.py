@@ -222,7 +222,7 @@ def test_4096_sequences_of_1_to_64_tokens(monkeypatch: pytest.MonkeyPatch, causa
     first = run(request)
     expected = padded_reference(q, k, v, lengths, causal=causal)
     worst = (first.out.float() - expected).abs().max().item()
-    assert worst < 2e-2, f"error {worst} of values about 1: bf16 has 8 bits"
+    assert worst < 4e-2, f"error {worst}, where values are up to 5 and bf16 has 8 bits"
     for _ in range(10):
         assert torch.equal(run(request).out.view(torch.int16), first.out.view(torch.int16))
 

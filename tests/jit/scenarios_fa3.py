@@ -126,6 +126,17 @@ def one_map_moves_alone() -> None:
     assert fake("torn").value == 3
 
 
+def a_move_that_fails_half_way_is_made_good_by_the_next_launch() -> None:
+    _use_device(0)
+    plan = _plan()
+    plan.launch(4096, _at(4096))
+    q, k, *rest = _at(8192)
+    with pytest.raises(LaunchError, match="moving a tensor map"):
+        plan.launch(8192, (q, k + 8, *rest))
+    plan.launch(4096, _at(4096))
+    assert _ran(2)
+
+
 def arrays_without_elements_keep_their_map() -> None:
     _use_device(0)
     fake("step").value = 0

@@ -58,7 +58,7 @@ class _Pool:
 
 
 class _Question:
-    """Is this stream captured, and which one is it? With room for the answers."""
+    """Is this stream captured, and if it is not, which one is it? With room for the answers."""
 
     __slots__ = ("_get_id", "_is_capturing", "_to_capturing", "_to_identity", "capturing", "handle", "identity")
 
@@ -68,8 +68,10 @@ class _Question:
         self._is_capturing, self._get_id = driver_function("cuStreamIsCapturing"), driver_function("cuStreamGetId")
 
     def ask(self) -> int:
-        """Fill ``capturing`` and ``identity`` for ``handle``; the CUresult."""
-        code: int = self._is_capturing(self.handle, self._to_capturing) or self._get_id(self.handle, self._to_identity)
+        """Fill ``capturing``, and ``identity`` when that is 0, for ``handle``; the CUresult."""
+        code: int = self._is_capturing(self.handle, self._to_capturing)
+        if code == 0 and not self.capturing.value:
+            code = self._get_id(self.handle, self._to_identity)
         return code
 
 
