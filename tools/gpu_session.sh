@@ -12,7 +12,7 @@
 #   host       microseconds per call, start-up, memory growth                            (              120 s)
 #
 # Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, BENCH_ARGS, HOST_ARGS; SANITIZER_TOOLS, SANITIZER_SECONDS (for each
-# tool), SANITIZER_KERNELS (part of their names); ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the
+# tool), SANITIZER_FAMILY (fa2 or fa3); ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the
 # interpreter; JOBS the test processes.
 set -u
 cd "$(dirname "$0")/.."
@@ -44,12 +44,13 @@ run_tests() {
 
 run_sanitizer() {
   local tool status=0
-  "$PYTHON" tools/sanitizer_cases.py || status=$? # compiles, outside the tools
+  local family=${SANITIZER_FAMILY:-fa2}
+  "$PYTHON" tools/sanitizer_cases.py --family "$family" || status=$? # compiles, outside the tools
   for tool in ${SANITIZER_TOOLS:-memcheck initcheck racecheck synccheck}; do
     echo "--- $tool"
     # Only our kernels are checked, and no API calls: the driver's own search for symbols that it may lack is reported otherwise.
-    compute-sanitizer --tool "$tool" --kernel-name "kns=${SANITIZER_KERNELS:-fa2_}" --error-exitcode 9 --report-api-errors no --print-limit 20 \
-      --log-file "/tmp/sanitizer_$tool.log" "$PYTHON" tools/sanitizer_cases.py --seconds "${SANITIZER_SECONDS:-50}" || status=$?
+    compute-sanitizer --tool "$tool" --kernel-name "kns=${family}_" --error-exitcode 9 --report-api-errors no --print-limit 20 \
+      --log-file "/tmp/sanitizer_$tool.log" "$PYTHON" tools/sanitizer_cases.py --family "$family" --seconds "${SANITIZER_SECONDS:-50}" || status=$?
     head -n 100 "/tmp/sanitizer_$tool.log"
     tail -n 1 "/tmp/sanitizer_$tool.log"
   done
