@@ -41,6 +41,7 @@ _TABLES = {
 }
 
 _PHILOX_KEYS = 32  # one Philox call covers 32 keys, so no tile with dropout is narrower
+_DROPOUT_KEYS = 128  # keys of scores that 240 registers hold beside the generator's, at d 96
 _THREE_WARPGROUPS = 16  # warps of a block with three of them and the loading one
 _DROPOUT_NARROWS = 96  # from this width on, the generator's registers spill beside 64 keys of scores (136 to 648 bytes) and fit beside 32
 
@@ -80,7 +81,7 @@ def wgmma_tile_for(head_dim: int, v_head_dim: int, *, dropout: bool, alibi_and_s
     if (dropout or alibi_and_softcap) and tile.warps == _THREE_WARPGROUPS:
         tile = _TWO_WARPGROUPS
     if dropout:
-        tile = replace(tile, block_n=tile.block_n // _PHILOX_KEYS * _PHILOX_KEYS)
+        tile = replace(tile, block_n=min(tile.block_n, _DROPOUT_KEYS) // _PHILOX_KEYS * _PHILOX_KEYS)
     return replace(tile, persistent=persistent)
 
 
