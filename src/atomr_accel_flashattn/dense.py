@@ -17,7 +17,7 @@ __all__ = ["DenseFwdRequest"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DenseFwdRequest:
-    """Attention of q over k and v, forward, by the best kernel family of the device. Meaning: docs/semantics.md.
+    """Attention of q over k and v, forward, by the kernel family that calls on the device take. Meaning: docs/semantics.md.
 
     Arrays of any library that :func:`~atomr_accel_flashattn.arrays.read_array` knows, on one device, last dimension contiguous, other
     strides free. On a GPU float16 or bfloat16 with head dims that are multiples of 8 up to 256; on the CPU float32 and float64 too.

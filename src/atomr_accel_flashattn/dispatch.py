@@ -148,7 +148,8 @@ def _family_and_tile(key: DispatchKey, width: int, v_width: int) -> tuple[Family
         return Family.FA3, tile
     tile_arch = extras.tiles_for or (SmArch.SM_90 if key.arch is SmArch.SM_90A else key.arch)
     causal = key.right_bound and not key.left_bound
-    return Family.FA2, tile_for(tile_arch, width, v_width, causal=causal, dropout=bool(extras.dropout))
+    tile = tile_for(tile_arch, width, v_width, causal=causal, dropout=bool(extras.dropout))
+    return Family.FA2, replace(tile, persistent=extras.persistent is True)
 
 
 def _dropout_mask_spec(key: DispatchKey) -> KernelSpec:
@@ -187,7 +188,12 @@ def _refuse_values(key: DispatchKey) -> None:
         ("load_align", extras.load_align, _is_int(extras.load_align, at_least=1), "an integer >= 1"),
         ("direction", extras.direction, extras.direction in {"fwd", "bwd", "dropout_mask"}, "'fwd', 'bwd' or 'dropout_mask'"),
         ("persistent", extras.persistent, extras.persistent in {None, True, False}, "None, True or False"),
-        ("persistent_blocks", blocks, blocks is None or _is_int(blocks, at_least=1), "None or an integer >= 1"),
+        (
+            "persistent_blocks",
+            blocks,
+            blocks is None or (extras.persistent is True and _is_int(blocks, at_least=1)),
+            "None, or an integer >= 1 with persistent=True",
+        ),
         ("tiles_for", extras.tiles_for, extras.tiles_for in {None, *SmArch}, "None or an SmArch"),
         ("family", extras.family, extras.family in {None, *Family}, "None or a Family"),
     )

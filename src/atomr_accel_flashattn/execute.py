@@ -165,7 +165,10 @@ def _launch_forward(problem: AttentionProblem, key: DispatchKey, spec: KernelSpe
     if spec.family is Family.FA3:
         made = _prepare_fa3(problem, spec, params, grid, key, stream)
     else:
-        made = Launch(load_kernel(spec, problem.q.device.index), grid, params)
+        index = problem.q.device.index
+        if spec.tile.persistent:
+            grid = min(grid, key.extras.persistent_blocks or device_properties(index).multiprocessors * spec.tile.min_blocks)
+        made = Launch(load_kernel(spec, index), grid, params)
     launch(made.kernel, made.grid, made.params, stream)
     return made
 

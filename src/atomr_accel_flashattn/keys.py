@@ -40,8 +40,9 @@ class Extras:
         prescale: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
         tensor_copies: whether the copy engine of sm_90a can step through q, k and v: strides of 0 to 2^40 bytes.
         family: the family that is demanded, None is the best one of the arch.
-        persistent: whether blocks of the wgmma family take tile after tile; None leaves it to the launch, which knows how many there are.
-        persistent_blocks: how many persistent blocks, None is one per multiprocessor.
+        persistent: whether blocks take tile after tile; None leaves it to the launch of the wgmma family, which knows how many there are,
+            and is False in the mma.sync family.
+        persistent_blocks: how many persistent blocks, None is as many as the multiprocessors hold.
         tiles_for: the arch whose tiles are borrowed (tests run them on the card at hand).
     """
 

@@ -92,8 +92,8 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
         facts = None
         slopes, learned_sink, out = others
         if packing is not None or slopes is not None or learned_sink is not None or out is not None:
-            facts = _facts(packing, others, (q_ptr, k_ptr, v_ptr))
-            if facts is None:
+            facts = _facts(packing, others)
+            if facts is None or (out is not None and _share_storage(out, (q, k, v))):
                 return None, None
             bits |= facts[0]
         key = (
@@ -125,10 +125,16 @@ def _launch(plan: _Plan, q: Any, qkv: tuple[int, int, int], extra: tuple[int, in
     return out if lse is None else (out, lse, None)
 
 
-def _facts(packing: Packing | None, others: Others, inputs: tuple[int, int, int]) -> tuple[int, Key, tuple[int, int, int, int]] | None:
+def _share_storage(out: Any, inputs: tuple[Any, Any, Any]) -> bool:
+    """Whether ``out`` may overlap an input; the full check then says."""
+    storage = out.untyped_storage().data_ptr()
+    return any(tensor.untyped_storage().data_ptr() == storage for tensor in inputs)
+
+
+def _facts(packing: Packing | None, others: Others) -> tuple[int, Key, tuple[int, int, int, int]] | None:
     """Of the less common arrays: the address bits that count for alignment, their part of the key, and their addresses.
 
-    None when one of them is no plain tensor, wants gradients, or is an ``out`` that is also an input.
+    None when one of them is no plain tensor or wants gradients.
     """
     tensors = (*(packing[:2] if packing is not None else (None, None)), *others)
     types = hooks.plain_types
@@ -144,8 +150,6 @@ def _facts(packing: Packing | None, others: Others, inputs: tuple[int, int, int]
         parts.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()))
         pointers.append(tensor.data_ptr())
     out_ptr = pointers.pop()
-    if out_ptr in inputs:
-        return None
     lengths = packing[2:] if packing is not None else None
     return out_ptr, (*parts, lengths), (pointers[0], pointers[1], pointers[2], pointers[3])
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from atomr_accel_flashattn.keys import DispatchKey
     from atomr_accel_flashattn.problem import AttentionProblem
 
+_PERSISTENT_BLOCKS = 3
+
 
 def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = None, family: Family = Family.FA2, seed: int = 0) -> Run:
     """What :func:`tests.check.check_case` calls: the kernel that ``lookup`` gives on ``arch``, or the same with another tile or family."""
@@ -41,7 +43,9 @@ def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = 
     if out.view.size and spec.family is Family.FA3:
         _run_fa3(problem, spec, pack_forward(problem, out_info, lse.ctypes.data, spec.tile), seed)
     elif out.view.size:
-        run(spec, pack_forward(problem, out_info, lse.ctypes.data, spec.tile), forward_grid(problem, spec.tile), seed=seed)
+        grid = forward_grid(problem, spec.tile)
+        params = pack_forward(problem, out_info, lse.ctypes.data, spec.tile)
+        run(spec, params, min(grid, _PERSISTENT_BLOCKS) if spec.tile.persistent else grid, seed=seed)
     out.check()
     return Run(out.view, lse, _keep_pattern(problem, key, inputs, seed) if inputs.dropout_p else None)
 
@@ -51,7 +55,7 @@ def _run_fa3(problem: AttentionProblem, spec: KernelSpec, forward: FwdParams, se
     q_map, k_map, v_map = (flat_tensor(each) for each in tensor_map_specs(problem, spec))
     tiles = forward_grid(problem, spec.tile)
     params = pack_fa3_forward(forward, (q_map, k_map, v_map), counters.ctypes.data, tiles)
-    run(spec, params, min(tiles, 3) if spec.tile.persistent else tiles, seed=seed)
+    run(spec, params, min(tiles, _PERSISTENT_BLOCKS) if spec.tile.persistent else tiles, seed=seed)
     assert not counters.any(), "a persistent kernel must leave its counters zero"
 
 

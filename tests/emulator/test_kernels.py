@@ -45,6 +45,8 @@ TILES = (
     Tile(block_m=192, block_n=32, warps=6, stages=2, q_in_registers=True),
     Tile(block_m=64, block_n=128, warps=4, q_in_registers=True, stages=2),
     Tile(block_m=128, block_n=32, warps=4, stages=2, overlap=True),
+    Tile(block_m=64, block_n=32, warps=4, persistent=True),
+    Tile(block_m=64, block_n=32, warps=4, stages=3, persistent=True),
     Tile(block_m=64, block_n=64, warps=4, stages=2, overlap=True, q_in_registers=True),
 )
 NO_DROPOUT_TILES = (Tile(block_m=128, block_n=48, warps=4), Tile(block_m=64, block_n=80, warps=4, stages=2))

@@ -213,7 +213,11 @@ def test_wide_types_are_refused_on_gpus(arch: Any, dtype: Any):
         (replace(PLAIN, extras=fa.Extras(softcap=float("nan"))), "softcap: got nan"),
         (replace(PLAIN, extras=fa.Extras(load_align=0)), "load_align: got 0"),
         (replace(PLAIN, extras=fa.Extras(persistent="yes")), "persistent: got 'yes'"),  # type: ignore[arg-type]
-        (replace(PLAIN, extras=fa.Extras(persistent_blocks=0)), "persistent_blocks: got 0"),
+        (replace(PLAIN, extras=fa.Extras(persistent=True, persistent_blocks=0)), "persistent_blocks: got 0"),
+        (
+            replace(PLAIN, extras=fa.Extras(persistent_blocks=3)),
+            "persistent_blocks: got 3; allowed is None, or an integer >= 1 with persistent",
+        ),
         (replace(PLAIN, extras=fa.Extras(direction="sideways")), "direction: got 'sideways'"),
     ],
 )
@@ -420,8 +424,9 @@ def test_hopper_takes_the_other_family_where_tensor_copies_cannot_or_shall_not(e
 
 @pytest.mark.parametrize("arch", [SmArch.SM_100, SmArch.SM_120])
 def test_an_fa3_request_resolves_to_mma_sync_where_there_is_no_wgmma(arch: SmArch):
-    spec = fa.lookup(replace(PLAIN, arch=arch, extras=fa.Extras(family=fa.Family.FA3)))
-    assert (spec.family, spec.arch) == (fa.Family.FA2, arch)
+    for persistent in (None, False, True):
+        spec = fa.lookup(replace(PLAIN, arch=arch, extras=fa.Extras(family=fa.Family.FA3, persistent=persistent)))
+        assert (spec.family, spec.arch, spec.tile.persistent) == (fa.Family.FA2, arch, persistent is True)
 
 
 @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90])

@@ -167,7 +167,7 @@ def _row(runs: Runs, mark: str, dtype: DType, features: Sequence[str] = ()) -> t
 def _entry(cell: Cell, runs: Runs, feature: str) -> Entry:
     if cell.refusal is not None:
         named = f"{cell.refusal.feature}: {cell.refusal.reason}" if isinstance(cell.refusal, FeatureNotBuiltError) else str(cell.refusal)
-        return Entry("refused", "refused", named.replace(f"on {cell.key.arch.value}", "on a GPU"))  # the column names the arch
+        return Entry("refused", "refused", named.replace(f"on {cell.key.arch.value}", "on this GPU"))  # the column names the arch
     if cell.key.arch is SmArch.CPU:
         return Entry("runs", "runs")
     return Entry("ran", f"ran on {runs.card}") if runs.did(cell.key.arch, feature) else Entry("compiles", "compiles")

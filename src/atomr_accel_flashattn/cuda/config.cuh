@@ -18,7 +18,7 @@ struct Config {
   bool alibi, softcap, prescale;
   bool learned_sink, dropout, varlen;
   bool overlap = false;     // S of the next tile beside the softmax of this one (FA2 family; the FA3 family always does)
-  bool persistent = false;  // blocks take tile after tile from a counter (FA3 family)
+  bool persistent = false;  // blocks take tile after tile: FA3 from a counter, FA2 in turn
 };
 
 }  // namespace fa

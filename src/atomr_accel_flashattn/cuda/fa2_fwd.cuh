@@ -234,10 +234,20 @@ struct Fa2Forward {
 template <Config C>
 __device__ __forceinline__ void fa2_forward(const FwdParams& p) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  const Work work = decode_work(p, blockIdx.x);
-  const Sequence seq = read_sequence<C.varlen>(p, work.batch);
-  if (work.block_m * C.block_m >= seq.length_q) return;
-  Fa2Forward<C>(p, work, seq, ptx::shared_address(shared)).run();
+  auto compute = [&](int tile) {
+    const Work work = decode_work(p, tile);
+    const Sequence seq = read_sequence<C.varlen>(p, work.batch);
+    if (work.block_m * C.block_m < seq.length_q) Fa2Forward<C>(p, work, seq, ptx::shared_address(shared)).run();
+  };
+  if constexpr (C.persistent) {
+    const int64_t tiles = static_cast<int64_t>(p.blocks_m) * p.batch * p.heads;
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      compute(static_cast<int>(tile));
+      __syncthreads();  // every warp is done with Q, which the next tile overwrites
+    }
+  } else {
+    compute(blockIdx.x);
+  }
 }
 
 }  // namespace fa

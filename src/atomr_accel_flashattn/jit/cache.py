@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from ..errors import CacheError, CacheWarning
 __all__ = ["CacheEntry", "CacheKey", "KernelCache", "Record", "default_cache"]
 
 _SUFFIXES = (".json", ".cubin", ".cu")
+_ENTRY = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}")  # a stem of ours; other files in the folder are not touched
 _LOCK_SECONDS = 120.0  # longest wait for another process that compiles the same kernel; then compile it here too
 _LOCK_POLL_SECONDS = 0.005
 
@@ -199,7 +201,8 @@ class KernelCache:
         stems = list(self._stems())
         for stem in stems:
             self._remove(stem)
-        for leftover in (*self.directory.glob("*.cu"), *self.directory.glob(".new-*"), *self.directory.glob("locks/*.lock")):
+        sources = (path for path in self.directory.glob("*.cu") if _ENTRY.fullmatch(path.stem))
+        for leftover in (*sources, *self.directory.glob(".new-*"), *self.directory.glob("locks/*.lock")):
             with contextlib.suppress(OSError):
                 leftover.unlink()
         return len(stems)
@@ -220,8 +223,8 @@ class KernelCache:
             return
         except OSError as error:
             raise CacheError(f"cannot read the kernel cache {self.directory}: {error.strerror or error}") from error
-        seen = {name.rpartition(".")[0] for name in names if name.endswith((".json", ".cubin")) and not name.startswith(".")}
-        yield from sorted(seen)
+        seen = {name.rpartition(".")[0] for name in names if name.endswith((".json", ".cubin"))}
+        yield from sorted(stem for stem in seen if _ENTRY.fullmatch(stem))
 
     def _read(self, name: str) -> bytes:
         """Contents of a file; empty when it is gone."""

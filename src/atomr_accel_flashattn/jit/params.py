@@ -32,7 +32,7 @@ UNBOUNDED = 1 << 30  # window_left, window_right without a bound: kUnbounded of 
 
 _MASK_ROWS, _MASK_KEYS = 64, 32  # patch of one block of the dropout mask kernel
 _L2_BYTES = 32 << 20  # K and V of the heads that run side by side should stay in L2
-_SECTION_KV_HEADS = 16  # more of them side by side were slower on an H100, however small they were
+_SECTION_KV_HEADS = 16  # to be measured: docs/performance.md
 
 
 class KernelParams(ctypes.Structure):

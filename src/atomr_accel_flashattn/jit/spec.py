@@ -38,7 +38,7 @@ class Tile:
     q_in_registers: bool = False
     min_blocks: int = 1
     overlap: bool = False  # FA2: S of the next tile is multiplied beside the softmax of this one
-    persistent: bool = False  # FA3: blocks take tile after tile
+    persistent: bool = False  # blocks take tile after tile
 
     @property
     def threads(self) -> int:
