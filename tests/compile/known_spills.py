@@ -26,8 +26,8 @@ _INVARIANTS = (
 
 _STATE = (
     "the same on two architectures that no card was at hand for: where a right bound meets another feature, running maxima and sums spill "
-    "too, up to 16 loads and 8 stores per key tile of 800 instructions. 128 x 48 would not spill on sm_100 but does on sm_80; to be decided "
-    "by measurement there"
+    "too, up to 16 loads and 8 stores per key tile of 800 instructions. 128 x 48 would not spill on sm_100 but does on sm_80; to be "
+    "decided by measurement there"
 )
 
 _MEETING = (
