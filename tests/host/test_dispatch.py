@@ -91,11 +91,11 @@ def test_lookup_gives_a_spec_or_a_dispatch_error_and_says_the_same_twice(key: fa
 
 junk = (
     st.none()
-    | st.text(max_size=3)
+    | st.sampled_from(["", "0", "fa2", "sm_90", "é\n"])  # no st.text: its table of all characters is a file that processes race for
     | st.floats()
     | st.lists(st.integers(), max_size=3)
     | st.binary(max_size=2)
-    | st.dictionaries(st.text(), st.text())
+    | st.dictionaries(st.sampled_from(["", "a", "arch"]), st.sampled_from(["", "b"]))
 )
 
 
