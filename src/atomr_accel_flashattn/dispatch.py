@@ -147,15 +147,14 @@ def _family_and_tile(key: DispatchKey, width: int, v_width: int) -> tuple[Family
         )
         return Family.FA3, tile
     tile_arch = extras.tiles_for or (SmArch.SM_90 if key.arch is SmArch.SM_90A else key.arch)
-    causal = key.right_bound and not key.left_bound
-    tile = tile_for(tile_arch, width, v_width, causal=causal, dropout=bool(extras.dropout))
+    tile = tile_for(tile_arch, width, v_width, dropout=bool(extras.dropout))
     return Family.FA2, replace(tile, persistent=extras.persistent is True)
 
 
 def _dropout_mask_spec(key: DispatchKey) -> KernelSpec:
     """The keep pattern depends on no element type, head dim or tile: one kernel per arch, and one for packed sequences."""
     arch = SmArch.SM_90 if key.arch is SmArch.SM_90A else key.arch
-    tile = tile_for(arch, 64, 64, causal=False, dropout=True)
+    tile = tile_for(arch, 64, 64, dropout=True)
     return KernelSpec(
         family=Family.FA2,
         direction=Direction.DROPOUT_MASK,

@@ -109,7 +109,7 @@ struct Fa3Forward {
       const int n = first_tile(work, seq, band);
       Products r;
       if (n >= 0) attend(rows, r, band, n, warpgroup);
-      // Beside the last product: the 600 clocks that the divisions of the next tile take, and the end of the softmax.
+      // Beside the last product: the integer divisions that find the next tile, and the end of the softmax.
       tile = stream.next();
       work = decode_work(p.fwd, min(tile, p.tiles - 1));
       rows.finish();

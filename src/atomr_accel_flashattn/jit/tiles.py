@@ -1,4 +1,4 @@
-"""Which tile a kernel gets: a table, made by measurement where a card was at hand (docs/performance.md)."""
+"""Which tile a kernel gets: tables that follow from shared memory, registers and spills. To be measured: docs/performance.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["HEAD_DIM_WIDTHS", "head_dim_width", "tile_for", "wgmma_tile_for"]
 
 HEAD_DIM_WIDTHS = (32, 64, 96, 128, 192, 256)
 
-# Architectures with at least 163 KB of shared memory per block. Measured on Hopper; not on sm_80 and sm_100.
+# Architectures with at least 163 KB of shared memory per block.
 _LARGE = {
     32: Tile(block_m=128, block_n=64, warps=4, min_blocks=2),
     64: Tile(block_m=128, block_n=64, warps=4, min_blocks=2),
@@ -21,13 +21,10 @@ _LARGE = {
     256: Tile(block_m=128, block_n=64, warps=8),
 }
 
-# Architectures with 99 KB: two blocks of a multiprocessor share 100 KB. No such card was at hand; the tiles run on Hopper in the tests.
-_SMALL = {
-    32: Tile(block_m=128, block_n=64, warps=4, min_blocks=2),
-    64: Tile(block_m=128, block_n=64, warps=4, min_blocks=2),
+# Architectures with 99 KB: two blocks of a multiprocessor share 100 KB.
+_SMALL = _LARGE | {
     96: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),
     128: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),
-    192: Tile(block_m=128, block_n=64, warps=8),
     256: Tile(block_m=64, block_n=64, warps=4),
 }
 
@@ -85,9 +82,8 @@ def wgmma_tile_for(head_dim: int, v_head_dim: int, *, dropout: bool, alibi_and_s
     return replace(tile, persistent=persistent)
 
 
-def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, causal: bool, dropout: bool) -> Tile:
-    """The tile of the mma.sync family for widths ``head_dim`` and ``v_head_dim``; ``causal`` means a right bound without a left one."""
-    del causal
+def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, dropout: bool) -> Tile:
+    """The tile of the mma.sync family for widths ``head_dim`` and ``v_head_dim``."""
     width = max(head_dim, v_head_dim)
     tile = _TABLES[arch][width]
     if dropout and width >= _DROPOUT_NARROWS and tile.block_n > _PHILOX_KEYS:
