@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from atomr_accel_flashattn.jit.spec import Family
-from tests.gpu.families import FAMILIES, use_family
+from tests.gpu.families import FAMILIES, blocks_for, use_family
 
 RECORD_VARIABLE = "ATOMR_FLASHATTN_TEST_RECORD"
 COMMIT_VARIABLE = "ATOMR_FLASHATTN_COMMIT"
@@ -69,5 +69,5 @@ def pytest_configure(config: pytest.Config) -> None:
 def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> Iterator[Family]:
     """The kernel family of this test; modules that are about one of them have a fixture of this name of their own."""
     record_property("family", request.param.value)
-    with use_family(request.param, request.node.nodeid, monkeypatch):
+    with use_family(request.param, monkeypatch, blocks_for(request.node.nodeid)):
         yield request.param

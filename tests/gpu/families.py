@@ -8,17 +8,19 @@ import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from atomr_accel_flashattn import dispatch, execute
+from atomr_accel_flashattn import dispatch, execute, plans
+from atomr_accel_flashattn.dense import DenseFwdRequest
+from atomr_accel_flashattn.fa2 import Fa2FwdRequest
 from atomr_accel_flashattn.jit.driver import device_count, device_properties
 from atomr_accel_flashattn.jit.spec import Family
-from atomr_accel_flashattn.types import SmArch
+from atomr_accel_flashattn.types import Device, SmArch
 
 if TYPE_CHECKING:
     import pytest
 
     from atomr_accel_flashattn.jit.driver import DeviceProperties
 
-__all__ = ["DEVICE", "FAMILIES", "HAS_WGMMA", "use_family"]
+__all__ = ["DEVICE", "FAMILIES", "HAS_WGMMA", "blocks_for", "use_family"]
 
 DEVICE = os.environ.get("ATOMR_FLASHATTN_TEST_DEVICE", "cuda:0")
 HAS_WGMMA = DEVICE != "cpu" and device_count() > 0 and device_properties(0).compute_capability == (9, 0)
@@ -26,27 +28,37 @@ FAMILIES = (Family.FA2, Family.FA3) if HAS_WGMMA else (Family.FA2,)
 FEW_BLOCKS = 3  # of persistent kernels, so that they take many tiles each in tests of any size
 
 
-@contextlib.contextmanager
-def use_family(family: Family, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Until the end of a test: what requests of :func:`tests.gpu.harness.dense`, packed requests and functional calls are answered with.
+def blocks_for(name: str) -> int | None:
+    """Half of the tests of the FA3 family, by their name, see a card of three multiprocessors; the other half (None) see it as it is.
 
-    Half of the tests of the FA3 family, by their ``name``, run on a card of three multiprocessors: persistent kernels wherever there are
-    more tiles than that. The other half have a block for each tile unless they are large.
+    So persistent kernels run wherever there are more tiles than that, and a block for each tile unless a test is large.
     """
-    if family is not Family.FA3:
+    return FEW_BLOCKS if zlib.crc32(name.encode()) % 2 else None
+
+
+@contextlib.contextmanager
+def use_family(family: Family, monkeypatch: pytest.MonkeyPatch, blocks: int | None = None) -> Iterator[None]:
+    """Until the end of a test: what dense requests of :mod:`tests.gpu.harness`, packed requests and functional calls are answered with.
+
+    On Hopper the FA3 family is what all of them take by default; for the FA2 family the card is said to be one without wgmma. ``blocks``
+    is what the FA3 family takes for the number of multiprocessors; None is the truth.
+    """
+    if not HAS_WGMMA:
         yield
         return
-    from atomr_accel_flashattn import plans
-    from atomr_accel_flashattn.fa3 import Fa3FwdRequest
     from tests.gpu import harness
 
     def on_few_blocks(index: int) -> DeviceProperties:
-        return device_properties(index)._replace(multiprocessors=FEW_BLOCKS)
+        return device_properties(index)._replace(multiprocessors=blocks or device_properties(index).multiprocessors)
 
     plans.clear()
-    monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda _index: SmArch.SM_90A)
-    monkeypatch.setattr(harness, "DENSE", Fa3FwdRequest)
-    if zlib.crc32(name.encode()) % 2:
+    if family is Family.FA2:
+        monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda _index: SmArch.SM_90)
+        monkeypatch.setattr(harness, "DENSE", Fa2FwdRequest)
+    else:
+        monkeypatch.setattr(harness, "DENSE", DenseFwdRequest)
         monkeypatch.setattr(execute, "device_properties", on_few_blocks)
+    found, expected = dispatch.best_arch(Device("cuda", 0)), SmArch.SM_90 if family is Family.FA2 else SmArch.SM_90A
+    assert found is expected, f"calls compile for {found.value} by default; the tests of the {family.value} family want {expected.value}"
     yield
     plans.clear()

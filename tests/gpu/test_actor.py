@@ -14,18 +14,18 @@ torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnMsg, FlashAttnPool, FlashAttnProps  # noqa: E402
-from tests.gpu.harness import DEVICE, synchronize  # noqa: E402
+from tests.gpu.harness import DEVICE, dense, synchronize  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="streams are CUDA's")
 PATIENCE = 60.0
 
 
-def request(seed: int = 0, *, queries: int = 100, keys: int = 120, batch: int = 1, **options: Any) -> fa.Fa2FwdRequest:
+def request(seed: int = 0, *, queries: int = 100, keys: int = 120, batch: int = 1, kind: Any = dense, **options: Any) -> Any:
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, queries, 8, 64, generator=generator).half().to(DEVICE)
     k, v = (torch.randn(batch, keys, 2, 64, generator=generator).half().to(DEVICE) for _ in range(2))
-    return fa.Fa2FwdRequest(q, k, v, **{"mask": fa.MaskKind.causal(), **options})
+    return kind(q, k, v, **{"mask": fa.MaskKind.causal(), **options})
 
 
 def check(reply: Any, expected: fa.Output) -> None:
@@ -116,7 +116,7 @@ def test_memory_that_callers_drop_is_never_overwritten_too_early_and_none_is_kep
 
 
 def test_fused_decodes_agree_within_tolerance() -> None:
-    made = [request(seed, queries=1, keys=5 + 9 * seed, batch=1 + seed % 2) for seed in range(24)]
+    made = [request(seed, queries=1, keys=5 + 9 * seed, batch=1 + seed % 2, kind=fa.Fa2FwdRequest) for seed in range(24)]
     expected = [fa.run(each) for each in made]
     synchronize()
     with FlashAttnActor.start(FlashAttnProps(device=DEVICE, fuse_decodes=True)) as actor:

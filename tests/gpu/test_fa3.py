@@ -39,7 +39,7 @@ MODES = (PersistentMode.Grid(), *map(PersistentMode.Persistent, (None, 1, 7, 131
 @pytest.fixture(autouse=True)
 def family(monkeypatch: pytest.MonkeyPatch) -> Iterator[Family]:
     """With as many blocks as the card has multiprocessors; tests that want few say so."""
-    with use_family(Family.FA3, "", monkeypatch):  # crc32 of nothing is even
+    with use_family(Family.FA3, monkeypatch):
         yield Family.FA3
 
 
@@ -227,17 +227,40 @@ def test_4096_sequences_of_1_to_64_tokens(monkeypatch: pytest.MonkeyPatch, causa
         assert torch.equal(run(request).out.view(torch.int16), first.out.view(torch.int16))
 
 
+LONG = 1 << 17
+
+
+def check_long_causal(q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
+    """Some rows of one causal sequence: (S, H, D) each, the LSE (H, S)."""
+    for end in (16, 4096, 100_000, len(q)):
+        rows = slice(end - 16, end)
+        picked = (download(x)[None] for x in (q[rows], k[:end], v[:end]))
+        inputs = Inputs(DType.BF16, *picked, softmax_scale=q.shape[-1] ** -0.5, left=None, right=0)
+        check_arrays(f"rows before {end}", inputs, Run(download(out[rows])[None], download(lse[:, rows])[None]))
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_one_sequence_of_128k_tokens(width: int) -> None:
-    length = 1 << 17
-    q, k, v = arrays(1, length, 2, width)
+    q, k, v = arrays(1, LONG, 2, width)
     output = run(Fa3FwdRequest(q, k, v, mask=MaskKind.causal()))
     assert bool(output.out.isfinite().all())
-    for end in (16, 4096, 100_000, length):
-        rows = slice(end - 16, end)
-        picked = (download(x)[None] for x in (q[0, rows], k[0, :end], v[0, :end]))
-        inputs = Inputs(DType.BF16, *picked, softmax_scale=width**-0.5, left=None, right=0)
-        check_arrays(f"rows before {end}", inputs, Run(download(output.out[0, rows])[None], download(output.lse[0, :, rows])[None]))
+    check_long_causal(q[0], k[0], v[0], output.out[0], output.lse[0])
+
+
+def test_one_sequence_of_128k_tokens_among_1000_tiny_ones() -> None:
+    """Nearly all tiles of the grid, which has room for the long one in every sequence, are empty."""
+    lengths = torch.randint(1, 65, (1000,), generator=torch.Generator().manual_seed(0))
+    start = int(lengths[:500].sum())
+    both = torch.cat([lengths[:500], torch.tensor([LONG]), lengths[500:]]).to(DEVICE)
+    offsets = torch.nn.functional.pad(both.cumsum(0), (1, 0)).int()
+    q, k, v = arrays(int(both.sum()), 2, 64)
+    output = run(VarlenFwdRequest(q, k, v, cu_seqlens_q=CumulativeSeqlens(offsets, LONG), mask=MaskKind.causal()))
+    long = slice(start, start + LONG)
+    check_long_causal(q[long], k[long], v[long], output.out[long], output.lse[:, long])
+    tiny = torch.cat([torch.arange(start), torch.arange(start + LONG, len(q))]).to(DEVICE)
+    expected = padded_reference(q[tiny], k[tiny], v[tiny], lengths.to(DEVICE), causal=True)
+    worst = (output.out[tiny].float() - expected).abs().max().item()
+    assert worst < 4e-2, f"error {worst}, where values are up to 5 and bf16 has 8 bits"
 
 
 def test_heads_and_batches_that_share_memory() -> None:

@@ -1,0 +1,30 @@
+"""The kernels that the jitter tests run on a card compile here: with naps, and with naps and a flaw, wgmma still overlapped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from atomr_accel_flashattn.dispatch import DispatchKey, lookup
+from atomr_accel_flashattn.jit.nvrtc import compile_source
+from atomr_accel_flashattn.jit.source import kernel_source
+from atomr_accel_flashattn.jit.spec import Family, KernelSpec
+from atomr_accel_flashattn.types import DType, SmArch
+from tests.gpu.jitter import FLAWS, headers_with_naps
+
+CASES = (
+    *((SmArch.SM_90A, width, flawed) for width in (64, 128, 256) for flawed in (False, True)),
+    (SmArch.SM_90, 128, False),
+    (SmArch.SM_90, 128, True),
+    (SmArch.SM_80, 64, False),
+)
+
+
+@pytest.mark.parametrize(("arch", "width", "flawed"), CASES)
+def test_a_kernel_with_naps_compiles(tmp_path: Path, arch: SmArch, width: int, flawed: bool):
+    spec = lookup(DispatchKey(arch, DType.BF16, width, causal=True, varlen=True))
+    assert isinstance(spec, KernelSpec)
+    assert spec.family is (Family.FA3 if arch is SmArch.SM_90A else Family.FA2)
+    headers = headers_with_naps(tmp_path / "cuda", FLAWS[spec.family] if flawed else None)
+    assert compile_source(spec.kernel_name, kernel_source(spec), arch.value, [headers]).cubin

@@ -1,0 +1,57 @@
+"""A kernel without one of its guards: it ends, and its answer depends on the order of threads. What the jitter tests on a card rely on."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atomr_accel_flashattn.jit.source import headers_dir
+from atomr_accel_flashattn.jit.spec import Family, Tile
+from atomr_accel_flashattn.types import DType
+from tests.cases import Case, build
+from tests.gpu.jitter import FLAWS
+
+from . import build as building
+from .running import emulate
+
+pytestmark = pytest.mark.skipif(building.compiler() is None, reason="the emulator needs a C++20 compiler")
+
+CASE = Case(dtype=DType.BF16, heads=2, heads_kv=1, seqlen_q=200, seqlen_k=500, right=0)
+TILES = {Family.FA2: None, Family.FA3: Tile(block_m=128, block_n=64, warps=12, stages=2, persistent=True)}
+
+
+def forget() -> None:
+    building._headers.cache_clear()
+    building._library.cache_clear()
+
+
+@pytest.fixture
+def other_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the headers, to be edited before the first kernel is built with it."""
+    folder = tmp_path / "cuda"
+    shutil.copytree(headers_dir(), folder)
+    contents = lambda: b"".join(path.read_bytes() for path in sorted(folder.glob("*.cuh")))  # noqa: E731
+    monkeypatch.setattr(building, "headers_dir", lambda: folder)
+    monkeypatch.setattr(building, "headers_digest", lambda: hashlib.sha256(contents()).digest())
+    forget()
+    yield folder
+    forget()
+
+
+@pytest.mark.parametrize("family", list(Family), ids=lambda family: family.value)
+def test_a_flaw_changes_bits_and_hangs_nothing(family: Family, other_headers: Path):
+    inputs = build(CASE)
+
+    def bits(seed: int) -> bytes:
+        return emulate(inputs, tile=TILES[family], family=family, seed=seed).out.view(np.uint16).tobytes()
+
+    expected = {bits(seed) for seed in range(4)}
+    assert len(expected) == 1
+    FLAWS[family].apply(other_headers)
+    forget()
+    assert {bits(seed) for seed in range(12)} - expected

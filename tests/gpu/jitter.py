@@ -1,0 +1,127 @@
+"""Kernels that dawdle: their own source on headers whose device instructions begin with a nap of random length.
+
+A copy of ``cuda/`` is edited, and the compiler is pointed at it for as long as a test runs; everything else, from the request to the
+launch, is what users get. ``FLAWS`` take one guard away, so that a test can show that it would see that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from atomr_accel_flashattn import plans
+from atomr_accel_flashattn.jit import launch, nvrtc, source
+from atomr_accel_flashattn.jit.spec import Family
+
+if TYPE_CHECKING:
+    import pytest
+
+__all__ = ["FLAWS", "Flaw", "headers_with_naps", "use_headers"]
+
+# Seven times in eight no nap, else up to 2 us, and once in 512 times up to 33 us: longer than a ring of buffers takes to go round. All
+# lanes of a warp read one clock, and there is no branch, so a warp stays together for the instructions that want it to.
+_NAP = """\
+#pragma once
+#include "integers.cuh"
+
+namespace fa::ptx {
+__device__ __forceinline__ void nap() {
+  uint32_t clock, multiprocessor;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(clock)::"memory");
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
+  uint32_t h = (clock ^ multiprocessor * 0x9E3779B9u ^ threadIdx.x / 32 * 0x85EBCA6Bu) * 0x7FEB352Du;
+  h = (h ^ h >> 15) * 0x846CA68Bu;
+  h ^= h >> 16;
+  const uint32_t nanoseconds = h & 7 ? 0 : h & 0x1f8 ? h >> 21 : h >> 17;
+  asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds) : "memory");
+}
+}  // namespace fa::ptx
+"""
+_LEAF = re.compile(r"__device__ __forceinline__ void (\w+)\([^{;]*\) \{")
+_WITHOUT_NAP = frozenset({"pin", "mma_f16", "mma_bf16"})  # no instruction at all, and arithmetic on the registers of one thread
+_NEEDED = {
+    "hopper_ptx.cuh": {"barrier_arrive", "barrier_arrive_expect", "barrier_wait", "tensor_load", "wgmma_fence", "wgmma_wait"},
+    "ptx.cuh": {"cp_async_16", "cp_async_commit", "cp_async_wait", "ldmatrix_x4", "store_shared_4", "store_shared_16"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """Edits of one header that take a guard away: (pattern, replacement) pairs, each of which has to fit at least once.
+
+    No flaw changes how often a barrier is come to, or lets a warp miss a phase of one: a flawed kernel gives wrong numbers and ends.
+    """
+
+    header: str
+    edits: tuple[tuple[str, str], ...]
+
+    def apply(self, folder: Path) -> None:
+        """Edit the copy in ``folder``."""
+        path = folder / self.header
+        text = path.read_text()
+        for pattern, replacement in self.edits:
+            text, count = re.subn(pattern, replacement, text)
+            assert count > 0, f"{self.header} has changed: no {pattern!r} is left to be replaced"
+        path.write_text(text)
+
+
+_RELEASE_EARLY = (
+    "ptx::named_barrier_sync(1 + warpgroup, 128); if (threadIdx.x % 128 == 0) ptx::barrier_arrive(ring_k.empty()); ptx::wgmma_fence();"
+)
+FLAWS = {
+    # K is handed back to the loading warp before the product has read it, once the whole warpgroup has seen it arrive.
+    Family.FA3: Flaw(
+        "fa3_fwd.cuh",
+        (
+            (r"(?s)(void multiply_keys\([^{]*\{.*?)ptx::wgmma_fence\(\);", r"\1" + _RELEASE_EARLY),
+            (r"(ptx::pin\(r\.S\[0\]\);\s*)release\(ring_k\);", r"\1ring_k.advance();"),
+        ),
+    ),
+    # Warps do not wait for each other before a buffer is read or overwritten.
+    Family.FA2: Flaw("fa2_fwd.cuh", ((r"(void arrive_all\(\) \{\s*ptx::cp_async_wait<0>\(\);\s*)__syncthreads\(\);", r"\1"),)),
+}
+
+
+def headers_with_naps(folder: Path, flaw: Flaw | None = None) -> Path:
+    """Write the edited headers to a new ``folder`` and return it."""
+    shutil.copytree(source.headers_dir(), folder)
+    (folder / "nap.cuh").write_text(_NAP)
+    for name, needed in _NEEDED.items():
+        path = folder / name
+        text, napping = _with_naps(path.read_text())
+        assert needed <= napping, f"{name} has changed: {sorted(needed - napping)} would not nap"
+        path.write_text(text.replace("#pragma once\n", '#pragma once\n\n#include "nap.cuh"\n', 1))
+    if flaw is not None:
+        flaw.apply(folder)
+    return folder
+
+
+def use_headers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the patch is undone: every kernel is compiled with the headers in ``folder``, and none that was loaded before is used.
+
+    Should naps make some ptxas put one product of wgmma after another, as none does so far (tests/compile/test_jitter.py), that is allowed.
+    """
+    digest = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(folder.glob("*.cuh")))).digest()
+    monkeypatch.setattr(source, "headers_dir", lambda: folder)
+    monkeypatch.setattr(source, "headers_digest", lambda: digest)
+    monkeypatch.setattr(nvrtc, "_SERIALISED", re.compile("(?!)"))
+    monkeypatch.setattr(launch, "_loaded", {})
+    monkeypatch.setattr(launch, "_loading", {})
+    plans.clear()
+
+
+def _with_naps(text: str) -> tuple[str, set[str]]:
+    """The header with a nap at the beginning of each of its instructions, and their names."""
+    napping: set[str] = set()
+
+    def begin(leaf: re.Match[str]) -> str:
+        if leaf[1] in _WITHOUT_NAP:
+            return leaf[0]
+        napping.add(leaf[1])
+        return leaf[0] + " nap();"
+
+    return _LEAF.sub(begin, text), napping
