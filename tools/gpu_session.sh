@@ -7,15 +7,15 @@
 # when every stage's was.
 #   smoke      versions, one kernel per head dim and feature against float32             (default limit 120 s)
 #   tests      pytest tests/gpu, cells and ratios to $OUT/gpu_tests.json                 (              420 s)
-#   sanitizer  compute-sanitizer memcheck, initcheck, racecheck, synccheck, small shapes (              300 s)
+#   sanitizer  compute-sanitizer's four tools on small shapes, to $OUT/sanitizer.json    (              300 s)
 #   bench      forward benchmark, record and picture                                     (              300 s)
 #   host       microseconds per call, start-up, memory growth                            (              120 s)
 #
-# Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, BENCH_ARGS, HOST_ARGS; SANITIZER_TOOLS, SANITIZER_SECONDS (for each
-# tool), SANITIZER_FAMILY (fa2 or fa3); ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the
-# interpreter; JOBS the test processes.
+# Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, SANITIZER_ARGS, BENCH_ARGS, HOST_ARGS; ATOMR_FLASHATTN_COMMIT names the
+# code that is measured where there is no .git; PYTHON the interpreter, else that of .venv where there is one; JOBS the test processes.
 set -u
 cd "$(dirname "$0")/.."
+[[ -x .venv/bin/python ]] && PYTHON=${PYTHON:-.venv/bin/python}
 export OUT=${OUT:-out} PYTHON=${PYTHON:-python3} JOBS=${JOBS:-12}
 export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export ATOMR_FLASHATTN_CACHE_DIR=${ATOMR_FLASHATTN_CACHE_DIR:-/tmp/atomr-flashattn-cache}
@@ -36,25 +36,15 @@ stage() { # name, default limit in seconds, command...
 }
 
 run_tests() {
-  # NumPy's threads would fight over the cores: the processes are the parallelism. Warnings of this machine's packages are shown, not raised.
+  # NumPy's threads would fight over the cores: the processes are the parallelism. Warnings of this machine's packages are no failures.
   # shellcheck disable=SC2086
   OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest tests/gpu -m gpu -q -n "$JOBS" --dist worksteal -p no:cacheprovider \
-    --timeout 180 --maxfail 100 --tb short --show-capture no -r fE -W default --disable-warnings ${PYTEST_ARGS:-}
+    -p no:benchmark --timeout 180 --maxfail 100 --tb short --show-capture no -r fE -W default --disable-warnings ${PYTEST_ARGS:-}
 }
 
 run_sanitizer() {
-  local tool status=0
-  local family=${SANITIZER_FAMILY:-fa2}
-  "$PYTHON" tools/sanitizer_cases.py --family "$family" || status=$? # compiles, outside the tools
-  for tool in ${SANITIZER_TOOLS:-memcheck initcheck racecheck synccheck}; do
-    echo "--- $tool"
-    # Only our kernels are checked, and no API calls: the driver's own search for symbols that it may lack is reported otherwise.
-    compute-sanitizer --tool "$tool" --kernel-name "kns=${family}_" --error-exitcode 9 --report-api-errors no --print-limit 20 \
-      --log-file "/tmp/sanitizer_$tool.log" "$PYTHON" tools/sanitizer_cases.py --family "$family" --seconds "${SANITIZER_SECONDS:-50}" || status=$?
-    head -n 100 "/tmp/sanitizer_$tool.log"
-    tail -n 1 "/tmp/sanitizer_$tool.log"
-  done
-  return "$status"
+  # shellcheck disable=SC2086
+  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" tools/sanitizer.py --out "$OUT" ${SANITIZER_ARGS:-}
 }
 export -f run_tests run_sanitizer
 

@@ -1,0 +1,50 @@
+"""tools/sanitizer.py where there is no GPU: the planted kernels compile, and a tool that does not find the fault is not believed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from atomr_accel_flashattn.jit.nvrtc import compile_source
+from tools import sanitizer, sanitizer_faults
+
+CLEAN = "========= ERROR SUMMARY: 0 errors\n"
+NO_RACE = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+RACE = "========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n"
+RIGHT = '{"cases": 9, "of": 9, "failed": []}\n'
+
+
+@pytest.mark.parametrize("planted", [False, True])
+@pytest.mark.parametrize("tool", sanitizer.TOOLS)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_planted_kernels_compile(arch: str, tool: str, planted: bool) -> None:
+    assert compile_source("fa3_planted", sanitizer_faults.source(tool, "fa3_planted", planted=planted), arch).cubin
+
+
+@pytest.mark.parametrize(
+    ("family", "tool", "planted", "cases", "fine"),
+    [
+        ("fa2", "memcheck", (9, "at fa2_planted_memcheck"), (0, CLEAN, RIGHT), True),
+        ("fa2", "memcheck", (0, CLEAN), (0, CLEAN, RIGHT), False),  # it looks at none of our kernels
+        ("fa2", "memcheck", (9, "at fa2_sound_memcheck, at fa2_planted_memcheck"), (0, CLEAN, RIGHT), False),  # it cries wolf
+        ("fa2", "memcheck", (9, "at fa2_planted_memcheck"), (9, "========= ERROR SUMMARY: 1 error\n", RIGHT), False),
+        ("fa2", "memcheck", (9, "at fa2_planted_memcheck"), (None, "", ""), False),
+        ("fa2", "memcheck", (9, "at fa2_planted_memcheck"), (1, CLEAN, '{"cases": 9, "of": 9, "failed": ["one"]}\n'), False),
+        ("fa2", "racecheck", (9, "at fa2_planted_racecheck"), (0, NO_RACE, RIGHT), True),
+        ("fa2", "racecheck", (9, "at fa2_planted_racecheck"), (9, RACE, RIGHT), False),
+        ("fa3", "racecheck", (9, "at fa3_planted_racecheck"), (9, RACE, RIGHT), True),  # to be explained
+        ("fa3", "racecheck", (0, NO_RACE), (0, NO_RACE, RIGHT), False),
+    ],
+)
+def test_a_tool_is_believed_once_it_has_found_the_fault(
+    monkeypatch: pytest.MonkeyPatch, family: str, tool: str, planted: tuple[Any, ...], cases: tuple[Any, ...], fine: bool
+) -> None:
+    def under_tool(_tool: str, _family: str, program: str, *_arguments: str, limit: float) -> sanitizer.Outcome:
+        status, log, *output = planted if program == "sanitizer_faults.py" else cases
+        return sanitizer.Outcome(status, "".join(output), log)
+
+    monkeypatch.setattr(sanitizer, "under_tool", under_tool)
+    verdict, said = sanitizer.examine(family, tool, 1.0)
+    assert verdict.fine is fine
+    assert planted[1] in said
