@@ -10,11 +10,11 @@ from .cases import Alibi, Case, Values
 from .inputs import Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from atomr_accel_flashattn.types import DType
 
-__all__ = ["random_cases"]
+__all__ = ["random_cases", "random_shapes"]
 
 _MAX_LENGTH = 160
 
@@ -44,13 +44,45 @@ def random_cases(draw: st.DrawFn, dtypes: Sequence[DType], max_length: int = _MA
     )
 
 
+@st.composite
+def random_shapes(draw: st.DrawFn, kernel: Mapping[str, Any], max_length: int = 270) -> Case:
+    """A call of one given kernel: any sizes, heads, bounds, strides and values, with exactly the features that ``kernel`` says.
+
+    ``kernel`` has ``dtype``, ``head_dim`` and ``v_head_dim`` as they are, whether there is a ``left`` and a ``right`` bound, ``sinks``,
+    ``learned_sink``, ``softcap``, ``dropout``, a scale that is ``negative``, packed sequences (``varlen``), and what ``alibi`` there is.
+    """
+    heads_kv = draw(st.integers(1, 3))
+    bound = st.integers(0, max_length)
+    return Case(
+        **{name: kernel[name] for name in ("dtype", "head_dim", "v_head_dim", "learned_sink", "alibi")},
+        **draw(_packed_lengths(max_length) if kernel["varlen"] else _dense_lengths(max_length)),
+        heads=heads_kv * draw(st.integers(1, 3)),
+        heads_kv=heads_kv,
+        left=draw(bound) if kernel["left"] else None,
+        right=draw(bound) if kernel["right"] else None,
+        sink_tokens=draw(st.integers(1, max_length)) if kernel["left"] and kernel["sinks"] else 0,
+        softcap=draw(st.sampled_from([0.5, 20.0])) if kernel["softcap"] else 0.0,
+        dropout_p=draw(st.sampled_from([0.1, 0.9])) if kernel["dropout"] else 0.0,
+        softmax_scale=draw(st.sampled_from([0.0, -0.1, -0.5]) if kernel["negative"] else st.none() | st.sampled_from([0.02, 0.5])),
+        layout=draw(st.sampled_from([layout for layout in Layout if layout is not Layout.ODD])),  # which is another kernel
+        values=draw(st.sampled_from([Values.NORMAL, Values.NORMAL, Values.NAN_UNSEEN, Values.TIES])),
+    )
+
+
 def _bounds(max_length: int) -> st.SearchStrategy[int | None]:
     return st.none() | st.integers(0, max_length)
 
 
 def _lengths(max_length: int) -> st.SearchStrategy[dict[str, Any]]:
+    return _dense_lengths(max_length) | _packed_lengths(max_length)
+
+
+def _dense_lengths(max_length: int) -> st.SearchStrategy[dict[str, Any]]:
     length = st.integers(0, max_length)
-    dense = st.fixed_dictionaries({"batch": st.integers(0, 3), "seqlen_q": length, "seqlen_k": length})
+    return st.fixed_dictionaries({"batch": st.integers(0, 3), "seqlen_q": length, "seqlen_k": length})
+
+
+def _packed_lengths(max_length: int) -> st.SearchStrategy[dict[str, Any]]:
+    length = st.integers(0, max_length)
     pairs = st.lists(st.tuples(length, length), min_size=1, max_size=5)
-    packed = pairs.map(lambda each: {"lengths_q": tuple(q for q, _ in each), "lengths_k": tuple(k for _, k in each)})
-    return dense | packed
+    return pairs.map(lambda each: {"lengths_q": tuple(q for q, _ in each), "lengths_k": tuple(k for _, k in each)})

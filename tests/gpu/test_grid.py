@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -10,15 +12,35 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 torch = pytest.importorskip("torch")
 
 from tests.case_lists import MASKS, hazard_cases, head_dim_cases, large_cases, pairwise_cases  # noqa: E402 - after the skip
-from tests.cases import GPU_DTYPES, Case  # noqa: E402
+from tests.cases import GPU_DTYPES, Alibi, Case  # noqa: E402
 from tests.check import check_case  # noqa: E402
 from tests.gpu.harness import run_inputs  # noqa: E402
-from tests.strategies import random_cases  # noqa: E402
+from tests.pairwise import covering_rows  # noqa: E402
+from tests.strategies import random_cases, random_shapes  # noqa: E402
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
 Record = Callable[[str, object], None]
 RANDOM_RUNS, EXAMPLES = 12, 15
+RANDOM_SHAPES = 1000  # over all kernels of KERNEL_AXES: compiling one takes longer than fifty runs
+WIDTHS = ((64, 64), (128, 128), (32, 32), (96, 96), (256, 256), (192, 128), (56, 56), (120, 104), (64, 136))
+EITHER = (False, True)
+KERNEL_AXES: dict[str, tuple[Any, ...]] = {
+    "dtype": GPU_DTYPES,
+    "widths": WIDTHS,
+    "varlen": EITHER,
+    "left": EITHER,
+    "right": EITHER,
+    "sinks": EITHER,
+    "learned_sink": EITHER,
+    "alibi": tuple(Alibi),
+    "softcap": EITHER,
+    "dropout": EITHER,
+    "negative": EITHER,
+}
 
 
 def grid_cases() -> list[Case]:
@@ -65,18 +87,36 @@ def test_large_on_sampled_rows(case: Case, record_property: Record) -> None:
     check(case, record_property)
 
 
-@pytest.mark.parametrize("run", range(RANDOM_RUNS))
-def test_random_shapes_and_features(run: int) -> None:
-    @seed(run)
+def judge(number: int, examples: int, cases: SearchStrategy[Case]) -> None:
+    """Judge some cases, always the same ones for one number."""
+
+    @seed(number)
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         deadline=None,
         database=None,
         phases=[Phase.explicit, Phase.generate],  # shrinking compiles a kernel a step
         suppress_health_check=list(HealthCheck),
     )
-    @given(case=random_cases(GPU_DTYPES))
-    def judge(case: Case) -> None:
+    @given(case=cases)
+    def judge_one(case: Case) -> None:
         check_case(case, run_inputs)
 
-    judge()
+    judge_one()
+
+
+@pytest.mark.parametrize("run", range(RANDOM_RUNS))
+def test_random_shapes_and_features(run: int) -> None:
+    judge(run, EXAMPLES, random_cases(GPU_DTYPES))
+
+
+def kernels() -> list[dict[str, Any]]:
+    """All features in pairs, in few kernels."""
+    rows = covering_rows(KERNEL_AXES)
+    return [{**row, "head_dim": row["widths"][0], "v_head_dim": row["widths"][1]} for row in rows]
+
+
+@pytest.mark.parametrize("number", range(len(kernels())))
+def test_1000_random_shapes(number: int) -> None:
+    chosen = kernels()
+    judge(number, math.ceil(RANDOM_SHAPES / len(chosen)), random_shapes(chosen[number]))
