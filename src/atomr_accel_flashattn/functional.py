@@ -309,7 +309,7 @@ class _Call:
         """Run the request, leave a plan for calls like it, and give the results the form that flash-attn gives them."""
         output, launch = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
         if key is not None and launch is not None and not self.padded:
-            plans.remember(key, launch, self.arrays[0], output, self.others)
+            plans.remember(key, launch, output, self.others)
         out = output.out
         if self.v_head_dim:
             out = out[..., : self.v_head_dim]

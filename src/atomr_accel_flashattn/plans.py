@@ -1,15 +1,19 @@
 """The plan cache: what a functional call on CUDA torch tensors costs when one like it was made before.
 
-A plan is a launch whose numbers are all fixed; only addresses and the stream change. :func:`repeat` builds the key, finds the plan, makes
-the outputs and launches: a tuple hash, a dict hit, pointers, one launch. Nothing is validated again, nothing is synchronised, and nothing
-is allocated but the outputs, so the calls can be captured in a CUDA graph.
+A plan is a launch whose numbers are all fixed; only addresses and the stream change. :func:`repeat` finds the plan, makes the outputs and
+launches. Nothing is validated again, nothing is synchronised, and nothing is allocated but the outputs, so the calls can be captured in a
+CUDA graph.
 
 What the key holds, and why that is enough. A launch is a function of: shapes, strides, element types and devices of every array; which
 arrays there are; whether all addresses and strides are multiples of 16 bytes (the kernel's vector loads); every number of the call. All
-of these are in the key. Addresses, the stream and the dropout seed are read anew by every call. Gradients and an ``out`` that is also an
-input are looked at by every call, because they are no part of shapes. Settings and tile tables are fixed for a process. Plans are kept
-only of calls that went the whole way of checks, and only when the numbers are plain Python numbers (a tensor used as a number compares
-by identity, and may change).
+of these are in the key. Addresses, the stream and the dropout seed are read anew by every call. Gradients and an ``out`` that lies where an
+input does are looked at by every call, because they are no part of shapes. Settings and tile tables are fixed for a process. Plans are
+kept only of calls that went the whole way of checks, and only when the numbers are plain Python numbers (a tensor used as a number
+compares by identity, and may change).
+
+A call is first compared with the last one of the same numbers. torch does that with a tensor guard, one C function that reads of every
+tensor what the key holds (and its class, and whether it wants gradients): 0.9 us, where reading the same into a key costs 3. What the
+guard does not take for the same goes by its key, and that call is the last one from then on.
 """
 
 from __future__ import annotations
@@ -32,34 +36,65 @@ Others: TypeAlias = tuple[Any, Any, Any]
 # (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 Packing: TypeAlias = tuple[Any, Any, Any, Any]
 Key: TypeAlias = tuple[Any, ...]
+Tensors: TypeAlias = tuple[Any, ...]
+# (shape, strides, dtype) of an output to be made
+_Array: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], Any]
 
 _MAX_PLANS: Final = 4096  # of about 1 KB; a workload with more shapes than that starts over
 _PLAIN: Final = frozenset({int, float, bool, type(None)})
+# How many of the leading addresses of the parameters a launch brings: q, k, v, o; with LSE and cu_seqlens; with slopes, sink and seed.
+_FEW, _MORE, _ALL = 4, 7, 10
+
+
+def _no_device() -> int:
+    return -1
 
 
 @dataclass(slots=True)
 class Hooks:
-    """The few functions of torch on the steady-state path, bound once. Tests put stand-ins here."""
+    """The few functions of torch on the steady-state path, bound once. Tests put stand-ins here.
+
+    ``guard`` is the class of tensor guards; ``empty_on_current(shape, strides, dtype)`` allocates on the GPU that ``current_device()``
+    names. torch's own compiler lives on them. Where they are missing, calls go by their keys and outputs come from
+    ``Tensor.new_empty_strided``.
+    """
 
     plain_types: frozenset[type] = frozenset()
     is_grad_enabled: Any = None
-    empty_like: Any = None
-    float32: Any = None
-    int64: Any = None
     raw_stream: Any = None
+    int64: Any = None
+    guard: Any = None
+    empty_on_current: Any = None
+    current_device: Any = _no_device
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Plan:
+    """A launch, and what is needed to repeat it.
+
+    Attributes:
+        alignment: low bits of all addresses that count.
+        reaches: bytes between the first and the last element of q, k, v and o, both included.
+        out: None when the caller brings it.
+        addresses: how many the launch brings.
+        same: says of tensors that they are like those that this plan was found for. It is made again when it does not know tensors that
+            the key knows, as in another mode of autograd; what any of them ever says is true.
+    """
+
     launch: LaunchPlan[FwdParams | Fa3FwdParams]
     device_index: int
-    out_shape: tuple[int, ...] | None  # None: torch.empty_like(q) has the strides that the launch writes
-    lse_shape: tuple[int, ...] | None
+    alignment: int
+    reaches: tuple[int, ...]
+    out: _Array | None
+    lse: _Array | None
     dropout: bool
+    addresses: int
+    same: Any
 
 
 hooks = Hooks()
 _plans: dict[Key, _Plan] = {}
+_latest: dict[Key, _Plan] = {}  # by all of the key that is not read from tensors
 
 
 def meet_torch() -> None:
@@ -67,10 +102,35 @@ def meet_torch() -> None:
     torch = sys.modules.get("torch")
     if torch is None or hooks.plain_types or not hasattr(torch, "nn"):
         return
-    hooks.is_grad_enabled = torch.is_grad_enabled
-    hooks.empty_like, hooks.float32, hooks.int64 = torch.empty_like, torch.float32, torch.int64
-    hooks.raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # noqa: SLF001 - 0.2 us; the public call costs 8
+    private = torch._C  # noqa: SLF001 - the public call costs 8 us for the stream, 1.5 us more for an output
+    guards: Any = getattr(getattr(private, "_dynamo", None), "guards", None)
+    hooks.is_grad_enabled, hooks.int64 = torch.is_grad_enabled, torch.int64
+    hooks.raw_stream = getattr(private, "_cuda_getCurrentRawStream", None)
+    hooks.guard = _trusted(torch, getattr(guards, "TensorGuards", None))
+    if hasattr(guards, "_empty_strided_cuda") and hasattr(private, "_cuda_getDevice"):
+        hooks.empty_on_current, hooks.current_device = guards._empty_strided_cuda, private._cuda_getDevice  # noqa: SLF001
     hooks.plain_types = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def _trusted(torch: Any, guard: Any) -> Any:
+    """``guard`` if it tells apart what keys tell apart, else None: no torch promises what a private name does."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        first, second = (torch.empty((2, 3), device="cpu") for _ in range(2))
+        others = (
+            torch.empty((3, 2), device="cpu"),
+            torch.empty((2, 4), device="cpu")[:, :3],
+            torch.empty((2, 3, 1), device="cpu"),
+            torch.empty((2, 3), device="cpu", dtype=torch.float16),
+            torch.empty((2, 3), device="meta"),
+            torch.empty((2, 3), device="cpu", requires_grad=True),
+            torch.nn.Parameter(first, requires_grad=False),
+        )
+        try:
+            same = _guard_of(guard, (first, second))
+            good = same(torch.empty_like(first), second) and not any(same(other, second) or same(first, other) for other in others)
+        except (RuntimeError, SystemError, TypeError):
+            return None
+    return guard if good else None
 
 
 def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key | None, Any]:
@@ -79,104 +139,165 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
     Returns:
         (key, result): result is None when there is no plan; key is None when there cannot be one.
     """
-    types = hooks.plain_types
-    if not (type(q) in types and type(k) in types and type(v) in types and q.is_cuda):
-        if not types:
-            meet_torch()
-        return None, None
-    if (q.requires_grad or k.requires_grad or v.requires_grad) and hooks.is_grad_enabled():
-        return None, None
+    slopes, learned_sink, out = others
     try:
-        q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        bits = q_ptr | k_ptr | v_ptr
-        facts = None
-        slopes, learned_sink, out = others
-        if packing is not None or slopes is not None or learned_sink is not None or out is not None:
-            facts = _facts(packing, others)
-            if facts is None or (out is not None and _share_storage(out, (q, k, v))):
-                return None, None
-            bits |= facts[0]
-        key = (
-            *(q.shape, q.stride(), q.dtype, q.get_device()),
-            *(k.shape, k.stride(), k.dtype, k.get_device()),
-            *(v.shape, v.stride(), v.dtype, v.get_device()),
-            bits & 15,
-            numbers,
-            facts and facts[1],
-        )
-        plan = _plans.get(key)
+        if slopes is not None or learned_sink is not None or out is not None:
+            call, tensors = _describe(q, k, v, packing, numbers, others)
+        elif packing is None:
+            call, tensors = numbers, (q, k, v)
+        else:
+            call, tensors = _describe_packed(q, k, v, packing, numbers)
+        plan = _latest.get(call)
+        same = plan is not None and plan.same(*tensors)
+        if not same and not _may_repeat(tensors):
+            return None, None
+        q_ptr, k_ptr, v_ptr, out_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr()
+        alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15
+        if plan is None or not same or plan.alignment != alignment:
+            key, plan = _find(call, alignment, tensors)
+            if plan is None:
+                return key, None
     except (RuntimeError, TypeError):  # tensors without memory (torch.func), numbers that cannot be hashed: the checks name them
         return None, None
-    if plan is None:
-        return key, None
-    return key, _launch(plan, q, (q_ptr, k_ptr, v_ptr), facts[2] if facts is not None else (0, 0, 0, 0), out)
+    if plan.out is not None:
+        out = hooks.empty_on_current(*plan.out) if hooks.current_device() == plan.device_index else _empty(q, plan.out)
+        out_ptr = out.data_ptr()
+    elif _overlap(out_ptr, q_ptr, k_ptr, v_ptr, plan.reaches):  # the checks know whether they share an element
+        return None, None
+    if plan.addresses == _FEW:
+        plan.launch.launch(hooks.raw_stream(plan.device_index), (q_ptr, k_ptr, v_ptr, out_ptr))
+        return None, out
+    lse = _launch_more(plan, (q_ptr, k_ptr, v_ptr, out_ptr), q, packing, others)
+    return None, out if lse is None else (out, lse, None)
 
 
-def _launch(plan: _Plan, q: Any, qkv: tuple[int, int, int], extra: tuple[int, int, int, int], out: Any) -> Any:
-    if out is None:
-        out = hooks.empty_like(q) if plan.out_shape is None else q.new_empty(plan.out_shape)
-    lse = rng = None
-    if plan.lse_shape is not None:
-        lse = q.new_empty(plan.lse_shape, dtype=hooks.float32)
-    if plan.dropout:
-        rng = q.new_empty((2,), dtype=hooks.int64).random_(-(2**63), 2**63 - 1)
-    pointers = (*qkv, out.data_ptr(), 0 if lse is None else lse.data_ptr(), *extra, 0 if rng is None else rng.data_ptr())
-    plan.launch.launch(hooks.raw_stream(plan.device_index), pointers)
-    return out if lse is None else (out, lse, None)
+def _describe_packed(q: Any, k: Any, v: Any, packing: Packing, numbers: Numbers) -> tuple[Key, Tensors]:
+    """What is known of a packed call beside its tensors, and the tensors. A guard takes no tensor twice."""
+    cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k = packing
+    if cu_seqlens_k is cu_seqlens_q:
+        return (numbers, seqlen_q, seqlen_k), (q, k, v, cu_seqlens_q)
+    return (numbers, seqlen_q, seqlen_k, True), (q, k, v, cu_seqlens_q, cu_seqlens_k)
 
 
-def _share_storage(out: Any, inputs: tuple[Any, Any, Any]) -> bool:
-    """Whether ``out`` may overlap an input; the full check then says."""
-    storage = out.untyped_storage().data_ptr()
-    return any(tensor.untyped_storage().data_ptr() == storage for tensor in inputs)
+def _describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key, Tensors]:
+    """The same of a call, dense or packed, with slopes, a learned sink or an ``out``: what there is of them is part of what is known."""
+    slopes, learned_sink, out = others
+    call, tensors = ((numbers, None, None), (q, k, v)) if packing is None else _describe_packed(q, k, v, packing, numbers)
+    if slopes is not None:
+        tensors = (*tensors, slopes)
+    if learned_sink is not None:
+        tensors = (*tensors, learned_sink)
+    if out is not None:
+        tensors = (*tensors, out)
+    return (*call, (slopes is None, learned_sink is None, out is None)), tensors
 
 
-def _facts(packing: Packing | None, others: Others) -> tuple[int, Key, tuple[int, int, int, int]] | None:
-    """Of the less common arrays: the address bits that count for alignment, their part of the key, and their addresses.
-
-    None when one of them is no plain tensor or wants gradients.
-    """
-    tensors = (*(packing[:2] if packing is not None else (None, None)), *others)
+def _may_repeat(tensors: Tensors) -> bool:
+    """Whether these are plain tensors of torch, on a GPU, that want no gradients."""
     types = hooks.plain_types
-    parts: list[Any] = []
-    pointers: list[int] = []
-    for tensor in tensors:
-        if tensor is None:
-            parts.append(None)
-            pointers.append(0)
-            continue
-        if type(tensor) not in types or (tensor.requires_grad and hooks.is_grad_enabled()):
-            return None
-        parts.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()))
-        pointers.append(tensor.data_ptr())
-    out_ptr = pointers.pop()
-    lengths = packing[2:] if packing is not None else None
-    return out_ptr, (*parts, lengths), (pointers[0], pointers[1], pointers[2], pointers[3])
+    if not types:
+        meet_torch()
+    return (
+        all(type(tensor) in types for tensor in tensors)
+        and tensors[0].is_cuda
+        and not (any(tensor.requires_grad for tensor in tensors) and hooks.is_grad_enabled())
+    )
 
 
-def remember(key: Key, launch: Launch, q: Any, output: Output, others: Others) -> None:
+def _find(call: Key, alignment: int, tensors: Tensors) -> tuple[Key, _Plan | None]:
+    """The key of a call and its plan, which is from now on the first to be tried for calls of these numbers."""
+    facts = [fact for tensor in tensors for fact in (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())]
+    key = (call, alignment, *facts)
+    plan = _plans.get(key)
+    if plan is not None:
+        if not plan.same(*tensors):
+            plan.same = _guard(tensors)
+        _latest[call] = plan
+    return key, plan
+
+
+def _guard(tensors: Tensors) -> Any:
+    """A function that tells whether as many tensors are like these, if there can be one."""
+    if hooks.guard is None or any(tensor.requires_grad for tensor in tensors) or len({id(tensor) for tensor in tensors}) < len(tensors):
+        return _never
+    return _guard_of(hooks.guard, tensors)
+
+
+def _guard_of(guard: Any, tensors: Tensors) -> Any:
+    sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+    return guard(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def _never(*_tensors: Any) -> bool:
+    """The guard of a plan that has none."""
+    return False
+
+
+def _empty(q: Any, array: _Array) -> Any:
+    shape, strides, dtype = array
+    return q.new_empty_strided(shape, strides, dtype=dtype)
+
+
+def _overlap(out: int, q: int, k: int, v: int, reaches: tuple[int, ...]) -> bool:
+    """Whether the bytes of ``out`` and those of an input lie within each other."""
+    of_q, of_k, of_v, of_out = reaches
+    end = out + of_out
+    return (out < q + of_q and q < end) or (out < k + of_k and k < end) or (out < v + of_v and v < end)
+
+
+def _launch_more(plan: _Plan, pointers: tuple[int, int, int, int], q: Any, packing: Packing | None, others: Others) -> Any:
+    """Launch with more addresses than those of q, k, v and o; the LSE where there is one."""
+    stream = hooks.raw_stream(plan.device_index)
+    lse, lse_ptr = None, 0
+    if plan.lse is not None:
+        lse = _empty(q, plan.lse)
+        lse_ptr = lse.data_ptr()
+    lengths = (0, 0) if packing is None else (packing[0].data_ptr(), packing[1].data_ptr())
+    if plan.addresses == _MORE:
+        plan.launch.launch(stream, (*pointers, lse_ptr, *lengths))
+        return lse
+    slopes, learned_sink, _ = others
+    biases = (0 if slopes is None else slopes.data_ptr(), 0 if learned_sink is None else learned_sink.data_ptr())
+    rng = q.new_empty((2,), dtype=hooks.int64).random_(-(2**63), 2**63 - 1) if plan.dropout else None
+    plan.launch.launch(stream, (*pointers, lse_ptr, *lengths, *biases, 0 if rng is None else rng.data_ptr()))
+    return lse
+
+
+def remember(key: Key, launch: Launch, output: Output, others: Others) -> None:
     """Keep a plan for calls like the one that ``launch`` answered; does nothing where a plan would not be enough."""
-    numbers, facts = key[-2], key[-1]
-    lengths = facts[-1] if facts is not None else None
-    plain = all(type(number) in _PLAIN for number in (*(n for n in numbers if type(n) is not tuple), *numbers[3], *(lengths or ())))
+    call, alignment, *facts = key
+    numbers, *more = call if type(call[0]) is tuple else (call,)
+    plain = all(type(number) in _PLAIN for number in (*numbers[:3], *numbers[3], *numbers[4:], *more[:2]))
     if settings().debug or not plain or output.dropout_mask is not None:
         return
-    out, out_shape = output.out, None
-    if others[2] is None and not (out.shape == q.shape and out.stride() == hooks.empty_like(q).stride()):
-        if not out.is_contiguous():
-            return
-        out_shape = tuple(out.shape)
     if len(_plans) >= _MAX_PLANS:
-        _plans.clear()
+        clear()
+    brought = max(i for i, address in enumerate(launch.params.addresses(), 1) if address or i == _FEW)
+    addresses = next(count for count in (_FEW, _MORE, _ALL) if brought <= count)
     _plans[key] = _Plan(
-        launch=launch.kernel.plan(launch.params, launch.grid),
+        launch=launch.kernel.plan(launch.params, launch.grid, addresses),
         device_index=launch.kernel.device_index,
-        out_shape=out_shape,
-        lse_shape=None if output.lse is None else tuple(output.lse.shape),
+        alignment=alignment,
+        reaches=(*(_reach(*facts[4 * i : 4 * i + 3]) for i in range(3)), _reach(*_array(output.out))),
+        out=_array(output.out) if others[2] is None else None,
+        lse=None if output.lse is None else _array(output.lse),
         dropout=numbers[0] > 0,
+        addresses=addresses,
+        same=_never,
     )
+
+
+def _array(tensor: Any) -> _Array:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> int:
+    """Bytes from the first element to the last one, both included."""
+    last = sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+    return 0 if 0 in shape else int((last + 1) * dtype.itemsize)
 
 
 def clear() -> None:
     """Forget all plans."""
     _plans.clear()
+    _latest.clear()

@@ -106,9 +106,9 @@ class FakeGpu:
         """Stands in for the function of that name."""
         return self.counters.setdefault(stream, 4096 + 8 * len(self.counters) + (device_index << 32))
 
-    def on_launch(self, config: Any, function: ctypes.c_void_p, arguments: Any, _extra: None) -> int:
+    def on_launch(self, config: Any, function: Any, arguments: Any, _extra: None) -> int:
         """Stands in for cuLaunchKernelEx."""
-        spec, config = self.specs[(function.value or 0) - 1], config._obj
+        spec, config = self.specs[ctypes.addressof(function._obj) - 1], config._obj
         grid, stream, address = config.grid[0], config.stream or 0, arguments._obj[0]
         self.grids.append(grid)
         if spec.direction is Direction.DROPOUT_MASK:

@@ -25,6 +25,21 @@ from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake  # noqa: E402
 pytestmark = pytest.mark.torch
 
 
+class GuardOfFakes:
+    """torch's guard reads the device where a :class:`FakeCuda` has none."""
+
+    def __init__(self, *tensors: FakeCuda, **dims: Any) -> None:
+        self.indices = [tensor.index for tensor in tensors]
+        self.guard = torch._C._dynamo.guards.TensorGuards(*tensors, **dims)
+
+    def check(self, *tensors: FakeCuda) -> bool:
+        return bool(self.guard.check(*tensors)) and [tensor.index for tensor in tensors] == self.indices
+
+
+def empty_on_current(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> FakeCuda:
+    return fake(torch.empty_strided(shape, strides, dtype=dtype))
+
+
 @pytest.fixture(params=[fa.SmArch.SM_90, fa.SmArch.SM_90A], ids=["fa2", "fa3"])
 def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[FakeGpu]:
     """Calls take the FA3 family on sm_90a, wherever its tensor copies can read the arrays."""
@@ -35,6 +50,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iter
     plans.clear()
     plans.meet_torch()
     plans.hooks.plain_types = frozenset({FakeCuda})
+    assert plans.hooks.guard is not None
+    plans.hooks.guard = GuardOfFakes
+    plans.hooks.current_device, plans.hooks.empty_on_current = (lambda: 0), empty_on_current
     yield card
     plans.clear()
 
@@ -85,10 +103,76 @@ def test_a_call_that_differs_in_one_thing_has_its_own_plan(gpu: FakeGpu, change:
     other.check()
     assert len(plans._plans) == 2
     assert gpu.planned == [False, False]
-    for call in (replace(BASE, seed=1), replace(other, seed=2), replace(BASE, seed=3)):
-        call.check()
+    for seed, call in enumerate((BASE, other, BASE, BASE, BASE, other, other, other, BASE)):
+        replace(call, seed=seed).check()
     assert len(plans._plans) == 2
-    assert gpu.planned[2:] == [True] * 3
+    assert gpu.planned[2:] == [True] * 9
+
+
+@pytest.mark.parametrize("change", [{}, {"packed": True}, {"slopes": 1, "learned_sink": True}, {"lse": True}, {"out": True}], ids=str)
+def test_a_call_like_the_last_one_builds_no_key(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]):
+    for seed in range(2):
+        replace(BASE, seed=seed, **change).check()
+    monkeypatch.setattr(plans, "_find", None)
+    for seed in range(2, 5):
+        replace(BASE, seed=seed, **change).check()
+    assert gpu.planned == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("change", ["strides_of_k", "address_of_v", "dtype", "seqlen_q", "packed", "lse", "out", "slopes"])
+def test_calls_are_right_without_the_private_names_of_torch(gpu: FakeGpu, change: str):
+    plans.hooks.guard, plans.hooks.empty_on_current, plans.hooks.current_device = None, None, plans._no_device
+    other = replace(BASE, **CHANGES[change])
+    for seed, call in enumerate((BASE, other, BASE, BASE, other, other)):
+        replace(call, seed=seed).check()
+    assert gpu.planned == [False, False, True, True, True, True]
+
+
+class Blind:
+    """A guard that looks at nothing, as one of another torch might."""
+
+    def __init__(self, *tensors: Any, **dims: Any) -> None:
+        del tensors, dims
+
+    def check(self, *tensors: Any) -> bool:
+        return bool(tensors)
+
+
+def test_a_guard_is_trusted_only_when_it_tells_apart_what_keys_tell_apart():
+    real = torch._C._dynamo.guards.TensorGuards
+    assert plans._trusted(torch, real) is real
+    with torch.inference_mode():
+        assert plans._trusted(torch, real) is real
+    for other in (None, object, Blind):
+        assert plans._trusted(torch, other) is None
+
+
+def test_tensors_that_change_in_place_are_read_anew(gpu: FakeGpu):
+    q, k, v = qkv()
+    for _ in range(3):
+        fa.flash_attn_func(q, k, v)
+    for tensor in (q, k, v):
+        tensor.transpose_(1, 2)  # (2, 4, 5, 16), with the strides of what it was
+    out = fa.flash_attn_func(q, k, v)
+    assert out.shape == (2, 4, 5, 16)
+    assert gpu.planned == [False, True, True, False]
+    np.testing.assert_allclose(host(out), host(fa.flash_attn_func(*(x.as_subclass(torch.Tensor) for x in (q, k, v)))), rtol=1e-2, atol=2e-3)
+
+
+def test_a_tensor_that_is_q_and_k_and_v_is_answered_from_a_plan(gpu: FakeGpu):
+    for seed in range(4):
+        q = qkv(seed=seed)[0]
+        out = fa.flash_attn_func(q, q, q)
+        np.testing.assert_allclose(host(out), host(fa.flash_attn_func(*[q.as_subclass(torch.Tensor)] * 3)), rtol=1e-2, atol=2e-3)
+    assert gpu.planned == [False, True, True, True]
+
+
+def test_outputs_are_made_on_the_device_of_q_whatever_is_current(gpu: FakeGpu):
+    plans.hooks.current_device = lambda: 1
+    plans.hooks.empty_on_current = None
+    for seed in range(3):
+        replace(BASE, seed=seed).check()
+    assert gpu.planned == [False, True, True]
 
 
 calls = st.builds(
@@ -184,6 +268,21 @@ def test_gradients_are_refused_though_there_is_a_plan(gpu: FakeGpu):
     assert gpu.planned == [False, True, True, True]
 
 
+def test_gradients_are_refused_though_the_last_calls_had_none(gpu: FakeGpu):
+    for _ in range(3):
+        fa.flash_attn_func(*qkv())
+    for which in range(3):
+        tensors = qkv()
+        tensors[which].requires_grad_()
+        with pytest.raises(fa.FeatureNotBuiltError, match="requires grad"):
+            fa.flash_attn_func(*tensors)
+    with torch.inference_mode():
+        fa.flash_attn_func(*qkv())
+        fa.flash_attn_func(*qkv())
+    fa.flash_attn_func(*qkv())
+    assert gpu.planned == [False] + [True] * 5
+
+
 @pytest.mark.parametrize("name", ["alibi_slopes", "learned_sink"])
 def test_gradients_of_the_other_tensors_are_refused_though_there_is_a_plan(gpu: FakeGpu, name: str):
     fa.flash_attn_func(*qkv(), **{name: fake(torch.ones(4))})
@@ -195,8 +294,31 @@ def test_gradients_of_the_other_tensors_are_refused_though_there_is_a_plan(gpu: 
 def test_an_out_that_is_an_input_is_refused_though_there_is_a_plan(gpu: FakeGpu):
     q, k, v = qkv()
     fa.flash_attn_func(q, k, v, out=fake(torch.empty_like(q)))
-    with pytest.raises(fa.OutputError, match="memory of q, k or v"):
-        fa.flash_attn_func(q, k, v, out=k)
+    for taken in (q, k, v):
+        with pytest.raises(fa.OutputError, match="memory of q, k or v"):
+            fa.flash_attn_func(q, k, v, out=taken)
+
+
+@pytest.mark.parametrize("shift", [-600, -320, -8, 8, 320, 632])
+def test_an_out_that_overlaps_an_input_by_an_element_is_refused_though_there_is_a_plan(gpu: FakeGpu, shift: int):
+    for name in range(3):
+        tensors = qkv()
+        memory = fake(torch.randn(3 * 640).half())
+        tensors[name] = memory[640:1280].view(2, 5, 4, 16)
+        fa.flash_attn_func(*tensors, out=fake(torch.empty(2, 5, 4, 16).half()))
+        with pytest.raises(fa.OutputError, match="memory of q, k or v"):
+            fa.flash_attn_func(*tensors, out=memory[640 + shift : 1280 + shift].view(2, 5, 4, 16))
+
+
+def test_an_out_beside_an_input_in_one_storage_has_a_plan(gpu: FakeGpu):
+    q, k, v = qkv()
+    memory = fake(torch.randn(3 * 640).half())
+    for name in "qkv":
+        tensors = {"q": q, "k": k, "v": v} | {name: memory[640:1280].view(2, 5, 4, 16)}
+        for start in (0, 1280):
+            out = memory[start : start + 640].view(2, 5, 4, 16)
+            assert fa.flash_attn_func(**tensors, out=out) is out
+    assert gpu.planned == [False] + [True] * 5
 
 
 @pytest.mark.parametrize(

@@ -215,5 +215,20 @@ def too_few_addresses_are_refused() -> None:
     assert fake("launches").value == 0
 
 
+def addresses_that_a_launch_does_not_bring_stay_as_they_are() -> None:
+    params = FwdParams(*pointers(64))
+    assert params.addresses() == pointers(64)
+    plan = loaded().plan(params, _GRID, 4)
+    plan.launch(64, pointers(64)[:4])
+    assert fake("torn").value == 0
+    plan.launch(128, pointers(128)[:4])
+    assert (fake("launches").value, fake("torn").value) == (2, 1)
+    plan.launch(64, pointers(64)[:4])
+    assert (fake("launches").value, fake("torn").value) == (3, 1)
+    for count in (3, 5, 10):
+        with pytest.raises(ValueError, match="same size"):
+            plan.launch(64, pointers(64)[:count])
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()

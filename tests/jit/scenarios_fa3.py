@@ -12,6 +12,7 @@ import pytest
 from atomr_accel_flashattn.errors import LaunchError
 from atomr_accel_flashattn.jit import counters
 from atomr_accel_flashattn.jit import driver as driver_module
+from atomr_accel_flashattn.jit import launch as launch_module
 from atomr_accel_flashattn.jit.counters import counters_for
 from atomr_accel_flashattn.jit.launch import LaunchPlan, launch
 from atomr_accel_flashattn.jit.params import Fa3FwdParams, FwdParams, pack_fa3_forward
@@ -259,6 +260,40 @@ def memory_that_is_not_there_is_an_error_now_and_none_later() -> None:
     fake("alloc_status").value = 0
     first = counters_for(0, 4096)
     assert list((ctypes.c_int * 2).from_address(first)) == [0, 0]
+
+
+def only_streams_that_cannot_be_captured_are_not_asked_for() -> None:
+    _use_device(0)
+    plan, asked = _plan(), []
+
+    def counted(device: int, stream: int) -> int:
+        asked.append(stream)
+        return counters_for(device, stream)
+
+    launch_module.counters_for = counted
+    for stream in (0, 0, 4096, 4096, 0, 0, 1, 1):
+        plan.launch(stream, _at(4096))
+    assert asked == [0, 4096, 4096, 0, 1]
+    assert fake("launches").value == 8
+
+
+def counters_that_could_not_be_had_are_asked_for_again() -> None:
+    counters._PAIRS = 1
+    _use_device(0)
+    plan = _plan()
+    plan.launch(4096, _at(4096))
+    fake("alloc_status").value = 2
+    for _ in range(2):
+        with pytest.raises(LaunchError, match="allocating counters failed"):
+            plan.launch(0, _at(0))
+    fake("alloc_status").value = 0
+    fake("step").value = 0
+    plan.launch(0, (0,) * 10)
+    plan.launch(0, (0,) * 10)
+    fake("step").value = _STEP
+    plan.launch(4096, _at(4096))
+    assert fake("launches").value == 4
+    assert counters_for(0, 0) != counters_for(0, 4096)
 
 
 def _expect(value: Any) -> None:

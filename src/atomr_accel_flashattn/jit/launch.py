@@ -1,9 +1,9 @@
 """Load a kernel on a device, and launch it.
 
 A steady-state launch touches three things: this thread's block of parameters, one ctypes array assignment for the addresses, one foreign
-call; in the FA3 family also the tensor map of every address that changed, and the stream's counters. Nothing on that path looks at the
-device: a function belongs to its context, and CUDA refuses to launch it from another one before anything has run; only then is the right
-context made current and the launch repeated.
+call with arguments that exist already; in the FA3 family also the tensor map of every address that changed, and the counters of a stream
+that may be captured. Nothing on that path looks at the device: a function belongs to its context, and CUDA refuses to launch it from
+another one before anything has run; only then is the right context made current and the launch repeated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..env import settings
 from ..errors import LaunchError
 from .cache import KernelCache
 from .compile import CompiledKernel, compile_kernel
-from .counters import counters_for
+from .counters import LEGACY_STREAMS, counters_for
 from .driver import LaunchConfig, check, cuda_error, current_context, device_properties, driver, launch_function, primary_context
 from .params import Fa3FwdParams, KernelParams
 from .spec import KernelSpec
@@ -27,6 +27,7 @@ __all__ = ["LaunchPlan", "LoadedKernel", "launch", "load_kernel"]
 
 _MAX_GRID = (1 << 31) - 1
 _NOWHERE = (-1, -1, -1)  # addresses that no map has
+_NO_STREAM = -1  # a handle that no stream has
 _PLAIN_SHARED_BYTES = 48 * 1024  # dynamic shared memory that a kernel may use without asking
 # The function belongs to another context than the current one, there is none, or it is gone: INVALID_CONTEXT, INVALID_HANDLE,
 # CONTEXT_IS_DESTROYED.
@@ -57,34 +58,37 @@ class LoadedKernel:
     module: Any
     function: int
 
-    def plan(self, params: P, grid: int) -> LaunchPlan[P]:
+    def plan(self, params: P, grid: int, addresses: int | None = None) -> LaunchPlan[P]:
         """A launch of ``grid`` blocks with ``params``, ready to be repeated with other addresses.
+
+        Args:
+            params: the parameters; they are copied.
+            grid: number of blocks.
+            addresses: how many of the leading addresses every launch brings; the others stay as they are. None: all of them.
 
         Raises:
             LaunchError: ``grid`` outside 1..2^31-1.
         """
-        return (_WaitingLaunchPlan if settings().debug else LaunchPlan)(self, params, grid)
+        plan = _WaitingLaunchPlan if settings().debug else LaunchPlan
+        return plan(self, params, grid, params.POINTERS if addresses is None else addresses)
 
 
 class _Block:
-    """Parameters and launch configuration of one thread, and what ctypes needs to pass them."""
+    """Parameters and launch configuration of one thread, and what ctypes needs to pass them.
 
-    __slots__ = ("_arguments", "_config", "_params", "arguments", "config", "pointers", "stream")
+    ``arguments`` are those of cuLaunchKernelEx, converted once: passing them costs 0.05 us less than objects that ctypes must look into.
+    """
 
-    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int) -> None:
+    __slots__ = ("_config", "_of_kernel", "_params", "arguments", "pointers", "stream")
+
+    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int, addresses: int) -> None:
         self._params = _aligned_copy(params)
         self._config = LaunchConfig((grid, 1, 1), (kernel.spec.tile.threads, 1, 1), kernel.spec.shared_memory)
-        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
-        self.pointers: Any = (ctypes.c_uint64 * params.POINTERS).from_buffer(self._params)
+        self._of_kernel = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
+        self.pointers: Any = (ctypes.c_uint64 * addresses).from_buffer(self._params)
         self.stream = 0
-        self.config = ctypes.byref(self._config)
-        self.arguments = ctypes.byref(self._arguments)
-
-    def aim(self, stream: int, pointers: tuple[int, ...]) -> None:
-        """Launch into ``stream`` on ``pointers`` from now on."""
-        self.pointers[:] = pointers
-        if stream != self.stream:
-            self.set_stream(stream)
+        function = ctypes.c_char.from_address(kernel.function)  # never read: a CUfunction is a handle
+        self.arguments = (ctypes.byref(self._config), ctypes.byref(function), ctypes.byref(self._of_kernel), None)
 
     def set_stream(self, stream: int) -> None:
         """Launch into ``stream`` from now on."""
@@ -95,23 +99,30 @@ class _Block:
 class _MappedBlock(_Block):
     """A :class:`_Block` of the FA3 family: tensor maps follow the addresses of q, k and v, the counters follow the stream."""
 
-    __slots__ = ("_device_index", "_mapped", "_maps", "_persistent", "_values")
+    __slots__ = ("_counted", "_device_index", "_mapped", "_maps", "_persistent", "_values")
 
-    def __init__(self, kernel: LoadedKernel, params: Fa3FwdParams, grid: int) -> None:
-        super().__init__(kernel, params, grid)
+    def __init__(self, kernel: LoadedKernel, params: Fa3FwdParams, grid: int, addresses: int) -> None:
+        super().__init__(kernel, params, grid, addresses)
         self._values: Any = self._params
         self._device_index = kernel.device_index
         self._persistent = kernel.spec.tile.persistent
         self._maps = tuple(ctypes.addressof(each) for each in (self._values.q_map, self._values.k_map, self._values.v_map))
-        self._mapped = tuple(self.pointers[:3])
+        self._mapped = params.addresses()[:3]
+        self._counted = _NO_STREAM
 
-    def aim(self, stream: int, pointers: tuple[int, ...]) -> None:
+    def follow(self, stream: int, pointers: tuple[int, ...]) -> None:
+        """Read ``pointers`` through the maps, and count in the counters of ``stream``.
+
+        Every launch asks anew for those of a stream that may be captured, or be another one under the same handle. The legacy default
+        stream is neither.
+        """
         qkv = pointers[:3]
         if qkv != self._mapped:
             self._move(qkv)
-        super().aim(stream, pointers)
-        if self._persistent:
+        if self._persistent and (stream > LEGACY_STREAMS or stream != self._counted):
+            self._counted = _NO_STREAM  # until they are there
             self._values.counters = counters_for(self._device_index, stream)
+            self._counted = stream
 
     def _move(self, qkv: tuple[int, ...]) -> None:
         """An array without elements has the address 0 in every call, and its map is never read."""
@@ -125,33 +136,41 @@ class _MappedBlock(_Block):
 class _ThreadBlocks(threading.local):
     """A :class:`_Block` for each thread that asks: another thread may write its addresses while CUDA reads ours."""
 
-    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int) -> None:
-        self.block = _MappedBlock(kernel, params, grid) if isinstance(params, Fa3FwdParams) else _Block(kernel, params, grid)
+    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int, addresses: int) -> None:
+        if isinstance(params, Fa3FwdParams):
+            self.block: Any = _MappedBlock(kernel, params, grid, addresses)
+        else:
+            self.block = _Block(kernel, params, grid, addresses)
 
 
 class LaunchPlan(Generic[P]):
     """A launch whose shapes are fixed: only addresses and stream change from call to call. Safe to share between threads."""
 
-    __slots__ = ("_blocks", "_function", "_launch", "grid", "kernel")
+    __slots__ = ("_blocks", "_launch", "_mapped", "grid", "kernel")
 
-    def __init__(self, kernel: LoadedKernel, params: P, grid: int) -> None:
+    def __init__(self, kernel: LoadedKernel, params: P, grid: int, addresses: int) -> None:
         _check_grid(kernel, grid)
         self.kernel = kernel
         self.grid = grid
         self._launch = launch_function()
-        self._function = ctypes.c_void_p(kernel.function)
-        self._blocks = _ThreadBlocks(kernel, params, grid)
+        self._blocks = _ThreadBlocks(kernel, params, grid, addresses)
+        self._mapped = isinstance(params, Fa3FwdParams)
 
     def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
         """Launch into ``stream`` (a raw CUstream, 0 for the default one) on ``pointers``, the leading addresses of the parameters.
 
         Raises:
+            ValueError: more or fewer addresses than the plan was made for.
             LaunchError: CUDA refused the launch.
             DeviceLostError: an earlier kernel left the context unusable.
         """
         block = self._blocks.block
-        block.aim(stream, pointers)
-        code = self._launch(block.config, self._function, block.arguments, None)
+        block.pointers[:] = pointers
+        if stream != block.stream:
+            block.set_stream(stream)
+        if self._mapped:
+            block.follow(stream, pointers)
+        code = self._launch(*block.arguments)
         if code:
             _recover(self.kernel, self.grid, block, code)
 
@@ -174,9 +193,9 @@ def launch(kernel: LoadedKernel, grid: int, params: KernelParams, stream: int) -
         DeviceLostError: an earlier kernel left the context unusable.
     """
     _check_grid(kernel, grid)
-    block = _Block(kernel, params, grid)
+    block = _Block(kernel, params, grid, params.POINTERS)
     block.set_stream(stream)
-    code = launch_function()(block.config, ctypes.c_void_p(kernel.function), block.arguments, None)
+    code = launch_function()(*block.arguments)
     if code:
         _recover(kernel, grid, block, code)
     if settings().debug:
@@ -201,14 +220,13 @@ def _recover(kernel: LoadedKernel, grid: int, block: _Block, code: int) -> None:
     index, spec = kernel.device_index, kernel.spec
     if code in _WRONG_CONTEXT:
         cuda, again = driver(), launch_function()
-        function = ctypes.c_void_p(kernel.function)
         current = int(check(cuda.cuCtxGetCurrent(), "cuCtxGetCurrent", spec.kernel_name))
         if current == 0 and index == 0:  # what the CUDA runtime would make current here; let it stay, and the next launch is quick
             check(cuda.cuCtxSetCurrent(primary_context(index)), "cuCtxSetCurrent", spec.kernel_name)
-            code = again(block.config, function, block.arguments, None)
+            code = again(*block.arguments)
         elif current != int(primary_context(index)):  # for this launch only: the thread's current device is not ours to change
             with current_context(index):
-                code = again(block.config, function, block.arguments, None)
+                code = again(*block.arguments)
     if code:
         size = f"{grid} blocks of {spec.tile.threads} threads, {spec.shared_memory} bytes of shared memory"
         raise cuda_error(code, f"launching {size} on GPU {index}", spec.kernel_name)

@@ -40,6 +40,10 @@ class KernelParams(ctypes.Structure):
 
     POINTERS: ClassVar[int]
 
+    def addresses(self) -> tuple[int, ...]:
+        """Those addresses, 0 for none."""
+        return tuple((ctypes.c_uint64 * self.POINTERS).from_buffer(self))
+
 
 class StrideParams(ctypes.Structure):
     """``fa::Strides``, in elements."""

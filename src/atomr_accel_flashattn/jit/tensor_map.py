@@ -95,9 +95,12 @@ def move(tensor_map: int, ptr: int, device_index: int) -> None:
     Raises:
         LaunchError: the driver refuses the address.
     """
-    code = _call(_move_function(), (tensor_map, ptr), device_index)
-    if code:
-        raise cuda_error(code, f"moving a tensor map to {ptr:#x}")
+    function = _move_function()
+    if function(tensor_map, ptr):  # perhaps for want of a context
+        with current_context(device_index):
+            code = function(tensor_map, ptr)
+        if code:
+            raise cuda_error(code, f"moving a tensor map to {ptr:#x}")
 
 
 def _call(function: Callable[..., int], arguments: tuple[Any, ...], device_index: int) -> int:
