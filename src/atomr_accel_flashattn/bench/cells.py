@@ -10,6 +10,8 @@ import random
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import numpy as np
+
 from ..types import DType
 
 __all__ = ["Cell", "all_cells", "select"]
@@ -22,7 +24,14 @@ HEAD_DIMS = (64, 128, 256)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One row of the benchmark. ``lengths`` has one entry per sequence; ``packed`` lays them out one after the other (varlen)."""
+    """One row of the benchmark. ``lengths`` has one entry per sequence; ``packed`` lays them out one after the other (varlen).
+
+    Attributes:
+        window: sliding causal: keys seen by each query, itself among them.
+        band: instead of ``causal`` and ``window``: (left, right) keys around a query, -1 unbounded.
+        v_head_dim: of v and o; None is ``head_dim``.
+        length_k: keys of every sequence of a dense cell; None is as many as queries.
+    """
 
     group: str
     head_dim: int
@@ -30,10 +39,13 @@ class Cell:
     heads_kv: int
     lengths: tuple[int, ...]
     causal: bool
-    window: int | None = None  # sliding causal: keys seen by each query, itself among them
+    window: int | None = None
     alibi: bool = False
     packed: bool = False
     dtype: DType = DType.BF16
+    band: tuple[int, int] | None = None
+    v_head_dim: int | None = None
+    length_k: int | None = None
 
     @property
     def batch(self) -> int:
@@ -42,7 +54,9 @@ class Cell:
 
     @property
     def mask(self) -> str:
-        """``full``, ``causal`` or ``window<w>``."""
+        """``full``, ``causal``, ``window<w>`` or ``window<left>x<right>``, with ``all`` for an unbounded side."""
+        if self.band is not None:
+            return "window" + "x".join("all" if side < 0 else str(side) for side in self.band)
         if self.window is not None:
             return f"window{self.window}"
         return "causal" if self.causal else "full"
@@ -50,7 +64,22 @@ class Cell:
     @property
     def length(self) -> str:
         """The sequence length as the tables write it: ``512``, ``2k``, or ``32seqs`` for packed sequences of different lengths."""
-        return f"{self.batch}seqs" if self.packed else _short(self.lengths[0])
+        if self.packed:
+            return f"{self.batch}seqs"
+        keys = f"x{_short(self.length_k)}" if self.length_k is not None else ""
+        return _short(self.lengths[0]) + keys
+
+    @property
+    def value_dim(self) -> int:
+        """Head dim of v and o."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The mask as (left, right) keys around a query, -1 unbounded."""
+        if self.band is not None:
+            return self.band
+        return (-1 if self.window is None else self.window - 1), (0 if self.causal or self.window is not None else -1)
 
     @property
     def tokens(self) -> int:
@@ -59,23 +88,31 @@ class Cell:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the two products: 4 * heads * head_dim * pairs; a causal mask counts as half, a window exactly."""
-        return 4.0 * self.heads * self.head_dim * sum(self._pairs(n) for n in self.lengths)
+        """Floating-point operations of both products: 2 heads (D + Dv) pairs; a causal mask counts as half when lengths are equal."""
+        dims = self.head_dim + self.value_dim
+        return 2.0 * self.heads * dims * sum(self._pairs(n, n if self.length_k is None else self.length_k) for n in self.lengths)
 
     @property
     def min_bytes(self) -> int:
         """Bytes of q, k, v and o, each once."""
-        return self.tokens * self.head_dim * (2 * self.heads + 2 * self.heads_kv) * self.dtype.itemsize
+        dims, keys = self.head_dim + self.value_dim, self.tokens if self.length_k is None else self.batch * self.length_k
+        return dims * (self.tokens * self.heads + keys * self.heads_kv) * self.dtype.itemsize
 
-    def _pairs(self, n: int) -> float:
-        if self.window is not None:
-            w = min(self.window, n)
-            return w * (w + 1) / 2 + (n - w) * w
-        return n * n / 2 if self.causal else float(n * n)
+    def _pairs(self, n: int, keys: int) -> float:
+        """Visible pairs of query and key in a sequence."""
+        left, right = self.bounds
+        if (left, right) == (-1, 0) and n == keys:
+            return n * n / 2
+        p = np.arange(keys - n, keys)
+        first = np.maximum(0, p - left) if left >= 0 else 0
+        last = np.minimum(keys, p + right + 1) if right >= 0 else keys
+        return float(np.maximum(0, np.broadcast_to(last - first, p.shape)).sum())
 
     def __str__(self) -> str:
         heads = f"h{self.heads}" if self.heads == self.heads_kv else f"h{self.heads}x{self.heads_kv}"
-        return f"{self.group}_d{self.head_dim}_{heads}_{self.mask}_{self.length}"
+        dims = f"d{self.head_dim}" if self.v_head_dim in {None, self.head_dim} else f"d{self.head_dim}v{self.v_head_dim}"
+        other_type = "" if self.dtype is DType.BF16 else f"_{self.dtype.value}"
+        return f"{self.group}_{dims}_{heads}_{self.mask}_{self.length}{other_type}"
 
 
 def _short(n: int) -> str:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import current_stream
+from ..dense import DenseFwdRequest
 from ..dispatch import DispatchKey, FaFwdDispatch, lookup, wgmma_arch
 from ..execute import execute
-from ..fa2 import Fa2FwdRequest, MaskKind, PositionBias
-from ..jit.spec import Family, KernelSpec
+from ..fa2 import MaskKind, PositionBias
+from ..jit.spec import Family, KernelSpec, Tile
 from ..problem import ArrayInfo, AttentionProblem
 from ..types import SmArch
 from ..varlen import CumulativeSeqlens, VarlenFwdRequest
@@ -28,10 +29,11 @@ _OUT = 3  # place of o among the leading addresses of the parameters
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Held:
-    """A request, dense or packed, that is answered by one family."""
+    """A request, dense or packed, that is answered by one family, or with one tile."""
 
     request: FaFwdDispatch
-    family: Family
+    family: Family | None
+    tile: Tile | None
 
     @property
     def problem(self) -> AttentionProblem:
@@ -44,21 +46,22 @@ class _Held:
         return self.request.out_array
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
-        """The request's key, with the family demanded, on an arch that has it."""
+        """The request's key, with family and tile demanded, on an arch that has the family."""
         key = self.request.dispatch_key(arch or (wgmma_arch(self.problem.q.device) if self.family is Family.FA3 else None))
-        return replace(key, extras=replace(key.extras, family=self.family))
+        return replace(key, extras=replace(key.extras, family=self.family or key.extras.family, tile=self.tile))
 
 
-def request_of(cell: Cell, inputs: Inputs, family: Family | None = None) -> FaFwdDispatch:
-    """The request of a cell; ``family`` None takes the one that functional calls take."""
-    mask = MaskKind.sliding_causal(cell.window) if cell.window else MaskKind.causal() if cell.causal else MaskKind.full()
+def request_of(cell: Cell, inputs: Inputs, family: Family | None = None, *, tile: Tile | None = None, out: Any = None) -> FaFwdDispatch:
+    """The request of a cell; None takes the family, the tile and the kind of output that functional calls take."""
+    mask = MaskKind.window(*cell.bounds)
     arrays, bias = (inputs.q, inputs.k, inputs.v), PositionBias(inputs.slopes)
-    request: Fa2FwdRequest | VarlenFwdRequest
+    request: DenseFwdRequest | VarlenFwdRequest
     if inputs.offsets is None:
-        request = Fa2FwdRequest(*arrays, mask=mask, bias=bias)
+        request = DenseFwdRequest(*arrays, mask=mask, bias=bias, out=out)
     else:
-        request = VarlenFwdRequest(*arrays, cu_seqlens_q=CumulativeSeqlens(inputs.offsets, inputs.max_length), mask=mask, bias=bias)
-    return request if family is None else _Held(request, family)
+        lengths = CumulativeSeqlens(inputs.offsets, inputs.max_length)
+        request = VarlenFwdRequest(*arrays, cu_seqlens_q=lengths, mask=mask, bias=bias, out=out)
+    return request if family is None and tile is None else _Held(request, family, tile)
 
 
 class OfFamily:

@@ -50,9 +50,10 @@ def _one_set(cell: Cell, device: torch.device, seed: int) -> Inputs:
 
     generator = torch.Generator(device=device).manual_seed(seed)
     rows = (cell.tokens,) if cell.packed else (cell.batch, cell.lengths[0])
+    rows_k = rows if cell.length_k is None else (cell.batch, cell.length_k)
 
-    def normal(heads: int) -> torch.Tensor:
-        return torch.randn(*rows, heads, cell.head_dim, generator=generator, device=device, dtype=torch_dtype(cell.dtype))
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch_dtype(cell.dtype))
 
     offsets = slopes = None
     if cell.packed:
@@ -62,7 +63,8 @@ def _one_set(cell: Cell, device: torch.device, seed: int) -> Inputs:
         offsets = torch.tensor(sums, dtype=torch.int32, device=device)
     if cell.alibi:
         slopes = torch.tensor([2.0 ** (-8 * (h + 1) / cell.heads) for h in range(cell.heads)], dtype=torch.float32, device=device)
-    return Inputs(normal(cell.heads), normal(cell.heads_kv), normal(cell.heads_kv), offsets, slopes, max(cell.lengths))
+    q, k, v = (normal(*rows, cell.heads, cell.head_dim), *(normal(*rows_k, cell.heads_kv, dim) for dim in (cell.head_dim, cell.value_dim)))
+    return Inputs(q, k, v, offsets, slopes, max(cell.lengths))
 
 
 def check_rows(cell: Cell, inputs: Inputs, out: torch.Tensor, *, with_alibi: bool) -> float:
@@ -71,7 +73,7 @@ def check_rows(cell: Cell, inputs: Inputs, out: torch.Tensor, *, with_alibi: boo
     Args:
         cell: what was computed.
         inputs: from what.
-        out: (B, S, H, D), or (total, H, D) when packed.
+        out: (B, S, H, D of v), or (total, H, D of v) when packed.
         with_alibi: whether the peer added the cell's ALiBi bias (one that cannot is timed without it, and says so).
     """
     errors = []
@@ -88,7 +90,7 @@ def check_rows(cell: Cell, inputs: Inputs, out: torch.Tensor, *, with_alibi: boo
 
 
 def _float32_rows(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor | None) -> torch.Tensor:
-    """Attention of the last ``len(q)`` rows, all in float32: q (n, H, D), k and v (S, Hkv, D) -> (n, H, D)."""
+    """Attention of the last ``len(q)`` rows, all in float32: q (n, H, D), k (S, Hkv, D), v (S, Hkv, Dv) -> (n, H, Dv)."""
     import torch
 
     group = cell.heads // cell.heads_kv
@@ -100,7 +102,9 @@ def _float32_rows(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     j = torch.arange(n, device=q.device)[None, :]
     if slopes is not None:
         scores = scores - slopes[:, None, None] * (i - j).abs()
-    hidden = j > i if cell.causal else torch.zeros_like(j > i)
-    if cell.window is not None:
-        hidden = hidden | (i - j >= cell.window)
-    return (scores.masked_fill(hidden, -math.inf).softmax(-1) @ values).transpose(0, 1)
+    left, right = cell.bounds
+    hidden = torch.zeros_like(j > i) if right < 0 else j > i + right
+    if left >= 0:
+        hidden = hidden | (j < i - left)
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(0)  # a row that sees nothing is zero
+    return (weights @ values).transpose(0, 1)
