@@ -23,6 +23,7 @@ def test_every_variable_is_read():
         "CACHE_DIR": "/kernels",
         "CACHE_READONLY": "1",
         "DISABLE_CACHE": "yes",
+        "DISABLE_TUNED": "1",
         "SAVE_SOURCE": "~/sources",
         "DEBUG": "On",
     }
@@ -31,6 +32,7 @@ def test_every_variable_is_read():
         cache_dir=Path("/kernels"),
         cache_readonly=True,
         cache_disabled=True,
+        tuned_tiles_disabled=True,
         save_source=Path("~/sources").expanduser(),
         debug=True,
     )

@@ -14,7 +14,9 @@ from typing import Any, Final
 
 from .errors import ArchUnsupportedError, DispatchError, FeatureNotBuiltError
 from .jit.driver import device_properties
+from .jit.saved_tiles import forget_saved_tiles, saved_tile
 from .jit.spec import Direction, Family, KernelSpec, Tile
+from .jit.tile_space import misfit
 from .jit.tiles import HEAD_DIM_WIDTHS, head_dim_width, tile_for, wgmma_tile_for
 from .keys import VECTOR_BYTES, DispatchKey, Extras, key_of_problem
 from .protocols import F16, Bf16, F8E4m3, F8E5m2, FaBwdDispatch, FaFwdDispatch, FaPagedFwdDispatch, GemmSupported
@@ -41,6 +43,7 @@ __all__ = [
     "SmArch",
     "arch_of_capability",
     "best_arch",
+    "forget_lookups",
     "key_of_problem",
     "lookup",
     "wgmma_arch",
@@ -125,12 +128,31 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
         dropout=bool(extras.dropout),
         varlen=bool(key.varlen),
     )
+    spec = _with_chosen_tile(spec, extras)
     if spec.shared_memory > key.arch.shared_memory_per_block:
         raise ArchUnsupportedError(
             f"tiles_for: the tile of {tile_arch.value} needs {spec.shared_memory} bytes of shared memory; "
             f"{key.arch.value} allows {key.arch.shared_memory_per_block} per block; borrow the tiles of an arch with no more memory"
         )
     return spec
+
+
+def _with_chosen_tile(spec: KernelSpec, extras: Extras) -> KernelSpec:
+    """``spec`` with the tile that the key names, else the one that was tuned for it on this machine, else its own."""
+    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec))
+    if tile is None:
+        return spec
+    chosen = replace(spec, tile=tile if extras.persistent is None else replace(tile, persistent=extras.persistent))
+    reason = misfit(chosen)
+    if reason:
+        raise DispatchError(f"tile: got {tile} for {spec.kernel_name}; {reason}")
+    return chosen
+
+
+def forget_lookups() -> None:
+    """Resolve every key anew, with the tiles that are saved by now. Plans keep the kernels that they were made with."""
+    forget_saved_tiles()
+    _resolve.cache_clear()
 
 
 def _family_and_tile(key: DispatchKey, width: int, v_width: int) -> tuple[Family, Tile]:
@@ -172,6 +194,7 @@ def _refuse_values(key: DispatchKey) -> None:
     window: Any = key.sliding_window
     extras, on_cpu = key.extras, key.arch is SmArch.CPU
     blocks: Any = extras.persistent_blocks
+    tile: Any = extras.tile
     dims = f"1..{_MAX_HEAD_DIM} on the CPU" if on_cpu else f"a multiple of 8 up to {_MAX_HEAD_DIM} (functional calls pad)"
     whole_window = window is None or (isinstance(window, tuple) and len(window) == 2 and all(_is_int(side, at_least=-1) for side in window))
     checks: tuple[tuple[str, object, bool, str], ...] = (
@@ -195,6 +218,7 @@ def _refuse_values(key: DispatchKey) -> None:
         ),
         ("tiles_for", extras.tiles_for, extras.tiles_for in {None, *SmArch}, "None or an SmArch"),
         ("family", extras.family, extras.family in {None, *Family}, "None or a Family"),
+        ("tile", tile, tile is None or (isinstance(tile, Tile) and not extras.tiles_for), "None, or a Tile without tiles_for"),
     )
     flags = tuple((name, getattr(key, name)) for name in _FLAGS) + tuple((name, getattr(extras, name)) for name in _EXTRA_FLAGS)
     for name, value, fine, allowed in (*checks, *((name, value, value in {True, False}, "True or False") for name, value in flags)):

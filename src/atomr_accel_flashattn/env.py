@@ -9,6 +9,8 @@ variable                             default              meaning
                                                           ``~/.cache``, then ``atomr-accel-flashattn``.
 ``ATOMR_FLASHATTN_CACHE_READONLY``   ``0``                ``1``: read the cache, never write to it (a cache shipped in an image).
 ``ATOMR_FLASHATTN_DISABLE_CACHE``    ``0``                ``1``: neither read nor write; every process compiles for itself.
+``ATOMR_FLASHATTN_DISABLE_TUNED``    ``0``                ``1``: take the tiles that come with the package, not those that
+                                                          ``atomr-flashattn tune`` kept in the cache folder.
 ``ATOMR_FLASHATTN_SAVE_SOURCE``      unset                A folder that gets the ``.cu`` of every kernel that is compiled.
 ``ATOMR_FLASHATTN_DEBUG``            ``0``                ``1``: check values that live on the GPU (``cu_seqlens``) and wait for
                                                           every launch, so that an error is raised by the call that made it.
@@ -45,6 +47,7 @@ class Settings:
     cache_dir: Path | None = None
     cache_readonly: bool = False
     cache_disabled: bool = False
+    tuned_tiles_disabled: bool = False
     save_source: Path | None = None
     debug: bool = False
 
@@ -66,6 +69,7 @@ class Settings:
             cache_dir=Path(cache_dir).expanduser() if cache_dir else default_cache_dir(environ),
             cache_readonly=_switch(environ, "CACHE_READONLY"),
             cache_disabled=_switch(environ, "DISABLE_CACHE"),
+            tuned_tiles_disabled=_switch(environ, "DISABLE_TUNED"),
             save_source=Path(save_source).expanduser() if save_source else None,
             debug=_switch(environ, "DEBUG"),
         )

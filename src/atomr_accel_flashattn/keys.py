@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from .jit.spec import Family
+from .jit.spec import Family, Tile
 from .types import DType, SmArch
 
 if TYPE_CHECKING:
@@ -41,9 +41,10 @@ class Extras:
         tensor_copies: whether the copy engine of sm_90a can step through q, k and v: strides of 0 to 2^40 bytes.
         family: the family that is demanded, None is the best one of the arch.
         persistent: whether blocks take tile after tile; None leaves it to the launch of the wgmma family, which knows how many there are,
-            and is False in the mma.sync family.
+            and is False in the mma.sync family, unless the tile that is used was tuned with the other answer.
         persistent_blocks: how many persistent blocks, None is as many as the multiprocessors hold.
         tiles_for: the arch whose tiles are borrowed (tests run them on the card at hand).
+        tile: how the work is cut; None is the tile that was tuned for this kernel on this machine, or else that of the package.
     """
 
     v_head_dim: int | None = None
@@ -63,6 +64,7 @@ class Extras:
     persistent: bool | None = None
     persistent_blocks: int | None = None
     tiles_for: SmArch | None = None
+    tile: Tile | None = None
 
 
 @dataclass(frozen=True, slots=True)

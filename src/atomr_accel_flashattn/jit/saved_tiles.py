@@ -1,0 +1,223 @@
+"""Tiles that were measured on this machine: a small JSON file beside the kernels in the cache folder, which ``lookup`` consults.
+
+An entry belongs to one kernel in all but its tile, on one kind of device, compiled from one state of the headers. It is found by what
+is asked, never by the data, so a call's bits do not depend on its batch. The file is read once per process; a folder without one costs an
+attempt to open it. What is wrong with the file, or with one entry, is a :class:`CacheWarning` during a call, and an error only while
+tiles are being saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from ..env import settings
+from ..errors import CacheError, CacheWarning
+from .driver import device_count, device_properties
+from .source import headers_digest
+from .spec import KernelSpec, Tile
+from .tile_space import misfit
+
+__all__ = [
+    "SAVED_TILES",
+    "SavedTile",
+    "device_identity",
+    "forget_saved_tiles",
+    "headers_identity",
+    "kernel_without_tile",
+    "read_saved_tiles",
+    "remove_saved_tiles",
+    "save_tiles",
+    "saved_tile",
+]
+
+SAVED_TILES: Final = "tuned_tiles.json"
+_FORMAT: Final = 1  # raise it when the meaning of the file changes
+_LOCK_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedTile:
+    """One entry.
+
+    Attributes:
+        device: name of the GPU, as the driver says it.
+        compute_capability: of it, as ``"9.0"``.
+        headers: first 16 hex digits of the digest of the CUDA headers.
+        kernel: name of the kernel without its tile.
+        tile: the winner.
+        shapes: what it was measured on.
+        speedup: geometric mean over the shapes, over the tile that was in use before.
+        when: UTC, ISO 8601.
+    """
+
+    device: str
+    compute_capability: str
+    headers: str
+    kernel: str
+    tile: Tile
+    shapes: tuple[str, ...]
+    speedup: float
+    when: str
+
+    @property
+    def identity(self) -> tuple[str, str, str, str]:
+        """What a file has one entry of."""
+        return (self.device, self.compute_capability, self.headers, self.kernel)
+
+    @property
+    def current(self) -> bool:
+        """Whether it was measured with the headers of this installation; others are kept and not used."""
+        return self.headers == headers_identity()
+
+
+def headers_identity() -> str:
+    """The state of the headers, as entries write it."""
+    return headers_digest().hex()[:16]
+
+
+def device_identity(index: int) -> tuple[str, str]:
+    """(name, compute capability) of GPU ``index``, as entries write them."""
+    found = device_properties(index)
+    return found.name, "{}.{}".format(*found.compute_capability)
+
+
+def kernel_without_tile(spec: KernelSpec) -> str:
+    """The canonical name of a kernel but for its tile: equal for the kernels that a search compares."""
+    return "_".join(part for part in spec.kernel_name.split("_") if part != str(spec.tile))
+
+
+def saved_tile(spec: KernelSpec) -> Tile | None:
+    """The tile that was saved for this kernel on the first visible GPU that has one; None where none was, or none that fits any more."""
+    here = settings()
+    if here.tuned_tiles_disabled or here.cache_disabled or here.cache_dir is None:
+        return None
+    kept = _tiles_by_kernel(here.cache_dir).get(kernel_without_tile(spec))
+    if not kept:
+        return None
+    tile = next((kept[device] for device in map(device_identity, range(device_count())) if device in kept), None)
+    if tile is None:
+        return None
+    reason = misfit(replace(spec, tile=tile))
+    if reason:
+        _warn(f"the tile {tile} that was saved for {kernel_without_tile(spec)} is ignored: {reason}; run atomr-flashattn tune again")
+        return None
+    return tile
+
+
+def read_saved_tiles(folder: Path) -> tuple[SavedTile, ...]:
+    """All entries of the file in ``folder``, current or not; empty, with a warning, when it is damaged or of another format."""
+    path = os.path.join(folder, SAVED_TILES)  # noqa: PTH118 - pathlib costs 20 us here
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            document = json.loads(file.read())
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError) as error:
+        _warn(f"cannot read {path} ({error}); the tiles that come with the package are used. Remove it, or run atomr-flashattn tune")
+        return ()
+    if not isinstance(document, dict) or document.get("format") != _FORMAT or not isinstance(document.get("tiles"), list):
+        _warn(f"{path} is no file of saved tiles of format {_FORMAT}; the tiles that come with the package are used. Remove it")
+        return ()
+    entries = [_parse(entry) for entry in document["tiles"]]
+    if None in entries:
+        _warn(f"{path}: {entries.count(None)} of {len(entries)} entries are damaged and ignored; run atomr-flashattn tune again")
+    return tuple(entry for entry in entries if entry is not None)
+
+
+def save_tiles(tiles: Iterable[SavedTile], folder: Path) -> Path:
+    """Add entries to the file in ``folder``, in the place of older ones for the same kernel, device and headers; returns its path.
+
+    Other processes may do the same at the same time, and readers never see half a file.
+
+    Raises:
+        CacheError: the folder cannot be written, or its file is of another format, which a newer version may have written.
+    """
+    import filelock
+
+    path = folder / SAVED_TILES
+    try:
+        (folder / "locks").mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / "locks" / "tuned_tiles.lock", timeout=_LOCK_SECONDS):
+            _refuse_other_format(path)
+            merged = {entry.identity: entry for entry in (*read_saved_tiles(folder), *tiles)}
+            document = {"format": _FORMAT, "tiles": [asdict(merged[identity]) for identity in sorted(merged)]}
+            _replace(path, json.dumps(document, indent=1) + "\n")
+    except (OSError, NotImplementedError) as error:  # filelock.Timeout is an OSError
+        raise CacheError(f"cannot keep tiles in {path}: {error}; name a folder that can be written, or tune with --no-save") from error
+    forget_saved_tiles()
+    return path
+
+
+def remove_saved_tiles(folder: Path) -> int:
+    """Remove the file in ``folder``; returns how many entries it had.
+
+    Raises:
+        CacheError: it cannot be removed.
+    """
+    count = len(read_saved_tiles(folder))
+    try:
+        (folder / SAVED_TILES).unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheError(f"cannot remove {folder / SAVED_TILES}: {error.strerror or error}") from error
+    forget_saved_tiles()
+    return count
+
+
+def forget_saved_tiles() -> None:
+    """Let the next lookup read the file again. What :func:`~atomr_accel_flashattn.dispatch.lookup` remembers is not forgotten by this."""
+    _tiles_by_kernel.cache_clear()
+
+
+@cache
+def _tiles_by_kernel(folder: Path) -> Mapping[str, Mapping[tuple[str, str], Tile]]:
+    """Kernel -> device -> tile, of the entries that count with these headers."""
+    found: dict[str, dict[tuple[str, str], Tile]] = {}
+    for entry in read_saved_tiles(folder):
+        if entry.current:
+            found.setdefault(entry.kernel, {})[entry.device, entry.compute_capability] = entry.tile
+    return found
+
+
+def _parse(entry: Any) -> SavedTile | None:
+    """An entry; None when a field is missing, unknown or of another type."""
+    try:
+        values, tile, shapes = dict(entry), dict(entry["tile"]), tuple(entry["shapes"])
+        if any(type(value).__name__ != field.type for field in fields(Tile) if (value := tile.get(field.name, field.default)) is not None):
+            return None
+        made = SavedTile(**{**values, "tile": Tile(**tile), "shapes": shapes})
+    except (TypeError, ValueError, KeyError):
+        return None
+    texts = (*made.identity, made.when, *made.shapes)
+    return made if all(isinstance(text, str) for text in texts) and isinstance(made.speedup, (int, float)) else None
+
+
+def _refuse_other_format(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError, ValueError):  # what is damaged may be written over
+        document = json.loads(path.read_bytes())
+        if not isinstance(document, dict) or document.get("format") != _FORMAT:
+            raise CacheError(
+                f"{path} is no file of saved tiles of format {_FORMAT}; it is left as it is: move it away, or name another folder"
+            )
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".new-{os.getpid()}-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, CacheWarning, stacklevel=3)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
+from atomr_accel_flashattn.errors import DispatchError
+from atomr_accel_flashattn.jit.spec import Family, KernelSpec, Tile
+from atomr_accel_flashattn.jit.tile_space import AXES, SCHEDULES, misfit, tiles_that_fit
+from atomr_accel_flashattn.jit.tiles import HEAD_DIM_WIDTHS
+from atomr_accel_flashattn.types import DType, SmArch
+
+FA2_TILE = Tile(block_m=128, block_n=64, warps=4, min_blocks=2)
+FA3_TILE = Tile(block_m=128, block_n=128, warps=12, stages=2)
+
+
+def spec_of(arch: SmArch = SmArch.SM_90, head_dim: int = 128, **extras: Any) -> KernelSpec:
+    spec = lookup(DispatchKey(arch, DType.BF16, head_dim, extras=Extras(**extras)))
+    assert isinstance(spec, KernelSpec)
+    return spec
+
+
+def fa3_spec(head_dim: int = 128, **extras: Any) -> KernelSpec:
+    return spec_of(SmArch.SM_90A, head_dim, family=Family.FA3, **extras)
+
+
+def test_every_field_of_a_tile_is_searched_in_some_family() -> None:
+    searched = {name for axes in AXES.values() for name in axes}
+    assert searched == {field.name for field in fields(Tile)}
+    assert set(SCHEDULES) < searched
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIM_WIDTHS)
+@pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_86, SmArch.SM_90, SmArch.SM_120], ids=lambda arch: arch.value)
+def test_the_tables_of_the_mma_sync_family_are_among_the_candidates(arch: SmArch, head_dim: int) -> None:
+    spec = spec_of(arch, head_dim, family=Family.FA2)
+    assert spec.tile in set(tiles_that_fit(spec))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("head_dim", HEAD_DIM_WIDTHS)
+def test_the_table_of_the_wgmma_family_is_among_the_candidates(head_dim: int, dropout: bool) -> None:
+    spec = fa3_spec(head_dim, dropout=dropout)
+    candidates = set(tiles_that_fit(spec))
+    assert spec.tile in candidates
+    assert all(tile.block_n % 32 == 0 for tile in candidates if dropout)
+
+
+def test_candidates_are_valid_kernels_that_fit_the_multiprocessor() -> None:
+    for spec in (spec_of(), fa3_spec(64)):
+        for tile in tiles_that_fit(spec):
+            candidate = replace(spec, tile=tile)
+            assert misfit(candidate) == ""
+            assert candidate.shared_memory * tile.min_blocks <= spec.arch.shared_memory_per_sm
+
+
+@pytest.mark.parametrize(
+    ("spec", "tile", "reason"),
+    [
+        (spec_of(), replace(FA2_TILE, block_m=96), "block_m: got 96; allowed with 4 warps are multiples of 64"),
+        (spec_of(), replace(FA2_TILE, overlap=True), "stages: got 1; allowed with overlap is 2"),
+        (spec_of(), replace(FA2_TILE, block_n=40), "block_n: got 40; allowed are multiples of 16"),
+        (spec_of(), replace(FA2_TILE, ping_pong=True), "the fa2 family has no ping_pong"),
+        (spec_of(), replace(FA2_TILE, warps=0), "sizes are integers of at least 1"),
+        (spec_of(), replace(FA2_TILE, stages=9), "it needs 327680 bytes of shared memory; allowed are 232448 on sm_90"),
+        (spec_of(dropout=True), replace(FA2_TILE, block_n=48), "allowed are multiples of 32 with dropout"),
+        (fa3_spec(), replace(FA3_TILE, warps=10), "warps: got 10; allowed are 8, 12 and 16"),
+        (fa3_spec(), replace(FA3_TILE, block_m=64), "block_m: got 64; allowed with 12 warps is 128"),
+        (fa3_spec(64), replace(FA3_TILE, block_n=272), "block_n: got 272; allowed is at most 256"),
+        (fa3_spec(), replace(FA3_TILE, min_blocks=2, overlap=True), "the fa3 family has no min_blocks, overlap"),
+        (fa3_spec(), replace(FA3_TILE, block_m=64, warps=8, ping_pong=True), "ping_pong: allowed with two or three warpgroups"),
+    ],
+)
+def test_a_tile_that_cannot_be_is_refused_with_a_reason(spec: KernelSpec, tile: Tile, reason: str) -> None:
+    assert reason in misfit(replace(spec, tile=tile))
+    extras = Extras(family=spec.family, dropout=spec.dropout, tile=tile)
+    with pytest.raises(DispatchError, match=r"^tile: got m"):
+        lookup(DispatchKey(spec.arch, DType.BF16, spec.head_dim, extras=extras))
+
+
+def test_a_key_may_name_its_tile() -> None:
+    assert spec_of(tile=replace(FA2_TILE, block_n=32)).tile == replace(FA2_TILE, block_n=32)
+    assert spec_of(tile=FA2_TILE, persistent=True).tile.persistent
+    for wrong in (Extras(tile="m128n64w4s1b2"), Extras(tile=FA2_TILE, tiles_for=SmArch.SM_80)):  # type: ignore[arg-type]
+        with pytest.raises(DispatchError, match=r"tile: got .*allowed is None, or a Tile without tiles_for"):
+            lookup(DispatchKey(SmArch.SM_90, DType.BF16, 128, extras=wrong))
