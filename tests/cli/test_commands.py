@@ -22,7 +22,7 @@ no_gpu = pytest.mark.skipif(device_count() > 0, reason="says what a machine with
 def test_help_lists_every_command(invoke: Invoke) -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("demo", "info", "matrix", "compile", "cache", "bench"):
+    for command in ("demo", "info", "matrix", "compile", "cache", "bench", "tune"):
         assert command in result.stdout
 
 

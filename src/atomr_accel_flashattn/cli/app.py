@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import CacheWarning, CompileError, FlashAttnError
-from . import bench, cache, compile_ahead, demo, info, matrix
+from . import bench, cache, compile_ahead, demo, info, matrix, tune
 from .output import errors
 
 __all__ = ["app", "main"]
@@ -77,6 +77,7 @@ app.command("matrix")(matrix.matrix)
 app.command("compile")(compile_ahead.compile_ahead)
 app.add_typer(cache.app, name="cache")
 app.command("bench")(bench.bench)
+app.command("tune")(tune.tune)
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""``cache``: what lies in the kernel cache, whether it is whole, and how to be rid of it."""
+"""``cache``: what lies in the kernel cache, kernels and tuned tiles, whether it is whole, and how to be rid of it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ import typer
 from ..env import settings
 from ..errors import CacheError
 from ..jit.cache import KernelCache
+from ..jit.saved_tiles import SAVED_TILES, SavedTile, read_saved_tiles, remove_saved_tiles
 from .output import Json, console, make_table, print_json, size_text, time_text
 
 __all__ = ["app", "cache_at"]
@@ -44,7 +46,8 @@ def _cache_to_clean(directory: Path | None) -> KernelCache:
     """
     cache = cache_at(directory)
     names = (path.name for path in cache.directory.iterdir()) if cache.directory.is_dir() else ()
-    foreign = sorted(name for name in names if name.endswith((".json", ".cubin", ".cu")) and not _OURS.search(name))
+    ours = (name for name in names if name != SAVED_TILES)
+    foreign = sorted(name for name in ours if name.endswith((".json", ".cubin", ".cu")) and not _OURS.search(name))
     if foreign:
         raise CacheError(
             f"{cache.directory} is no kernel cache, for it holds {foreign[0]}; nothing was removed; name the right folder with --dir"
@@ -54,11 +57,12 @@ def _cache_to_clean(directory: Path | None) -> KernelCache:
 
 @app.command("list")
 def list_entries(directory: Directory = None, as_json: Json = False) -> None:
-    """List the kernels in the cache."""
+    """List the kernels in the cache, and the tiles that were tuned on this machine."""
     cache = cache_at(directory)
-    records = cache.list()
+    records, tiles = cache.list(), read_saved_tiles(cache.directory)
     if as_json:
-        print_json({"directory": cache.directory, "kernels": [asdict(record) for record in records]})
+        saved = [asdict(entry) | {"tile": str(entry.tile), "current": entry.current} for entry in tiles]
+        print_json({"directory": cache.directory, "kernels": [asdict(record) for record in records], "tiles": saved})
         return
     numeric = ("registers", "spills", "cubin", "compile")
     table = make_table(f"{len(records)} kernels in {cache.directory}", ("kernel", "arch", "NVRTC", *numeric), numeric=numeric)
@@ -72,6 +76,16 @@ def list_entries(directory: Directory = None, as_json: Json = False) -> None:
             size_text(record.cubin_bytes),
             time_text(record.compile_seconds),
         )
+    console().print(table)
+    if tiles:
+        _show_tiles(tiles)
+
+
+def _show_tiles(tiles: Sequence[SavedTile]) -> None:
+    table = make_table(f"{len(tiles)} tuned tiles", ("kernel", "tile", "speed", "device", "tuned"), numeric=("speed",))
+    for entry in tiles:
+        when = entry.when if entry.current else f"{entry.when}, for other headers: not used"
+        table.add_row(entry.kernel, str(entry.tile), f"{entry.speedup:.3f}", f"{entry.device} ({entry.compute_capability})", when)
     console().print(table)
 
 
@@ -91,15 +105,21 @@ def verify(directory: Directory = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def clear(directory: Directory = None, as_json: Json = False) -> None:
-    """Remove every kernel. They are compiled again when they are needed."""
+def clear(
+    directory: Directory = None,
+    keep_tiles: Annotated[bool, typer.Option("--keep-tiles", help="Leave the tiles that tune has found.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove every kernel and every tuned tile. Kernels are compiled again when they are needed; tiles are tuned again by tune."""
     cache = _cache_to_clean(directory)
     freed = cache.size()
     removed = cache.clear()
+    tiles = 0 if keep_tiles else remove_saved_tiles(cache.directory)
     if as_json:
-        print_json({"directory": cache.directory, "removed": removed, "freed_bytes": freed})
+        print_json({"directory": cache.directory, "removed": removed, "freed_bytes": freed, "removed_tiles": tiles})
     else:
-        console().print(f"removed {removed} kernels, {size_text(freed)}, from {cache.directory}", soft_wrap=True)
+        and_tiles = f" and {tiles} tuned tiles" if tiles else ""
+        console().print(f"removed {removed} kernels, {size_text(freed)}{and_tiles}, from {cache.directory}", soft_wrap=True)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from ..errors import CacheError, CompileError, DispatchError
 from ..jit.cache import KernelCache
 from ..jit.compile import CompiledKernel, compile_many
 from ..jit.driver import device_count, device_properties
+from ..jit.saved_tiles import read_saved_tiles, save_tiles
 from ..jit.spec import KernelSpec
 from ..jit.tiles import HEAD_DIM_WIDTHS
 from ..types import DType, SmArch
@@ -60,10 +61,21 @@ def compile_ahead(
     with progress_bar(hidden=as_json) as bar:
         task = bar.add_task(f"compiling {len(specs)} kernels", total=len(specs))
         results = compile_many(specs, jobs, lambda _spec, _result: bar.advance(task), cache)
+    _take_tiles_along(out)
     failures = [result for result in results if isinstance(result, CompileError)]
     _report(specs, results, cache, as_json=as_json)
     if failures:
         raise failures[0]
+
+
+def _take_tiles_along(out: Path | None) -> None:
+    """Tiles that were tuned on this machine name some of the kernels, so a cache to ship needs them too; other devices do not use them."""
+    here = settings()
+    if out is None or here.cache_dir is None or here.cache_disabled or here.tuned_tiles_disabled:
+        return
+    tiles = [entry for entry in read_saved_tiles(here.cache_dir) if entry.current]
+    if tiles:
+        save_tiles(tiles, out)
 
 
 def _cache_to_fill(out: Path | None) -> KernelCache:

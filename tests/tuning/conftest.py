@@ -1,0 +1,125 @@
+"""A card to tune on: kernels that the CPU backend computes, and times that follow from the tile."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from atomr_accel_flashattn import plans  # noqa: E402 - after the skip
+from atomr_accel_flashattn.bench import inputs as bench_inputs  # noqa: E402
+from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
+from atomr_accel_flashattn.bench.inputs import Inputs  # noqa: E402
+from atomr_accel_flashattn.bench.timing import Contestant, Timing  # noqa: E402
+from atomr_accel_flashattn.dispatch import forget_lookups  # noqa: E402
+from atomr_accel_flashattn.env import settings  # noqa: E402
+from atomr_accel_flashattn.errors import CompileError  # noqa: E402
+from atomr_accel_flashattn.jit import saved_tiles  # noqa: E402
+from atomr_accel_flashattn.jit.compile import CompiledKernel  # noqa: E402
+from atomr_accel_flashattn.jit.spec import KernelSpec, Tile  # noqa: E402
+from atomr_accel_flashattn.tuning import search, trial  # noqa: E402
+from tests.cli.conftest import ask, invoke  # noqa: E402, F401 - fixtures
+from tests.host.fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
+
+
+def _ms(tile: Tile) -> float:
+    """The fastest has 48 keys a step and persistent blocks."""
+    return (
+        1.0
+        + abs(tile.block_n - 48) / 100
+        + (0.0 if tile.persistent else 0.02)
+        + tile.stages * 1e-3
+        + tile.q_in_registers * 1e-4
+        + tile.block_m * 1e-6
+    )
+
+
+@dataclass
+class Card(FakeGpu):
+    """A fake GPU on which tiles can be wrong, silent, spilling or no kernel at all, and have times."""
+
+    wrong: Callable[[Tile], bool] = lambda _tile: False
+    silent: Callable[[Tile], bool] = lambda _tile: False
+    spills: Callable[[Tile], int] = lambda _tile: 0
+    fails: Callable[[Tile], bool] = lambda _tile: False
+    ms: Callable[[Tile], float] = _ms
+    compiled: list[KernelSpec] = field(default_factory=list)
+    turns: list[tuple[str, ...]] = field(default_factory=list)
+
+    def on_launch(self, *arguments: Any) -> int:
+        code = super().on_launch(*arguments)
+        spec, p = self.launches[-1][:2]
+        if self.silent(spec.tile) or self.wrong(spec.tile):  # NaN, as before the launch, or zeros, in the first sequence
+            ctypes.memset(p.o, 0xFF if self.silent(spec.tile) else 0, p.seqlen_q * p.heads * p.v_head_dim * 2)
+        return code
+
+    def compile_many(self, specs: Iterable[KernelSpec], progress: Callable[[KernelSpec, Any], None]) -> list[CompiledKernel | CompileError]:
+        """Stands in for the function of that name."""
+        made = [self._compile(spec) for spec in specs]
+        for result in made:
+            progress(result.spec, result)  # type: ignore[arg-type]
+        return made
+
+    def _compile(self, spec: KernelSpec) -> CompiledKernel | CompileError:
+        self.compiled.append(spec)
+        if self.fails(spec.tile):
+            return CompileError("ptxas gave up", spec=spec)
+        numbers: dict[str, Any] = {"registers": 168, "shared_bytes": 0, "seconds": 0.0, "compile_seconds": 0.0}
+        spilled = self.spills(spec.tile)
+        return CompiledKernel(spec=spec, cubin=b"", spill_bytes=spilled, cache_hit=False, log="", **numbers)
+
+    def measure(self, contestants: Mapping[str, Contestant], *, rounds: int, seed: int) -> dict[str, Timing]:
+        """Stands in for ``measure_in_turns``: runs every contestant once, and tells the time of its tile."""
+        del seed
+        self.turns.append(tuple(contestants))
+        found = {}
+        for name, contestant in contestants.items():
+            for call in contestant.calls:
+                call()
+            found[name] = Timing([self.ms(self.launches[-1][0].tile)] * rounds)
+        return found
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    """This machine has a :class:`Card`, and an empty cache folder."""
+    made = Card()
+    made.install(monkeypatch)
+    monkeypatch.setenv("ATOMR_FLASHATTN_CACHE_DIR", str(tmp_path / "kernels"))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _index: STREAM, raising=False)
+    monkeypatch.setattr(saved_tiles, "device_count", lambda: 1)
+    monkeypatch.setattr(saved_tiles, "device_properties", lambda _index: made.properties)
+    monkeypatch.setattr(search, "_card", lambda: (torch.device("cpu"), 0))
+    monkeypatch.setattr(search, "compile_many", made.compile_many)
+    monkeypatch.setattr(search, "measure_in_turns", made.measure)
+    monkeypatch.setattr(search, "make_inputs", _fake_inputs)
+    monkeypatch.setattr(trial, "check_rows", _check_plain)
+    settings.cache_clear()
+    forget_lookups()
+    plans.clear()
+    yield made
+    monkeypatch.undo()
+    settings.cache_clear()
+    forget_lookups()
+    plans.clear()
+
+
+def _fake_inputs(cell: Cell, device: Any, *, l2_bytes: int, seed: int) -> Sequence[Inputs]:
+    return [_converted(each, fake) for each in bench_inputs.make_inputs(cell, device, l2_bytes=l2_bytes, seed=seed)]
+
+
+def _check_plain(cell: Cell, inputs: Inputs, out: Any, *, with_alibi: bool) -> float:
+    """The real check, in which this torch makes no tensors on the fake card."""
+    plain = _converted(inputs, lambda tensor: tensor.as_subclass(torch.Tensor))
+    return bench_inputs.check_rows(cell, plain, out.as_subclass(torch.Tensor), with_alibi=with_alibi)
+
+
+def _converted(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
+    tensors = {each.name: change(x) for each in fields(inputs) if torch.is_tensor(x := getattr(inputs, each.name))}
+    return replace(inputs, **tensors)
