@@ -194,9 +194,9 @@ def _describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers,
 
 def _may_repeat(tensors: Tensors) -> bool:
     """Whether these are plain tensors of torch, on a GPU, that want no gradients."""
-    types = hooks.plain_types
-    if not types:
+    if not hooks.plain_types:
         meet_torch()
+    types = hooks.plain_types
     return (
         all(type(tensor) in types for tensor in tensors)
         and tensors[0].is_cuda

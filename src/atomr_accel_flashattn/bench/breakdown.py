@@ -1,68 +1,164 @@
-"""Where the microseconds of a steady-state call go: its steps timed alone, and what is left of the whole."""
+"""Where the microseconds of a steady-state call go, by kernel family: its steps timed alone, and what is left of the whole."""
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["call_breakdown"]
+from .. import plans
+from ..dense import DenseFwdRequest
+from ..dispatch import FaFwdDispatch, lookup
+from ..execute import Launch, execute
+from ..jit.driver import LaunchConfig, launch_function
+from ..jit.spec import Family, KernelSpec
+from ..jit.tensor_map import TENSOR_MAP_ALIGNMENT, TENSOR_MAP_BYTES, encode, move, tensor_map_specs
+from .families import request_of
+from .peers import Call, Ours, Refused
+
+if TYPE_CHECKING:
+    from .cells import Cell
+    from .inputs import Inputs
+
+__all__ = ["Steady", "call_breakdown", "cost_us", "launch_costs", "steady"]
 
 WARM_UP = 200
+_OTHERS = (None, None, None)  # no slopes, no learned sink, no out
+
+Step = Callable[[], object]
 
 
-def call_breakdown(calls: int, repeats: int) -> dict[str, float]:
-    """Microseconds by step of one small dense forward on torch tensors, bf16 (1, 64, 1, 64); the medians of ``repeats``.
+@dataclass(frozen=True, slots=True, eq=False)
+class Steady:
+    """``call`` is a functional call on ``inputs`` that repeats ``made``, a launch of the family that was asked for."""
 
-    ``launch`` is one call of the prepared plan, with cuLaunchKernelEx inside it; ``rest`` is the Python between the steps. The key is
-    built here as plans.py builds it, so that this step can be timed alone.
+    inputs: Inputs
+    request: FaFwdDispatch
+    call: Call
+    made: Launch
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """What the call's launch brings: q, k, v and o; when packed, also the LSE and the cu_seqlens."""
+        return self.made.params.addresses()[: 4 if self.inputs.offsets is None else 7]
+
+
+def steady(cell: Cell, inputs: Inputs, family: Family) -> Steady:
+    """A functional call without bias and window that takes ``family``, whatever is the best one here, until plans are cleared.
+
+    Raises:
+        Refused: this GPU has no such family, or there is nothing to launch.
     """
-    import torch
+    request = request_of(cell, inputs, family)
+    spec = lookup(request.dispatch_key())
+    if not isinstance(spec, KernelSpec) or spec.family is not family:
+        raise Refused(f"{family.value} resolves to {spec.kernel_name} here")
+    packing = None if inputs.offsets is None else (inputs.offsets, inputs.offsets, inputs.max_length, inputs.max_length)
+    plans.clear()
+    key, _ = plans.repeat(inputs.q, inputs.k, inputs.v, packing, (0.0, None, cell.causal, (-1, -1), 0.0, 0, False), _OTHERS)
+    output, made = execute(request, lse=False)
+    if key is None or made is None:
+        raise Refused("a call that leaves no plan")
+    plans.remember(key, made, output, _OTHERS)
+    return Steady(inputs, request, Ours().prepare(cell, inputs), made)
 
-    from ..execute import execute
-    from ..fa2 import Fa2FwdRequest
-    from ..functional import flash_attn_func
 
-    q, k, v = (torch.randn(1, 64, 1, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    device: int = q.device.index
-    request = Fa2FwdRequest(q, k, v)
-    _, made = execute(request, lse=False)
-    if made is None:
-        raise RuntimeError("the call made no launch")
-    plan = made.kernel.plan(made.params, made.grid)
-    raw_stream = torch._C._cuda_getCurrentRawStream  # noqa: SLF001 - what the package reads; the public way costs 8 us
-    stream: int = raw_stream(device)
-    out = torch.empty_like(q)
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0, 0, 0, 0, 0, 0)
+def call_breakdown(held: Steady, calls: int, repeats: int) -> dict[str, float]:
+    """Microseconds by step of one steady-state call; the medians of ``repeats``.
 
-    def build_key() -> tuple[object, ...]:
-        bits = q.data_ptr() | k.data_ptr() | v.data_ptr()
-        return (
-            *(q.shape, q.stride(), q.dtype, q.get_device()),
-            *(k.shape, k.stride(), k.dtype, k.get_device()),
-            *(v.shape, v.stride(), v.dtype, v.get_device()),
-            bits & 15,
-            (0.0, None, False, (-1, -1), 0.0, 0, False),
-        )
-
-    key = build_key()
-    plans = {key: plan}
-    steps: dict[str, Callable[[], object]] = {
-        "whole call": lambda: flash_attn_func(q, k, v),
-        "build the key (addresses, shapes, ...)": build_key,
-        "hash the key, find the plan": lambda: plans.get(key),
-        "allocate the output": lambda: torch.empty_like(q),
-        "read the current stream": lambda: raw_stream(device),
-        "launch": lambda: plan.launch(stream, pointers),
+    ``launch`` is one call of the prepared plan, of which ``cuLaunchKernelEx`` is the driver's part, with the arguments as they are;
+    ``rest`` is the Python between the steps.
+    """
+    inputs, hooks = held.inputs, plans.hooks
+    q, k, v = inputs.q, inputs.k, inputs.v
+    tensors = (q, k, v) if inputs.offsets is None else (q, k, v, inputs.offsets)
+    device = q.get_device()
+    plan = held.made.kernel.plan(held.made.params, held.made.grid, len(held.addresses))
+    stream, addresses = hooks.raw_stream(device), held.addresses
+    parts: dict[str, Step] = {
+        "recognise the call": _recognise(tensors),
+        "read the addresses": lambda: [tensor.data_ptr() for tensor in tensors],
+        "allocate the output": _allocate(q),
+        "read the current device and stream": lambda: (hooks.current_device(), hooks.raw_stream(device)),
+        "launch": lambda: plan.launch(stream, addresses),
     }
-    found = {name: _cost_us(step, calls, repeats) for name, step in steps.items()}
-    found["rest"] = found["whole call"] - sum(cost for name, cost in found.items() if name != "whole call")
-    found["new request object"] = _cost_us(lambda: Fa2FwdRequest(q, k, v), calls, repeats)
-    found["run(request), no plan kept"] = _cost_us(lambda: execute(request, lse=False), calls, repeats)
+    found = {"whole call": cost_us(held.call, calls, repeats)}
+    found |= {name: cost_us(step, calls, repeats) for name, step in parts.items()}
+    found["rest"] = found["whole call"] - sum(found[name] for name in parts)
+    found["of the launch: cuLaunchKernelEx"] = cost_us(_bare_launch(held.made), calls, repeats)
     return found
 
 
-def _cost_us(step: Callable[[], object], calls: int, repeats: int) -> float:
+def launch_costs(few: Steady, many: Steady, calls: int, repeats: int) -> dict[str, float]:
+    """Microseconds of launches into an output that is there, in the FA3 family of what tensor maps add to them, and of a call without plan.
+
+    Both are dense. ``many`` has more tiles than the GPU has multiprocessors: the FA3 family counts them, and asks for the counters of a
+    side stream.
+    """
+    import torch
+
+    side = torch.cuda.Stream()
+    found = {}
+    for tiles, held in (("few", few), ("many", many)):
+        for name, stream in (("", 0), (", side stream", side.cuda_stream)):
+            found[f"further launch, {tiles} tiles{name}"] = cost_us(_launch_of(held, stream), calls, repeats)
+    if few.made.kernel.spec.family is Family.FA3:
+        found |= _map_costs(few, calls, repeats)
+    inputs = few.inputs
+    found["request object"] = cost_us(lambda: DenseFwdRequest(inputs.q, inputs.k, inputs.v), calls, repeats)
+    found["run(request), which keeps no plan"] = cost_us(lambda: execute(few.request, lse=False), calls, repeats)
+    return found
+
+
+def _launch_of(held: Steady, stream: int) -> Step:
+    plan, addresses = held.made.kernel.plan(held.made.params, held.made.grid, len(held.addresses)), held.addresses
+    return lambda: plan.launch(stream, addresses)
+
+
+def _map_costs(held: Steady, calls: int, repeats: int) -> dict[str, float]:
+    """A map that is made, and one that follows an array to another address."""
+    first, *_ = tensor_map_specs(held.request.problem, held.made.kernel.spec)
+    index = held.made.kernel.device_index
+    room = ctypes.create_string_buffer(TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT)
+    place = -(-ctypes.addressof(room) // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
+    ctypes.memmove(place, encode(first, index), TENSOR_MAP_BYTES)
+    return {
+        "new tensor map": cost_us(lambda: encode(first, index), calls, repeats),
+        "tensor map of another address": cost_us(lambda: move(place, first.ptr, index), calls, repeats),
+    }
+
+
+def _allocate(q: Any) -> Step:
+    shape, strides, dtype, make = tuple(q.shape), q.stride(), q.dtype, plans.hooks.empty_on_current
+    return (lambda: q.new_empty_strided(shape, strides)) if make is None else (lambda: make(shape, strides, dtype))
+
+
+def _bare_launch(made: Launch) -> Step:
+    """The driver's part of a launch: cuLaunchKernelEx on the addresses of the first call, with arguments that exist already."""
+    spec, params = made.kernel.spec, made.params
+    config = LaunchConfig((made.grid, 1, 1), (spec.tile.threads, 1, 1), spec.shared_memory)
+    of_kernel = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    function = ctypes.c_char.from_address(made.kernel.function)
+    arguments = (ctypes.byref(config), ctypes.byref(function), ctypes.byref(of_kernel), None)
+    launch = launch_function()
+    return lambda: launch(*arguments)
+
+
+def _recognise(tensors: tuple[Any, ...]) -> Step:
+    """What plans.py does before it knows the plan: a guard in a dict, or a key where this torch has no guards."""
+    numbers = (0.0, None, False, (-1, -1), 0.0, 0, False)
+    if plans.hooks.guard is None:
+        keys = {numbers: 0}
+        return lambda: (keys.get(numbers), *((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()) for tensor in tensors))
+    sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+    guards = {numbers: plans.hooks.guard(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check}
+    return lambda: guards[numbers](*tensors)
+
+
+def cost_us(step: Step, calls: int, repeats: int) -> float:
     """Median CPU microseconds of one step, an empty loop subtracted; the device is waited for before each repeat."""
     import torch
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .breakdown import call_breakdown
+from ..errors import DispatchError
+from ..jit.spec import Family
+from .breakdown import Steady, call_breakdown, launch_costs, steady
 from .cells import Cell
 from .forward import Options, chosen_peers
 from .inputs import make_inputs
@@ -25,6 +27,7 @@ __all__ = ["HostOptions", "enqueue_us", "run_host"]
 Say = Callable[[str], None]
 SMALL = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64,), causal=False)
 SMALL_PACKED = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64, 32), causal=True, packed=True)
+MANY_TILES = Cell(group="host", head_dim=64, heads=512, heads_kv=512, lengths=(64,), causal=False)  # more than any GPU has multiprocessors
 MEMORY_LENGTHS = (4096, 8192, 16384, 32768)
 
 
@@ -43,7 +46,8 @@ def run_host(options: HostOptions, say: Say = print) -> dict[str, Any]:
     """All of it on the current CUDA device; the start-up part needs no device.
 
     Returns:
-        ``enqueue_us`` by peer, ``breakdown_us`` by step, ``startup`` seconds and milliseconds, ``memory`` bytes by length.
+        ``enqueue_us`` by layout and peer; by family ``breakdown_us`` (layout, step) and ``launch_us`` (kind of launch); ``startup``
+        seconds and milliseconds; ``memory`` bytes by length.
 
     Raises:
         RuntimeError: no CUDA device.
@@ -55,9 +59,8 @@ def run_host(options: HostOptions, say: Say = print) -> dict[str, Any]:
     body: dict[str, Any] = {}
     with torch.no_grad():
         body["enqueue_us"] = {"dense": _peers_us(SMALL, options, say), "packed": _peers_us(SMALL_PACKED, options, say)}
-        body["breakdown_us"] = call_breakdown(options.calls, options.repeats)
-        for step, cost in body["breakdown_us"].items():
-            say(f"  {step:40} {cost:7.2f} us")
+        for family in Family:
+            _family_us(family, options, say, body)
         if options.memory:
             body["memory"] = memory_growth(say)
     if options.startup:
@@ -81,6 +84,34 @@ def _peers_us(cell: Cell, options: HostOptions, say: Say) -> dict[str, float | s
         text = cost if isinstance(cost, str) else f"{cost:.2f} us"
         say(f"enqueue {cell.mask:6} {'packed' if cell.packed else 'dense':7} {peer.name:6} {text}")
     return found
+
+
+def _family_us(family: Family, options: HostOptions, say: Say, body: dict[str, Any]) -> None:
+    """Add to ``body`` where the microseconds of functional calls go that one family answers; nothing, where this GPU has none."""
+    steps: dict[str, dict[str, float]] = {}
+    try:
+        for layout, cell in (("dense", SMALL), ("packed", SMALL_PACKED)):
+            steps[layout] = call_breakdown(_steady(cell, family), options.calls, options.repeats)
+            _say_costs(f"{family.value} {layout}", steps[layout], say)
+        launches = launch_costs(_steady(SMALL, family), _steady(MANY_TILES, family), options.calls, options.repeats)
+    except (Refused, DispatchError) as reason:
+        say(f"{family.value}: {reason}")
+        return
+    _say_costs(f"{family.value} launches", launches, say)
+    body.setdefault("breakdown_us", {})[family.value] = steps
+    body.setdefault("launch_us", {})[family.value] = launches
+
+
+def _steady(cell: Cell, family: Family) -> Steady:
+    import torch
+
+    return steady(cell, make_inputs(cell, torch.device("cuda", torch.cuda.current_device()), l2_bytes=0)[0], family)
+
+
+def _say_costs(title: str, costs: Mapping[str, float], say: Say) -> None:
+    say(title)
+    for step, cost in costs.items():
+        say(f"  {step:40} {cost:7.2f} us")
 
 
 def enqueue_us(call: Callable[[], object], options: HostOptions, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> float:
