@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import plans
 from ..dense import DenseFwdRequest
 from ..dispatch import FaFwdDispatch, lookup
-from ..execute import Launch, execute
+from ..execute import Launch, Output, execute
 from ..jit.driver import LaunchConfig, launch_function
 from ..jit.spec import Family, KernelSpec
 from ..jit.tensor_map import TENSOR_MAP_ALIGNMENT, TENSOR_MAP_BYTES, encode, move, tensor_map_specs
@@ -33,16 +33,17 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Steady:
-    """``call`` is a functional call on ``inputs`` that repeats ``made``, a launch of the family that was asked for."""
+    """``call`` is a functional call on ``inputs`` that repeats ``made``, a launch of the family that was asked for into ``output``."""
 
     inputs: Inputs
     request: FaFwdDispatch
     call: Call
     made: Launch
+    output: Output
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """What the call's launch brings: q, k, v and o; when packed, also the LSE and the cu_seqlens."""
+        """What the call's launch brings, into ``output``: q, k, v and o; when packed, also the LSE and the cu_seqlens."""
         return self.made.params.addresses()[: 4 if self.inputs.offsets is None else 7]
 
 
@@ -63,7 +64,7 @@ def steady(cell: Cell, inputs: Inputs, family: Family) -> Steady:
     if key is None or made is None:
         raise Refused("a call that leaves no plan")
     plans.remember(key, made, output, _OTHERS)
-    return Steady(inputs, request, Ours().prepare(cell, inputs), made)
+    return Steady(inputs, request, Ours().prepare(cell, inputs), made, output)
 
 
 def call_breakdown(held: Steady, calls: int, repeats: int) -> dict[str, float]:
