@@ -81,7 +81,9 @@ def flash_attn_func(
     """
     del deterministic
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    return _dense(q, k, v, numbers, (alibi_slopes, learned_sink, out))
+    others = (alibi_slopes, learned_sink, out)
+    key, result = plans.repeat(q, k, v, None, numbers, others)
+    return _dense(q, k, v, numbers, others, key) if result is None else result
 
 
 def flash_attn_qkvpacked_func(
@@ -103,7 +105,9 @@ def flash_attn_qkvpacked_func(
     del deterministic
     q, k, v = _unpack(qkv, "qkv", axis=2, parts=3)
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    return _dense(q, k, v, numbers, (alibi_slopes, learned_sink, out))
+    others = (alibi_slopes, learned_sink, out)
+    key, result = plans.repeat(q, k, v, None, numbers, others)
+    return _dense(q, k, v, numbers, others, key) if result is None else result
 
 
 def flash_attn_kvpacked_func(
@@ -126,7 +130,9 @@ def flash_attn_kvpacked_func(
     del deterministic
     k, v = _unpack(kv, "kv", axis=2, parts=2)
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    return _dense(q, k, v, numbers, (alibi_slopes, learned_sink, out))
+    others = (alibi_slopes, learned_sink, out)
+    key, result = plans.repeat(q, k, v, None, numbers, others)
+    return _dense(q, k, v, numbers, others, key) if result is None else result
 
 
 def flash_attn_varlen_func(
@@ -186,7 +192,9 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise FeatureNotBuiltError("block_table", "got a block_table; allowed is None, with k and v packed one sequence after the other")
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    return _varlen(q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), numbers, (alibi_slopes, learned_sink, out))
+    packing, others = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), (alibi_slopes, learned_sink, out)
+    key, result = plans.repeat(q, k, v, packing, numbers, others)
+    return _varlen(q, k, v, packing, numbers, others, key) if result is None else result
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -210,7 +218,9 @@ def flash_attn_varlen_qkvpacked_func(
     del deterministic
     q, k, v = _unpack(qkv, "qkv", axis=1, parts=3)
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    return _varlen(q, k, v, (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), numbers, (alibi_slopes, learned_sink, out))
+    packing, others = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), (alibi_slopes, learned_sink, out)
+    key, result = plans.repeat(q, k, v, packing, numbers, others)
+    return _varlen(q, k, v, packing, numbers, others, key) if result is None else result
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -237,13 +247,13 @@ def flash_attn_varlen_kvpacked_func(
     del deterministic
     k, v = _unpack(kv, "kv", axis=1, parts=2)
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    return _varlen(q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), numbers, (alibi_slopes, learned_sink, out))
+    packing, others = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), (alibi_slopes, learned_sink, out)
+    key, result = plans.repeat(q, k, v, packing, numbers, others)
+    return _varlen(q, k, v, packing, numbers, others, key) if result is None else result
 
 
-def _dense(q: Any, k: Any, v: Any, numbers: plans.Numbers, others: plans.Others) -> Any:
-    key, result = plans.repeat(q, k, v, None, numbers, others)
-    if result is not None:
-        return result
+def _dense(q: Any, k: Any, v: Any, numbers: plans.Numbers, others: plans.Others, key: plans.Key | None) -> Any:
+    """The way of a call that no plan answers; ``key`` is for the plan that it leaves."""
     call = _Call(q, k, v, numbers, others)
     request = DenseFwdRequest(
         *call.arrays, mask=call.mask, bias=call.bias, sink_tokens=call.sink_tokens, options=call.options, out=call.out
@@ -251,10 +261,8 @@ def _dense(q: Any, k: Any, v: Any, numbers: plans.Numbers, others: plans.Others)
     return call.finish(request, key)
 
 
-def _varlen(q: Any, k: Any, v: Any, packing: plans.Packing, numbers: plans.Numbers, others: plans.Others) -> Any:
-    key, result = plans.repeat(q, k, v, packing, numbers, others)
-    if result is not None:
-        return result
+def _varlen(q: Any, k: Any, v: Any, packing: plans.Packing, numbers: plans.Numbers, others: plans.Others, key: plans.Key | None) -> Any:
+    """The same of packed sequences."""
     call = _Call(q, k, v, numbers, others)
     request = VarlenFwdRequest(
         *call.arrays,

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from .env import settings
@@ -54,9 +55,9 @@ def _no_device() -> int:
 class Hooks:
     """The few functions of torch on the steady-state path, bound once. Tests put stand-ins here.
 
-    ``guard`` is the class of tensor guards; ``empty_on_current(shape, strides, dtype)`` allocates on the GPU that ``current_device()``
-    names. torch's own compiler lives on them. Where they are missing, calls go by their keys and outputs come from
-    ``Tensor.new_empty_strided``.
+    ``guard`` is the class of tensor guards; ``empty_on_current(shape, strides, dtype)`` allocates on the current GPU, which is the right
+    one if ``device_count()`` is 1 or ``current_device()`` says so. torch's own compiler lives on them. Where they are missing, calls go by
+    their keys and outputs come from ``Tensor.new_empty_strided``.
     """
 
     plain_types: frozenset[type] = frozenset()
@@ -66,6 +67,7 @@ class Hooks:
     guard: Any = None
     empty_on_current: Any = None
     current_device: Any = _no_device
+    device_count: Any = None
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +77,8 @@ class _Plan:
     Attributes:
         alignment: low bits of all addresses that count.
         reaches: bytes between the first and the last element of q, k, v and o, both included.
-        out: None when the caller brings it.
+        out: the output, None when the caller brings it.
+        make_out: makes it; None where that takes a look at the current device.
         addresses: how many the launch brings.
         same: says of tensors that they are like those that this plan was found for. It is made again when it does not know tensors that
             the key knows, as in another mode of autograd; what any of them ever says is true.
@@ -86,6 +89,7 @@ class _Plan:
     alignment: int
     reaches: tuple[int, ...]
     out: _Array | None
+    make_out: Any
     lse: _Array | None
     dropout: bool
     addresses: int
@@ -109,6 +113,7 @@ def meet_torch() -> None:
     hooks.guard = _trusted(torch, getattr(guards, "TensorGuards", None))
     if hasattr(guards, "_empty_strided_cuda") and hasattr(private, "_cuda_getDevice"):
         hooks.empty_on_current, hooks.current_device = guards._empty_strided_cuda, private._cuda_getDevice  # noqa: SLF001
+        hooks.device_count = torch.cuda.device_count
     hooks.plain_types = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
@@ -160,7 +165,7 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
     except (RuntimeError, TypeError):  # tensors without memory (torch.func), numbers that cannot be hashed: the checks name them
         return None, None
     if plan.out is not None:
-        out = hooks.empty_on_current(*plan.out) if hooks.current_device() == plan.device_index else _empty(q, plan.out)
+        out = _empty(q, plan.out, plan.device_index) if plan.make_out is None else plan.make_out()
         out_ptr = out.data_ptr()
     elif _overlap(out_ptr, q_ptr, k_ptr, v_ptr, plan.reaches):  # the checks know whether they share an element
         return None, None
@@ -233,7 +238,9 @@ def _never(*_tensors: Any) -> bool:
     return False
 
 
-def _empty(q: Any, array: _Array) -> Any:
+def _empty(q: Any, array: _Array, device_index: int) -> Any:
+    if hooks.current_device() == device_index:
+        return hooks.empty_on_current(*array)
     shape, strides, dtype = array
     return q.new_empty_strided(shape, strides, dtype=dtype)
 
@@ -250,7 +257,7 @@ def _launch_more(plan: _Plan, pointers: tuple[int, int, int, int], q: Any, packi
     stream = hooks.raw_stream(plan.device_index)
     lse, lse_ptr = None, 0
     if plan.lse is not None:
-        lse = _empty(q, plan.lse)
+        lse = _empty(q, plan.lse, plan.device_index)
         lse_ptr = lse.data_ptr()
     lengths = (0, 0) if packing is None else (packing[0].data_ptr(), packing[1].data_ptr())
     if plan.addresses == _MORE:
@@ -274,12 +281,15 @@ def remember(key: Key, launch: Launch, output: Output, others: Others) -> None:
         clear()
     brought = max(i for i, address in enumerate(launch.params.addresses(), 1) if address or i == _FEW)
     addresses = next(count for count in (_FEW, _MORE, _ALL) if brought <= count)
+    out = _array(output.out) if others[2] is None else None
+    one_gpu = hooks.device_count is not None and hooks.device_count() == 1
     _plans[key] = _Plan(
         launch=launch.kernel.plan(launch.params, launch.grid, addresses),
         device_index=launch.kernel.device_index,
         alignment=alignment,
         reaches=(*(_reach(*facts[4 * i : 4 * i + 3]) for i in range(3)), _reach(*_array(output.out))),
-        out=_array(output.out) if others[2] is None else None,
+        out=out,
+        make_out=partial(hooks.empty_on_current, *out) if one_gpu and out is not None else None,
         lse=None if output.lse is None else _array(output.lse),
         dropout=numbers[0] > 0,
         addresses=addresses,

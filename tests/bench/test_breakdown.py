@@ -38,7 +38,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(breakdown, "WARM_UP", 1)
     monkeypatch.setattr(breakdown, "launch_function", launch.launch_function)
     monkeypatch.setattr(breakdown, "encode", lambda spec, _index: flat_tensor(spec))
-    monkeypatch.setattr(breakdown, "move", launch.move)
+    monkeypatch.setattr(breakdown, "move", lambda tensor_map, ptr, _index: launch.move_function()(tensor_map, ptr))
     monkeypatch.setattr(plans, "hooks", plans.Hooks())
     plans.meet_torch()
     plans.hooks.plain_types = frozenset({FakeCuda})

@@ -83,7 +83,7 @@ class FakeGpu:
         monkeypatch.setattr(execute, "load_kernel", self.load)
         monkeypatch.setattr(execute, "launch", launch_without_plan)
         monkeypatch.setattr(execute, "encode", lambda spec, _index: flat_tensor(spec))
-        monkeypatch.setattr(launch, "move", _move)
+        monkeypatch.setattr(launch, "move_function", lambda: _move)
         monkeypatch.setattr(launch, "launch_function", lambda: self.on_launch)
         monkeypatch.setattr(launch, "_wait", lambda _kernel, _stream: None)
 
@@ -134,10 +134,11 @@ class FakeGpu:
         self.launches.append((spec, params, stream, not getattr(self.once, "now", False)))
 
 
-def _move(tensor_map: int, ptr: int, device_index: int) -> None:
-    """Stands in for the function of that name; the driver wants maps on multiples of 64."""
+def _move(tensor_map: int, ptr: int) -> int:
+    """Stands in for cuTensorMapReplaceAddress, which wants maps on multiples of 64."""
     assert tensor_map % 64 == 0
     ctypes.c_uint64.from_address(tensor_map).value = ptr
+    return 0
 
 
 def _check_maps(spec: KernelSpec, params: Fa3FwdParams) -> None:

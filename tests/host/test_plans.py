@@ -52,7 +52,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iter
     plans.hooks.plain_types = frozenset({FakeCuda})
     assert plans.hooks.guard is not None
     plans.hooks.guard = GuardOfFakes
-    plans.hooks.current_device, plans.hooks.empty_on_current = (lambda: 0), empty_on_current
+    plans.hooks.current_device, plans.hooks.empty_on_current, plans.hooks.device_count = (lambda: 0), empty_on_current, lambda: 2
     yield card
     plans.clear()
 
@@ -120,8 +120,12 @@ def test_a_call_like_the_last_one_builds_no_key(gpu: FakeGpu, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("change", ["strides_of_k", "address_of_v", "dtype", "seqlen_q", "packed", "lse", "out", "slopes"])
-def test_calls_are_right_without_the_private_names_of_torch(gpu: FakeGpu, change: str):
-    plans.hooks.guard, plans.hooks.empty_on_current, plans.hooks.current_device = None, None, plans._no_device
+def test_calls_are_right_without_the_private_names_of_torch(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, change: str):
+    plans.hooks = plans.Hooks()
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cuda")
+    plans.meet_torch()
+    plans.hooks.plain_types = frozenset({FakeCuda})
     other = replace(BASE, **CHANGES[change])
     for seed, call in enumerate((BASE, other, BASE, BASE, other, other)):
         replace(call, seed=seed).check()
@@ -170,6 +174,13 @@ def test_a_tensor_that_is_q_and_k_and_v_is_answered_from_a_plan(gpu: FakeGpu):
 def test_outputs_are_made_on_the_device_of_q_whatever_is_current(gpu: FakeGpu):
     plans.hooks.current_device = lambda: 1
     plans.hooks.empty_on_current = None
+    for seed in range(3):
+        replace(BASE, seed=seed, lse=True).check()
+    assert gpu.planned == [False, True, True]
+
+
+def test_with_one_gpu_nobody_asks_which_one_is_current(gpu: FakeGpu):
+    plans.hooks.device_count, plans.hooks.current_device = (lambda: 1), None
     for seed in range(3):
         replace(BASE, seed=seed).check()
     assert gpu.planned == [False, True, True]

@@ -21,7 +21,7 @@ from .counters import LEGACY_STREAMS, counters_for
 from .driver import LaunchConfig, check, cuda_error, current_context, device_properties, driver, launch_function, primary_context
 from .params import Fa3FwdParams, KernelParams
 from .spec import KernelSpec
-from .tensor_map import TENSOR_MAP_ALIGNMENT, move
+from .tensor_map import TENSOR_MAP_ALIGNMENT, move, move_function
 
 __all__ = ["LaunchPlan", "LoadedKernel", "launch", "load_kernel"]
 
@@ -97,9 +97,12 @@ class _Block:
 
 
 class _MappedBlock(_Block):
-    """A :class:`_Block` of the FA3 family: tensor maps follow the addresses of q, k and v, the counters follow the stream."""
+    """A :class:`_Block` of the FA3 family: tensor maps follow the addresses of q, k and v, the counters follow the stream.
 
-    __slots__ = ("_counted", "_device_index", "_mapped", "_maps", "_persistent", "_values")
+    Nothing has to :meth:`follow` when the addresses are those in ``mapped`` and the stream is the one in ``settled``.
+    """
+
+    __slots__ = ("_at", "_device_index", "_maps", "_persistent", "_replace_address", "_values", "mapped", "settled")
 
     def __init__(self, kernel: LoadedKernel, params: Fa3FwdParams, grid: int, addresses: int) -> None:
         super().__init__(kernel, params, grid, addresses)
@@ -107,8 +110,10 @@ class _MappedBlock(_Block):
         self._device_index = kernel.device_index
         self._persistent = kernel.spec.tile.persistent
         self._maps = tuple(ctypes.addressof(each) for each in (self._values.q_map, self._values.k_map, self._values.v_map))
-        self._mapped = params.addresses()[:3]
-        self._counted = _NO_STREAM
+        self._at = list(params.addresses()[:3])  # where each map reads
+        self._replace_address = move_function()
+        self.mapped = params.addresses()[:3]
+        self.settled = _NO_STREAM
 
     def follow(self, stream: int, pointers: tuple[int, ...]) -> None:
         """Read ``pointers`` through the maps, and count in the counters of ``stream``.
@@ -116,21 +121,26 @@ class _MappedBlock(_Block):
         Every launch asks anew for those of a stream that may be captured, or be another one under the same handle. The legacy default
         stream is neither.
         """
-        qkv = pointers[:3]
-        if qkv != self._mapped:
-            self._move(qkv)
-        if self._persistent and (stream > LEGACY_STREAMS or stream != self._counted):
-            self._counted = _NO_STREAM  # until they are there
-            self._values.counters = counters_for(self._device_index, stream)
-            self._counted = stream
+        if pointers[:3] != self.mapped:
+            self._move(pointers[:3])
+        if stream != self.settled:
+            self.settled = _NO_STREAM  # until the counters are there
+            if self._persistent:
+                self._values.counters = counters_for(self._device_index, stream)
+            if stream <= LEGACY_STREAMS or not self._persistent:
+                self.settled = stream
 
     def _move(self, qkv: tuple[int, ...]) -> None:
         """An array without elements has the address 0 in every call, and its map is never read."""
-        mapped, self._mapped = self._mapped, _NOWHERE  # until all have moved
-        for tensor_map, before, now in zip(self._maps, mapped, qkv, strict=True):
-            if now not in {before, 0}:
-                move(tensor_map, now, self._device_index)
-        self._mapped = qkv
+        at, self.mapped = self._at, _NOWHERE  # until all have moved
+        for i in range(3):
+            now = qkv[i]
+            if now != at[i] and now:
+                at[i] = 0  # until it has moved
+                if self._replace_address(self._maps[i], now):
+                    move(self._maps[i], now, self._device_index)
+                at[i] = now
+        self.mapped = qkv
 
 
 class _ThreadBlocks(threading.local):
@@ -168,7 +178,7 @@ class LaunchPlan(Generic[P]):
         block.pointers[:] = pointers
         if stream != block.stream:
             block.set_stream(stream)
-        if self._mapped:
+        if self._mapped and (stream != block.settled or pointers[:3] != block.mapped):
             block.follow(stream, pointers)
         code = self._launch(*block.arguments)
         if code:
