@@ -46,7 +46,6 @@ __all__ = [
     "forget_lookups",
     "key_of_problem",
     "lookup",
-    "wgmma_arch",
     "with_features",
 ]
 
@@ -139,7 +138,7 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
 
 def _with_chosen_tile(spec: KernelSpec, extras: Extras) -> KernelSpec:
     """``spec`` with the tile that the key names, else the one that was tuned for it on this machine, else its own."""
-    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec))
+    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec, few_rows=bool(extras.few_rows)))
     if tile is None:
         return spec
     chosen = replace(spec, tile=tile if extras.persistent is None else replace(tile, persistent=extras.persistent))
@@ -164,10 +163,12 @@ def _family_and_tile(key: DispatchKey, width: int, v_width: int) -> tuple[Family
             width,
             v_width,
             dropout=bool(extras.dropout),
-            alibi_and_softcap=bool(key.alibi) and extras.softcap > 0,
-            persistent=extras.persistent is not False,
+            alibi=bool(key.alibi),
+            softcap=extras.softcap > 0,
+            causal=key.right_bound,
+            few_rows=bool(extras.few_rows),
         )
-        return Family.FA3, tile
+        return Family.FA3, replace(tile, persistent=extras.persistent is not False)
     tile_arch = extras.tiles_for or (SmArch.SM_90 if key.arch is SmArch.SM_90A else key.arch)
     tile = tile_for(tile_arch, width, v_width, dropout=bool(extras.dropout))
     return Family.FA2, replace(tile, persistent=extras.persistent is True)
@@ -296,6 +297,7 @@ FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
     "dropout_mask": _extra(direction="dropout_mask", dropout=True),
     "unaligned": _extra(load_align=2),
     "prescale": _extra(prescale=True),
+    "few_rows": _extra(few_rows=True),
     "backward": _extra(direction="bwd"),
     "paged": _plain(paged=True),
     "split": _extra(split=True),
@@ -375,7 +377,7 @@ def arch_of_capability(major: int, minor: int) -> SmArch:
     Raises:
         ArchUnsupportedError: older than 8.0, or a family that is not built.
     """
-    exact = {(8, 0): SmArch.SM_80, (8, 6): SmArch.SM_86, (8, 7): SmArch.SM_86, (8, 9): SmArch.SM_89, (9, 0): SmArch.SM_90}
+    exact = {(8, 0): SmArch.SM_80, (8, 6): SmArch.SM_86, (8, 7): SmArch.SM_86, (8, 9): SmArch.SM_89, (9, 0): SmArch.SM_90A}
     arch = exact.get((major, minor)) or {10: SmArch.SM_100, 12: SmArch.SM_120}.get(major)
     if arch is None:
         raise ArchUnsupportedError(
@@ -384,19 +386,8 @@ def arch_of_capability(major: int, minor: int) -> SmArch:
     return arch
 
 
-def wgmma_arch(device: Device) -> SmArch:
-    """The architecture that requests of the FA3 family compile for: on Hopper the one with wgmma, elsewhere that of every call.
-
-    Raises:
-        ArchUnsupportedError: a GPU that no kernel is built for.
-        NoDriverError: a GPU device on a machine without a driver.
-    """
-    arch = best_arch(device)
-    return SmArch.SM_90A if arch is SmArch.SM_90 else arch
-
-
 def best_arch(device: Device) -> SmArch:
-    """The architecture that calls on ``device`` compile for.
+    """The architecture that calls on ``device`` compile for: on Hopper sm_90a, where ``lookup`` gives each call the family that can do it.
 
     Raises:
         ArchUnsupportedError: a GPU that no kernel is built for.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .dense import DenseFwdRequest
-from .dispatch import DispatchKey, key_of_problem, wgmma_arch
+from .dispatch import DispatchKey, best_arch, key_of_problem
 from .errors import ScheduleError
 from .jit.spec import Family
 from .types import SmArch
@@ -73,7 +73,7 @@ class Fa3FwdRequest(DenseFwdRequest):
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         """The key of this request on ``arch``; None is the best one for the device of q."""
-        key = key_of_problem(self.problem, arch or wgmma_arch(self.problem.q.device), self.out_array)
+        key = key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array)
         mode = self.persistent
         extras = replace(key.extras, family=Family.FA3, persistent=mode.persistent, persistent_blocks=mode.blocks)
         return replace(key, extras=extras)

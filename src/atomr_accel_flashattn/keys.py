@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from .jit.spec import Family, Tile
+from .jit.tiles import has_few_rows
 from .types import DType, SmArch
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Extras:
             and is False in the mma.sync family, unless the tile that is used was tuned with the other answer.
         persistent_blocks: how many persistent blocks, None is as many as the multiprocessors hold.
         tiles_for: the arch whose tiles are borrowed (tests run them on the card at hand).
+        few_rows: whether no sequence has more queries than the tile for few rows is meant for (jit/tiles.py), where there is one.
         tile: how the work is cut; None is the tile that was tuned for this kernel on this machine, or else that of the package.
     """
 
@@ -64,6 +66,7 @@ class Extras:
     persistent: bool | None = None
     persistent_blocks: int | None = None
     tiles_for: SmArch | None = None
+    few_rows: bool = False
     tile: Tile | None = None
 
 
@@ -135,6 +138,7 @@ def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | Non
             learned_sink=problem.learned_sink is not None,
             load_align=_load_align([problem.q, problem.k, problem.v, *([out] if out is not None else [])]),
             prescale=problem.softmax_scale < _SMALL_SCALE,
+            few_rows=has_few_rows(problem.head_dim, problem.v_head_dim, problem.seqlen_q),
             tensor_copies=all(map(_can_be_copied, (problem.q, problem.k, problem.v))),
         ),
     )

@@ -38,6 +38,7 @@ WGMMA_AXES: dict[str, tuple[Any, ...]] = {
     "widths": (*WGMMA_WIDTHS, (56, 56), (104, 104)),
     **{axis: AXES[axis] for axis in ("window", "sink", "alibi", "softcap", "prescale", "learned_sink", "dropout", "varlen")},
     "persistent": (False, True),
+    "few_rows": (False, True),
 }
 
 
@@ -54,8 +55,10 @@ def feature_specs() -> list[KernelSpec]:
 def wgmma_plain_specs() -> list[KernelSpec]:
     """Every type and pair of tile widths of the wgmma family, without any feature."""
     return [
-        _spec(DispatchKey(SmArch.SM_90A, dtype, d, extras=Extras(v_head_dim=dv)))
-        for dtype, (d, dv) in itertools.product(DTYPES, [*WGMMA_WIDTHS, *((width, width) for width in HEAD_DIM_WIDTHS)])
+        _spec(DispatchKey(SmArch.SM_90A, dtype, d, extras=Extras(v_head_dim=dv, few_rows=few_rows)))
+        for dtype, (d, dv), few_rows in itertools.product(
+            DTYPES, [*WGMMA_WIDTHS, *((width, width) for width in HEAD_DIM_WIDTHS)], (False, True)
+        )
     ]
 
 
@@ -65,8 +68,8 @@ def wgmma_feature_specs() -> list[KernelSpec]:
 
 
 def wgmma_crowded_specs() -> list[KernelSpec]:
-    """Tiles of three computing warpgroups with all that they are given: everything but dropout, and either ALiBi or softcap."""
-    everything = {"window": (64, 32), "sink": 4, "prescale": True, "learned_sink": True, "dropout": False, "varlen": True}
+    """Tiles of three and four computing warpgroups, whose registers are the scarcest, with all features at once that they are given."""
+    everything = {"window": (64, 32), "sink": 4, "prescale": True, "learned_sink": True, "varlen": True}
     rows = [
         {
             **everything,
@@ -74,10 +77,14 @@ def wgmma_crowded_specs() -> list[KernelSpec]:
             "dtype": DType.BF16,
             "widths": (width, width),
             "alibi": alibi,
-            "softcap": 0.0 if alibi else 30.0,
+            "softcap": softcap,
+            "dropout": dropout,
+            "few_rows": few_rows,
         }
-        for width in (24, 56, 64)
-        for alibi in (False, True)
+        for width in (24, 56, 64, 96, 128)
+        for alibi, softcap in ((False, 30.0), (True, 0.0), (True, 30.0))
+        for dropout in (False, True)
+        for few_rows in (False, True)
     ]
     return [_spec(_feature_key(row)) for row in rows]
 
@@ -115,6 +122,7 @@ def _feature_key(row: dict[str, Any]) -> DispatchKey:
             prescale=row["prescale"],
             v_head_dim=v_head_dim,
             persistent=row.get("persistent"),
+            few_rows=row.get("few_rows", False),
         ),
     )
 

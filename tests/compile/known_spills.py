@@ -42,7 +42,7 @@ KNOWN_SPILLS = (
     *(Spill(f"fa2_fwd_{arch}_*_d128_m128n64w4s1b2_*rightbound*", 288, _STATE) for arch in ("sm80", "sm100")),
     *(
         Spill(f"fa3_fwd_*_{widths}_m128n*w12s2*_{feature}*", 96, _MEETING)
-        for widths in ("d96", "d192v128", "d192", "d64v256", "d256")
+        for widths in ("d192v128", "d192", "d64v256", "d256")
         for feature in ("softcap", "dropout")
     ),
 )

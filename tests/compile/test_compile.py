@@ -28,8 +28,8 @@ from tests.compile.kernels import (
 from tests.compile.known_spills import KNOWN_SPILLS, allowed_spill
 
 SPECS = all_specs()
-# Of a thread at the start, by the warps of a block: 64 Ki over three or four warpgroups. setmaxnreg then moves them to those that compute.
-WGMMA_REGISTERS = {12: 168, 16: 128}
+# Of a thread at the start, by the warps of a block: 64 Ki over three to five warpgroups. setmaxnreg then moves them to those that compute.
+WGMMA_REGISTERS = {12: 168, 16: 128, 20: 96}
 # Where registers, spills, sizes and seconds go, one JSON line a kernel; unset writes nothing.
 RECORD = os.environ.get("ATOMR_FLASHATTN_COMPILE_RECORD")
 
@@ -83,8 +83,8 @@ def test_the_wgmma_family_is_compiled_with_every_type_and_width_and_every_featur
         assert {getattr(spec, flag) for spec in featured} == {False, True}, flag
 
 
-def test_three_warpgroups_are_compiled_with_all_that_they_are_given() -> None:
-    assert all(spec.tile.warps == max(WGMMA_REGISTERS) for spec in wgmma_crowded_specs())
+def test_every_number_of_warpgroups_is_compiled_with_all_that_it_is_given() -> None:
+    assert {spec.tile.warps for spec in wgmma_crowded_specs()} == set(WGMMA_REGISTERS)
 
 
 def test_known_spills_are_of_kernels_that_exist() -> None:

@@ -95,11 +95,18 @@ struct Rendezvous {
   void* operands[32];
 };
 
+// bar.sync waits, bar.arrive does not; both count.
+struct NamedBarrier {
+  std::vector<unsigned> waiting;
+  size_t arrived = 0;
+};
+
 struct Machine {
   std::vector<Thread> threads;
   std::vector<Rendezvous> warps;
   Rendezvous barrier;
-  std::map<int, std::vector<unsigned>> named_barriers, warpgroups;
+  std::map<int, NamedBarrier> named_barriers;
+  std::map<int, std::vector<unsigned>> warpgroups;
   std::map<uint32_t, Barrier> mbarriers;
   std::vector<std::function<void()>> engine;  // tensor copies in flight
   std::vector<unsigned> runnable;
@@ -152,6 +159,13 @@ void gather(std::vector<unsigned>& waiting, size_t count, Work work) {
     wake(waiting);
   }
   pause();
+}
+
+// A thread comes to a named barrier of `threads`; those that wait go on when all have come.
+inline void come(NamedBarrier& barrier, size_t threads) {
+  if (++barrier.arrived < threads) return;
+  barrier.arrived = 0;
+  wake(barrier.waiting);
 }
 
 inline void end_phase_if_complete(Barrier& barrier) {
@@ -230,6 +244,9 @@ inline std::string describe_waits() {
   for (const auto& [first, waiting] : machine->warpgroups) {
     if (!waiting.empty()) text += " warpgroup of thread " + std::to_string(first) + ": " + std::to_string(waiting.size()) + " at wgmma;";
   }
+  for (const auto& [id, barrier] : machine->named_barriers) {
+    if (!barrier.waiting.empty()) text += " named barrier " + std::to_string(id) + ": " + std::to_string(barrier.waiting.size()) + " threads;";
+  }
   if (!machine->barrier.waiting.empty()) text += " block barrier: " + std::to_string(machine->barrier.waiting.size()) + ";";
   return text;
 }
@@ -239,6 +256,7 @@ inline void run_block(unsigned block) {
   std::memset(fa::shared, 0xff, sizeof fa::shared);  // NaN in every format: nothing may be read before it is written
   machine->alive = machine->threads.size();
   machine->runnable.clear();
+  machine->named_barriers.clear();  // a block may end with threads that have come to a barrier and none that waits
   for (unsigned i = 0; i < machine->threads.size(); ++i) {
     Thread& thread = machine->threads[i];
     thread.started = thread.done = false;

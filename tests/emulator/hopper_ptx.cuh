@@ -66,7 +66,13 @@ inline void tensor_load(uint32_t dst, const TensorMap* map, uint32_t barrier, in
 }
 inline void tensor_prefetch(const TensorMap*) {}
 
-inline void named_barrier_sync(int id, int threads) { emulator::gather(emulator::machine->named_barriers[id], threads, [] {}); }
+inline void named_barrier_sync(int id, int threads) {
+  emulator::NamedBarrier& barrier = emulator::machine->named_barriers[id];
+  barrier.waiting.push_back(emulator::machine->current);
+  emulator::come(barrier, threads);
+  emulator::pause();
+}
+inline void named_barrier_arrive(int id, int threads) { emulator::come(emulator::machine->named_barriers[id], threads); }
 
 template <int kRegisters>
 void registers_release() {}
@@ -152,6 +158,7 @@ template <int kPending>
 void wgmma_wait() {
   finish_products(kPending);
 }
+inline void conceal(int&) {}
 template <int kTiles>
 void pin(float (&)[kTiles][4]) {}
 

@@ -18,7 +18,11 @@ void cp_async_wait() {
 
 inline void store_shared_16(uint32_t dst, uint4 x) { std::memcpy(fa::shared + dst, &x, 16); }
 
-inline void store_shared_4(uint32_t dst, int x) { std::memcpy(fa::shared + dst, &x, 4); }
+inline uint4 load_shared_16(uint32_t src) {
+  uint4 x;
+  std::memcpy(&x, fa::shared + src, 16);
+  return x;
+}
 inline int load_shared_4(uint32_t src) {
   int x;
   std::memcpy(&x, fa::shared + src, 4);

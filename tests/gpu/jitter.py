@@ -45,7 +45,7 @@ _LEAF = re.compile(r"__device__ __forceinline__ void (\w+)\([^{;]*\) \{")
 _WITHOUT_NAP = frozenset({"pin", "mma_f16", "mma_bf16"})  # no instruction at all, and arithmetic on the registers of one thread
 _NEEDED = {
     "hopper_ptx.cuh": {"barrier_arrive", "barrier_arrive_expect", "barrier_wait", "tensor_load", "wgmma_fence", "wgmma_wait"},
-    "ptx.cuh": {"cp_async_16", "cp_async_commit", "cp_async_wait", "ldmatrix_x4", "store_shared_4", "store_shared_16"},
+    "ptx.cuh": {"cp_async_16", "cp_async_commit", "cp_async_wait", "ldmatrix_x4", "store_shared_16"},
 }
 
 
@@ -70,15 +70,15 @@ class Flaw:
 
 
 _RELEASE_EARLY = (
-    "ptx::named_barrier_sync(1 + warpgroup, 128); if (threadIdx.x % 128 == 0) ptx::barrier_arrive(ring_k.empty()); ptx::wgmma_fence();"
+    "ptx::named_barrier_sync(threadIdx.x / 128, 128); if (threadIdx.x % 128 == 0) ptx::barrier_arrive(ring_v.empty()); ptx::wgmma_fence();"
 )
 FLAWS = {
-    # K is handed back to the loading warp before the product has read it, once the whole warpgroup has seen it arrive.
+    # V is handed back to the loading warp before the product has read it, once the whole warpgroup has seen it arrive.
     Family.FA3: Flaw(
         "fa3_fwd.cuh",
         (
-            (r"(?s)(void multiply_keys\([^{]*\{.*?)ptx::wgmma_fence\(\);", r"\1" + _RELEASE_EARLY),
-            (r"(ptx::pin\(r\.S\[0\]\);\s*)release\(ring_k\);", r"\1ring_k.advance();"),
+            (r"(?s)(void multiply_values\([^{]*\{.*?)ptx::wgmma_fence\(\);", r"\1" + _RELEASE_EARLY),
+            (r"(ptx::pin\(rows\.rO\[0\]\);\s*(?:if \(pending\) )?)release\(ring_v\);", r"\1ring_v.advance();"),
         ),
     ),
     # Warps do not wait for each other before a buffer is read or overwritten.

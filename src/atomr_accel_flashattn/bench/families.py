@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arrays import current_stream
 from ..dense import DenseFwdRequest
-from ..dispatch import DispatchKey, FaFwdDispatch, lookup, wgmma_arch
+from ..dispatch import DispatchKey, FaFwdDispatch, lookup
 from ..execute import execute
 from ..fa2 import MaskKind, PositionBias
 from ..jit.spec import Family, KernelSpec, Tile
@@ -47,7 +47,7 @@ class _Held:
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         """The request's key, with family and tile demanded, on an arch that has the family."""
-        key = self.request.dispatch_key(arch or (wgmma_arch(self.problem.q.device) if self.family is Family.FA3 else None))
+        key = self.request.dispatch_key(arch)
         return replace(key, extras=replace(key.extras, family=self.family or key.extras.family, tile=self.tile))
 
 

@@ -18,6 +18,7 @@ struct Config {
   bool alibi, softcap, prescale;
   bool learned_sink, dropout, varlen;
   bool overlap = false;     // S of the next tile beside the softmax of this one (FA2 family; the FA3 family always does)
+  bool ping_pong = false;   // FA3: warpgroups issue their products in turn
   bool persistent = false;  // blocks take tile after tile: FA3 from a counter, FA2 in turn
 };
 

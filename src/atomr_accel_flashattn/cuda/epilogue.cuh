@@ -20,16 +20,15 @@ __device__ __forceinline__ RowEnd finish_row(float sum, float max_log2, float si
     const float top = fmaxf(max_log2, sink_log2);
     const float shrink = ptx::exp2(max_log2 - top);
     sum = fmaf(sum, shrink, ptx::exp2(sink_log2 - top));
-    return {shrink / sum, (top + ptx::log2(sum)) * kLn2};
+    return {shrink * ptx::reciprocal(sum), (top + ptx::log2(sum)) * kLn2};
   }
   if (sum == 0.f) return {0.f, negative_infinity()};
-  return {1.f / sum, (max_log2 + ptx::log2(sum)) * kLn2};
+  return {ptx::reciprocal(sum), (max_log2 + ptx::log2(sum)) * kLn2};
 }
 
-// Writes 32 columns of one row from the accumulators of a quad. Lane q of the quad holds words q of four 8-column tiles; after a 4 x 4
-// transpose inside the quad it holds the four words of tile q, 16 contiguous bytes.
-template <Config C>
-__device__ __forceinline__ void store_row_32(uint16_t* row, int col, int cols, uint32_t (&w)[4], bool row_exists) {
+// 32 columns of one row in the accumulators of a quad: lane q of the quad holds words q of four 8-column tiles. After a 4 x 4 transpose inside the quad
+// it holds the four words of tile q, 16 contiguous bytes.
+__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   const int lane = threadIdx.x % 4;
   const bool odd = lane & 1, high = lane & 2;
   uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1), y = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
@@ -38,8 +37,13 @@ __device__ __forceinline__ void store_row_32(uint16_t* row, int col, int cols, u
   x = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2), y = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
   (high ? w[0] : w[2]) = x;
   (high ? w[1] : w[3]) = y;
-  col += lane * 8;
-  if (!row_exists || (!C.exact_head_dim && col >= cols)) return;
+}
+
+// Writes this lane's 8 columns of those 32.
+template <Config C>
+__device__ __forceinline__ void store_quad(uint16_t* row, int col, int cols, const uint32_t (&w)[4]) {
+  col += threadIdx.x % 4 * 8;
+  if (!C.exact_head_dim && col >= cols) return;
   if constexpr (C.aligned) {
     *reinterpret_cast<uint4*>(row + col) = {w[0], w[1], w[2], w[3]};
   } else {

@@ -50,6 +50,10 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // setmaxnreg: registers move from the warpgroup that loads to those that compute.
 template <int kRegisters>
 __device__ __forceinline__ void registers_release() {
@@ -80,6 +84,8 @@ template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// Nothing: a value that the compiler may not know.
+__device__ __forceinline__ void conceal(int& x) { asm volatile("" : "+r"(x)); }
 // Nothing: registers that an asynchronous product has written are read from here on, not before.
 template <int kTiles>
 __device__ __forceinline__ void pin(float (&d)[kTiles][4]) {

@@ -20,6 +20,7 @@ struct Band {
   int length_k, left, right, sinks;
   int p_first, p_last;  // positions of the first and last row; p_last < p_first when there is no row
 
+  Band() = default;
   __device__ __forceinline__ Band(const FwdParams& p, const Sequence& seq, int first_row, int rows)
       : length_k(seq.length_k),
         left(p.window_left),

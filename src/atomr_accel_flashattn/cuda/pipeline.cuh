@@ -20,6 +20,13 @@ struct Ring {
   }
   __device__ __forceinline__ explicit Ring(uint32_t address) : barriers(address) {}
 
+  // The ring that lies `i` rings further and is at the same stage and phase.
+  __device__ __forceinline__ Ring neighbour(int i) const {
+    Ring ring = *this;
+    ring.barriers += i * kBytes;
+    return ring;
+  }
+
   __device__ __forceinline__ uint32_t full() const { return barriers + 16 * stage; }
   __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
 
@@ -36,6 +43,28 @@ struct Ring {
     if (++stage == kStages) {
       stage = 0;
       phase ^= 1;
+    }
+  }
+};
+
+// Warpgroups issue their products in turn, so that one multiplies while the others are in their softmax (FlashAttention-3, section 3.1, "pingpong").
+// Every warpgroup takes part in every tile that the block visits, also in those that it only passes over. Named barriers 4.. are used.
+template <bool kOn, int kWarpgroups>
+struct Turns {
+  static constexpr int kFirst = 4, kThreads = 256;  // those who wait and those who pass
+
+  // The first warpgroup has the first turn.
+  __device__ __forceinline__ void begin(int warpgroup) const {
+    if constexpr (kOn && kWarpgroups > 1) {
+      if (warpgroup == kWarpgroups - 1) ptx::named_barrier_arrive(kFirst, kThreads);
+    }
+  }
+  __device__ __forceinline__ void wait(int warpgroup) const {
+    if constexpr (kOn && kWarpgroups > 1) ptx::named_barrier_sync(kFirst + warpgroup, kThreads);
+  }
+  __device__ __forceinline__ void pass(int warpgroup) const {
+    if constexpr (kOn && kWarpgroups > 1) {
+      ptx::named_barrier_arrive(kFirst + (warpgroup + 1 == kWarpgroups ? 0 : warpgroup + 1), kThreads);
     }
   }
 };

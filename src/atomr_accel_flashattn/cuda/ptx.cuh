@@ -25,13 +25,10 @@ __device__ __forceinline__ void store_shared_16(uint32_t dst, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
-// st.shared, ld.shared: one word that another warp reads or wrote.
-__device__ __forceinline__ void store_shared_4(uint32_t dst, int x) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(dst), "r"(x) : "memory");
-}
-__device__ __forceinline__ int load_shared_4(uint32_t src) {
-  int x;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(src) : "memory");
+// ld.shared.v4: 16 bytes that another warp wrote.
+__device__ __forceinline__ uint4 load_shared_16(uint32_t src) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(src) : "memory");
   return x;
 }
 

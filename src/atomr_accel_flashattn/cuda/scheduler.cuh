@@ -7,6 +7,9 @@ namespace fa {
 
 struct Work {
   int block_m, head, batch;
+
+  static __device__ __forceinline__ Work none() { return {-1, 0, 0}; }
+  __device__ __forceinline__ bool over() const { return block_m < 0; }
 };
 
 // Blocks walk the (batch, head) pairs in sections of `section_heads`, and a section from its last rows to its first, all its heads side

@@ -2,14 +2,17 @@
 #pragma once
 
 #include "pipeline.cuh"
+#include "scheduler.cuh"
+#include "uniform.cuh"
 
 namespace fa {
 
-// The loading warp takes tiles and hands their numbers to the computing warps through a ring of two words in shared memory.
+// The first loading warp takes tiles and hands them to all other warps at work through a ring of two slots in shared memory. A tile is decoded
+// once, by that warp, which has the time: its integer divisions cost 600 clocks.
 template <bool kPersistent>
 struct TileStream {
-  static constexpr int kSlots = 2;
-  static constexpr int kBytes = kPersistent ? Ring<kSlots>::kBytes + 4 * kSlots : 0;
+  static constexpr int kSlots = 2, kSlotBytes = 16;
+  static constexpr int kBytes = kPersistent ? Ring<kSlots>::kBytes + kSlotBytes * kSlots : 0;
 
   const Fa3FwdParams& p;
   uint32_t slots;
@@ -22,36 +25,37 @@ struct TileStream {
   __device__ __forceinline__ TileStream(const Fa3FwdParams& params, uint32_t address)
       : p(params), slots(address + Ring<kSlots>::kBytes), ring(address) {}
 
-  static __device__ __forceinline__ int first() { return blockIdx.x; }
+  __device__ __forceinline__ Work first() const { return decode_work(p.fwd, blockIdx.x); }
 
-  // Loading warp: asks for the next tile; its number is needed only at hand_out().
-  __device__ __forceinline__ void take(bool leader) {
+  // Loading warp: asks for the next tile, which is needed only at hand_out().
+  __device__ __forceinline__ void take() {
     if constexpr (kPersistent) {
-      if (leader) taken = min(atomicAdd(p.counters, 1) + gridDim.x, 0x7fffffffu);  // past the last tile, never negative
+      if (threadIdx.x % 32 == 0) taken = atomicAdd(p.counters, 1);
     }
   }
-  // Loading warp: hands the taken tile to the computing warps, and gives its number; p.tiles or more ends the work.
-  __device__ __forceinline__ int hand_out(bool leader) {
-    if constexpr (!kPersistent) return p.tiles;
+  // Loading warp: decodes the tile that was taken and hands it to the other warps; one that is over() ends the work.
+  __device__ __forceinline__ Work hand_out() {
+    if constexpr (!kPersistent) return Work::none();
+    const uint32_t tile = __shfl_sync(0xffffffffu, taken, 0) + gridDim.x;  // below 2^32, as there are fewer than 2^31 tiles and blocks
+    const Work work = tile < static_cast<uint32_t>(p.tiles) ? decode_work(p.fwd, tile) : Work::none();
     ring.wait_empty();
-    if (leader) {
-      ptx::store_shared_4(slots + 4 * ring.stage, taken);
+    if (threadIdx.x % 32 == 0) {
+      ptx::store_shared_16(slots + kSlotBytes * ring.stage,
+                           {static_cast<uint32_t>(work.block_m), static_cast<uint32_t>(work.head), static_cast<uint32_t>(work.batch), 0});
       ptx::barrier_arrive(ring.full());
     }
-    ring.wait_full();
-    const int tile = ptx::load_shared_4(slots + 4 * ring.stage);
     ring.advance();
-    return __shfl_sync(0xffffffffu, tile, 0);
+    return work;
   }
-  // Computing warps: the next tile.
-  __device__ __forceinline__ int next() {
-    if constexpr (!kPersistent) return p.tiles;
+  // All other warps: the next tile.
+  __device__ __forceinline__ Work next() {
+    if constexpr (!kPersistent) return Work::none();
     ring.wait_full();
-    const int tile = ptx::load_shared_4(slots + 4 * ring.stage);
+    const uint4 slot = ptx::load_shared_16(slots + kSlotBytes * ring.stage);
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::barrier_arrive(ring.empty());
     ring.advance();
-    return __shfl_sync(0xffffffffu, tile, 0);
+    return {uniform(static_cast<int>(slot.x)), uniform(static_cast<int>(slot.y)), uniform(static_cast<int>(slot.z))};
   }
   // Loading warp, at its end: the last block leaves the counters as it found them.
   __device__ __forceinline__ void finish(bool leader) const {

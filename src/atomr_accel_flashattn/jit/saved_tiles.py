@@ -89,17 +89,18 @@ def device_identity(index: int) -> tuple[str, str]:
     return found.name, "{}.{}".format(*found.compute_capability)
 
 
-def kernel_without_tile(spec: KernelSpec) -> str:
-    """The canonical name of a kernel but for its tile: equal for the kernels that a search compares."""
-    return "_".join(part for part in spec.kernel_name.split("_") if part != str(spec.tile))
+def kernel_without_tile(spec: KernelSpec, *, few_rows: bool = False) -> str:
+    """The canonical name of a kernel but for its tile, and whether it has few rows: equal for the kernels that a search compares."""
+    return "_".join(part for part in (*spec.kernel_name.split("_"), *(["fewrows"] if few_rows else [])) if part != str(spec.tile))
 
 
-def saved_tile(spec: KernelSpec) -> Tile | None:
+def saved_tile(spec: KernelSpec, *, few_rows: bool = False) -> Tile | None:
     """The tile that was saved for this kernel on the first visible GPU that has one; None where none was, or none that fits any more."""
     here = settings()
     if here.tuned_tiles_disabled or here.cache_disabled or here.cache_dir is None:
         return None
-    kept = _tiles_by_kernel(here.cache_dir).get(kernel_without_tile(spec))
+    name = kernel_without_tile(spec, few_rows=few_rows)
+    kept = _tiles_by_kernel(here.cache_dir).get(name)
     if not kept:
         return None
     tile = next((kept[device] for device in map(device_identity, range(device_count())) if device in kept), None)
@@ -107,7 +108,7 @@ def saved_tile(spec: KernelSpec) -> Tile | None:
         return None
     reason = misfit(replace(spec, tile=tile))
     if reason:
-        _warn(f"the tile {tile} that was saved for {kernel_without_tile(spec)} is ignored: {reason}; run atomr-flashattn tune again")
+        _warn(f"the tile {tile} that was saved for {name} is ignored: {reason}; run atomr-flashattn tune again")
         return None
     return tile
 

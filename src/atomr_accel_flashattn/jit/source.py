@@ -99,6 +99,7 @@ def _config(spec: KernelSpec) -> dict[str, int | str]:
         "dropout": spec.dropout,
         "varlen": spec.varlen,
         "overlap": spec.tile.overlap,
+        "ping_pong": spec.tile.ping_pong,
         "persistent": spec.tile.persistent,
     }
 

@@ -38,6 +38,7 @@ class Tile:
     q_in_registers: bool = False
     min_blocks: int = 1
     overlap: bool = False  # FA2: S of the next tile is multiplied beside the softmax of this one
+    ping_pong: bool = False  # FA3: warpgroups issue their products in turn
     persistent: bool = False  # blocks take tile after tile
 
     @property
@@ -46,8 +47,9 @@ class Tile:
         return self.warps * 32
 
     def __str__(self) -> str:
-        flags = "".join(letter for letter, on in zip("qop", (self.q_in_registers, self.overlap, self.persistent), strict=True) if on)
-        return f"m{self.block_m}n{self.block_n}w{self.warps}s{self.stages}{flags}b{self.min_blocks}"
+        flags = (self.q_in_registers, self.overlap, self.ping_pong, self.persistent)
+        letters = "".join(letter for letter, on in zip("qoip", flags, strict=True) if on)
+        return f"m{self.block_m}n{self.block_n}w{self.warps}s{self.stages}{letters}b{self.min_blocks}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

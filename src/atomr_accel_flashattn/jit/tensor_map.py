@@ -20,6 +20,7 @@ __all__ = ["TENSOR_MAP_ALIGNMENT", "TENSOR_MAP_BYTES", "TensorMapSpec", "encode"
 
 TENSOR_MAP_BYTES = 128
 TENSOR_MAP_ALIGNMENT = 64
+_WARPGROUP_ROWS = 64  # of Q in a copy: each warpgroup has a buffer of its own
 _WIDE_ROW = 128  # bytes of a panel's row, and so the swizzle's span; 64 otherwise
 _NOWHERE = 16  # the address of arrays without elements, which nobody reads: null may not be one
 
@@ -55,7 +56,7 @@ def tensor_map_specs(problem: AttentionProblem, spec: KernelSpec) -> tuple[Tenso
     """The maps of q, k and v for one kernel: panels of cuda/panels.cuh."""
     tile = spec.tile
     return (
-        _map(problem.q, problem.q_strides, problem.batch, spec.head_dim, tile.block_m),
+        _map(problem.q, problem.q_strides, problem.batch, spec.head_dim, _WARPGROUP_ROWS),
         _map(problem.k, problem.k_strides, problem.batch, spec.head_dim, tile.block_n),
         _map(problem.v, problem.v_strides, problem.batch, spec.v_head_dim, tile.block_n),
     )

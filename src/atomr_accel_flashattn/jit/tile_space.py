@@ -24,10 +24,10 @@ AXES: Final[Mapping[Family, Mapping[str, tuple[Any, ...]]]] = {
         "persistent": (False, True),
     },
     Family.FA3: {
-        "block_m": (64, 128, 192),
+        "block_m": (64, 128, 192, 256),
         "block_n": tuple(range(16, 257, 16)),
-        "warps": (8, 12, 16),
-        "stages": (2, 3),
+        "warps": (8, 12, 16, 20),
+        "stages": (2, 3, 4),
         "ping_pong": (False, True),
         "persistent": (True, False),  # persistent first: with few tiles the launch makes it one block each, so both are one kernel
     },
@@ -38,7 +38,7 @@ SCHEDULES: Final = ("ping_pong", "persistent")
 _REGISTER_FILE: Final = 65536
 _OTHER_REGISTERS: Final = {Family.FA2: 31, Family.FA3: 24}  # beside accumulators and scores; ptxas has the last word
 _MOST_REGISTERS: Final = 255
-_CONSUMER_REGISTERS: Final = {1: 255, 2: 240, 3: 160}  # per thread, by warpgroups that multiply (cuda/fa3_fwd.cuh)
+_CONSUMER_REGISTERS: Final = {1: 255, 2: 240, 3: 160, 4: 112}  # per thread, by warpgroups that multiply (cuda/fa3_fwd.cuh)
 _WARPGROUP_ROWS: Final = 64
 _OVERLAP_STAGES: Final = 2
 _PHILOX_KEYS: Final = 32
@@ -76,13 +76,13 @@ def _misfit_fa2(tile: Tile) -> str:
 def _misfit_fa3(tile: Tile) -> str:
     groups = tile.warps // 4 - 1
     if tile.warps % 4 or groups not in _CONSUMER_REGISTERS:
-        return f"warps: got {tile.warps}; allowed are 8, 12 and 16: a warpgroup that loads, and one to three that multiply"
+        return f"warps: got {tile.warps}; allowed are 8, 12, 16 and 20: a warpgroup that loads, and one to four that multiply"
     if tile.block_m != groups * _WARPGROUP_ROWS:
         return f"block_m: got {tile.block_m}; allowed with {tile.warps} warps is {groups * _WARPGROUP_ROWS}"
     if tile.block_n > _LONGEST_WGMMA:
         return f"block_n: got {tile.block_n}; allowed is at most {_LONGEST_WGMMA}"
     if tile.ping_pong and groups == 1:
-        return "ping_pong: allowed with two or three warpgroups that multiply"
+        return "ping_pong: allowed with two to four warpgroups that multiply"
     return ""
 
 

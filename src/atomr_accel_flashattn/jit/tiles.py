@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..types import SmArch
 from .spec import Tile
 
-__all__ = ["HEAD_DIM_WIDTHS", "head_dim_width", "tile_for", "wgmma_tile_for"]
+__all__ = ["HEAD_DIM_WIDTHS", "has_few_rows", "head_dim_width", "tile_for", "wgmma_tile_for"]
 
 HEAD_DIM_WIDTHS = (32, 64, 96, 128, 192, 256)
 
@@ -38,24 +38,34 @@ _TABLES = {
 }
 
 _PHILOX_KEYS = 32  # one Philox call covers 32 keys, so no tile with dropout is narrower
+_THREE_WARPGROUPS = 16  # warps of a block with three of them and the loading one: 160 registers hold 64 keys beside the generator's
 _DROPOUT_KEYS = 128  # keys of scores that 240 registers hold beside the generator's, at d 96
-_THREE_WARPGROUPS = 16  # warps of a block with three of them and the loading one
 _DROPOUT_NARROWS = 96  # from this width on, the generator's registers spill beside 64 keys of scores (136 to 648 bytes) and fit beside 32
 
 
-# The wgmma family, by (q/k width, v width); other pairs take the row of the wider one. 64 rows per consumer warpgroup: 240 registers a
-# thread with two of them, 160 with three. block_n is the largest that neither spills nor exceeds 227 KB with two stages.
+# The wgmma family, by (q/k width, v width); other pairs take the row of the wider one. 64 rows per computing warpgroup, and 240, 160 or 112
+# registers a thread with two, three or four of them; block_n is about the largest that does not spill. Three and four hide each other's
+# softmax, where two leave the tensor cores idle for a seventh of the time (docs/performance.md).
 _WGMMA = {
-    (32, 32): Tile(block_m=192, block_n=128, warps=16, stages=2),
-    (64, 64): Tile(block_m=192, block_n=128, warps=16, stages=2),
-    (96, 96): Tile(block_m=128, block_n=160, warps=12, stages=2),
-    (128, 128): Tile(block_m=128, block_n=128, warps=12, stages=2),
-    (192, 128): Tile(block_m=128, block_n=128, warps=12, stages=2),
-    (64, 256): Tile(block_m=128, block_n=96, warps=12, stages=2),
-    (192, 192): Tile(block_m=128, block_n=112, warps=12, stages=2),
-    (256, 256): Tile(block_m=128, block_n=80, warps=12, stages=2),
+    (32, 32): Tile(block_m=192, block_n=128, warps=16, stages=2, ping_pong=True),
+    (64, 64): Tile(block_m=192, block_n=128, warps=16, stages=2, ping_pong=True),
+    (96, 96): Tile(block_m=192, block_n=96, warps=16, stages=2, ping_pong=True),
+    (128, 128): Tile(block_m=192, block_n=80, warps=16, stages=2, ping_pong=True),
+    (192, 128): Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True),
+    (64, 256): Tile(block_m=128, block_n=96, warps=12, stages=2, ping_pong=True),
+    (192, 192): Tile(block_m=128, block_n=112, warps=12, stages=2, ping_pong=True),
+    (256, 256): Tile(block_m=128, block_n=80, warps=12, stages=2, ping_pong=True),
 }
-_TWO_WARPGROUPS = Tile(block_m=128, block_n=128, warps=12, stages=2)  # for (32, 32) and (64, 64), where three of them would spill
+# Up to so many rows of Q, multiples of 192 waste more than three warpgroups win, and the fixed cost of a tile counts more.
+_FEW_ROWS = {(64, 64): 2048, (128, 128): 1024}
+_WGMMA_FEW_ROWS = {
+    (64, 64): Tile(block_m=256, block_n=64, warps=20, stages=4, ping_pong=True),
+    (128, 128): Tile(block_m=128, block_n=128, warps=12, stages=2),
+}
+# Widths 32 and 64 with more than 160 registers hold beside 128 keys: the generator of dropout, or ALiBi and softcap together.
+_WITH_DROPOUT = Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True)
+_WITH_ALIBI_AND_SOFTCAP = Tile(block_m=256, block_n=64, warps=20, stages=4, ping_pong=True)
+_SOFTCAP_KEYS = {192: 96, 256: 64}  # the hyperbolic tangent's registers would spill beside more
 
 
 def head_dim_width(head_dim: int) -> int:
@@ -63,23 +73,45 @@ def head_dim_width(head_dim: int) -> int:
     return next(width for width in HEAD_DIM_WIDTHS if width >= head_dim)
 
 
-def wgmma_tile_for(head_dim: int, v_head_dim: int, *, dropout: bool, alibi_and_softcap: bool, persistent: bool) -> Tile:
+def has_few_rows(head_dim: int, v_head_dim: int, rows: int) -> bool:
+    """Whether sequences of up to ``rows`` queries take the tile for few rows of :func:`wgmma_tile_for`, where these head dims have one."""
+    return rows <= _FEW_ROWS.get((head_dim_width(head_dim), head_dim_width(v_head_dim)), 0)
+
+
+def wgmma_tile_for(
+    head_dim: int,
+    v_head_dim: int,
+    *,
+    dropout: bool = False,
+    alibi: bool = False,
+    softcap: bool = False,
+    causal: bool = False,
+    few_rows: bool = False,
+) -> Tile:
     """The tile of the wgmma family for two widths.
 
     Args:
         head_dim: width of q and k.
         v_head_dim: width of v.
         dropout: whether the Philox generator needs registers, and key tiles of whole calls of it.
-        alibi_and_softcap: whether both meet, the one pair of features that 160 registers do not hold beside 128 keys.
-        persistent: whether blocks take tile after tile.
+        alibi: whether slopes need registers.
+        softcap: whether the hyperbolic tangent does.
+        causal: whether later keys are hidden.
+        few_rows: what :func:`has_few_rows` says.
     """
-    wider = max(head_dim, v_head_dim)
-    tile = _WGMMA.get((head_dim, v_head_dim)) or _WGMMA[wider, wider]
-    if (dropout or alibi_and_softcap) and tile.warps == _THREE_WARPGROUPS:
-        tile = _TWO_WARPGROUPS
+    widths, wider = (head_dim, v_head_dim), max(head_dim, v_head_dim)
+    tile = _WGMMA.get(widths) or _WGMMA[wider, wider]
+    if wider <= 64 and (dropout or (alibi and softcap)):
+        return _WITH_DROPOUT if dropout else _WITH_ALIBI_AND_SOFTCAP
+    if few_rows and widths in _WGMMA_FEW_ROWS:
+        tile = _WGMMA_FEW_ROWS[widths]
+        tile = replace(tile, ping_pong=tile.ping_pong or causal)
     if dropout:
-        tile = replace(tile, block_n=min(tile.block_n, _DROPOUT_KEYS) // _PHILOX_KEYS * _PHILOX_KEYS)
-    return replace(tile, persistent=persistent)
+        keys = 64 if tile.warps == _THREE_WARPGROUPS else _DROPOUT_KEYS
+        tile = replace(tile, block_n=min(tile.block_n, keys) // _PHILOX_KEYS * _PHILOX_KEYS)
+    if softcap and wider in _SOFTCAP_KEYS:
+        tile = replace(tile, block_n=min(tile.block_n, _SOFTCAP_KEYS[wider]))
+    return tile
 
 
 def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, dropout: bool) -> Tile:
