@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.cli import info as info_module
 from atomr_accel_flashattn.cli.compile_ahead import GPU_ARCHS, MASKS, all_specs, specs_for
 from atomr_accel_flashattn.cli.output import size_text, time_text
+from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
 from atomr_accel_flashattn.jit.driver import DeviceProperties, device_count
 from tests.cli.conftest import Ask, Invoke
 
@@ -173,6 +175,14 @@ def test_sinks_are_compiled_only_where_a_window_has_a_left_bound() -> None:
     specs = specs_for([fa.SmArch.SM_80], [fa.DType.F16], [64], MASKS, ["sink_tokens"])
     assert len(specs) == 6  # the sliding masks are two bands at compile time, with a right bound and without; each with sinks and without
     assert all(spec.left_bound for spec in specs if spec.sink_tokens)
+
+
+def test_short_sequences_have_their_kernels_too_where_those_are_others() -> None:
+    specs = specs_for([fa.SmArch.SM_90A, fa.SmArch.SM_90], [fa.DType.F16], [128, 256], ["causal"], ["varlen"])
+    few_rows = DispatchKey(fa.SmArch.SM_90A, fa.DType.F16, 128, causal=True, varlen=True, extras=Extras(few_rows=True))
+    assert lookup(few_rows) in specs
+    assert lookup(replace(few_rows, extras=Extras())) in specs
+    assert len(specs) == len(set(specs)) == 2 * (3 + 2)  # packed or not: sm_90a has two tiles at 128 and one at 256; sm_90 one and one
 
 
 def test_all_is_the_full_product_each_kernel_once() -> None:

@@ -86,6 +86,13 @@ def test_the_wgmma_family_runs_on_hopper_and_counts_for_sm_90a_alone(tmp_path: P
     assert (wgmma["bf16"], wgmma["ALiBi"], wgmma["wgmma family (FA3)"]) == ("compiles", "ran on H100", "ran on H100")
 
 
+def test_short_sequences_at_the_head_dim_of_the_matrix_count_for_their_tile(tmp_path: Path) -> None:
+    said = {"q70-k90-h8kv2-d128": "ran on H100", "q70-k90-h8kv2-d64": "compiles", "q4096-k90-h8kv2-d128": "compiles"}
+    for test, text in said.items():
+        record = write_record(tmp_path / f"{test}.json", f"test_grid.py::test[fa3-bf16-b1-{test}-causal]")
+        assert states(record, "sm_90a")["short sequences of q, with their own tile"] == text
+
+
 def test_the_newest_record_of_a_folder_counts(tmp_path: Path) -> None:
     assert Runs.read(tmp_path) == Runs()
     write_record(tmp_path / "gpu_tests_1.json", "old")

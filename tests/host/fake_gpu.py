@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pytest
 
 STREAM = 77
+_WARPGROUP_ROWS = 64  # of q in a box, whatever the tile
 
 
 class FakeCuda(torch.Tensor):
@@ -67,7 +68,7 @@ class FakeGpu:
     specs: list[KernelSpec] = field(default_factory=list)
     once: threading.local = field(default_factory=threading.local)
 
-    def install(self, monkeypatch: pytest.MonkeyPatch, arch: SmArch = SmArch.SM_90) -> None:
+    def install(self, monkeypatch: pytest.MonkeyPatch, arch: SmArch = SmArch.SM_90A) -> None:
         """Take the place of the driver under ``execute`` and ``jit.launch``, as a GPU whose calls compile for ``arch``."""
         launch_once = launch.launch
 
@@ -143,14 +144,14 @@ def _move(tensor_map: int, ptr: int) -> int:
 
 def _check_maps(spec: KernelSpec, params: Fa3FwdParams) -> None:
     """The maps are those of the addresses, sizes and strides that the rest of the parameters tells (tests/emulator, ``flat_tensor``)."""
-    p, tile = params.fwd, spec.tile
+    p, keys = params.fwd, spec.tile.block_n
     packed = [int(as_numpy(_at(ptr, (p.batch + 1,), "int32"))[-1]) if spec.varlen else 0 for ptr in (p.cu_seqlens_q, p.cu_seqlens_k)]
     rows_q, rows_k = (rows if spec.varlen else length for rows, length in zip(packed, (p.seqlen_q, p.seqlen_k), strict=True))
     heads_kv, batch = p.heads // p.heads_per_kv, 1 if spec.varlen else p.batch
     expected = (
-        (params.q_map, p.q, p.q_stride, (p.head_dim, rows_q, p.heads, batch), (spec.head_dim, tile.block_m)),
-        (params.k_map, p.k, p.k_stride, (p.head_dim, rows_k, heads_kv, batch), (spec.head_dim, tile.block_n)),
-        (params.v_map, p.v, p.v_stride, (p.v_head_dim, rows_k, heads_kv, batch), (spec.v_head_dim, tile.block_n)),
+        (params.q_map, p.q, p.q_stride, (p.head_dim, rows_q, p.heads, batch), (spec.head_dim, _WARPGROUP_ROWS)),
+        (params.k_map, p.k, p.k_stride, (p.head_dim, rows_k, heads_kv, batch), (spec.head_dim, keys)),
+        (params.v_map, p.v, p.v_stride, (p.v_head_dim, rows_k, heads_kv, batch), (spec.v_head_dim, keys)),
     )
     for tensor_map, ptr, stride, sizes, (width, rows) in expected:
         address, *numbers = struct.unpack("<Qqqqiiiiii", bytes(tensor_map.bytes)[:56])

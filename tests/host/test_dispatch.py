@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import atomr_accel_flashattn as fa
@@ -17,7 +18,8 @@ from atomr_accel_flashattn.jit.spec import Direction
 from atomr_accel_flashattn.jit.tiles import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import Device, DType, SmArch
 
-GPU_ARCHS = [arch for arch in SmArch if arch not in {SmArch.CPU, SmArch.SM_90A}]
+GPU_ARCHS = [arch for arch in SmArch if arch is not SmArch.CPU]
+MMA_ARCHS = [arch for arch in GPU_ARCHS if arch is not SmArch.SM_90A]
 sides = st.integers(-3, 10_000)
 extras = st.builds(
     fa.Extras,
@@ -33,6 +35,7 @@ extras = st.builds(
     left_pad=st.booleans(),
     load_align=st.integers(-1, 32),
     prescale=st.booleans(),
+    few_rows=st.booleans(),
     family=st.none() | st.sampled_from(fa.Family),
     tiles_for=st.none() | st.sampled_from(SmArch),
 )
@@ -69,6 +72,7 @@ built_keys = st.builds(
         learned_sink=st.booleans(),
         load_align=st.sampled_from([2, 4, 8, 16]),
         prescale=st.booleans(),
+        few_rows=st.booleans(),
     ),
 )
 
@@ -160,6 +164,7 @@ def test_presence_changes_the_kernel(key: fa.DispatchKey, feature: str):
 
 @given(keys)
 def test_keys_and_specs_survive_pickling(key: fa.DispatchKey):
+    assume(not math.isnan(key.extras.softcap))
     assert pickle.loads(pickle.dumps(key)) == key  # noqa: S301 - our own bytes
     spec = outcome(key)
     assert pickle.loads(pickle.dumps(spec)) == spec  # noqa: S301
@@ -229,8 +234,8 @@ def test_values_outside_their_range_are_refused(key: fa.DispatchKey, message: st
 
 def test_tiles_that_do_not_fit_are_refused():
     refused = []
-    for tiles_for in GPU_ARCHS:
-        for arch in GPU_ARCHS:
+    for tiles_for in MMA_ARCHS:
+        for arch in MMA_ARCHS:
             for width in HEAD_DIM_WIDTHS:
                 key = fa.DispatchKey(arch, DType.F16, width, extras=fa.Extras(tiles_for=tiles_for))
                 try:
@@ -291,7 +296,7 @@ class TestTable:
         ((8, 6), "sm_86"),
         ((8, 7), "sm_86"),
         ((8, 9), "sm_89"),
-        ((9, 0), "sm_90"),
+        ((9, 0), "sm_90a"),
         ((10, 3), "sm_100"),
         ((12, 1), "sm_120"),
     ],

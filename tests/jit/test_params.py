@@ -201,11 +201,20 @@ def test_packed_addresses_are_the_ones_that_a_plan_patches():
         pytest.param({"batch": 64, "seqlen_k": 1 << 16}, 8, id="what fits in L2"),
         pytest.param({"batch": 64, "seqlen_k": 1 << 24}, 4, id="one group at least"),
         pytest.param({"batch": 64, "seqlen_k": 0}, 64, id="no keys"),
-        pytest.param({"batch": 0}, 1, id="empty batch"),
     ],
 )
-def test_sections_hold_whole_groups_of_heads_that_fit_in_l2(changes: dict[str, int], expected: int):
-    assert pack(dense(**changes)).section_heads == expected
+def test_where_later_rows_see_more_keys_sections_hold_whole_groups_of_heads_that_fit_in_l2(changes: dict[str, int], expected: int):
+    for right in (0, 3):
+        assert pack(dense(band=Band(right=right), **changes)).section_heads == expected
+
+
+@pytest.mark.parametrize(
+    "band", [Band(), Band(left=7, right=0), Band(left=7, right=9), Band(left=7), Band(left=7, right=0, sink_tokens=4)], ids=str
+)
+def test_where_all_rows_see_equally_many_keys_a_section_is_one_group(band: Band):
+    assert pack(dense(band=band, batch=64)).section_heads == 4
+    assert pack(dense(band=band, batch=64, heads_kv=8)).section_heads == 1
+    assert pack(varlen(band=band)).section_heads == 4
 
 
 def test_empty_problems_have_no_blocks():

@@ -20,14 +20,14 @@ def maps(problem: AttentionProblem) -> tuple[TensorMapSpec, TensorMapSpec, Tenso
 
 def test_dense_with_grouped_heads():
     q, k, v = maps(dense())
-    assert q == TensorMapSpec(DType.BF16, 1, (64, 300, 8, 2), (1024, 128, 307200), (64, 128))
+    assert q == TensorMapSpec(DType.BF16, 1, (64, 300, 8, 2), (1024, 128, 307200), (64, 64))
     assert k == TensorMapSpec(DType.BF16, 2, (64, 500, 2, 2), (256, 128, 128000), (64, 96))
     assert v == TensorMapSpec(DType.BF16, 3, (32, 500, 2, 2), (128, 64, 64000), (32, 96))
 
 
 def test_packed_tokens_are_one_batch():
     q, k, v = maps(varlen())
-    assert q == TensorMapSpec(DType.BF16, 1, (64, 450, 8, 1), (1024, 128, 16), (64, 128))
+    assert q == TensorMapSpec(DType.BF16, 1, (64, 450, 8, 1), (1024, 128, 16), (64, 64))
     assert (k.sizes, k.strides) == ((64, 700, 2, 1), (256, 128, 16))
     assert (v.sizes, v.strides) == ((32, 700, 2, 1), (128, 64, 16))
 
@@ -37,7 +37,7 @@ def test_packed_tokens_are_one_batch():
 )
 def test_a_box_is_one_panel_of_the_tile(width: int, columns: int, row_bytes: int):
     spec = replace(SPEC, head_dim=width, v_head_dim=width)
-    for made, rows in zip(tensor_map_specs(dense(), spec), (128, 96, 96), strict=True):
+    for made, rows in zip(tensor_map_specs(dense(), spec), (64, 96, 96), strict=True):
         assert made.box == (columns, rows)
         assert made.row_bytes == row_bytes
 

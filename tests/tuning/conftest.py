@@ -24,6 +24,7 @@ from atomr_accel_flashattn.jit import saved_tiles  # noqa: E402
 from atomr_accel_flashattn.jit.compile import CompiledKernel  # noqa: E402
 from atomr_accel_flashattn.jit.spec import KernelSpec, Tile  # noqa: E402
 from atomr_accel_flashattn.tuning import search, trial  # noqa: E402
+from atomr_accel_flashattn.types import SmArch  # noqa: E402
 from tests.cli.conftest import ask, invoke  # noqa: E402, F401 - fixtures
 from tests.host.fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
 
@@ -88,9 +89,9 @@ class Card(FakeGpu):
 
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    """This machine has a :class:`Card`, and an empty cache folder."""
+    """This machine has a :class:`Card` without wgmma, and an empty cache folder."""
     made = Card()
-    made.install(monkeypatch)
+    made.install(monkeypatch, SmArch.SM_80)
     monkeypatch.setenv("ATOMR_FLASHATTN_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _index: STREAM, raising=False)
     monkeypatch.setattr(saved_tiles, "device_count", lambda: 1)
@@ -108,6 +109,13 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     settings.cache_clear()
     forget_lookups()
     plans.clear()
+
+
+@pytest.fixture
+def hopper(card: Card, monkeypatch: pytest.MonkeyPatch) -> Card:
+    """The same with wgmma."""
+    card.install(monkeypatch, SmArch.SM_90A)
+    return card
 
 
 def _fake_inputs(cell: Cell, device: Any, *, l2_bytes: int, seed: int) -> Sequence[Inputs]:

@@ -41,8 +41,9 @@ def test_tune_checks_times_and_keeps_the_winner(ask: Ask, small_cells: list[Cell
     (winner,) = found["winners"]
     assert (winner["tile"], winner["shapes"]) == ("m128n48w4s1pb2", [str(cell) for cell in small_cells])
     assert winner["speedup"] > 1.1
+    assert winner["few_rows"] is found["shapes"][0]["few_rows"] is True
     assert found["table"] == [
-        f"64: Tile(block_m=128, block_n=48, warps=4, min_blocks=2),  # fa2 sm_90, {winner['speedup']:.3f}x over 2 shapes"
+        f"64: Tile(block_m=128, block_n=48, warps=4, min_blocks=2),  # fa2 sm_80, {winner['speedup']:.3f}x over 2 shapes"
     ]
     assert found["skipped"] == []
     assert found["saved"] == str(tmp_path / "kernels" / SAVED_TILES)
@@ -52,7 +53,7 @@ def test_tune_checks_times_and_keeps_the_winner(ask: Ask, small_cells: list[Cell
     (entry,) = read_saved_tiles(tmp_path / "kernels")
     assert str(entry.tile) == winner["tile"]
     (listed,) = ask("cache", "list")["tiles"]
-    assert (listed["kernel"], listed["tile"], listed["current"]) == ("fa2_fwd_sm90_bf16_d64_rightbound", winner["tile"], True)
+    assert (listed["kernel"], listed["tile"], listed["current"]) == ("fa2_fwd_sm80_bf16_d64_rightbound_fewrows", winner["tile"], True)
 
 
 @pytest.mark.usefixtures("small_cells")
@@ -63,7 +64,7 @@ def test_tune_shows_the_fastest_the_one_in_use_and_what_was_wrong(invoke: Invoke
     text = result.stdout
     assert "in use" in text
     assert "m128n48w4s1b2: wrong: relative error" in text
-    assert "64: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),  # fa2 sm_90" in text
+    assert "64: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),  # fa2 sm_80" in text
     assert "not kept" in text
     assert not (tmp_path / "kernels" / SAVED_TILES).exists()
 

@@ -92,14 +92,14 @@ def test_the_arithmetic_of_a_shape_counts_visible_pairs() -> None:
 
 @pytest.mark.parametrize("family", list(Family), ids=lambda family: family.value)
 @pytest.mark.parametrize("cell", SHAPES, ids=str)
-def test_every_shape_can_be_tuned_in_either_family(card: Card, cell: Cell, family: Family) -> None:
+def test_every_shape_can_be_tuned_in_either_family(hopper: Card, cell: Cell, family: Family) -> None:
     patterns = ("m128n64w4s1b2", "m128n32w4s1*b2") if family is Family.FA2 else ("m128n64*s2*",)
     result = tune(cell, replace(NARROW, family=family, tiles=patterns))
     assert result.spec.family is family
     timed = [trial for trial in result.trials if trial.rounds]
     assert len(timed) >= 2
     assert all(trial.error is not None and trial.error < 5e-3 for trial in timed)
-    assert {launch[0].family for launch in card.launches} == {family}
+    assert {launch[0].family for launch in hopper.launches} == {family}
 
 
 def test_the_search_finds_the_fastest_tile_and_then_its_schedule(card: Card) -> None:
@@ -149,8 +149,9 @@ def test_a_tile_in_use_that_is_wrong_wins_nothing(card: Card) -> None:
     assert winners([result], by_kernel) == []
 
 
-def test_tiles_that_a_small_launch_does_not_tell_apart_are_timed_once(card: Card) -> None:
-    result = tune(options=Options(family=Family.FA3, tiles=("m128n64w12s2*",), rounds=1))
+@pytest.mark.usefixtures("hopper")
+def test_tiles_that_a_small_launch_does_not_tell_apart_are_timed_once() -> None:
+    result = tune(options=Options(tiles=("m128n64w12s2*",), rounds=1))
     refused = {str(trial.tile): trial.refused for trial in result.trials if trial.refused}
     assert refused["m128n64w12s2b1"] == "the same launch as m128n64w12s2pb1 here"
 
@@ -182,7 +183,7 @@ def test_the_budget_ends_the_search_and_says_so(card: Card, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (Options(tiles=("m1000*",)), "tiles: got m1000.; none of the [0-9]+ that fit fa2_fwd_sm90_bf16_d64.* matches: m64"),
+        (Options(tiles=("m1000*",)), "tiles: got m1000.; none of the [0-9]+ that fit fa2_fwd_sm80_bf16_d64.* matches: m64"),
         (Options(family=Family.FA3), "family: got fa3 for x_d64.*, which resolves to fa2_fwd_sm120"),
     ],
 )
@@ -228,14 +229,61 @@ def test_the_finalists_of_shapes_that_share_a_kernel_are_the_same_on_all_of_them
     assert found.tile.persistent
 
 
-def test_a_schedule_that_a_short_shape_does_not_tell_apart_can_still_win(card: Card) -> None:
-    card.properties = card.properties._replace(multiprocessors=4)
-    card.ms = lambda tile: 1.0 if tile.persistent else 0.5
-    results = tune_all([replace(CELL, lengths=(80,)), replace(CELL, lengths=(500,) * 4)], Options(family=Family.FA3, rounds=1))
+def test_a_schedule_that_a_short_shape_does_not_tell_apart_can_still_win(hopper: Card) -> None:
+    hopper.properties = hopper.properties._replace(multiprocessors=4)
+    hopper.ms = lambda tile: 1.0 if tile.persistent else 0.5
+    results = tune_all([replace(CELL, lengths=(80,)), replace(CELL, lengths=(500,) * 4)], Options(rounds=1))
     assert any(trial.same_as for trial in results[0].trials)
     (found,) = winners(results, by_kernel)
     assert not found.tile.persistent
     assert math.isclose(found.speedup, 2**0.5)
+
+
+def short_and_long(card: Card, options: Options) -> list[ShapeResult]:
+    """Two shapes of one kernel at head dim 128: a short one, the fastest with 64 keys, and a long one, the fastest with 96."""
+
+    def ms(tile: Tile) -> float:
+        return 1.0 if tile.block_n == (64 if card.launches[-1][1].seqlen_q == 100 else 96) else 2.0
+
+    card.ms = ms
+    short = replace(CELL, head_dim=128, lengths=(100,))
+    return tune_all([short, replace(short, lengths=(1100,))], options)
+
+
+def test_a_short_and_a_long_shape_of_one_kernel_have_a_winner_each(hopper: Card, tmp_path: Path) -> None:
+    results = short_and_long(hopper, Options(tiles=("m128n64w12s2*", "m128n96w12s2*"), rounds=1))
+    found = winners(results, by_kernel)
+    assert [(each.few_rows, each.tile.block_n) for each in found] == [(True, 64), (False, 96)]
+    for result, other in zip(results, (96, 64), strict=True):
+        assert other not in {trial.tile.block_n for trial in result.trials if trial.finalist}, "they share no finalists either"
+    keep(found, tmp_path / "kernels", 0)
+    saved = {entry.kernel: entry.tile for entry in read_saved_tiles(tmp_path / "kernels")}
+    kernel = "fa3_fwd_sm90a_bf16_d128_rightbound"
+    assert saved == {f"{kernel}_fewrows": found[0].tile, kernel: found[1].tile}
+    for winner in found:
+        key = fa.DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 128, causal=True, extras=fa.Extras(few_rows=winner.few_rows))
+        assert lookup(key) == replace(winner.spec, tile=winner.tile)
+    q, k = (fake(torch.zeros(1, 1100, heads, 128).bfloat16()) for heads in (2, 1))
+    for length, keys in ((100, 64), (1100, 96)):
+        fa.flash_attn_func(q[:, :length], k, k, causal=True)
+        assert hopper.launches[-1][0].tile.block_n == keys
+
+
+def test_a_short_and_a_long_shape_have_a_row_each_where_there_is_a_table_for_few_rows(hopper: Card) -> None:
+    results = short_and_long(hopper, Options(tiles=("m128n64w12s2*", "m128n96w12s2*"), rounds=1, group=by_table_row))
+    short, long = map(table_row, winners(results, by_table_row))
+    assert short.startswith("(128, 128): Tile(block_m=128, block_n=64, ")
+    assert "  # fa3 sm_90a, few rows, 2.000x over 1 shapes" in short
+    assert long.startswith("(128, 128): Tile(block_m=128, block_n=96, ")
+    assert "  # fa3 sm_90a, 2.000x over 1 shapes" in long
+
+
+def test_the_other_family_has_one_row_for_both_and_a_saved_tile_for_each(card: Card) -> None:
+    results = short_and_long(card, Options(tiles=("m128n64w4s1b2", "m128n96w4s1b1"), rounds=1, group=by_table_row))
+    (row,) = winners(results, by_table_row)
+    assert len(row.shapes) == 2
+    assert "few rows" not in table_row(row)
+    assert [winner.few_rows for winner in winners(results, by_kernel)] == [True, False]
 
 
 def test_less_than_a_percent_is_noise(card: Card) -> None:
@@ -271,7 +319,7 @@ def test_later_calls_use_what_was_kept(card: Card, tmp_path: Path, monkeypatch: 
 def test_a_winner_is_a_row_of_its_table(card: Card) -> None:
     (found,) = winners([tune()], by_table_row)
     row = table_row(replace(found, tile=Tile(block_m=128, block_n=48, warps=4, stages=2, min_blocks=2, persistent=True)))
-    assert row.startswith("64: Tile(block_m=128, block_n=48, warps=4, stages=2, min_blocks=2),  # fa2 sm_90, ")
+    assert row.startswith("64: Tile(block_m=128, block_n=48, warps=4, stages=2, min_blocks=2),  # fa2 sm_80, ")
     spec = lookup(fa.DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 192, extras=fa.Extras(v_head_dim=128, family=Family.FA3)))
     assert isinstance(spec, KernelSpec)
     assert table_row(replace(found, spec=spec, tile=spec.tile)).startswith("(192, 128): Tile(block_m=128, ")

@@ -100,7 +100,7 @@ def _cache_to_fill(out: Path | None) -> KernelCache:
 def specs_for(
     archs: Iterable[SmArch], dtypes: Iterable[DType], head_dims: Iterable[int], masks: Iterable[str], features: Iterable[str]
 ) -> list[KernelSpec]:
-    """The kernels for every arch x type x head dim x mask x subset of ``features``, each once.
+    """The kernels for every arch x type x head dim x mask x subset of ``features``, and for short and long sequences; each once.
 
     Raises:
         DispatchError: a mask or feature that is none, or a kernel that is not built.
@@ -113,8 +113,8 @@ def specs_for(
     # FEATURES gives its own window to a sink without one; here a mask without a left bound simply has no kernel with sinks.
     chosen = [(mask, *subset) for mask in masks for subset in _subsets(features) if mask in _LEFT_BOUND or "sink_tokens" not in subset]
     keys = (
-        with_features(_masked(DispatchKey(arch, dtype, head_dim), mask), subset)
-        for arch, dtype, head_dim, (mask, *subset) in product(list(archs), list(dtypes), list(head_dims), chosen)
+        with_features(_masked(DispatchKey(arch, dtype, head_dim), mask), [*subset, *few])
+        for arch, dtype, head_dim, (mask, *subset), few in product(list(archs), list(dtypes), list(head_dims), chosen, ([], ["few_rows"]))
     )
     return list(dict.fromkeys(_kernels(keys)))
 

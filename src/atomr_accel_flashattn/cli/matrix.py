@@ -38,6 +38,7 @@ _LABELS = {
     "dropout_mask": "dropout pattern out",
     "unaligned": "any alignment",
     "prescale": "zero or negative scale",
+    "few_rows": "short sequences of q, with their own tile",
     "backward": "backward",
     "paged": "paged KV cache",
     "split": "split KV",
@@ -66,6 +67,7 @@ _TEST_MARKS = {
     "dropout_mask": "dropout",
     "unaligned": "odd",
     "prescale": r"scale(-|0(?!\.))",
+    "few_rows": rf"\bq\d{{1,3}}-.*d{_HEAD_DIM}\b",
 }
 
 
@@ -154,9 +156,12 @@ class Runs:
         return cls() if failed else cls(card, arch_of_capability(major, minor), passed)
 
     def did(self, arch: SmArch, feature: str) -> bool:
-        """Whether a test that names ``feature`` passed on this architecture; tests of the wgmma family count for sm_90a, and only there."""
+        """Whether a test that names ``feature`` passed on this architecture; tests of the wgmma family count for sm_90a, and only there.
+
+        Hopper, whose calls compile for sm_90a, runs the kernels of sm_90 too.
+        """
         mark, wgmma = _TEST_MARKS.get(feature, feature), arch is SmArch.SM_90A
-        on_this_card = self.arch is (SmArch.SM_90 if wgmma else arch)
+        on_this_card = self.arch in ({arch, SmArch.SM_90A} if arch is SmArch.SM_90 else {arch})
         return on_this_card and any(re.search(mark, test) for test in self.passed if ("fa3" in test) == wgmma)
 
 

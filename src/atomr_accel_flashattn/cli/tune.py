@@ -180,6 +180,7 @@ def _document(
             {
                 "shape": str(result.cell),
                 "kernel": result.spec.kernel_name,
+                "few_rows": result.few_rows,
                 "seconds": result.seconds,
                 "complete": result.complete,
                 "tiles": [
@@ -208,7 +209,13 @@ def _document(
 
 
 def _winner(winner: Winner) -> dict[str, Any]:
-    return {"kernel": winner.spec.kernel_name, "tile": str(winner.tile), "speedup": winner.speedup, "shapes": winner.shapes}
+    return {
+        "kernel": winner.spec.kernel_name,
+        "few_rows": winner.few_rows,
+        "tile": str(winner.tile),
+        "speedup": winner.speedup,
+        "shapes": winner.shapes,
+    }
 
 
 def _record(document: dict[str, Any], folder: Path | None) -> Path | None:
@@ -224,7 +231,7 @@ def _conclude(found: Sequence[Winner], rows: Sequence[str], left: Sequence[str],
     numeric = ("speed",)
     winners_table = make_table("winners", ("kernel", "tile", *numeric, "shapes"), numeric=numeric)
     for winner in found:
-        winners_table.add_row(winner.spec.kernel_name, str(winner.tile), f"{winner.speedup:.3f}", str(len(winner.shapes)))
+        winners_table.add_row(winner.kernel, str(winner.tile), f"{winner.speedup:.3f}", str(len(winner.shapes)))
     console().print(winners_table)
     lines = [
         *rows,

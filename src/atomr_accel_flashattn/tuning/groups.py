@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Protocol
 
 from ..jit.saved_tiles import kernel_without_tile
-from ..jit.spec import KernelSpec
+from ..jit.spec import Family, KernelSpec
 
-__all__ = ["by_kernel", "by_table_row"]
-
-
-def by_kernel(spec: KernelSpec) -> Hashable:
-    """Those that one kernel serves: what is saved in the user's cache."""
-    return kernel_without_tile(spec)
+__all__ = ["Group", "by_kernel", "by_table_row"]
 
 
-def by_table_row(spec: KernelSpec) -> Hashable:
-    """Those that share a row of the tables in jit/tiles.py."""
-    return (spec.family, spec.arch, spec.head_dim, spec.v_head_dim)
+class Group(Protocol):
+    """What a group of shapes has in common."""
+
+    def __call__(self, spec: KernelSpec, *, few_rows: bool) -> Hashable:
+        """Equal for shapes that share a winner.
+
+        Args:
+            spec: the kernel of a shape.
+            few_rows: whether the key of the shape says so (``Extras.few_rows``).
+        """
+        ...
+
+
+def by_kernel(spec: KernelSpec, *, few_rows: bool) -> Hashable:
+    """Those that one kernel serves with one tile: what is saved in the user's cache."""
+    return kernel_without_tile(spec, few_rows=few_rows)
+
+
+def by_table_row(spec: KernelSpec, *, few_rows: bool) -> Hashable:
+    """Those that share a row of the tables in jit/tiles.py; only the wgmma family has a table for few rows."""
+    return (spec.family, spec.arch, spec.head_dim, spec.v_head_dim, few_rows and spec.family is Family.FA3)

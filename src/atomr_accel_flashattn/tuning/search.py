@@ -25,7 +25,7 @@ from ..errors import DispatchError
 from ..jit.compile import compile_many
 from ..jit.spec import Family, KernelSpec, Tile
 from ..jit.tile_space import AXES, SCHEDULES, misfit, tiles_that_fit
-from .groups import by_kernel
+from .groups import Group, by_kernel
 from .trial import Stand, Trial
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Options:
     budget: float = 600.0
     max_spill: int = 64
     seed: int = 0
-    group: Callable[[KernelSpec], Hashable] = by_kernel
+    group: Group = by_kernel
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,6 +73,7 @@ class ShapeResult:
 
     cell: Cell
     spec: KernelSpec  # with the tile in use
+    few_rows: bool  # whether the shape's key says so (Extras.few_rows)
     trials: list[Trial]
     seconds: float
     complete: bool  # whether the budget lasted for every candidate and round
@@ -89,7 +90,7 @@ class _Search:
     def __init__(self, cell: Cell, options: Options, watch: Watch) -> None:
         self.cell, self.options, self.watch = cell, options, watch
         self.stand = _stand(cell, options)
-        self.spec = self.stand.spec
+        self.spec, self.few_rows = self.stand.spec, self.stand.few_rows
         self.trials: dict[Tile, Trial] = {}
         self.contestants: dict[Tile, Contestant] = {}
         self.cut_short = False
@@ -146,7 +147,14 @@ class _Search:
     def result(self) -> ShapeResult:
         """What is known by now."""
         trials = sorted(self.trials.values(), key=lambda trial: (not trial.finalist, trial.ms or inf))
-        return ShapeResult(cell=self.cell, spec=self.spec, trials=trials, seconds=self.seconds, complete=not self.cut_short)
+        return ShapeResult(
+            cell=self.cell,
+            spec=self.spec,
+            few_rows=self.few_rows,
+            trials=trials,
+            seconds=self.seconds,
+            complete=not self.cut_short,
+        )
 
     def _compile(self, tiles: Sequence[Tile], what: str, before: int, total: int) -> None:
         counter = itertools.count(before + 1)
@@ -206,7 +214,7 @@ def tune_shapes(
             searches.append(_screened(cell, options, began + _SCREENING * options.budget, watch(cell)))
         groups: dict[Hashable, list[_Search]] = {}
         for search in searches:
-            groups.setdefault(options.group(search.spec), []).append(search)
+            groups.setdefault(options.group(search.spec, few_rows=search.few_rows), []).append(search)
         for members in groups.values():
             finalists = _finalists(members)
             for search in members:
@@ -276,11 +284,12 @@ def _stand(cell: Cell, options: Options) -> Stand:
     """
     device, l2_bytes = _card()
     sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed)
-    spec = lookup(request_of(cell, sets[0], options.family).dispatch_key())
+    key = request_of(cell, sets[0], options.family).dispatch_key()
+    spec = lookup(key)
     if not isinstance(spec, KernelSpec) or (options.family is not None and spec.family is not options.family):
         wanted = "a GPU kernel" if options.family is None else options.family.value
         raise DispatchError(f"family: got {wanted} for {cell}, which resolves to {spec.kernel_name} here; leave --family out")
-    return Stand(cell, sets, spec)
+    return Stand(cell, sets, spec, few_rows=key.extras.few_rows)
 
 
 def _card() -> tuple[torch.device, int]:

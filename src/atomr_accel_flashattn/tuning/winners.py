@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
@@ -12,7 +12,8 @@ from typing import Final
 from .. import plans
 from ..dispatch import forget_lookups
 from ..jit.saved_tiles import SavedTile, device_identity, headers_identity, kernel_without_tile, save_tiles
-from ..jit.spec import KernelSpec, Tile
+from ..jit.spec import Family, KernelSpec, Tile
+from .groups import Group
 from .search import ShapeResult
 
 __all__ = ["Winner", "keep", "table_row", "winners"]
@@ -27,23 +28,30 @@ class Winner:
 
     Attributes:
         spec: a kernel of the group, with the tile in use.
+        few_rows: whether the keys of the group say so (``Extras.few_rows``); of a group of both, what the first shape's says.
         tile: the winner; the tile in use where nothing was faster by one percent.
         speedup: geometric mean over the shapes, over the tile in use.
         shapes: their names.
     """
 
     spec: KernelSpec
+    few_rows: bool
     tile: Tile
     speedup: float
     shapes: tuple[str, ...]
 
+    @property
+    def kernel(self) -> str:
+        """The name that a winner of :func:`~.groups.by_kernel` is saved under."""
+        return kernel_without_tile(self.spec, few_rows=self.few_rows)
 
-def winners(results: Sequence[ShapeResult], group: Callable[[KernelSpec], Hashable]) -> list[Winner]:
+
+def winners(results: Sequence[ShapeResult], group: Group) -> list[Winner]:
     """The winner of each group: of the tiles that were timed in all its shapes. A shape whose tile in use was not timed does not count."""
     groups: dict[Hashable, list[ShapeResult]] = {}
     for result in results:
         if result.in_use.ms is not None:
-            groups.setdefault(group(result.spec), []).append(result)
+            groups.setdefault(group(result.spec, few_rows=result.few_rows), []).append(result)
     return [_winner(members) for members in groups.values()]
 
 
@@ -55,7 +63,13 @@ def _winner(results: Sequence[ShapeResult]) -> Winner:
     best = min(scores, key=scores.__getitem__, default=spec.tile)
     if scores.get(best, 1.0) > 1 - _WORTH_IT:
         best = spec.tile
-    return Winner(spec=spec, tile=best, speedup=1 / scores.get(best, 1.0), shapes=tuple(str(result.cell) for result in results))
+    return Winner(
+        spec=spec,
+        few_rows=results[0].few_rows,
+        tile=best,
+        speedup=1 / scores.get(best, 1.0),
+        shapes=tuple(str(result.cell) for result in results),
+    )
 
 
 def _relative_times(result: ShapeResult) -> dict[Tile, float]:
@@ -79,7 +93,7 @@ def keep(found: Sequence[Winner], folder: Path, device_index: int) -> Path:
             device=name,
             compute_capability=capability,
             headers=headers_identity(),
-            kernel=kernel_without_tile(winner.spec),
+            kernel=winner.kernel,
             tile=winner.tile,
             shapes=winner.shapes,
             speedup=winner.speedup,
@@ -94,12 +108,11 @@ def keep(found: Sequence[Winner], folder: Path, device_index: int) -> Path:
 
 
 def table_row(winner: Winner) -> str:
-    """A winner of :func:`~.groups.by_table_row` as a row of its table in jit/tiles.py."""
-    spec, tile = winner.spec, winner.tile
-    row = f"({spec.head_dim}, {spec.v_head_dim})" if spec.family.value == "fa3" else str(spec.head_dim)
+    """A winner of :func:`~.groups.by_table_row` as a row of its table in jit/tiles.py; its comment says when that is for few rows."""
+    spec, tile, wgmma = winner.spec, winner.tile, winner.spec.family is Family.FA3
+    row = f"({spec.head_dim}, {spec.v_head_dim})" if wgmma else str(spec.head_dim)
+    table = f"{spec.family.value} {spec.arch.value}{', few rows' if wgmma and winner.few_rows else ''}"
     told = [
         f"{f.name}={getattr(tile, f.name)}" for f in fields(Tile) if f.name not in _NOT_IN_TABLES and getattr(tile, f.name) != f.default
     ]
-    return (
-        f"{row}: Tile({', '.join(told)}),  # {spec.family.value} {spec.arch.value}, {winner.speedup:.3f}x over {len(winner.shapes)} shapes"
-    )
+    return f"{row}: Tile({', '.join(told)}),  # {table}, {winner.speedup:.3f}x over {len(winner.shapes)} shapes"
