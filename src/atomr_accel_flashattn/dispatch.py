@@ -53,7 +53,7 @@ _MAX_HEAD_DIM: Final = HEAD_DIM_WIDTHS[-1]
 _GPU_DTYPES: Final = (DType.F16, DType.BF16)
 _CPU_DTYPES: Final = (DType.F16, DType.BF16, DType.F32, DType.F64)
 _FLAGS: Final = ("causal", "varlen", "alibi", "paged")  # of a key: any other object would count as True
-_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "prescale")
+_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "prescale", "few_rows")
 _BEFORE_WGMMA: Final = frozenset({SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90})
 
 

@@ -160,3 +160,19 @@ def test_keys_differ_where_answers_would():
     assert fuse_key(decode(1, 50, batch=3)) == base
     for other in ({"mask": fa.MaskKind.causal()}, {"options": fa.AttentionOptions(softcap=1.0)}, {"dtype": "float16"}):
         assert fuse_key(decode(0, 5, **other)) not in {None, base}
+
+
+def test_fused_requests_keep_the_family_they_ask_for():
+    from atomr_accel_flashattn.actor.fusion import _pack
+    from atomr_accel_flashattn.jit.spec import Family
+    from atomr_accel_flashattn.types import SmArch
+
+    q = np.ones((1, 1, 4, 64), np.float16)
+    for kind, family in ((fa.Fa2FwdRequest, Family.FA2), (fa.DenseFwdRequest, Family.FA3)):
+        requests = [kind(q, q, q) for _ in range(2)]
+        key = _pack(requests).dispatch_key(SmArch.SM_90A)
+        assert fa.lookup(key).family is family
+        assert fa.lookup(requests[0].dispatch_key(SmArch.SM_90A)).family is family
+    mixed = [fuse_key(FlashAttnMsg.Forward(kind(q, q, q))) for kind in (fa.Fa2FwdRequest, fa.DenseFwdRequest)]
+    assert None not in mixed
+    assert mixed[0] != mixed[1]

@@ -12,14 +12,19 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final
 
 import numpy as np
 
+from ..dense import DenseFwdRequest
+from ..dispatch import DispatchKey
 from ..execute import Outputs, fill, make_outputs
 from ..fa2 import Fa2FwdRequest
+from ..jit.spec import Family
 from ..problem import ArrayInfo
+from ..types import SmArch
 from ..varlen import CumulativeSeqlens, VarlenFwdRequest
 from .messages import FlashAttnMsg, Message
 
@@ -30,11 +35,24 @@ _MAX_QUERIES: Final = 8
 _MAX_KV_BYTES: Final = 1 << 20
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _PackedFa2(VarlenFwdRequest):
+    """Packed requests that asked for the mma.sync family, and get it."""
+
+    def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
+        key = VarlenFwdRequest.dispatch_key(self, arch)
+        return replace(key, extras=replace(key.extras, family=Family.FA2))
+
+
+# What can be fused, and into what.
+_PACKED: Final[dict[type, type[VarlenFwdRequest]]] = {DenseFwdRequest: VarlenFwdRequest, Fa2FwdRequest: _PackedFa2}
+
+
 def fuse_key(message: Message) -> Hashable | None:
     """Equal keys may be fused; None: not this one."""
-    if not isinstance(message, FlashAttnMsg.Forward) or type(message.request) is not Fa2FwdRequest or message.dropout_mask:
+    if not isinstance(message, FlashAttnMsg.Forward) or type(message.request) not in _PACKED or message.dropout_mask:
         return None
-    request: Fa2FwdRequest = message.request
+    request: DenseFwdRequest = message.request
     problem = request.problem
     arrays = (problem.q, problem.k, problem.v)
     if request.out_array is not None or problem.dropout is not None or not 1 <= problem.seqlen_q <= _MAX_QUERIES or problem.batch == 0:
@@ -48,7 +66,7 @@ def fuse_key(message: Message) -> Hashable | None:
         return None
     per_head = [None if array is None else array.ptr for array in (problem.alibi_slopes, problem.learned_sink)]
     shape = (problem.heads, problem.heads_kv, problem.head_dim, problem.v_head_dim, problem.q.dtype_name, problem.q.device)
-    return (library, *shape, problem.softmax_scale, problem.softcap, problem.band, *per_head, message.lse)
+    return (type(request), library, *shape, problem.softmax_scale, problem.softcap, problem.band, *per_head, message.lse)
 
 
 def _library(arrays: Sequence[ArrayInfo]) -> str | None:
@@ -70,7 +88,7 @@ def launch_fused(calls: Sequence[tuple[Message, Outputs]], *, stream: int | None
     Returns:
         what has to live until the device is done.
     """
-    requests: list[Fa2FwdRequest] = [message.request for message, _ in calls]
+    requests: list[DenseFwdRequest] = [message.request for message, _ in calls]
     with _quiet(requests[0].problem.q, stream):
         packed = _pack(requests)
         outputs = make_outputs(packed, lse=calls[0][1].lse is not None)
@@ -91,11 +109,11 @@ def _quiet(q: ArrayInfo, stream: int | None) -> Any:
         yield
 
 
-def _pack(requests: Sequence[Fa2FwdRequest]) -> VarlenFwdRequest:
+def _pack(requests: Sequence[DenseFwdRequest]) -> VarlenFwdRequest:
     first = requests[0]
     q, k, v = (_rows([getattr(request, name) for request in requests]) for name in "qkv")
     lengths = [[length for r in requests for length in [getattr(r.problem, side)] * r.problem.batch] for side in ("seqlen_q", "seqlen_k")]
-    return VarlenFwdRequest(
+    return _PACKED[type(first)](
         q,
         k,
         v,

@@ -209,7 +209,7 @@ def _section_heads(problem: AttentionProblem) -> int:
     element = problem.k.dtype.itemsize if problem.k.dtype else 1
     kv_bytes = max(1, problem.seqlen_k * (problem.head_dim + problem.v_head_dim) * element)
     kv_heads = max(1, min(_SECTION_KV_HEADS, _L2_BYTES // kv_bytes))
-    return min(problem.batch * problem.heads, kv_heads * group)
+    return max(1, min(problem.batch * problem.heads, kv_heads * group))
 
 
 def _address(array: ArrayInfo | None) -> int:

@@ -1,7 +1,7 @@
 """Tiles that were measured on this machine: a small JSON file beside the kernels in the cache folder, which ``lookup`` consults.
 
 An entry belongs to one kernel in all but its tile, on one kind of device, compiled from one state of the headers. It is found by what
-is asked, never by the data, so a call's bits do not depend on its batch. The file is read once per process; a folder without one costs an
+is asked, never by the data. The file is read once per process; a folder without one costs an
 attempt to open it. What is wrong with the file, or with one entry, is a :class:`CacheWarning` during a call, and an error only while
 tiles are being saved.
 """
