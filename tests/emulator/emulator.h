@@ -95,10 +95,10 @@ struct Rendezvous {
   void* operands[32];
 };
 
-// bar.sync waits, bar.arrive does not; both count.
+// bar.sync waits, bar.arrive does not; both count. `threads`: how many all who come say that there are.
 struct NamedBarrier {
   std::vector<unsigned> waiting;
-  size_t arrived = 0;
+  size_t arrived = 0, threads = 0;
 };
 
 struct Machine {
@@ -163,6 +163,8 @@ void gather(std::vector<unsigned>& waiting, size_t count, Work work) {
 
 // A thread comes to a named barrier of `threads`; those that wait go on when all have come.
 inline void come(NamedBarrier& barrier, size_t threads) {
+  if (barrier.arrived != 0 && barrier.threads != threads) throw std::runtime_error("named barrier: two uses of one number, of different size");
+  barrier.threads = threads;
   if (++barrier.arrived < threads) return;
   barrier.arrived = 0;
   wake(barrier.waiting);

@@ -48,10 +48,10 @@ struct Ring {
 };
 
 // Warpgroups issue their products in turn, so that one multiplies while the others are in their softmax (FlashAttention-3, section 3.1, "pingpong").
-// Every warpgroup takes part in every tile that the block visits, also in those that it only passes over. Named barriers 4.. are used.
+// Every warpgroup takes part in every tile that the block visits, also in those that it only passes over. Named barriers 8.. are used.
 template <bool kOn, int kWarpgroups>
 struct Turns {
-  static constexpr int kFirst = 4, kThreads = 256;  // those who wait and those who pass
+  static constexpr int kFirst = 8, kThreads = 256;  // those who wait and those who pass
 
   // The first warpgroup has the first turn.
   __device__ __forceinline__ void begin(int warpgroup) const {
