@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from atomr_accel_flashattn.bench.record import make_record
 from atomr_accel_flashattn.jit.spec import Family
 from tests.gpu.families import FAMILIES
 
@@ -128,19 +129,19 @@ def main() -> int:
     for family in arguments.families:
         print(f"{family}: {compile_first(family).strip()}", flush=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = [
+        examined = [
             pool.submit(examine, family, tool, arguments.seconds)
             for tool in reversed(TOOLS)
             if tool in arguments.tools
             for family in arguments.families
         ]
-        results = [run.result() for run in runs]
+        results = [each.result() for each in examined]
     for verdict, _ in results:
         print(f"{'ok  ' if verdict.fine else 'FAIL'} {json.dumps(asdict(verdict))}", flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "sanitizer.json").write_text(
-        json.dumps([asdict(verdict) | {"fine": verdict.fine} for verdict, _ in results], indent=1) + "\n"
-    )
+    runs = [asdict(verdict) | {"fine": verdict.fine} for verdict, _ in results]
+    record = make_record("sanitizer", {"runs": runs}, commit=os.environ.get("ATOMR_FLASHATTN_COMMIT"))
+    (arguments.out / "sanitizer.json").write_text(json.dumps(record, indent=1) + "\n")
     (arguments.out / "sanitizer.log").write_text("\n".join(said for _, said in results))
     return int(not all(verdict.fine for verdict, _ in results))
 

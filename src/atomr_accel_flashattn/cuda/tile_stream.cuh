@@ -51,9 +51,12 @@ struct TileStream {
   __device__ __forceinline__ Work next() {
     if constexpr (!kPersistent) return Work::none();
     ring.wait_full();
-    const uint4 slot = ptx::load_shared_16(slots + kSlotBytes * ring.stage);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(ring.empty());
+    __syncwarp();  // no lane may look at the barrier once the slot is filled anew
+    uint4 slot{};
+    if (threadIdx.x % 32 == 0) {
+      slot = ptx::load_shared_16(slots + kSlotBytes * ring.stage);
+      ptx::barrier_arrive(ring.empty());
+    }
     ring.advance();
     return {uniform(static_cast<int>(slot.x)), uniform(static_cast<int>(slot.y)), uniform(static_cast<int>(slot.z))};
   }
