@@ -159,7 +159,7 @@ struct Fa3Forward {
         if (pending) release(ring_v);
         pending = false;
       };
-      if constexpr (C.left_bound) {
+      if (C.left_bound && (C.sink_tokens || n >= 0)) {  // with sink tokens always: a branch would cost registers that spill
         settle();
 #pragma unroll 1
         for (; n >= 0; n = task.walk.all.next_tile(n)) pass_over(warpgroup);
