@@ -141,6 +141,11 @@ def _read_torch(x: Any, name: str, torch: Any) -> ArrayInfo:
         raise ArrayTypeError(
             f"{name}: got {type(x).__qualname__} without memory of its own (a fake tensor, or inside a torch.func transform): {error}"
         ) from error
+    if ptr == 0 and x.numel():
+        raise ArrayTypeError(
+            f"{name}: got a torch tensor of shape {tuple(x.shape)} without memory (its storage was freed, or never made); "
+            "allowed are tensors that hold their elements"
+        )
     place = Device("cuda", device.index) if device.type == "cuda" else Device("cpu", 0)
     return _info(ptr, tuple(x.shape), tuple(x.stride()), str(x.dtype).removeprefix("torch."), place, x)
 

@@ -41,6 +41,7 @@ Tensors: TypeAlias = tuple[Any, ...]
 # (shape, strides, dtype) of an output to be made
 _Array: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], Any]
 
+_NOWHERE: Final = 16  # in a plan's alignment: some array has no memory, because it is empty or because it was freed under its tensor
 _MAX_PLANS: Final = 4096  # of about 1 KB; a workload with more shapes than that starts over
 _PLAIN: Final = frozenset({int, float, bool, type(None)})
 # How many of the leading addresses of the parameters a launch brings: q, k, v, o; with LSE and cu_seqlens; with slopes, sink and seed.
@@ -158,6 +159,8 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
             return None, None
         q_ptr, k_ptr, v_ptr, out_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr()
         alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15
+        if not (q_ptr and k_ptr and v_ptr and (out_ptr or out is None)):
+            alignment |= _NOWHERE
         if plan is None or not same or plan.alignment != alignment:
             key, plan = _find(call, alignment, tensors)
             if plan is None:
@@ -198,7 +201,7 @@ def _describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers,
 
 
 def _may_repeat(tensors: Tensors) -> bool:
-    """Whether these are plain tensors of torch, on a GPU, that want no gradients."""
+    """Whether these are plain tensors of torch, on a GPU, that want no gradients and are no views with other signs than their memory."""
     if not hooks.plain_types:
         meet_torch()
     types = hooks.plain_types
@@ -206,6 +209,7 @@ def _may_repeat(tensors: Tensors) -> bool:
         all(type(tensor) in types for tensor in tensors)
         and tensors[0].is_cuda
         and not (any(tensor.requires_grad for tensor in tensors) and hooks.is_grad_enabled())
+        and not any(tensor.is_neg() for tensor in tensors)
     )
 
 

@@ -308,6 +308,7 @@ inline int launch(unsigned grid, unsigned threads, unsigned seed, char* message,
 
 }  // namespace emulator
 
+inline void __threadfence() {}
 inline void __syncthreads() {
   using emulator::machine;
   machine->barrier.waiting.push_back(machine->current);

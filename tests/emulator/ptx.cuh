@@ -23,11 +23,6 @@ inline uint4 load_shared_16(uint32_t src) {
   std::memcpy(&x, fa::shared + src, 16);
   return x;
 }
-inline int load_shared_4(uint32_t src) {
-  int x;
-  std::memcpy(&x, fa::shared + src, 4);
-  return x;
-}
 
 struct MatrixOperands {
   uint32_t* r;

@@ -29,6 +29,7 @@ TILES = (
     Tile(block_m=192, block_n=64, warps=16, stages=2, ping_pong=True, persistent=True),
     Tile(block_m=128, block_n=64, warps=12, stages=2, ping_pong=True),
     Tile(block_m=256, block_n=64, warps=20, stages=4, ping_pong=True),
+    Tile(block_m=128, block_n=64, warps=12, stages=1, ping_pong=True, persistent=True),
     Tile(block_m=256, block_n=32, warps=20, stages=2, ping_pong=True, persistent=True),
     Tile(block_m=128, block_n=160, warps=12, stages=2, persistent=True),
     Tile(block_m=64, block_n=32, warps=8, stages=4),
@@ -72,7 +73,7 @@ def test_tile_with_every_feature(tile: Tile):
     check_case(EVERYTHING, lambda inputs: emulate(inputs, tile=tile, family=Family.FA3))
 
 
-@pytest.mark.parametrize("tile", TILES[:8], ids=str)
+@pytest.mark.parametrize("tile", TILES[:9], ids=str)
 @pytest.mark.parametrize("case", [RAGGED, EVERYTHING], ids=["causal", "everything"])
 def test_bits_do_not_depend_on_the_order_of_threads_and_copies(case: Case, tile: Tile):
     inputs: Inputs = build(case)

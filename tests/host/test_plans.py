@@ -497,3 +497,24 @@ def test_more_blocks_than_a_grid_has_are_refused(gpu: FakeGpu):
     object.__setattr__(request, "out_array", request.problem.q)  # shapes alone decide: nothing of this size is made
     with pytest.raises(fa.ShapeError, match="thread blocks; allowed are 2147483647; split the batch"):
         fa.run(request, lse=False)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_tensor_whose_storage_was_freed_is_refused_by_a_repeated_call_too(gpu, which):
+    """It keeps its shape; tensor maps would still point to the call before."""
+    arrays = qkv()
+    fa.flash_attn_func(*arrays)
+    fa.flash_attn_func(*arrays)
+    launched = len(gpu.launches)
+    arrays[which].untyped_storage().resize_(0)
+    with pytest.raises(fa.ArrayTypeError, match="without memory"):
+        fa.flash_attn_func(*arrays)
+    assert len(gpu.launches) == launched
+
+
+def test_a_view_of_other_signs_than_its_memory_finds_no_plan(gpu):
+    q, k, v = qkv()
+    fa.flash_attn_func(q, k, v)
+    fa.flash_attn_func(q, k, v)
+    with pytest.raises(fa.ArrayTypeError, match="negative bit"):
+        fa.flash_attn_func(fake(torch._neg_view(torch.ones(q.shape, dtype=q.dtype))), k, v)

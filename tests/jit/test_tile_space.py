@@ -68,6 +68,7 @@ def test_candidates_are_valid_kernels_that_fit_the_multiprocessor() -> None:
         (spec_of(dropout=True), replace(FA2_TILE, block_n=48), "allowed are multiples of 32 with dropout"),
         (fa3_spec(), replace(FA3_TILE, warps=10), "warps: got 10; allowed are 8, 12, 16 and 20"),
         (fa3_spec(), replace(FA3_TILE, block_m=64), "block_m: got 64; allowed with 12 warps is 128"),
+        (fa3_spec(64), replace(FA3_TILE, block_n=16, stages=12), "stages: got 12; allowed are at most 11"),
         (fa3_spec(64), replace(FA3_TILE, block_n=272), "block_n: got 272; allowed is at most 256"),
         (fa3_spec(), replace(FA3_TILE, min_blocks=2, overlap=True), "the fa3 family has no min_blocks, overlap"),
         (fa3_spec(), replace(FA3_TILE, block_m=64, warps=8, ping_pong=True), "ping_pong: allowed with two to four warpgroups"),

@@ -1,5 +1,5 @@
 // Forward attention on Hopper: FlashAttention-3 (arXiv 2407.08608). Three producer warps bring tiles of Q, K and V by tensor copies; one to
-// three consumer warpgroups of 64 rows multiply with wgmma, and compute the softmax of one tile while the tensor cores work on the next (section 3.2).
+// four consumer warpgroups of 64 rows multiply with wgmma, and compute the softmax of one tile while the tensor cores work on the next (section 3.2).
 #pragma once
 
 #include "panels.cuh"
@@ -33,6 +33,8 @@ struct Fa3Forward {
   // Registers are moved from the loading warpgroup to the computing ones: 64 Ki in all (PTX ISA, setmaxnreg).
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
+
+  static constexpr bool kAllSeen = !C.varlen && !C.left_bound && !C.right_bound;  // every row sees every key that the tensor has
 
   // L2 policies (createpolicy): q is read once, k and v by many blocks.
   static constexpr uint64_t kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
@@ -102,7 +104,9 @@ struct Fa3Forward {
       const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
       if (first_tile(work, seq, Band<C>(p.fwd, seq, work.block_m * C.block_m, C.block_m)) < 0) continue;
 #pragma unroll 1
-      for (int w = 0; w < kConsumers; ++w) {
+      for (int i = 0; i < kConsumers; ++i) {
+        // In the order in which they let go of Q: the later rows of a window are done with its last tiles first.
+        const int w = C.left_bound ? kConsumers - 1 - i : i;
         const Ring<1> ring = ring_q.neighbour(w);
         ring.wait_empty();
         if (leader) {
@@ -127,9 +131,9 @@ struct Fa3Forward {
       for (int n = first_tile(work, seq, band); n >= 0; n = band.next_tile(n)) {
         ring_v.wait_empty();
         const RowRange seen = values_seen(band);
-        if (seen.covers(n * C.block_n, C.block_n)) {
+        if (kAllSeen || seen.covers(n * C.block_n, C.block_n)) {
           if (leader) load_tile<TileV>(ring_v, shared + kV, &p.v_map, ring_v.full(), head_kv, seq, n);
-        } else {
+        } else if constexpr (!kAllSeen) {
           if (leader) load_tile<TileV>(ring_v, shared + kV, &p.v_map, shared + kLanded, head_kv, seq, n);
           ptx::barrier_wait(shared + kLanded, landed);
           landed ^= 1;
@@ -159,11 +163,9 @@ struct Fa3Forward {
         if (pending) release(ring_v);
         pending = false;
       };
-      if (C.left_bound && (C.sink_tokens || n >= 0)) {  // with sink tokens always: a branch would cost registers that spill
-        settle();
+      if constexpr (C.sink_tokens) settle();  // nothing is passed over at the end; to settle later would cost registers that spill
 #pragma unroll 1
-        for (; n >= 0; n = task.walk.all.next_tile(n)) pass_over(warpgroup);
-      }
+      for (; n >= 0; n = task.walk.all.next_tile(n)) pass_over(warpgroup, settle);
       Task next{Work::none()};
       if constexpr (C.persistent) {
         next = begin(stream.next(), r, warpgroup, settle);
@@ -236,7 +238,7 @@ struct Fa3Forward {
     int n;
   };
 
-  // Finds that tile and starts its S = Q K^T. `settle` ends the product with V that may still run, whose buffer comes before those of this tile.
+  // Finds that tile and starts its S = Q K^T.
   template <class Settle>
   __device__ __forceinline__ Task begin(const Work& work, Products& r, int warpgroup, Settle settle) {
     const int first_row = max(work.block_m, 0) * C.block_m;
@@ -246,10 +248,7 @@ struct Fa3Forward {
     const bool visited = n >= 0;
     if (visited) ring_q.wait_full();
 #pragma unroll 1
-    for (; n >= 0 && !walk.own.sees(n); n = walk.all.next_tile(n)) {
-      settle();
-      pass_over(warpgroup);
-    }
+    for (; n >= 0 && !walk.own.sees(n); n = walk.all.next_tile(n)) pass_over(warpgroup, settle);
     if (n >= 0) {
       ring_k.wait_full();
       turns.wait(warpgroup);
@@ -296,13 +295,16 @@ struct Fa3Forward {
     return walk.all.next_tile(n);
   }
 
-  // A tile that only other warpgroups see: let go unread. All warps must have seen it arrive before one thread lets go for all: a warp that came
-  // later might find the stage filled anew, which looks like one that was never filled.
-  __device__ __forceinline__ void pass_over(int warpgroup) {
-    ring_k.wait_full();
-    ring_v.wait_full();
+  // A tile that only other warpgroups see: let go unread, and its turn first, which another may need to issue what this one need not. All warps must
+  // have seen it arrive before one thread lets go for all: a warp that came later might find the stage filled anew, which looks like one that was
+  // never filled. `settle` ends the product with V that may still run, whose buffer comes before this one.
+  template <class Settle>
+  __device__ __forceinline__ void pass_over(int warpgroup, Settle settle) {
     turns.wait(warpgroup);
     turns.pass(warpgroup);
+    settle();
+    ring_k.wait_full();
+    ring_v.wait_full();
     ptx::named_barrier_sync(1 + warpgroup, 128);
     release(ring_k);
     release(ring_v);

@@ -1,4 +1,4 @@
-// Rings of shared-memory buffers between the warp that loads and the warpgroups that compute. Stage and phase stay in here.
+// Rings of shared-memory buffers between the warps that load and the warpgroups that compute. Stage and phase stay in here.
 #pragma once
 
 #include "hopper_ptx.cuh"

@@ -63,6 +63,7 @@ struct TileStream {
   // Loading warp, at its end: the last block leaves the counters as it found them.
   __device__ __forceinline__ void finish(bool leader) const {
     if constexpr (kPersistent) {
+      __threadfence();  // after what take() of another lane added
       if (leader && atomicAdd(p.counters + 1, 1) == static_cast<int>(gridDim.x) - 1) {
         p.counters[0] = 0;
         p.counters[1] = 0;

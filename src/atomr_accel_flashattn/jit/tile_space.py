@@ -43,6 +43,7 @@ _WARPGROUP_ROWS: Final = 64
 _OVERLAP_STAGES: Final = 2
 _PHILOX_KEYS: Final = 32
 _LONGEST_WGMMA: Final = 256
+_MOST_STAGES: Final = 11
 
 
 def misfit(spec: KernelSpec) -> str:
@@ -81,6 +82,8 @@ def _misfit_fa3(tile: Tile) -> str:
         return f"block_m: got {tile.block_m}; allowed with {tile.warps} warps is {groups * _WARPGROUP_ROWS}"
     if tile.block_n > _LONGEST_WGMMA:
         return f"block_n: got {tile.block_n}; allowed is at most {_LONGEST_WGMMA}"
+    if tile.stages > _MOST_STAGES:
+        return f"stages: got {tile.stages}; allowed are at most {_MOST_STAGES}, whose barriers have room"
     if tile.ping_pong and groups == 1:
         return "ping_pong: allowed with two to four warpgroups that multiply"
     return ""
