@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from atomr_accel_flashattn.bench.report import draw, markdown
+from atomr_accel_flashattn.bench.figure import draw
+from atomr_accel_flashattn.bench.report import markdown
 
 
 def main() -> None:

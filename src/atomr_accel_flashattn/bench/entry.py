@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .figure import draw
 from .forward import Options, Report, Row, chosen_peers, run_forward
 from .host import HostOptions, run_host
 from .record import make_record, write_record
-from .report import draw, format_row, header, summary
+from .report import format_row, header, summary
 
 __all__ = ["RESULTS", "main", "main_host"]
 
