@@ -14,7 +14,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["forward", "host"])
     parser.add_argument("--cells", help="comma-separated patterns of cell names")
-    parser.add_argument("--peers", help="comma-separated: ours, fa2, cudnn, flex, and fa3, fa4 where they are installed")
+    parser.add_argument(
+        "--peers", help="comma-separated: ours, fa2, cudnn, flex, fa3, fa4, cudnn_fe, or all; default: those installed, not flex"
+    )
     parser.add_argument("--families", default="", help="of our kernels, comma-separated: fa2, fa3; the first is the column ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no further cell is begun")

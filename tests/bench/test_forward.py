@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,11 +23,9 @@ from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
 from atomr_accel_flashattn.bench.families import OfFamily  # noqa: E402
 from atomr_accel_flashattn.bench.forward import Options  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import Inputs, check_rows, make_inputs  # noqa: E402
-from atomr_accel_flashattn.bench.other_peers import FlashAttnPackage, FlexPeer  # noqa: E402
 from atomr_accel_flashattn.bench.peers import CudnnPeer, Ours, Refused, TorchFa2  # noqa: E402
 from atomr_accel_flashattn.bench.report import header, markdown  # noqa: E402
 from atomr_accel_flashattn.bench.timing import Contestant, Timing, measure_in_turns  # noqa: E402
-from atomr_accel_flashattn.functional import flash_attn_func, flash_attn_varlen_func  # noqa: E402
 from atomr_accel_flashattn.jit.spec import Family  # noqa: E402
 from tests.host.fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
 
@@ -174,7 +170,7 @@ def test_cells_that_the_budget_does_not_reach_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("made_up")
 def test_an_unknown_peer_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="no peer named fa9; there are ours, fa2, cudnn"):
+    with pytest.raises(ValueError, match="no peer named fa9; there are ours, fa2, cudnn, fa3, fa4, cudnn_fe, flex, and all"):
         forward.run_forward(Options(peers=("fa9",)))
 
 
@@ -212,27 +208,6 @@ def test_a_chosen_family_does_what_the_cell_says(cell: Cell, family: Family, mon
 def test_a_family_that_the_device_does_not_have_is_refused() -> None:
     with pytest.raises(Refused, match="fa3 resolves to reference_cpu here"):
         OfFamily(Family.FA3, "ours").prepare(CELLS[0], inputs_of(CELLS[0]))
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
-@pytest.mark.parametrize("cell", CELLS[:3] + CELLS[4:], ids=str)
-def test_flex_attention_does_what_the_cell_says(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **_options: function)  # seconds to minutes on a CPU
-    inputs, peer = inputs_of(cell), FlexPeer()
-    assert check_rows(cell, inputs, peer.prepare(cell, inputs)(), with_alibi=peer.adds_alibi(cell)) < 1e-2
-
-
-def test_packages_of_the_authors_are_called_as_they_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("flash_attn_interface")
-    module.flash_attn_func = lambda q, k, v, **options: (flash_attn_func(q, k, v, **options), None)
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    peer = FlashAttnPackage("fa3", "flash_attn_interface")
-    for cell in CELLS[:5]:
-        inputs = inputs_of(cell)
-        assert check_rows(cell, inputs, peer.prepare(cell, inputs)(), with_alibi=False) < 5e-3
-    with pytest.raises(Refused, match="has no ALiBi"):
-        peer.prepare(CELLS[5], inputs_of(CELLS[5]))
 
 
 def test_without_a_card_it_says_so() -> None:

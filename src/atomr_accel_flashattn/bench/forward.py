@@ -14,7 +14,7 @@ from ..jit.spec import Family
 from .cells import Cell, select
 from .families import OfFamily, request_of
 from .inputs import ERROR_LIMIT, Inputs, check_rows, make_inputs
-from .other_peers import FlexPeer, importable_peers
+from .other_peers import importable_peers, named_peers
 from .peers import CudnnPeer, Ours, Peer, Refused, TorchFa2
 from .timing import Contestant, measure_in_turns
 
@@ -26,6 +26,7 @@ __all__ = ["Options", "Report", "Result", "Row", "ceilings", "chosen_peers", "ru
 MATMUL_SIZE = 8192
 COPY_BYTES = 1 << 32
 OURS = "ours"
+EVERY_PEER = "all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,8 @@ class Options:
         cells: comma-separated patterns of cell names, None is all.
         rounds: how often each peer is timed in a cell.
         budget: seconds after which no further cell is begun.
-        peers: names, None is all but those that take long to prepare.
+        peers: names, or "all"; one that is not installed stays as a column that says so. None is all that are installed, but those that
+            take long to prepare.
         families: of our kernels, "fa2" or "fa3": the first is the column ``ours``, others are columns beside it; none is what users'
             calls take.
         seed: of the inputs and of the order in which peers take turns.
@@ -175,21 +177,20 @@ def _card() -> tuple[torch.device, int]:
 
 
 def chosen_peers(options: Options) -> list[Peer]:
-    """Ours first, then those asked for.
+    """Ours first, then those asked for; with none named, those that are installed but FlexAttention, which compiles for seconds a cell.
 
     Raises:
         ValueError: a name that is no peer or no family.
     """
     families = [_family(name) for name in options.families]
     ours: list[Peer] = [OfFamily(family, f"{OURS}_{family.value}" if n else OURS) for n, family in enumerate(families)] or [Ours()]
-    there: list[Peer] = [*ours, TorchFa2(), CudnnPeer(), *importable_peers()]
-    if options.peers is None:
+    there: list[Peer] = [*ours, TorchFa2(), CudnnPeer(), *(importable_peers() if options.peers is None else named_peers())]
+    if options.peers is None or EVERY_PEER in options.peers:
         return there
-    there.append(FlexPeer())
     known = [peer.name for peer in there]
     unknown = sorted(set(options.peers) - set(known))
     if unknown:
-        raise ValueError(f"no peer named {', '.join(unknown)}; there are {', '.join(known)}")
+        raise ValueError(f"no peer named {', '.join(unknown)}; there are {', '.join(known)}, and {EVERY_PEER}")
     return [peer for peer in there if peer.name in options.peers]
 
 

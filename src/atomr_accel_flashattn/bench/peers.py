@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .cells import Cell
     from .inputs import Inputs
 
-__all__ = ["UNBOUNDED", "Call", "CudnnPeer", "Ours", "Peer", "Refused", "TorchFa2"]
+__all__ = ["UNBOUNDED", "Call", "CudnnPeer", "Ours", "Peer", "Refused", "TorchFa2", "first_line", "tried"]
 
 Call = Callable[[], "torch.Tensor"]
 UNBOUNDED = -1
@@ -38,6 +38,24 @@ class Peer(Protocol):
 
     def adds_alibi(self, cell: Cell) -> bool:
         """Whether the cell's ALiBi bias is really added."""
+
+
+def tried(call: Call) -> Call:
+    """``call`` after one go, so that another package's refusals, whatever their type, become a reason in its column and do not end the run.
+
+    Raises:
+        Refused: the call raised; the text has the type and the first line of what.
+    """
+    try:
+        call()
+    except Exception as error:  # another package's errors derive from anything: cuDNN's from Exception, FlashAttention-4's are assertions
+        raise Refused(first_line(error)) from error
+    return call
+
+
+def first_line(error: Exception) -> str:
+    """``Type: first line of the message``, at most 300 characters."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
 
 
 class Ours:

@@ -15,7 +15,10 @@ from typing import Any
 
 __all__ = ["commit_id", "device_facts", "make_record", "versions", "write_record"]
 
-PACKAGES = ("atomr-accel-flashattn", "torch", "numpy", "ml_dtypes", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cudnn-cu13")
+PACKAGES = (
+    *("atomr-accel-flashattn", "torch", "numpy", "ml_dtypes", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc"),
+    *("nvidia-cudnn-cu13", "nvidia-cudnn-frontend", "flash-attn-3", "flash-attn-4", "xformers"),
+)
 
 
 def commit_id(given: str | None = None) -> str:

@@ -17,10 +17,16 @@ from .output import Json, console, make_table, print_json
 
 __all__ = ["bench"]
 
+PEERS_HELP = (
+    "Only these columns, comma-separated, or all: ours; fa2 and cudnn (torch's own); flex (torch's FlexAttention, which compiles for "
+    "seconds a cell); fa3 (FlashAttention-3, the authors' or xformers'); fa4 (FlashAttention-4); cudnn_fe (nvidia-cudnn-frontend). What is "
+    "named and not installed is a column that says so. Without this: all that are installed, but flex."
+)
+
 
 def bench(
     cells: Annotated[str | None, typer.Option(help="Only cells that match these comma-separated patterns; --list shows the names.")] = None,
-    peers: Annotated[str | None, typer.Option(help="Only these peers, comma-separated.")] = None,
+    peers: Annotated[str | None, typer.Option(help=PEERS_HELP)] = None,
     families: Annotated[
         str | None, typer.Option(help="Families of our kernels, fa2 or fa3, comma-separated; the first is the column ours.")
     ] = None,
@@ -31,7 +37,7 @@ def bench(
     list_cells: Annotated[bool, typer.Option("--list", help="Only list the cells.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure speed against torch's FlashAttention-2 and cuDNN in one run, or with --host what a call costs. Needs a GPU and torch."""
+    """Measure speed against the peers that are installed, all in one run, or with --host what a call costs. Needs a GPU and torch."""
     if list_cells:
         _list(cells, as_json=as_json)
         return

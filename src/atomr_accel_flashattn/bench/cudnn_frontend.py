@@ -1,0 +1,154 @@
+"""cuDNN through its own graph interface (package nvidia-cudnn-frontend, module ``cudnn``), which has what SDPA does not pass on to it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..types import DType
+from .peers import Call, Refused, first_line, tried
+
+if TYPE_CHECKING:
+    import torch
+
+    from .cells import Cell
+    from .inputs import Inputs
+
+__all__ = ["CudnnFrontend"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A built graph of one cell. ``constants``: its handles of lengths and offsets, with their tensors."""
+
+    graph: Any
+    q: Any
+    k: Any
+    v: Any
+    o: Any
+    constants: dict[Any, torch.Tensor]
+    workspace: torch.Tensor
+
+
+class CudnnFrontend:
+    """Every cell: bands by their bounds, ALiBi by cuDNN's own slopes (those of the cells), packed sequences by ragged offsets."""
+
+    name = "cudnn_fe"
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._cell: Cell | None = None
+        self._built: _Graph | None = None
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing to choose."""
+        return contextlib.nullcontext()
+
+    def adds_alibi(self, cell: Cell) -> bool:
+        """Whenever the cell has it."""
+        return cell.alibi
+
+    def prepare(self, cell: Cell, inputs: Inputs) -> Call:
+        """A call that allocates o and runs the cell's graph, which is built for its first input set.
+
+        Raises:
+            Refused: cuDNN or its frontend does not do the cell, or is not usable here.
+        """
+        import torch
+
+        try:
+            cudnn = self._package()
+            if cell != self._cell:
+                self._built, self._cell = None, None  # the last cell's workspace goes first
+                self._built, self._cell = self._build(cudnn, cell, inputs), cell
+        except Exception as error:  # cuDNN's errors derive from Exception
+            raise Refused(first_line(error)) from error
+        built, handle = self._built, self._handle
+        assert built is not None  # noqa: S101 - for the type checker
+        fixed = built.constants | {handle: _seen(cell, x) for handle, x in ((built.q, inputs.q), (built.k, inputs.k), (built.v, inputs.v))}
+
+        def call() -> torch.Tensor:
+            o = torch.empty_like(inputs.q)
+            built.graph.execute(fixed | {built.o: _seen(cell, o)}, built.workspace, handle=handle)
+            return o
+
+        return tried(call)
+
+    def _package(self) -> Any:
+        """The module, with a handle on torch's current stream."""
+        import torch
+
+        # Another peer may have loaded the runtime of another CUDA; without this cuDNN's frontend takes the older one.
+        os.environ.setdefault("CUDNN_FRONTEND_CUDART_LIB_NAME", f"libcudart.so.{(torch.version.cuda or '13').split('.')[0]}")
+        cudnn: Any = importlib.import_module("cudnn")
+        if self._handle is None:
+            self._handle = cudnn.create_handle()
+            cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream().cuda_stream)
+        return cudnn
+
+    def _build(self, cudnn: Any, cell: Cell, inputs: Inputs) -> _Graph:
+        import torch
+
+        element = {DType.F16: cudnn.data_type.HALF, DType.BF16: cudnn.data_type.BFLOAT16}[cell.dtype]
+        single = cudnn.data_type.FLOAT
+        graph = cudnn.pygraph(io_data_type=element, intermediate_data_type=single, compute_data_type=single, handle=self._handle)
+        lengths, offsets, constants = _packing(graph, cell, inputs)
+
+        def declare(name: str, heads: int) -> Any:
+            tensor = graph.tensor(name=name, dim=_dim(cell, heads), stride=_stride(cell, heads), data_type=element)
+            return tensor.set_ragged_offset(offsets[heads]) if offsets else tensor
+
+        q, k, v = (declare(name, heads) for name, heads in (("q", cell.heads), ("k", cell.heads_kv), ("v", cell.heads_kv)))
+        scale = cell.head_dim**-0.5
+        o, _ = graph.sdpa(name="sdpa", q=q, k=k, v=v, generate_stats=False, attn_scale=scale, **_mask(cell), **lengths)
+        o.set_output(True).set_dim(_dim(cell, cell.heads)).set_stride(_stride(cell, cell.heads))
+        if offsets:
+            o.set_ragged_offset(offsets[cell.heads])
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+        workspace = torch.empty(max(graph.get_workspace_size(), 16), device=inputs.q.device, dtype=torch.uint8)
+        return _Graph(graph, q, k, v, o, constants, workspace)
+
+
+def _packing(graph: Any, cell: Cell, inputs: Inputs) -> tuple[dict[str, Any], dict[int, Any], dict[Any, torch.Tensor]]:
+    """Of packed sequences: arguments with their lengths, element offsets by number of heads, and the tensors of both."""
+    if inputs.offsets is None:
+        return {}, {}, {}
+    lengths = inputs.offsets.diff().view(-1, 1, 1, 1)
+    offsets = {heads: (inputs.offsets * (heads * cell.head_dim)).view(-1, 1, 1, 1) for heads in {cell.heads, cell.heads_kv}}
+    sides = {side: graph.tensor_like(lengths) for side in ("seq_len_q", "seq_len_kv")}
+    starts = {heads: graph.tensor_like(tensor) for heads, tensor in offsets.items()}
+    constants = dict.fromkeys(sides.values(), lengths) | {starts[heads]: tensor for heads, tensor in offsets.items()}
+    return sides, starts, constants
+
+
+def _mask(cell: Cell) -> dict[str, Any]:
+    """The arguments of ``sdpa``. A left bound of w leaves each query w keys, itself among them."""
+    options: dict[str, Any] = {"use_alibi_mask": cell.alibi, "use_padding_mask": cell.packed}
+    if cell.causal:
+        options["diagonal_band_right_bound"] = 0
+    if cell.window is not None:
+        options["diagonal_band_left_bound"] = cell.window
+    return options
+
+
+def _dim(cell: Cell, heads: int) -> list[int]:
+    """(B, H, S, D), of packed sequences with the longest as S."""
+    return [cell.batch, heads, max(cell.lengths), cell.head_dim]
+
+
+def _stride(cell: Cell, heads: int) -> list[int]:
+    """Of (B, H, S, D), in elements, where memory has (B, S, H, D)."""
+    row = heads * cell.head_dim
+    return [max(cell.lengths) * row, cell.head_dim, row, 1]
+
+
+def _seen(cell: Cell, x: torch.Tensor) -> torch.Tensor:
+    """The tensor as the graph was told it: (B, H, S, D); packed ones as they lie."""
+    return x if cell.packed else x.transpose(1, 2)
