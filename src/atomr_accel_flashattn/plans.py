@@ -158,9 +158,8 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
         if not same and not _may_repeat(tensors):
             return None, None
         q_ptr, k_ptr, v_ptr, out_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr()
-        alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15
-        if not (q_ptr and k_ptr and v_ptr and (out_ptr or out is None)):
-            alignment |= _NOWHERE
+        somewhere = q_ptr and k_ptr and v_ptr and (out_ptr or out is None)
+        alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15 | (0 if somewhere else _NOWHERE)
         if plan is None or not same or plan.alignment != alignment:
             key, plan = _find(call, alignment, tensors)
             if plan is None:

@@ -500,7 +500,7 @@ def test_more_blocks_than_a_grid_has_are_refused(gpu: FakeGpu):
 
 
 @pytest.mark.parametrize("which", range(3))
-def test_a_tensor_whose_storage_was_freed_is_refused_by_a_repeated_call_too(gpu, which):
+def test_a_tensor_whose_storage_was_freed_is_refused_by_a_repeated_call_too(gpu: FakeGpu, which: int):
     """It keeps its shape; tensor maps would still point to the call before."""
     arrays = qkv()
     fa.flash_attn_func(*arrays)
@@ -512,7 +512,7 @@ def test_a_tensor_whose_storage_was_freed_is_refused_by_a_repeated_call_too(gpu,
     assert len(gpu.launches) == launched
 
 
-def test_a_view_of_other_signs_than_its_memory_finds_no_plan(gpu):
+def test_a_view_of_other_signs_than_its_memory_finds_no_plan(gpu: FakeGpu):
     q, k, v = qkv()
     fa.flash_attn_func(q, k, v)
     fa.flash_attn_func(q, k, v)
