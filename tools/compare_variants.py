@@ -1,10 +1,10 @@
-"""Time edited copies of the kernel headers, tiles and schedules against each other and against peers, in shuffled turns, on the card at hand.
+"""Time edited kernel headers, tiles and schedules against each other and against peers, in shuffled turns, on the card at hand.
 
-``PYTHONPATH=src python tools/compare_variants.py variants.json --cells 'grid_d128*_2k' --peers cudnn,fa3 --out search.json``. The file
-names the variants: ``{"as it is": {}, "turns": {"tile": {"ping_pong": true}}, "mine": {"headers": "folder", "head_dims": [128]}}``. Each may
-have ``headers`` (a folder with all of cuda/*.cuh), ``tile`` (fields of Tile that differ), ``family`` (fa3, or fa2), ``section_heads`` (of the
-scheduler), and ``head_dims`` and ``mask`` (full, causal, ...) to be left out elsewhere. All kernels are compiled first, in parallel; one that
-does not compile or is wrong is reported and not timed.
+``PYTHONPATH=src python tools/compare_variants.py variants.json --cells 'grid_d128*_2k' --peers cudnn,fa3 --out search.json``.
+The file names the variants: ``{"as it is": {}, "turns": {"tile": {"ping_pong": true}}, "mine": {"headers": "folder"}}``. Each may
+have ``headers`` (a folder with all of cuda/*.cuh), ``tile`` (fields of Tile that differ), ``family`` (fa3, or fa2),
+``section_heads`` (of the scheduler), and ``head_dims`` (a list) and ``mask`` (full, causal, ...) to be left out elsewhere. All
+kernels are compiled first, in parallel; one that does not compile or is wrong is reported and not timed.
 """
 
 from __future__ import annotations
