@@ -1,4 +1,4 @@
-"""Which tile a kernel gets. The wgmma table was measured on an H100 (docs/performance.md); the others follow from memory, registers, spills."""
+"""Which tile a kernel gets. The wgmma table was measured on an H100 (docs/performance.md), the others follow from memory and registers."""
 
 from __future__ import annotations
 
