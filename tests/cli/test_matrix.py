@@ -119,3 +119,10 @@ def test_write_replaces_what_is_between_the_markers(tmp_path: Path, invoke: Invo
 def test_a_page_without_markers_is_a_named_error() -> None:
     with pytest.raises(CacheError, match="no place for the table"):
         rendered_readme("# title", support_matrix())
+
+
+def test_a_record_that_is_not_there_is_a_named_error(tmp_path: Path, invoke: Invoke) -> None:
+    result = invoke("matrix", "--record", str(tmp_path / "nowhere"))
+    assert result.exit_code == 1
+    assert "CacheError" in result.stderr
+    assert "nowhere" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -80,3 +81,13 @@ def test_import_brings_neither_torch_nor_cuda_nor_rich() -> None:
     code = "import sys, atomr_accel_flashattn as fa; fa.flash_attn_func, fa.run; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert {"torch", "cuda.core", "cuda.bindings", "rich", "matplotlib"} & loaded == set()
+
+
+def test_a_setting_that_is_no_value_is_one_line() -> None:
+    environ = os.environ | {"ATOMR_FLASHATTN_CACHE_READONLY": "maybe"}
+    done = subprocess.run(
+        [sys.executable, "-m", "atomr_accel_flashattn", "info"], capture_output=True, text=True, env=environ, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ConstructionError: ATOMR_FLASHATTN_CACHE_READONLY='maybe'")
+    assert "Traceback" not in done.stderr

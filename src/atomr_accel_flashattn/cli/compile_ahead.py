@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..dispatch import DISPATCH_TABLE, FEATURES, DispatchKey, arch_of_capability, lookup, with_features
+from ..dispatch import FEATURES, DispatchKey, arch_of_capability, lookup, with_features
 from ..env import settings
 from ..errors import CacheError, CompileError, DispatchError
 from ..jit.cache import KernelCache
@@ -24,7 +24,7 @@ from .output import Json, console, make_table, print_json, progress_bar, size_te
 
 __all__ = ["GPU_ARCHS", "MASKS", "all_specs", "compile_ahead", "outcome_row", "specs_for"]
 
-GPU_ARCHS = tuple(arch for arch in SmArch if isinstance(DISPATCH_TABLE.cell(arch, DType.F16, 128).spec, KernelSpec))
+GPU_ARCHS = tuple(arch for arch in SmArch if arch is not SmArch.CPU)
 _LEFT_BOUND = ("sliding_causal", "sliding_full", "left_window")  # the last: window_size=(n, -1)
 MASKS = ("full", "causal", *_LEFT_BOUND)
 _DTYPES = (DType.F16, DType.BF16)

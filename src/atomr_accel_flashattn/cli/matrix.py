@@ -141,7 +141,7 @@ class Runs:
         Raises:
             CacheError: it cannot be read or is no record of GPU tests.
         """
-        is_folder = path is not None and path.suffix != ".json"
+        is_folder = path is not None and path.is_dir()
         newest = max(path.glob("gpu_tests*.json"), key=lambda file: file.name, default=None) if path is not None and is_folder else path
         if newest is None:
             return cls()
