@@ -89,13 +89,13 @@ def versions() -> dict[str, str]:
 
 
 def make_record(kind: str, body: dict[str, Any], *, commit: str | None = None) -> dict[str, Any]:
-    """A record of one run: kind, time (UTC), commit, command, device, versions, then ``body``."""
+    """A record of one run: kind, time (UTC), commit, command (of absolute paths the last part), device, versions, then ``body``."""
     now = dt.datetime.now(dt.UTC).replace(microsecond=0)
     head: dict[str, Any] = {
         "kind": kind,
         "timestamp": now.isoformat(),
         "commit": commit_id(commit),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(Path(word).name if Path(word).is_absolute() else word for word in (Path(sys.argv[0]).name, *sys.argv[1:])),
         "device": device_facts(),
         "versions": versions(),
     }
