@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import sys
-
-import pytest
+from typing import TYPE_CHECKING
 
 from atomr_accel_flashattn.bench.record import make_record
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def test_a_record_names_no_folder_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
