@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from atomr_accel_flashattn.types import DType
 
-__all__ = ["FEATURE_AXES", "LENGTHS", "MASKS", "hazard_cases", "head_dim_cases", "large_cases", "pairwise_cases"]
+__all__ = ["FEATURE_AXES", "LENGTHS", "MASKS", "grid_cases", "hazard_cases", "head_dim_cases", "large_cases", "pairwise_cases"]
 
 _Options = dict[str, Any]
 
@@ -53,6 +53,16 @@ FEATURE_AXES: Mapping[str, tuple[_Options, ...]] = {
     "scale": ({}, {"softmax_scale": 0.3}, {"softmax_scale": -0.2}, {"softmax_scale": 0.0}),
     "layout": tuple({"layout": layout} for layout in Layout),
 }
+
+
+def grid_cases(dtypes: Iterable[DType]) -> list[Case]:
+    """Every head dim with every mask: more than one tile of queries and of keys, none of them full."""
+    return [
+        Case(dtype=dtype, heads=4, heads_kv=2, seqlen_q=133, seqlen_k=201, head_dim=d, v_head_dim=d, **mask)
+        for dtype in dtypes
+        for d in range(8, 257, 8)
+        for mask in MASKS
+    ]
 
 
 def pairwise_cases(dtypes: Iterable[DType]) -> list[Case]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -23,9 +22,8 @@ from typing import Any
 
 import torch
 
-from atomr_accel_flashattn.arrays import current_stream
 from atomr_accel_flashattn.bench.cells import Cell, select
-from atomr_accel_flashattn.bench.families import request_of
+from atomr_accel_flashattn.bench.families import repeated, request_of
 from atomr_accel_flashattn.bench.forward import Options, chosen_peers
 from atomr_accel_flashattn.bench.inputs import ERROR_LIMIT, Inputs, check_rows, make_inputs
 from atomr_accel_flashattn.bench.peers import Refused
@@ -38,8 +36,6 @@ from atomr_accel_flashattn.jit import launch, source
 from atomr_accel_flashattn.jit.compile import compile_many
 from atomr_accel_flashattn.jit.params import Fa3FwdParams
 from atomr_accel_flashattn.jit.spec import Family, KernelSpec
-
-_OUT = 3  # place of o among the leading addresses of the parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +91,7 @@ class Variant:
             raise Refused("nothing to launch")
         forward = made.params.fwd if isinstance(made.params, Fa3FwdParams) else made.params
         forward.section_heads = self.section_heads or forward.section_heads
-        plan, stream, q = made.kernel.plan(made.params, made.grid), current_stream(request.problem.q), inputs.q
-        addresses = tuple((ctypes.c_uint64 * made.params.POINTERS).from_buffer_copy(made.params))
-
-        def call() -> torch.Tensor:
-            out = torch.empty_like(q)
-            plan.launch(stream, (*addresses[:_OUT], out.data_ptr(), *addresses[_OUT + 1 :]))
-            return out
-
-        return call
+        return repeated(made, request.problem, inputs.q)
 
 
 def compile_all(variants: dict[str, Variant], cells: list[Cell], device: torch.device) -> None:

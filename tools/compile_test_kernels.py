@@ -19,23 +19,15 @@ from atomr_accel_flashattn.jit.compile import compile_many
 from atomr_accel_flashattn.jit.spec import Family, KernelSpec
 from atomr_accel_flashattn.keys import key_of_problem
 from atomr_accel_flashattn.types import SmArch
-from tests.case_lists import MASKS, hazard_cases, head_dim_cases, pairwise_cases
+from tests.case_lists import grid_cases, hazard_cases, head_dim_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Case, build
 from tests.inputs import Layout, Poisoned
 from tests.reference.running import problem_of
 
-WIDTHS = range(8, 257, 8)
-
 
 def cases() -> list[Case]:
-    """Those of tests/gpu/test_grid.py, which needs torch to be imported."""
-    grid = [
-        Case(dtype=dtype, heads=4, heads_kv=2, seqlen_q=133, seqlen_k=201, head_dim=d, v_head_dim=d, **mask)
-        for dtype in GPU_DTYPES
-        for d in WIDTHS
-        for mask in MASKS
-    ]
-    return [*grid, *head_dim_cases(GPU_DTYPES), *pairwise_cases(GPU_DTYPES), *hazard_cases(GPU_DTYPES)]
+    """Those of tests/gpu/test_grid.py, but for the random and the large ones."""
+    return [case for list_of in (grid_cases, head_dim_cases, pairwise_cases, hazard_cases) for case in list_of(GPU_DTYPES)]
 
 
 def specs_of(case: Case) -> Iterator[KernelSpec]:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 torch = pytest.importorskip("torch")
 
-from tests.case_lists import MASKS, hazard_cases, head_dim_cases, large_cases, pairwise_cases  # noqa: E402 - after the skip
+from tests.case_lists import grid_cases, hazard_cases, head_dim_cases, large_cases, pairwise_cases  # noqa: E402 - after the skip
 from tests.cases import GPU_DTYPES, Alibi, Case  # noqa: E402
 from tests.check import check_case  # noqa: E402
 from tests.gpu.harness import run_inputs  # noqa: E402
@@ -43,17 +43,6 @@ KERNEL_AXES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def grid_cases() -> list[Case]:
-    """Every head dim with every mask in both types: more than one tile of queries and of keys, none of them full."""
-    widths = range(8, 257, 8)
-    return [
-        Case(dtype=dtype, heads=4, heads_kv=2, seqlen_q=133, seqlen_k=201, head_dim=d, v_head_dim=d, **mask)
-        for dtype in GPU_DTYPES
-        for d in widths
-        for mask in MASKS
-    ]
-
-
 def check(case: Case, record_property: Record) -> None:
     report = check_case(case, run_inputs)
     record_property("dtype", case.dtype.value)
@@ -62,7 +51,7 @@ def check(case: Case, record_property: Record) -> None:
     record_property("lse_error", float(f"{report.lse_error:.2e}"))
 
 
-@pytest.mark.parametrize("case", grid_cases(), ids=str)
+@pytest.mark.parametrize("case", grid_cases(GPU_DTYPES), ids=str)
 def test_every_head_dim_with_every_mask(case: Case, record_property: Record) -> None:
     check(case, record_property)
 

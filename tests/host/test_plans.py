@@ -267,13 +267,19 @@ def test_broadcast_heads_are_not_copied_and_give_an_output_of_its_own(gpu: FakeG
         np.testing.assert_allclose(host(out[1, :, 3]), host(out[0, :, 0]))
 
 
-def test_gradients_are_refused_though_there_is_a_plan(gpu: FakeGpu):
-    fa.flash_attn_func(*qkv())
+def refused_for_gradients() -> Iterator[list[FakeCuda]]:
+    """q, k and v of which one after the other wants gradients, after the refusal."""
     for which in range(3):
         tensors = qkv()
         tensors[which].requires_grad_()
         with pytest.raises(fa.FeatureNotBuiltError, match="requires grad"):
             fa.flash_attn_func(*tensors)
+        yield tensors
+
+
+def test_gradients_are_refused_though_there_is_a_plan(gpu: FakeGpu):
+    fa.flash_attn_func(*qkv())
+    for tensors in refused_for_gradients():
         with torch.no_grad():
             fa.flash_attn_func(*tensors)
     assert gpu.planned == [False, True, True, True]
@@ -282,11 +288,7 @@ def test_gradients_are_refused_though_there_is_a_plan(gpu: FakeGpu):
 def test_gradients_are_refused_though_the_last_calls_had_none(gpu: FakeGpu):
     for _ in range(3):
         fa.flash_attn_func(*qkv())
-    for which in range(3):
-        tensors = qkv()
-        tensors[which].requires_grad_()
-        with pytest.raises(fa.FeatureNotBuiltError, match="requires grad"):
-            fa.flash_attn_func(*tensors)
+    assert len(list(refused_for_gradients())) == 3
     with torch.inference_mode():
         fa.flash_attn_func(*qkv())
         fa.flash_attn_func(*qkv())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..types import DType
-from .peers import Call, Refused, first_line, tried
+from .peers import Call, Peer, Refused, first_line, tried
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +32,7 @@ class _Graph:
     workspace: torch.Tensor
 
 
-class CudnnFrontend:
+class CudnnFrontend(Peer):
     """Every cell: bands by their bounds, ALiBi by cuDNN's own slopes (those of the cells), packed sequences by ragged offsets."""
 
     name = "cudnn_fe"
@@ -42,10 +41,6 @@ class CudnnFrontend:
         self._handle: Any = None
         self._cell: Cell | None = None
         self._built: _Graph | None = None
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Nothing to choose."""
-        return contextlib.nullcontext()
 
     def adds_alibi(self, cell: Cell) -> bool:
         """Whenever the cell has it."""

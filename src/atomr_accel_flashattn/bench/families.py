@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import current_stream
 from ..dense import DenseFwdRequest
 from ..dispatch import DispatchKey, FaFwdDispatch, lookup
-from ..execute import execute
+from ..execute import Launch, execute
 from ..fa2 import MaskKind, PositionBias
 from ..jit.spec import Family, KernelSpec, Tile
 from ..problem import ArrayInfo, AttentionProblem
 from ..types import SmArch
 from ..varlen import CumulativeSeqlens, VarlenFwdRequest
-from .peers import Call, Refused
+from .peers import Call, Peer, Refused
 
 if TYPE_CHECKING:
+    import torch
+
     from .cells import Cell
     from .inputs import Inputs
 
-__all__ = ["OfFamily", "request_of"]
+__all__ = ["OfFamily", "repeated", "request_of"]
 
 _OUT = 3  # place of o among the leading addresses of the parameters
 
@@ -64,16 +64,28 @@ def request_of(cell: Cell, inputs: Inputs, family: Family | None = None, *, tile
     return request if family is None and tile is None else _Held(request, family, tile)
 
 
-class OfFamily:
+def repeated(made: Launch, problem: AttentionProblem, q: torch.Tensor) -> Call:
+    """The launch once more, into a new output like q every time, as the functional calls do."""
+    import torch
+
+    plan: Any = made.kernel.plan(made.params, made.grid)
+    stream, addresses = current_stream(problem.q), made.params.addresses()
+    before, after = addresses[:_OUT], addresses[_OUT + 1 :]
+
+    def call() -> torch.Tensor:
+        out = torch.empty_like(q)
+        plan.launch(stream, (*before, out.data_ptr(), *after))
+        return out
+
+    return call
+
+
+class OfFamily(Peer):
     """This package with the family chosen: a plan that is repeated, with a new output every time, as the functional calls do."""
 
     def __init__(self, family: Family, name: str) -> None:
         self.family = family
         self.name = name
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Nothing to choose."""
-        return contextlib.nullcontext()
 
     def adds_alibi(self, cell: Cell) -> bool:
         """Whenever the cell has it."""
@@ -81,8 +93,6 @@ class OfFamily:
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
         """Every cell, on a GPU that has the family."""
-        import torch
-
         request = request_of(cell, inputs, self.family)
         spec = lookup(request.dispatch_key())
         if not isinstance(spec, KernelSpec) or spec.family is not self.family:
@@ -90,13 +100,4 @@ class OfFamily:
         made = execute(request, lse=False)[1]
         if made is None:
             raise Refused("nothing to launch")
-        plan, stream, q = made.kernel.plan(made.params, made.grid), current_stream(request.problem.q), inputs.q
-        addresses = tuple((ctypes.c_uint64 * made.params.POINTERS).from_buffer_copy(made.params))
-        before, after = addresses[:_OUT], addresses[_OUT + 1 :]
-
-        def call() -> torch.Tensor:
-            out = torch.empty_like(q)
-            plan.launch(stream, (*before, out.data_ptr(), *after))
-            return out
-
-        return call
+        return repeated(made, request.problem, inputs.q)

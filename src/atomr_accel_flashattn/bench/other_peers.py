@@ -5,7 +5,6 @@ What is not installed is left out of a run that names no peers; asked for by nam
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -32,7 +31,7 @@ _INSTALL: Final = {
 }
 
 
-class FlashAttnPackage:
+class FlashAttnPackage(Peer):
     """What offers ``flash_attn_func`` and ``flash_attn_varlen_func`` as the FlashAttention authors' newer packages do.
 
     Args:
@@ -43,15 +42,6 @@ class FlashAttnPackage:
     def __init__(self, name: str, load: Callable[[], Any]) -> None:
         self.name = name
         self._load = load
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Nothing to choose."""
-        return contextlib.nullcontext()
-
-    def adds_alibi(self, cell: Cell) -> bool:
-        """Never: these have no ALiBi."""
-        del cell
-        return False
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
         """Every cell but ALiBi."""
@@ -119,7 +109,7 @@ class XformersFa3:
         return out
 
 
-class FlexPeer:
+class FlexPeer(Peer):
     """torch's FlexAttention, compiled for the cell (seconds each, and so only when it is asked for by name)."""
 
     name = "flex"
@@ -128,10 +118,6 @@ class FlexPeer:
         self._cell: Cell | None = None
         self._attend: Any = None
         self._options: dict[str, Any] = {}
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Nothing to choose."""
-        return contextlib.nullcontext()
 
     def adds_alibi(self, cell: Cell) -> bool:
         """Whenever the cell has it, as a score_mod."""
@@ -171,20 +157,11 @@ class FlexPeer:
         self._cell = cell
 
 
-class Absent:
+class Absent(Peer):
     """A peer that was asked for by name and is not installed: it refuses every cell and says what to install."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Nothing to choose."""
-        return contextlib.nullcontext()
-
-    def adds_alibi(self, cell: Cell) -> bool:
-        """It adds nothing."""
-        del cell
-        return False
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
         """Always Refused."""

@@ -34,10 +34,13 @@ class Peer(Protocol):
         """A call that returns o laid out as q is. Raises Refused."""
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Entered around every call (backend choice)."""
+        """Entered around every call: nothing, but for peers that have a backend to choose."""
+        return contextlib.nullcontext()
 
     def adds_alibi(self, cell: Cell) -> bool:
-        """Whether the cell's ALiBi bias is really added."""
+        """Whether the cell's ALiBi bias is really added: never, by those that do not say otherwise."""
+        del cell
+        return False
 
 
 def tried(call: Call) -> Call:
@@ -58,14 +61,10 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
 
 
-class Ours:
+class Ours(Peer):
     """This package through its flash-attn compatible calls: what a user pays, allocation included."""
 
     name = "ours"
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Nothing to choose."""
-        return contextlib.nullcontext()
 
     def adds_alibi(self, cell: Cell) -> bool:
         """Whenever the cell has it."""
@@ -83,7 +82,7 @@ class Ours:
         return lambda: flash_attn_func(q, k, v, causal=causal, window_size=window, alibi_slopes=slopes)
 
 
-class _Sdpa:
+class _Sdpa(Peer):
     """torch.nn.functional.scaled_dot_product_attention held to one backend."""
 
     name = ""
@@ -110,11 +109,6 @@ class CudnnPeer(_Sdpa):
 
     name = "cudnn"
     backend = "CUDNN_ATTENTION"
-
-    def adds_alibi(self, cell: Cell) -> bool:
-        """Never: SDPA has no ALiBi but a materialised (S, S) bias."""
-        del cell
-        return False
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
         """Dense, full or causal, GQA."""

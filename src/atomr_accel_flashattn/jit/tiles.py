@@ -39,7 +39,7 @@ _TABLES = {
 
 _PHILOX_KEYS = 32  # one Philox call covers 32 keys, so no tile with dropout is narrower
 _THREE_WARPGROUPS = 16  # warps of a block with three of them and the loading one: 160 registers hold 64 keys beside the generator's
-_DROPOUT_KEYS = 128  # keys of scores that 240 registers hold beside the generator's, at d 96
+_DROPOUT_KEYS = 128  # keys of scores that the 240 registers of two warpgroups hold beside them
 _DROPOUT_NARROWS = 96  # from this width on, the generator's registers spill beside 64 keys of scores (136 to 648 bytes) and fit beside 32
 
 
