@@ -81,12 +81,15 @@ struct Fa3Forward {
     const bool leader = ptx::elect_one();
     if (leader) ptx::tensor_prefetch(&p.k_map);
     for (Work work = stream.first(); !work.over(); work = stream.hand_out()) {
-      stream.take();
       const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
       const Band<C> band(p.fwd, seq, work.block_m * C.block_m, C.block_m);
       const int head_kv = work.head / p.fwd.heads_per_kv;
+      int n = first_tile(work, seq, band);
+      if (n < 0) stream.take();
 #pragma unroll 1
-      for (int n = first_tile(work, seq, band); n >= 0; n = band.next_tile(n)) {
+      for (int next; n >= 0; n = next) {
+        next = band.next_tile(n);
+        if (next < 0) stream.take();  // the wait below hides how long it takes
         ring_k.wait_empty();
         if (leader) load_tile<TileK>(ring_k, shared + kK, &p.k_map, ring_k.full(), head_kv, seq, n);
         ring_k.advance();
