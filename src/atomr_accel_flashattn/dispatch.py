@@ -165,7 +165,6 @@ def _family_and_tile(key: DispatchKey, width: int, v_width: int) -> tuple[Family
             dropout=bool(extras.dropout),
             alibi=bool(key.alibi),
             softcap=extras.softcap > 0,
-            causal=key.right_bound,
             few_rows=bool(extras.few_rows),
         )
         return Family.FA3, replace(tile, persistent=extras.persistent is not False)

@@ -60,7 +60,7 @@ _WGMMA = {
 _FEW_ROWS = {(64, 64): 2048, (128, 128): 1024}
 _WGMMA_FEW_ROWS = {
     (64, 64): Tile(block_m=256, block_n=64, warps=20, stages=4, ping_pong=True),
-    (128, 128): Tile(block_m=128, block_n=128, warps=12, stages=2),
+    (128, 128): Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True),
 }
 # Widths 32 and 64 with more than 160 registers hold beside 128 keys: the generator of dropout, or ALiBi and softcap together.
 _WITH_DROPOUT = Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True)
@@ -85,7 +85,6 @@ def wgmma_tile_for(
     dropout: bool = False,
     alibi: bool = False,
     softcap: bool = False,
-    causal: bool = False,
     few_rows: bool = False,
 ) -> Tile:
     """The tile of the wgmma family for two widths.
@@ -96,7 +95,6 @@ def wgmma_tile_for(
         dropout: whether the Philox generator needs registers, and key tiles of whole calls of it.
         alibi: whether slopes need registers.
         softcap: whether the hyperbolic tangent does.
-        causal: whether later keys are hidden.
         few_rows: what :func:`has_few_rows` says.
     """
     widths, wider = (head_dim, v_head_dim), max(head_dim, v_head_dim)
@@ -105,7 +103,6 @@ def wgmma_tile_for(
         return _WITH_DROPOUT if dropout else _WITH_ALIBI_AND_SOFTCAP
     if few_rows and widths in _WGMMA_FEW_ROWS:
         tile = _WGMMA_FEW_ROWS[widths]
-        tile = replace(tile, ping_pong=tile.ping_pong or causal)
     if dropout:
         keys = 64 if tile.warps == _THREE_WARPGROUPS else _DROPOUT_KEYS
         tile = replace(tile, block_n=min(tile.block_n, keys) // _PHILOX_KEYS * _PHILOX_KEYS)
