@@ -15,7 +15,7 @@ from typing import Any, Final
 from .errors import ArchUnsupportedError, DispatchError, FeatureNotBuiltError
 from .jit.driver import device_properties
 from .jit.saved_tiles import forget_saved_tiles, saved_tile
-from .jit.spec import Direction, Family, KernelSpec, Tile
+from .jit.spec import Direction, Family, KernelSpec, Tile, packs_heads
 from .jit.tile_space import misfit
 from .jit.tiles import HEAD_DIM_WIDTHS, head_dim_width, tile_for, wgmma_tile_for
 from .keys import VECTOR_BYTES, DispatchKey, Extras, key_of_problem
@@ -126,6 +126,7 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
         learned_sink=bool(extras.learned_sink),
         dropout=bool(extras.dropout),
         varlen=bool(key.varlen),
+        pack_gqa=family is Family.FA3 and packs_heads(key.gqa_ratio) and not (key.alibi or extras.dropout),
     )
     spec = _with_chosen_tile(spec, extras)
     if spec.shared_memory > key.arch.shared_memory_per_block:

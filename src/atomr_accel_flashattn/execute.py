@@ -159,9 +159,9 @@ def _launch_forward(problem: AttentionProblem, key: DispatchKey, spec: KernelSpe
     if not prod(problem.out_shape):
         return None
     out, lse = outputs.out, outputs.lse
-    grid = forward_grid(problem, spec.tile)
+    grid = forward_grid(problem, spec)
     _check_grid(grid, problem)
-    params = pack_forward(problem, out, lse.ptr if lse is not None else None, spec.tile)
+    params = pack_forward(problem, out, lse.ptr if lse is not None else None, spec)
     if spec.family is Family.FA3:
         made = _prepare_fa3(problem, spec, params, grid, key, stream)
     else:

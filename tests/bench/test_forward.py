@@ -50,7 +50,7 @@ def inputs_of(cell: Cell) -> Inputs:
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_our_calls_do_what_the_cell_says(cell: Cell) -> None:
     inputs, peer = inputs_of(cell), Ours()
-    assert check_rows(cell, inputs, peer.prepare(cell, inputs)(), with_alibi=peer.adds_alibi(cell)) < 5e-3
+    assert check_rows(cell, inputs, peer.prepare(cell, inputs)()) < 5e-3
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
@@ -58,9 +58,9 @@ def test_the_check_sees_a_wrong_mask_a_swapped_head_and_a_nan(cell: Cell) -> Non
     inputs, peer = inputs_of(cell), Ours()
     out = peer.prepare(cell, inputs)()
     other = Cell(**{**SIZES, "lengths": cell.lengths, "heads_kv": cell.heads_kv}, group="other", packed=cell.packed, window=8)
-    assert check_rows(cell, inputs, peer.prepare(other, inputs)(), with_alibi=cell.alibi) > 0.1
-    assert check_rows(cell, inputs, out.flip(-2), with_alibi=cell.alibi) > 0.1
-    assert check_rows(cell, inputs, torch.full_like(out, float("nan")), with_alibi=cell.alibi) == float("inf")
+    assert check_rows(cell, inputs, peer.prepare(other, inputs)()) > 0.1
+    assert check_rows(cell, inputs, out.flip(-2)) > 0.1
+    assert check_rows(cell, inputs, torch.full_like(out, float("nan"))) == float("inf")
 
 
 def test_inputs_are_random_and_exceed_the_cache_together() -> None:
@@ -80,7 +80,7 @@ def test_peers_say_why_they_do_not_do_a_cell() -> None:
 def test_the_dense_peer_is_right() -> None:
     for cell in CELLS[:3]:
         inputs = inputs_of(cell)
-        assert check_rows(cell, inputs, TorchFa2().sdpa(cell, inputs)(), with_alibi=False) < 1e-2
+        assert check_rows(cell, inputs, TorchFa2().sdpa(cell, inputs)()) < 1e-2
 
 
 def test_contestants_take_turns_in_shuffled_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_a_chosen_family_does_what_the_cell_says(cell: Cell, family: Family, mon
     moved = replace(made, **{field.name: fake(x) for field in fields(made) if torch.is_tensor(x := getattr(made, field.name))})
     call = OfFamily(family, "ours").prepare(cell, moved)
     for _ in range(2):
-        assert check_rows(cell, made, call().as_subclass(torch.Tensor), with_alibi=cell.alibi) < 5e-3
+        assert check_rows(cell, made, call().as_subclass(torch.Tensor)) < 5e-3
     assert {launch[0].family for launch in gpu.launches} == {family}
     assert gpu.planned == [False, True, True]
 

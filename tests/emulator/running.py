@@ -35,16 +35,17 @@ def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = 
     lse = np.full(inputs.lse_shape, np.nan, np.float32)
     problem = problem_of(inputs)
     out_info = read_array(out.view, "out")
-    key = key_of_problem(problem, arch, out_info)
+    key = key_of_problem(problem, SmArch.SM_90A if family is Family.FA3 else arch, out_info)
     spec = lookup(key)
     assert isinstance(spec, KernelSpec)
+    assert spec.family is family
     if tile is not None:
-        spec = replace(spec, tile=tile, family=family)
+        spec = replace(spec, tile=tile)
     if out.view.size and spec.family is Family.FA3:
-        _run_fa3(problem, spec, pack_forward(problem, out_info, lse.ctypes.data, spec.tile), seed)
+        _run_fa3(problem, spec, pack_forward(problem, out_info, lse.ctypes.data, spec), seed)
     elif out.view.size:
-        grid = forward_grid(problem, spec.tile)
-        params = pack_forward(problem, out_info, lse.ctypes.data, spec.tile)
+        grid = forward_grid(problem, spec)
+        params = pack_forward(problem, out_info, lse.ctypes.data, spec)
         run(spec, params, min(grid, _PERSISTENT_BLOCKS) if spec.tile.persistent else grid, seed=seed)
     out.check()
     return Run(out.view, lse, _keep_pattern(problem, key, inputs, seed) if inputs.dropout_p else None)
@@ -53,7 +54,7 @@ def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = 
 def _run_fa3(problem: AttentionProblem, spec: KernelSpec, forward: FwdParams, seed: int) -> None:
     counters = np.zeros(2, np.int32)
     q_map, k_map, v_map = (flat_tensor(each) for each in tensor_map_specs(problem, spec))
-    tiles = forward_grid(problem, spec.tile)
+    tiles = forward_grid(problem, spec)
     params = pack_fa3_forward(forward, (q_map, k_map, v_map), counters.ctypes.data, tiles)
     run(spec, params, min(tiles, _PERSISTENT_BLOCKS) if spec.tile.persistent else tiles, seed=seed)
     assert not counters.any(), "a persistent kernel must leave its counters zero"
@@ -63,7 +64,9 @@ def flat_tensor(spec: TensorMapSpec) -> bytes:
     """What tests/emulator/hopper_ptx.cuh reads in place of a CUtensorMap: FlatTensor."""
     assert all(step % 16 == 0 for step in spec.strides), f"strides {spec.strides} of a tensor map are no multiples of 16 bytes"
     assert spec.ptr % 16 == 0, "a tensor map starts on a multiple of 16 bytes"
-    return struct.pack("<Qqqqiiiiii", spec.ptr, *spec.strides, *spec.sizes, *spec.box).ljust(128, b"\0")
+    more = (1,) * (5 - len(spec.sizes))
+    strides, sizes, box = (*spec.strides, *more), (*spec.sizes, *more), (*spec.box, *more)
+    return struct.pack("<Q4q5i5ii", spec.ptr, *strides, *sizes, *box, len(spec.sizes)).ljust(128, b"\0")
 
 
 def _keep_pattern(problem: AttentionProblem, key: DispatchKey, inputs: Inputs, seed: int) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..types import DType
+from .cells import FEATURES
 from .peers import Call, Peer, Refused, first_line, tried
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ class _Graph:
 
 
 class CudnnFrontend(Peer):
-    """Every cell: bands by their bounds, ALiBi by cuDNN's own slopes (those of the cells), packed sequences by ragged offsets."""
+    """Bands by their bounds, ALiBi by cuDNN's own slopes (those of the cells), packed sequences by ragged offsets.
+
+    Its ``sdpa`` has no option for softcap or sink tokens (its ``sink_token`` is a number in the denominator, which has no key).
+    """
 
     name = "cudnn_fe"
 
@@ -41,10 +45,6 @@ class CudnnFrontend(Peer):
         self._handle: Any = None
         self._cell: Cell | None = None
         self._built: _Graph | None = None
-
-    def adds_alibi(self, cell: Cell) -> bool:
-        """Whenever the cell has it."""
-        return cell.alibi
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
         """A call that allocates o and runs the cell's graph, which is built for its first input set.
@@ -54,6 +54,9 @@ class CudnnFrontend(Peer):
         """
         import torch
 
+        missing = [feature for feature in cell.features if feature != FEATURES["alibi"]]
+        if missing:
+            raise Refused(f"cuDNN's sdpa has no {' or '.join(missing)}")
         try:
             cudnn = self._package()
             if cell != self._cell:
@@ -92,14 +95,18 @@ class CudnnFrontend(Peer):
         graph = cudnn.pygraph(io_data_type=element, intermediate_data_type=single, compute_data_type=single, handle=self._handle)
         lengths, offsets, constants = _packing(graph, cell, inputs)
 
-        def declare(name: str, heads: int) -> Any:
-            tensor = graph.tensor(name=name, dim=_dim(cell, heads), stride=_stride(cell, heads), data_type=element)
+        rows, keys = max(cell.lengths), max(cell.keys)
+
+        def declare(name: str, heads: int, length: int) -> Any:
+            dim, stride = _dim(cell, heads, length), _stride(cell, heads, length)
+            tensor = graph.tensor(name=name, dim=dim, stride=stride, data_type=element)
             return tensor.set_ragged_offset(offsets[heads]) if offsets else tensor
 
-        q, k, v = (declare(name, heads) for name, heads in (("q", cell.heads), ("k", cell.heads_kv), ("v", cell.heads_kv)))
+        sides = ("q", cell.heads, rows), ("k", cell.heads_kv, keys), ("v", cell.heads_kv, keys)
+        q, k, v = (declare(*side) for side in sides)
         scale = cell.head_dim**-0.5
-        o, _ = graph.sdpa(name="sdpa", q=q, k=k, v=v, generate_stats=False, attn_scale=scale, **_mask(cell), **lengths)
-        o.set_output(True).set_dim(_dim(cell, cell.heads)).set_stride(_stride(cell, cell.heads))
+        o, _ = graph.sdpa(name="sdpa", q=q, k=k, v=v, generate_stats=False, attn_scale=scale, **_mask(cudnn, cell), **lengths)
+        o.set_output(True).set_dim(_dim(cell, cell.heads, rows)).set_stride(_stride(cell, cell.heads, rows))
         if offsets:
             o.set_ragged_offset(offsets[cell.heads])
         graph.validate()
@@ -123,25 +130,27 @@ def _packing(graph: Any, cell: Cell, inputs: Inputs) -> tuple[dict[str, Any], di
     return sides, starts, constants
 
 
-def _mask(cell: Cell) -> dict[str, Any]:
-    """The arguments of ``sdpa``. A left bound of w leaves each query w keys, itself among them."""
+def _mask(cudnn: Any, cell: Cell) -> dict[str, Any]:
+    """The arguments of ``sdpa``. A left bound of w leaves each query w keys, itself among them; bounds count from the last key."""
     options: dict[str, Any] = {"use_alibi_mask": cell.alibi, "use_padding_mask": cell.packed}
     if cell.causal:
         options["diagonal_band_right_bound"] = 0
     if cell.window is not None:
         options["diagonal_band_left_bound"] = cell.window
+    if cell.length_k is not None and (cell.causal or cell.window is not None):
+        options["diagonal_alignment"] = cudnn.diagonal_alignment.BOTTOM_RIGHT
     return options
 
 
-def _dim(cell: Cell, heads: int) -> list[int]:
+def _dim(cell: Cell, heads: int, length: int) -> list[int]:
     """(B, H, S, D), of packed sequences with the longest as S."""
-    return [cell.batch, heads, max(cell.lengths), cell.head_dim]
+    return [cell.batch, heads, length, cell.head_dim]
 
 
-def _stride(cell: Cell, heads: int) -> list[int]:
+def _stride(cell: Cell, heads: int, length: int) -> list[int]:
     """Of (B, H, S, D), in elements, where memory has (B, S, H, D)."""
     row = heads * cell.head_dim
-    return [max(cell.lengths) * row, cell.head_dim, row, 1]
+    return [length * row, cell.head_dim, row, 1]
 
 
 def _seen(cell: Cell, x: torch.Tensor) -> torch.Tensor:

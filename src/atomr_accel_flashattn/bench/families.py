@@ -11,6 +11,7 @@ from ..dispatch import DispatchKey, FaFwdDispatch, lookup
 from ..execute import Launch, execute
 from ..fa2 import MaskKind, PositionBias
 from ..jit.spec import Family, KernelSpec, Tile
+from ..options import AttentionOptions
 from ..problem import ArrayInfo, AttentionProblem
 from ..types import SmArch
 from ..varlen import CumulativeSeqlens, VarlenFwdRequest
@@ -53,14 +54,20 @@ class _Held:
 
 def request_of(cell: Cell, inputs: Inputs, family: Family | None = None, *, tile: Tile | None = None, out: Any = None) -> FaFwdDispatch:
     """The request of a cell; None takes the family, the tile and the kind of output that functional calls take."""
-    mask = MaskKind.window(*cell.bounds)
-    arrays, bias = (inputs.q, inputs.k, inputs.v), PositionBias(inputs.slopes)
+    arrays = inputs.q, inputs.k, inputs.v
+    asked: dict[str, Any] = {
+        "mask": MaskKind.window(*cell.bounds),
+        "bias": PositionBias(inputs.slopes),
+        "sink_tokens": cell.sink_tokens,
+        "options": AttentionOptions(softcap=cell.softcap),
+        "out": out,
+    }
     request: DenseFwdRequest | VarlenFwdRequest
     if inputs.offsets is None:
-        request = DenseFwdRequest(*arrays, mask=mask, bias=bias, out=out)
+        request = DenseFwdRequest(*arrays, **asked)
     else:
         lengths = CumulativeSeqlens(inputs.offsets, inputs.max_length)
-        request = VarlenFwdRequest(*arrays, cu_seqlens_q=lengths, mask=mask, bias=bias, out=out)
+        request = VarlenFwdRequest(*arrays, cu_seqlens_q=lengths, **asked)
     return request if family is None and tile is None else _Held(request, family, tile)
 
 
@@ -86,10 +93,6 @@ class OfFamily(Peer):
     def __init__(self, family: Family, name: str) -> None:
         self.family = family
         self.name = name
-
-    def adds_alibi(self, cell: Cell) -> bool:
-        """Whenever the cell has it."""
-        return cell.alibi
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
         """Every cell, on a GPU that has the family."""

@@ -1,6 +1,6 @@
 """The picture of a forward benchmark, in the style of the FlashAttention papers, from its JSON record.
 
-One panel per head dim and mask, per sequence length one bar for each peer with its TFLOP/s above. The colours are those of Okabe and Ito
+One panel per head dim and mask of the grid, per sequence length one bar for each peer with its TFLOP/s above. The colours are those of Okabe and Ito
 (Color Universal Design, 2008), which colour-blind readers tell apart; ours alone is dark, bars of the same maker differ by hatching too.
 """
 
@@ -10,6 +10,8 @@ import datetime as dt
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+
+from .cells import FEATURES
 
 __all__ = ["STYLES", "Style", "draw"]
 
@@ -41,11 +43,13 @@ _LABEL_POINTS = {False: 7.0, True: 6.0}  # by whether there are more than six pe
 _LEAST_LENGTHS = 3  # room of a panel: fewer lengths would make bars as wide as blocks
 _BAR_SHARE = 0.86  # of the room of one sequence length
 _Row = Mapping[str, Any]
-_OTHERS = "grouped queries, packed sequences, window, ALiBi (head_dim 128)"
+_USUAL_DIM = 128  # of the cells outside the grid
+_OTHERS = "grouped queries, packed sequences, window (head_dim 128)"
+_FEATURES = "ALiBi, softcap, sink tokens (head_dim 128 where no other is named)"
 
 
 def draw(record: Mapping[str, Any], path: Path) -> Path:
-    """Draw the record: a panel per head dim and mask of the grid, and one for the other cells; PNG or SVG by the suffix of ``path``.
+    """Draw the record: a panel per head dim and mask of the grid, and two for the other cells; PNG or SVG by the suffix of ``path``.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -96,26 +100,34 @@ def _drawn(rows: Sequence[_Row]) -> list[str]:
 
 
 def _panels(rows: Sequence[_Row]) -> dict[str, list[tuple[str, _Row]]]:
-    """By title, (tick label, row): the grid by head dim and mask, the rest together at the end."""
+    """By title, (tick label, row): the grid by head dim and mask, the rest at the end, cells with a feature apart."""
     grid: dict[str, list[tuple[str, _Row]]] = {}
-    others: list[tuple[str, _Row]] = []
+    rest: dict[str, list[tuple[str, _Row]]] = {_OTHERS: [], _FEATURES: []}
     for row in rows:
         if row["group"] == "grid":
             grid.setdefault(f"head_dim {row['head_dim']}, {row['mask']}", []).append((row["length"], row))
         else:
-            mark = "*" if any(result["note"] for result in row["results"].values()) else ""
-            others.append((f"{row['group']}{mark}\n{row['mask'].removeprefix(row['group'])}\n{row['length']}", row))
-    if not others:
-        return grid
-    marked = " · * a peer is timed without the bias" if any("*" in label for label, _ in others) else ""
-    return grid | {_OTHERS + marked: others}
+            rest[_FEATURES if any(row.get(name) for name in FEATURES) else _OTHERS].append((_tick(row), row))
+    for title, found in rest.items():
+        marked = " · * a peer is timed without it" if any("*" in label for label, _ in found) else ""
+        if found:
+            grid[title + marked] = found
+    return grid
+
+
+def _tick(row: _Row) -> str:
+    """Group, mask and length of a cell outside the grid; marked where a peer does not do all of it."""
+    mark = "*" if any(result["note"] for result in row["results"].values()) else ""
+    dim = "" if row["head_dim"] == _USUAL_DIM else f" d{row['head_dim']}"
+    return f"{row['group']}{mark}{dim}\n{row['mask'].removeprefix(row['group'])}\n{row['length']}"
 
 
 def _mosaic(titles: Sequence[str]) -> list[list[str]]:
-    """Two panels of the grid a line; the other cells, or a panel that is left over, have a line to themselves."""
-    grid = [title for title in titles if not title.startswith(_OTHERS)]
+    """Two panels of the grid a line; those of the other cells, or one that is left over, have a line to themselves."""
+    rest = [title for title in titles if title.startswith((_OTHERS, _FEATURES))]
+    grid = [title for title in titles if title not in rest]
     lines = [grid[n : n + 2] * (2 if n + 1 == len(grid) else 1) for n in range(0, len(grid), 2)]
-    return lines + [[title, title] for title in titles if title.startswith(_OTHERS)]
+    return lines + [[title, title] for title in rest]
 
 
 def _panel(axis: Any, title: str, rows: Sequence[tuple[str, _Row]], names: Sequence[str]) -> None:

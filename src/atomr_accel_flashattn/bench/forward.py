@@ -64,7 +64,7 @@ class Result:
     error: float | None = None  # relative, of sampled rows against float32
     rounds: list[float] = field(default_factory=list)
     refused: str | None = None
-    note: str = ""
+    note: str = ""  # what of the cell it does without
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,6 +80,8 @@ class Row:
     length: str
     batch: int
     alibi: bool
+    softcap: float
+    sink_tokens: int
     kernel: str  # ours
     flops: float
     results: dict[str, Result]
@@ -206,10 +208,11 @@ def _run_cell(cell: Cell, peers: Sequence[Peer], options: Options, ceiling: floa
     sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed)
     results: dict[str, Result] = {}
     contestants = dict(_prepare(cell, peers, sets, results))
+    computed = {peer.name: peer.computed(cell) for peer in peers}
     for name, timing in measure_in_turns(contestants, rounds=options.rounds, seed=options.seed).items():
         result = results[name]
         result.ms, result.spread, result.rounds = timing.ms, timing.spread, timing.rounds
-        result.tflops = cell.flops / timing.ms * 1e-9
+        result.tflops = computed[name].flops / timing.ms * 1e-9
         result.ceiling_share = result.tflops / ceiling
     ours = results[OURS].ms if OURS in results else None
     ratios = {name: r.ms / ours for name, r in results.items() if ours and r.ms and name != OURS}
@@ -223,6 +226,8 @@ def _run_cell(cell: Cell, peers: Sequence[Peer], options: Options, ceiling: floa
         length=cell.length,
         batch=cell.batch,
         alibi=cell.alibi,
+        softcap=cell.softcap,
+        sink_tokens=cell.sink_tokens,
         kernel=lookup(request_of(cell, sets[0], _family(options.families[0]) if options.families else None).dispatch_key()).kernel_name,
         flops=cell.flops,
         results=results,
@@ -244,11 +249,13 @@ def _prepare(cell: Cell, peers: Sequence[Peer], sets: Sequence[Inputs], results:
         except (RuntimeError, FlashAttnError) as error:
             result.refused = f"{type(error).__name__}: {error}".split("\n")[0][:300]
             continue
-        result.error = check_rows(cell, sets[0], out, with_alibi=peer.adds_alibi(cell))
+        computed = peer.computed(cell)
+        result.error = check_rows(computed, sets[0], out)
         limit = ERROR_LIMIT[cell.dtype]
         if result.error > limit:
             result.refused = f"wrong: relative error {result.error:.3g}, at most {limit:g} allowed; not timed"
             continue
-        if cell.alibi and not peer.adds_alibi(cell):
-            result.note = "without the bias"
+        missing = [feature for feature in cell.features if feature not in computed.features]
+        if missing:
+            result.note = f"without {' and '.join(missing)}"
         yield peer.name, Contestant(calls, peer.context)

@@ -67,14 +67,13 @@ def _one_set(cell: Cell, device: torch.device, seed: int) -> Inputs:
     return Inputs(q, k, v, offsets, slopes, max(cell.lengths))
 
 
-def check_rows(cell: Cell, inputs: Inputs, out: torch.Tensor, *, with_alibi: bool) -> float:
+def check_rows(cell: Cell, inputs: Inputs, out: torch.Tensor) -> float:
     """Relative error (Frobenius) of the last 64 rows of the first and the last sequence against float32 attention; NaN never passes.
 
     Args:
-        cell: what was computed.
+        cell: what was computed, which of a peer that has not every feature is not the cell it was asked for (``Peer.computed``).
         inputs: from what.
         out: (B, S, H, D of v), or (total, H, D of v) when packed.
-        with_alibi: whether the peer added the cell's ALiBi bias (one that cannot is timed without it, and says so).
     """
     errors = []
     for b in {0, cell.batch - 1}:
@@ -83,7 +82,7 @@ def check_rows(cell: Cell, inputs: Inputs, out: torch.Tensor, *, with_alibi: boo
         rows = slice(start, start + n)
         q, k, v, o = (x[rows] if cell.packed else x[b] for x in (inputs.q, inputs.k, inputs.v, out))
         count = min(CHECKED_ROWS, n)
-        expected = _float32_rows(cell, q[n - count :], k, v, inputs.slopes if with_alibi else None)
+        expected = _float32_rows(cell, q[n - count :], k, v, inputs.slopes if cell.alibi else None)
         got = o[n - count :].float()
         errors.append(float((got - expected).norm() / expected.norm()))
     return math.inf if any(math.isnan(e) for e in errors) else max(errors)
@@ -100,11 +99,13 @@ def _float32_rows(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     n = k.shape[0]
     i = torch.arange(n - q.shape[0], n, device=q.device)[:, None]
     j = torch.arange(n, device=q.device)[None, :]
+    if cell.softcap:
+        scores = cell.softcap * (scores / cell.softcap).tanh()
     if slopes is not None:
         scores = scores - slopes[:, None, None] * (i - j).abs()
     left, right = cell.bounds
     hidden = torch.zeros_like(j > i) if right < 0 else j > i + right
     if left >= 0:
-        hidden = hidden | (j < i - left)
+        hidden = hidden | ((j < i - left) & (j >= cell.sink_tokens))
     weights = scores.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(0)  # a row that sees nothing is zero
     return (weights @ values).transpose(0, 1)

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .cells import FEATURES
 from .cudnn_frontend import CudnnFrontend
 from .peers import UNBOUNDED, Call, Peer, Refused, first_line, tried
 
@@ -44,9 +45,10 @@ class FlashAttnPackage(Peer):
         self._load = load
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
-        """Every cell but ALiBi."""
-        if cell.alibi:
-            raise Refused(f"{self.name} has no ALiBi")
+        """Every cell but ALiBi and sink tokens (FA4's ``learnable_sink`` is a number in the denominator, which has no key)."""
+        missing = [feature for feature in cell.features if feature != FEATURES["softcap"]]
+        if missing:
+            raise Refused(f"{self.name} has no {' or '.join(missing)}")
         try:
             package = self._load()
         except Exception as error:  # a library that was built for another torch or CUDA fails in its own way
@@ -54,6 +56,8 @@ class FlashAttnPackage(Peer):
         options: dict[str, Any] = {"causal": cell.causal}
         if cell.window is not None:
             options["window_size"] = (cell.window - 1, 0)
+        if cell.softcap:
+            options["softcap"] = cell.softcap
         q, k, v, offsets, longest = inputs.q, inputs.k, inputs.v, inputs.offsets, inputs.max_length
         if cell.packed:
             lengths = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
@@ -81,10 +85,17 @@ class XformersFa3:
         self._forward: Any = torch.ops.flash_attn_3.fwd.default
 
     def flash_attn_func(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, window_size: tuple[int, int] = (UNBOUNDED, UNBOUNDED)
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        causal: bool,
+        window_size: tuple[int, int] = (UNBOUNDED, UNBOUNDED),
+        softcap: float = 0.0,
     ) -> torch.Tensor:
         """Dense: q (B, S, H, D), k and v (B, S, Hkv, D) -> o (B, S, H, D)."""
-        return self._call(q, k, v, is_causal=causal, window=window_size)
+        return self._call(q, k, v, is_causal=causal, window=window_size, softcap=softcap)
 
     def flash_attn_varlen_func(
         self,
@@ -94,10 +105,11 @@ class XformersFa3:
         *,
         causal: bool,
         window_size: tuple[int, int] = (UNBOUNDED, UNBOUNDED),
+        softcap: float = 0.0,
         **lengths: Any,
     ) -> torch.Tensor:
         """Packed: q (total, H, D), k and v (total, Hkv, D) -> o (total, H, D); ``lengths``: cu_seqlens_q and _k, max_seqlen_q and _k."""
-        return self._call(q, k, v, is_causal=causal, window=window_size, **lengths)
+        return self._call(q, k, v, is_causal=causal, window=window_size, softcap=softcap, **lengths)
 
     def _call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: tuple[int, int], **options: Any) -> torch.Tensor:
         """One split, as the authors' interface asks for; the operator's own default is a heuristic for decoding."""
@@ -119,12 +131,8 @@ class FlexPeer(Peer):
         self._attend: Any = None
         self._options: dict[str, Any] = {}
 
-    def adds_alibi(self, cell: Cell) -> bool:
-        """Whenever the cell has it, as a score_mod."""
-        return cell.alibi
-
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
-        """Dense cells: band masks as a block mask, ALiBi as a score_mod."""
+        """Dense cells: band masks and sink tokens as a block mask, softcap and ALiBi as a score_mod."""
         if cell.packed:
             raise Refused("packed sequences are not timed with FlexAttention")
         if cell != self._cell:
@@ -138,23 +146,33 @@ class FlexPeer(Peer):
         import torch
         from torch.nn.attention import flex_attention as flex
 
-        slopes, window, length = inputs.slopes, cell.window, inputs.max_length
-
-        def visible(_batch: Any, _head: Any, i: Any, j: Any) -> Any:
-            seen = j <= i
-            return seen if window is None else seen & (i - j < window)
-
-        def bias(score: Any, _batch: Any, head: Any, i: Any, j: Any) -> Any:
-            return score if slopes is None else score - slopes[head] * (i - j).abs()
-
         torch.compiler.reset()
         self._attend = torch.compile(flex.flex_attention, dynamic=False)
-        bounded = cell.causal or window is not None
-        mask = flex.create_block_mask(visible, None, None, length, length, device=inputs.q.device) if bounded else None
+        visible, score = _flex_functions(cell, inputs.slopes)
+        sizes, bounded = (max(cell.lengths), max(cell.keys)), cell.causal or cell.window is not None
+        mask = flex.create_block_mask(visible, None, None, *sizes, device=inputs.q.device) if bounded else None
         self._options = {"block_mask": mask, "enable_gqa": cell.heads != cell.heads_kv}
-        if slopes is not None:
-            self._options["score_mod"] = bias
+        if cell.softcap or cell.alibi:
+            self._options["score_mod"] = score
         self._cell = cell
+
+
+def _flex_functions(cell: Cell, slopes: torch.Tensor | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The ``mask_mod`` of a dense cell with a bound, and its ``score_mod``."""
+    import torch
+
+    window, sinks, cap = cell.window, cell.sink_tokens, cell.softcap
+    offset = max(cell.keys) - max(cell.lengths)  # queries are aligned to the last key
+
+    def visible(_batch: Any, _head: Any, i: Any, j: Any) -> Any:
+        seen = j <= i + offset
+        return seen if window is None else seen & ((i + offset - j < window) | (j < sinks))
+
+    def score(s: Any, _batch: Any, head: Any, i: Any, j: Any) -> Any:
+        s = cap * torch.tanh(s / cap) if cap else s
+        return s if slopes is None else s - slopes[head] * (i + offset - j).abs()
+
+    return visible, score
 
 
 class Absent(Peer):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -37,10 +38,9 @@ class Peer(Protocol):
         """Entered around every call: nothing, but for peers that have a backend to choose."""
         return contextlib.nullcontext()
 
-    def adds_alibi(self, cell: Cell) -> bool:
-        """Whether the cell's ALiBi bias is really added: never, by those that do not say otherwise."""
-        del cell
-        return False
+    def computed(self, cell: Cell) -> Cell:
+        """What the calls that were prepared for a cell really compute: the cell, but for peers that are timed without a feature of it."""
+        return cell
 
 
 def tried(call: Call) -> Call:
@@ -66,20 +66,17 @@ class Ours(Peer):
 
     name = "ours"
 
-    def adds_alibi(self, cell: Cell) -> bool:
-        """Whenever the cell has it."""
-        return cell.alibi
-
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
         """``flash_attn_func`` or ``flash_attn_varlen_func``."""
         from ..functional import flash_attn_func, flash_attn_varlen_func
 
         window = (UNBOUNDED, UNBOUNDED) if cell.window is None else (cell.window - 1, 0)
-        q, k, v, offsets, longest, slopes = inputs.q, inputs.k, inputs.v, inputs.offsets, inputs.max_length, inputs.slopes
-        causal = cell.causal
+        q, k, v, offsets, longest = inputs.q, inputs.k, inputs.v, inputs.offsets, inputs.max_length
+        options: dict[str, Any] = {"causal": cell.causal, "window_size": window, "softcap": cell.softcap}
+        options |= {"alibi_slopes": inputs.slopes, "sink_tokens": cell.sink_tokens}
         if cell.packed:
-            return lambda: flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, causal=causal, window_size=window)
-        return lambda: flash_attn_func(q, k, v, causal=causal, window_size=window, alibi_slopes=slopes)
+            return lambda: flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, **options)
+        return lambda: flash_attn_func(q, k, v, **options)
 
 
 class _Sdpa(Peer):
@@ -96,7 +93,7 @@ class _Sdpa(Peer):
         return held
 
     def sdpa(self, cell: Cell, inputs: Inputs) -> Call:
-        """The dense call; torch wants (B, H, S, D), which is a view."""
+        """The dense call; torch wants (B, H, S, D), which is a view. A causal mask is aligned to the first key."""
         from torch.nn.functional import scaled_dot_product_attention
 
         q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
@@ -112,16 +109,18 @@ class CudnnPeer(_Sdpa):
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
         """Dense, full or causal, GQA."""
-        if cell.packed or cell.window is not None or cell.alibi:
-            raise Refused("SDPA has no packed sequences, window or ALiBi")
+        if cell.packed or cell.window is not None or cell.features:
+            raise Refused("SDPA has no packed sequences, window, ALiBi, softcap or sink tokens")
+        if cell.length_k is not None and cell.causal:
+            raise Refused("SDPA aligns a causal mask to the first key, not to the last")
         return self.sdpa(cell, inputs)
 
 
 class TorchFa2(_Sdpa):
-    """The FlashAttention-2 that torch carries: SDPA for dense cells, ``varlen_attn`` for packed ones, its operator for windows and ALiBi.
+    """The FlashAttention-2 that torch carries: SDPA for dense cells, ``varlen_attn`` for packed ones, else its operator.
 
-    A torch that was built without ALiBi is timed without the bias in those cells: the same products and less other work, a bar that is a
-    little too high.
+    The operator has no softcap and no sink tokens, nor has a torch that was built without ALiBi the bias: such cells are timed without, the
+    same products and less other work, a bar that is a little too high.
     """
 
     name = "fa2"
@@ -130,15 +129,15 @@ class TorchFa2(_Sdpa):
     def __init__(self) -> None:
         self._has_alibi = False
 
-    def adds_alibi(self, cell: Cell) -> bool:
-        """Whether this torch was found to take slopes when the cell was prepared."""
-        return cell.alibi and self._has_alibi
+    def computed(self, cell: Cell) -> Cell:
+        """Without softcap and sink tokens; without ALiBi where this torch was found not to take slopes when the cell was prepared."""
+        return replace(cell, alibi=cell.alibi and self._has_alibi, softcap=0.0, sink_tokens=0)
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
         """Every cell."""
         if cell.packed:
             return self._varlen(cell, inputs)
-        if cell.window is not None:
+        if cell.window is not None or cell.length_k is not None:
             return self._operator(cell, inputs)
         return self._alibi(cell, inputs) if cell.alibi else self.sdpa(cell, inputs)
 
@@ -167,11 +166,13 @@ class TorchFa2(_Sdpa):
     def _operator(cell: Cell, inputs: Inputs) -> Call:
         import torch
 
-        operator: Any = torch.ops.aten._flash_attention_forward  # noqa: SLF001 - SDPA passes neither a window nor slopes on
-        q, k, v, s, causal = inputs.q, inputs.k, inputs.v, inputs.max_length, cell.causal and cell.window is None
+        # SDPA passes neither a window nor slopes on, and aligns a causal mask to the first key
+        operator: Any = torch.ops.aten._flash_attention_forward  # noqa: SLF001
+        q, k, v, causal = inputs.q, inputs.k, inputs.v, cell.causal and cell.window is None
+        s, keys = max(cell.lengths), max(cell.keys)
         options: dict[str, Any] = {}
         if cell.window is not None:
             options |= {"window_size_left": cell.window - 1, "window_size_right": 0}
         if inputs.slopes is not None:
             options["alibi_slopes"] = inputs.slopes
-        return lambda: operator(q, k, v, None, None, s, s, 0.0, causal, False, **options)[0]
+        return lambda: operator(q, k, v, None, None, s, keys, 0.0, causal, False, **options)[0]

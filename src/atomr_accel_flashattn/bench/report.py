@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
+
+from .cells import FEATURES
 
 __all__ = ["format_row", "header", "markdown", "summary"]
 
 OURS = "ours"
+COST_LIMIT: Final = 1.10  # of the time of the plain cell: what ALiBi, softcap and sink tokens may take
+_SHAPE: Final = ("head_dim", "heads", "heads_kv", "mask", "length", "batch")
 
 
 def header(peers: Sequence[str]) -> str:
@@ -43,20 +47,45 @@ def _versus(row: Mapping[str, Any], name: str) -> str:
 
 
 def summary(report: Mapping[str, Any]) -> Iterator[str]:
-    """Lines after the table: geometric means, worst cells, ceilings, what peers did not do and why, what was skipped or failed."""
+    """Lines after the table: geometric means, worst cells, costs of features, ceilings, what peers did not do and why, what failed."""
     for name, mean in report["geometric_means"].items():
         cell, ratio = report["worst"][name]
         count = sum(name in row["ratios"] for row in report["rows"])
         yield f"against {name}: geometric mean {mean:.3f} over {count} cells, worst {ratio:.3f} in {cell}"
+    yield from _costs(report["rows"])
     for when, found in zip(("before", "after"), report["ceilings"], strict=False):
         yield f"ceiling {when}: bf16 matmul {found['matmul_bf16_tflops']:.0f} TFLOP/s, copy {found['copy_gbs']:.0f} GB/s"
     yield from _refusals(report["rows"])
-    if any(result["note"] for row in report["rows"] for result in row["results"].values()):
-        yield "* this peer has no ALiBi and is timed without the bias"
+    notes = {(name, result["note"]) for row in report["rows"] for name, result in row["results"].items() if result["note"]}
+    for name, note in sorted(notes):
+        yield f"* {name} is timed {note}, which it does not have"
     if report["skipped"]:
         yield f"not begun, the budget was spent: {', '.join(report['skipped'])}"
     for failure in report["failures"]:
         yield f"FAILED {failure}"
+
+
+def _costs(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Our time in every cell with a feature over that in the cell of the same shape without, where both were timed."""
+    plain = {_shape(row): row for row in rows if not _features(row)}
+    for row in rows:
+        base, features = plain.get(_shape(row)), _features(row)
+        if base is None or not features:
+            continue
+        ours, without = (each["results"].get(OURS, {}).get("ms") for each in (row, base))
+        if ours and without:
+            verdict = "kept" if ours / without <= COST_LIMIT else "EXCEEDED"
+            text = f"{row['cell']} takes {ours / without:.3f} of the time of {base['cell']}"
+            yield f"cost of {' and '.join(features)}: {text} (limit {COST_LIMIT:.2f}: {verdict})"
+
+
+def _shape(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in _SHAPE)
+
+
+def _features(row: Mapping[str, Any]) -> list[str]:
+    """What a cell has beside its mask; records made before a feature was measured do not name it."""
+    return [title for name, title in FEATURES.items() if row.get(name)]
 
 
 def _refusals(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -36,6 +36,10 @@ struct Fa3Forward {
 
   static constexpr bool kAllSeen = !C.varlen && !C.left_bound && !C.right_bound;  // every row sees every key that the tensor has
 
+  // Left alone, ptxas waits for the product with V before it begins the softmax. Two warpgroups at 128 columns then have too little to do at a time:
+  // 3 to 5 % at 512 and 1k rows. Three, or 256 columns, fill that time, and are as fast or faster so.
+  static constexpr bool kMaximaFirst = kConsumers == 2 && C.v_head_dim == 128;
+
   // L2 policies (createpolicy): q is read once, k and v by many blocks.
   static constexpr uint64_t kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
 
@@ -83,7 +87,7 @@ struct Fa3Forward {
     for (Work work = stream.first(); !work.over(); work = stream.hand_out()) {
       const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
       const Band<C> band(p.fwd, seq, work.block_m * C.block_m, C.block_m);
-      const int head_kv = work.head / p.fwd.heads_per_kv;
+      const int head_kv = C.pack_gqa ? work.head : work.head / p.fwd.heads_per_kv;
       int n = first_tile(work, seq, band);
       if (n < 0) stream.take();
 #pragma unroll 1
@@ -112,11 +116,7 @@ struct Fa3Forward {
         const int w = C.left_bound ? kConsumers - 1 - i : i;
         const Ring<1> ring = ring_q.neighbour(w);
         ring.wait_empty();
-        if (leader) {
-          ptx::barrier_arrive_expect(ring.full(), TileQ::kBytes);
-          TileQ::load(shared + kQ + w * TileQ::kBytes, &p.q_map, ring.full(), seq.q_row + work.block_m * C.block_m + w * kWarpgroupRows,
-                      work.head, seq.batch, kEvictFirst);
-        }
+        if (leader) load_queries(ring.full(), w, work, seq);
       }
       ring_q.advance();
     }
@@ -129,7 +129,7 @@ struct Fa3Forward {
     for (Work work = stream.first(); !work.over(); work = stream.next()) {
       const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
       const Band<C> band(p.fwd, seq, work.block_m * C.block_m, C.block_m);
-      const int head_kv = work.head / p.fwd.heads_per_kv;
+      const int head_kv = C.pack_gqa ? work.head : work.head / p.fwd.heads_per_kv;
 #pragma unroll 1
       for (int n = first_tile(work, seq, band); n >= 0; n = band.next_tile(n)) {
         ring_v.wait_empty();
@@ -181,7 +181,7 @@ struct Fa3Forward {
         rows.finish();
         settle();
       }
-      if (first_row < task.seq.length_q) rows.store();
+      if (first_row < row_count<C>(p.fwd, task.seq)) rows.store();
       ptx::wgmma_wait<0>();
       ptx::pin(r.S[0]);
       task = next;
@@ -190,8 +190,20 @@ struct Fa3Forward {
 
  private:
   // -1 when the rows of this tile do not exist or see nothing; then neither role touches the rings.
-  static __device__ __forceinline__ int first_tile(const Work& work, const Sequence& seq, const Band<C>& band) {
-    return work.block_m * C.block_m < seq.length_q ? band.first_tile() : -1;
+  __device__ __forceinline__ int first_tile(const Work& work, const Sequence& seq, const Band<C>& band) const {
+    return work.block_m * C.block_m < row_count<C>(p.fwd, seq) ? band.first_tile() : -1;
+  }
+
+  // The rows of warpgroup `w`.
+  __device__ __forceinline__ void load_queries(uint32_t barrier, int w, const Work& work, const Sequence& seq) const {
+    const uint32_t tile = shared + kQ + w * TileQ::kBytes;
+    const int row = seq.q_row + query_of<C>(p.fwd, work.block_m * C.block_m + w * kWarpgroupRows);
+    ptx::barrier_arrive_expect(barrier, TileQ::kBytes);
+    if constexpr (C.pack_gqa) {
+      TileQ::load_packed(tile, &p.q_map, barrier, row, work.head, seq.batch, kEvictFirst);
+    } else {
+      TileQ::load(tile, &p.q_map, barrier, row, work.head, seq.batch, kEvictFirst);
+    }
   }
 
   template <class Tile>
@@ -287,6 +299,9 @@ struct Fa3Forward {
       if (next < 0) release(ring_q);  // as early as may be: the loading warp waits for it to begin the next tile
       rows.finish_scores(r.S, n);
       const bool grew = rows.softmax_tile(r.S, n);
+      if constexpr (kMaximaFirst) {
+        for (float x : rows.softmax.max[0]) ptx::await_value(x, p.tiles, ring_v.empty());
+      }
       ptx::wgmma_wait<0>();
       ptx::pin(rows.rO[0]);
       release(ring_v);

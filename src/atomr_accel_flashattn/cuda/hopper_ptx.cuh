@@ -43,6 +43,15 @@ __device__ __forceinline__ void tensor_load(uint32_t dst, const TensorMap* map, 
       "l"(map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(batch), "l"(cache_policy)
       : "memory");
 }
+// The same of a 5-d tensor (column, head of the group, row, group, batch).
+__device__ __forceinline__ void tensor_load(uint32_t dst, const TensorMap* map, uint32_t barrier, int col, int member, int row, int group,
+                                            int batch, uint64_t cache_policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], "
+      "%8;" ::"r"(dst),
+      "l"(map), "r"(barrier), "r"(col), "r"(member), "r"(row), "r"(group), "r"(batch), "l"(cache_policy)
+      : "memory");
+}
 __device__ __forceinline__ void tensor_prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // bar.sync and bar.arrive on a numbered barrier of `threads` threads.
@@ -86,6 +95,20 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 // Nothing: a value that the compiler may not know.
 __device__ __forceinline__ void conceal(int& x) { asm volatile("" : "+r"(x)); }
+// Nothing: an arrival that never comes about, as no `positive` has a sign. Waits for products behind it stay behind the arithmetic that gives `x`;
+// ptxas moves them above any arithmetic, but above no access to a barrier.
+__device__ __forceinline__ void await_value(float x, int positive, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred never;\n"
+      ".reg .b32 sign;\n"
+      "and.b32 sign, %0, %1;\n"
+      "setp.lt.s32 never, sign, 0;\n"
+      "@never mbarrier.arrive.shared::cta.b64 _, [%2];\n"
+      "}\n" ::"r"(__float_as_int(x)),
+      "r"(positive), "r"(barrier)
+      : "memory");
+}
 // Nothing: registers that an asynchronous product has written are read from here on, not before.
 template <int kTiles>
 __device__ __forceinline__ void pin(float (&d)[kTiles][4]) {

@@ -26,8 +26,8 @@ struct Band {
         left(p.window_left),
         right(p.window_right),
         sinks(C.sink_tokens ? p.sink_tokens : 0),
-        p_first(first_row + (seq.length_k - seq.length_q)),  // in this order: two lengths and a block of rows may pass 2^31
-        p_last(min(first_row + rows, seq.length_q) - 1 + (seq.length_k - seq.length_q)) {}
+        p_first(query_of<C>(p, first_row) + (seq.length_k - seq.length_q)),  // in this order: two lengths and a block of rows may pass 2^31
+        p_last(query_of<C>(p, min(first_row + rows, row_count<C>(p, seq)) - 1) + (seq.length_k - seq.length_q)) {}
 
   // One past the last key that some row sees.
   __device__ __forceinline__ int key_end() const { return C.right_bound ? min(length_k, max(0, p_last + right + 1)) : length_k; }

@@ -24,6 +24,15 @@ struct PanelTile {
     }
   }
 
+  // The same from a tensor whose rows are those of a group of heads.
+  static __device__ __forceinline__ void load_packed(uint32_t tile, const TensorMap* map, uint32_t barrier, int row, int group, int batch,
+                                                     uint64_t policy) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      ptx::tensor_load(tile + panel * kPanelBytes, map, barrier, panel * kPanelCols, 0, row, group, batch, policy);
+    }
+  }
+
   // Operand whose k runs along the columns (Q, K). `k` counts 16-column steps.
   static __device__ __forceinline__ uint64_t along_columns(uint32_t tile, int k) {
     constexpr int kSteps = kPanelCols / 16;

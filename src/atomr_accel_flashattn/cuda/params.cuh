@@ -29,7 +29,8 @@ struct FwdParams {
   int64_t alibi_batch_stride;
   int32_t batch, heads, heads_per_kv, seqlen_q, seqlen_k, head_dim, v_head_dim;
   int32_t window_left, window_right, sink_tokens;
-  int32_t blocks_m, section_heads;
+  int32_t blocks_m, section_heads, work_heads;  // work_heads: that tiles are made for; those of k and v where their query heads are packed
+  int32_t packed_shift;                         // log2 of the query heads that are packed into rows
   int32_t dropout_threshold;
   float dropout_rescale;
   float scale_log2, softcap_scale, softcap_log2;

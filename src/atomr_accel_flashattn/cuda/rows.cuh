@@ -81,16 +81,17 @@ struct WarpRows {
 
   // Denominators and, where wanted, LSE. Needs no output, so it may run beside the last product.
   __device__ __forceinline__ void finish() {
-    const float sink = C.learned_sink ? p.learned_sink[work.head] * kLog2e : 0.f;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = first_row + 16 * b + 8 * r + lane_row();
+        const int row = row_at(b, r), head = head_of<C>(p, work.head, row);
+        const bool exists = row < row_count<C>(p, seq);
+        const float sink = C.learned_sink && exists ? p.learned_sink[head] * kLog2e : 0.f;
         const float sum = quad_reduce(softmax.sum[b][r], [](float x, float y) { return x + y; });
         const RowEnd end = finish_row<C>(sum, softmax.max[b][r] * score.factor, sink);
-        if (p.lse != nullptr && lane_col() == 0 && row < seq.length_q) {
-          p.lse[work.batch * p.lse_batch_stride + work.head * p.lse_head_stride + seq.q_row + row] = end.lse;
+        if (p.lse != nullptr && lane_col() == 0 && exists) {
+          p.lse[work.batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query_of<C>(p, row)] = end.lse;
         }
         rescale[b][r] = C.dropout ? end.scale * p.dropout_rescale : end.scale;
       }
@@ -99,7 +100,7 @@ struct WarpRows {
   // Write O, normalised as finish() found. All words are exchanged before the first is stored: a branch between would make every exchange wait for
   // the one before it (1700 clocks a tile at 128 columns instead of 1200).
   __device__ __forceinline__ void store() {
-    auto* out = static_cast<uint16_t*>(p.o) + seq.batch * p.o_stride.batch + seq.q_row * p.o_stride.row + work.head * p.o_stride.head;
+    auto* out = static_cast<uint16_t*>(p.o) + seq.batch * p.o_stride.batch + seq.q_row * p.o_stride.row;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       uint32_t w[2][kOutTiles / 4][4];
@@ -112,10 +113,11 @@ struct WarpRows {
       for (int i = 0; i < kOutTiles / 2; ++i) transpose_quad(w[i % 2][i / 2]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = first_row + 16 * b + 8 * r + lane_row();
-        if (row >= seq.length_q) continue;
+        const int row = row_at(b, r);
+        if (row >= row_count<C>(p, seq)) continue;
+        auto* target = out + query_of<C>(p, row) * p.o_stride.row + head_of<C>(p, work.head, row) * p.o_stride.head;
 #pragma unroll
-        for (int i = 0; i < kOutTiles / 4; ++i) store_quad<C>(out + row * p.o_stride.row, 32 * i, p.v_head_dim, w[r][i]);
+        for (int i = 0; i < kOutTiles / 4; ++i) store_quad<C>(target, 32 * i, p.v_head_dim, w[r][i]);
       }
     }
   }
@@ -123,7 +125,10 @@ struct WarpRows {
  private:
   static __device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x) % 32 / 4; }
   static __device__ __forceinline__ int lane_col() { return static_cast<int>(threadIdx.x) % 4 * 2; }
-  __device__ __forceinline__ int position(int b, int r) const { return band.p_first + 16 * b + 8 * r + lane_row(); }
+  __device__ __forceinline__ int row_at(int b, int r) const { return first_row + 16 * b + 8 * r + lane_row(); }
+  __device__ __forceinline__ int position(int b, int r) const {
+    return C.pack_gqa ? query_of<C>(p, row_at(b, r)) + (seq.length_k - seq.length_q) : band.p_first + 16 * b + 8 * r + lane_row();
+  }
 
   __device__ __forceinline__ void transform_scores(Scores& rS, int n) {
     if constexpr (C.alibi || Score<C>::kInLog2) {

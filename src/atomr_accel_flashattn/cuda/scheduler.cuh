@@ -16,7 +16,7 @@ struct Work {
 // by side. Last rows first is longest first under a causal mask, so that the tail of the grid is made of short tiles; a section is sized so
 // that its K and V stay in L2 while all its blocks read them.
 __device__ __forceinline__ Work decode_work(const FwdParams& p, int index) {
-  const int pairs = p.batch * p.heads;
+  const int pairs = p.batch * p.work_heads;
   const int per_section = p.section_heads * p.blocks_m;
   const int section = index / per_section;
   const int first = section * p.section_heads;
@@ -24,8 +24,8 @@ __device__ __forceinline__ Work decode_work(const FwdParams& p, int index) {
   const int rest = index - section * per_section;
   const int row = rest / width;
   const int pair = first + rest - row * width;
-  const int batch = pair / p.heads;
-  return {p.blocks_m - 1 - row, pair - batch * p.heads, batch};
+  const int batch = pair / p.work_heads;
+  return {p.blocks_m - 1 - row, pair - batch * p.work_heads, batch};
 }
 
 }  // namespace fa

@@ -10,7 +10,7 @@ import math
 from typing import ClassVar
 
 from ..problem import ArrayInfo, AttentionProblem
-from .spec import Tile
+from .spec import KernelSpec
 
 __all__ = [
     "UNBOUNDED",
@@ -61,7 +61,8 @@ class FwdParams(KernelParams):
         *((name, StrideParams) for name in ("q_stride", "k_stride", "v_stride", "o_stride")),
         *((name, ctypes.c_int64) for name in ("lse_batch_stride", "lse_head_stride", "alibi_batch_stride")),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "heads_per_kv", "seqlen_q", "seqlen_k", "head_dim", "v_head_dim")),
-        *((name, ctypes.c_int32) for name in ("window_left", "window_right", "sink_tokens", "blocks_m", "section_heads")),
+        *((name, ctypes.c_int32) for name in ("window_left", "window_right", "sink_tokens", "blocks_m", "section_heads", "work_heads")),
+        ("packed_shift", ctypes.c_int32),
         ("dropout_threshold", ctypes.c_int32),
         *((name, ctypes.c_float) for name in ("dropout_rescale", "scale_log2", "softcap_scale", "softcap_log2")),
     )
@@ -81,7 +82,7 @@ class Fa3FwdParams(KernelParams):
         ("fwd", FwdParams),
         ("counters", ctypes.c_void_p),
         ("tiles", ctypes.c_int32),
-        ("_alignment", ctypes.c_ubyte * 36),
+        ("_alignment", ctypes.c_ubyte * 28),
         *((name, TensorMapParams) for name in ("q_map", "k_map", "v_map")),
     )
 
@@ -112,19 +113,20 @@ def forward_pointers(problem: AttentionProblem, out: ArrayInfo, lse_ptr: int | N
     )
 
 
-def pack_forward(problem: AttentionProblem, out: ArrayInfo, lse_ptr: int | None, tile: Tile) -> FwdParams:
+def pack_forward(problem: AttentionProblem, out: ArrayInfo, lse_ptr: int | None, spec: KernelSpec) -> FwdParams:
     """Parameters of one forward call.
 
     Args:
         problem: checked inputs.
         out: where o goes, shaped like ``problem.out_shape``, any strides.
         lse_ptr: address of a contiguous float32 array shaped like ``problem.lse_shape``; None when nobody asked for it.
-        tile: the kernel's.
+        spec: the kernel's.
     """
     band, softcap = problem.band, problem.softcap
     slopes = problem.alibi_slopes
     lse_heads, lse_rows = problem.lse_shape[-2:]
     scale_log2 = problem.softmax_scale * math.log2(math.e)
+    group = _packed_heads(problem, spec)
     return FwdParams(
         *forward_pointers(problem, out, lse_ptr),
         q_stride=StrideParams(*problem.q_strides),
@@ -144,8 +146,10 @@ def pack_forward(problem: AttentionProblem, out: ArrayInfo, lse_ptr: int | None,
         window_left=UNBOUNDED if band.left is None else min(band.left, UNBOUNDED),
         window_right=UNBOUNDED if band.right is None else min(band.right, UNBOUNDED),
         sink_tokens=min(band.sink_tokens, UNBOUNDED),
-        blocks_m=-(-problem.seqlen_q // tile.block_m),
-        section_heads=_section_heads(problem),
+        blocks_m=_row_blocks(problem, spec),
+        section_heads=_section_heads(problem, group),
+        work_heads=problem.heads // group,
+        packed_shift=group.bit_length() - 1,
         dropout_threshold=problem.dropout.keep_threshold if problem.dropout else 256,
         dropout_rescale=problem.dropout.rescale if problem.dropout else 1.0,
         scale_log2=scale_log2,
@@ -167,9 +171,9 @@ def pack_fa3_forward(forward: FwdParams, maps: tuple[bytes, bytes, bytes], count
     return Fa3FwdParams(fwd=forward, counters=counters, tiles=tiles, q_map=q_map, k_map=k_map, v_map=v_map)
 
 
-def forward_grid(problem: AttentionProblem, tile: Tile) -> int:
+def forward_grid(problem: AttentionProblem, spec: KernelSpec) -> int:
     """Blocks of a forward launch, one per tile of query rows, head and sequence; 0 when there is nothing to do."""
-    return -(-problem.seqlen_q // tile.block_m) * problem.batch * problem.heads
+    return _row_blocks(problem, spec) * problem.batch * (problem.heads // _packed_heads(problem, spec))
 
 
 def pack_dropout_mask(problem: AttentionProblem, keep_ptr: int) -> DropoutMaskParams:
@@ -197,19 +201,28 @@ def dropout_mask_grid(problem: AttentionProblem) -> int:
     return -(-problem.seqlen_q // _MASK_ROWS) * -(-problem.seqlen_k // _MASK_KEYS) * problem.batch * problem.heads
 
 
-def _section_heads(problem: AttentionProblem) -> int:
-    """How many (sequence, query head) pairs run side by side, whole groups of one KV head.
+def _packed_heads(problem: AttentionProblem, spec: KernelSpec) -> int:
+    """Query heads whose rows a tile mixes."""
+    return problem.heads // problem.heads_kv if spec.pack_gqa else 1
+
+
+def _row_blocks(problem: AttentionProblem, spec: KernelSpec) -> int:
+    return -(-problem.seqlen_q * _packed_heads(problem, spec) // spec.tile.block_m)
+
+
+def _section_heads(problem: AttentionProblem, packed: int) -> int:
+    """How many (sequence, head) pairs run side by side, whole groups of one KV head; heads are groups of ``packed`` query heads.
 
     Where later rows see more keys, the rows of as many heads as fit in L2 are mixed, so that the longest come first. Where all rows see
     equally many, one head after the other touches the least of K and V at a time: 3 to 10 % at d 256.
     """
-    group = problem.heads // problem.heads_kv
+    group = problem.heads // problem.heads_kv // packed
     if problem.band.right is None or problem.band.left is not None:
         return group
     element = problem.k.dtype.itemsize if problem.k.dtype else 1
     kv_bytes = max(1, problem.seqlen_k * (problem.head_dim + problem.v_head_dim) * element)
     kv_heads = max(1, min(_SECTION_KV_HEADS, _L2_BYTES // kv_bytes))
-    return max(1, min(problem.batch * problem.heads, kv_heads * group))
+    return max(1, min(problem.batch * problem.heads // packed, kv_heads * group))
 
 
 def _address(array: ArrayInfo | None) -> int:

@@ -98,6 +98,7 @@ def _config(spec: KernelSpec) -> dict[str, int | str]:
         "learned_sink": spec.learned_sink,
         "dropout": spec.dropout,
         "varlen": spec.varlen,
+        "pack_gqa": spec.pack_gqa,
         "overlap": spec.tile.overlap,
         "ping_pong": spec.tile.ping_pong,
         "persistent": spec.tile.persistent,

@@ -7,10 +7,16 @@ from enum import Enum
 
 from ..types import DType, SmArch
 
-__all__ = ["Direction", "Family", "KernelSpec", "Tile"]
+__all__ = ["Direction", "Family", "KernelSpec", "Tile", "packs_heads"]
 
 _FA3_BARRIERS = 512  # bytes; the kernel asserts that its barriers fit
+_WARPGROUP_ROWS = 64
 _FA3_ALIGNMENT = 1024  # the swizzle repeats over 1024 bytes, dynamic shared memory starts on 16
+
+
+def packs_heads(ratio: int) -> bool:
+    """Whether the wgmma family can pack ``ratio`` query heads that share K and V into its 64 rows of a warpgroup."""
+    return ratio > 1 and _WARPGROUP_ROWS % ratio == 0
 
 
 class Family(Enum):
@@ -74,6 +80,7 @@ class KernelSpec:
     learned_sink: bool = False
     dropout: bool = False
     varlen: bool = False
+    pack_gqa: bool = False  # FA3: the rows of Q are those of all heads that share K and V
 
     @property
     def kernel_name(self) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -29,22 +29,22 @@ _NOWHERE = 16  # the address of arrays without elements, which nobody reads: nul
 _ELEMENT = {DType.F16: 6, DType.BF16: 9}
 _NO_INTERLEAVE, _SWIZZLE_64, _SWIZZLE_128, _PROMOTE_TO_256, _FILL_WITH_ZEROS = 0, 2, 3, 3, 0
 
-_Four64, _Three64, _Four32 = ctypes.c_uint64 * 4, ctypes.c_uint64 * 3, ctypes.c_uint32 * 4
-_EVERY_ELEMENT = _Four32(1, 1, 1, 1)
+_Sizes, _Steps, _Box = ctypes.c_uint64 * 5, ctypes.c_uint64 * 4, ctypes.c_uint32 * 5  # of up to five dimensions
+_EVERY_ELEMENT = _Box(1, 1, 1, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMapSpec:
-    """A 4-d tensor (columns, rows, heads, batches), first dimension contiguous, copied in boxes of ``box`` = (columns, rows).
+    """A tensor (columns, rows, heads, batches), first dimension contiguous, copied in boxes; ``strides`` are bytes between the others.
 
-    ``strides`` are bytes between rows, heads and batches.
+    Where query heads that share K and V are packed it is (columns, heads of a group, rows, groups, batches).
     """
 
     dtype: DType
     ptr: int
-    sizes: tuple[int, int, int, int]
-    strides: tuple[int, int, int]
-    box: tuple[int, int]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
 
     @property
     def row_bytes(self) -> int:
@@ -55,8 +55,9 @@ class TensorMapSpec:
 def tensor_map_specs(problem: AttentionProblem, spec: KernelSpec) -> tuple[TensorMapSpec, TensorMapSpec, TensorMapSpec]:
     """The maps of q, k and v for one kernel: panels of cuda/panels.cuh."""
     tile = spec.tile
+    q = _map(problem.q, problem.q_strides, problem.batch, spec.head_dim, _WARPGROUP_ROWS)
     return (
-        _map(problem.q, problem.q_strides, problem.batch, spec.head_dim, _WARPGROUP_ROWS),
+        _packed(q, problem.heads // problem.heads_kv) if spec.pack_gqa else q,
         _map(problem.k, problem.k_strides, problem.batch, spec.head_dim, tile.block_n),
         _map(problem.v, problem.v_strides, problem.batch, spec.v_head_dim, tile.block_n),
     )
@@ -73,11 +74,11 @@ def encode(spec: TensorMapSpec, device_index: int) -> bytes:
     arguments = (
         ctypes.byref(room, offset),
         _ELEMENT[spec.dtype],
-        4,
+        len(spec.sizes),
         ctypes.c_void_p(spec.ptr),
-        _Four64(*spec.sizes),
-        _Three64(*spec.strides),
-        _Four32(*spec.box, 1, 1),
+        _Sizes(*spec.sizes),
+        _Steps(*spec.strides),
+        _Box(*spec.box),
         _EVERY_ELEMENT,
         _NO_INTERLEAVE,
         _SWIZZLE_128 if spec.row_bytes == _WIDE_ROW else _SWIZZLE_64,
@@ -129,7 +130,19 @@ def _map(array: ArrayInfo, strides: Strides, batch: int, width: int, rows: int) 
     dtype = array.dtype or DType.F16
     sizes = (columns, max(1, tokens), max(1, heads), max(1, batch if lead else 1))
     steps = (strides.row, strides.head, strides.batch if lead else 0)
-    return TensorMapSpec(dtype, array.ptr or _NOWHERE, sizes, _bytes(steps, sizes, dtype), (64 if width % 64 == 0 else 32, rows))
+    box = (64 if width % 64 == 0 else 32, rows, 1, 1)
+    return TensorMapSpec(dtype, array.ptr or _NOWHERE, sizes, _bytes(steps, sizes, dtype), box)
+
+
+def _packed(q: TensorMapSpec, group: int) -> TensorMapSpec:
+    """The map of q with ``group`` heads after the columns, so that a box holds all of them for one row after the other."""
+    (columns, rows, heads, batches), (row, head, batch), (width, box_rows, *_) = q.sizes, q.strides, q.box
+    return replace(
+        q,
+        sizes=(columns, group, rows, heads // group, batches),
+        strides=(head, row, head * group, batch),
+        box=(width, group, box_rows // group, 1, 1),
+    )
 
 
 def _bytes(steps: tuple[int, int, int], sizes: tuple[int, int, int, int], dtype: DType) -> tuple[int, int, int]:

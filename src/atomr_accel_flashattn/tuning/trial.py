@@ -105,7 +105,7 @@ class Stand:
                 f"the tile {trial.tile} failed on {self.cell}: {error}. Restart, and leave it out with --tiles",
                 kernel_name=self.spec.kernel_name,
             ) from error
-        trial.error = check_rows(self.cell, self.sets[0], self._outs[0], with_alibi=self.cell.alibi)
+        trial.error = check_rows(self.cell, self.sets[0], self._outs[0])
         if unwritten:
             trial.refused = "wrong: it leaves rows unwritten, or NaN in them"
         elif trial.error > ERROR_LIMIT[self.cell.dtype]:
