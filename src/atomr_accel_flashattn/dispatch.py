@@ -15,7 +15,7 @@ from typing import Any, Final
 from .errors import ArchUnsupportedError, DispatchError, FeatureNotBuiltError
 from .jit.driver import device_properties
 from .jit.saved_tiles import forget_saved_tiles, saved_tile
-from .jit.spec import Direction, Family, KernelSpec, Tile, packs_heads
+from .jit.spec import Direction, Family, KernelSpec, Tile
 from .jit.tile_space import misfit
 from .jit.tiles import HEAD_DIM_WIDTHS, head_dim_width, tile_for, wgmma_tile_for
 from .keys import VECTOR_BYTES, DispatchKey, Extras, key_of_problem
@@ -106,15 +106,14 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
         return _dropout_mask_spec(key)
     extras, width, v_width = key.extras, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim)
     tile_arch = extras.tiles_for or key.arch
-    family, tile = _family_and_tile(key, width, v_width)
     spec = KernelSpec(
-        family=family,
+        family=key.family,
         direction=direction,
-        arch=SmArch.SM_90 if key.arch is SmArch.SM_90A and family is Family.FA2 else key.arch,
+        arch=SmArch.SM_90 if key.arch is SmArch.SM_90A and key.family is Family.FA2 else key.arch,
         dtype=key.dtype,
         head_dim=width,
         v_head_dim=v_width,
-        tile=tile,
+        tile=_tile(key, width, v_width),
         exact_head_dim=(width, v_width) == (key.head_dim, key.v_head_dim),
         aligned=extras.load_align % VECTOR_BYTES == 0,
         left_bound=key.left_bound,
@@ -126,7 +125,7 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
         learned_sink=bool(extras.learned_sink),
         dropout=bool(extras.dropout),
         varlen=bool(key.varlen),
-        pack_gqa=family is Family.FA3 and packs_heads(key.gqa_ratio) and not (key.alibi or extras.dropout),
+        pack_gqa=key.packs_heads,
     )
     spec = _with_chosen_tile(spec, extras)
     if spec.shared_memory > key.arch.shared_memory_per_block:
@@ -155,11 +154,10 @@ def forget_lookups() -> None:
     _resolve.cache_clear()
 
 
-def _family_and_tile(key: DispatchKey, width: int, v_width: int) -> tuple[Family, Tile]:
-    """The wgmma family on sm_90a where its tensor copies can read the arrays, the mma.sync family everywhere else."""
+def _tile(key: DispatchKey, width: int, v_width: int) -> Tile:
+    """The package's own for the family that answers ``key``."""
     extras = key.extras
-    copied = extras.tensor_copies and extras.load_align % VECTOR_BYTES == 0
-    if key.arch is SmArch.SM_90A and extras.family is not Family.FA2 and copied and not extras.tiles_for:
+    if key.family is Family.FA3:
         tile = wgmma_tile_for(
             width,
             v_width,
@@ -168,10 +166,10 @@ def _family_and_tile(key: DispatchKey, width: int, v_width: int) -> tuple[Family
             softcap=extras.softcap > 0,
             few_rows=bool(extras.few_rows),
         )
-        return Family.FA3, replace(tile, persistent=extras.persistent is not False)
+        return replace(tile, persistent=extras.persistent is not False)
     tile_arch = extras.tiles_for or (SmArch.SM_90 if key.arch is SmArch.SM_90A else key.arch)
     tile = tile_for(tile_arch, width, v_width, dropout=bool(extras.dropout))
-    return Family.FA2, replace(tile, persistent=extras.persistent is True)
+    return replace(tile, persistent=extras.persistent is True)
 
 
 def _dropout_mask_spec(key: DispatchKey) -> KernelSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .dense import DenseFwdRequest
 from .dispatch import DispatchKey, best_arch, key_of_problem
@@ -19,5 +19,4 @@ class Fa2FwdRequest(DenseFwdRequest):
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         """The key of this request on ``arch``; None is the best one for the device of q."""
-        key = key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array)
-        return replace(key, extras=replace(key.extras, family=Family.FA2))
+        return key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array, Family.FA2)

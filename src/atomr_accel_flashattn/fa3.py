@@ -73,7 +73,6 @@ class Fa3FwdRequest(DenseFwdRequest):
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         """The key of this request on ``arch``; None is the best one for the device of q."""
-        key = key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array)
+        key = key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array, Family.FA3)
         mode = self.persistent
-        extras = replace(key.extras, family=Family.FA3, persistent=mode.persistent, persistent_blocks=mode.blocks)
-        return replace(key, extras=extras)
+        return replace(key, extras=replace(key.extras, persistent=mode.persistent, persistent_blocks=mode.blocks))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
-from .jit.spec import Family, Tile
+from .jit.spec import Family, Tile, packs_heads
 from .jit.tiles import has_few_rows
 from .types import DType, SmArch
 
@@ -45,7 +45,8 @@ class Extras:
             and is False in the mma.sync family, unless the tile that is used was tuned with the other answer.
         persistent_blocks: how many persistent blocks, None is as many as the multiprocessors hold.
         tiles_for: the arch whose tiles are borrowed (tests run them on the card at hand).
-        few_rows: whether no sequence has more queries than the tile for few rows is meant for (jit/tiles.py), where there is one.
+        few_rows: whether no sequence has more rows than the tile for few rows is meant for (jit/tiles.py), where there is one. Rows are
+            queries, times the query heads of a KV head where the kernel packs those (``DispatchKey.packs_heads``).
         tile: how the work is cut; None is the tile that was tuned for this kernel on this machine, or else that of the package.
     """
 
@@ -115,13 +116,33 @@ class DispatchKey:
         """Whether keys after the query are hidden, all or beyond a distance."""
         return self.causal or (self.sliding_window is not None and self.sliding_window[1] >= 0)
 
+    @property
+    def family(self) -> Family:
+        """Who answers on a GPU: wgmma on sm_90a where its tensor copies can read the arrays, mma.sync everywhere else."""
+        extras = self.extras
+        copied = extras.tensor_copies and extras.load_align % VECTOR_BYTES == 0
+        wgmma = self.arch is SmArch.SM_90A and extras.family is not Family.FA2 and copied and not extras.tiles_for
+        return Family.FA3 if wgmma else Family.FA2
 
-def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None = None) -> DispatchKey:
-    """The key of a problem on ``arch``; ``out`` counts for the alignment when the caller brought it."""
+    @property
+    def packs_heads(self) -> bool:
+        """Whether the query heads that share K and V are rows of one tile: not with what differs between heads, slopes and dropout."""
+        return self.family is Family.FA3 and packs_heads(self.gqa_ratio) and not (self.alibi or self.extras.dropout)
+
+
+def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None = None, family: Family | None = None) -> DispatchKey:
+    """The key of a problem on ``arch``.
+
+    Args:
+        problem: checked inputs.
+        arch: where it runs.
+        out: where o goes, when the caller brought it; it counts for the alignment.
+        family: the family that is demanded, None is the best one of the arch.
+    """
     band = problem.band
     left, right = (-1 if side is None else side for side in (band.left, band.right))
     assert problem.q.dtype is not None  # noqa: S101 - requests have checked it
-    return DispatchKey(
+    key = DispatchKey(
         arch=arch,
         dtype=problem.q.dtype,
         head_dim=problem.head_dim,
@@ -138,10 +159,13 @@ def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | Non
             learned_sink=problem.learned_sink is not None,
             load_align=_load_align([problem.q, problem.k, problem.v, *([out] if out is not None else [])]),
             prescale=problem.softmax_scale < _SMALL_SCALE,
-            few_rows=has_few_rows(problem.head_dim, problem.v_head_dim, problem.seqlen_q),
             tensor_copies=all(map(_can_be_copied, (problem.q, problem.k, problem.v))),
+            family=family,
         ),
     )
+    rows = problem.seqlen_q * (key.gqa_ratio if key.packs_heads else 1)
+    few_rows = has_few_rows(problem.head_dim, problem.v_head_dim, rows)
+    return replace(key, extras=replace(key.extras, few_rows=few_rows)) if few_rows else key
 
 
 def _load_align(arrays: list[ArrayInfo]) -> int:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 STREAM = 77
 _WARPGROUP_ROWS = 64  # of q in a box, whatever the tile
+_FLAT_TENSOR = struct.Struct("<Q4q5i5ii")  # what ``flat_tensor`` writes
 
 
 class FakeCuda(torch.Tensor):
@@ -119,7 +120,9 @@ class FakeGpu:
             return 0
         params = FwdParams.from_buffer_copy(FwdParams.from_address(address))
         self._remember(spec, params, stream)
-        tiles = -(-params.seqlen_q // spec.tile.block_m) * params.batch * params.heads
+        packed = _packed_heads(spec, params)
+        tiles = -(-params.seqlen_q * packed // spec.tile.block_m) * params.batch * (params.heads // packed)
+        assert (params.work_heads, 1 << params.packed_shift) == (params.heads // packed, packed)
         if spec.family is Family.FA3:
             fa3 = Fa3FwdParams.from_buffer_copy(Fa3FwdParams.from_address(address))
             assert fa3.tiles == tiles
@@ -145,22 +148,47 @@ def _move(tensor_map: int, ptr: int) -> int:
 def _check_maps(spec: KernelSpec, params: Fa3FwdParams) -> None:
     """The maps are those of the addresses, sizes and strides that the rest of the parameters tells (tests/emulator, ``flat_tensor``)."""
     p, keys = params.fwd, spec.tile.block_n
-    packed = [int(as_numpy(_at(ptr, (p.batch + 1,), "int32"))[-1]) if spec.varlen else 0 for ptr in (p.cu_seqlens_q, p.cu_seqlens_k)]
-    rows_q, rows_k = (rows if spec.varlen else length for rows, length in zip(packed, (p.seqlen_q, p.seqlen_k), strict=True))
+    totals = [int(as_numpy(_at(ptr, (p.batch + 1,), "int32"))[-1]) if spec.varlen else 0 for ptr in (p.cu_seqlens_q, p.cu_seqlens_k)]
+    rows_q, rows_k = (rows if spec.varlen else length for rows, length in zip(totals, (p.seqlen_q, p.seqlen_k), strict=True))
     heads_kv, batch = p.heads // p.heads_per_kv, 1 if spec.varlen else p.batch
-    expected = (
-        (params.q_map, p.q, p.q_stride, (p.head_dim, rows_q, p.heads, batch), (spec.head_dim, _WARPGROUP_ROWS)),
-        (params.k_map, p.k, p.k_stride, (p.head_dim, rows_k, heads_kv, batch), (spec.head_dim, keys)),
-        (params.v_map, p.v, p.v_stride, (p.v_head_dim, rows_k, heads_kv, batch), (spec.v_head_dim, keys)),
-    )
-    for tensor_map, ptr, stride, sizes, (width, rows) in expected:
-        address, *numbers = struct.unpack("<Qqqqiiiiii", bytes(tensor_map.bytes)[:56])
-        if all(sizes):
-            assert address == ptr, "a tensor map reads from another address than the argument's"
-        assert tuple(numbers[3:7]) == tuple(max(1, size) for size in sizes)
-        for size, step, real in zip(sizes[1:], numbers[:3], (stride.row, stride.head, stride.batch), strict=True):
-            assert size <= 1 or step == real * spec.dtype.itemsize
-        assert numbers[7:] == [64 if width % 64 == 0 else 32, rows]
+    q, k, v = p.q_stride, p.k_stride, p.v_stride
+    group = _packed_heads(spec, p)
+    if group == 1:
+        q_map = (rows_q, p.heads, batch), (q.row, q.head, q.batch), (_WARPGROUP_ROWS, 1, 1)
+    else:
+        q_map = (group, rows_q, heads_kv, batch), (q.head, q.row, group * q.head, q.batch), (group, _WARPGROUP_ROWS // group, 1, 1)
+    kv_maps = [((rows_k, heads_kv, batch), (step.row, step.head, step.batch), (keys, 1, 1)) for step in (k, v)]
+    _check_map(spec, params.q_map, p.q, (p.head_dim, spec.head_dim), *q_map)
+    _check_map(spec, params.k_map, p.k, (p.head_dim, spec.head_dim), *kv_maps[0])
+    _check_map(spec, params.v_map, p.v, (p.v_head_dim, spec.v_head_dim), *kv_maps[1])
+
+
+def _check_map(
+    spec: KernelSpec,
+    tensor_map: Any,
+    ptr: int,
+    widths: tuple[int, int],
+    sizes: tuple[int, ...],
+    steps: tuple[int, ...],
+    box: tuple[int, ...],
+) -> None:
+    """One map; ``sizes``, ``steps`` and ``box`` are those of the dimensions after the columns, steps in elements."""
+    columns, width = widths
+    address, *numbers = _FLAT_TENSOR.unpack(bytes(tensor_map.bytes)[: _FLAT_TENSOR.size])
+    strides, made_sizes, made_box, rank = numbers[:4], numbers[4:9], numbers[9:14], numbers[14]
+    more = (1,) * (5 - rank)
+    assert rank == 1 + len(sizes)
+    if columns and all(sizes):
+        assert address == ptr, "a tensor map reads from another address than the argument's"
+    assert made_sizes == [columns, *(max(1, size) for size in sizes), *more]
+    for size, made, step in zip(sizes, strides, steps, strict=False):
+        assert size <= 1 or made == step * spec.dtype.itemsize
+    assert made_box == [64 if width % 64 == 0 else 32, *box, *more]
+
+
+def _packed_heads(spec: KernelSpec, params: FwdParams) -> int:
+    """Query heads whose rows one tile mixes."""
+    return int(params.heads_per_kv) if spec.pack_gqa else 1
 
 
 def _mask_size(params: DropoutMaskParams) -> int:

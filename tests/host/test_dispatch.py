@@ -139,7 +139,48 @@ def test_numbers_do_not_change_the_kernel(key: fa.DispatchKey, left: int, ratio:
         sink=sink if key.sink else 0,
         extras=replace(key.extras, softcap=cap if key.extras.softcap else 0.0),
     )
-    assert fa.lookup(other) == fa.lookup(key)
+    spec = fa.lookup(key)
+    assert isinstance(spec, fa.KernelSpec)
+    assert fa.lookup(other) == replace(spec, pack_gqa=other.packs_heads)  # of the ratio, whether it packs and nothing else
+
+
+PACKED = fa.DispatchKey(SmArch.SM_90A, DType.BF16, 128, gqa_ratio=4)
+
+
+def packs(key: fa.DispatchKey) -> bool:
+    spec = fa.lookup(key)
+    assert isinstance(spec, fa.KernelSpec)
+    assert spec.pack_gqa == ("packgqa" in spec.kernel_name)
+    return spec.pack_gqa
+
+
+@pytest.mark.parametrize("ratio", [*range(1, 18), 24, 31, 32, 33, 48, 63, 64, 65, 96, 128])
+def test_query_heads_are_packed_where_their_number_divides_the_rows_of_a_warpgroup(ratio: int):
+    assert packs(replace(PACKED, gqa_ratio=ratio)) == (ratio in {2, 4, 8, 16, 32, 64})
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHS)
+@pytest.mark.parametrize(
+    ("changes", "extras", "packed"),
+    [
+        pytest.param({"causal": True, "varlen": True}, {}, True, id="causal varlen"),
+        pytest.param({"sliding_window": (64, 0), "sink": 4}, {"learned_sink": True, "softcap": 30.0, "prescale": True}, True, id="scores"),
+        pytest.param({"head_dim": 192}, {"v_head_dim": 128, "few_rows": True, "persistent": False}, True, id="tiles"),
+        pytest.param({"alibi": True}, {}, False, id="a slope per head"),
+        pytest.param({}, {"dropout": True}, False, id="a pattern per head"),
+        pytest.param({}, {"family": fa.Family.FA2}, False, id="mma.sync demanded"),
+        pytest.param({}, {"load_align": 8}, False, id="no tensor copies: odd address"),
+        pytest.param({}, {"tensor_copies": False}, False, id="no tensor copies: odd strides"),
+        pytest.param({}, {"tiles_for": SmArch.SM_80}, False, id="tiles of mma.sync"),
+    ],
+)
+def test_query_heads_are_packed_in_the_wgmma_family_unless_something_differs_between_them(
+    arch: Any, changes: dict[str, Any], extras: dict[str, Any], packed: bool
+):
+    key = replace(PACKED, arch=arch, extras=fa.Extras(**extras), **changes)
+    if extras.get("tiles_for") and fa.lookup(replace(PACKED, arch=SmArch.SM_80)).shared_memory > arch.shared_memory_per_block:  # type: ignore[union-attr]
+        pytest.skip("the tile does not fit")
+    assert packs(key) == (packed and arch is SmArch.SM_90A)
 
 
 @given(built_keys, st.sampled_from(["alibi", "varlen", "dropout", "learned_sink", "prescale", "aligned", "softcap", "sink_tokens"]))

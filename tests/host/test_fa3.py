@@ -176,6 +176,38 @@ def test_the_longest_of_packed_sequences_decides():
     assert tiles[0] == tiles[2] != tiles[1]
 
 
+@pytest.mark.parametrize(
+    ("ratio", "bias", "rows_of_a_query"),
+    [
+        pytest.param(1, None, 1, id="one head"),
+        pytest.param(4, None, 4, id="packed"),
+        pytest.param(3, None, 1, id="3 does not divide 64"),
+        pytest.param(4, fa.PositionBias(np.ones(4, np.float32)), 1, id="ALiBi"),
+    ],
+)
+def test_heads_that_are_packed_count_as_rows(ratio: int, bias: Any, rows_of_a_query: int):
+    longest = max(rows for rows in range(1, 8192) if has_few_rows(128, 128, rows))
+
+    def few_rows(rows: int, request: Any = fa.DenseFwdRequest, arch: SmArch = SmArch.SM_90A) -> bool:
+        q, k = np.zeros((1, rows, ratio, 128), np.float16), np.zeros((1, 9, 1, 128), np.float16)
+        key = request(q, k, k, bias=bias or fa.PositionBias()).dispatch_key(arch)
+        return bool(key.extras.few_rows)
+
+    for request in (fa.DenseFwdRequest, Fa3FwdRequest):
+        assert few_rows(longest // rows_of_a_query, request)
+        assert not few_rows(longest // rows_of_a_query + 1, request)
+    assert few_rows(longest, fa.Fa2FwdRequest) == few_rows(longest, arch=SmArch.SM_90), "the other family packs nothing"
+
+
+@pytest.mark.parametrize(("heads", "heads_kv", "packed"), [(8, 4, True), (8, 1, True), (64, 1, True), (6, 2, False), (5, 5, False)])
+def test_a_tile_has_the_rows_of_all_heads_that_share_keys(gpu: FakeGpu, heads: int, heads_kv: int, packed: bool):
+    spec = check(gpu, replace(CALL, heads=heads, heads_kv=heads_kv, seqlen_q=70), mask=fa.MaskKind.causal())
+    group = heads // heads_kv if packed else 1
+    assert spec.pack_gqa == packed
+    assert (gpu.last.work_heads, gpu.last.packed_shift) == (heads // group, group.bit_length() - 1)
+    assert gpu.last.blocks_m == -(-70 * group // spec.tile.block_m)
+
+
 @pytest.mark.parametrize("arch", [SmArch.SM_100, SmArch.SM_120])
 def test_later_architectures_answer_with_the_other_family(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, arch: SmArch):
     monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda _index: arch)

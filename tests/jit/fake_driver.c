@@ -99,22 +99,20 @@ int cuStreamCreate(void** stream, unsigned flags) {
 int cuStreamDestroy(void* stream) { return 0; }
 
 typedef struct {
-  unsigned long address, sizes[4], strides[3];
-  unsigned box[4], steps[4], type, rank, interleave, swizzle, promotion, fill;
+  unsigned long address, strides[4];
+  unsigned sizes[5], box[5], steps[5], type, rank, interleave, swizzle, promotion, fill;
 } Map;
 _Static_assert(sizeof(Map) <= 128, "a tensor map has 128 bytes");
 
 int cuTensorMapEncodeTiled(Map* map, int type, unsigned rank, void* address, const unsigned long* sizes, const unsigned long* strides,
                            const unsigned* box, const unsigned* steps, int interleave, int swizzle, int promotion, int fill) {
   if (!depth) return 201;
-  if ((unsigned long)map % 64 || (unsigned long)address % 16 || !address || rank != 4) return 1;
-  for (int i = 0; i < 3; i++) if (strides[i] % 16 || strides[i] >> 40) return 1;
-  for (int i = 0; i < 4; i++) if (!sizes[i] || sizes[i] >> 32 || !box[i] || box[i] > 256) return 1;
+  if ((unsigned long)map % 64 || (unsigned long)address % 16 || !address || (rank != 4 && rank != 5)) return 1;
+  for (unsigned i = 0; i + 1 < rank; i++) if (strides[i] % 16 || strides[i] >> 40) return 1;
+  for (unsigned i = 0; i < rank; i++) if (!sizes[i] || sizes[i] >> 32 || !box[i] || box[i] > 256) return 1;
   *map = (Map){(unsigned long)address, .type = type, .rank = rank, .interleave = interleave, .swizzle = swizzle, .promotion = promotion, .fill = fill};
-  memcpy(map->sizes, sizes, sizeof map->sizes);
-  memcpy(map->strides, strides, sizeof map->strides);
-  memcpy(map->box, box, sizeof map->box);
-  memcpy(map->steps, steps, sizeof map->steps);
+  for (unsigned i = 0; i < rank; i++) map->sizes[i] = sizes[i], map->box[i] = box[i], map->steps[i] = steps[i];
+  memcpy(map->strides, strides, (rank - 1) * sizeof *strides);
   fake_encodes++;
   return 0;
 }

@@ -23,7 +23,8 @@ from tests.jit.scenarios import fake, in_threads, loaded, pointers
 
 _GRID, _STEP = 7, 64
 _PER_THREAD = 2  # CU_STREAM_PER_THREAD
-_SPEC = TensorMapSpec(DType.BF16, 4096, (64, 300, 8, 2), (1024, 128, 307200), (64, 128))
+_SPEC = TensorMapSpec(DType.BF16, 4096, (64, 300, 8, 2), (1024, 128, 307200), (64, 128, 1, 1))
+_PACKED = TensorMapSpec(DType.BF16, 4096, (64, 4, 300, 2, 2), (128, 1024, 512, 307200), (64, 4, 16, 1, 1))
 
 
 class _Map(ctypes.Structure):
@@ -31,10 +32,8 @@ class _Map(ctypes.Structure):
 
     _fields_ = (
         ("address", ctypes.c_uint64),
-        ("sizes", ctypes.c_uint64 * 4),
-        ("strides", ctypes.c_uint64 * 3),
-        ("box", ctypes.c_uint * 4),
-        ("steps", ctypes.c_uint * 4),
+        ("strides", ctypes.c_uint64 * 4),
+        *((name, ctypes.c_uint * 5) for name in ("sizes", "box", "steps")),
         *((name, ctypes.c_uint) for name in ("type", "rank", "interleave", "swizzle", "promotion", "fill")),
     )
 
@@ -68,10 +67,17 @@ def a_map_is_encoded_as_it_is_described() -> None:
     _use_device(0)
     for dtype, element in ((DType.F16, 6), (DType.BF16, 9)):
         for columns, swizzle in ((64, 3), (32, 2)):
-            made = _Map.from_buffer_copy(encode(replace(_SPEC, dtype=dtype, box=(columns, 128)), 0))
-            assert (made.address, list(made.sizes), list(made.strides)) == (4096, [64, 300, 8, 2], [1024, 128, 307200])
-            assert (list(made.box), list(made.steps)) == ([columns, 128, 1, 1], [1, 1, 1, 1])
+            made = _Map.from_buffer_copy(encode(replace(_SPEC, dtype=dtype, box=(columns, 128, 1, 1)), 0))
+            assert (made.address, list(made.sizes), list(made.strides)) == (4096, [64, 300, 8, 2, 0], [1024, 128, 307200, 0])
+            assert (list(made.box), list(made.steps)) == ([columns, 128, 1, 1, 0], [1, 1, 1, 1, 0])
             assert (made.type, made.rank, made.interleave, made.swizzle, made.promotion, made.fill) == (element, 4, 0, swizzle, 3, 0)
+
+
+def a_map_of_packed_heads_has_five_dimensions() -> None:
+    _use_device(0)
+    made = _Map.from_buffer_copy(encode(_PACKED, 0))
+    assert (made.address, made.rank, list(made.sizes), list(made.strides)) == (4096, 5, [64, 4, 300, 2, 2], [128, 1024, 512, 307200])
+    assert (list(made.box), list(made.steps)) == ([64, 4, 16, 1, 1], [1] * 5)
 
 
 def a_map_that_the_driver_refuses_is_named() -> None:

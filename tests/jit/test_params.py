@@ -10,11 +10,13 @@ import pytest
 
 from atomr_accel_flashattn.jit import nvrtc, params, source
 from atomr_accel_flashattn.jit.params import DropoutMaskParams, Fa3FwdParams, FwdParams, KernelParams, StrideParams, TensorMapParams
-from atomr_accel_flashattn.jit.spec import Tile
+from atomr_accel_flashattn.jit.spec import KernelSpec, Tile
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
 from atomr_accel_flashattn.types import Device, DType
+from tests.jit.kernels import FORWARD, WGMMA
 
-TILE = Tile(block_m=128, block_n=64, warps=4)
+SPEC = replace(FORWARD, tile=Tile(block_m=128, block_n=64, warps=4))
+PACKED = replace(WGMMA, pack_gqa=True, tile=Tile(block_m=128, block_n=64, warps=12, stages=2))
 _STRUCTS = {
     StrideParams: "fa::Strides",
     FwdParams: "fa::FwdParams",
@@ -66,8 +68,8 @@ def varlen(**changes: Any) -> AttentionProblem:
     )
 
 
-def pack(problem: AttentionProblem, lse: int | None = 5) -> FwdParams:
-    return params.pack_forward(problem, array(4, *problem.out_shape), lse, TILE)
+def pack(problem: AttentionProblem, lse: int | None = 5, spec: KernelSpec = SPEC) -> FwdParams:
+    return params.pack_forward(problem, array(4, *problem.out_shape), lse, spec)
 
 
 def strides(value: StrideParams) -> tuple[int, int, int]:
@@ -139,10 +141,10 @@ def test_dense():
     assert (p.lse_batch_stride, p.lse_head_stride) == (8 * 300, 300)
     assert (p.batch, p.heads, p.heads_per_kv, p.seqlen_q, p.seqlen_k, p.head_dim, p.v_head_dim) == (2, 8, 4, 300, 500, 64, 32)
     assert (p.window_left, p.window_right, p.sink_tokens) == (1 << 30, 1 << 30, 0)
-    assert p.blocks_m == 3
+    assert (p.blocks_m, p.work_heads, p.packed_shift) == (3, 8, 0)
     assert p.scale_log2 == pytest.approx(0.125 * math.log2(math.e))
     assert (p.dropout_threshold, p.dropout_rescale) == (256, 1.0)
-    assert params.forward_grid(dense(), TILE) == 3 * 2 * 8
+    assert params.forward_grid(dense(), SPEC) == 3 * 2 * 8
 
 
 def test_varlen():
@@ -217,6 +219,39 @@ def test_where_all_rows_see_equally_many_keys_a_section_is_one_group(band: Band)
     assert pack(varlen(band=band)).section_heads == 4
 
 
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "blocks_m", "shift"),
+    [
+        pytest.param(8, 4, 5, 1, id="ratio 2"),
+        pytest.param(8, 2, 10, 2, id="ratio 4"),
+        pytest.param(64, 1, 150, 6, id="ratio 64"),
+    ],
+)
+@pytest.mark.parametrize("problem", [dense, varlen], ids=lambda problem: problem.__name__)
+def test_tiles_of_packed_heads_are_made_for_heads_of_k_and_v(problem: Any, heads: int, heads_kv: int, blocks_m: int, shift: int):
+    asked = problem(heads=heads, heads_kv=heads_kv)
+    p = pack(asked, spec=PACKED)
+    assert (p.blocks_m, p.work_heads, p.packed_shift) == (blocks_m, heads_kv, shift)
+    assert (p.heads, p.heads_per_kv, p.seqlen_q) == (heads, heads // heads_kv, 300), "what is asked does not change"
+    assert params.forward_grid(asked, PACKED) == blocks_m * 2 * heads_kv
+    assert strides(p.q_stride) == strides(pack(asked).q_stride)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param({}, 4, id="never more than there are"),
+        pytest.param({"batch": 64}, 16, id="16 heads of K and V"),
+        pytest.param({"batch": 64, "seqlen_k": 1 << 16}, 2, id="what fits in L2"),
+        pytest.param({"batch": 64, "seqlen_k": 1 << 24}, 1, id="one at least"),
+        pytest.param({"batch": 64, "band": Band(left=7, right=0)}, 1, id="one where all rows see equally many keys"),
+    ],
+)
+def test_sections_count_heads_of_k_and_v_where_their_query_heads_are_packed(changes: dict[str, Any], expected: int):
+    assert pack(dense(**{"band": Band(right=0), **changes}), spec=PACKED).section_heads == expected
+
+
 def test_empty_problems_have_no_blocks():
-    assert params.forward_grid(dense(batch=0), TILE) == 0
-    assert params.forward_grid(dense(seqlen_q=0), TILE) == 0
+    for spec in (SPEC, PACKED):
+        assert params.forward_grid(dense(batch=0), spec) == 0
+        assert params.forward_grid(dense(seqlen_q=0), spec) == 0

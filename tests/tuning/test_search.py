@@ -258,10 +258,11 @@ def test_a_short_and_a_long_shape_of_one_kernel_have_a_winner_each(hopper: Card,
         assert other not in {trial.tile.block_n for trial in result.trials if trial.finalist}, "they share no finalists either"
     keep(found, tmp_path / "kernels", 0)
     saved = {entry.kernel: entry.tile for entry in read_saved_tiles(tmp_path / "kernels")}
-    kernel = "fa3_fwd_sm90a_bf16_d128_rightbound"
+    kernel = "fa3_fwd_sm90a_bf16_d128_rightbound_packgqa"
     assert saved == {f"{kernel}_fewrows": found[0].tile, kernel: found[1].tile}
     for winner in found:
-        key = fa.DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 128, causal=True, extras=fa.Extras(few_rows=winner.few_rows))
+        extras = fa.Extras(few_rows=winner.few_rows)
+        key = fa.DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 128, causal=True, gqa_ratio=2, extras=extras)
         assert lookup(key) == replace(winner.spec, tile=winner.tile)
     q, k = (fake(torch.zeros(1, 1100, heads, 128).bfloat16()) for heads in (2, 1))
     for length, keys in ((100, 64), (1100, 96)):

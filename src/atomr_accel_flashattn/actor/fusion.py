@@ -12,14 +12,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
 import numpy as np
 
 from ..dense import DenseFwdRequest
-from ..dispatch import DispatchKey
+from ..dispatch import DispatchKey, best_arch, key_of_problem
 from ..execute import Outputs, fill, make_outputs
 from ..fa2 import Fa2FwdRequest
 from ..jit.spec import Family
@@ -40,8 +40,7 @@ class _PackedFa2(VarlenFwdRequest):
     """Packed requests that asked for the mma.sync family, and get it."""
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
-        key = VarlenFwdRequest.dispatch_key(self, arch)
-        return replace(key, extras=replace(key.extras, family=Family.FA2))
+        return key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array, Family.FA2)
 
 
 # What can be fused, and into what.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arrays import current_stream
 from ..dense import DenseFwdRequest
-from ..dispatch import DispatchKey, FaFwdDispatch, lookup
+from ..dispatch import DispatchKey, FaFwdDispatch, best_arch, key_of_problem, lookup
 from ..execute import Launch, execute
 from ..fa2 import MaskKind, PositionBias
 from ..jit.spec import Family, KernelSpec, Tile
@@ -47,9 +47,9 @@ class _Held:
         return self.request.out_array
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
-        """The request's key, with family and tile demanded, on an arch that has the family."""
-        key = self.request.dispatch_key(arch)
-        return replace(key, extras=replace(key.extras, family=self.family or key.extras.family, tile=self.tile))
+        """A key like the request's, with family and tile demanded, on an arch that has the family."""
+        key = key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array, self.family)
+        return replace(key, extras=replace(key.extras, tile=self.tile))
 
 
 def request_of(cell: Cell, inputs: Inputs, family: Family | None = None, *, tile: Tile | None = None, out: Any = None) -> FaFwdDispatch:
