@@ -112,7 +112,7 @@ def contestant(cell: Cell, sets: list[Inputs], variant: Variant) -> Contestant |
     try:
         with variant.in_use():
             calls = [variant.prepare(cell, inputs) for inputs in sets]
-        error = check_rows(cell, sets[0], calls[0](), with_alibi=cell.alibi)
+        error = check_rows(cell, sets[0], calls[0]())
     except (FlashAttnError, Refused) as refusal:
         return str(refusal)[:200]
     return Contestant(calls, torch.no_grad) if error <= ERROR_LIMIT[cell.dtype] else f"WRONG: relative error {error:.3g}"

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from atomr_accel_flashattn.bench.cells import Cell, all_cells, select
@@ -14,17 +16,25 @@ def test_the_grid_holds_its_tokens_and_its_width_in_every_cell() -> None:
     assert {cell.heads * cell.head_dim for cell in grid} == {2048}
 
 
-def test_the_other_cells_are_those_of_the_peer_tables() -> None:
+def test_the_other_cells_are_those_of_the_peer_tables_and_of_each_feature() -> None:
     names = [str(cell) for cell in all_cells() if cell.group != "grid"]
     assert names == [
         "gqa_d128_h32x8_causal_2k",
         "gqa_d128_h32x8_causal_8k",
+        "gqa_d128_h32x8_causal_16x4k",
+        "gqa_d128_h32x8_causal_128x4k",
         "varlen_d128_h16_full_32seqs",
         "varlen_d128_h16_causal_32seqs",
         "window_d128_h16_window1024_8k",
         "window_d128_h16_window1024_16k",
         "alibi_d128_h16_causal_2k",
         "alibi_d128_h16_causal_8k",
+        "softcap_d128_h16_causal_2k",
+        "softcap_d128_h16_causal_8k",
+        "softcap_d64_h32_causal_2k",
+        "softcap_d256_h8_causal_2k",
+        "sink4_d128_h16_window1024_8k",
+        "sink4_d128_h16_window1024_16k",
     ]
     assert {cell.tokens for cell in all_cells() if cell.packed} == {76576}
 
@@ -46,8 +56,30 @@ def test_flops_count_a_causal_mask_as_half_and_a_window_exactly() -> None:
     assert cell().min_bytes == 2 * 200 * 64 * (2 + 2 + 1 + 1)
 
 
+@pytest.mark.parametrize(("n", "keys"), [(100, 100), (40, 100), (100, 40)])
+@pytest.mark.parametrize("bounds", [(29, 0), (29, 7), (0, 0), (3, -1), (-1, 0)])
+@pytest.mark.parametrize("sinks", [0, 4, 50, 1000])
+def test_pairs_with_sink_tokens_are_those_that_the_semantics_show(n: int, keys: int, bounds: tuple[int, int], sinks: int) -> None:
+    left, right = bounds
+    cell = Cell(group="x", head_dim=64, heads=1, heads_kv=1, lengths=(n,), length_k=keys, causal=False, band=bounds, sink_tokens=sinks)
+    p, j = np.arange(keys - n, keys)[:, None], np.arange(keys)[None]
+    visible = (right < 0) | (j <= p + right)
+    visible = visible & ((left < 0) | (j >= p - left) | (j < sinks))
+    half_counted = bounds == (-1, 0) and n == keys
+    assert cell.flops == 4 * 64 * (n * n / 2 if half_counted else visible.sum())
+
+
+def test_a_cell_with_a_feature_has_a_plain_cell_of_its_shape() -> None:
+    cells = all_cells()
+    plain = {replace(cell, group="") for cell in cells if not cell.features}
+    features = [cell for cell in cells if cell.features]
+    assert {cell.features for cell in features} == {("ALiBi",), ("softcap",), ("sink tokens",)}
+    for cell in features:
+        assert replace(cell, group="", alibi=False, softcap=0.0, sink_tokens=0) in plain
+
+
 def test_select_takes_patterns_and_bare_words() -> None:
-    assert len(select(None)) == 44
+    assert len(select(None)) == 52
     assert {cell.head_dim for cell in select("grid_d64*")} == {64}
     assert {cell.group for cell in select("varlen, gqa")} == {"varlen", "gqa"}
 

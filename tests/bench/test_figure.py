@@ -11,7 +11,7 @@ import pytest
 
 plt = pytest.importorskip("matplotlib.pyplot")
 
-from atomr_accel_flashattn.bench.cells import all_cells  # noqa: E402 - after the skip
+from atomr_accel_flashattn.bench.cells import FEATURES, all_cells  # noqa: E402 - after the skip
 from atomr_accel_flashattn.bench.figure import STYLES, draw  # noqa: E402
 
 PEERS = ("ours", "fa2", "cudnn", "fa3", "fa4", "flex")
@@ -23,7 +23,8 @@ def record_of(cells: Sequence[Any], peers: Sequence[str] = PEERS, **refused: str
     for cell in cells:
         rates = {name: None if refused.get(name) == cell.group else 100.0 * (n + 1) for n, name in enumerate(peers)}
         results = {name: {"tflops": rate, "note": ""} for name, rate in rates.items()}
-        rows.append({"group": cell.group, "head_dim": cell.head_dim, "mask": cell.mask, "length": cell.length, "results": results})
+        shape = {name: getattr(cell, name) for name in ("group", "head_dim", "mask", "length", *FEATURES)}
+        rows.append(shape | {"results": results})
     head = {"timestamp": "2026-11-24T13:17:19+00:00", "device": {"name": "Some Card"}, "versions": {"torch": "2.11.0"}, "commit": "abc"}
     return head | {"rows": rows, "ceilings": [{"matmul_bf16_tflops": 768.4}]}
 
@@ -64,15 +65,25 @@ def test_a_panel_for_each_head_dim_and_mask_and_a_bar_for_each_peer_and_length(d
 
 def test_every_bar_has_its_rate_above_and_a_missing_one_says_so(drawn: Any) -> None:
     figure = drawn(record_of(all_cells(), fa3="alibi", fa4="grid"))
-    *grid, others = figure.axes
+    *grid, others, features = figure.axes
     assert len(grid) == 6
     for axis in grid:
         texts = [text.get_text() for text in axis.texts]
         assert texts == [label for label in ("200", "600", "300", "400", "n/a", "100") for _ in range(6)]
-    assert [text.get_text() for text in others.texts].count("n/a") == 2
-    assert others.get_title().startswith("grouped queries")
+    assert [[text.get_text() for text in axis.texts].count("n/a") for axis in (others, features)] == [0, 2]
+    assert (others.get_title().startswith("grouped queries"), features.get_title().startswith("ALiBi, softcap")) == (True, True)
+    ticks = [tick.get_text() for tick in features.get_xticklabels()]
+    assert ("softcap\ncausal\n2k" in ticks, "softcap d64\ncausal\n2k" in ticks, "sink4\nwindow1024\n8k" in ticks) == (True, True, True)
     widths = [axis.get_position().width for axis in figure.axes]
-    assert widths[-1] > 1.9 * widths[0]
+    assert min(widths[-2:]) > 1.9 * widths[0]
+
+
+def test_cells_that_a_peer_does_without_a_feature_are_marked(drawn: Any) -> None:
+    record = record_of([cell for cell in all_cells() if cell.group in {"window", "softcap"}])
+    record["rows"][-1]["results"]["fa2"]["note"] = "without softcap"
+    others, features = drawn(record).axes
+    assert ("*" in others.get_title(), features.get_title().endswith("* a peer is timed without it")) == (False, True)
+    assert [tick.get_text().split("\n")[0] for tick in features.get_xticklabels()] == ["softcap", "softcap", "softcap d64", "softcap* d256"]
 
 
 def test_labels_and_legend_stand_clear_of_one_another_and_inside(drawn: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,10 @@ from atomr_accel_flashattn.bench import (  # noqa: E402 - after the skip
     forward,
     timing,
 )
-from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
+from atomr_accel_flashattn.bench.cells import SOFTCAP, Cell, all_cells  # noqa: E402
 from atomr_accel_flashattn.bench.families import OfFamily  # noqa: E402
 from atomr_accel_flashattn.bench.forward import Options  # noqa: E402
-from atomr_accel_flashattn.bench.inputs import Inputs, check_rows, make_inputs  # noqa: E402
+from atomr_accel_flashattn.bench.inputs import CHECKED_ROWS, ERROR_LIMIT, Inputs, _float32_rows, check_rows, make_inputs  # noqa: E402
 from atomr_accel_flashattn.bench.peers import CudnnPeer, Ours, Refused, TorchFa2  # noqa: E402
 from atomr_accel_flashattn.bench.report import header, markdown  # noqa: E402
 from atomr_accel_flashattn.bench.timing import Contestant, Timing, measure_in_turns  # noqa: E402
@@ -40,6 +41,9 @@ CELLS = [
     Cell(group="varlen", packed=True, **SIZES | {"lengths": (20, 96, 70)}),
     Cell(group="window", window=16, **SIZES),
     Cell(group="alibi", alibi=True, **SIZES),
+    Cell(group="softcap", softcap=SOFTCAP, **SIZES),
+    Cell(group="sink4", window=16, sink_tokens=4, **SIZES),
+    Cell(group="gqa", **SIZES | {"heads_kv": 2, "lengths": (16, 16), "length_k": 200}),
 ]
 
 
@@ -57,10 +61,21 @@ def test_our_calls_do_what_the_cell_says(cell: Cell) -> None:
 def test_the_check_sees_a_wrong_mask_a_swapped_head_and_a_nan(cell: Cell) -> None:
     inputs, peer = inputs_of(cell), Ours()
     out = peer.prepare(cell, inputs)()
-    other = Cell(**{**SIZES, "lengths": cell.lengths, "heads_kv": cell.heads_kv}, group="other", packed=cell.packed, window=8)
+    other = replace(cell, group="other", window=8, sink_tokens=0)
     assert check_rows(cell, inputs, peer.prepare(other, inputs)()) > 0.1
     assert check_rows(cell, inputs, out.flip(-2)) > 0.1
     assert check_rows(cell, inputs, torch.full_like(out, float("nan"))) == float("inf")
+
+
+@pytest.mark.parametrize("cell", [cell for cell in all_cells() if cell.features], ids=str)
+def test_the_check_sees_a_feature_that_was_left_out(cell: Cell) -> None:
+    """At the cells' own lengths, with one head and one sequence of them."""
+    one = replace(cell, heads=1, heads_kv=1, lengths=cell.lengths[:1])
+    inputs, without = inputs_of(one), replace(one, alibi=False, softcap=0.0, sink_tokens=0)
+    out = torch.zeros_like(inputs.q)
+    out[0, -CHECKED_ROWS:] = _float32_rows(without, inputs.q[0, -CHECKED_ROWS:], inputs.k[0], inputs.v[0], None).to(out.dtype)
+    assert check_rows(without, inputs, out) < 5e-3
+    assert check_rows(one, inputs, out) > 2 * ERROR_LIMIT[one.dtype]
 
 
 def test_inputs_are_random_and_exceed_the_cache_together() -> None:
@@ -72,9 +87,27 @@ def test_inputs_are_random_and_exceed_the_cache_together() -> None:
 
 
 def test_peers_say_why_they_do_not_do_a_cell() -> None:
-    for cell in CELLS[3:]:
-        with pytest.raises(Refused, match="packed sequences, window or ALiBi"):
+    for cell in CELLS[3:8]:
+        with pytest.raises(Refused, match="packed sequences, window, ALiBi, softcap or sink tokens"):
             CudnnPeer().prepare(cell, inputs_of(cell))
+    with pytest.raises(Refused, match="to the first key, not to the last"):
+        CudnnPeer().prepare(CELLS[8], inputs_of(CELLS[8]))
+
+
+def test_torch_is_timed_without_what_its_flash_attention_does_not_have() -> None:
+    for cell in CELLS[5:8]:
+        assert TorchFa2().computed(cell) == replace(cell, alibi=False, softcap=0.0, sink_tokens=0)
+    assert TorchFa2().computed(CELLS[4]) == CELLS[4]
+
+
+def test_the_operator_of_torch_is_told_the_keys_and_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    operator = SimpleNamespace(_flash_attention_forward=lambda *arguments, **options: (asked.append((arguments[3:], options)), "o")[1])
+    monkeypatch.setattr(torch.ops, "aten", operator)
+    for cell in CELLS[7:]:
+        assert TorchFa2().prepare(cell, inputs_of(cell))() == "o"
+    assert asked[0] == ((None, None, 96, 96, 0.0, False, False), {"window_size_left": 15, "window_size_right": 0})
+    assert asked[1] == ((None, None, 16, 200, 0.0, True, False), {})
 
 
 def test_the_dense_peer_is_right() -> None:
@@ -139,7 +172,8 @@ def test_a_run_prints_rows_and_writes_a_record_and_a_picture(tmp_path: Path) -> 
     record = json.loads(path.read_text())
     assert [row["cell"] for row in record["rows"]] == [str(cell) for cell in CELLS]
     assert record["rows"][3]["results"]["cudnn"]["refused"]
-    assert record["rows"][5]["results"]["fa2"]["note"] == "without the bias"
+    assert [row["results"]["fa2"]["note"] for row in record["rows"][5:7]] == ["without ALiBi", "without softcap"]
+    assert "* fa2 is timed without softcap, which it does not have" in lines
     for row in record["rows"]:
         assert row["kernel"] == "reference_cpu"
         ours = row["results"]["ours"]
@@ -147,10 +181,23 @@ def test_a_run_prints_rows_and_writes_a_record_and_a_picture(tmp_path: Path) -> 
         for name, ratio in row["ratios"].items():
             assert ratio == pytest.approx(row["results"][name]["ms"] / ours["ms"])
     assert record["geometric_means"].keys() == {"fa2"}  # cuDNN needs a card
-    assert sum(line.startswith(("grid_", "gqa_", "varlen_", "window_", "alibi_")) for line in lines) == len(CELLS)
+    assert sum(line.startswith(tuple(map(str, CELLS))) for line in lines) == len(CELLS)
     page = markdown(record)
     assert "No Card" in page
     assert page.count("\n| ") == len(CELLS) + 1
+
+
+@pytest.mark.usefixtures("made_up")
+def test_the_rate_of_a_peer_that_leaves_sink_tokens_out_is_of_the_pairs_that_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = replace(CELLS[7], sink_tokens=0)
+    monkeypatch.setattr(TorchFa2, "prepare", lambda _self, _cell, inputs: Ours().prepare(without, inputs))
+    monkeypatch.setattr(forward, "select", lambda _patterns: CELLS[7:8])
+    (row,) = forward.run_forward(Options(peers=("ours", "fa2"))).rows
+    for name, cell in (("ours", CELLS[7]), ("fa2", without)):
+        result = row.results[name]
+        assert result.ms is not None
+        assert result.tflops == pytest.approx(cell.flops / result.ms * 1e-9)
+    assert (row.results["fa2"].note, without.flops < row.flops) == ("without sink tokens", True)
 
 
 @pytest.mark.usefixtures("made_up")

@@ -25,6 +25,9 @@ pytestmark = pytest.mark.torch
 
 SIZES: dict[str, Any] = {"head_dim": 64, "heads": 4, "heads_kv": 4, "lengths": (96, 96), "causal": True}
 ALIBI = Cell(group="alibi", alibi=True, **SIZES)
+SOFTCAP = Cell(group="softcap", softcap=2.0, **SIZES)
+SINKS = Cell(group="sink4", window=16, sink_tokens=4, **SIZES)
+SHORT = Cell(group="gqa", **SIZES | {"heads_kv": 2, "lengths": (16, 16), "length_k": 200})
 PACKED = Cell(group="varlen", packed=True, **SIZES | {"lengths": (20, 96, 70)})
 CELLS = [
     Cell(group="grid", **SIZES),
@@ -32,7 +35,10 @@ CELLS = [
     Cell(group="gqa", **SIZES | {"heads_kv": 2}),
     Cell(group="window", window=16, **SIZES),
     PACKED,
+    SHORT,
+    SOFTCAP,
     ALIBI,
+    SINKS,
 ]
 
 
@@ -124,10 +130,11 @@ def test_packages_of_the_authors_are_called_as_they_document(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     nothing_installed["flash_attn_interface"] = object()
     (peer,) = importable_peers()
-    for cell in CELLS[:-1]:
+    for cell in CELLS[:-2]:
         assert_right(peer, cell, 5e-3)
-    with pytest.raises(Refused, match="fa3 has no ALiBi"):
-        peer.prepare(ALIBI, inputs_of(ALIBI))
+    for cell, feature in ((ALIBI, "ALiBi"), (SINKS, "sink tokens")):
+        with pytest.raises(Refused, match=f"^fa3 has no {feature}$"):
+            peer.prepare(cell, inputs_of(cell))
 
 
 def test_a_package_that_does_not_import_or_raises_is_a_reason_and_not_the_end() -> None:
@@ -148,16 +155,16 @@ def fa3_operator(q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, ...]:
     assert options.pop("softmax_scale") == q.shape[-1] ** -0.5
     assert options.pop("num_splits") == 1
     window = options.pop("window_size_left"), options.pop("window_size_right")
-    causal = options.pop("is_causal")
+    causal, cap = options.pop("is_causal"), options.pop("softcap")
     if not options:
-        return (flash_attn_func(q, k, v, causal=causal, window_size=window), None, None, None)
+        return (flash_attn_func(q, k, v, causal=causal, window_size=window, softcap=cap), None, None, None)
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     packing = [options.pop(name) for name in names]
     assert not options
     return (flash_attn_varlen_func(q, k, v, *packing, causal=causal, window_size=window), None, None, None)
 
 
-@pytest.mark.parametrize("cell", CELLS[:-1], ids=str)
+@pytest.mark.parametrize("cell", CELLS[:-2], ids=str)
 def test_the_operator_of_xformers_is_called_by_its_names(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other_peers.importlib, "import_module", lambda _name: None)
     registered = SimpleNamespace(fwd=SimpleNamespace(default=fa3_operator))
@@ -178,7 +185,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
-@pytest.mark.parametrize("cell", [*CELLS[:4], ALIBI], ids=str)
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if not cell.packed], ids=str)
 @pytest.mark.usefixtures("compiled")
 def test_flex_attention_does_what_the_cell_says(cell: Cell) -> None:
     assert_right(FlexPeer(), cell)
@@ -257,17 +264,18 @@ class Graph:
         assert (workspace.dtype, handle) == (torch.uint8, "handle")
         q, k, v = (self.options[name] for name in "qkv")
         for b in range(q.dim[0]):
-            rows = q.dim[2]
+            rows, keys = q.dim[2], k.dim[2]
             if self.options["use_padding_mask"]:
                 assert torch.equal(pack[self.options["seq_len_q"]], pack[self.options["seq_len_kv"]])
-                rows = int(pack[self.options["seq_len_q"]].flatten()[b])
-            self._attend(*(x.sequence(pack, b, rows) for x in (q, k, v, self.o)))
+                rows = keys = int(pack[self.options["seq_len_q"]].flatten()[b])
+            self._attend(*(x.sequence(pack, b, length) for x, length in ((q, rows), (k, keys), (v, keys), (self.o, rows))))
 
     def _attend(self, q: Any, k: Any, v: Any, o: Any) -> None:
         group = q.shape[0] // k.shape[0]
         k, v = (x.float().repeat_interleave(group, 0) for x in (k, v))
         scores = q.float() @ k.transpose(1, 2) * self.options["attn_scale"]
-        i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])[None]
+        first = k.shape[1] - q.shape[1] if self.options.get("diagonal_alignment") == "bottom right" else 0
+        i, j = first + torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])[None]
         if self.options["use_alibi_mask"]:
             slopes = torch.tensor([2.0 ** (-8 * (h + 1) / q.shape[0]) for h in range(q.shape[0])])
             scores = scores + slopes[:, None, None] * (j - i)
@@ -279,6 +287,7 @@ class Graph:
 def frontend(monkeypatch: pytest.MonkeyPatch, nothing_installed: dict[str, Any]) -> Peer:
     module: Any = ModuleType("cudnn")
     module.data_type = SimpleNamespace(HALF="f16", BFLOAT16="bf16", FLOAT="f32")
+    module.diagonal_alignment = SimpleNamespace(BOTTOM_RIGHT="bottom right")
     module.heur_mode = SimpleNamespace(A="A", FALLBACK="FALLBACK")
     module.create_handle = lambda: "handle"
     module.set_stream = lambda **_options: None
@@ -292,10 +301,17 @@ def frontend(monkeypatch: pytest.MonkeyPatch, nothing_installed: dict[str, Any])
     return peer
 
 
-@pytest.mark.parametrize("cell", [*CELLS, Cell(group="varlen", packed=True, **SIZES | {"lengths": (20, 96, 70), "heads_kv": 2})], ids=str)
+@pytest.mark.parametrize(
+    "cell", [*CELLS[:6], ALIBI, Cell(group="varlen", packed=True, **SIZES | {"lengths": (20, 96, 70), "heads_kv": 2})], ids=str
+)
 def test_the_graph_of_cudnn_says_what_the_cell_is(cell: Cell, frontend: Peer) -> None:
-    assert frontend.adds_alibi(cell) == cell.alibi
     assert_right(frontend, cell)
+
+
+def test_cudnn_refuses_what_its_graph_has_no_option_for(frontend: Peer) -> None:
+    for cell, feature in ((SOFTCAP, "softcap"), (SINKS, "sink tokens")):
+        with pytest.raises(Refused, match=f"^cuDNN's sdpa has no {feature}$"):
+            frontend.prepare(cell, inputs_of(cell))
 
 
 def test_a_graph_is_built_once_for_each_cell(frontend: Peer) -> None:

@@ -249,7 +249,7 @@ def test_a_folder_that_is_named_and_not_there_is_a_named_error(invoke: Invoke, t
 def test_bench_lists_its_cells(ask: Ask, invoke: Invoke) -> None:
     cells = [cell["cell"] for cell in ask("bench", "--list")["cells"]]
     assert len(cells) > 36
-    assert invoke("bench", "--list", "--cells", "gqa").stdout.count("gqa_d128") == 2
+    assert invoke("bench", "--list", "--cells", "gqa").stdout.count("gqa_d128") == 4
     assert invoke("bench", "--list", "--cells", "no such cell").exit_code == 2
 
 

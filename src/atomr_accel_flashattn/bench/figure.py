@@ -1,7 +1,8 @@
 """The picture of a forward benchmark, in the style of the FlashAttention papers, from its JSON record.
 
-One panel per head dim and mask of the grid, per sequence length one bar for each peer with its TFLOP/s above. The colours are those of Okabe and Ito
-(Color Universal Design, 2008), which colour-blind readers tell apart; ours alone is dark, bars of the same maker differ by hatching too.
+One panel per head dim and mask of the grid, per sequence length one bar for each peer with its TFLOP/s above. The colours are those of
+Okabe and Ito (Color Universal Design, 2008), which colour-blind readers tell apart; ours alone is dark, bars of the same maker differ by
+hatching too.
 """
 
 from __future__ import annotations
