@@ -36,7 +36,12 @@ WGMMA_AXES: dict[str, tuple[Any, ...]] = {
     "arch": (SmArch.SM_90A,),
     "dtype": DTYPES,
     "widths": (*WGMMA_WIDTHS, (56, 56), (104, 104)),
-    **{axis: AXES[axis] for axis in ("window", "sink", "alibi", "softcap", "prescale", "learned_sink", "dropout", "varlen")},
+    **{axis: AXES[axis] for axis in ("window", "sink", "softcap", "prescale", "learned_sink", "varlen")},
+    # Query heads that share K and V are packed unless slopes or dropout tell them apart: one axis, so that packing meets all the others.
+    "heads": tuple(
+        {"gqa_ratio": ratio, "alibi": alibi, "dropout": dropout}
+        for ratio, alibi, dropout in ((1, False, False), (4, False, False), (1, True, False), (1, False, True), (1, True, True))
+    ),
     "persistent": (False, True),
     "few_rows": (False, True),
 }
@@ -53,18 +58,18 @@ def feature_specs() -> list[KernelSpec]:
 
 
 def wgmma_plain_specs() -> list[KernelSpec]:
-    """Every type and pair of tile widths of the wgmma family, without any feature."""
+    """Every type and pair of tile widths of the wgmma family, without any feature, query heads packed and not."""
     return [
-        _spec(DispatchKey(SmArch.SM_90A, dtype, d, extras=Extras(v_head_dim=dv, few_rows=few_rows)))
-        for dtype, (d, dv), few_rows in itertools.product(
-            DTYPES, [*WGMMA_WIDTHS, *((width, width) for width in HEAD_DIM_WIDTHS)], (False, True)
+        _spec(DispatchKey(SmArch.SM_90A, dtype, d, gqa_ratio=ratio, extras=Extras(v_head_dim=dv, few_rows=few_rows)))
+        for dtype, (d, dv), few_rows, ratio in itertools.product(
+            DTYPES, [*WGMMA_WIDTHS, *((width, width) for width in HEAD_DIM_WIDTHS)], (False, True), (1, 4)
         )
     ]
 
 
 def wgmma_feature_specs() -> list[KernelSpec]:
     """A pairwise covering array over type, widths and every feature of the wgmma family."""
-    return [_spec(_feature_key(row)) for row in covering_rows(WGMMA_AXES)]
+    return [_spec(_feature_key(row | row["heads"])) for row in covering_rows(WGMMA_AXES)]
 
 
 def wgmma_crowded_specs() -> list[KernelSpec]:
@@ -80,11 +85,13 @@ def wgmma_crowded_specs() -> list[KernelSpec]:
             "softcap": softcap,
             "dropout": dropout,
             "few_rows": few_rows,
+            "gqa_ratio": ratio,
         }
         for width in (24, 56, 64, 96, 128)
         for alibi, softcap in ((False, 30.0), (True, 0.0), (True, 30.0))
         for dropout in (False, True)
         for few_rows in (False, True)
+        for ratio in (1, 4)
     ]
     return [_spec(_feature_key(row)) for row in rows]
 
@@ -114,6 +121,7 @@ def _feature_key(row: dict[str, Any]) -> DispatchKey:
         sliding_window=window,
         alibi=row["alibi"],
         sink=row["sink"] if bounded else 0,  # without a left bound a sink is refused
+        gqa_ratio=row.get("gqa_ratio", 1),
         extras=Extras(
             softcap=row["softcap"],
             dropout=row["dropout"],
