@@ -168,8 +168,19 @@ def _tile(key: DispatchKey, width: int, v_width: int) -> Tile:
         )
         return replace(tile, persistent=extras.persistent is not False)
     tile_arch = extras.tiles_for or (SmArch.SM_90 if key.arch is SmArch.SM_90A else key.arch)
-    tile = tile_for(tile_arch, width, v_width, dropout=bool(extras.dropout))
+    tile = tile_for(
+        tile_arch, width, v_width, dropout=bool(extras.dropout), plain=_is_plain(key, width, v_width), few_rows=bool(extras.few_rows)
+    )
     return replace(tile, persistent=extras.persistent is True)
+
+
+def _is_plain(key: DispatchKey, width: int, v_width: int) -> bool:
+    """What :func:`~.jit.tiles.tile_for` calls plain: nothing needs registers beside the products and the softmax."""
+    extras = key.extras
+    masked = key.left_bound or key.right_bound or extras.dropout
+    scored = key.alibi or extras.softcap > 0 or extras.prescale
+    whole = (key.head_dim, key.v_head_dim, extras.load_align % VECTOR_BYTES) == (width, v_width, 0)
+    return whole and not (masked or scored or key.varlen)
 
 
 def _dropout_mask_spec(key: DispatchKey) -> KernelSpec:

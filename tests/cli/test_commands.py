@@ -182,7 +182,7 @@ def test_short_sequences_have_their_kernels_too_where_those_are_others() -> None
     few_rows = DispatchKey(fa.SmArch.SM_90A, fa.DType.F16, 128, causal=True, varlen=True, extras=Extras(few_rows=True))
     assert lookup(few_rows) in specs
     assert lookup(replace(few_rows, extras=Extras())) in specs
-    assert len(specs) == len(set(specs)) == 2 * (3 + 2)  # packed or not: sm_90a has two tiles at 128 and one at 256; sm_90 one and one
+    assert len(specs) == len(set(specs)) == 2 * (3 + 3)  # packed or not: sm_90a has two tiles at 128 and one at 256; sm_90 one and two
 
 
 def test_all_is_the_full_product_each_kernel_once() -> None:
@@ -190,7 +190,8 @@ def test_all_is_the_full_product_each_kernel_once() -> None:
     assert len(specs) == len(set(specs))
     bools = 2**7  # varlen, alibi, softcap, learned sink, dropout, alignment, prescale
     masks = 6  # bounds on the right, on the left, on both, on none; with sinks where there is one on the left
-    assert len(specs) == 2 * 6 * 2 * masks * bools + 2  # types, widths, exact or padded; and the two keep patterns
+    tiles = 6 + 1  # one a width, and another for few rows at 256
+    assert len(specs) == 2 * tiles * 2 * masks * bools + 2  # types, tiles, exact or padded; and the two keep patterns
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------------------------

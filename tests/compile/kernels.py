@@ -48,8 +48,11 @@ WGMMA_AXES: dict[str, tuple[Any, ...]] = {
 
 
 def plain_specs() -> list[KernelSpec]:
-    """Every arch, type and tile width, without any feature."""
-    return [_spec(DispatchKey(arch, dtype, width)) for arch, dtype, width in itertools.product(ARCHS, DTYPES, HEAD_DIM_WIDTHS)]
+    """Every arch, type and tile width, without any feature and causal, for few rows and for many."""
+    return [
+        _spec(DispatchKey(arch, dtype, width, causal=causal, extras=Extras(few_rows=few_rows)))
+        for arch, dtype, width, causal, few_rows in itertools.product(ARCHS, DTYPES, HEAD_DIM_WIDTHS, (False, True), (False, True))
+    ]
 
 
 def feature_specs() -> list[KernelSpec]:

@@ -37,6 +37,7 @@ _MEETING = (
 )
 
 KNOWN_SPILLS = (
+    Spill("fa2_fwd_sm8?_*_d64_m128n128w4s1b2*", 24, _INVARIANTS),
     Spill("fa2_fwd_*_d128_m128n64w4s1b2*", 144, _INVARIANTS),
     Spill("fa2_fwd_*_d128_m128n32w4s1b2*", 128, _INVARIANTS),
     *(Spill(f"fa2_fwd_{arch}_*_d128_m128n64w4s1b2_*rightbound*", 288, _STATE) for arch in ("sm80", "sm100")),

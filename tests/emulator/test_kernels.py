@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,8 @@ TILES = (
     Tile(block_m=64, block_n=32, warps=4, stages=3),
     Tile(block_m=64, block_n=64, warps=2, stages=2),
     Tile(block_m=128, block_n=96, warps=8),
+    Tile(block_m=128, block_n=128, warps=4),
+    Tile(block_m=64, block_n=64, warps=4),
     Tile(block_m=128, block_n=64, warps=8, q_in_registers=True),
     Tile(block_m=192, block_n=32, warps=6, stages=2, q_in_registers=True),
     Tile(block_m=64, block_n=128, warps=4, q_in_registers=True, stages=2),
@@ -73,6 +76,12 @@ def test_tiles_of_arch(case: Case, arch: SmArch):
     check_case(case, lambda inputs: emulate(inputs, arch=arch))
 
 
+@pytest.mark.parametrize("change", [{"right": None}, {}, {"dropout_p": 0.2}], ids=["full", "causal", "dropout"])
+@pytest.mark.parametrize("width", [64, 256])
+def test_widths_whose_tile_depends_on_more(width: int, change: dict[str, Any]):
+    check_case(replace(RAGGED, head_dim=width, v_head_dim=width, **change), emulate)
+
+
 @pytest.mark.parametrize("tile", TILES + NO_DROPOUT_TILES, ids=str)
 def test_tile(tile: Tile):
     check_case(RAGGED, lambda inputs: emulate(inputs, tile=tile, seed=1))
@@ -83,7 +92,7 @@ def test_tile_with_every_feature(tile: Tile):
     check_case(EVERYTHING, lambda inputs: emulate(inputs, tile=tile))
 
 
-@pytest.mark.parametrize("tile", [TILES[0], TILES[2], TILES[7], TILES[8]], ids=str)
+@pytest.mark.parametrize("tile", [TILES[0], TILES[2], TILES[9], TILES[10]], ids=str)
 def test_bits_do_not_depend_on_the_order_of_threads(tile: Tile):
     inputs: Inputs = build(RAGGED)
     first = emulate(inputs, tile=tile, seed=0)

@@ -450,6 +450,47 @@ def aligned(shape: tuple[int, ...], offset: int) -> np.ndarray:
     return storage[start : start + size].reshape(shape)
 
 
+FEATURES_OF_REGISTERS = {
+    "causal": {"causal": True},
+    "window": {"sliding_window": (64, -1)},
+    "varlen": {"varlen": True},
+    "alibi": {"alibi": True},
+    "softcap": {"extras": fa.Extras(softcap=30.0)},
+    "prescale": {"extras": fa.Extras(prescale=True)},
+    "dropout": {"extras": fa.Extras(dropout=True)},
+    "unaligned": {"extras": fa.Extras(load_align=8)},
+    "padded": {"head_dim": 56},
+    "padded_v": {"extras": fa.Extras(v_head_dim=56)},
+}
+
+
+@pytest.mark.parametrize("change", FEATURES_OF_REGISTERS.values(), ids=FEATURES_OF_REGISTERS)
+@pytest.mark.parametrize("arch", MMA_ARCHS)
+def test_a_plain_kernel_of_width_64_has_the_registers_for_more_keys(arch: SmArch, change: dict[str, Any]):
+    plain = replace(PLAIN, arch=arch, head_dim=64)
+    keys = [fa.lookup(key).tile.block_n for key in (plain, replace(plain, gqa_ratio=4), replace(plain, **change))]
+    assert keys == [128, 128, 64]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("arch", MMA_ARCHS)
+def test_few_rows_of_width_256_take_two_blocks_where_a_multiprocessor_has_the_memory(arch: SmArch, dropout: bool):
+    many = fa.lookup(replace(PLAIN, arch=arch, head_dim=256, extras=fa.Extras(dropout=dropout)))
+    few = fa.lookup(replace(PLAIN, arch=arch, head_dim=256, extras=fa.Extras(dropout=dropout, few_rows=True)))
+    has_memory = arch.shared_memory_per_sm >= 228 * 1024
+    assert (few.tile.min_blocks, few != many) == ((2, True) if has_memory else (1, False))
+    request = fa.Fa2FwdRequest(*(aligned((1, 1024, 1, 256), 0) for _ in range(3)))
+    longer = fa.Fa2FwdRequest(*(aligned((1, 1025, 1, 256), 0) for _ in range(3)))
+    assert [each.dispatch_key(arch).extras.few_rows for each in (request, longer)] == [True, False]
+
+
+@given(built_keys)
+@settings(max_examples=500, deadline=None)
+def test_as_many_blocks_fit_the_memory_of_a_multiprocessor_as_a_tile_asks_for(key: fa.DispatchKey):
+    spec = fa.lookup(replace(key, extras=replace(key.extras, family=fa.Family.FA2)))
+    assert spec.tile.min_blocks * (spec.shared_memory + 1024) <= spec.arch.shared_memory_per_sm
+
+
 WGMMA = replace(PLAIN, arch=SmArch.SM_90A)
 
 

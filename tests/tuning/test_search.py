@@ -287,6 +287,21 @@ def test_the_other_family_has_one_row_for_both_and_a_saved_tile_for_each(card: C
     assert [winner.few_rows for winner in winners(results, by_kernel)] == [True, False]
 
 
+def test_rows_for_few_rows_are_of_the_widths_and_architectures_that_have_some(card: Card) -> None:
+    results = short_and_long(card, Options(tiles=("m128n64w4s1b2", "m128n96w4s1b1"), rounds=1))
+    short = winners(results, by_kernel)[0]
+    for arch, head_dim, start in (
+        (fa.SmArch.SM_90, 256, "(256, 256): Tile("),
+        (fa.SmArch.SM_90, 128, "128: Tile("),
+        (fa.SmArch.SM_80, 256, "256: Tile("),
+    ):
+        spec = replace(short.spec, arch=arch, head_dim=head_dim, v_head_dim=head_dim)
+        row = table_row(replace(short, spec=spec))
+        assert row.startswith(start)
+        told_apart = by_table_row(spec, few_rows=True) != by_table_row(spec, few_rows=False)
+        assert told_apart == ("few rows" in row) == row.startswith("(")
+
+
 def test_less_than_a_percent_is_noise(card: Card) -> None:
     card.ms = lambda tile: 1.0 if tile.block_n == 64 and tile.stages == 1 else 0.995
     result = tune()
@@ -312,7 +327,7 @@ def test_later_calls_use_what_was_kept(card: Card, tmp_path: Path, monkeypatch: 
     for _ in range(2):
         fa.flash_attn_func(q, k, v, causal=True)
         assert card.launches[-1][0] == expected
-    fa.flash_attn_func(q, k, v)
+    fa.flash_attn_func(q, k, v, causal=True, softcap=10.0)
     assert card.launches[-1][0].tile == before.tile
     assert tune().in_use.tile == found[0].tile, "a second search starts from the first one's winner"
 

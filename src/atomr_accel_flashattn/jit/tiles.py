@@ -1,13 +1,13 @@
-"""Which tile a kernel gets. The wgmma table was measured on an H100 (docs/performance.md), the others follow from memory and registers."""
+"""Which tile a kernel gets: measured on an H100 (docs/performance.md); on other architectures it follows from memory and registers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from ..types import SmArch
-from .spec import Tile
+from .spec import Family, KernelSpec, Tile
 
-__all__ = ["HEAD_DIM_WIDTHS", "has_few_rows", "head_dim_width", "tile_for", "wgmma_tile_for"]
+__all__ = ["HEAD_DIM_WIDTHS", "has_few_rows", "has_row_for_few_rows", "head_dim_width", "tile_for", "wgmma_tile_for"]
 
 HEAD_DIM_WIDTHS = (32, 64, 96, 128, 192, 256)
 
@@ -37,6 +37,12 @@ _TABLES = {
     SmArch.SM_120: _SMALL,
 }
 
+# 128 keys halve the reads of Q and the barriers (9 to 14 % faster, H100), where nothing takes registers beside scores and accumulators.
+_PLAIN = {64: replace(_LARGE[64], block_n=128)}
+# With few rows, two blocks hide each other's loads, which one of 8 warps waits for. They need 194 KB of a multiprocessor.
+_MMA_FEW_ROWS = {(256, 256): Tile(block_m=64, block_n=64, warps=4, min_blocks=2)}
+_MMA_FEW_ROWS_ARCHS = (SmArch.SM_90, SmArch.SM_100)
+
 _PHILOX_KEYS = 32  # one Philox call covers 32 keys, so no tile with dropout is narrower
 _THREE_WARPGROUPS = 16  # warps of a block with three of them and the loading one: 160 registers hold 64 keys beside the generator's
 _DROPOUT_KEYS = 128  # keys of scores that the 240 registers of two warpgroups hold beside them
@@ -56,8 +62,9 @@ _WGMMA = {
     (192, 192): Tile(block_m=128, block_n=112, warps=12, stages=2, ping_pong=True),
     (256, 256): Tile(block_m=128, block_n=80, warps=12, stages=2, ping_pong=True),
 }
-# Up to so many rows of Q, multiples of 192 waste more than three warpgroups win, and the fixed cost of a tile counts more.
-_FEW_ROWS = {(64, 64): 2048, (128, 128): 1024}
+# Up to so many rows of Q, pairs of widths take a tile for few rows, in the family that has one.
+_FEW_ROWS = {(64, 64): 2048, (128, 128): 1024, (256, 256): 1024}
+# With few rows, multiples of 192 waste more than three warpgroups win, and the fixed cost of a tile counts more.
 _WGMMA_FEW_ROWS = {
     (64, 64): Tile(block_m=256, block_n=64, warps=20, stages=4, ping_pong=True),
     (128, 128): Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True),
@@ -74,8 +81,16 @@ def head_dim_width(head_dim: int) -> int:
 
 
 def has_few_rows(head_dim: int, v_head_dim: int, rows: int) -> bool:
-    """Whether sequences of up to ``rows`` queries take the tile for few rows of :func:`wgmma_tile_for`, where these head dims have one."""
+    """Whether sequences of up to ``rows`` queries take a tile for few rows, where a family has one for these head dims."""
     return rows <= _FEW_ROWS.get((head_dim_width(head_dim), head_dim_width(v_head_dim)), 0)
+
+
+def has_row_for_few_rows(spec: KernelSpec) -> bool:
+    """Whether the tables have a tile for few rows at the widths of ``spec``, in its family and on its arch."""
+    widths = (spec.head_dim, spec.v_head_dim)
+    if spec.family is Family.FA3:
+        return widths in _WGMMA_FEW_ROWS
+    return widths in _MMA_FEW_ROWS and spec.arch in _MMA_FEW_ROWS_ARCHS
 
 
 def wgmma_tile_for(
@@ -111,10 +126,22 @@ def wgmma_tile_for(
     return tile
 
 
-def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, dropout: bool) -> Tile:
-    """The tile of the mma.sync family for widths ``head_dim`` and ``v_head_dim``."""
-    width = max(head_dim, v_head_dim)
-    tile = _TABLES[arch][width]
-    if dropout and width >= _DROPOUT_NARROWS and tile.block_n > _PHILOX_KEYS:
+def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, dropout: bool = False, plain: bool = False, few_rows: bool = False) -> Tile:
+    """The tile of the mma.sync family for two widths.
+
+    Args:
+        arch: whose shared memory holds it.
+        head_dim: width of q and k.
+        v_head_dim: width of v.
+        dropout: whether the Philox generator needs registers, and key tiles of whole calls of it.
+        plain: whether nothing needs registers beside the products and the softmax: no bound, bias, cap or dropout, no packed sequences,
+            and rows that are as long as the width and aligned.
+        few_rows: what :func:`has_few_rows` says.
+    """
+    widths, wider = (head_dim, v_head_dim), max(head_dim, v_head_dim)
+    tile = _PLAIN[wider] if plain and wider in _PLAIN else _TABLES[arch][wider]
+    if few_rows and arch in _MMA_FEW_ROWS_ARCHS:
+        tile = _MMA_FEW_ROWS.get(widths, tile)
+    if dropout and wider >= _DROPOUT_NARROWS and tile.block_n > _PHILOX_KEYS:
         return replace(tile, block_n=_PHILOX_KEYS)
     return tile

@@ -6,7 +6,8 @@ from collections.abc import Hashable
 from typing import Protocol
 
 from ..jit.saved_tiles import kernel_without_tile
-from ..jit.spec import Family, KernelSpec
+from ..jit.spec import KernelSpec
+from ..jit.tiles import has_row_for_few_rows
 
 __all__ = ["Group", "by_kernel", "by_table_row"]
 
@@ -30,5 +31,5 @@ def by_kernel(spec: KernelSpec, *, few_rows: bool) -> Hashable:
 
 
 def by_table_row(spec: KernelSpec, *, few_rows: bool) -> Hashable:
-    """Those that share a row of the tables in jit/tiles.py; only the wgmma family has a table for few rows."""
-    return (spec.family, spec.arch, spec.head_dim, spec.v_head_dim, few_rows and spec.family is Family.FA3)
+    """Those that share a row of the tables in jit/tiles.py, of which there is another for few rows at some widths."""
+    return (spec.family, spec.arch, spec.head_dim, spec.v_head_dim, few_rows and has_row_for_few_rows(spec))
