@@ -13,7 +13,17 @@ if TYPE_CHECKING:
 
     from atomr_accel_flashattn.types import DType
 
-__all__ = ["FEATURE_AXES", "LENGTHS", "MASKS", "grid_cases", "hazard_cases", "head_dim_cases", "large_cases", "pairwise_cases"]
+__all__ = [
+    "FEATURE_AXES",
+    "LENGTHS",
+    "MASKS",
+    "grid_cases",
+    "grouped_cases",
+    "hazard_cases",
+    "head_dim_cases",
+    "large_cases",
+    "pairwise_cases",
+]
 
 _Options = dict[str, Any]
 
@@ -69,6 +79,24 @@ def pairwise_cases(dtypes: Iterable[DType]) -> list[Case]:
     """Every value of every feature axis with every value of every other one, the element type among them."""
     axes = {"dtype": tuple({"dtype": dtype} for dtype in dtypes), **FEATURE_AXES}
     return [Case(**{key: value for options in row.values() for key, value in options.items()}) for row in covering_rows(axes)]
+
+
+def grouped_cases(dtypes: Iterable[DType]) -> list[Case]:
+    """2 to 64 query heads that share K and V, as many as one tile may hold, with every kind of mask and length, and with few queries."""
+    shapes: tuple[_Options, ...] = (
+        {"batch": 2, "seqlen_q": 75, "seqlen_k": 310, **CAUSAL},
+        {"seqlen_q": 133, "seqlen_k": 201, "left": 40, "right": 0, "sink_tokens": 4},
+        {"lengths_q": (65, 0, 1, 130, 8), "lengths_k": (65, 40, 200, 0, 3), "layout": Layout.PADDED, **CAUSAL},
+        {"seqlen_q": 90, "seqlen_k": 40, "learned_sink": True, "layout": Layout.HEADS_FIRST, **CAUSAL},
+    )
+    few = tuple({"batch": 3, "seqlen_q": rows, "seqlen_k": 1000 + rows, **CAUSAL} for rows in (1, 17))
+    return [
+        Case(label="grouped_heads", dtype=dtype, heads=heads, heads_kv=heads_kv, head_dim=d, v_head_dim=dv, **shape)
+        for dtype in dtypes
+        for d, dv in ((64, 64), (128, 128), (192, 128), (256, 256))
+        for heads, heads_kv in ((4, 2), (12, 3), (16, 2), (16, 1), (64, 1))
+        for shape in (*shapes, *few)
+    ]
 
 
 def hazard_cases(dtypes: Iterable[DType]) -> list[Case]:

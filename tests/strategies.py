@@ -49,14 +49,16 @@ def random_shapes(draw: st.DrawFn, kernel: Mapping[str, Any], max_length: int = 
     """A call of one given kernel: any sizes, heads, bounds, strides and values, with exactly the features that ``kernel`` says.
 
     ``kernel`` has ``dtype``, ``head_dim`` and ``v_head_dim`` as they are, whether there is a ``left`` and a ``right`` bound, ``sinks``,
-    ``learned_sink``, ``softcap``, ``dropout``, a scale that is ``negative``, packed sequences (``varlen``), and what ``alibi`` there is.
+    ``learned_sink``, ``softcap``, ``dropout``, a scale that is ``negative``, packed sequences (``varlen``), what ``alibi`` there is, and
+    whether the query heads that share K and V are ``grouped`` in numbers that divide 64.
     """
     heads_kv = draw(st.integers(1, 3))
+    ratios = (2, 4, 8) if kernel["grouped"] else (1, 3)
     bound = st.integers(0, max_length)
     return Case(
         **{name: kernel[name] for name in ("dtype", "head_dim", "v_head_dim", "learned_sink", "alibi")},
         **draw(_packed_lengths(max_length) if kernel["varlen"] else _dense_lengths(max_length)),
-        heads=heads_kv * draw(st.integers(1, 3)),
+        heads=heads_kv * draw(st.sampled_from(ratios)),
         heads_kv=heads_kv,
         left=draw(bound) if kernel["left"] else None,
         right=draw(bound) if kernel["right"] else None,

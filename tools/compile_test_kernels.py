@@ -19,7 +19,7 @@ from atomr_accel_flashattn.jit.compile import compile_many
 from atomr_accel_flashattn.jit.spec import Family, KernelSpec
 from atomr_accel_flashattn.keys import key_of_problem
 from atomr_accel_flashattn.types import SmArch
-from tests.case_lists import grid_cases, hazard_cases, head_dim_cases, pairwise_cases
+from tests.case_lists import grid_cases, grouped_cases, hazard_cases, head_dim_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Case, build
 from tests.inputs import Layout, Poisoned
 from tests.reference.running import problem_of
@@ -27,7 +27,8 @@ from tests.reference.running import problem_of
 
 def cases() -> list[Case]:
     """Those of tests/gpu/test_grid.py, but for the random and the large ones."""
-    return [case for list_of in (grid_cases, head_dim_cases, pairwise_cases, hazard_cases) for case in list_of(GPU_DTYPES)]
+    lists = (grid_cases, head_dim_cases, pairwise_cases, hazard_cases, grouped_cases)
+    return [case for list_of in lists for case in list_of(GPU_DTYPES)]
 
 
 def specs_of(case: Case) -> Iterator[KernelSpec]:

@@ -23,7 +23,7 @@ import pytest
 from atomr_accel_flashattn import execute
 from atomr_accel_flashattn.jit.compile import CompiledKernel, compile_many
 from atomr_accel_flashattn.jit.spec import Family, KernelSpec
-from tests.case_lists import hazard_cases, pairwise_cases
+from tests.case_lists import grouped_cases, hazard_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Case, build
 from tests.check import check_case
 from tests.gpu.families import FAMILIES, blocks_for, use_family
@@ -34,8 +34,8 @@ GRACE = 30  # seconds from the end of the time for beginning cases to the end of
 
 
 def cases() -> list[Case]:
-    """The pairwise cases in both types and the hazards in one, those that are small; shuffled, so that a run cut short sees some of all."""
-    chosen = [*pairwise_cases(GPU_DTYPES), *hazard_cases(GPU_DTYPES[:1])]
+    """The pairwise cases in both types, the others in one, those that are small; shuffled, so that a run cut short sees some of all."""
+    chosen = [*pairwise_cases(GPU_DTYPES), *(case for others in (hazard_cases, grouped_cases) for case in others(GPU_DTYPES[:1]))]
     return sorted((case for case in chosen if case.score_count <= MAX_SCORES), key=lambda case: zlib.crc32(str(case).encode()))
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import pytest
 
 from atomr_accel_flashattn.jit.spec import Family, Tile
-from atomr_accel_flashattn.types import DType
+from atomr_accel_flashattn.keys import key_of_problem
+from atomr_accel_flashattn.types import DType, SmArch
 from tests.case_lists import hazard_cases, head_dim_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Case, build
-from tests.check import check_case
+from tests.check import Run, check_case
 from tests.inputs import Inputs, Layout
+from tests.reference.running import problem_of
 
 from .build import compiler
 from .running import emulate
@@ -33,6 +36,21 @@ TILES = (
     Tile(block_m=256, block_n=32, warps=20, stages=2, ping_pong=True, persistent=True),
     Tile(block_m=128, block_n=160, warps=12, stages=2, persistent=True),
     Tile(block_m=64, block_n=32, warps=8, stages=4),
+)
+# Query heads that share K and V are rows of one tile, in kernels of their own.
+PACKED = (
+    Case(label="two_heads", heads=4, heads_kv=2, seqlen_q=75, seqlen_k=150, right=0),
+    Case(label="window", heads=8, heads_kv=1, seqlen_q=37, seqlen_k=90, left=20, right=0, sink_tokens=5),
+    Case(label="a_query_a_warpgroup", heads=64, heads_kv=1, seqlen_q=5, seqlen_k=70, right=0),
+    Case(label="empty_sequence", heads=16, heads_kv=2, lengths_q=(9, 0, 21), lengths_k=(30, 8, 21), right=0, learned_sink=True),
+    Case(label="more_queries_than_keys", heads=4, heads_kv=1, seqlen_q=70, seqlen_k=20, right=0, learned_sink=True),
+    Case(label="no_bounds", heads=8, heads_kv=2, seqlen_q=21, seqlen_k=333, batch=2, layout=Layout.HEADS_FIRST),
+    Case(label="padded", heads=2, heads_kv=1, seqlen_q=70, seqlen_k=80, head_dim=40, v_head_dim=24, left=9, right=3, softcap=5.0),
+)
+PACKED_TILES = (
+    Tile(block_m=128, block_n=64, warps=12, stages=2, ping_pong=True, persistent=True),
+    Tile(block_m=192, block_n=32, warps=16, stages=2, ping_pong=True, persistent=True),
+    Tile(block_m=64, block_n=32, warps=8, stages=3),
 )
 NO_DROPOUT_TILES = (Tile(block_m=128, block_n=80, warps=12, stages=2), Tile(block_m=128, block_n=176, warps=12, stages=2))
 
@@ -81,6 +99,24 @@ def test_bits_do_not_depend_on_the_order_of_threads_and_copies(case: Case, tile:
     for seed in range(1, 12):
         other = emulate(inputs, tile=tile, family=Family.FA3, seed=seed)
         assert np.array_equal(first.out.view(np.uint16), other.out.view(np.uint16)), f"seed {seed} gives other bits"
+
+
+@pytest.mark.parametrize(("case", "tile"), list(zip(PACKED, cycle(PACKED_TILES), strict=False)), ids=str)
+def test_heads_that_share_keys_are_rows_of_one_tile_and_bits_do_not_depend_on_order(case: Case, tile: Tile):
+    inputs = build(case)
+    assert key_of_problem(problem_of(inputs), SmArch.SM_90A).packs_heads
+    runs: list[Run] = []
+
+    def run(inputs: Inputs, seed: int = 0) -> Run:
+        runs.append(emulate(inputs, tile=tile, family=Family.FA3, seed=seed))
+        return runs[-1]
+
+    check_case(case, run)
+    for seed in range(1, 5):
+        again = run(inputs, seed)
+        assert np.array_equal(runs[0].out.view(np.uint16), again.out.view(np.uint16)), f"seed {seed} gives other bits"
+        assert runs[0].lse is not None
+        assert np.array_equal(runs[0].lse, again.lse), f"seed {seed} gives another LSE"
 
 
 @pytest.mark.parametrize("family", [Family.FA2, Family.FA3], ids=lambda family: family.value)

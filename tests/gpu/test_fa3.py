@@ -62,10 +62,11 @@ def persistent(seed: int, blocks: int = 5) -> tuple[Fa3FwdRequest, bytes]:
     return request, bits(run(request).out)
 
 
+@pytest.mark.parametrize("heads_kv", [8, 2])
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("mask", [MaskKind.full(), MaskKind.causal(), MaskKind.sliding_causal(100)], ids=["full", "causal", "window"])
-def test_bits_do_not_depend_on_the_run_or_on_how_tiles_are_handed_out(width: int, mask: MaskKind) -> None:
-    q, k, v = arrays(3, 1300, 8, width)
+def test_bits_do_not_depend_on_the_run_or_on_how_tiles_are_handed_out(width: int, mask: MaskKind, heads_kv: int) -> None:
+    (q, _, _), (_, k, v) = arrays(3, 1300, 8, width), arrays(3, 1300, heads_kv, width)
     expected = run(Fa3FwdRequest(q, k, v, mask=mask))
     torch.cuda.synchronize()
     for mode in MODES:
@@ -173,18 +174,19 @@ def test_streams_that_are_destroyed_while_they_work() -> None:
 
 
 def edge_cases() -> Iterator[Case]:
-    """Lengths around every multiple of the tile that a kernel has; widths, masks and types in turns."""
+    """Lengths around every multiple of a kernel's tile, of two packed heads too; widths, masks and types in turns."""
     for n, (d, dv) in enumerate(WIDTHS):
         extras = Extras(v_head_dim=None if d == dv else dv)
         spec = lookup(DispatchKey(SmArch.SM_90A, DType.BF16, d, extras=extras))
         assert isinstance(spec, KernelSpec)
-        rows, keys = (
-            [size * times + off for times, off in itertools.product((1, 2), (-1, 0, 1))] for size in (spec.tile.block_m, spec.tile.block_n)
-        )
-        for i, (seqlen_q, seqlen_k) in enumerate(itertools.product(rows, [*keys, 1])):
+        edges = list(itertools.product((1, 2), (-1, 0, 1)))
+        keys = [spec.tile.block_n * times + off for times, off in edges]
+        for i, ((times, off), seqlen_k) in enumerate(itertools.product(edges, [*keys, 1])):
+            heads, packed = ((3, 1), (2, 2))[i // 2 % 2]
+            seqlen_q = spec.tile.block_m * times // packed + off
             dtype = (DType.F16, DType.BF16)[(i + n) % 2]
             mask: dict[str, Any] = ({}, {"right": 0}, {"left": spec.tile.block_n, "right": 0})[i % 3]
-            yield Case(dtype=dtype, heads=2, heads_kv=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=d, v_head_dim=dv, **mask)
+            yield Case(dtype=dtype, heads=heads, heads_kv=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=d, v_head_dim=dv, **mask)
 
 
 @pytest.mark.parametrize("case", edge_cases() if HAS_WGMMA else (), ids=str)

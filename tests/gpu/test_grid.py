@@ -11,7 +11,14 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 torch = pytest.importorskip("torch")
 
-from tests.case_lists import grid_cases, hazard_cases, head_dim_cases, large_cases, pairwise_cases  # noqa: E402 - after the skip
+from tests.case_lists import (  # noqa: E402 - after the skip
+    grid_cases,
+    grouped_cases,
+    hazard_cases,
+    head_dim_cases,
+    large_cases,
+    pairwise_cases,
+)
 from tests.cases import GPU_DTYPES, Alibi, Case  # noqa: E402
 from tests.check import check_case  # noqa: E402
 from tests.gpu.harness import run_inputs  # noqa: E402
@@ -40,6 +47,7 @@ KERNEL_AXES: dict[str, tuple[Any, ...]] = {
     "softcap": EITHER,
     "dropout": EITHER,
     "negative": EITHER,
+    "grouped": EITHER,
 }
 
 
@@ -68,6 +76,11 @@ def test_every_pair_of_features(case: Case, record_property: Record) -> None:
 
 @pytest.mark.parametrize("case", hazard_cases(GPU_DTYPES), ids=str)
 def test_hazard(case: Case, record_property: Record) -> None:
+    check(case, record_property)
+
+
+@pytest.mark.parametrize("case", grouped_cases(GPU_DTYPES), ids=str)
+def test_query_heads_that_share_keys(case: Case, record_property: Record) -> None:
     check(case, record_property)
 
 

@@ -48,14 +48,14 @@ WINDOW: dict[str, Any] = {"left": 200, "right": 0, "sink_tokens": 5}
 PACKED: dict[str, Any] = {"lengths_q": (300, 0, 1, 513, 64, 0), "lengths_k": (300, 40, 700, 513, 0, 0), "right": 0}
 FA3 = (
     Schedule(Family.FA3, sized(64, **CAUSAL), blocks=7),
-    Schedule(Family.FA3, sized(64, **WINDOW), blocks=BLOCK_PER_TILE),
+    Schedule(Family.FA3, sized(64, heads_kv=4, **WINDOW), blocks=BLOCK_PER_TILE),
     Schedule(Family.FA3, sized(64, **PACKED), blocks=5),
     Schedule(Family.FA3, sized(128, **CAUSAL), blocks=3),
-    Schedule(Family.FA3, sized(128), blocks=BLOCK_PER_TILE),
+    Schedule(Family.FA3, sized(128, heads_kv=4), blocks=BLOCK_PER_TILE),
     Schedule(Family.FA3, sized(128, **WINDOW), blocks=7),
-    Schedule(Family.FA3, sized(128, **PACKED), blocks=7),
+    Schedule(Family.FA3, sized(128, heads_kv=4, **PACKED), blocks=7),
     Schedule(Family.FA3, sized(128, batch=5, heads=16, seqlen_q=400, dropout_p=0.1)),
-    Schedule(Family.FA3, sized(256, **CAUSAL), blocks=7),
+    Schedule(Family.FA3, sized(256, heads_kv=4, **CAUSAL), blocks=7),
     Schedule(Family.FA3, sized(256), blocks=7),
     Schedule(Family.FA3, sized(256, **PACKED), blocks=BLOCK_PER_TILE),
 )
