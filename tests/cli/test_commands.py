@@ -185,6 +185,13 @@ def test_short_sequences_have_their_kernels_too_where_those_are_others() -> None
     assert len(specs) == len(set(specs)) == 2 * (3 + 3)  # packed or not: sm_90a has two tiles at 128 and one at 256; sm_90 one and two
 
 
+def test_grouped_heads_have_their_kernels_where_they_are_packed() -> None:
+    specs = specs_for([fa.SmArch.SM_90A, fa.SmArch.SM_90], [fa.DType.F16], [96], ["full"], ["gqa", "alibi"])
+    packed = [spec for spec in specs if spec.pack_gqa]
+    assert [(spec.arch, spec.alibi) for spec in packed] == [(fa.SmArch.SM_90A, False)]
+    assert len(specs) == len(set(specs)) == 5  # ALiBi or not on each arch, and the packed one
+
+
 def test_all_is_the_full_product_each_kernel_once() -> None:
     specs = all_specs([fa.SmArch.SM_90])
     assert len(specs) == len(set(specs))

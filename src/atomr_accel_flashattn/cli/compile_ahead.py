@@ -28,7 +28,7 @@ GPU_ARCHS = tuple(arch for arch in SmArch if arch is not SmArch.CPU)
 _LEFT_BOUND = ("sliding_causal", "sliding_full", "left_window")  # the last: window_size=(n, -1)
 MASKS = ("full", "causal", *_LEFT_BOUND)
 _DTYPES = (DType.F16, DType.BF16)
-_COMBINABLE = ("sink_tokens", "varlen", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "prescale")
+_COMBINABLE = ("sink_tokens", "varlen", "gqa", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "prescale")
 _PADDED = -8  # a head dim just below a width: the kernel that tests columns
 _SHOWN = 60
 
