@@ -168,9 +168,7 @@ def _tile(key: DispatchKey, width: int, v_width: int) -> Tile:
         )
         return replace(tile, persistent=extras.persistent is not False)
     tile_arch = extras.tiles_for or (SmArch.SM_90 if key.arch is SmArch.SM_90A else key.arch)
-    tile = tile_for(
-        tile_arch, width, v_width, dropout=bool(extras.dropout), plain=_is_plain(key, width, v_width), few_rows=bool(extras.few_rows)
-    )
+    tile = tile_for(tile_arch, width, v_width, dropout=bool(extras.dropout), plain=_is_plain(key, width, v_width))
     return replace(tile, persistent=extras.persistent is True)
 
 

@@ -182,7 +182,7 @@ def test_short_sequences_have_their_kernels_too_where_those_are_others() -> None
     few_rows = DispatchKey(fa.SmArch.SM_90A, fa.DType.F16, 128, causal=True, varlen=True, extras=Extras(few_rows=True))
     assert lookup(few_rows) in specs
     assert lookup(replace(few_rows, extras=Extras())) in specs
-    assert len(specs) == len(set(specs)) == 2 * (3 + 3)  # packed or not: sm_90a has two tiles at 128 and one at 256; sm_90 one and two
+    assert len(specs) == len(set(specs)) == 2 * (3 + 3)  # packed or not: sm_90a has two tiles at 128 and at 256, sm_90 one
 
 
 def test_grouped_heads_have_their_kernels_where_they_are_packed() -> None:
@@ -197,7 +197,7 @@ def test_all_is_the_full_product_each_kernel_once() -> None:
     assert len(specs) == len(set(specs))
     bools = 2**7  # varlen, alibi, softcap, learned sink, dropout, alignment, prescale
     masks = 6  # bounds on the right, on the left, on both, on none; with sinks where there is one on the left
-    tiles = 6 + 1  # one a width, and another for few rows at 256
+    tiles = 6  # one a width
     assert len(specs) == 2 * tiles * 2 * masks * bools + 2  # types, tiles, exact or padded; and the two keep patterns
 
 
