@@ -36,6 +36,11 @@ _MEETING = (
     "cost all of them a fifth of their keys or more"
 )
 
+_CROWDED = (
+    "three computing warpgroups have 160 registers a thread. Where softcap meets packed sequences, both bounds and sink tokens, what a tile of "
+    "rows is and where it ends spills: stored once a tile, loaded at its end, not in the key loop"
+)
+
 KNOWN_SPILLS = (
     Spill("fa2_fwd_sm8?_*_d64_m128n128w4s1b2*", 24, _INVARIANTS),
     Spill("fa2_fwd_*_d128_m128n64w4s1b2*", 144, _INVARIANTS),
@@ -46,6 +51,7 @@ KNOWN_SPILLS = (
         for widths in ("d192v128", "d192", "d64v256", "d256")
         for feature in ("softcap", "dropout")
     ),
+    Spill("fa3_fwd_*_d128_m192n80w16s2*_softcap_*varlen*", 96, _CROWDED),
 )
 
 
