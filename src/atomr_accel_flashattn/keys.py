@@ -20,6 +20,7 @@ VECTOR_BYTES: Final = 16  # one cp.async
 # nor so small that a slope overflows.
 _SMALL_SCALE: Final = 2.0**-60
 _LONGEST_COPY_STRIDE: Final = 1 << 40  # bytes
+_MOST_ROWS: Final = (1 << 31) - 1024  # of packed heads: kernels count rows, and the rest of a tile, in 32 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,8 @@ class Extras:
         left_pad: whether sequences are padded on the left.
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads.
         prescale: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
-        tensor_copies: whether the copy engine of sm_90a can step through q, k and v: strides of 0 to 2^40 bytes.
+        tensor_copies: whether the copy engine of sm_90a can step through q, k and v: strides of 0 to 2^40 bytes, and no more packed
+            rows than 32 bits count.
         family: the family that is demanded, None is the best one of the arch.
         persistent: whether blocks take tile after tile; None leaves it to the launch of the wgmma family, which knows how many there are,
             and is False in the mma.sync family, unless the tile that is used was tuned with the other answer.
@@ -164,6 +166,8 @@ def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | Non
         ),
     )
     rows = problem.seqlen_q * (key.gqa_ratio if key.packs_heads else 1)
+    if rows > _MOST_ROWS:
+        return replace(key, extras=replace(key.extras, tensor_copies=False))  # the family that packs no heads
     few_rows = has_few_rows(problem.head_dim, problem.v_head_dim, rows)
     return replace(key, extras=replace(key.extras, few_rows=few_rows)) if few_rows else key
 

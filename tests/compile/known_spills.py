@@ -37,7 +37,7 @@ _MEETING = (
 )
 
 _CROWDED = (
-    "three computing warpgroups have 160 registers a thread. Where softcap meets packed sequences, both bounds and sink tokens, what a tile of "
+    "three computing warpgroups have 160 registers a thread. Where softcap meets packed sequences, bounds and sink tokens, what a tile of "
     "rows is and where it ends spills: stored once a tile, loaded at its end, not in the key loop"
 )
 

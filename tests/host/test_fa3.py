@@ -246,3 +246,9 @@ def test_how_many_warpgroups_share_the_registers(features: dict[str, Any], consu
     assert isinstance(spec, KernelSpec)
     assert spec.tile.warps == 4 * (consumers + 1)
     assert spec.tile.block_m == 64 * consumers
+
+
+@pytest.mark.parametrize(("rows", "family"), [((1 << 29) - 256, Family.FA3), (1 << 29, Family.FA2)])
+def test_packed_rows_that_32_bits_cannot_count_take_the_family_that_packs_none(rows: int, family: Family):
+    q, kv = (np.broadcast_to(np.zeros((1, 1, 1, 8), np.float16), (1, n, heads, 8)) for n, heads in ((rows, 4), (9, 1)))
+    assert dispatch.lookup(fa.DenseFwdRequest(q, kv, kv).dispatch_key(SmArch.SM_90A)).family is family

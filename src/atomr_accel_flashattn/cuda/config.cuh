@@ -17,7 +17,7 @@ struct Config {
   bool left_bound, right_bound, sink_tokens;
   bool alibi, softcap, prescale;
   bool learned_sink, dropout, varlen;
-  bool pack_gqa = false;    // FA3: rows of Q are those of all heads that share K and V, head after head, then query after query
+  bool pack_gqa = false;    // FA3: row r of Q is query r / n of head r % n, of the n heads that share K and V
   bool overlap = false;     // S of the next tile beside the softmax of this one (FA2 family; the FA3 family always does)
   bool ping_pong = false;   // FA3: warpgroups issue their products in turn
   bool persistent = false;  // blocks take tile after tile: FA3 from a counter, FA2 in turn

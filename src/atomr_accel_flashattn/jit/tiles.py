@@ -81,7 +81,7 @@ def head_dim_width(head_dim: int) -> int:
 
 
 def has_few_rows(head_dim: int, v_head_dim: int, rows: int) -> bool:
-    """Whether sequences of up to ``rows`` rows of Q take the tile for few rows of :func:`wgmma_tile_for`, where these head dims have one."""
+    """Whether sequences of up to ``rows`` rows take the tile for few rows of :func:`wgmma_tile_for`, where these head dims have one."""
     return rows <= _FEW_ROWS.get((head_dim_width(head_dim), head_dim_width(v_head_dim)), 0)
 
 
