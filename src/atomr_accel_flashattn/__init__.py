@@ -321,6 +321,8 @@ _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in na
 
 def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
+    if name == "bert_padding":  # a module that flash-attn's users reach by its name
+        return importlib.import_module(f".{name}", __name__)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{module}", __name__), name)

@@ -40,8 +40,8 @@ class Extras:
         left_pad: whether sequences are padded on the left.
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads.
         prescale: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
-        tensor_copies: whether the copy engine of sm_90a can step through q, k and v: strides of 0 to 2^40 bytes, and no more packed
-            rows than 32 bits count.
+        tensor_copies: whether the copy engine of sm_90a can step through q, k and v: strides of 0 to 2^40 bytes, and where heads are packed
+            no more rows than 32 bits count, and a step from one head to the next.
         family: the family that is demanded, None is the best one of the arch.
         persistent: whether blocks take tile after tile; None leaves it to the launch of the wgmma family, which knows how many there are,
             and is False in the mma.sync family, unless the tile that is used was tuned with the other answer.
@@ -166,7 +166,7 @@ def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | Non
         ),
     )
     rows = problem.seqlen_q * (key.gqa_ratio if key.packs_heads else 1)
-    if rows > _MOST_ROWS:
+    if key.packs_heads and (rows > _MOST_ROWS or not problem.q_strides.head):
         return replace(key, extras=replace(key.extras, tensor_copies=False))  # the family that packs no heads
     few_rows = has_few_rows(problem.head_dim, problem.v_head_dim, rows)
     return replace(key, extras=replace(key.extras, few_rows=few_rows)) if few_rows else key

@@ -175,6 +175,8 @@ def test_sinks_are_compiled_only_where_a_window_has_a_left_bound() -> None:
     specs = specs_for([fa.SmArch.SM_80], [fa.DType.F16], [64], MASKS, ["sink_tokens"])
     assert len(specs) == 6  # the sliding masks are two bands at compile time, with a right bound and without; each with sinks and without
     assert all(spec.left_bound for spec in specs if spec.sink_tokens)
+    with pytest.raises(fa.DispatchError, match="got sink_tokens with mask causal; allowed with sliding_causal"):
+        specs_for([fa.SmArch.SM_80], [fa.DType.F16], [64], ["causal"], ["sink_tokens"])
 
 
 def test_short_sequences_have_their_kernels_too_where_those_are_others() -> None:

@@ -8,7 +8,7 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["find_nvdisasm", "opcodes"]
+__all__ = ["find_nvdisasm", "opcodes", "sequence"]
 
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
@@ -24,9 +24,18 @@ def find_nvdisasm() -> str | None:
 
 def opcodes(cubin: bytes, folder: Path) -> set[str]:
     """Every opcode with its modifiers, as ``HMMA.16816.F32.BF16``; ``folder`` takes the temporary file."""
+    return set(OPCODE.findall(_disassemble(cubin, folder)))
+
+
+def sequence(cubin: bytes, folder: Path) -> list[str]:
+    """The instructions in their order, with operands."""
+    return [line.split("*/", 1)[1].strip() for line in _disassemble(cubin, folder).splitlines() if OPCODE.match(line)]
+
+
+def _disassemble(cubin: bytes, folder: Path) -> str:
     program = find_nvdisasm()
     assert program is not None, "nvdisasm is not installed: pip install nvidia-cuda-nvdisasm==13.*"
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     done = subprocess.run([program, "-c", str(path)], capture_output=True, text=True, check=True)
-    return set(OPCODE.findall(done.stdout))
+    return done.stdout

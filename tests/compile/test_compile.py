@@ -6,14 +6,18 @@ import json
 import os
 from dataclasses import fields
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from atomr_accel_flashattn.dispatch import lookup
 from atomr_accel_flashattn.jit.compile import compile_kernel
 from atomr_accel_flashattn.jit.spec import Family, KernelSpec
 from atomr_accel_flashattn.jit.tiles import HEAD_DIM_WIDTHS
-from tests.compile.disassembly import opcodes
+from atomr_accel_flashattn.keys import DispatchKey, Extras
+from atomr_accel_flashattn.types import DType, SmArch
+from tests.compile.disassembly import opcodes, sequence
 from tests.compile.kernels import (
     ARCHS,
     DTYPES,
@@ -52,6 +56,21 @@ def test_kernel_compiles_with_its_instructions_and_without_new_spills(spec: Kern
     if spec.family is Family.FA3:
         assert kernel.registers == WGMMA_REGISTERS[spec.tile.warps]
         assert any(_is(opcode, "USETMAXREG") for opcode in found)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_two_warpgroups_find_their_maxima_before_they_wait_for_the_product_with_v(causal: bool, tmp_path: Path) -> None:
+    key = DispatchKey(SmArch.SM_90A, DType.BF16, 128, causal=causal, extras=Extras(few_rows=True))
+    spec = lookup(key)
+    assert isinstance(spec, KernelSpec)
+    code = sequence(compile_kernel(spec).cubin, tmp_path)
+    waits = [at for at, line in enumerate(code) if line.startswith("WARPGROUP.DEPBAR")]
+    between = [
+        sum("FMNMX" in line for line in code[first:second])
+        for first, second in pairwise(waits)
+        if code[first].endswith("0x1 ;") and code[second].endswith("0x0 ;")
+    ]
+    assert max(between) >= spec.tile.block_n // 2  # of a thread's scores: two rows, a quarter of the keys each
 
 
 def test_every_arch_type_and_width_is_compiled() -> None:

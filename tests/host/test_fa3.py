@@ -250,5 +250,12 @@ def test_how_many_warpgroups_share_the_registers(features: dict[str, Any], consu
 
 @pytest.mark.parametrize(("rows", "family"), [((1 << 29) - 256, Family.FA3), (1 << 29, Family.FA2)])
 def test_packed_rows_that_32_bits_cannot_count_take_the_family_that_packs_none(rows: int, family: Family):
-    q, kv = (np.broadcast_to(np.zeros((1, 1, 1, 8), np.float16), (1, n, heads, 8)) for n, heads in ((rows, 4), (9, 1)))
+    q = np.broadcast_to(np.zeros((1, 1, 4, 8), np.float16), (1, rows, 4, 8))
+    kv = np.zeros((1, 9, 1, 8), np.float16)
     assert dispatch.lookup(fa.DenseFwdRequest(q, kv, kv).dispatch_key(SmArch.SM_90A)).family is family
+
+
+def test_one_query_head_expanded_to_many_takes_the_family_that_packs_none():
+    q, kv = np.broadcast_to(np.zeros((1, 70, 1, 64), np.float16), (1, 70, 4, 64)), np.zeros((1, 9, 1, 64), np.float16)
+    assert dispatch.lookup(fa.DenseFwdRequest(q, kv, kv).dispatch_key(SmArch.SM_90A)).family is Family.FA2
+    assert dispatch.lookup(fa.DenseFwdRequest(q.copy(), kv, kv).dispatch_key(SmArch.SM_90A)).family is Family.FA3

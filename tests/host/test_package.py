@@ -81,3 +81,7 @@ def test_errors_carry_what_programs_need():
     lost = errors.DeviceLostError("sticky", kernel_name="fa2_fwd", cuda_error="CUDA_ERROR_ILLEGAL_ADDRESS")
     assert (lost.kernel_name, lost.cuda_error) == ("fa2_fwd", "CUDA_ERROR_ILLEGAL_ADDRESS")
     assert "CUDA_ERROR_ILLEGAL_ADDRESS" in str(lost)
+
+
+def test_the_padding_module_is_reached_by_its_name():
+    assert fa.bert_padding.unpad_input is fa.unpad_input

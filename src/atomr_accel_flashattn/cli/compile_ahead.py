@@ -110,6 +110,9 @@ def specs_for(
         wrong = [value for value in given if value not in allowed]
         if wrong:
             raise DispatchError(f"{name}: got {', '.join(wrong)}; allowed are {', '.join(allowed)}")
+    if "sink_tokens" in features and not set(masks) & set(_LEFT_BOUND):
+        bounded = ", ".join(_LEFT_BOUND)
+        raise DispatchError(f"feature: got sink_tokens with mask {', '.join(masks)}; allowed with {bounded}, whose left bound they lift")
     # FEATURES gives its own window to a sink without one; here a mask without a left bound simply has no kernel with sinks.
     chosen = [(mask, *subset) for mask in masks for subset in _subsets(features) if mask in _LEFT_BOUND or "sink_tokens" not in subset]
     keys = (

@@ -11,6 +11,7 @@ namespace fa {
 
 template <Config C>
 struct Fa2Forward {
+  static_assert(!C.pack_gqa, "rows of this family are those of one head");
   static constexpr int kThreads = C.warps * 32;
   static constexpr int kBlocks = C.block_m / (16 * C.warps);  // 16-row blocks of one warp
   static constexpr int kSteps = C.head_dim / 16;              // of the product over the head dimension

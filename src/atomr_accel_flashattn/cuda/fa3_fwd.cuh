@@ -16,6 +16,7 @@ struct Fa3Forward {
   static constexpr int kValueSteps = C.block_n / 16;  // of P V
   static_assert(C.block_m == kConsumers * kWarpgroupRows, "a consumer warpgroup has 64 rows");
   static_assert(C.aligned, "tensor copies need 16-byte strides");
+  static_assert(!C.pack_gqa || !(C.alibi || C.dropout), "slopes and the generator's counter differ between the heads of a tile");
 
   using Rows = WarpRows<C, 1>;
   using TileQ = PanelTile<kWarpgroupRows, C.head_dim>;  // of one warpgroup
@@ -37,7 +38,7 @@ struct Fa3Forward {
   static constexpr bool kAllSeen = !C.varlen && !C.left_bound && !C.right_bound;  // every row sees every key that the tensor has
 
   // Left alone, ptxas waits for the product with V before it begins the softmax. Two warpgroups at 128 columns then have too little to do at a time:
-  // 3 to 5 % at 512 and 1k rows. Three, or 256 columns, fill that time, and are as fast or faster so.
+  // 3 to 5 % at head dim 128, 512 and 1k rows. Three, or 256 columns, fill that time, and are as fast or faster so.
   static constexpr bool kMaximaFirst = kConsumers == 2 && C.v_head_dim == 128;
 
   // L2 policies (createpolicy): q is read once, k and v by many blocks.

@@ -28,7 +28,7 @@ struct TileStream {
   __device__ __forceinline__ Work first() const { return decode_work(p.fwd, blockIdx.x); }
 
   // Loading warp: asks for the next tile, which is needed only at hand_out(). To be called once a tile, towards its end: blocks that ask early are
-  // given long tiles while they are still at long ones, and others run out of work (8 % at 8k rows, causal).
+  // given long tiles while they are still at long ones, and others run out of work (8 % at head dim 256, causal, 8k rows).
   __device__ __forceinline__ void take() {
     if constexpr (kPersistent) {
       if (threadIdx.x % 32 == 0) taken = atomicAdd(p.counters, 1);
