@@ -12,10 +12,11 @@ from atomr_accel_flashattn.cli.demo import PICTURE
 from atomr_accel_flashattn.demo import Backend, choose_backend, kernels_of, load_cases, run_case, runner
 from atomr_accel_flashattn.demo.cases import dense_rows, long_context, minilm
 from atomr_accel_flashattn.demo.picture import pooled_probabilities, probabilities
+from atomr_accel_flashattn.dispatch import best_arch
 from atomr_accel_flashattn.env import settings
 from atomr_accel_flashattn.errors import ArchUnsupportedError, DeviceMismatchError, DriverTooOldError
 from atomr_accel_flashattn.jit.driver import DeviceProperties, device_count
-from atomr_accel_flashattn.types import Device
+from atomr_accel_flashattn.types import Device, SmArch
 from tests.cli.conftest import Invoke
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -118,7 +119,8 @@ def test_the_environment_narrows_auto(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_on_the_gpu(invoke: Invoke, tmp_path: Path) -> None:
     result = invoke("demo", "--device", "gpu", "--out", tmp_path, "--no-compile", "--json")
     assert result.exit_code == 0, result.output
-    assert all(case["kernel"].startswith("fa2_fwd_") for case in json.loads(result.stdout)["cases"])
+    family = "fa3_fwd_sm90a" if best_arch(Device("cuda", 0)) is SmArch.SM_90A else "fa2_fwd_sm"
+    assert all(case["kernel"].startswith(family) for case in json.loads(result.stdout)["cases"])
 
 
 def test_fixture_is_what_the_model_computed() -> None:
