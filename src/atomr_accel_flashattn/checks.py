@@ -53,7 +53,8 @@ def read_qkv(q: Any, k: Any, v: Any, *, layout: str) -> tuple[ArrayInfo, ArrayIn
     rank = layout.count(",") + 1
     for name, info in zip("qkv", infos, strict=True):
         if len(info.shape) != rank:
-            raise ShapeError(f"{name}: got shape {info.shape} of rank {len(info.shape)}; allowed is rank {rank}, {layout}")
+            advice = "; one sequence is a batch of one: x[None]" if (len(info.shape), rank) == (3, 4) else ""
+            raise ShapeError(f"{name}: got shape {info.shape} of rank {len(info.shape)}; allowed is rank {rank}, {layout}{advice}")
         refuse_gradients(info, name)
     return infos
 
@@ -79,7 +80,7 @@ def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
         raise HeadCountError(f"v: got {v.shape[-2]} heads with {heads_kv} in k; allowed are equal numbers of KV heads")
     if heads < 1 or heads_kv < 1 or heads % heads_kv:
         raise HeadCountError(
-            f"heads: got {heads} query heads and {heads_kv} KV heads; allowed is a number of query heads that is a multiple of the KV heads"
+            f"heads: got {heads} query heads and {heads_kv} KV heads; allowed are at least one KV head and a multiple of them in query heads"
         )
     if k.shape[-1] != q.shape[-1]:
         raise HeadDimError(

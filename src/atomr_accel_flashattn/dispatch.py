@@ -206,7 +206,7 @@ def _refuse_values(key: DispatchKey) -> None:
     dims = f"1..{_MAX_HEAD_DIM} on the CPU" if on_cpu else f"a multiple of 8 up to {_MAX_HEAD_DIM} (functional calls pad)"
     whole_window = window is None or (isinstance(window, tuple) and len(window) == 2 and all(_is_int(side, at_least=-1) for side in window))
     checks: tuple[tuple[str, object, bool, str], ...] = (
-        ("arch", key.arch, isinstance(key.arch, SmArch), "an SmArch"),
+        ("arch", key.arch, isinstance(key.arch, SmArch), "an SmArch, as SmArch.SM_90A"),
         ("dtype", key.dtype, isinstance(key.dtype, DType), "a DType"),
         ("extras", extras, isinstance(extras, Extras), "an Extras"),
         ("head_dim", key.head_dim, _is_head_dim(key.head_dim, on_cpu=on_cpu), dims),

@@ -270,7 +270,9 @@ inline void run_block(unsigned block) {
     machine->runnable.push_back(i);
   }
   machine->mbarriers.clear();
-  while (!machine->runnable.empty() || !machine->engine.empty()) {
+  constexpr long kMostTurns = 100'000'000;  // a minute: a block of the tests takes a few million
+  for (long turns = 0; !machine->runnable.empty() || !machine->engine.empty(); ++turns) {
+    if (turns == kMostTurns) throw std::runtime_error("the block never ends; " + describe_waits());
     const size_t choices = machine->runnable.size() + machine->engine.size(), choice = machine->random() % choices;
     if (choice >= machine->runnable.size()) {
       std::swap(machine->engine[choice - machine->runnable.size()], machine->engine.back());

@@ -81,7 +81,7 @@ ARRAYS = [
         "multiples of the element size 4",
         q=np.zeros((B, SQ, HQ, D), [("a", "f4"), ("b", "i1")])["a"],
     ),
-    dense("rank_of_q", fa.ShapeError, "shape (5, 4, 8) of rank 3", "rank 4", q=make(SQ, HQ, D)),
+    dense("rank_of_q", fa.ShapeError, "shape (5, 4, 8) of rank 3", "x[None]", q=make(SQ, HQ, D)),
     dense("rank_of_v", fa.ShapeError, "v: got shape (7, 2, 8)", "rank 4", v=make(SK, HKV, D)),
     dense("batch_of_k", fa.ShapeError, "batch 3 with 2 in q", "equal batches", k=make(3, SK, HKV, D)),
     dense("batch_of_v", fa.ShapeError, "v: got batch 1", "equal batches", v=make(1, SK, HKV, D)),
