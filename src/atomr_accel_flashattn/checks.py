@@ -80,7 +80,7 @@ def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
         raise HeadCountError(f"v: got {v.shape[-2]} heads with {heads_kv} in k; allowed are equal numbers of KV heads")
     if heads < 1 or heads_kv < 1 or heads % heads_kv:
         raise HeadCountError(
-            f"heads: got {heads} query heads and {heads_kv} KV heads; allowed are at least one KV head and a multiple of them in query heads"
+            f"heads: got {heads} query heads and {heads_kv} KV heads; allowed is a multiple of the KV heads, of which there is one at least"
         )
     if k.shape[-1] != q.shape[-1]:
         raise HeadDimError(
