@@ -10,11 +10,13 @@ from .dispatch import DispatchKey, best_arch, key_of_problem
 from .errors import ShapeError
 from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias, check_kinds
 from .problem import ArrayInfo, AttentionProblem, Strides
+from .request_plans import keeps_plans
 from .types import SmArch
 
 __all__ = ["DenseFwdRequest"]
 
 
+@keeps_plans()
 @dataclass(frozen=True, slots=True, eq=False)
 class DenseFwdRequest:
     """Attention of q over k and v, forward, by the kernel family that calls on the device take. Meaning: docs/semantics.md.

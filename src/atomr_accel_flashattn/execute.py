@@ -13,11 +13,21 @@ from .errors import ArrayTypeError, DeviceMismatchError, ShapeError
 from .jit.counters import counters_for
 from .jit.driver import device_properties
 from .jit.launch import LoadedKernel, launch, load_kernel
-from .jit.params import Fa3FwdParams, FwdParams, dropout_mask_grid, forward_grid, pack_dropout_mask, pack_fa3_forward, pack_forward
+from .jit.params import (
+    Fa3FwdParams,
+    FwdParams,
+    dropout_mask_grid,
+    forward_grid,
+    forward_pointers,
+    pack_dropout_mask,
+    pack_fa3_forward,
+    pack_forward,
+)
 from .jit.spec import Family, KernelSpec
 from .jit.tensor_map import encode, tensor_map_specs
 from .problem import ArrayInfo, AttentionProblem
 from .reference import attention as reference
+from .request_plans import Key, RequestPlan, find, keep, key_of
 from .types import Device, SmArch
 
 __all__ = ["Launch", "Output", "Outputs", "execute", "fill", "make_outputs", "run"]
@@ -67,7 +77,7 @@ class Launch:
 def run(
     request: FaFwdDispatch, *, stream: Any = None, lse: bool = True, dropout_mask: bool = False, tiles_for: SmArch | None = None
 ) -> Output:
-    """Do what a request asks.
+    """Do what a request asks. On a GPU, a request that is like one of before, or the same one, costs little (request_plans.py).
 
     Args:
         request: a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest, or anything that satisfies FaFwdDispatch.
@@ -83,13 +93,23 @@ def run(
         DeviceMismatchError: the arrays are not where ATOMR_FLASHATTN_BACKEND wants them.
         RuntimeFlashAttnError: no driver, no compiler, a kernel that does not compile or launch.
     """
-    return execute(request, stream=stream, lse=lse, dropout_mask=dropout_mask, tiles_for=tiles_for)[0]
+    key = None if dropout_mask or tiles_for is not None else key_of(request)
+    plan = find(key)
+    if plan is None:
+        resolved = _resolve(request, tiles_for)
+        outputs = make_outputs(request, lse=lse, dropout_mask=dropout_mask)
+        _fill_first(request.problem, key, resolved, outputs, stream)
+    else:
+        _check_backend(request.problem.q.device)
+        outputs = make_outputs(request, lse=lse)
+        _fill_again(request, key, plan, outputs, stream)
+    return outputs.for_user(request)
 
 
 def execute(
     request: FaFwdDispatch, *, stream: Any = None, lse: bool, dropout_mask: bool = False, tiles_for: SmArch | None = None
 ) -> tuple[Output, Launch | None]:
-    """:func:`run`, and the launch it made; None from the CPU backend and for empty outputs."""
+    """:func:`run` the whole way, whatever was run before, and the launch it made; None from the CPU backend and for empty outputs."""
     key, spec = _resolve(request, tiles_for)
     outputs = make_outputs(request, lse=lse, dropout_mask=dropout_mask)
     return outputs.for_user(request), _fill(request.problem, key, spec, outputs, stream)
@@ -106,14 +126,34 @@ def make_outputs(request: FaFwdDispatch, *, lse: bool, dropout_mask: bool = Fals
     )
 
 
-def fill(request: FaFwdDispatch, outputs: Outputs, *, stream: Any = None) -> Launch | None:
-    """Do what a request asks, into arrays that :func:`make_outputs` made, perhaps in another thread. Arguments and errors: :func:`run`.
+def fill(request: FaFwdDispatch, outputs: Outputs, *, stream: Any = None) -> None:
+    """Do what a request asks, into arrays that :func:`make_outputs` made, perhaps in another thread. Arguments and errors: :func:`run`."""
+    key = None if outputs.dropout_mask is not None else key_of(request)
+    plan = find(key)
+    if plan is None:
+        _fill_first(request.problem, key, _resolve(request, None), outputs, stream)
+    else:
+        _check_backend(request.problem.q.device)
+        _fill_again(request, key, plan, outputs, stream)
 
-    Returns:
-        the launch that was made; None from the CPU backend and for empty outputs.
-    """
-    key, spec = _resolve(request, None)
-    return _fill(request.problem, key, spec, outputs, stream)
+
+def _fill_first(
+    problem: AttentionProblem, key: Key | None, resolved: tuple[DispatchKey, KernelSpec | CpuSpec], outputs: Outputs, stream: Any
+) -> None:
+    """The whole way, which leaves a plan under ``key``."""
+    made = _fill(problem, *resolved, outputs, stream)
+    if made is not None and key is not None:
+        keep(key, RequestPlan(made.kernel.plan(made.params, made.grid), outputs.out.strides))
+
+
+def _fill_again(request: FaFwdDispatch, key: Key | None, plan: RequestPlan, outputs: Outputs, stream: Any) -> None:
+    """Repeat a launch; the whole way where the library of q, or an earlier one, gave the new output other strides."""
+    problem, out, lse = request.problem, outputs.out, outputs.lse
+    if out.strides != plan.out_strides:
+        _fill_first(problem, key, _resolve(request, None), outputs, stream)
+        return
+    raw = current_stream(problem.q) if stream is None else raw_stream(stream)
+    plan.launch.launch(raw, forward_pointers(problem, out, None if lse is None else lse.ptr))
 
 
 def _resolve(request: FaFwdDispatch, tiles_for: SmArch | None) -> tuple[DispatchKey, KernelSpec | CpuSpec]:

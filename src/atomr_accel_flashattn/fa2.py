@@ -8,11 +8,13 @@ from .dense import DenseFwdRequest
 from .dispatch import DispatchKey, best_arch, key_of_problem
 from .jit.spec import Family
 from .options import AttentionOptions, MaskKind, PositionBias
+from .request_plans import keeps_plans
 from .types import SmArch
 
 __all__ = ["AttentionOptions", "Fa2FwdRequest", "MaskKind", "PositionBias"]
 
 
+@keeps_plans()
 @dataclass(frozen=True, slots=True, eq=False)
 class Fa2FwdRequest(DenseFwdRequest):
     """Attention by FlashAttention-2 (arXiv 2307.08691), on any supported GPU. Attributes and errors: DenseFwdRequest."""

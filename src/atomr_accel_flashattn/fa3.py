@@ -9,6 +9,7 @@ from .dense import DenseFwdRequest
 from .dispatch import DispatchKey, best_arch, key_of_problem
 from .errors import ScheduleError
 from .jit.spec import Family
+from .request_plans import keeps_plans
 from .types import SmArch
 
 __all__ = ["Fa3FwdRequest", "PersistentMode"]
@@ -53,6 +54,7 @@ class PersistentMode:
         return cls(persistent=True, blocks=num_sms)
 
 
+@keeps_plans("persistent")
 @dataclass(frozen=True, slots=True, eq=False)
 class Fa3FwdRequest(DenseFwdRequest):
     """Attention by FlashAttention-3 (arXiv 2407.08608) on Hopper. Attributes and errors: DenseFwdRequest.

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
 
+from . import request_plans
 from .env import settings
 from .execute import Launch, Output
 from .jit.launch import LaunchPlan
@@ -281,7 +282,7 @@ def remember(key: Key, launch: Launch, output: Output, others: Others) -> None:
     if settings().debug or not plain or output.dropout_mask is not None:
         return
     if len(_plans) >= _MAX_PLANS:
-        clear()
+        _forget()
     brought = max(i for i, address in enumerate(launch.params.addresses(), 1) if address or i == _FEW)
     addresses = next(count for count in (_FEW, _MORE, _ALL) if brought <= count)
     out = _array(output.out) if others[2] is None else None
@@ -311,6 +312,11 @@ def _reach(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> int:
 
 
 def clear() -> None:
-    """Forget all plans."""
+    """Forget all plans, of functional calls and of requests."""
+    _forget()
+    request_plans.clear()
+
+
+def _forget() -> None:
     _plans.clear()
     _latest.clear()

@@ -17,6 +17,7 @@ from .env import settings
 from .errors import ArrayTypeError, CuSeqlensError, DeviceMismatchError, DTypeError, ShapeError
 from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias, check_kinds, is_integer
 from .problem import ArrayInfo, AttentionProblem, Strides
+from .request_plans import keeps_plans
 from .types import SmArch
 
 __all__ = ["CumulativeSeqlens", "VarlenFwdRequest"]
@@ -142,6 +143,7 @@ def _offsets_like(offsets: np.ndarray[Any, Any], like: Any) -> Any:
     raise ArrayTypeError(f"like: got {type(like).__qualname__}; allowed are torch tensors, NumPy and CuPy arrays, DeviceArray and None")
 
 
+@keeps_plans()
 @dataclass(frozen=True, slots=True, eq=False)
 class VarlenFwdRequest:
     """Attention over packed sequences, forward; each query sees keys of its own sequence only. Meaning: docs/semantics.md.

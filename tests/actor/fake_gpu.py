@@ -11,8 +11,6 @@ import numpy as np
 
 from atomr_accel_flashattn import arrays, execute
 from atomr_accel_flashattn.actor import gpu
-from atomr_accel_flashattn.execute import Launch
-from atomr_accel_flashattn.jit.params import FwdParams
 from atomr_accel_flashattn.problem import ArrayInfo
 from atomr_accel_flashattn.reference import attention
 from atomr_accel_flashattn.types import Device
@@ -80,22 +78,6 @@ class FakeDriver:
         return (0,)
 
 
-@dataclass
-class FakePlan:
-    driver: FakeDriver
-
-    def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
-        self.driver.log.append(("repeat", stream, pointers[:3]))
-
-
-@dataclass
-class FakeKernel:
-    driver: FakeDriver
-
-    def plan(self, params: FwdParams, grid: int) -> FakePlan:  # noqa: ARG002 - a plan of the fake launches nothing
-        return FakePlan(self.driver)
-
-
 def install(monkeypatch: Any) -> FakeDriver:
     """Put the fake where the GPU inner looks for the driver, and for the way to a kernel."""
     fake = FakeDriver()
@@ -105,13 +87,12 @@ def install(monkeypatch: Any) -> FakeDriver:
         fake.log.append(("push", index))
         yield
 
-    def fill(request: Any, outputs: Any, *, stream: int) -> Launch:
+    def fill(request: Any, outputs: Any, *, stream: int) -> None:
         fake.log.append(("launch", stream, (request.problem.q.ptr, request.problem.k.ptr, request.problem.v.ptr)))
         out, lse = (None if info is None else info.source for info in (outputs.out, outputs.lse))
         host = [arrays.read_array(info.source.array, "x") for info in (request.problem.q, request.problem.k, request.problem.v)]
         problem = replace(request.problem, q=host[0], k=host[1], v=host[2])
         attention.forward(problem, out.array, None if lse is None else lse.array, None)
-        return Launch(FakeKernel(fake), 1, FwdParams())  # type: ignore[arg-type]
 
     def empty(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None = None, *, fallback: bool = False) -> ArrayInfo:
         if like.device.kind == "cpu":

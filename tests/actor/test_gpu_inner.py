@@ -52,36 +52,6 @@ def test_on_the_callers_own_stream_there_is_nothing_to_wait_for(cuda: FakeDriver
         cuda.log.clear()
 
 
-def test_a_call_like_an_earlier_one_repeats_its_plan_with_its_own_addresses(cuda: FakeDriver):
-    with FlashAttnActor.start(FlashAttnProps(device="cuda:0", stream=0)) as actor:
-        messages = [sent(0), sent(1), sent(2, seqlen=5)]
-        for message in messages:
-            actor.ask(message).result(PATIENCE)
-    made = [entry for entry in cuda.log if entry[0] in {"launch", "repeat"}]
-    assert [entry[0] for entry in made] == ["launch", "repeat", "launch"]
-    problem = messages[1].request.problem
-    assert made[1][2] == (problem.q.ptr, problem.k.ptr, problem.v.ptr)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"mask": fa.MaskKind.causal()},
-        {"mask": fa.MaskKind.sliding_causal(3)},
-        {"options": fa.AttentionOptions(softmax_scale=0.3)},
-        {"options": fa.AttentionOptions(softcap=2.0)},
-    ],
-)
-def test_plans_are_not_shared_by_calls_that_differ(cuda: FakeDriver, change: dict[str, object]):
-    with FlashAttnActor.start(FlashAttnProps(device="cuda:0", stream=0)) as actor:
-        first = sent(0)
-        actor.ask(first).result(PATIENCE)
-        request = first.request
-        actor.ask(FlashAttnMsg.Forward(fa.Fa2FwdRequest(request.q, request.k, request.v, **change))).result(PATIENCE)  # type: ignore[arg-type]
-        actor.ask(FlashAttnMsg.Forward(request, lse=False)).result(PATIENCE)
-    assert kinds(cuda).count("launch") == 3
-
-
 def test_events_of_requests_that_were_never_launched_are_used_again(cuda: FakeDriver):
     inner = FlashAttnInner.gpu()
     for _ in range(50):

@@ -86,7 +86,7 @@ def test_launches_are_timed_with_counters_and_without(gpu: FakeGpu, family: Fami
     assert not few.made.kernel.spec.tile.persistent
     assert many.made.kernel.spec.tile.persistent == (family is Family.FA3)
     found = launch_costs(few, many, 1, 1)
-    assert len(found) == (8 if family is Family.FA3 else 6)
+    assert len(found) == (9 if family is Family.FA3 else 7)
     assert {launch[2] for launch in gpu.launches} == {0, STREAM, STREAM + 1}
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from atomr_accel_flashattn import dispatch, execute
+from atomr_accel_flashattn import dispatch, execute, request_plans
 from atomr_accel_flashattn.arrays import as_numpy, contiguous_strides, dtype_name_of
 from atomr_accel_flashattn.jit import launch
 from atomr_accel_flashattn.jit.driver import DeviceProperties
@@ -81,6 +81,7 @@ class FakeGpu:
         for module in (execute, launch):
             monkeypatch.setattr(module, "counters_for", self.counters_for)
             monkeypatch.setattr(module, "device_properties", lambda _index: self.properties)
+        monkeypatch.setattr(request_plans, "_plans", {})  # none that hold kernels of other cards
         monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda _index: arch)
         monkeypatch.setattr(execute, "load_kernel", self.load)
         monkeypatch.setattr(execute, "launch", launch_without_plan)

@@ -8,29 +8,22 @@ is done, so the caller may use the answer on any stream. When both are the same 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from ..arrays import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
-from ..execute import Outputs, fill
-from ..fa2 import Fa2FwdRequest
+from ..execute import fill
 from ..jit.driver import check, current_context, driver, primary_context
-from ..jit.launch import LaunchPlan
-from ..jit.params import forward_pointers
-from ..problem import ArrayInfo, AttentionProblem
 from ..types import Device
-from ..varlen import VarlenFwdRequest
 from .fusion import launch_fused
 from .inner import FlashAttnInner, Flight, Job
-from .messages import FlashAttnMsg, Message
+from .messages import Message
 
 __all__ = ["CudaEvents", "GpuInner"]
 
 _DEFAULT_STREAMS: Final = frozenset({0, LEGACY_DEFAULT_STREAM})
-_MAX_PLANS: Final = 4096
-_OWN_REQUESTS: Final = (Fa2FwdRequest, VarlenFwdRequest)  # whose kernel is a function of their problem alone
 
 
 class CudaEvents:
@@ -114,7 +107,6 @@ class GpuInner(FlashAttnInner):
         super().__init__(Device("cuda", index))
         self._events = CudaEvents(index)
         self._own_stream: Any = None
-        self._plans: dict[Hashable, LaunchPlan[Any]] = {}
         if stream is None:
             cuda = driver()
             with current_context(index):
@@ -146,52 +138,13 @@ class GpuInner(FlashAttnInner):
         if len(jobs) > 1:
             alive = launch_fused([(job.message, job.outputs) for job in jobs if job.outputs is not None], stream=self._stream)
         else:
-            self._launch(jobs[0])
+            (job,) = jobs
+            assert job.outputs is not None  # noqa: S101 - only forward messages are launched
+            fill(job.request, job.outputs, stream=self._stream)
         return _EventFlight(self._events, self._events.record(self._stream), alive)
-
-    def _launch(self, job: Job) -> None:
-        """The steady state repeats a plan, as plans.py does for functional calls: no key, no lookup, no packing."""
-        request, outputs, message = job.request, job.outputs, job.message
-        assert outputs is not None  # noqa: S101 - only forward messages are launched
-        assert isinstance(message, FlashAttnMsg.Forward)  # noqa: S101 - the same
-        problem = request.problem
-        plain = type(request) in _OWN_REQUESTS and outputs.dropout_mask is None
-        key = (type(request), *_plan_key(problem, outputs)) if plain else None
-        plan = self._plans.get(key)
-        if plan is not None:
-            plan.launch(self._stream, forward_pointers(problem, outputs.out, outputs.lse.ptr if outputs.lse else None))
-            return
-        made = fill(request, outputs, stream=self._stream)
-        if made is not None and key is not None:
-            if len(self._plans) >= _MAX_PLANS:
-                self._plans.clear()
-            self._plans[key] = made.kernel.plan(made.params, made.grid)
 
     def close(self) -> None:
         """Give back events and the stream."""
         self._events.close()
         if self._own_stream is not None:
             driver().cuStreamDestroy(self._own_stream)
-
-
-def _plan_key(problem: AttentionProblem, outputs: Outputs) -> tuple[Any, ...]:
-    """Everything that a launch is a function of, except addresses: see plans.py for why this is enough."""
-    q, k, v, out = problem.q, problem.k, problem.v, outputs.out
-    return (
-        *(q.shape, q.strides, q.dtype_name, k.shape, k.strides, v.shape, v.strides, out.strides),
-        (q.ptr | k.ptr | v.ptr | out.ptr) & 15,
-        problem.band,
-        problem.softmax_scale,
-        problem.softcap,
-        _layout(problem.alibi_slopes),
-        _layout(problem.learned_sink),
-        _layout(problem.cu_seqlens_q),
-        problem.seqlen_q,
-        problem.seqlen_k,
-        problem.dropout and problem.dropout.p,
-        outputs.lse is None,
-    )
-
-
-def _layout(info: ArrayInfo | None) -> tuple[Any, ...] | None:
-    return None if info is None else (info.shape, info.strides)
