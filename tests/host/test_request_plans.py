@@ -16,6 +16,7 @@ import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn import env, execute, plans, request_plans  # noqa: E402
 from atomr_accel_flashattn.arrays import read_array  # noqa: E402
 from atomr_accel_flashattn.dense import DenseFwdRequest  # noqa: E402
+from atomr_accel_flashattn.jit import launch  # noqa: E402
 from atomr_accel_flashattn.jit.driver import DeviceProperties  # noqa: E402
 from atomr_accel_flashattn.jit.spec import Family  # noqa: E402
 
@@ -202,6 +203,23 @@ def test_a_repeated_run_takes_the_addresses_and_the_stream_of_now(gpu: FakeGpu, 
         assert [p.q, p.k, p.v, p.learned_sink] == addresses
         assert (output.out.shape, output.lse.shape) == ((2, 5, 4, 64), (2, 4, 5))
     assert (p.o, p.lse) == (output.out.data_ptr(), output.lse.data_ptr())
+
+
+def test_every_repeated_run_asks_for_the_counters_of_its_stream(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    """The stream may be captured by now, and be another one under the same handle; the fake looks at what the kernel was given."""
+    asked: list[int] = []
+
+    def counters_for(_index: int, stream: int) -> int:
+        asked.append(stream)
+        gpu.counters[stream] = 4096 + 8 * len(asked)
+        return gpu.counters[stream]
+
+    for module in (execute, launch):
+        monkeypatch.setattr(module, "counters_for", counters_for)
+    Asked(kind=fa.Fa3FwdRequest).check(runs=3)
+    Asked(kind=fa.Fa3FwdRequest).check(runs=2, stream=5)
+    assert asked == [STREAM] * 3 + [5] * 2
+    assert gpu.launches[-1][0].tile.persistent
 
 
 def test_an_lse_is_written_only_by_runs_that_want_it(gpu: FakeGpu):
