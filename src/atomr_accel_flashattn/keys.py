@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
-from .jit.spec import Family, Tile, packs_heads
+from .jit.spec import Family, Tile, fits_warpgroup
 from .jit.tiles import has_few_rows
 from .types import DType, SmArch
 
@@ -129,7 +129,7 @@ class DispatchKey:
     @property
     def packs_heads(self) -> bool:
         """Whether the query heads that share K and V are rows of one tile: not with what differs between heads, slopes and dropout."""
-        return self.family is Family.FA3 and packs_heads(self.gqa_ratio) and not (self.alibi or self.extras.dropout)
+        return self.family is Family.FA3 and fits_warpgroup(self.gqa_ratio) and not (self.alibi or self.extras.dropout)
 
 
 def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None = None, family: Family | None = None) -> DispatchKey:
@@ -165,8 +165,9 @@ def key_of_problem(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | Non
             family=family,
         ),
     )
-    rows = problem.seqlen_q * (key.gqa_ratio if key.packs_heads else 1)
-    if key.packs_heads and (rows > _MOST_ROWS or not problem.q_strides.head):
+    packed = key.packs_heads
+    rows = problem.seqlen_q * (key.gqa_ratio if packed else 1)
+    if packed and (rows > _MOST_ROWS or not problem.q_strides.head):
         return replace(key, extras=replace(key.extras, tensor_copies=False))  # the family that packs no heads
     few_rows = has_few_rows(problem.head_dim, problem.v_head_dim, rows)
     return replace(key, extras=replace(key.extras, few_rows=few_rows)) if few_rows else key

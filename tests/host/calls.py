@@ -97,3 +97,28 @@ class Call:
 
 def host(tensor: Any) -> np.ndarray:
     return torch.Tensor.float(tensor.as_subclass(torch.Tensor)).numpy()
+
+
+# One change each to the numbers of a call, its arrays or its layout: calls that differ so share no plan.
+CHANGES: dict[str, dict[str, Any]] = {
+    "batch": {"batch": 3},
+    "seqlen_q": {"seqlen_q": 6},
+    "seqlen_k": {"seqlen_k": 8},
+    "heads": {"heads": 8},
+    "heads_kv": {"heads_kv": 1},
+    "dtype": {"dtype": "bfloat16"},
+    **{f"address_of_{name}": {"offset": 1, "moved": name} for name in "qkv"},
+    **{f"strides_of_{name}": {"pad": 8, "moved": name} for name in "qkv"},
+    **{f"order_of_{name}": {"heads_first": True, "moved": name} for name in "qkv"},
+    "scale": {"scale": 0.5},
+    "scale_zero": {"scale": 0.0},
+    "causal": {"causal": True},
+    "window": {"window": (2, 0)},
+    "window_right": {"window": (-1, 2)},
+    "softcap": {"softcap": 2.0},
+    "sink_tokens": {"window": (1, 0), "sink_tokens": 1},
+    "slopes": {"slopes": 1},
+    "slopes_per_batch": {"slopes": 2},
+    "learned_sink": {"learned_sink": True},
+    "out": {"out": True},
+}

@@ -19,6 +19,7 @@ from hypothesis import strategies as st  # noqa: E402
 import atomr_accel_flashattn as fa  # noqa: E402
 from atomr_accel_flashattn import env, plans  # noqa: E402
 
+from .calls import CHANGES as CHANGES_OF_NUMBERS  # noqa: E402
 from .calls import Call, host  # noqa: E402
 from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake  # noqa: E402
 
@@ -60,37 +61,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iter
 BASE = Call()
 # One change each, all of them to things that must not share a plan with the base.
 CHANGES: dict[str, dict[str, Any]] = {
-    "batch": {"batch": 3},
-    "seqlen_q": {"seqlen_q": 6},
-    "seqlen_k": {"seqlen_k": 8},
-    "heads": {"heads": 8},
-    "heads_kv": {"heads_kv": 1},
+    **CHANGES_OF_NUMBERS,
     "head_dim": {"head_dim": 24},
     "v_head_dim": {"v_head_dim": 8},
     "v_head_dim_of_the_same_strides": {"v_head_dim": 8, "pad": 8, "moved": "v"},
-    "dtype": {"dtype": "bfloat16"},
     "address": {"offset": 1},
     "address_4": {"offset": 4},
     "strides": {"pad": 8},
     "odd_strides": {"pad": 1},
     "order": {"heads_first": True},
-    **{f"strides_of_{name}": {"pad": 8, "moved": name} for name in "qkv"},
-    **{f"order_of_{name}": {"heads_first": True, "moved": name} for name in "qkv"},
-    **{f"address_of_{name}": {"offset": 1, "moved": name} for name in "qkv"},
-    "scale": {"scale": 0.5},
-    "scale_zero": {"scale": 0.0},
     "scale_negative": {"scale": -0.5},
-    "causal": {"causal": True},
-    "window": {"window": (2, 0)},
     "window_other": {"window": (3, 0)},
-    "window_right": {"window": (-1, 2)},
-    "softcap": {"softcap": 2.0},
     "softcap_other": {"softcap": 3.0},
-    "sink_tokens": {"window": (1, 0), "sink_tokens": 1},
-    "slopes": {"slopes": 1},
-    "slopes_per_batch": {"slopes": 2},
-    "learned_sink": {"learned_sink": True},
-    "out": {"out": True},
     "lse": {"lse": True},
     "packed": {"packed": True},
 }

@@ -20,6 +20,7 @@ from atomr_accel_flashattn.jit import launch  # noqa: E402
 from atomr_accel_flashattn.jit.driver import DeviceProperties  # noqa: E402
 from atomr_accel_flashattn.jit.spec import Family  # noqa: E402
 
+from .calls import CHANGES as CHANGES_OF_NUMBERS  # noqa: E402
 from .calls import Call, host  # noqa: E402
 from .fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
 
@@ -28,29 +29,10 @@ pytestmark = pytest.mark.torch
 BASE = Call(head_dim=64, v_head_dim=64)
 KINDS = (DenseFwdRequest, fa.Fa2FwdRequest, fa.Fa3FwdRequest)
 CHANGES: dict[str, dict[str, Any]] = {
-    "batch": {"batch": 3},
-    "seqlen_q": {"seqlen_q": 6},
-    "seqlen_k": {"seqlen_k": 8},
-    "heads": {"heads": 8},
-    "heads_kv": {"heads_kv": 1},
+    **CHANGES_OF_NUMBERS,
     "head_dim": {"head_dim": 32},
     "v_head_dim": {"v_head_dim": 32},
     "v_head_dim_of_the_same_strides": {"v_head_dim": 32, "pad": 32, "moved": "v"},
-    "dtype": {"dtype": "bfloat16"},
-    **{f"address_of_{name}": {"offset": 1, "moved": name} for name in "qkv"},
-    **{f"strides_of_{name}": {"pad": 8, "moved": name} for name in "qkv"},
-    **{f"order_of_{name}": {"heads_first": True, "moved": name} for name in "qkv"},
-    "scale": {"scale": 0.5},
-    "scale_zero": {"scale": 0.0},
-    "causal": {"causal": True},
-    "window": {"window": (2, 0)},
-    "window_right": {"window": (-1, 2)},
-    "softcap": {"softcap": 2.0},
-    "sink_tokens": {"window": (1, 0), "sink_tokens": 1},
-    "slopes": {"slopes": 1},
-    "slopes_per_batch": {"slopes": 2},
-    "learned_sink": {"learned_sink": True},
-    "out": {"out": True},
 }
 
 

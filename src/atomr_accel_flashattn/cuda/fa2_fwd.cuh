@@ -45,7 +45,7 @@ struct Fa2Forward {
         rows(params, work, seq, work.block_m * C.block_m + warp_row) {}
 
   __device__ __forceinline__ void run() {
-    const int head_kv = rows.work.head / p.heads_per_kv;
+    const int head_kv = kv_head_of<C>(p, rows.work.head);
     const LoaderQ load_q(base(p.q, p.q_stride, rows.seq.q_row, rows.work.head), p.q_stride.row, p.head_dim);
     const LoaderK load_k(base(p.k, p.k_stride, rows.seq.k_row, head_kv), p.k_stride.row, p.head_dim);
     const LoaderV load_v(base(p.v, p.v_stride, rows.seq.k_row, head_kv), p.v_stride.row, p.v_head_dim);

@@ -88,7 +88,7 @@ struct Fa3Forward {
     for (Work work = stream.first(); !work.over(); work = stream.hand_out()) {
       const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
       const Band<C> band(p.fwd, seq, work.block_m * C.block_m, C.block_m);
-      const int head_kv = C.pack_gqa ? work.head : work.head / p.fwd.heads_per_kv;
+      const int head_kv = kv_head_of<C>(p.fwd, work.head);
       int n = first_tile(work, seq, band);
       if (n < 0) stream.take();
 #pragma unroll 1
@@ -130,7 +130,7 @@ struct Fa3Forward {
     for (Work work = stream.first(); !work.over(); work = stream.next()) {
       const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
       const Band<C> band(p.fwd, seq, work.block_m * C.block_m, C.block_m);
-      const int head_kv = C.pack_gqa ? work.head : work.head / p.fwd.heads_per_kv;
+      const int head_kv = kv_head_of<C>(p.fwd, work.head);
 #pragma unroll 1
       for (int n = first_tile(work, seq, band); n >= 0; n = band.next_tile(n)) {
         ring_v.wait_empty();

@@ -36,5 +36,10 @@ template <Config C>
 __device__ __forceinline__ int head_of(const FwdParams& p, int head, int row) {
   return C.pack_gqa ? (head << p.packed_shift) + (row & ((1 << p.packed_shift) - 1)) : head;
 }
+// The head of k and v that those rows see.
+template <Config C>
+__device__ __forceinline__ int kv_head_of(const FwdParams& p, int head) {
+  return C.pack_gqa ? head : head / p.heads_per_kv;
+}
 
 }  // namespace fa

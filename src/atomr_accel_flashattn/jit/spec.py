@@ -7,16 +7,16 @@ from enum import Enum
 
 from ..types import DType, SmArch
 
-__all__ = ["Direction", "Family", "KernelSpec", "Tile", "packs_heads"]
+__all__ = ["WARPGROUP_ROWS", "Direction", "Family", "KernelSpec", "Tile", "fits_warpgroup"]
 
+WARPGROUP_ROWS = 64  # of Q, in a buffer of its own, in the FA3 family
 _FA3_BARRIERS = 512  # bytes; the kernel asserts that its barriers fit
-_WARPGROUP_ROWS = 64
 _FA3_ALIGNMENT = 1024  # the swizzle repeats over 1024 bytes, dynamic shared memory starts on 16
 
 
-def packs_heads(ratio: int) -> bool:
-    """Whether the wgmma family can pack ``ratio`` query heads that share K and V into its 64 rows of a warpgroup."""
-    return ratio > 1 and _WARPGROUP_ROWS % ratio == 0
+def fits_warpgroup(ratio: int) -> bool:
+    """Whether the rows of a warpgroup are those of ``ratio`` query heads that share K and V, for a number of queries."""
+    return ratio > 1 and WARPGROUP_ROWS % ratio == 0
 
 
 class Family(Enum):

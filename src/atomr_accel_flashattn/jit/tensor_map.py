@@ -14,13 +14,12 @@ from typing import Any
 from ..problem import ArrayInfo, AttentionProblem, Strides
 from ..types import DType
 from .driver import cuda_error, current_context, driver_function
-from .spec import KernelSpec
+from .spec import WARPGROUP_ROWS, KernelSpec
 
 __all__ = ["TENSOR_MAP_ALIGNMENT", "TENSOR_MAP_BYTES", "TensorMapSpec", "encode", "move", "move_function", "tensor_map_specs"]
 
 TENSOR_MAP_BYTES = 128
 TENSOR_MAP_ALIGNMENT = 64
-_WARPGROUP_ROWS = 64  # of Q in a copy: each warpgroup has a buffer of its own
 _WIDE_ROW = 128  # bytes of a panel's row, and so the swizzle's span; 64 otherwise
 _NOWHERE = 16  # the address of arrays without elements, which nobody reads: null may not be one
 
@@ -55,7 +54,7 @@ class TensorMapSpec:
 def tensor_map_specs(problem: AttentionProblem, spec: KernelSpec) -> tuple[TensorMapSpec, TensorMapSpec, TensorMapSpec]:
     """The maps of q, k and v for one kernel: panels of cuda/panels.cuh."""
     tile = spec.tile
-    q = _map(problem.q, problem.q_strides, problem.batch, spec.head_dim, _WARPGROUP_ROWS)
+    q = _map(problem.q, problem.q_strides, problem.batch, spec.head_dim, WARPGROUP_ROWS)
     return (
         _packed(q, problem.heads // problem.heads_kv) if spec.pack_gqa else q,
         _map(problem.k, problem.k_strides, problem.batch, spec.head_dim, tile.block_n),

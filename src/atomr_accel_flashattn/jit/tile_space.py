@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from itertools import product
 from typing import Any, Final
 
-from .spec import Family, KernelSpec, Tile
+from .spec import WARPGROUP_ROWS, Family, KernelSpec, Tile
 
 __all__ = ["AXES", "SCHEDULES", "misfit", "tiles_that_fit"]
 
@@ -39,7 +39,6 @@ _REGISTER_FILE: Final = 65536
 _OTHER_REGISTERS: Final = {Family.FA2: 31, Family.FA3: 24}  # beside accumulators and scores; ptxas has the last word
 _MOST_REGISTERS: Final = 255
 _CONSUMER_REGISTERS: Final = {1: 255, 2: 240, 3: 160, 4: 112}  # per thread, by warpgroups that multiply (cuda/fa3_fwd.cuh)
-_WARPGROUP_ROWS: Final = 64
 _OVERLAP_STAGES: Final = 2
 _PHILOX_KEYS: Final = 32
 _LONGEST_WGMMA: Final = 256
@@ -78,8 +77,8 @@ def _misfit_fa3(tile: Tile) -> str:
     groups = tile.warps // 4 - 1
     if tile.warps % 4 or groups not in _CONSUMER_REGISTERS:
         return f"warps: got {tile.warps}; allowed are 8, 12, 16 and 20: a warpgroup that loads, and one to four that multiply"
-    if tile.block_m != groups * _WARPGROUP_ROWS:
-        return f"block_m: got {tile.block_m}; allowed with {tile.warps} warps is {groups * _WARPGROUP_ROWS}"
+    if tile.block_m != groups * WARPGROUP_ROWS:
+        return f"block_m: got {tile.block_m}; allowed with {tile.warps} warps is {groups * WARPGROUP_ROWS}"
     if tile.block_n > _LONGEST_WGMMA:
         return f"block_n: got {tile.block_n}; allowed is at most {_LONGEST_WGMMA}"
     if tile.stages > _MOST_STAGES:

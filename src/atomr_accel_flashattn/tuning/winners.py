@@ -111,7 +111,7 @@ def keep(found: Sequence[Winner], folder: Path, device_index: int) -> Path:
 def table_row(winner: Winner) -> str:
     """A winner of :func:`~.groups.by_table_row` as a row of its table in jit/tiles.py; its comment says when that is for few rows."""
     spec, tile, few_rows = winner.spec, winner.tile, winner.few_rows and has_row_for_few_rows(winner.spec)
-    row = f"({spec.head_dim}, {spec.v_head_dim})" if few_rows or spec.family is Family.FA3 else str(spec.head_dim)
+    row = f"({spec.head_dim}, {spec.v_head_dim})" if spec.family is Family.FA3 else str(spec.head_dim)
     table = f"{spec.family.value} {spec.arch.value}{', few rows' if few_rows else ''}"
     told = [
         f"{f.name}={getattr(tile, f.name)}" for f in fields(Tile) if f.name not in _NOT_IN_TABLES and getattr(tile, f.name) != f.default
