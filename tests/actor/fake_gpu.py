@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -9,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from atomr_accel_flashattn import arrays, execute
+from atomr_accel_flashattn import arrays, execute, request_plans
 from atomr_accel_flashattn.actor import gpu
-from atomr_accel_flashattn.problem import ArrayInfo
+from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem
 from atomr_accel_flashattn.reference import attention
 from atomr_accel_flashattn.types import Device
+from tests.actor.devices import PATIENCE
 
 
 class _Flags:
@@ -41,6 +44,13 @@ class FakeDriver:
     sticky: bool = False
     events: Any = field(default_factory=lambda: count(1000))
     live_events: int = 0
+    busy: bool = False  # no launch is finished when it is asked for; who waits for one does get it
+    current: int = 0  # the context of every thread
+    landed: threading.Event = field(default_factory=threading.Event)  # waits for an event end when it is set
+    launchers: list[str] = field(default_factory=list)  # names of the threads that launched
+
+    def __post_init__(self) -> None:
+        self.landed.set()
 
     CUevent_flags = _Flags
     CUstream_flags = _Flags
@@ -71,16 +81,50 @@ class FakeDriver:
 
     def cuEventSynchronize(self, event: int) -> tuple[int]:  # noqa: N802 - CUDA's name
         self.log.append(("synchronize", event))
+        assert self.landed.wait(PATIENCE), "the test forgot to land a launch"
         return (700 if self.sticky else 0,)
+
+    def cuEventQuery(self, event: int) -> tuple[int]:  # noqa: N802 - CUDA's name
+        self.log.append(("query", event))
+        return (700 if self.sticky else 600 if self.busy else 0,)
+
+    def cuCtxGetCurrent(self) -> tuple[int, int]:  # noqa: N802 - CUDA's name
+        return 0, self.current
 
     def cuCtxSetCurrent(self, context: int) -> tuple[int]:  # noqa: N802 - CUDA's name
         self.log.append(("context", context))
         return (0,)
 
 
-def install(monkeypatch: Any) -> FakeDriver:
-    """Put the fake where the GPU inner looks for the driver, and for the way to a kernel."""
+class FakeLaunch:
+    """A launch to be repeated: computes with what lies at the addresses that it is given."""
+
+    def __init__(self, fake: FakeDriver, problem: AttentionProblem, out: ArrayInfo) -> None:
+        self.fake = fake
+        self.infos = (problem.q, problem.k, problem.v, out)
+        self.problem = replace(problem, q=None, k=None, v=None)
+        self.fail: BaseException | None = None
+
+    def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
+        self.fake.launchers.append(threading.current_thread().name)
+        if self.fail is not None:
+            raise self.fail
+        self.fake.log.append(("launch", stream, pointers[:3]))
+        q, k, v, out = (_at(*pair) for pair in zip(self.infos, pointers[:4], strict=True))
+        host = {name: arrays.read_array(array, name) for name, array in zip("qkv", (q, k, v), strict=True)}
+        attention.forward(replace(self.problem, **host), out, None, None)
+
+
+def _at(info: ArrayInfo, ptr: int) -> np.ndarray:
+    dtype = arrays.numpy_dtype(info.dtype_name)
+    memory = (ctypes.c_char * (int(np.prod(info.shape)) * dtype.itemsize)).from_address(ptr)
+    return np.frombuffer(memory, dtype).reshape(info.shape)
+
+
+def install(monkeypatch: Any, *, plans: bool = False) -> FakeDriver:
+    """Put the fake where the GPU inner looks for the driver, and for the way to a kernel. ``plans``: launches can be repeated."""
     fake = FakeDriver()
+    monkeypatch.setattr(request_plans, "_plans", {})
 
     @contextmanager
     def current_context(index: int) -> Any:
@@ -88,11 +132,16 @@ def install(monkeypatch: Any) -> FakeDriver:
         yield
 
     def fill(request: Any, outputs: Any, *, stream: int) -> None:
+        fake.launchers.append(threading.current_thread().name)
         fake.log.append(("launch", stream, (request.problem.q.ptr, request.problem.k.ptr, request.problem.v.ptr)))
         out, lse = (None if info is None else info.source for info in (outputs.out, outputs.lse))
         host = [arrays.read_array(info.source.array, "x") for info in (request.problem.q, request.problem.k, request.problem.v)]
         problem = replace(request.problem, q=host[0], k=host[1], v=host[2])
         attention.forward(problem, out.array, None if lse is None else lse.array, None)
+        key = request_plans.key_of(request)
+        if plans and key is not None:
+            launch: Any = FakeLaunch(fake, request.problem, outputs.out)
+            request_plans.keep(key, request_plans.RequestPlan(launch, outputs.out.strides))
 
     def empty(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None = None, *, fallback: bool = False) -> ArrayInfo:
         if like.device.kind == "cpu":

@@ -1,4 +1,4 @@
-"""FlashAttnActor: the Pykka actor. It hands each message of its inbox to its engine, and nothing that happens there reaches it."""
+"""FlashAttnActor: the Pykka actor. It lets its engine work when it is called, and nothing that happens there reaches it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import pykka
 
@@ -27,17 +27,11 @@ _log = logging.getLogger(__name__)
 _handles: weakref.WeakSet[FlashAttnHandle] = weakref.WeakSet()
 
 
-class _Letter:
-    """A ticket in the inbox. Pykka keeps the last message it handled until the next one comes; opened, it keeps no arrays alive."""
+class _Call:
+    """What the engine sends to its actor: there is work. Tickets lie with the engine, as Pykka keeps the last message until the next."""
 
-    __slots__ = ("_ticket",)
 
-    def __init__(self, ticket: Ticket) -> None:
-        self._ticket: list[Ticket] = [ticket]
-
-    def open(self) -> Ticket:
-        """The ticket, once."""
-        return self._ticket.pop()
+_CALL: Final = _Call()
 
 
 class FlashAttnActor(pykka.ThreadingActor):
@@ -52,7 +46,7 @@ class FlashAttnActor(pykka.ThreadingActor):
         super().__init__()
         born(self)
         self.mailbox = Mailbox(props.label, props.mailbox_limit, self._post)
-        self.engine = Engine(props, inner, self.mailbox, self._stop_softly)
+        self.engine = Engine(props, inner, self.mailbox, self._call, self._stop_softly)
         self.finished = threading.Event()
         self._label = props.label
 
@@ -91,8 +85,11 @@ class FlashAttnActor(pykka.ThreadingActor):
         return SimpleQueue()
 
     def _post(self, ticket: Ticket) -> None:
+        self.engine.post(ticket)
+
+    def _call(self) -> None:
         try:
-            self.actor_ref.tell(_Letter(ticket))
+            self.actor_ref.tell(_CALL)
         except pykka.ActorDeadError as error:
             raise stopped_error(self._label) from error
 
@@ -104,9 +101,9 @@ class FlashAttnActor(pykka.ThreadingActor):
         self.engine.enter_thread()
 
     def on_receive(self, message: Any) -> None:
-        """Open a letter. Other objects come past the handle, from a broadcast over Pykka's registry, and are left alone."""
-        if isinstance(message, _Letter):
-            self.engine.take(message.open())
+        """Work. Other objects come past the handle, from a broadcast over Pykka's registry, and are left alone."""
+        if message is _CALL:
+            self.engine.work()
         else:
             _log.warning("%s: ignored a %s, which did not come through the handle", self._label, type(message).__qualname__)
 

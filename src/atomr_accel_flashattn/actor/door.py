@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
@@ -49,6 +50,10 @@ class Door(ABC):
     async def _ticket_async(self, message: Message, timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
         return self._ticket(message, timeout)
 
+    def _at_once(self, ticket: Ticket) -> bool:  # noqa: ARG002 - a hook
+        """Let a ticket in without a place in the mailbox, if it takes no time here. Whether it is in."""
+        return False
+
     def _entered(self) -> None:  # noqa: B027 - a hook
         """Called when a ticket has come in."""
 
@@ -77,13 +82,21 @@ class Door(ABC):
             MailboxFullError: no place, and not to wait for one.
             RequestTimeoutError: no place in time.
         """
-        began = time.monotonic()
+        return self._send(message, timeout, overflow, None)
+
+    def _send(
+        self, message: Message, timeout: float | None, overflow: Overflow | None, on_error: Callable[[BaseException], None] | None
+    ) -> Reply:
+        began = 0.0 if timeout is None else time.monotonic()
         ticket = self._ticket(message, timeout)
-        wait = (self.props.overflow if overflow is None else overflow) is Overflow.WAIT
-        place = self._mailbox.enter(ticket, wait=wait and self._may_wait())
-        if place is not None:
-            self._wait_for(place, timeout, began)
-        self._entered()
+        ticket.reply.on_error = on_error
+        in_event_loop = asyncio._get_running_loop() is not None  # noqa: SLF001 - the public call raises where there is none
+        if in_event_loop or not self._at_once(ticket):
+            wait = (self.props.overflow if overflow is None else overflow) is Overflow.WAIT
+            place = self._mailbox.enter(ticket, wait=wait and not in_event_loop and not self._is_own_thread())
+            if place is not None:
+                self._wait_for(place, timeout, began)
+            self._entered()
         if timeout is not None:
             self._deadlines.add(ticket, timeout, began)
         return ticket.reply
@@ -93,7 +106,7 @@ class Door(ABC):
 
         Arguments and errors: :meth:`ask`.
         """
-        self.ask(message, timeout=timeout, overflow=overflow).add_done_callback(self._log_failure)
+        self._send(message, timeout, overflow, self._log_failure)
 
     async def ask_async(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> Output:  # noqa: ASYNC109 - of the request
         """Send a request and await its answer; a full mailbox is awaited too. Cancelling the task cancels the request until its launch.
@@ -160,16 +173,6 @@ class Door(ABC):
         self._mailbox.check_open()
         return self._accept(message)
 
-    def _may_wait(self) -> bool:
-        """Not in a thread that others, or the actor itself, need in order to go on."""
-        if self._is_own_thread():
-            return False
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return True
-        return False
-
     def _wait_for(self, place: Future[None], timeout: float | None, began: float) -> None:
         try:
             place.result(None if timeout is None else max(0.0, began + timeout - time.monotonic()))
@@ -178,6 +181,5 @@ class Door(ABC):
                 raise timed_out(self.props.label, timeout or 0.0, "no place in the mailbox") from None
             place.result()  # it came at the last moment, or the actor stopped
 
-    def _log_failure(self, reply: Future[Output]) -> None:
-        if not reply.cancelled() and (error := reply.exception()) is not None:
-            _log.error("%s: a request that was told failed: %s", self.props.label, error, exc_info=error)
+    def _log_failure(self, error: BaseException) -> None:
+        _log.error("%s: a request that was told failed: %s", self.props.label, error, exc_info=error)

@@ -1,4 +1,8 @@
-"""Engine: from a ticket taken out of the inbox to its answer. Used by one actor thread and one completion thread.
+"""Engine: from a ticket to its answer. Used by the actor's thread, the completion thread, and by callers for what takes no time.
+
+Who launches. What needs a compiler or a place that is not free waits, and the actor's thread launches it. A launch that only repeats one
+of before takes less time than waking that thread: the caller's thread makes it, provided that nobody waits and nobody launches. One lock
+is held by whoever launches, so the order and the number of launches in flight are the same either way.
 
 What can end a request, and who settles it: an answer or an error of its launch (completion thread), an error before it or a stop (actor
 thread), a timeout (deadline thread), a cancel (the caller), a lost device (whoever sees it first). The future itself lets only the first
@@ -7,13 +11,16 @@ of them through; the mailbox forgets the ticket once its outcome is certain.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from typing import Final
 
 from ..errors import ActorStoppedError, DeviceLostError
 from ..execute import Output
-from .completion import CompletionThread, Launched
+from .flights import Flights, Launched
 from .fusion import MAX_FUSED
 from .inner import FlashAttnInner
 from .mailbox import Mailbox
@@ -23,6 +30,8 @@ from .reply import Ticket, own_error
 
 __all__ = ["Engine"]
 
+_MANY: Final = 256  # launches in flight: CUDA queues about 1024 kernels, events and waits, and blocks who adds another
+
 
 class Engine:
     """What an actor does with its messages.
@@ -31,14 +40,30 @@ class Engine:
         props: of the actor.
         inner: who does the work.
         mailbox: whose tickets these are.
+        wake: has :meth:`work` called in the actor's thread; raises ActorStoppedError when that has ended.
         stop_actor: ends the actor when the device is lost.
+
+    Attributes:
+        flights: the launches that are not finished.
     """
 
-    def __init__(self, props: FlashAttnProps, inner: FlashAttnInner, mailbox: Mailbox, stop_actor: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        props: FlashAttnProps,
+        inner: FlashAttnInner,
+        mailbox: Mailbox,
+        wake: Callable[[], None],
+        stop_actor: Callable[[], None],
+    ) -> None:
         self._props = props
         self._inner = inner
         self._mailbox = mailbox
+        self._wake = wake
         self._stop_actor = stop_actor
+        self._launching = threading.Lock()
+        self._waiting: deque[Ticket] = deque()
+        self._again: deque[Ticket] = deque()  # launches of callers that failed, older than all that wait
+        self._called = False  # work() will be called, and will find what comes in before
         self._group: list[Ticket] = []
         self._refusing: Callable[[], BaseException] | None = None
         self._thread: threading.Thread | None = None
@@ -46,7 +71,7 @@ class Engine:
         self._slots: SimpleQueue[None] = SimpleQueue()  # one token per launch that may still be made
         for _ in range(props.max_in_flight):
             self._slots.put(None)
-        self._completions = CompletionThread(f"{props.label}-completions", inner.attach, self._landed)
+        self.flights = Flights(f"{props.label}-completions", inner.attach, self._landed, self._landed_well)
 
     def enter_thread(self) -> None:
         """Called first, in the actor's thread. Where the inner cannot work in it, everything fails with the reason and the actor stops."""
@@ -58,14 +83,98 @@ class Engine:
 
     def is_own_thread(self) -> bool:
         """Whether the caller is one of the actor's two threads, as callbacks of replies are."""
-        return threading.current_thread() is self._thread or self._completions.is_current()
+        return threading.current_thread() is self._thread or self.flights.is_current()
 
-    def take(self, ticket: Ticket) -> None:
-        """A ticket came out of the inbox. It is launched now, or with those that wait behind it."""
-        more = self._mailbox.leave()
-        self._group.append(ticket)
-        if not (self._props.fuse_decodes and more and len(self._group) < MAX_FUSED):
+    def post(self, ticket: Ticket) -> None:
+        """One more that waits. Calls do not overlap.
+
+        Raises:
+            ActorStoppedError: it is not launched any more.
+        """
+        self._waiting.append(ticket)
+        if not self._called:
+            self._called = True
+            try:
+                self._wake()
+            except ActorStoppedError:
+                self._waiting.pop()
+                raise
+
+    def work(self) -> None:
+        """Launch everything that waits, in the actor's thread."""
+        self._called = False
+        with self._launching:
+            while self._again or self._waiting:
+                if self._again:
+                    self._depart([self._again.popleft()])
+                    continue
+                more = self._take_out()
+                if not (self._props.fuse_decodes and more and len(self._group) < MAX_FUSED):
+                    self._flush()
             self._flush()
+
+    def _take_out(self) -> int:
+        """Take the oldest that waits to where it waits for a launch to finish. Returns how many still wait."""
+        ticket = self._waiting.popleft()
+        if self._props.fuse_decodes:
+            ticket.job.fuse_key = self._inner.fuse_key(ticket.job)
+        self._group.append(ticket)
+        return self._mailbox.leave()
+
+    def launch_at_once(self, ticket: Ticket) -> bool:
+        """Launch in the caller's thread, if that takes no time and is fair to all who wait. Whether the ticket came in.
+
+        Raises:
+            ActorStoppedError: too late.
+        """
+        if len(self.flights) >= _MANY or not self._inner.is_quick(ticket.job) or not self._launching.acquire(blocking=False):
+            return False
+        try:
+            if not self._take_place():
+                return False
+            entered = launched = False
+            try:
+                entered = self._mailbox.enter_begun(ticket)
+                if entered:
+                    launched = self._launch_quickly(ticket)
+            finally:
+                if not launched:
+                    self._slots.put(None)
+        finally:
+            self._launching.release()
+        return entered
+
+    def _launch_quickly(self, ticket: Ticket) -> bool:
+        """Launch a ticket that has begun. What fails is left to the actor's thread, where everything else fails too."""
+        try:
+            flight = self._inner.launch([ticket.job])
+        except BaseException as error:
+            ticket.tried = True
+            self._again.append(ticket)
+            with contextlib.suppress(ActorStoppedError):  # the end of the actor finds it, too
+                self._wake()
+            if not isinstance(error, Exception):
+                raise
+            return False
+        self.flights.add((ticket,), flight)
+        return True
+
+    def _take_place(self) -> bool:
+        """Whether one more launch may be made now, perhaps in the place of one that has just finished."""
+        for look in (self.flights.take_finished, None):
+            try:
+                self._slots.get_nowait()
+            except Empty:
+                if look is not None:
+                    look()
+            else:
+                return True
+        return False
+
+    def _wait_for_place(self) -> None:
+        if not self._take_place():
+            self.flights.hurry()
+            self._slots.get()
 
     def _flush(self) -> None:
         """Launch what was gathered, in order; neighbours with equal fuse keys together."""
@@ -84,14 +193,14 @@ class Engine:
 
     def _depart(self, tickets: list[Ticket]) -> None:
         """Launch tickets as one, as soon as a launch may be made; each alone where that fails, because one of them may be at fault."""
-        self._slots.get()
+        self._wait_for_place()
         live = [ticket for ticket in tickets if self._is_cleared(ticket)]
         if live and self._launch(live):
             return
         self._slots.put(None)
         if len(live) > 1:
             for ticket in live:
-                self._slots.get()
+                self._wait_for_place()
                 if not self._launch([ticket]):
                     self._slots.put(None)
 
@@ -101,7 +210,7 @@ class Engine:
         if error is not None:
             self._fail(ticket, error)
             return False
-        begun = ticket.reply.begin()
+        begun = not ticket.reply.is_over() if ticket.tried else ticket.reply.begin()
         if not begun:
             self._mailbox.settle(ticket)
         return begun
@@ -121,7 +230,7 @@ class Engine:
             if len(tickets) == 1:
                 self._fail(tickets[0], error)
             return False
-        self._completions.add(Launched(tickets, flight))
+        self.flights.add(tickets, flight)
         return True
 
     def _landed(self, launched: Launched, error: BaseException | None) -> None:
@@ -137,6 +246,15 @@ class Engine:
                 ticket.reply.fail(verdict)
             else:
                 ticket.reply.answer(verdict)
+
+    def _landed_well(self, launched: Launched) -> bool:
+        """The device is done with a launch of one request. In any thread; False: nothing was settled, for want of an answer or quiet."""
+        (ticket,) = launched.tickets
+        verdict = _verdict(ticket)
+        if isinstance(verdict, BaseException) or not ticket.reply.answer_quietly(verdict, lambda: self._mailbox.settle(ticket)):
+            return False
+        self._slots.put(None)
+        return True
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
         ticket.reply.begin()  # no cancel from here on; who waits for one that was cancelled is told
@@ -177,9 +295,9 @@ class Engine:
 
     def shut_down(self) -> None:
         """End everything, in the actor's thread: answer what is left, wait for what is flying."""
-        self._flush()
-        self._completions.finish(wait=not self._gave_up)
         self._mailbox.close(lambda: stopped_error(self._props.label))
+        self.work()
+        self.flights.finish(wait=not self._gave_up)
         self.fail_unsettled(lambda: stopped_error(self._props.label))
         if not self._gave_up:
             self._inner.close()

@@ -9,31 +9,35 @@ is done, so the caller may use the answer on any stream. When both are the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from ..arrays import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
 from ..execute import fill
 from ..jit.driver import check, current_context, driver, primary_context
+from ..jit.params import forward_pointers
+from ..request_plans import find, key_of
 from ..types import Device
 from .fusion import launch_fused
 from .inner import FlashAttnInner, Flight, Job
-from .messages import Message
+from .messages import FlashAttnMsg, Message
+from .outputs import outputs_again
 
 __all__ = ["CudaEvents", "GpuInner"]
 
 _DEFAULT_STREAMS: Final = frozenset({0, LEGACY_DEFAULT_STREAM})
+_NOT_READY: Final = 600  # CUDA_ERROR_NOT_READY
 
 
 class CudaEvents:
-    """Events of one device without timing, made once and used again. Thread-safe.
+    """Events of one device without timing, made once and used again. Thread-safe. ``context`` is the device's primary one.
 
     Waiting spins inside the driver, as torch.cuda.synchronize() does: an event that sleeps wakes 20 us or more after its kernel.
     """
 
     def __init__(self, index: int) -> None:
         self._index = index
+        self.context = int(primary_context(index))
         self._free: SimpleQueue[Any] = SimpleQueue()
         self._made: list[Any] = []
 
@@ -46,12 +50,16 @@ class CudaEvents:
             with current_context(self._index):
                 event = check(cuda.cuEventCreate(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING), "cuEventCreate")
             self._made.append(event)
-        if stream in _DEFAULT_STREAMS:  # which device a default stream belongs to is what the thread's context says
+        if stream in _DEFAULT_STREAMS and self.current_context() != self.context:  # whose default stream it is: the thread's context says
             with current_context(self._index):
                 check(cuda.cuEventRecord(event, stream), "cuEventRecord")
         else:
             check(cuda.cuEventRecord(event, stream), "cuEventRecord")
         return event
+
+    def current_context(self) -> int:
+        """The context that the thread works in, 0 for none: one question instead of a push and a pop."""
+        return int(check(driver().cuCtxGetCurrent(), "cuCtxGetCurrent"))
 
     def make_wait(self, stream: int, event: Any) -> None:
         """Whatever is enqueued on ``stream`` from now on waits for ``event`` as it was recorded last."""
@@ -60,6 +68,18 @@ class CudaEvents:
     def give_back(self, event: Any) -> None:
         """It may be used again: nobody asks about it any more."""
         self._free.put(event)
+
+    def is_reached(self, event: Any) -> bool:
+        """Whether the device has reached ``event``.
+
+        Raises:
+            DeviceLostError: it never will.
+        """
+        (status,) = driver().cuEventQuery(event)
+        if status == _NOT_READY:
+            return False
+        check((status,), "waiting for a launch of the actor")
+        return True
 
     def wait(self, event: Any) -> None:
         """Block until the device has reached ``event``; the interpreter lock is free meanwhile.
@@ -76,28 +96,34 @@ class CudaEvents:
         self._made.clear()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _EventFlight:
-    """A launch on the GPU. ``alive``: what it needs besides the jobs."""
-
-    events: CudaEvents
-    event: Any
-    alive: object
-
-    def wait(self) -> None:
-        self.events.wait(self.event)
-        self.events.give_back(self.event)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Mark:
-    """Where the caller's stream was at ask. Its event goes back when the job has waited for it, or was never launched."""
+    """A place in a stream. Its event goes back when nobody asks about it any more."""
 
-    events: CudaEvents
-    event: Any
+    __slots__ = ("_events", "event")
+
+    def __init__(self, events: CudaEvents, stream: int) -> None:
+        self._events = events
+        self.event = events.record(stream)
 
     def __del__(self) -> None:
-        self.events.give_back(self.event)
+        if hasattr(self, "event"):
+            self._events.give_back(self.event)
+
+
+class _EventFlight(_Mark):
+    """A launch on the GPU, which ends where this marks the actor's stream. ``alive``: what it needs besides the jobs."""
+
+    __slots__ = ("_alive",)
+
+    def __init__(self, events: CudaEvents, stream: int, alive: object) -> None:
+        super().__init__(events, stream)
+        self._alive = alive
+
+    def poll(self) -> bool:
+        return self._events.is_reached(self.event)
+
+    def wait(self) -> None:
+        self._events.wait(self.event)
 
 
 class GpuInner(FlashAttnInner):
@@ -125,8 +151,27 @@ class GpuInner(FlashAttnInner):
         if job.outputs is not None:
             theirs = current_stream(job.request.problem.q)
             if theirs != self._stream and not {theirs, self._stream} <= _DEFAULT_STREAMS:
-                job.ready = _Mark(self._events, self._events.record(theirs))
+                job.ready = _Mark(self._events, theirs)
         return job
+
+    def prepare(self, message: FlashAttnMsg.Forward) -> Job:
+        """A job with its outputs, and the plan of a launch like this one."""
+        request = message.request
+        plan = None if message.dropout_mask else find(key_of(request))
+        if plan is None:
+            return super().prepare(message)
+        outputs = outputs_again(request, plan, lse=message.lse)
+        return Job(message, outputs, plan=plan if outputs.out.strides == plan.out_strides else None)
+
+    def is_quick(self, job: Job) -> bool:
+        """One that repeats a launch, in a thread that works in the device's context."""
+        if job.plan is None:
+            return False
+        current = self._events.current_context()
+        if current == 0 and self.device.index == 0:  # what the CUDA runtime would make current here; let it stay
+            self.attach()
+            return True
+        return current == self._events.context
 
     def launch(self, jobs: Sequence[Job]) -> Flight:
         """Enqueue on the actor's stream."""
@@ -139,9 +184,14 @@ class GpuInner(FlashAttnInner):
             alive = launch_fused([(job.message, job.outputs) for job in jobs if job.outputs is not None], stream=self._stream)
         else:
             (job,) = jobs
-            assert job.outputs is not None  # noqa: S101 - only forward messages are launched
-            fill(job.request, job.outputs, stream=self._stream)
-        return _EventFlight(self._events, self._events.record(self._stream), alive)
+            outputs = job.outputs
+            assert outputs is not None  # noqa: S101 - only forward messages are launched
+            if job.plan is None:
+                fill(job.request, outputs, stream=self._stream)
+            else:
+                lse = None if outputs.lse is None else outputs.lse.ptr
+                job.plan.launch.launch(self._stream, forward_pointers(job.request.problem, outputs.out, lse))
+        return _EventFlight(self._events, self._stream, alive)
 
     def close(self) -> None:
         """Give back events and the stream."""

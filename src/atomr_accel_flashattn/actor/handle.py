@@ -11,7 +11,7 @@ from .inner import FlashAttnInner
 from .mailbox import Mailbox
 from .messages import Message
 from .props import FlashAttnProps
-from .reply import Ticket
+from .reply import Reply, Ticket
 
 if TYPE_CHECKING:
     import pykka
@@ -66,10 +66,10 @@ class FlashAttnHandle(Door):
         self._deadlines.close()
 
     def _accept(self, message: Message) -> Ticket:
-        job = self._inner.accept(message)
-        if self.props.fuse_decodes:
-            job.fuse_key = self._inner.fuse_key(job)
-        return Ticket(job)
+        return Ticket(self._inner.accept(message), Reply(self._engine.flights))
+
+    def _at_once(self, ticket: Ticket) -> bool:
+        return self._engine.launch_at_once(ticket)
 
     def _is_own_thread(self) -> bool:
         return self._engine.is_own_thread()

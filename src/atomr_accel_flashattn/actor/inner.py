@@ -1,8 +1,9 @@
 """FlashAttnInner: what does the work behind a mailbox, in three forms: the GPU, the CPU backend, and a mock.
 
-An inner is asked three things, each in another thread: to look a request over and make its outputs (the caller's thread, so new arrays
-belong to the caller's stream), to launch (the actor's), and, through the :class:`Flight` that a launch returns, to wait until the device
-is done (the completion thread). Another device, or a test that wants a late or failing one, derives from FlashAttnInner.
+An inner is asked three things: to look a request over and make its outputs (in the caller's thread, so new arrays belong to the
+caller's stream), to launch (in the actor's thread; what is quick, in the caller's), and, through the :class:`Flight` that a launch
+returns, to wait until the device is done (in the completion thread). Another device, or a test that wants a late or failing one, derives
+from FlashAttnInner.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
+from ..dense import DenseFwdRequest
 from ..dispatch import FaFwdDispatch, best_arch, lookup
 from ..errors import DeviceMismatchError, MockAnswerError, UnknownMessageError
 from ..execute import Output, Outputs, fill, make_outputs
 from ..fa2 import Fa2FwdRequest
+from ..fa3 import Fa3FwdRequest
+from ..request_plans import RequestPlan
 from ..types import Device, SmArch
 from ..varlen import VarlenFwdRequest
 from .freshness import Fingerprint
@@ -24,7 +28,7 @@ from .messages import FlashAttnMsg, Message
 
 __all__ = ["FlashAttnInner", "Flight", "Job"]
 
-_OWN_REQUESTS = (Fa2FwdRequest, VarlenFwdRequest)
+_OWN_REQUESTS: Final = frozenset({DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest})  # checked when made
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +40,7 @@ class Job:
         outputs: the arrays to be written, None for a message without.
         fingerprint: the arrays as they were at ask.
         ready: what the launch has to wait for on the device: the work that the caller had enqueued before.
+        plan: what the launch repeats, if there was one like it before.
         fuse_key: jobs that wait together and have equal keys may be launched as one; None: alone.
     """
 
@@ -43,6 +48,7 @@ class Job:
     outputs: Outputs | None = None
     fingerprint: Fingerprint | None = None
     ready: Any = None
+    plan: RequestPlan | None = None
     fuse_key: Hashable | None = None
 
     @property
@@ -67,10 +73,14 @@ class Job:
 
 
 class Flight(Protocol):
-    """A launch that the device has not finished."""
+    """A launch that the device has not finished.
+
+    One that can be asked has a second method, ``poll() -> bool``: whether the device is done, without waiting. It is called in any thread,
+    by one at a time, raises what ``wait`` would, and once it has returned True, ``wait`` may never be called.
+    """
 
     def wait(self) -> None:
-        """Return when the device is done. Called once, in the completion thread, in the order of the launches.
+        """Return when the device is done. Called at most once, in the completion thread, in the order of the launches.
 
         Raises:
             DeviceLostError: nothing works any more; every request fails and the actor stops.
@@ -125,7 +135,7 @@ class FlashAttnInner(ABC):
         if not isinstance(message, FlashAttnMsg.Forward):
             return Job(message)
         request = message.request
-        if not isinstance(request, _OWN_REQUESTS) and not isinstance(request, FaFwdDispatch):
+        if type(request) not in _OWN_REQUESTS and not isinstance(request, FaFwdDispatch):
             raise UnknownMessageError(
                 f"message: got a Forward with {type(request).__qualname__}; allowed is a Fa2FwdRequest or a VarlenFwdRequest"
             )
@@ -134,20 +144,27 @@ class FlashAttnInner(ABC):
                 f"message: got a request on {request.problem.q.device} for an actor on {self.device}; "
                 "allowed are requests on the actor's device; send it to the actor of that device"
             )
-        outputs = self.make_outputs(message)
-        return Job(message, outputs, Fingerprint.of(request))
+        job = self.prepare(message)
+        job.fingerprint = Fingerprint.of(request)
+        return job
 
-    def make_outputs(self, message: FlashAttnMsg.Forward) -> Outputs | None:
-        """The arrays that a call writes."""
-        return make_outputs(message.request, lse=message.lse, dropout_mask=message.dropout_mask)
+    def prepare(self, message: FlashAttnMsg.Forward) -> Job:
+        """A job with the arrays that the call writes."""
+        return Job(message, make_outputs(message.request, lse=message.lse, dropout_mask=message.dropout_mask))
 
     def fuse_key(self, job: Job) -> Hashable | None:
         """Jobs that wait together and have equal keys may be launched as one; None: alone."""
         return fuse_key(job.message)
 
+    def is_quick(self, job: Job) -> bool:  # noqa: ARG002 - a hook
+        """Whether :meth:`launch` of this job alone takes a few microseconds, whatever thread it runs in: then its caller may do it."""
+        return False
+
     @abstractmethod
     def launch(self, jobs: Sequence[Job]) -> Flight:
-        """Enqueue one job, or several with equal fuse keys as one, in the actor's thread.
+        """Enqueue one job, or several with equal fuse keys as one, in the actor's thread; one that is quick, perhaps in its caller's.
+
+        Calls do not overlap. What fails in a caller's thread is launched again in the actor's.
 
         Raises:
             DeviceLostError: nothing works any more.
@@ -199,8 +216,9 @@ class _MockInner(FlashAttnInner):
         self.arch = arch
         self._names: dict[object, str] = {}
 
-    def make_outputs(self, message: FlashAttnMsg.Forward) -> Outputs | None:  # noqa: ARG002 - nothing will be written
-        return None
+    def prepare(self, message: FlashAttnMsg.Forward) -> Job:
+        """Nothing will be written."""
+        return Job(message)
 
     def fuse_key(self, job: Job) -> None:  # noqa: ARG002 - nothing will be launched
         return None

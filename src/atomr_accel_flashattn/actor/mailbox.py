@@ -1,6 +1,6 @@
 """Mailbox: who may come in, who waits for a place, and who is still without an answer.
 
-The messages themselves lie in the inbox of the Pykka actor. Places are counted here, outside it, so that a stop always gets in; and every
+The messages themselves lie with whoever launches them. Places are counted here, so that a stop always gets in; and every
 request that came in is remembered here until it is settled, so that none is lost, whatever ends the actor.
 """
 
@@ -23,7 +23,7 @@ class Mailbox:
     Args:
         label: what errors call the actor.
         limit: places.
-        post: puts a ticket into the inbox; called under the lock, so that a stop, which closes first, comes last.
+        post: takes a ticket that is to wait; called under the lock, so that a stop, which closes first, comes last.
     """
 
     def __init__(self, label: str, limit: int, post: Callable[[Ticket], None]) -> None:
@@ -64,6 +64,21 @@ class Mailbox:
             place: Future[None] = Future()
             self._outside.append((ticket, place))
             return place
+
+    def enter_begun(self, ticket: Ticket) -> bool:
+        """Let a ticket in that is launched at once and waits nowhere, unless others wait; whether it is in, and has begun.
+
+        Raises:
+            ActorStoppedError: closed.
+        """
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed()
+            if self._inside or self._outside:
+                return False
+            ticket.reply.begin_unseen()
+            self._unsettled.add(ticket)
+            return True
 
     def _admit(self, ticket: Ticket) -> None:
         self._post(ticket)

@@ -3,31 +3,117 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, Protocol
 
 from ..execute import Output
 from .inner import Job
 
-__all__ = ["Reply", "Ticket", "own_error"]
+__all__ = ["Reply", "Ticket", "Watch", "own_error"]
+
+
+_RUNNING: Final = "RUNNING"  # states of a Future; its methods that tell them take its lock, four times in the way of an answer
+_OPEN: Final = frozenset({"PENDING", _RUNNING})
+
+
+class Watch(Protocol):
+    """Who looks after replies that have begun: :class:`Flights`."""
+
+    def watch(self, reply: Reply, timeout: float | None) -> None:
+        """Ask the device for a moment."""
+
+    def take_finished(self) -> None:
+        """Answer what has finished."""
+
+    def hurry(self) -> None:
+        """Somebody is about to sleep until a reply is there."""
+
+
+class _Waiters(list[Any]):
+    """The list that ``wait`` and ``as_completed`` of concurrent.futures write themselves into before they sleep."""
+
+    __slots__ = ("_watch",)
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def append(self, waiter: Any) -> None:
+        """One more. Without this they would be told a millisecond later."""
+        super().append(waiter)
+        self._watch.hurry()
 
 
 class Reply(Future[Output]):
     """A ``concurrent.futures.Future`` that can be awaited too. It resolves when the device is done, not when the kernel is queued.
 
     ``cancel()`` works until the request is launched. Callbacks run in a thread of the actor: they should be quick.
+
+    Args:
+        watch: who looks after it once it has begun; None where somebody always does.
     """
 
-    def __init__(self) -> None:
+    _state: str  # these three are of the base class
+    _waiters: list[Any]
+    _done_callbacks: list[Any]
+
+    def __init__(self, watch: Watch | None = None) -> None:
         super().__init__()
         self._begun = False
+        self._slept_for = False
+        self._watch = watch
+        self.on_error: Callable[[BaseException], None] | None = None
+        if watch is not None:
+            self._waiters = _Waiters(watch)
 
     def __await__(self) -> Generator[Any, None, Output]:
         return asyncio.wrap_future(self).__await__()
+
+    def result(self, timeout: float | None = None) -> Output:
+        """The answer; see concurrent.futures."""
+        if self._state in _OPEN:
+            self._before_sleep(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What went wrong; see concurrent.futures."""
+        if self._state in _OPEN:
+            self._before_sleep(timeout)
+        return super().exception(timeout)
+
+    def done(self) -> bool:
+        """Whether there is an answer, an error or a cancel."""
+        if self._begun and self._watch is not None and self._state in _OPEN:
+            self._watch.take_finished()
+        return self._state not in _OPEN
+
+    def is_over(self) -> bool:
+        """:meth:`done` as far as is known, without a question to the device."""
+        return self._state not in _OPEN
+
+    def add_done_callback(self, fn: Callable[[Future[Output]], object]) -> None:
+        """See concurrent.futures."""
+        super().add_done_callback(fn)
+        if self._begun and self._watch is not None and self._state in _OPEN:
+            self._watch.hurry()
+
+    def _before_sleep(self, timeout: float | None) -> None:
+        """Look for the answer here, and call the completion thread where it is not there soon."""
+        if self._watch is None:
+            return
+        if self._begun:
+            self._watch.watch(self, timeout)
+        if self._state in _OPEN:
+            self._slept_for = True  # before the look at _begun: who launches sets that first and then asks is_wanted()
+            if self._begun:
+                self._watch.hurry()
+
+    def is_wanted(self) -> bool:
+        """Whether somebody sleeps until it is resolved, or is to be called then."""
+        return self._slept_for or bool(self._waiters) or bool(self._done_callbacks)
 
     def begin(self) -> bool:
         """Called right before the launch; from then on it cannot be cancelled. False when it was cancelled or answered, or has begun."""
@@ -35,25 +121,49 @@ class Reply(Future[Output]):
             if self._begun:
                 return False
             self._begun = True
-            return (self.cancelled() or not self.done()) and self.set_running_or_notify_cancel()
+            return (self.cancelled() or self._state in _OPEN) and self.set_running_or_notify_cancel()
+
+    def begin_unseen(self) -> None:
+        """:meth:`begin` for a reply that no other thread knows of yet."""
+        self._begun = True
+        self._state = _RUNNING
 
     def answer(self, output: Output) -> None:
         """Resolve, unless a timeout or a stop came first."""
-        with contextlib.suppress(InvalidStateError):
+        try:
             self.set_result(output)
+        except InvalidStateError:
+            return
+
+    def answer_quietly(self, output: Output, before: Callable[[], None]) -> bool:
+        """:meth:`answer` after calling ``before``, unless there are callbacks; whether it was done. For threads that must not run them."""
+        with self._condition:
+            if self._done_callbacks:
+                return False
+            before()
+            self.answer(output)
+        return True
 
     def fail(self, error: BaseException) -> None:
-        """Fail, unless it is resolved or cancelled already."""
-        with contextlib.suppress(InvalidStateError):
+        """Fail, unless it is resolved or cancelled already. ``on_error`` is told of a failure that counts."""
+        try:
             self.set_exception(error)
+        except InvalidStateError:
+            return
+        if self.on_error is not None:
+            self.on_error(error)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Ticket:
-    """A request between ask and reply. It holds the job, and so the arrays, until it is settled."""
+    """A request between ask and reply. It holds the job, and so the arrays, until it is settled.
+
+    ``tried``: its launch in the caller's thread failed, and the actor's thread tries again.
+    """
 
     job: Job
     reply: Reply = field(default_factory=Reply)
+    tried: bool = False
 
 
 def own_error(error: BaseException) -> BaseException:

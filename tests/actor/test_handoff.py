@@ -1,0 +1,347 @@
+"""Who launches, and who finds a launch finished: callers, the actor's thread, the completion thread; each request once, whoever it is."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, as_completed, wait
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import atomr_accel_flashattn as fa
+from atomr_accel_flashattn import FlashAttnActor, FlashAttnHandle, FlashAttnMsg, FlashAttnProps, request_plans
+from atomr_accel_flashattn.actor.engine import Engine
+from atomr_accel_flashattn.jit import driver as driver_module
+from tests.actor.devices import PATIENCE
+from tests.actor.fake_gpu import FakeArray, FakeDriver, install
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from atomr_accel_flashattn.actor import Reply
+    from atomr_accel_flashattn.actor.flights import Launched
+
+ACTOR, COMPLETIONS = "FlashAttnActor-", "flash-attn-completions"
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    fake = install(monkeypatch, plans=True)
+    yield fake
+    fake.landed.set()
+
+
+def sent(seed: int = 0, index: int = 0) -> FlashAttnMsg.Forward:
+    q, k, v = np.random.default_rng(seed).standard_normal((3, 1, 4, 2, 16)).astype(np.float16)
+    return FlashAttnMsg.Forward(fa.Fa2FwdRequest(*(FakeArray(array, index).info() for array in (q, k, v))), lse=False)
+
+
+def expected(message: FlashAttnMsg.Forward) -> np.ndarray:
+    return fa.run(fa.Fa2FwdRequest(*(info.source.array for info in (message.request.q, message.request.k, message.request.v)))).out
+
+
+def start(**props: Any) -> FlashAttnHandle:
+    """An actor that has launched once, so that all launches of these tests repeat that one."""
+    actor = FlashAttnActor.start(FlashAttnProps(device="cuda:0", **props))
+    actor.ask(sent()).result(PATIENCE)
+    return actor
+
+
+def hold(cuda: FakeDriver) -> None:
+    """From now on no launch is finished, until ``cuda.landed`` is set again."""
+    cuda.busy = True
+    cuda.landed.clear()
+
+
+def until(fact: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_the_first_launch_is_the_actors_and_those_that_repeat_it_are_their_callers(cuda: FakeDriver):
+    with start() as actor:
+        assert cuda.launchers[0].startswith(ACTOR)
+        cuda.log.clear()
+        message = sent(1)
+        reply = actor.ask(message)
+        assert reply.running()
+        assert [entry[0] for entry in cuda.log if entry[0] not in {"push", "context"}] == ["record", "wait", "launch", "record"]
+        np.testing.assert_array_equal(reply.result(PATIENCE).out.array, expected(message))
+    assert cuda.launchers[1] == threading.current_thread().name
+    assert cuda.live_events == 0
+
+
+def test_a_context_that_is_current_is_not_pushed(cuda: FakeDriver):
+    with start() as actor:
+        cuda.current = 90
+        cuda.log.clear()
+        actor.ask(sent()).result(PATIENCE)
+        assert ("push", 0) not in cuda.log
+
+
+@pytest.mark.parametrize(("index", "current", "callers"), [(0, 0, True), (1, 0, False), (0, 70, False), (1, 91, True)])
+def test_callers_launch_in_the_context_of_the_device_only(cuda: FakeDriver, index: int, current: int, callers: bool):
+    with FlashAttnActor.start(FlashAttnProps(device=f"cuda:{index}")) as actor:
+        actor.ask(sent(index=index)).result(PATIENCE)
+        cuda.current = current
+        message = sent(1, index)
+        np.testing.assert_array_equal(actor.ask(message).result(PATIENCE).out.array, expected(message))
+    assert (cuda.launchers[1] == threading.current_thread().name) is callers
+
+
+def test_who_waits_finds_the_launch_finished_without_being_woken(cuda: FakeDriver):
+    with start() as actor:
+        cuda.log.clear()
+        for seed in range(5):
+            actor.ask(sent(seed)).result(PATIENCE)
+        assert Counter(entry[0] for entry in cuda.log)["synchronize"] == 0
+        assert actor.unanswered == 0
+
+
+def test_launches_in_flight_are_no_more_than_allowed_and_the_rest_waits_in_order(cuda: FakeDriver):
+    with start(max_in_flight=2) as actor:
+        hold(cuda)
+        cuda.log.clear()
+        messages = [sent(seed) for seed in range(6)]
+        replies = [actor.ask(each) for each in messages]
+        until(lambda: actor.waiting == 3)  # one is with the actor, which waits for a place
+        assert sum(entry[0] == "launch" for entry in cuda.log) == 2
+        cuda.landed.set()
+        for reply, each in zip(replies, messages, strict=True):
+            np.testing.assert_array_equal(reply.result(PATIENCE).out.array, expected(each))
+        launched = [entry[2] for entry in cuda.log if entry[0] == "launch"]
+        assert launched == [tuple(getattr(each.request.problem, name).ptr for name in "qkv") for each in messages]
+        assert cuda.launchers[1] == cuda.launchers[2] == threading.current_thread().name
+        assert cuda.launchers[-1].startswith(ACTOR)
+
+
+def test_a_place_is_taken_over_from_a_launch_that_has_finished(cuda: FakeDriver):
+    with start(max_in_flight=1) as actor:
+        replies = [actor.ask(sent(seed)) for seed in range(20)]
+        assert set(cuda.launchers[1:]) == {threading.current_thread().name}
+        assert all(reply.is_over() for reply in replies[:-1])
+
+
+class Settlements:
+    """Which launches were settled, how often, and by whom."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.numbers: Counter[int] = Counter()
+        self.ways: Counter[str] = Counter()
+        for name in ("_landed", "_landed_well"):
+            monkeypatch.setattr(Engine, name, self.counted(name, getattr(Engine, name)))
+
+    def counted(self, name: str, way: Any) -> Any:
+        def settle(engine: Engine, launched: Launched, *error: Any) -> Any:
+            done = way(engine, launched, *error)
+            if done is not False:
+                self.numbers[launched.number] += 1
+                self.ways[name] += 1
+            return done
+
+        return settle
+
+
+def wait_somehow(reply: Reply, way: int) -> None:
+    """As callers do: with a callback, together, by looking, or not at all."""
+    if way == 0:
+        reply.add_done_callback(lambda done: done.result())
+    elif way == 1:
+        wait([reply], PATIENCE)
+    elif way == 2:
+        until(reply.done)
+
+
+def test_every_launch_is_settled_once_whoever_finds_it_finished(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
+    settled = Settlements(monkeypatch)
+    dice = random.Random(0)
+    monkeypatch.setattr(cuda, "cuEventQuery", lambda _: (600 if dice.random() < 0.5 else 0,))
+    messages = [sent(seed) for seed in range(8)]
+    answers = [expected(each) for each in messages]
+    wrong: list[int] = []
+
+    def client(seed: int) -> None:
+        choose = random.Random(seed)
+        for _ in range(200):
+            number, way = choose.randrange(8), choose.randrange(5)
+            reply = actor.ask(messages[number])
+            wait_somehow(reply, way)
+            if way != 4 and not np.array_equal(reply.result(PATIENCE).out.array, answers[number]):
+                wrong.append(number)
+
+    with start(max_in_flight=3) as actor:
+        threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert actor.unanswered == 0
+    assert len(settled.numbers) == 1601
+    assert set(settled.numbers.values()) == {1}
+    assert set(settled.ways) == {"_landed", "_landed_well"}
+    assert actor._engine._slots.qsize() == 3
+    assert cuda.live_events == 0
+
+
+def test_a_timeout_of_result_and_an_answer_later(cuda: FakeDriver):
+    with start() as actor:
+        hold(cuda)
+        reply = actor.ask(sent())
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                reply.result(0.01)
+            with pytest.raises(TimeoutError):
+                reply.exception(0)
+        assert reply.running()
+        cuda.landed.set()
+        assert reply.result(PATIENCE).out is not None
+
+
+def test_a_request_whose_time_is_over_wakes_who_waits_for_it(cuda: FakeDriver):
+    with start() as actor:
+        hold(cuda)
+        reply = actor.ask(sent(), timeout=0.05)
+        with pytest.raises(fa.RequestTimeoutError):
+            reply.result()
+        cuda.landed.set()
+
+
+def test_a_cancel_comes_too_late_for_a_launch_and_in_time_for_what_waits(cuda: FakeDriver):
+    with start(max_in_flight=1) as actor:
+        hold(cuda)
+        cuda.launchers.clear()
+        flying, next_one, waiting = (actor.ask(sent(seed)) for seed in range(3))
+        assert not flying.cancel()
+        assert waiting.cancel()
+        cuda.landed.set()
+        assert flying.result(PATIENCE).out is not None
+        assert next_one.result(PATIENCE).out is not None
+    assert len(cuda.launchers) == 2
+
+
+def test_a_sticky_error_that_a_waiter_sees_first_is_told_to_all(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
+    def cuda_error(code: int, what: str, kernel_name: str = "") -> fa.LaunchError:
+        return fa.DeviceLostError(f"{what} failed", kernel_name=kernel_name, cuda_error=f"CUDA_ERROR_{code}")
+
+    monkeypatch.setattr(driver_module, "cuda_error", cuda_error)
+    actor = start(max_in_flight=2)
+    hold(cuda)
+    replies = [actor.ask(sent(seed)) for seed in range(4)]
+    cuda.sticky = True
+    waiter = threading.Thread(target=replies[0].exception)
+    waiter.start()
+    until(lambda: any(entry[0] == "synchronize" for entry in cuda.log))
+    cuda.landed.set()
+    waiter.join(PATIENCE)
+    errors = [reply.exception(PATIENCE) for reply in replies]
+    assert all(isinstance(error, fa.DeviceLostError) for error in errors)
+    assert len(set(map(id, errors))) == len(errors)
+    with pytest.raises(fa.ActorStoppedError, match="device was lost"):
+        actor.ask(sent())
+    actor.stop(timeout=PATIENCE)
+    assert actor.unanswered == 0
+
+
+def test_a_stop_that_gives_up_wakes_who_waits(cuda: FakeDriver):
+    actor = start(max_in_flight=1)
+    hold(cuda)
+    replies = [actor.ask(sent(seed)) for seed in range(3)]
+    found: list[BaseException | None] = []
+    waiters = [threading.Thread(target=lambda each=each: found.append(each.exception())) for each in replies]
+    for waiter in waiters:
+        waiter.start()
+    actor.stop(timeout=0.05)
+    for waiter in waiters:
+        waiter.join(PATIENCE)
+    assert [type(error) for error in found] == [fa.ActorStoppedError] * 3
+    assert actor.unanswered == 0
+    cuda.landed.set()
+
+
+def test_a_stop_that_drains_waits_for_launches_of_callers(cuda: FakeDriver):
+    actor = start()
+    hold(cuda)
+    replies = [actor.ask(sent(seed)) for seed in range(3)]
+    stopping = threading.Thread(target=actor.stop)
+    stopping.start()
+    time.sleep(0.02)
+    assert not any(reply.done() for reply in replies)
+    cuda.landed.set()
+    stopping.join(PATIENCE)
+    assert all(reply.is_over() and reply.result(0).out is not None for reply in replies)
+    assert cuda.live_events == 0
+
+
+def test_callbacks_run_in_the_completion_thread_whoever_waits(cuda: FakeDriver):
+    with start() as actor:
+        hold(cuda)
+        reply = actor.ask(sent())
+        ran: list[str] = []
+        reply.add_done_callback(lambda _: ran.append(threading.current_thread().name))
+        cuda.busy = False
+        for _ in range(20):
+            actor.ask(sent())
+        cuda.landed.set()
+        reply.result(PATIENCE)
+        until(lambda: ran)
+    assert ran == [COMPLETIONS]
+
+
+def test_who_only_looks_or_waits_in_other_ways_is_served_too(cuda: FakeDriver):
+    with start() as actor:
+        until(actor.ask(sent()).done)
+        until(actor.ask(sent()).is_over)  # nobody asks the device
+        assert wait([actor.ask(sent()) for _ in range(3)], PATIENCE).not_done == set()
+        assert len(list(as_completed([actor.ask(sent()) for _ in range(3)], PATIENCE))) == 3
+        hold(cuda)
+        reply = actor.ask(sent())
+        assert wait([reply], 0.01, FIRST_COMPLETED).done == set()
+        assert actor._engine.flights._wanted == actor._engine.flights._last, "the completion thread was not called"
+        cuda.landed.set()
+
+
+def test_a_launch_that_fails_in_its_callers_thread_is_tried_again_and_fails_alone(cuda: FakeDriver):
+    with start() as actor:
+        (plan,) = request_plans._plans.values()
+        plan.launch.fail = fa.LaunchError("no", kernel_name="k")
+        reply = actor.ask(sent())
+        with pytest.raises(fa.LaunchError, match="no"):
+            reply.result(PATIENCE)
+        assert cuda.launchers[1] == threading.current_thread().name
+        assert cuda.launchers[2].startswith(ACTOR)
+        plan.launch.fail = None
+        until(lambda: actor.unanswered == 0)
+        assert actor.ask(sent()).result(PATIENCE).out is not None
+        assert actor._engine._slots.qsize() == actor.props.max_in_flight
+        plan.launch.fail = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            actor.ask(sent())
+        plan.launch.fail = None
+        until(lambda: actor.unanswered == 0)
+
+
+def test_an_event_loop_launches_nothing_itself(cuda: FakeDriver):
+    async def main() -> None:
+        async with start() as actor:
+            await actor.ask_async(sent())
+            assert (await actor.ask(sent())).out is not None
+
+    asyncio.run(main())
+    assert all(name.startswith(ACTOR) for name in cuda.launchers)
+
+
+def test_the_failure_of_what_was_told_is_logged_once(cuda: FakeDriver, caplog: pytest.LogCaptureFixture):
+    with start() as actor:
+        (plan,) = request_plans._plans.values()
+        plan.launch.fail = OSError("gone")
+        actor.tell(sent())
+        until(lambda: actor.unanswered == 0)
+    assert ["gone" in record.message for record in caplog.records] == [True]
