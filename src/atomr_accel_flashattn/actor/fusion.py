@@ -24,6 +24,7 @@ from ..execute import Outputs, fill, make_outputs
 from ..fa2 import Fa2FwdRequest
 from ..jit.spec import Family
 from ..problem import ArrayInfo
+from ..request_plans import keeps_plans
 from ..types import SmArch
 from ..varlen import CumulativeSeqlens, VarlenFwdRequest
 from .messages import FlashAttnMsg, Message
@@ -35,6 +36,7 @@ _MAX_QUERIES: Final = 8
 _MAX_KV_BYTES: Final = 1 << 20
 
 
+@keeps_plans()
 @dataclass(frozen=True, slots=True, eq=False)
 class _PackedFa2(VarlenFwdRequest):
     """Packed requests that asked for the mma.sync family, and get it."""
@@ -111,13 +113,15 @@ def _quiet(q: ArrayInfo, stream: int | None) -> Any:
 def _pack(requests: Sequence[DenseFwdRequest]) -> VarlenFwdRequest:
     first = requests[0]
     q, k, v = (_rows([getattr(request, name) for request in requests]) for name in "qkv")
-    lengths = [[length for r in requests for length in [getattr(r.problem, side)] * r.problem.batch] for side in ("seqlen_q", "seqlen_k")]
+    problems = [request.problem for request in requests]
+    lengths = [[length for p in problems for length in [getattr(p, side)] * p.batch] for side in ("seqlen_q", "seqlen_k")]
+    seqlens_q, seqlens_k = _seqlens(lengths, q)
     return _PACKED[type(first)](
         q,
         k,
         v,
-        cu_seqlens_q=_seqlens(lengths[0], q),
-        cu_seqlens_k=_seqlens(lengths[1], q),
+        cu_seqlens_q=seqlens_q,
+        cu_seqlens_k=seqlens_k,
         mask=first.mask,
         bias=first.bias,
         sink_tokens=first.sink_tokens,
@@ -125,40 +129,50 @@ def _pack(requests: Sequence[DenseFwdRequest]) -> VarlenFwdRequest:
     )
 
 
-def _seqlens(lengths: list[int], like: Any) -> CumulativeSeqlens:
-    """Offsets in the library and on the device of ``like``; on a GPU without waiting for it, as a copy from plain memory would."""
+def _seqlens(lengths: Sequence[list[int]], like: Any) -> list[CumulativeSeqlens]:
+    """Offsets in the library and on the device of ``like``; on a GPU by one copy that nobody waits for."""
     if isinstance(like, np.ndarray) or not like.is_cuda:
-        return CumulativeSeqlens.from_lengths(lengths, like=like)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    pinned = sys.modules["torch"].from_numpy(offsets).pin_memory()
-    return CumulativeSeqlens(pinned.to(like.device, non_blocking=True), max(lengths))
+        return [CumulativeSeqlens.from_lengths(each, like=like) for each in lengths]
+    offsets = np.zeros((len(lengths), len(lengths[0]) + 1), np.int32)
+    np.cumsum(lengths, axis=1, out=offsets[:, 1:])
+    there = sys.modules["torch"].from_numpy(offsets).pin_memory().to(like.device, non_blocking=True)
+    return [CumulativeSeqlens(row, max(each)) for row, each in zip(there.unbind(0), lengths, strict=True)]
 
 
 def _rows(arrays: Sequence[Any]) -> Any:
-    """(B, S, H, D) each -> (sum of B S, H, D)."""
-    flat = [array.reshape(-1, *array.shape[2:]) for array in arrays]
-    return np.concatenate(flat) if isinstance(flat[0], np.ndarray) else sys.modules["torch"].cat(flat)
+    """(B, S, H, D) each -> (sum of B S, H, D), a copy."""
+    flat = [array if len(array) == 1 else array.reshape(1, -1, *array.shape[2:]) for array in arrays]
+    return np.concatenate(flat, 1)[0] if isinstance(flat[0], np.ndarray) else sys.modules["torch"].cat(flat, 1)[0]
 
 
 def _unpack(packed: Outputs, outputs: Sequence[Outputs]) -> None:
     """Copy each call's part of the packed answer to where the caller expects it."""
-    row = 0
-    pairs: dict[str, list[tuple[Any, Any]]] = {"out": [], "lse": []}
-    for each in outputs:
-        batch, length, heads = each.out.shape[:3]
-        rows = slice(row, row + batch * length)
-        row = rows.stop
-        pairs["out"].append((each.out.source, packed.out.source[rows].reshape(each.out.shape)))
-        if each.lse is not None and packed.lse is not None:
-            pairs["lse"].append((each.lse.source, packed.lse.source[:, rows].reshape(heads, batch, length).swapaxes(0, 1)))
-    for copies in pairs.values():
-        _copy(copies)
+    shapes = [each.out.shape[:3] for each in outputs]
+    sizes = [batch * length for batch, length, _ in shapes]
+    parts = _split(packed.out.source[None], sizes, 1)  # (1, B S, H, Dv) each
+    _copy(
+        [
+            (each.out.source, part if len(part) == each.out.shape[0] else part.reshape(each.out.shape))
+            for each, part in zip(outputs, parts, strict=True)
+        ]
+    )
+    if packed.lse is None:
+        return
+    pairs = []
+    for each, part, (batch, length, heads) in zip(outputs, _split(packed.lse.source[None], sizes, 2), shapes, strict=True):
+        assert each.lse is not None  # noqa: S101 - calls with equal keys all want it
+        pairs.append((each.lse.source, part if batch == 1 else part.reshape(heads, batch, length).swapaxes(0, 1)))
+    _copy(pairs)
+
+
+def _split(array: Any, sizes: list[int], axis: int) -> Sequence[Any]:
+    return np.split(array, np.cumsum(sizes)[:-1], axis) if isinstance(array, np.ndarray) else array.split(sizes, axis)
 
 
 def _copy(pairs: Sequence[tuple[Any, Any]]) -> None:
-    if pairs and not isinstance(pairs[0][0], np.ndarray):
-        targets, parts = zip(*pairs, strict=True)
-        sys.modules["torch"]._foreach_copy_(targets, parts)
+    if isinstance(pairs[0][0], np.ndarray):
+        for target, part in pairs:
+            target[...] = part
         return
-    for target, part in pairs:
-        target[...] = part
+    targets, parts = zip(*pairs, strict=True)
+    sys.modules["torch"]._foreach_copy_(targets, parts)
