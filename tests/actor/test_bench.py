@@ -19,5 +19,5 @@ def test_every_part_is_measured_recorded_and_drawn(tmp_path: Path) -> None:
     assert path.with_suffix(".png").stat().st_size > 1000
     assert record["round_trip_us"]["actor"] > 0 < record["pipelined_us"]["actor"]
     assert [row["ratio"] > 0 for row in record["throughput"]] == [True] * 3
-    assert set(record["fused_us"]) == {"False", "True"}
+    assert set(record["fused_us"]) == set(record["fused_long_us"]) == {"False", "True"}
     assert any("round trip" in line for line in said)

@@ -29,6 +29,9 @@ MESSAGE_BAR_US: Final = 30.0  # per message of a pipeline
 WINDOW: Final = 8
 SIZES: Final = ((1, 1024), (128, 128), (512, 512), (2048, 2048), (4096, 4096))  # (queries, keys) of the throughput part
 CPU_SIZES: Final = ((1, 64), (32, 32), (64, 256))
+# (keys, KV heads, head dim) of decodes that may be fused: one that a GPU does faster than a caller sends it, one that it does not.
+DECODE: Final = (256, 4, 128)
+LONG_DECODE: Final = (4096, 1, 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,7 @@ def run_actor(options: ActorOptions, say: Say = print) -> dict[str, Any]:
     """All parts, on one GPU or on the CPU backend.
 
     Returns:
-        ``round_trip_us``, ``pipelined_us``, ``throughput`` rows, ``fused_us`` and, when asked for, ``ray``.
+        ``round_trip_us``, ``pipelined_us``, ``throughput`` rows, ``fused_us``, ``fused_long_us`` and, when asked for, ``ray``.
     """
     small = _message(options, 1, 64)
     body: dict[str, Any] = {"bars_us": {"round_trip_over_direct": ROUND_TRIP_BAR_US, "pipelined_message": MESSAGE_BAR_US}}
@@ -54,7 +57,8 @@ def run_actor(options: ActorOptions, say: Say = print) -> dict[str, Any]:
         body["pipelined_us"] = _pipelined(actor, small, options)
         sizes = SIZES if options.device.startswith("cuda") else CPU_SIZES
         body["throughput"] = [_throughput(actor, _message(options, *size), size, options) for size in sizes]
-    body["fused_us"] = {str(fuse): _decodes(options, fuse=fuse) for fuse in (False, True)}
+    for part, decode in (("fused_us", DECODE), ("fused_long_us", LONG_DECODE)):
+        body[part] = {str(fuse): _decodes(options, decode, fuse=fuse) for fuse in (False, True)}
     if options.ray:
         body["ray"] = _ray(options)
     for line in _lines(body):
@@ -62,13 +66,13 @@ def run_actor(options: ActorOptions, say: Say = print) -> dict[str, Any]:
     return body
 
 
-def _message(options: ActorOptions, queries: int, keys: int) -> FlashAttnMsg.Forward:
-    """16 heads of 128, 4 KV heads, causal; bf16 on a GPU, float32 on the CPU."""
+def _message(options: ActorOptions, queries: int, keys: int, heads_kv: int = 4, head_dim: int = 128) -> FlashAttnMsg.Forward:
+    """16 heads, causal; bf16 on a GPU, float32 on the CPU."""
     import torch
 
     dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
-    shapes = ((queries, 16), (keys, 4), (keys, 4))
-    q, k, v = (torch.randn(1, length, heads, 128, dtype=dtype, device=options.device) for length, heads in shapes)
+    shapes = ((queries, 16), (keys, heads_kv), (keys, heads_kv))
+    q, k, v = (torch.randn(1, length, heads, head_dim, dtype=dtype, device=options.device) for length, heads in shapes)
     return FlashAttnMsg.Forward(Fa2FwdRequest(q, k, v, mask=MaskKind.causal()), lse=False)
 
 
@@ -160,9 +164,9 @@ def _marker(options: ActorOptions) -> Callable[[], Any]:
     return wait
 
 
-def _decodes(options: ActorOptions, *, fuse: bool) -> float:
-    """Microseconds per decode of one token over 256 keys, 32 of them sent together."""
-    messages = [_message(options, 1, 256) for _ in range(32)]
+def _decodes(options: ActorOptions, decode: tuple[int, int, int], *, fuse: bool) -> float:
+    """Microseconds per decode of one token, 32 of them sent together."""
+    messages = [_message(options, 1, *decode) for _ in range(32)]
     props = FlashAttnProps(device=options.device, max_in_flight=WINDOW, fuse_decodes=fuse)
     rounds = max(1, options.requests // len(messages))
     with FlashAttnActor.start(props) as actor:
@@ -214,7 +218,9 @@ def _lines(body: Mapping[str, Any]) -> list[str]:
         f"{row['queries']} x {row['keys']}: direct {row['direct']:.0f}/s, actor {row['actor']:.0f}/s, ratio {row['ratio']:.3f}"
         for row in body["throughput"]
     ]
-    lines.append("decodes, 32 together: " + ", ".join(f"fused {fuse}: {us:.1f} us" for fuse, us in body["fused_us"].items()))
+    for part, (keys, heads_kv, _) in (("fused_us", DECODE), ("fused_long_us", LONG_DECODE)):
+        found = ", ".join(f"fused {fuse}: {us:.1f} us" for fuse, us in body[part].items())
+        lines.append(f"decodes over {keys} keys of {heads_kv} heads, 32 together: {found}")
     lines += [
         f"ray, {row['mib']:.2f} MiB: put {row['put_ms']:.2f} ms, get {row['get_ms']:.2f} ms, round trip {row['round_trip_ms']:.2f} ms"
         for row in body.get("ray", {}).get("rows", ())
