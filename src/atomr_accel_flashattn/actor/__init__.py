@@ -3,8 +3,10 @@
 ::
 
     caller's thread     handle: checks, outputs, a place in the mailbox            handle.py, mailbox.py
-    actor's thread      Pykka inbox -> one launch, or one for several decodes      actor.py, engine.py, fusion.py
-    completion thread   waits for the device, oldest first -> the future           completion.py
+                        a launch that repeats one of before, when nobody waits     engine.py
+                        finds out whether it is done -> the future                 reply.py, flights.py
+    actor's thread      Pykka inbox -> all other launches, several decodes as one  actor.py, engine.py, fusion.py
+    completion thread   waits for the device for whoever sleeps -> the future      flights.py
 """
 
 from __future__ import annotations

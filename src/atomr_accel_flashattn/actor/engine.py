@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -29,6 +30,8 @@ from .props import FlashAttnProps
 from .reply import Ticket, own_error
 
 __all__ = ["Engine"]
+
+_PATIENCE: Final = 3e-5  # seconds that a launch waits for a place where it is: about what it costs to hand it to another thread
 
 _MANY: Final = 256  # launches in flight: CUDA queues about 1024 kernels, events and waits, and blocks who adds another
 
@@ -130,7 +133,7 @@ class Engine:
         if len(self.flights) >= _MANY or not self._inner.is_quick(ticket.job) or not self._launching.acquire(blocking=False):
             return False
         try:
-            if not self._take_place():
+            if self._again or self._mailbox.waiting or not self._take_place(_PATIENCE):
                 return False
             entered = launched = False
             try:
@@ -159,20 +162,24 @@ class Engine:
         self.flights.add((ticket,), flight)
         return True
 
-    def _take_place(self) -> bool:
-        """Whether one more launch may be made now, perhaps in the place of one that has just finished."""
-        for look in (self.flights.take_finished, None):
+    def _take_place(self, patience: float = 0.0) -> bool:
+        """Whether one more launch may be made, perhaps in the place of one that finishes within ``patience`` seconds."""
+        until = None
+        while True:
             try:
                 self._slots.get_nowait()
             except Empty:
-                if look is not None:
-                    look()
+                self.flights.take_finished()
             else:
                 return True
-        return False
+            if self._slots.empty():
+                now = time.perf_counter()
+                until = now + patience if until is None else until
+                if now >= until:
+                    return False
 
     def _wait_for_place(self) -> None:
-        if not self._take_place():
+        if not self._take_place(_PATIENCE):
             self.flights.hurry()
             self._slots.get()
 

@@ -32,7 +32,7 @@ __all__ = ["Flights", "Launched"]
 
 _NAP_SECONDS: Final = 0.01  # how long a launch that nobody asks for may lie finished, at most twice; waking up costs callers 20 us or more
 _IDLE_NAPS: Final = 5  # after so many without a launch, the next launch has to wake the completion thread
-_SPIN_SECONDS: Final = 0.0002  # how long a waiter asks for its launch before it sleeps: several times what waking it costs
+_SPIN_SECONDS: Final = 0.0005  # how long a waiter asks for its launch before it sleeps: several times what waking it costs
 
 
 class _Found(Enum):

@@ -76,7 +76,7 @@ class CudaEvents:
             DeviceLostError: it never will.
         """
         (status,) = driver().cuEventQuery(event)
-        if status == _NOT_READY:
+        if int(status) == _NOT_READY:
             return False
         check((status,), "waiting for a launch of the actor")
         return True
