@@ -58,7 +58,7 @@ FEATURE_AXES: Mapping[str, tuple[_Options, ...]] = {
     ),
     "learned_sink": ({}, {"learned_sink": True}),
     "alibi": tuple({"alibi": alibi} for alibi in Alibi),
-    "softcap": ({}, {"softcap": 5.0}),
+    "softcap": ({}, {"softcap": 5.0}, {"softcap": 30.0}),
     "dropout": ({}, {"dropout_p": 0.17}),
     "scale": ({}, {"softmax_scale": 0.3}, {"softmax_scale": -0.2}, {"softmax_scale": 0.0}),
     "layout": tuple({"layout": layout} for layout in Layout),
@@ -215,4 +215,9 @@ def _hazards_of_numbers() -> Iterator[tuple[str, _Options]]:
         yield "tiny_scale", {"softmax_scale": scale, "alibi": Alibi.HEADS}
     for cap in (1e4, 1e6, 1e9):
         yield "softcap_far_above_scores", {"softcap": cap, **CAUSAL}
+    for cap in (0.1, 5.0, 50.0, 1e3, 1e30):  # below the scores, among them, above
+        yield "rising_scores_softcap", {"values": Values.RISING, "softcap": cap, "seqlen_q": 150, "seqlen_k": 700, **CAUSAL}
+        yield "rising_scores_softcap", {"values": Values.RISING, "softcap": cap, "seqlen_q": 130, "seqlen_k": 500, "left": 200, "right": 60}
+    yield "rising_scores", {"values": Values.RISING, "seqlen_q": 150, "seqlen_k": 700, **CAUSAL}
+    yield "softcap_before_the_first_key", {"softcap": 50.0, "seqlen_q": 300, "seqlen_k": 100, "left": 50, "right": 0}
     yield "learned_sink", {"learned_sink": True, "seqlen_q": 100, "seqlen_k": 200, "heads": 6, "heads_kv": 2}

@@ -39,6 +39,7 @@ class Values(Enum):
 
     NORMAL = "normal"  # standard normal
     HUGE = "huge"  # scores of several hundreds, whose exp overflows in any type
+    RISING = "rising"  # scores of 1 at the last key to 30 at the first, which kernels visit last: maxima grow from tile to tile
     NAN_UNSEEN = "nan_unseen"  # NaN in K and V wherever no query of the sequence looks
     NAN_NEIGHBOUR = "nan_neighbour"  # everything of the first sequence is NaN
     TIES = "ties"  # all keys equal: a uniform softmax
@@ -136,6 +137,8 @@ def build(case: Case) -> Inputs:
     v = _normal(random, (*lead_k, case.heads_kv, case.v_head_dim))
     if case.values is Values.HUGE:
         q, k = 20 * q, 20 * k
+    if case.values is Values.RISING:
+        k *= np.linspace(30, 1, lead_k[-1], dtype=np.float32)[:, None, None]
     if case.values is Values.TIES:
         k[...] = 1
     batch = len(case.lengths_q) if case.lengths_q is not None else case.batch

@@ -33,6 +33,7 @@ def test_the_other_cells_are_those_of_the_peer_tables_and_of_each_feature() -> N
         "softcap_d128_h16_causal_8k",
         "softcap_d64_h32_causal_2k",
         "softcap_d256_h8_causal_2k",
+        "low_softcap_d128_h16_causal_2k",
         "sink4_d128_h16_window1024_8k",
         "sink4_d128_h16_window1024_16k",
     ]
@@ -75,11 +76,11 @@ def test_a_cell_with_a_feature_has_a_plain_cell_of_its_shape() -> None:
     features = [cell for cell in cells if cell.features]
     assert {cell.features for cell in features} == {("ALiBi",), ("softcap",), ("sink tokens",)}
     for cell in features:
-        assert replace(cell, group="", alibi=False, softcap=0.0, sink_tokens=0) in plain
+        assert replace(cell, group="", alibi=False, softcap=0.0, sink_tokens=0, score_std=1.0) in plain
 
 
 def test_select_takes_patterns_and_bare_words() -> None:
-    assert len(select(None)) == 52
+    assert len(select(None)) == 53
     assert {cell.head_dim for cell in select("grid_d64*")} == {64}
     assert {cell.group for cell in select("varlen, gqa")} == {"varlen", "gqa"}
 

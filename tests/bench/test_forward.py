@@ -20,7 +20,7 @@ from atomr_accel_flashattn.bench import (  # noqa: E402 - after the skip
     forward,
     timing,
 )
-from atomr_accel_flashattn.bench.cells import SOFTCAP, Cell, all_cells  # noqa: E402
+from atomr_accel_flashattn.bench.cells import SOFTCAP, SOFTCAP_SCORE_STD, Cell, all_cells  # noqa: E402
 from atomr_accel_flashattn.bench.families import OfFamily  # noqa: E402
 from atomr_accel_flashattn.bench.forward import Options  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import CHECKED_ROWS, ERROR_LIMIT, Inputs, _float32_rows, check_rows, make_inputs  # noqa: E402
@@ -41,7 +41,7 @@ CELLS = [
     Cell(group="varlen", packed=True, **SIZES | {"lengths": (20, 96, 70)}),
     Cell(group="window", window=16, **SIZES),
     Cell(group="alibi", alibi=True, **SIZES),
-    Cell(group="softcap", softcap=SOFTCAP, **SIZES),
+    Cell(group="softcap", softcap=SOFTCAP, score_std=SOFTCAP_SCORE_STD, **SIZES),
     Cell(group="sink4", window=16, sink_tokens=4, **SIZES),
     Cell(group="gqa", **SIZES | {"heads_kv": 2, "lengths": (16, 16), "length_k": 200}),
 ]

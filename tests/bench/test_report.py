@@ -39,7 +39,7 @@ def test_a_feature_costs_its_time_over_that_of_the_plain_cell_of_its_shape() -> 
 
 def test_every_cell_with_a_feature_has_its_line_in_a_full_run() -> None:
     lines = costs_of([row_of(cell, 1.0) for cell in all_cells()])
-    assert len(lines) == sum(bool(cell.features) for cell in all_cells()) == 8
+    assert len(lines) == sum(bool(cell.features) for cell in all_cells()) == 9
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,13 @@ _MEETING = (
 )
 
 _CROWDED = (
-    "three computing warpgroups have 160 registers a thread. Where softcap meets packed sequences, bounds and sink tokens, what a tile of "
-    "rows is and where it ends spills: stored once a tile, loaded at its end, not in the key loop"
+    "four computing warpgroups have 112 registers a thread. Where softcap meets a scale that is not positive, packed sequences and a learned "
+    "sink, up to 9 loads and 4 stores per key tile of 1000 instructions spill; for so rare a call a tile of its own is not worth it"
 )
 
 KNOWN_SPILLS = (
-    Spill("fa2_fwd_sm8?_*_d64_m128n128w4s1b2*", 24, _INVARIANTS),
+    Spill("fa2_fwd_*_d64_m128n128w4s1b2*", 24, _INVARIANTS),
+    Spill("fa2_fwd_*_d96_m128n64w4s1b2*", 32, _INVARIANTS),
     Spill("fa2_fwd_*_d128_m128n64w4s1b2*", 144, _INVARIANTS),
     Spill("fa2_fwd_*_d128_m128n32w4s1b2*", 128, _INVARIANTS),
     *(Spill(f"fa2_fwd_{arch}_*_d128_m128n64w4s1b2_*rightbound*", 288, _STATE) for arch in ("sm80", "sm100")),
@@ -51,7 +52,7 @@ KNOWN_SPILLS = (
         for widths in ("d192v128", "d192", "d64v256", "d256")
         for feature in ("softcap", "dropout")
     ),
-    Spill("fa3_fwd_*_d128_m192n80w16s2*_softcap_*varlen*", 96, _CROWDED),
+    Spill("fa3_fwd_*_d64_m256n64w20s4*_softcap_prescale_learnedsink_varlen*", 80, _CROWDED),
 )
 
 

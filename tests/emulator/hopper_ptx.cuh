@@ -172,10 +172,6 @@ void wgmma_wait() {
   finish_products(kPending);
 }
 inline void conceal(int&) {}
-inline void await_value(float, int positive, uint32_t barrier) {
-  barrier_at(barrier);
-  if (positive < 0) throw std::runtime_error("await_value: `positive` is negative, so the arrival may come about");
-}
 template <int kTiles>
 void pin(float (&)[kTiles][4]) {}
 

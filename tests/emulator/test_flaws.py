@@ -13,7 +13,8 @@ import pytest
 from atomr_accel_flashattn.jit.source import headers_dir
 from atomr_accel_flashattn.jit.spec import Family, Tile
 from atomr_accel_flashattn.types import DType
-from tests.cases import Case, build
+from tests.cases import Case, Values, build
+from tests.check import check_case
 from tests.gpu.jitter import FLAWS
 
 from . import build as building
@@ -55,3 +56,36 @@ def test_a_flaw_changes_bits_and_hangs_nothing(family: Family, other_headers: Pa
     FLAWS[family].apply(other_headers)
     forget()
     assert {bits(seed) for seed in range(12)} - expected
+
+
+SERIES_GUARDS = {
+    "no maximum yet": ("rows.cuh", "series_bound = -1.f", "series_bound = 3e38f"),
+    "f16 overflows": ("rows.cuh", "lowest + 15.f", "lowest + 1e6f"),
+    "not small beside the cap": ("rows.cuh", "fminf(p.softcap_limit, ", "fminf(3e38f, "),
+}
+SERIES_CASES = [
+    Case(values=Values.RISING, softcap=cap, seqlen_q=130, seqlen_k=500, left=300, right=60, softmax_scale=scale)
+    for cap, scale in ((1e3, None), (5.0, 0.01), (50.0, None))
+]
+
+
+def wrong_cases() -> list[Case]:
+    """Those of ``SERIES_CASES`` that a kernel gets wrong, in f16 on 64 keys a tile."""
+    found = []
+    for case in SERIES_CASES:
+        try:
+            check_case(case, emulate)
+        except AssertionError:
+            found.append(case)
+    return found
+
+
+@pytest.mark.parametrize("guard", SERIES_GUARDS)
+def test_cases_see_where_the_series_of_softcap_may_not_be_taken(guard: str, other_headers: Path):
+    assert not wrong_cases()
+    name, text, flawed = SERIES_GUARDS[guard]
+    source = (other_headers / name).read_text()
+    assert source.count(text) == 1
+    (other_headers / name).write_text(source.replace(text, flawed))
+    forget()
+    assert wrong_cases()

@@ -175,6 +175,21 @@ def test_score_terms():
     assert pack(dense(alibi_slopes=array(8, 2, 8, dtype=DType.F32))).alibi_batch_stride == 8
 
 
+def test_softcap_series():
+    p = pack(dense(softcap=30.0))
+    s = p.softcap_limit
+    assert 0.125 * s == pytest.approx(0.4 * 30)
+    for share in (1e-3, 0.2, 0.7, 1.0):
+        x = share * s
+        capped = 30 * math.log2(math.e) * math.tanh(0.125 * x / 30)
+        assert x * (p.scale_log2 + p.softcap_cubic * x**2 + p.softcap_quintic * x**4) == pytest.approx(capped, rel=1e-5)
+
+
+@pytest.mark.parametrize("cap", [1e-320, 1e-30, 1e12, 1e300])
+def test_no_softcap_series_where_its_last_factor_is_none_of_float32(cap: float):
+    assert pack(dense(softcap=cap)).softcap_limit < 0
+
+
 def test_dropout():
     problem = dense(dropout=Dropout(0.25, array(10, 2, dtype=None)))
     p = pack(problem)

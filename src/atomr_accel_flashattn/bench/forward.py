@@ -82,6 +82,7 @@ class Row:
     alibi: bool
     softcap: float
     sink_tokens: int
+    score_std: float
     kernel: str  # ours
     flops: float
     results: dict[str, Result]
@@ -228,6 +229,7 @@ def _run_cell(cell: Cell, peers: Sequence[Peer], options: Options, ceiling: floa
         alibi=cell.alibi,
         softcap=cell.softcap,
         sink_tokens=cell.sink_tokens,
+        score_std=cell.score_std,
         kernel=lookup(request_of(cell, sets[0], _family(options.families[0]) if options.families else None).dispatch_key()).kernel_name,
         flops=cell.flops,
         results=results,

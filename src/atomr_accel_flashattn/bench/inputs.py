@@ -22,7 +22,10 @@ ERROR_LIMIT = {DType.F16: 5e-3, DType.BF16: 2e-2}
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """q, k, v: (B, S, H, D), or (total, H, D) when packed, random normal; ``offsets`` int32 (B + 1,), ``slopes`` float32 (H,)."""
+    """q, k, v: (B, S, H, D), or (total, H, D) when packed, normal, q times ``score_std``.
+
+    ``offsets`` int32 (B + 1,), ``slopes`` float32 (H,).
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -64,7 +67,7 @@ def _one_set(cell: Cell, device: torch.device, seed: int) -> Inputs:
     if cell.alibi:
         slopes = torch.tensor([2.0 ** (-8 * (h + 1) / cell.heads) for h in range(cell.heads)], dtype=torch.float32, device=device)
     q, k, v = (normal(*rows, cell.heads, cell.head_dim), *(normal(*rows_k, cell.heads_kv, dim) for dim in (cell.head_dim, cell.value_dim)))
-    return Inputs(q, k, v, offsets, slopes, max(cell.lengths))
+    return Inputs(q * cell.score_std, k, v, offsets, slopes, max(cell.lengths))
 
 
 def check_rows(cell: Cell, inputs: Inputs, out: torch.Tensor) -> float:

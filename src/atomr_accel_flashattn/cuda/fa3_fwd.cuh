@@ -37,10 +37,6 @@ struct Fa3Forward {
 
   static constexpr bool kAllSeen = !C.varlen && !C.left_bound && !C.right_bound;  // every row sees every key that the tensor has
 
-  // Left alone, ptxas waits for the product with V before it begins the softmax. Two warpgroups at 128 columns then have too little to do at a time:
-  // 3 to 5 % at head dim 128, 512 and 1k rows. Three, or 256 columns, fill that time, and are as fast or faster so.
-  static constexpr bool kMaximaFirst = kConsumers == 2 && C.v_head_dim == 128;
-
   // L2 policies (createpolicy): q is read once, k and v by many blocks.
   static constexpr uint64_t kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
 
@@ -300,9 +296,6 @@ struct Fa3Forward {
       if (next < 0) release(ring_q);  // as early as may be: the loading warp waits for it to begin the next tile
       rows.finish_scores(r.S, n);
       const bool grew = rows.softmax_tile(r.S, n);
-      if constexpr (kMaximaFirst) {
-        for (float x : rows.softmax.max[0]) ptx::await_value(x, p.tiles, ring_v.empty());
-      }
       ptx::wgmma_wait<0>();
       ptx::pin(rows.rO[0]);
       release(ring_v);

@@ -95,20 +95,6 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 // Nothing: a value that the compiler may not know.
 __device__ __forceinline__ void conceal(int& x) { asm volatile("" : "+r"(x)); }
-// Nothing: an arrival that never comes about, as no `positive` has a sign. Waits for products behind it stay behind the arithmetic that gives `x`;
-// ptxas moves them above any arithmetic, but above no access to a barrier.
-__device__ __forceinline__ void await_value(float x, int positive, uint32_t barrier) {
-  asm volatile(
-      "{\n"
-      ".reg .pred never;\n"
-      ".reg .b32 sign;\n"
-      "and.b32 sign, %0, %1;\n"
-      "setp.lt.s32 never, sign, 0;\n"
-      "@never mbarrier.arrive.shared::cta.b64 _, [%2];\n"
-      "}\n" ::"r"(__float_as_int(x)),
-      "r"(positive), "r"(barrier)
-      : "memory");
-}
 // Nothing: registers that an asynchronous product has written are read from here on, not before.
 template <int kTiles>
 __device__ __forceinline__ void pin(float (&d)[kTiles][4]) {

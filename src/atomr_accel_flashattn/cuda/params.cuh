@@ -34,6 +34,7 @@ struct FwdParams {
   int32_t dropout_threshold;
   float dropout_rescale;
   float scale_log2, softcap_scale, softcap_log2;
+  float softcap_cubic, softcap_quintic, softcap_limit;  // s (scale_log2 + cubic s^2 + quintic s^4) does for raw scores up to the limit
 };
 
 // The FA3 family reads q, k and v through tensor maps.

@@ -36,6 +36,9 @@ struct WarpRows {
   float rescale[kBlocks][2];  // of rO: to a new maximum, and at the end to its denominator
   OnlineSoftmax<kBlocks> softmax;
 
+  bool in_series = false;     // Score::kHasSeries: whether the tile at hand takes the series,
+  float series_bound = -1.f;  // and up to which |s| the rows of this lane may: no tile before the first maximum
+
   __device__ __forceinline__ WarpRows(const FwdParams& params, const Work& w, const Sequence& s, int row)
       : p(params), work(w), seq(s), first_row(row), band(params, s, row, kRows), score(params, w.batch, w.head) {
     clear(rO);
@@ -51,15 +54,22 @@ struct WarpRows {
         for (int e = 0; e < 4; ++e) x[b][t][e] = 0.f;
   }
 
-  // Raw products of tile n become scores: scale, bias, mask.
+  // Raw products of tile n become scores: scale, bias, mask. Those that take the series stay raw.
   __device__ __forceinline__ void finish_scores(Scores& rS, int n) {
-    transform_scores(rS, n);
+    if constexpr (Score<C>::kHasSeries) in_series = !__any_sync(0xffffffffu, largest(rS) > series_bound);
+    if (!in_series) transform_scores(rS, n);
     if (band.cuts(n)) hide_keys(rS, n);
   }
 
   // Scores of tile n become unnormalised probabilities. Returns whether rescale_output() has anything to do.
   __device__ __forceinline__ bool softmax_tile(Scores& rS, int n) {
-    const bool grew = softmax.update(rS, rescale, score.factor);
+    bool grew = false;
+    if (in_series) {
+      softmax.accumulate(rS, [this](float s, float reference) { return score.series(s, reference); });
+    } else {
+      grew = softmax.update(rS, rescale, score.factor);
+      if constexpr (Score<C>::kHasSeries) bound_series();
+    }
     if constexpr (C.dropout) drop(rS, n);
     return grew;
   }
@@ -145,6 +155,25 @@ struct WarpRows {
             }
         }
     }
+  }
+
+  static __device__ __forceinline__ float largest(const Scores& rS) {
+    float magnitude = 0.f;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int t = 0; t < kKeyTiles; ++t)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) magnitude = fmaxf(magnitude, fabsf(rS[b][t][e]));
+    return magnitude;
+  }
+
+  // Scores of the series are no maxima: none may pass a reference by more than 15 in log2 units, which f16 holds. Capped, they are no larger.
+  __device__ __forceinline__ void bound_series() {
+    float lowest = softmax.max[0][0];
+#pragma unroll
+    for (int i = 1; i < 2 * kBlocks; ++i) lowest = fminf(lowest, softmax.max[i / 2][i % 2]);
+    series_bound = fminf(p.softcap_limit, (lowest + 15.f) / score.scale);
   }
 
   __device__ __forceinline__ void hide_keys(Scores& rS, int n) {

@@ -15,12 +15,22 @@ constexpr float kLog2e = 1.4426950408889634f;
 template <Config C>
 struct Score {
   static constexpr bool kInLog2 = C.softcap || C.prescale;
+  // Two special functions an element, which is what tanh takes, cost more than both products of narrow heads. Where raw scores are small beside
+  // the cap, a polynomial inside the exponent does: series().
+  static constexpr bool kHasSeries = C.softcap && !C.alibi && !C.prescale;
   float factor;  // from what apply() leaves to log2 units
   float scale, cap_scale, cap;
-  float slope;  // per key of distance, in the units of apply()
+  float cubic, quintic;  // coefficients of series()
+  float slope;           // per key of distance, in the units of apply()
 
   __device__ __forceinline__ Score(const FwdParams& p, int batch, int head)
-      : factor(kInLog2 ? 1.f : p.scale_log2), scale(p.scale_log2), cap_scale(p.softcap_scale), cap(p.softcap_log2), slope(0.f) {
+      : factor(kInLog2 ? 1.f : p.scale_log2),
+        scale(p.scale_log2),
+        cap_scale(p.softcap_scale),
+        cap(p.softcap_log2),
+        cubic(p.softcap_cubic),
+        quintic(p.softcap_quintic),
+        slope(0.f) {
     if constexpr (C.alibi) {
       slope = p.alibi_slopes[batch * p.alibi_batch_stride + head] * kLog2e;
       if constexpr (!kInLog2) slope /= p.scale_log2;
@@ -36,6 +46,12 @@ struct Score {
     }
     if constexpr (C.alibi) s = fmaf(-slope, fabsf(distance), s);
     return s;
+  }
+
+  // A capped score less `reference`, for |s| up to softcap_limit. The last coefficient is positive: -inf stays -inf.
+  __device__ __forceinline__ float series(float s, float reference) const {
+    const float square = s * s;
+    return fmaf(s, fmaf(square, fmaf(square, quintic, cubic), scale), -reference);
   }
 
  private:

@@ -22,7 +22,8 @@ struct OnlineSoftmax {
   float sum[kBlocks][2];  // this lane's part of the denominator
 
   // The output is rescaled only when a maximum grew by more than 8 in log2 units: until then the old one is the reference, probabilities reach
-  // at most 256 instead of 1, and nothing overflows in f16, bf16 or float32. Skips nearly every rescale after the first tiles.
+  // at most 256 instead of 1, and nothing overflows in f16, bf16 or float32. That is rare after the first tiles, so each lane looks at its own
+  // scores, and only where one in the warp has grown so far do the quads exchange maxima.
   static constexpr float kLazyGrowth = 8.f;
 
   __device__ __forceinline__ OnlineSoftmax() {
@@ -33,49 +34,62 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores become unnormalised probabilities in place; `rescale` tells what the output accumulated so far has to be multiplied by.
-  // Returns, for the whole warp, whether any factor differs from 1.
+  // Scores become unnormalised probabilities in place. Returns, for the whole warp, whether a reference has changed: then `rescale` tells what
+  // the output accumulated so far has to be multiplied by.
   template <int kTiles>
   __device__ __forceinline__ bool update(float (&s)[kBlocks][kTiles][4], float (&rescale)[kBlocks][2], float factor) {
     bool grew = false;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
+    for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float seen = fmaxf(max[b][r], row_max(s[b], r));
-        const bool keep = (seen - max[b][r]) * factor <= kLazyGrowth || seen == negative_infinity();
-        rescale[b][r] = keep ? 1.f : ptx::exp2((max[b][r] - seen) * factor);
-        grew |= !keep;
-        max[b][r] = keep ? max[b][r] : seen;
-        sum[b][r] = fmaf(sum[b][r], rescale[b][r], exponentiate(s[b], r, factor, reference(b, r) * factor));
-      }
-    }
-    return __any_sync(0xffffffffu, grew);
+      for (int r = 0; r < 2; ++r) grew |= (largest(s[b], r) - max[b][r]) * factor > kLazyGrowth;
+    grew = __any_sync(0xffffffffu, grew);
+    if (grew) raise(s, rescale, factor);
+    accumulate(s, [factor](float x, float reference) { return fmaf(x, factor, -reference * factor); });
+    return grew;
   }
 
-  // A row that has seen no key yet has no finite maximum; 0 keeps -inf - reference at -inf.
-  __device__ __forceinline__ float reference(int b, int r) const { return max[b][r] == negative_infinity() ? 0.f : max[b][r]; }
+  // Scores become unnormalised probabilities in place, against the references as they are. `exponent` takes a score and the reference.
+  template <int kTiles, class Exponent>
+  __device__ __forceinline__ void accumulate(float (&s)[kBlocks][kTiles][4], Exponent exponent) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float reference = max[b][r] == negative_infinity() ? 0.f : max[b][r];  // -inf - 0 stays -inf
+        float even = 0.f, odd = 0.f;
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          s[b][t][2 * r] = ptx::exp2(exponent(s[b][t][2 * r], reference));
+          s[b][t][2 * r + 1] = ptx::exp2(exponent(s[b][t][2 * r + 1], reference));
+          even += s[b][t][2 * r];
+          odd += s[b][t][2 * r + 1];
+        }
+        sum[b][r] += even + odd;
+      }
+  }
 
  private:
   template <int kTiles>
-  static __device__ __forceinline__ float row_max(const float (&s)[kTiles][4], int r) {
-    float m = fmaxf(s[0][2 * r], s[0][2 * r + 1]);
+  __device__ __forceinline__ void raise(const float (&s)[kBlocks][kTiles][4], float (&rescale)[kBlocks][2], float factor) {
 #pragma unroll
-    for (int t = 1; t < kTiles; ++t) m = fmaxf(m, fmaxf(s[t][2 * r], s[t][2 * r + 1]));
-    return quad_reduce(m, [](float a, float b) { return fmaxf(a, b); });
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float seen = quad_reduce(largest(s[b], r), [](float x, float y) { return fmaxf(x, y); });
+        const bool keep = !((seen - max[b][r]) * factor > kLazyGrowth);
+        rescale[b][r] = keep ? 1.f : ptx::exp2((max[b][r] - seen) * factor);
+        max[b][r] = keep ? max[b][r] : seen;
+        sum[b][r] *= rescale[b][r];
+      }
   }
 
   template <int kTiles>
-  static __device__ __forceinline__ float exponentiate(float (&s)[kTiles][4], int r, float factor, float reference) {
-    float even = 0.f, odd = 0.f;
+  static __device__ __forceinline__ float largest(const float (&s)[kTiles][4], int r) {
+    float m = fmaxf(s[0][2 * r], s[0][2 * r + 1]);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      s[t][2 * r] = ptx::exp2(fmaf(s[t][2 * r], factor, -reference));
-      s[t][2 * r + 1] = ptx::exp2(fmaf(s[t][2 * r + 1], factor, -reference));
-      even += s[t][2 * r];
-      odd += s[t][2 * r + 1];
-    }
-    return even + odd;
+    for (int t = 1; t < kTiles; ++t) m = fmaxf(m, fmaxf(s[t][2 * r], s[t][2 * r + 1]));
+    return m;
   }
 };
 
