@@ -37,8 +37,8 @@ _MEETING = (
 )
 
 _CROWDED = (
-    "four computing warpgroups have 112 registers a thread. Where softcap meets a scale that is not positive, packed sequences and a learned "
-    "sink, up to 9 loads and 4 stores per key tile of 1000 instructions spill; for so rare a call a tile of its own is not worth it"
+    "four computing warpgroups have 112 registers a thread. Where softcap meets a scale that is not positive, packed sequences and a "
+    "learned sink, up to 9 loads and 4 stores per key tile of 1000 instructions spill; so rare a call is not worth a tile of its own"
 )
 
 KNOWN_SPILLS = (
