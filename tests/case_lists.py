@@ -219,5 +219,7 @@ def _hazards_of_numbers() -> Iterator[tuple[str, _Options]]:
         yield "rising_scores_softcap", {"values": Values.RISING, "softcap": cap, "seqlen_q": 150, "seqlen_k": 700, **CAUSAL}
         yield "rising_scores_softcap", {"values": Values.RISING, "softcap": cap, "seqlen_q": 130, "seqlen_k": 500, "left": 200, "right": 60}
     yield "rising_scores", {"values": Values.RISING, "seqlen_q": 150, "seqlen_k": 700, **CAUSAL}
+    for cap, scale in ((1e3, 40.0), (2e3, 50.0)):  # large scores below a larger cap: a relative error of the tanh would show
+        yield "equal_scores_softcap", {"values": Values.TIES, "softcap": cap, "softmax_scale": scale, "seqlen_k": 256}
     yield "softcap_before_the_first_key", {"softcap": 50.0, "seqlen_q": 300, "seqlen_k": 100, "left": 50, "right": 0}
     yield "learned_sink", {"learned_sink": True, "seqlen_q": 100, "seqlen_k": 200, "heads": 6, "heads_kv": 2}

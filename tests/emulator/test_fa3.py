@@ -91,6 +91,20 @@ def test_tile_with_every_feature(tile: Tile):
     check_case(EVERYTHING, lambda inputs: emulate(inputs, tile=tile, family=Family.FA3))
 
 
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_bits_of_a_sequence_do_not_depend_on_the_next_one_or_on_keys_that_it_does_not_see(softcap: float):
+    inputs = build(Case(dtype=DType.F16, lengths_q=(700, 60), lengths_k=(700, 60), heads=4, heads_kv=4, left=300, right=0, softcap=softcap))
+    q, k = inputs.q.copy(), inputs.k.copy()
+    q[700:] *= 30
+    k[700:] *= 30
+    k[:100] *= 30  # query 400 and later ones see none of them
+    first, other = (emulate(each, family=Family.FA3) for each in (inputs, replace(inputs, q=q, k=k)))
+    assert first.lse is not None
+    assert other.lse is not None
+    assert first.out[400:700].tobytes() == other.out[400:700].tobytes()
+    assert first.lse[:, 400:700].tobytes() == other.lse[:, 400:700].tobytes()
+
+
 @pytest.mark.parametrize("tile", TILES[:9], ids=str)
 @pytest.mark.parametrize("case", [RAGGED, EVERYTHING], ids=["causal", "everything"])
 def test_bits_do_not_depend_on_the_order_of_threads_and_copies(case: Case, tile: Tile):

@@ -66,7 +66,7 @@ SERIES_GUARDS = {
 SERIES_CASES = [
     Case(values=Values.RISING, softcap=cap, seqlen_q=130, seqlen_k=500, left=300, right=60, softmax_scale=scale)
     for cap, scale in ((1e3, None), (5.0, 0.01), (50.0, None))
-]
+] + [Case(softcap=50.0, seqlen_q=130, seqlen_k=512)]
 
 
 def wrong_cases() -> list[Case]:

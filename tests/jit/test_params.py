@@ -185,8 +185,12 @@ def test_softcap_series():
         assert x * (p.scale_log2 + p.softcap_cubic * x**2 + p.softcap_quintic * x**4) == pytest.approx(capped, rel=1e-5)
 
 
-@pytest.mark.parametrize("cap", [1e-320, 1e-30, 1e12, 1e300])
-def test_no_softcap_series_where_its_last_factor_is_none_of_float32(cap: float):
+def test_the_error_of_the_softcap_series_is_bounded_in_log2_units():
+    assert pack(dense(softcap=1e3)).softcap_limit * 0.125 * math.log2(math.e) == pytest.approx(48)
+
+
+@pytest.mark.parametrize("cap", [1e-320, 1e-30, 1e300])
+def test_no_softcap_series_where_its_factors_are_none_of_float32(cap: float):
     assert pack(dense(softcap=cap)).softcap_limit < 0
 
 

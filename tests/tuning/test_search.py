@@ -291,7 +291,7 @@ def test_rows_for_few_rows_are_of_the_widths_and_architectures_that_have_some(ca
     results = short_and_long(card, Options(tiles=("m128n64w4s1b2", "m128n96w4s1b1"), rounds=1))
     short = winners(results, by_kernel)[0]
     for arch, head_dim, start in (
-        (fa.SmArch.SM_90A, 256, "(256, 256): Tile("),
+        (fa.SmArch.SM_90A, 128, "(128, 128): Tile("),
         (fa.SmArch.SM_90A, 192, "(192, 192): Tile("),
         (fa.SmArch.SM_90, 256, "256: Tile("),
     ):
@@ -300,7 +300,7 @@ def test_rows_for_few_rows_are_of_the_widths_and_architectures_that_have_some(ca
         row = table_row(replace(short, spec=spec))
         assert row.startswith(start)
         told_apart = by_table_row(spec, few_rows=True) != by_table_row(spec, few_rows=False)
-        assert told_apart == ("few rows" in row) == (arch is fa.SmArch.SM_90A and head_dim == 256)
+        assert told_apart == ("few rows" in row) == (arch is fa.SmArch.SM_90A and head_dim == 128)
 
 
 def test_less_than_a_percent_is_noise(card: Card) -> None:

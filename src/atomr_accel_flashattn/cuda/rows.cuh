@@ -36,6 +36,11 @@ struct WarpRows {
   float rescale[kBlocks][2];  // of rO: to a new maximum, and at the end to its denominator
   OnlineSoftmax<kBlocks> softmax;
 
+  // On one side of the diagonal ALiBi is linear: scores take what differs inside a row of a tile, references the rest. Two blocks have no
+  // registers for that.
+  static constexpr bool kShifts = C.alibi && !Score<C>::kInLog2 && kBlocks == 1;
+  float shift[kBlocks][2];  // kShifts: what scores of the tile at hand still lack
+
   bool in_series = false;     // Score::kHasSeries: whether the tile at hand takes the series,
   float series_bound = -1.f;  // and up to which |s| the rows of this lane may: no tile before the first maximum
 
@@ -56,7 +61,7 @@ struct WarpRows {
 
   // Raw products of tile n become scores: scale, bias, mask. Those that take the series stay raw.
   __device__ __forceinline__ void finish_scores(Scores& rS, int n) {
-    if constexpr (Score<C>::kHasSeries) in_series = !__any_sync(0xffffffffu, largest(rS) > series_bound);
+    if constexpr (Score<C>::kHasSeries) in_series = !band.cuts(n) && !__any_sync(0xffffffffu, largest(rS) > series_bound);
     if (!in_series) transform_scores(rS, n);
     if (band.cuts(n)) hide_keys(rS, n);
   }
@@ -64,10 +69,10 @@ struct WarpRows {
   // Scores of tile n become unnormalised probabilities. Returns whether rescale_output() has anything to do.
   __device__ __forceinline__ bool softmax_tile(Scores& rS, int n) {
     bool grew = false;
-    if (in_series) {
-      softmax.accumulate(rS, [this](float s, float reference) { return score.series(s, reference); });
+    if (Score<C>::kHasSeries && in_series) {
+      softmax.template accumulate<false>(rS, shift, [this](float s, float reference) { return score.series(s, reference); });
     } else {
-      grew = softmax.update(rS, rescale, score.factor);
+      grew = softmax.template update<kShifts>(rS, shift, rescale, score.factor);
       if constexpr (Score<C>::kHasSeries) bound_series();
     }
     if constexpr (C.dropout) drop(rS, n);
@@ -140,13 +145,24 @@ struct WarpRows {
     return C.pack_gqa ? query_of<C>(p, row_at(b, r)) + (seq.length_k - seq.length_q) : band.p_first + 16 * b + 8 * r + lane_row();
   }
 
+  // From a row to this lane's first key of tile n.
+  __device__ __forceinline__ float distance(int b, int r, int n) const {
+    return static_cast<float>(n * C.block_n + lane_col() - position(b, r));
+  }
+
   __device__ __forceinline__ void transform_scores(Scores& rS, int n) {
+    if constexpr (kShifts) {
+      const bool before = n * C.block_n + C.block_n - 1 <= band.p_first || (C.right_bound && p.window_right <= 0);
+      const bool after = n * C.block_n >= band.p_last;
+      if (before || after) return apply_linear_bias(rS, n, before ? score.slope : -score.slope);
+    }
     if constexpr (C.alibi || Score<C>::kInLog2) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float first = static_cast<float>(n * C.block_n + lane_col() - position(b, r));
+          const float first = distance(b, r, n);
+          shift[b][r] = 0.f;
 #pragma unroll
           for (int t = 0; t < kKeyTiles; ++t)
 #pragma unroll
@@ -157,22 +173,45 @@ struct WarpRows {
     }
   }
 
-  static __device__ __forceinline__ float largest(const Scores& rS) {
+  // ALiBi where all visible keys are on one side of the diagonal: one instruction an element, where distances take two.
+  __device__ __forceinline__ void apply_linear_bias(Scores& rS, int n, float slope) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        shift[b][r] = slope * distance(b, r, n);
+#pragma unroll
+        for (int t = 0; t < kKeyTiles; ++t)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) rS[b][t][2 * r + e] = fmaf(slope, static_cast<float>(8 * t + e), rS[b][t][2 * r + e]);
+      }
+  }
+
+  // Of packed sequences, the rows past the end are the next sequence's, which shall change nothing here.
+  __device__ __forceinline__ bool decides(int b, int r) const { return !C.varlen || row_at(b, r) < row_count<C>(p, seq); }
+
+  __device__ __forceinline__ float largest(const Scores& rS) const {
     float magnitude = 0.f;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int t = 0; t < kKeyTiles; ++t)
+      for (int r = 0; r < 2; ++r) {
+        float of_row = 0.f;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) magnitude = fmaxf(magnitude, fabsf(rS[b][t][e]));
+        for (int t = 0; t < kKeyTiles; ++t) of_row = fmaxf(of_row, fmaxf(fabsf(rS[b][t][2 * r]), fabsf(rS[b][t][2 * r + 1])));
+        if (decides(b, r)) magnitude = fmaxf(magnitude, of_row);
+      }
     return magnitude;
   }
 
   // Scores of the series are no maxima: none may pass a reference by more than 15 in log2 units, which f16 holds. Capped, they are no larger.
   __device__ __forceinline__ void bound_series() {
-    float lowest = softmax.max[0][0];
+    float lowest = -negative_infinity();
 #pragma unroll
-    for (int i = 1; i < 2 * kBlocks; ++i) lowest = fminf(lowest, softmax.max[i / 2][i % 2]);
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (decides(b, r)) lowest = fminf(lowest, softmax.max[b][r]);
     series_bound = fminf(p.softcap_limit, (lowest + 15.f) / score.scale);
   }
 

@@ -48,7 +48,7 @@ struct Score {
     return s;
   }
 
-  // A capped score less `reference`, for |s| up to softcap_limit. The last coefficient is positive: -inf stays -inf.
+  // A capped score less `reference`, for |s| up to softcap_limit.
   __device__ __forceinline__ float series(float s, float reference) const {
     const float square = s * s;
     return fmaf(s, fmaf(square, fmaf(square, quintic, cubic), scale), -reference);

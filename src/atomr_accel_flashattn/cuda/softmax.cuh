@@ -22,8 +22,8 @@ struct OnlineSoftmax {
   float sum[kBlocks][2];  // this lane's part of the denominator
 
   // The output is rescaled only when a maximum grew by more than 8 in log2 units: until then the old one is the reference, probabilities reach
-  // at most 256 instead of 1, and nothing overflows in f16, bf16 or float32. That is rare after the first tiles, so each lane looks at its own
-  // scores, and only where one in the warp has grown so far do the quads exchange maxima.
+  // at most 256 instead of 1 (2^15 where softcap takes its series), and nothing overflows in f16, bf16 or float32. That is rare after the first
+  // tiles, so each lane looks at its own scores, and only where one in the warp has grown so far do the quads exchange maxima.
   static constexpr float kLazyGrowth = 8.f;
 
   __device__ __forceinline__ OnlineSoftmax() {
@@ -35,28 +35,34 @@ struct OnlineSoftmax {
   }
 
   // Scores become unnormalised probabilities in place. Returns, for the whole warp, whether a reference has changed: then `rescale` tells what
-  // the output accumulated so far has to be multiplied by.
-  template <int kTiles>
-  __device__ __forceinline__ bool update(float (&s)[kBlocks][kTiles][4], float (&rescale)[kBlocks][2], float factor) {
+  // the output accumulated so far has to be multiplied by. `shift` is what scores of this lane's rows lack where kShifted.
+  template <bool kShifted, int kTiles>
+  __device__ __forceinline__ bool update(float (&s)[kBlocks][kTiles][4], const float (&shift)[kBlocks][2], float (&rescale)[kBlocks][2],
+                                         float factor) {
+    float top[kBlocks][2];  // of this lane
     bool grew = false;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) grew |= (largest(s[b], r) - max[b][r]) * factor > kLazyGrowth;
+      for (int r = 0; r < 2; ++r) {
+        top[b][r] = kShifted ? largest(s[b], r) + shift[b][r] : largest(s[b], r);
+        grew |= (top[b][r] - max[b][r]) * factor > kLazyGrowth;
+      }
     grew = __any_sync(0xffffffffu, grew);
-    if (grew) raise(s, rescale, factor);
-    accumulate(s, [factor](float x, float reference) { return fmaf(x, factor, -reference * factor); });
+    if (grew) raise(top, rescale, factor);
+    accumulate<kShifted>(s, shift, [factor](float x, float reference) { return fmaf(x, factor, -reference * factor); });
     return grew;
   }
 
-  // Scores become unnormalised probabilities in place, against the references as they are. `exponent` takes a score and the reference.
-  template <int kTiles, class Exponent>
-  __device__ __forceinline__ void accumulate(float (&s)[kBlocks][kTiles][4], Exponent exponent) {
+  // Scores become unnormalised probabilities in place, against the references as they are. `exponent` takes a score and its reference.
+  template <bool kShifted, int kTiles, class Exponent>
+  __device__ __forceinline__ void accumulate(float (&s)[kBlocks][kTiles][4], const float (&shift)[kBlocks][2], Exponent exponent) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float reference = max[b][r] == negative_infinity() ? 0.f : max[b][r];  // -inf - 0 stays -inf
+        const float seen = max[b][r] == negative_infinity() ? 0.f : max[b][r];  // -inf - 0 stays -inf
+        const float reference = kShifted ? seen - shift[b][r] : seen;
         float even = 0.f, odd = 0.f;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
@@ -70,13 +76,12 @@ struct OnlineSoftmax {
   }
 
  private:
-  template <int kTiles>
-  __device__ __forceinline__ void raise(const float (&s)[kBlocks][kTiles][4], float (&rescale)[kBlocks][2], float factor) {
+  __device__ __forceinline__ void raise(const float (&top)[kBlocks][2], float (&rescale)[kBlocks][2], float factor) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float seen = quad_reduce(largest(s[b], r), [](float x, float y) { return fmaxf(x, y); });
+        const float seen = quad_reduce(top[b][r], [](float x, float y) { return fmaxf(x, y); });
         const bool keep = !((seen - max[b][r]) * factor > kLazyGrowth);
         rescale[b][r] = keep ? 1.f : ptx::exp2((max[b][r] - seen) * factor);
         max[b][r] = keep ? max[b][r] : seen;
