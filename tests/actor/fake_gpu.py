@@ -43,7 +43,7 @@ class FakeDriver:
     log: list[tuple[Any, ...]] = field(default_factory=list)
     sticky: bool = False
     events: Any = field(default_factory=lambda: count(1000))
-    live_events: int = 0
+    alive: set[int] = field(default_factory=set)  # events that are not destroyed
     busy: bool = False  # no launch is finished when it is asked for; who waits for one does get it
     current: int = 0  # the context of every thread
     landed: threading.Event = field(default_factory=threading.Event)  # waits for an event end when it is set
@@ -51,6 +51,11 @@ class FakeDriver:
 
     def __post_init__(self) -> None:
         self.landed.set()
+
+    @property
+    def live_events(self) -> int:
+        """How many events are not destroyed."""
+        return len(self.alive)
 
     CUevent_flags = _Flags
     CUstream_flags = _Flags
@@ -64,18 +69,21 @@ class FakeDriver:
         return (0,)
 
     def cuEventCreate(self, flags: int) -> tuple[int, int]:  # noqa: N802, ARG002 - CUDA's name
-        self.live_events += 1
-        return 0, next(self.events)
+        event = next(self.events)
+        self.alive.add(event)
+        return 0, event
 
-    def cuEventDestroy(self, event: int) -> tuple[int]:  # noqa: N802, ARG002 - CUDA's name
-        self.live_events -= 1
+    def cuEventDestroy(self, event: int) -> tuple[int]:  # noqa: N802 - CUDA's name
+        self.alive.remove(event)
         return (0,)
 
     def cuEventRecord(self, event: int, stream: int) -> tuple[int]:  # noqa: N802 - CUDA's name
+        assert event in self.alive, "a destroyed event was recorded"
         self.log.append(("record", event, stream))
         return (0,)
 
     def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[int]:  # noqa: N802, ARG002 - CUDA's name
+        assert event in self.alive, "a stream waits for a destroyed event"
         self.log.append(("wait", event, stream))
         return (0,)
 

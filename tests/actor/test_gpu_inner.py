@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import pytest
 
@@ -11,6 +14,11 @@ from atomr_accel_flashattn.actor import gpu
 from atomr_accel_flashattn.jit import driver as driver_module
 from tests.actor.devices import PATIENCE
 from tests.actor.fake_gpu import FakeArray, FakeDriver, install
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from atomr_accel_flashattn.actor import Job
 
 
 @pytest.fixture
@@ -93,3 +101,50 @@ def test_events_that_wait_are_those_that_were_recorded_last(cuda: FakeDriver):
     events.give_back(first)
     assert events.record(0) == first
     assert cuda.log == [("push", 3), ("record", first, 7), ("push", 3), ("record", first, 0)]
+
+
+def test_a_caller_whom_a_stop_overtakes_records_no_destroyed_event_and_leaves_none(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
+    prepare = gpu.GpuInner.prepare
+    actor = FlashAttnActor.start(FlashAttnProps(device="cuda:0"))
+    actor.ask(sent()).result(PATIENCE)  # leaves events to be used again
+
+    def overtaken(inner: gpu.GpuInner, message: FlashAttnMsg.Forward) -> Job:
+        actor.stop()
+        return prepare(inner, message)
+
+    monkeypatch.setattr(gpu.GpuInner, "prepare", overtaken)
+    with pytest.raises(fa.ActorStoppedError):
+        actor.ask(sent())
+    assert kinds(cuda)[-2:] == ["destroy", "record"]
+    assert cuda.live_events == 0
+
+
+def test_an_event_that_comes_back_after_the_end_is_destroyed(cuda: FakeDriver):
+    events = gpu.CudaEvents(0)
+    late = events.record(7)
+    events.close()
+    assert cuda.alive == {late}, "somebody may still ask about it"
+    events.give_back(late)
+    assert cuda.live_events == 0
+
+
+def test_an_event_that_could_not_be_recorded_is_used_again(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
+    events = gpu.CudaEvents(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "check", failing_after(1))
+        with pytest.raises(fa.LaunchError, match="not recorded"):
+            events.record(7)
+    events.record(7)
+    assert cuda.live_events == 1
+
+
+def failing_after(calls: int) -> Callable[[tuple[Any, ...], str], Any]:
+    """A ``check`` that lets ``calls`` calls pass, and finds an error in the next."""
+    left = count(calls, -1)
+
+    def check(result: tuple[Any, ...], _: str) -> Any:
+        if next(left) == 0:
+            raise fa.LaunchError("not recorded", kernel_name="")
+        return result[-1]
+
+    return check

@@ -37,37 +37,50 @@ class CudaEvents:
 
     def __init__(self, index: int) -> None:
         self._index = index
+        self._cuda = driver()  # events may come back when the interpreter is going down
         self.context = int(primary_context(index))
         self._free: SimpleQueue[Any] = SimpleQueue()
-        self._made: list[Any] = []
+        self._closed = False
 
     def record(self, stream: int) -> Any:
-        """An event at the end of ``stream``; the default stream is that of this device."""
-        cuda = driver()
+        """An event at the end of ``stream``; the default stream is that of this device. After :meth:`close` it is a new one."""
+        event = self._take()
         try:
-            event = self._free.get_nowait()
+            self._record(event, stream)
+        except BaseException:
+            self.give_back(event)
+            raise
+        return event
+
+    def _take(self) -> Any:
+        try:
+            return self._free.get_nowait()
         except Empty:
+            cuda = self._cuda
             with current_context(self._index):
-                event = check(cuda.cuEventCreate(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING), "cuEventCreate")
-            self._made.append(event)
+                return check(cuda.cuEventCreate(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING), "cuEventCreate")
+
+    def _record(self, event: Any, stream: int) -> None:
+        cuda = self._cuda
         if stream in _DEFAULT_STREAMS and self.current_context() != self.context:  # whose default stream it is: the thread's context says
             with current_context(self._index):
                 check(cuda.cuEventRecord(event, stream), "cuEventRecord")
         else:
             check(cuda.cuEventRecord(event, stream), "cuEventRecord")
-        return event
 
     def current_context(self) -> int:
         """The context that the thread works in, 0 for none: one question instead of a push and a pop."""
-        return int(check(driver().cuCtxGetCurrent(), "cuCtxGetCurrent"))
+        return int(check(self._cuda.cuCtxGetCurrent(), "cuCtxGetCurrent"))
 
     def make_wait(self, stream: int, event: Any) -> None:
         """Whatever is enqueued on ``stream`` from now on waits for ``event`` as it was recorded last."""
-        check(driver().cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent")
+        check(self._cuda.cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent")
 
     def give_back(self, event: Any) -> None:
         """It may be used again: nobody asks about it any more."""
         self._free.put(event)
+        if self._closed:  # after the put: either this or close() finds the event
+            self._destroy_free()
 
     def is_reached(self, event: Any) -> bool:
         """Whether the device has reached ``event``.
@@ -75,7 +88,7 @@ class CudaEvents:
         Raises:
             DeviceLostError: it never will.
         """
-        (status,) = driver().cuEventQuery(event)
+        (status,) = self._cuda.cuEventQuery(event)
         if int(status) == _NOT_READY:
             return False
         check((status,), "waiting for a launch of the actor")
@@ -87,13 +100,20 @@ class CudaEvents:
         Raises:
             DeviceLostError: the device does not reach it any more.
         """
-        check(driver().cuEventSynchronize(event), "waiting for a launch of the actor")
+        check(self._cuda.cuEventSynchronize(event), "waiting for a launch of the actor")
 
     def close(self) -> None:
-        """Destroy them all."""
-        for event in self._made:
-            driver().cuEventDestroy(event)
-        self._made.clear()
+        """Destroy those that are free now, and the others when they come back: a caller whom a stop overtook may still be using some."""
+        self._closed = True
+        self._destroy_free()
+
+    def _destroy_free(self) -> None:
+        while True:
+            try:
+                event = self._free.get_nowait()
+            except Empty:
+                return
+            self._cuda.cuEventDestroy(event)
 
 
 class _Mark:
