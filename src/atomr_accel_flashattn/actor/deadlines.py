@@ -67,7 +67,7 @@ class Deadlines:
 
 
 def _is_open(ticket: Ticket | None) -> bool:
-    return ticket is not None and not ticket.reply.done()
+    return ticket is not None and not ticket.reply.is_over()  # done() would ask the device, thousands of times under the lock
 
 
 def timed_out(label: str, timeout: float, what: str) -> RequestTimeoutError:

@@ -4,9 +4,9 @@ Who launches. What needs a compiler or a place that is not free waits, and the a
 of before takes less time than waking that thread: the caller's thread makes it, provided that nobody waits and nobody launches. One lock
 is held by whoever launches, so the order and the number of launches in flight are the same either way.
 
-What can end a request, and who settles it: an answer or an error of its launch (completion thread), an error before it or a stop (actor
-thread), a timeout (deadline thread), a cancel (the caller), a lost device (whoever sees it first). The future itself lets only the first
-of them through; the mailbox forgets the ticket once its outcome is certain.
+What can end a request, and who settles it: an answer (any thread that finds its launch finished), an error of its launch (completion
+thread), an error before it or a stop (actor thread), a timeout (deadline thread), a cancel (the caller), a lost device (whoever sees it
+first). The future itself lets only the first of them through; the mailbox forgets the ticket once its outcome is certain.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
 from typing import Final
 
 from ..errors import ActorStoppedError, DeviceLostError
@@ -24,6 +23,7 @@ from ..execute import Output
 from .flights import Flights, Launched
 from .fusion import MAX_FUSED
 from .inner import FlashAttnInner
+from .locks import run_if_free
 from .mailbox import Mailbox
 from .messages import refusal
 from .props import FlashAttnProps
@@ -63,7 +63,7 @@ class Engine:
         self._mailbox = mailbox
         self._wake = wake
         self._stop_actor = stop_actor
-        self._launching = threading.Lock()
+        self._launching = threading.RLock()
         self._waiting: deque[Ticket] = deque()
         self._again: deque[Ticket] = deque()  # launches of callers that failed, older than all that wait
         self._called = False  # work() will be called, and will find what comes in before
@@ -71,9 +71,6 @@ class Engine:
         self._refusing: Callable[[], BaseException] | None = None
         self._thread: threading.Thread | None = None
         self._gave_up = False
-        self._slots: SimpleQueue[None] = SimpleQueue()  # one token per launch that may still be made
-        for _ in range(props.max_in_flight):
-            self._slots.put(None)
         self.flights = Flights(f"{props.label}-completions", inner.attach, self._landed, self._landed_well)
 
     def enter_thread(self) -> None:
@@ -130,27 +127,29 @@ class Engine:
         Raises:
             ActorStoppedError: too late.
         """
-        if len(self.flights) >= _MANY or not self._inner.is_quick(ticket.job) or not self._launching.acquire(blocking=False):
+        if len(self.flights) >= _MANY or not self._inner.is_quick(ticket.job):
+            return False
+        return run_if_free(self._launching, self._enter_and_launch, ticket) or False
+
+    def _enter_and_launch(self, ticket: Ticket) -> bool:
+        if self._again or self._mailbox.waiting or not self._has_place():
             return False
         try:
-            if self._again or self._mailbox.waiting or not self._take_place(_PATIENCE):
-                return False
-            entered = launched = False
-            try:
-                entered = self._mailbox.enter_begun(ticket)
-                if entered:
-                    launched = self._launch_quickly(ticket)
-            finally:
-                if not launched:
-                    self._slots.put(None)
-        finally:
-            self._launching.release()
+            entered = self._mailbox.enter_begun(ticket)
+            if entered:
+                self._launch_quickly(ticket)
+        except BaseException:
+            self._mailbox.settle(ticket)  # nobody gets its reply
+            raise
         return entered
 
-    def _launch_quickly(self, ticket: Ticket) -> bool:
-        """Launch a ticket that has begun. What fails is left to the actor's thread, where everything else fails too."""
+    def _launch_quickly(self, ticket: Ticket) -> None:
+        """Launch a ticket that has begun. What fails is left to the actor's thread, where everything else fails too.
+
+        After a Ctrl-C it may be in flight already: the second launch writes the same, and keeps the arrays until both are done.
+        """
         try:
-            flight = self._inner.launch([ticket.job])
+            self.flights.add((ticket,), self._inner.launch([ticket.job]))
         except BaseException as error:
             ticket.tried = True
             self._again.append(ticket)
@@ -158,30 +157,22 @@ class Engine:
                 self._wake()
             if not isinstance(error, Exception):
                 raise
-            return False
-        self.flights.add((ticket,), flight)
+
+    def _has_place(self) -> bool:
+        """Whether one more launch may be made, perhaps in the place of one that finishes right now. True until who launches does."""
+        limit = self._props.max_in_flight
+        until = None
+        while len(self.flights) >= limit:
+            self.flights.take_finished()
+            now = time.perf_counter()
+            until = now + _PATIENCE if until is None else until
+            if now >= until:
+                return len(self.flights) < limit
         return True
 
-    def _take_place(self, patience: float = 0.0) -> bool:
-        """Whether one more launch may be made, perhaps in the place of one that finishes within ``patience`` seconds."""
-        until = None
-        while True:
-            try:
-                self._slots.get_nowait()
-            except Empty:
-                self.flights.take_finished()
-            else:
-                return True
-            if self._slots.empty():
-                now = time.perf_counter()
-                until = now + patience if until is None else until
-                if now >= until:
-                    return False
-
     def _wait_for_place(self) -> None:
-        if not self._take_place(_PATIENCE):
-            self.flights.hurry()
-            self._slots.get()
+        while not (self._has_place() or self._gave_up):
+            self.flights.wait_for_room(self._props.max_in_flight)
 
     def _flush(self) -> None:
         """Launch what was gathered, in order; neighbours with equal fuse keys together."""
@@ -202,14 +193,10 @@ class Engine:
         """Launch tickets as one, as soon as a launch may be made; each alone where that fails, because one of them may be at fault."""
         self._wait_for_place()
         live = [ticket for ticket in tickets if self._is_cleared(ticket)]
-        if live and self._launch(live):
-            return
-        self._slots.put(None)
-        if len(live) > 1:
+        if live and not self._launch(live) and len(live) > 1:
             for ticket in live:
                 self._wait_for_place()
-                if not self._launch([ticket]):
-                    self._slots.put(None)
+                self._launch([ticket])
 
     def _is_cleared(self, ticket: Ticket) -> bool:
         """Whether a ticket is to be launched; it has begun then. Else it is settled."""
@@ -242,7 +229,6 @@ class Engine:
 
     def _landed(self, launched: Launched, error: BaseException | None) -> None:
         """The device is done with a launch. In the completion thread."""
-        self._slots.put(None)
         if isinstance(error, DeviceLostError):
             self.lose_device(error)
         for ticket in launched.tickets:
@@ -258,10 +244,7 @@ class Engine:
         """The device is done with a launch of one request. In any thread; False: nothing was settled, for want of an answer or quiet."""
         (ticket,) = launched.tickets
         verdict = _verdict(ticket)
-        if isinstance(verdict, BaseException) or not ticket.reply.answer_quietly(verdict, lambda: self._mailbox.settle(ticket)):
-            return False
-        self._slots.put(None)
-        return True
+        return not isinstance(verdict, BaseException) and ticket.reply.answer_quietly(verdict, lambda: self._mailbox.settle(ticket))
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
         ticket.reply.begin()  # no cancel from here on; who waits for one that was cancelled is told
@@ -296,9 +279,8 @@ class Engine:
             self._fail(ticket, error())
 
     def give_up(self) -> None:
-        """Nobody waits for the device any more: wake the actor's thread, should it wait for a launch to finish."""
+        """Nobody waits for the device any more; the actor's thread, should it wait for a launch to finish, notices soon."""
         self._gave_up = True
-        self._slots.put(None)
 
     def shut_down(self) -> None:
         """End everything, in the actor's thread: answer what is left, wait for what is flying."""

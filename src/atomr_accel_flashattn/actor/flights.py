@@ -11,11 +11,13 @@ next kernel would stand still until Python gets its interpreter lock (up to 5 ms
 is never called once the context is lost, which is when every future needs its answer most. Waiting is one foreign call without the lock.
 A stream finishes its launches in order, so waiting for the oldest delays nobody; a device that does not would only answer later.
 
-Whoever takes a launch out holds a lock, so each is settled once.
+Whoever takes a launch out holds a lock, so each is settled once. Only a Ctrl-C between settling and taking out has one settled again, which
+changes nothing: a reply keeps its first answer, and how many launches may still be made follows from how many are here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -26,6 +28,7 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from .inner import Flight
+from .locks import run_if_free
 from .reply import Reply, Ticket
 
 __all__ = ["Flights", "Launched"]
@@ -77,7 +80,8 @@ class Flights:
         self._settle = settle
         self._settle_quietly = settle_quietly
         self._flying: deque[Launched] = deque()
-        self._taking = threading.Lock()  # held by whoever takes launches out
+        self._taking = threading.RLock()  # held by whoever takes launches out
+        self._room_bell: SimpleQueue[None] | None = None  # of who sleeps until one is taken out
         self._last = 0  # number of the newest launch
         self._wanted = 0  # the completion thread is to wait for launches up to this number
         self._bell: SimpleQueue[None] = SimpleQueue()
@@ -108,23 +112,31 @@ class Flights:
 
     def take_finished(self) -> None:
         """Answer what has finished, in any thread, without waiting for anything."""
-        if self._flying and self._taking.acquire(blocking=False):
-            try:
-                while self._take_first() is _Found.ANSWERED:
-                    pass
-            finally:
-                self._taking.release()
+        if self._flying:
+            run_if_free(self._taking, self._take_while_answered)
+
+    def _take_while_answered(self) -> None:
+        while self._take_first() is _Found.ANSWERED:
+            pass
 
     def watch(self, reply: Reply, timeout: float | None) -> None:
         """Ask the device for a moment whether a launch is done, one waiter at a time. Returns when it is, or is better slept for."""
-        if not self._taking.acquire(blocking=False):
-            return
-        try:
-            until = time.perf_counter() + (_SPIN_SECONDS if timeout is None else min(timeout, _SPIN_SECONDS))
-            while self._flying and self._take_first() is not _Found.LEFT and not reply.is_over() and time.perf_counter() < until:
-                pass
-        finally:
-            self._taking.release()
+        run_if_free(self._taking, self._spin, reply, _SPIN_SECONDS if timeout is None else min(timeout, _SPIN_SECONDS))
+
+    def _spin(self, reply: Reply, seconds: float) -> None:
+        until = time.perf_counter() + seconds
+        while self._flying and self._take_first() is not _Found.LEFT and not reply.is_over() and time.perf_counter() < until:
+            pass
+
+    def wait_for_room(self, limit: int) -> None:
+        """Sleep while ``limit`` launches are in flight, but for a moment only: a Ctrl-C may keep who takes one out from ringing."""
+        bell: SimpleQueue[None] = SimpleQueue()
+        self._room_bell = bell
+        self.hurry()
+        if len(self._flying) >= limit:  # after saying so: who takes one out from now on rings
+            with contextlib.suppress(Empty):
+                bell.get(timeout=_NAP_SECONDS)
+        self._room_bell = None
 
     def finish(self, *, wait: bool) -> None:
         """End after everything that was added; ``wait`` for that."""
@@ -157,8 +169,14 @@ class Flights:
         if left:
             self.hurry()
             return _Found.LEFT
-        self._flying.popleft()
+        self._remove_first()
         return _Found.ANSWERED
+
+    def _remove_first(self) -> None:
+        self._flying.popleft()
+        bell = self._room_bell
+        if bell is not None:
+            bell.put(None)
 
     def _run(self) -> None:
         failed_to_attach = _outcome(self._attach)
@@ -184,7 +202,7 @@ class Flights:
             if first is None or not self._is_wanted():
                 return False
             error = failed_to_attach or _outcome(first.flight.wait)
-            self._flying.popleft()
+            self._remove_first()
         self._settle(first, error)
         return True
 

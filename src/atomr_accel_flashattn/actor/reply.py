@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
+import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -14,6 +16,8 @@ from .inner import Job
 
 __all__ = ["Reply", "Ticket", "Watch", "own_error"]
 
+
+_log = logging.getLogger(__name__)
 
 _RUNNING: Final = "RUNNING"  # states of a Future; its methods that tell them take its lock, four times in the way of an answer
 _OPEN: Final = frozenset({"PENDING", _RUNNING})
@@ -99,6 +103,16 @@ class Reply(Future[Output]):
         super().add_done_callback(fn)
         if self._begun and self._watch is not None and self._state in _OPEN:
             self._watch.hurry()
+
+    def _invoke_callbacks(self) -> None:
+        """As the base class does; but not even a SystemExit of one callback ends an actor's thread, or keeps the next from being called."""
+        for callback in self._done_callbacks:
+            try:
+                callback(self)
+            except BaseException as error:
+                if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                    raise  # the caller's own exit or Ctrl-C, in a cancel or a stop
+                _log.exception("a callback of a Reply failed")
 
     def _before_sleep(self, timeout: float | None) -> None:
         """Look for the answer here, and call the completion thread where it is not there soon."""
