@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import runpy
 import signal
 import threading
@@ -19,6 +20,7 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnMsg, FlashAttnPool, FlashAttnProps, Overflow
+from atomr_accel_flashattn.actor.parcel import Parcel
 from tests.actor.devices import message
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'atomr-accel-flashattn[ray]'")
@@ -79,6 +81,7 @@ def test_answers_are_those_of_direct_calls(pool: FlashAttnPool):
     options = fa.AttentionOptions(dropout_p=0.5, rng=np.array([1, 2]), softcap=2.0, learned_sink=np.ones(2, np.float32))
     requests = [
         message(1).request,
+        fa.DenseFwdRequest(q, k, v),
         fa.Fa2FwdRequest(q, k, v, mask=fa.MaskKind.sliding_causal(20), sink_tokens=2, bias=fa.PositionBias.alibi(np.ones(2, np.float32))),
         fa.Fa2FwdRequest(*(array.astype(ml_dtypes.bfloat16) for array in (q, k, v)), options=options),
         fa.VarlenFwdRequest(*packed, cu_seqlens_q=offsets, mask=fa.MaskKind.causal()),
@@ -282,3 +285,14 @@ def test_without_ray_there_is_a_named_error(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(fa.RayMissingError, match="pip install") as caught:
         FlashAttnPool.start(1)
     assert isinstance(caught.value, ImportError)
+
+
+@pytest.mark.parametrize("request_of", [fa.DenseFwdRequest, fa.Fa2FwdRequest, fa.Fa3FwdRequest])
+def test_a_request_keeps_its_kind_on_the_way(request_of: type[fa.DenseFwdRequest]):
+    q = np.ones((1, 4, 2, 8), np.float16)
+    schedule = {"persistent": fa.PersistentMode.Persistent(7)} if request_of is fa.Fa3FwdRequest else {}
+    sent = request_of(q, q, q, **schedule)
+    parcel, arrays = pickle.loads(pickle.dumps(Parcel.pack(FlashAttnMsg.Forward(sent))))  # noqa: S301 - our own bytes
+    came = parcel.unpack(tuple(arrays), fa.Device("cpu", 0)).request
+    assert type(came) is request_of
+    assert getattr(came, "persistent", None) == getattr(sent, "persistent", None)

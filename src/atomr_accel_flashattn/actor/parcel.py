@@ -13,10 +13,11 @@ import numpy as np
 
 from ..arrays import as_numpy, copy_to_host, numpy_dtype, read_array
 from ..checks import is_contiguous
+from ..dense import DenseFwdRequest
 from ..device_array import DeviceArray
 from ..errors import ArrayTypeError
 from ..execute import Output
-from ..fa2 import Fa2FwdRequest
+from ..fa3 import Fa3FwdRequest
 from ..options import AttentionOptions, PositionBias
 from ..problem import ArrayInfo
 from ..types import Device
@@ -72,15 +73,17 @@ class Parcel:
     scale_cap_drop: tuple[float, float, float]
     lse: bool
     dropout_mask: bool
+    kind: type[DenseFwdRequest | VarlenFwdRequest] = DenseFwdRequest
 
     @classmethod
     def pack(cls, message: FlashAttnMsg.Forward) -> tuple[Parcel, list[np.ndarray[Any, Any]]]:
-        """Of a message whose request is a Fa2FwdRequest or a VarlenFwdRequest.
+        """Of a message whose request is a DenseFwdRequest, of either family or none, or a VarlenFwdRequest.
 
         Raises:
             ArrayTypeError: as :func:`to_bits`.
         """
-        request: Fa2FwdRequest | VarlenFwdRequest = message.request
+        request: DenseFwdRequest | VarlenFwdRequest = message.request
+        schedule = {"persistent": request.persistent} if isinstance(request, Fa3FwdRequest) else {}
         problem = request.problem
         rng = None if problem.dropout is None else problem.dropout.rng
         infos = (
@@ -92,10 +95,11 @@ class Parcel:
             names=tuple(found),
             dtype_names=tuple(bits.dtype_name for bits in found.values()),
             lengths=(problem.seqlen_q, problem.seqlen_k) if problem.is_varlen else None,
-            values={"mask": request.mask, "sink_tokens": request.sink_tokens},
+            values={"mask": request.mask, "sink_tokens": request.sink_tokens, **schedule},
             scale_cap_drop=(problem.softmax_scale, problem.softcap, problem.dropout.p if problem.dropout else 0.0),
             lse=message.lse,
             dropout_mask=message.dropout_mask,
+            kind=type(request),
         )
         return parcel, [bits.array for bits in found.values()]
 
@@ -114,15 +118,11 @@ class Parcel:
             softmax_scale=scale, softcap=softcap, dropout_p=p, learned_sink=found.get("learned_sink"), rng=found.get("rng")
         )
         common: dict[str, Any] = {**self.values, "bias": PositionBias(found.get("slopes")), "options": options}
-        request: Fa2FwdRequest | VarlenFwdRequest
-        if self.lengths is None:
-            request = Fa2FwdRequest(found["q"], found["k"], found["v"], **common)
-        else:
-            seqlens: dict[str, Any] = {
-                f"cu_seqlens_{side}": CumulativeSeqlens(found[f"offsets_{side}"], length)
-                for side, length in zip("qk", self.lengths, strict=True)
-            }
-            request = VarlenFwdRequest(found["q"], found["k"], found["v"], **seqlens, **common)
+        seqlens: dict[str, Any] = {
+            f"cu_seqlens_{side}": CumulativeSeqlens(found[f"offsets_{side}"], length)
+            for side, length in zip("qk", self.lengths or (), strict=self.lengths is not None)
+        }
+        request = self.kind(found["q"], found["k"], found["v"], **seqlens, **common)
         return FlashAttnMsg.Forward(request, self.lse, self.dropout_mask)
 
 

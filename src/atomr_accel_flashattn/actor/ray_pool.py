@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
+from ..dense import DenseFwdRequest
 from ..errors import ActorStoppedError, DeviceLostError, PropsError, RayMissingError, UnknownMessageError, WorkerLostError
-from ..fa2 import Fa2FwdRequest
 from ..options import is_integer
 from ..varlen import VarlenFwdRequest
 from .door import Door
@@ -194,9 +194,10 @@ class FlashAttnPool(Door):
         if not isinstance(message, FlashAttnMsg.Forward):
             empty = Parcel((), (), None, {}, (0.0, 0.0, 0.0), lse=False, dropout_mask=False)
             return _Errand(Job(message), parcel=empty, arrays=[], cost=0.0)
-        if not isinstance(message.request, (Fa2FwdRequest, VarlenFwdRequest)):
+        if not isinstance(message.request, (DenseFwdRequest, VarlenFwdRequest)):
             raise UnknownMessageError(
-                f"message: got a Forward with {type(message.request).__qualname__}; a pool takes a Fa2FwdRequest or a VarlenFwdRequest"
+                f"message: got a Forward with {type(message.request).__qualname__}; "
+                "a pool takes a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest"
             )
         fingerprint = Fingerprint.of(message.request)
         parcel, arrays = Parcel.pack(message)
