@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -95,6 +93,8 @@ def compile_many(
         progress: called in the caller's thread after each kernel, in the order in which they finish.
         cache: as in :func:`compile_kernel`.
     """
+    from concurrent.futures import ThreadPoolExecutor, as_completed  # 10 ms of import that a call does not need
+
     order = list(specs)
     unique = list(dict.fromkeys(order))
     outcomes: dict[KernelSpec, CompiledKernel | CompileError] = {}
@@ -179,6 +179,8 @@ def _save(folder: Path, key: CacheKey, text: str) -> Path | None:
 @cache
 def _scratch() -> Path:
     """A private temporary folder of this process, for sources that failed and have no cache to lie in."""
+    import tempfile
+
     return Path(tempfile.mkdtemp(prefix="atomr-flashattn-"))
 
 
