@@ -29,7 +29,7 @@ from .execute import Launch, Output
 from .jit.launch import LaunchPlan
 from .jit.params import Fa3FwdParams, FwdParams
 
-__all__ = ["Hooks", "Key", "Numbers", "Others", "Packing", "clear", "hooks", "meet_torch", "remember", "repeat"]
+__all__ = ["Hooks", "Key", "Numbers", "Others", "Packing", "clear", "empty_on", "hooks", "meet_torch", "remember", "repeat"]
 
 # (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
 Numbers: TypeAlias = tuple[Any, Any, Any, Any, Any, Any, Any]
@@ -168,7 +168,7 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
     except (RuntimeError, TypeError):  # tensors without memory (torch.func), numbers that cannot be hashed: the checks name them
         return None, None
     if plan.out is not None:
-        out = _empty(q, plan.out, plan.device_index) if plan.make_out is None else plan.make_out()
+        out = empty_on(plan.device_index, q, plan.out) if plan.make_out is None else plan.make_out()
         out_ptr = out.data_ptr()
     elif _overlap(out_ptr, q_ptr, k_ptr, v_ptr, plan.reaches):  # the checks know whether they share an element
         return None, None
@@ -242,11 +242,12 @@ def _never(*_tensors: Any) -> bool:
     return False
 
 
-def _empty(q: Any, array: _Array, device_index: int) -> Any:
+def empty_on(device_index: int, like: Any, array: _Array) -> Any:
+    """A new torch tensor (shape, strides, dtype) on the GPU of ``like``, which has this index; quick where it is the current one."""
     if hooks.current_device() == device_index:
         return hooks.empty_on_current(*array)
     shape, strides, dtype = array
-    return q.new_empty_strided(shape, strides, dtype=dtype)
+    return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
 def _overlap(out: int, q: int, k: int, v: int, reaches: tuple[int, ...]) -> bool:
@@ -261,7 +262,7 @@ def _launch_more(plan: _Plan, pointers: tuple[int, int, int, int], q: Any, packi
     stream = hooks.raw_stream(plan.device_index)
     lse, lse_ptr = None, 0
     if plan.lse is not None:
-        lse = _empty(q, plan.lse, plan.device_index)
+        lse = empty_on(plan.device_index, q, plan.lse)
         lse_ptr = lse.data_ptr()
     lengths = (0, 0) if packing is None else (packing[0].data_ptr(), packing[1].data_ptr())
     if plan.addresses == _MORE:

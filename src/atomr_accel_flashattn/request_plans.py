@@ -63,17 +63,19 @@ def key_of(request: FaFwdDispatch) -> Key | None:
     q, k, v, dropout = problem.q, problem.k, problem.v, problem.dropout
     addresses = q.ptr | k.ptr | v.ptr | (0 if out is None else out.ptr)
     return (
-        *(type(request), *(getattr(request, name) for name in attributes)),
+        *(type(request), *([getattr(request, name) for name in attributes] if attributes else ())),
         *(q.device, q.dtype_name, addresses % _ALIGNED_BYTES),
         *(q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, None if out is None else out.strides),
         *(problem.seqlen_q, problem.seqlen_k, problem.softmax_scale, problem.softcap, problem.band),
-        *(_layout(problem.alibi_slopes), _layout(problem.learned_sink)),
-        *(_layout(problem.cu_seqlens_q), None if dropout is None else dropout.p),
+        None if problem.alibi_slopes is None else _layout(problem.alibi_slopes),
+        None if problem.learned_sink is None else _layout(problem.learned_sink),
+        None if problem.cu_seqlens_q is None else _layout(problem.cu_seqlens_q),
+        None if dropout is None else dropout.p,
     )
 
 
-def _layout(info: ArrayInfo | None) -> tuple[Any, ...] | None:
-    return None if info is None else (info.shape, info.strides)
+def _layout(info: ArrayInfo) -> tuple[Any, ...]:
+    return info.shape, info.strides
 
 
 def find(key: Key | None) -> RequestPlan | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,8 +15,6 @@ from tests.actor.devices import PATIENCE
 from tests.actor.fake_gpu import FakeArray, FakeDriver, install
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from atomr_accel_flashattn.actor import Job
 
 
@@ -131,20 +128,33 @@ def test_an_event_that_comes_back_after_the_end_is_destroyed(cuda: FakeDriver):
 def test_an_event_that_could_not_be_recorded_is_used_again(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
     events = gpu.CudaEvents(0)
     with monkeypatch.context() as patch:
-        patch.setattr(gpu, "check", failing_after(1))
-        with pytest.raises(fa.LaunchError, match="not recorded"):
+        patch.setattr(cuda, "cuEventRecord", lambda *_: (1,))
+        patch.setattr(driver_module, "cuda_error", lambda code, what, *_: fa.LaunchError(f"{what}: {code}", kernel_name=""))
+        with pytest.raises(fa.LaunchError, match="cuEventRecord: 1"):
             events.record(7)
     events.record(7)
     assert cuda.live_events == 1
 
 
-def failing_after(calls: int) -> Callable[[tuple[Any, ...], str], Any]:
-    """A ``check`` that lets ``calls`` calls pass, and finds an error in the next."""
-    left = count(calls, -1)
+def test_the_mark_that_a_launch_waits_for_becomes_that_of_its_end(cuda: FakeDriver):
+    with FlashAttnActor.start(FlashAttnProps(device="cuda:0")) as actor:
+        actor.ask(sent()).result(PATIENCE)
+        (_, ready, theirs), (_, waited, _), (_, ended, ours) = (entry for entry in cuda.log if entry[0] in {"record", "wait"})
+    assert ready == waited == ended
+    assert (theirs, ours) == (1, 500)
 
-    def check(result: tuple[Any, ...], _: str) -> Any:
-        if next(left) == 0:
-            raise fa.LaunchError("not recorded", kernel_name="")
-        return result[-1]
 
-    return check
+def test_a_launch_that_fails_after_its_wait_leaves_a_mark_to_wait_for_again(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
+    inner = gpu.GpuInner(0)
+    job = inner.accept(sent())
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "fill", lambda *_, **__: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            inner.launch([job])
+    flight = inner.launch([job])
+    assert [entry[0] for entry in cuda.log if entry[0] in {"wait", "launch"}] == ["wait", "wait", "launch"]
+    assert job.ready is None
+    assert flight.poll()
+    del flight
+    inner.close()
+    assert cuda.live_events == 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import cProfile
 import random
 import threading
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnHandle, FlashAttnMsg, FlashAttnProps, request_plans
+from atomr_accel_flashattn.actor import Job, Reply, flights
 from atomr_accel_flashattn.actor.engine import Engine
+from atomr_accel_flashattn.actor.reply import Ticket
 from atomr_accel_flashattn.jit import driver as driver_module
 from tests.actor.devices import PATIENCE
 from tests.actor.fake_gpu import FakeArray, FakeDriver, install
@@ -23,7 +26,6 @@ from tests.actor.fake_gpu import FakeArray, FakeDriver, install
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from atomr_accel_flashattn.actor import Reply
     from atomr_accel_flashattn.actor.flights import Launched
 
 ACTOR, COMPLETIONS = "FlashAttnActor-", "flash-attn-completions"
@@ -129,6 +131,91 @@ def test_a_place_is_taken_over_from_a_launch_that_has_finished(cuda: FakeDriver)
         assert all(reply.is_over() for reply in replies[:-1])
 
 
+@pytest.fixture
+def nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The completion thread does not look by itself while the test runs."""
+    monkeypatch.setattr(flights, "_NAP_SECONDS", PATIENCE)
+
+
+@pytest.mark.usefixtures("nobody_else")
+def test_one_question_is_enough_when_all_have_finished(cuda: FakeDriver):
+    with start(max_in_flight=8) as actor:
+        hold(cuda)
+        replies = [actor.ask(sent(seed)) for seed in range(8)]
+        cuda.busy = False
+        cuda.log.clear()
+        assert replies[0].done()
+        assert all(reply.is_over() for reply in replies)
+        assert [entry[0] for entry in cuda.log] == ["query"]
+        cuda.landed.set()
+
+
+@pytest.mark.usefixtures("nobody_else")
+def test_those_that_have_finished_are_answered_when_the_newest_has_not(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
+    with start(max_in_flight=4) as actor:
+        hold(cuda)
+        replies = [actor.ask(sent(seed)) for seed in range(4)]
+        ends = [entry[1] for entry in cuda.log if entry[0] == "record" and entry[2] == 500][-4:]
+        monkeypatch.setattr(cuda, "cuEventQuery", lambda event: (0 if event in ends[:2] else 600,))
+        assert not replies[3].done()
+        assert [reply.is_over() for reply in replies] == [True, True, False, False]
+        cuda.landed.set()
+
+
+def test_a_reply_has_all_that_a_future_has_and_makes_it_when_it_is_asked_for():
+    reply = Reply()
+    assert set(vars(Future())) <= set(dir(Reply))
+    assert reply._made is None
+    reply.begin_unseen()
+    output, settled = fa.Output(None), []
+    assert reply.answer_quietly(output, settled.append, Ticket(Job(sent()), reply))
+    assert len(settled) == 1
+    assert reply.result() == output
+    assert reply._made is None
+    assert (reply.exception(), reply.done(), reply.cancelled(), reply.running()) == (None, True, False, False)
+
+
+@pytest.mark.parametrize("way", ["callback", "wait", "result"])
+def test_who_comes_while_a_reply_is_answered_is_told(way: str):
+    reply, told = Reply(), []
+    listen = {
+        "callback": lambda: reply.add_done_callback(told.append),
+        "wait": lambda: told.extend(wait([reply], PATIENCE).done),
+        "result": lambda: told.append(reply) if reply.result(PATIENCE) else None,
+    }[way]
+    listener = threading.Thread(target=listen)
+
+    def settle(_: Ticket) -> None:
+        listener.start()
+        listener.join(0.05)  # time enough to get in between, were it possible
+
+    reply.begin_unseen()
+    assert reply.answer_quietly(fa.Output(None), settle, Ticket(Job(sent()), reply))
+    listener.join(PATIENCE)
+    assert told == [reply]
+
+
+def calls_of_a_message(asks: int = 80) -> float:
+    """Python functions of the actor, and of the modules of Python that it stands on, that a message costs its caller."""
+    messages = [sent(seed) for seed in range(asks)]
+    with start(max_in_flight=8) as actor:
+        profile = cProfile.Profile()
+        profile.enable()
+        replies = [actor.ask(each) for each in messages]
+        assert all(reply.result(PATIENCE).out is not None for reply in replies)
+        profile.disable()
+    parts = ("/actor/", "/concurrent/futures/", "/threading.py", "/queue.py")
+    counts = {entry.code: entry.callcount for entry in profile.getstats() if not isinstance(entry.code, str)}
+    ours = {code: count for code, count in counts.items() if any(part in code.co_filename for part in parts)}
+    return sum(count for code, count in ours.items() if "/tests/" not in code.co_filename) / asks
+
+
+@pytest.mark.usefixtures("nobody_else")
+def test_a_message_that_repeats_a_launch_costs_few_calls(cuda: FakeDriver):
+    assert calls_of_a_message() < 58
+    assert len(set(cuda.launchers[1:])) == 1
+
+
 class Settlements:
     """Which launches were settled, how often, and by whom."""
 
@@ -187,7 +274,7 @@ def test_every_launch_is_settled_once_whoever_finds_it_finished(cuda: FakeDriver
     assert len(settled.numbers) == 1601
     assert set(settled.numbers.values()) == {1}
     assert set(settled.ways) == {"_landed", "_landed_well"}
-    assert len(actor._engine.flights) == 0
+    assert len(actor._engine.flights.flying) == 0
     assert cuda.live_events == 0
 
 

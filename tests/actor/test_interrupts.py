@@ -63,7 +63,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, *, instea
 def assert_no_more_than(limit: int, actor: FlashAttnHandle, cuda: FakeDriver) -> None:  # noqa: F811 - the fixture's value
     """In flight, whatever was interrupted before."""
     assert actor.ask(sent()).result(PATIENCE).out is not None
-    until(lambda: len(actor._engine.flights) == 0)
+    until(lambda: len(actor._engine.flights.flying) == 0)
     hold(cuda)
     cuda.launchers.clear()
     replies = [actor.ask(sent()) for _ in range(limit + 3)]

@@ -127,12 +127,12 @@ class Engine:
         Raises:
             ActorStoppedError: too late.
         """
-        if len(self.flights) >= _MANY or not self._inner.is_quick(ticket.job):
+        if len(self.flights.flying) >= _MANY or not ticket.job.quick:
             return False
         return run_if_free(self._launching, self._enter_and_launch, ticket) or False
 
     def _enter_and_launch(self, ticket: Ticket) -> bool:
-        if self._again or self._mailbox.waiting or not self._has_place():
+        if self._again or not self._mailbox.is_empty or not self._has_place():
             return False
         try:
             entered = self._mailbox.enter_begun(ticket)
@@ -160,15 +160,16 @@ class Engine:
 
     def _has_place(self) -> bool:
         """Whether one more launch may be made, perhaps in the place of one that finishes right now. True until who launches does."""
-        limit = self._props.max_in_flight
-        until = None
-        while len(self.flights) >= limit:
+        flying, limit = self.flights.flying, self._props.max_in_flight
+        if len(flying) < limit:
+            return True
+        until = time.perf_counter() + _PATIENCE
+        while True:
             self.flights.take_finished()
-            now = time.perf_counter()
-            until = now + _PATIENCE if until is None else until
-            if now >= until:
-                return len(self.flights) < limit
-        return True
+            if len(flying) < limit:
+                return True
+            if time.perf_counter() >= until:
+                return False
 
     def _wait_for_place(self) -> None:
         while not (self._has_place() or self._gave_up):
@@ -244,7 +245,7 @@ class Engine:
         """The device is done with a launch of one request. In any thread; False: nothing was settled, for want of an answer or quiet."""
         (ticket,) = launched.tickets
         verdict = _verdict(ticket)
-        return not isinstance(verdict, BaseException) and ticket.reply.answer_quietly(verdict, lambda: self._mailbox.settle(ticket))
+        return not isinstance(verdict, BaseException) and ticket.reply.answer_quietly(verdict, self._mailbox.settle, ticket)
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
         ticket.reply.begin()  # no cancel from here on; who waits for one that was cancelled is told
@@ -303,8 +304,9 @@ def _staleness(ticket: Ticket) -> BaseException | None:
 def _verdict(ticket: Ticket) -> Output | BaseException:
     """The answer of a launch that went well, if its arrays are still the same."""
     try:
-        ticket.job.check_fresh()
-        return ticket.job.answer()
+        job = ticket.job
+        job.check_fresh()
+        return job.answer()
     except BaseException as error:  # noqa: BLE001 - the same
         return error
 

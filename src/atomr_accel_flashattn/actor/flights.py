@@ -46,7 +46,7 @@ class _Found(Enum):
     LEFT = 2
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Launched:
     """One launch and the requests that it answers. It keeps their arrays alive until the device is done.
 
@@ -67,6 +67,9 @@ class Flights:
         attach: called in it first.
         settle: answers the requests of a launch, given what waiting for it raised, or None. It must not raise. In the completion thread.
         settle_quietly: the same for a launch of one request that went well, in any thread, unless that would run callbacks; whether it did.
+
+    Attributes:
+        flying: the launches in flight, the oldest first; for others to count.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class Flights:
         self._attach = attach
         self._settle = settle
         self._settle_quietly = settle_quietly
-        self._flying: deque[Launched] = deque()
+        self.flying: deque[Launched] = deque()
         self._taking = threading.RLock()  # held by whoever takes launches out
         self._room_bell: SimpleQueue[None] | None = None  # of who sleeps until one is taken out
         self._last = 0  # number of the newest launch
@@ -94,15 +97,11 @@ class Flights:
         """One more launch. Calls do not overlap: launches have an order."""
         poll = getattr(flight, "poll", None)
         self._last += 1
-        self._flying.append(Launched(tickets, flight, poll, self._last))
+        self.flying.append(Launched(tickets, flight, poll, self._last))
         if poll is None or len(tickets) > 1 or tickets[0].reply.is_wanted():
             self.hurry()
         elif self._sleeps:
             self._ring()
-
-    def __len__(self) -> int:
-        """Launches in flight."""
-        return len(self._flying)
 
     def hurry(self) -> None:
         """Somebody sleeps until one of the launches is done: let the completion thread wait for all that are in flight now."""
@@ -112,11 +111,14 @@ class Flights:
 
     def take_finished(self) -> None:
         """Answer what has finished, in any thread, without waiting for anything."""
-        if self._flying:
+        if self.flying:
             run_if_free(self._taking, self._take_while_answered)
 
     def _take_while_answered(self) -> None:
-        while self._take_first() is _Found.ANSWERED:
+        """One question for all, if the newest is finished; else one for each."""
+        newest = self.flying[-1] if len(self.flying) > 1 else None
+        done = newest.number if newest is not None and newest.poll is not None and _is_true(newest.poll) else 0
+        while self._take_first(done) is _Found.ANSWERED:
             pass
 
     def watch(self, reply: Reply, timeout: float | None) -> None:
@@ -125,7 +127,7 @@ class Flights:
 
     def _spin(self, reply: Reply, seconds: float) -> None:
         until = time.perf_counter() + seconds
-        while self._flying and self._take_first() is not _Found.LEFT and not reply.is_over() and time.perf_counter() < until:
+        while self.flying and self._take_first() is not _Found.LEFT and not reply.is_over() and time.perf_counter() < until:
             pass
 
     def wait_for_room(self, limit: int) -> None:
@@ -133,7 +135,7 @@ class Flights:
         bell: SimpleQueue[None] = SimpleQueue()
         self._room_bell = bell
         self.hurry()
-        if len(self._flying) >= limit:  # after saying so: who takes one out from now on rings
+        if len(self.flying) >= limit:  # after saying so: who takes one out from now on rings
             with contextlib.suppress(Empty):
                 bell.get(timeout=_NAP_SECONDS)
         self._room_bell = None
@@ -151,19 +153,23 @@ class Flights:
 
     def _first(self) -> Launched | None:
         try:
-            return self._flying[0]
+            return self.flying[0]
         except IndexError:
             return None
 
-    def _take_first(self) -> _Found:
-        """Answer the oldest launch if it is done and that is for any thread to do. The caller holds the lock."""
+    def _take_first(self, done: int = 0) -> _Found:
+        """Answer the oldest launch if it is done and that is for any thread to do. The caller holds the lock.
+
+        Those up to number ``done`` are known to be.
+        """
         first = self._first()
         if first is None:
             return _Found.FLYING
+        poll = first.poll
         try:
-            if first.poll is not None and not first.poll():
+            if poll is not None and first.number > done and not poll():
                 return _Found.FLYING
-            left = first.poll is None or len(first.tickets) > 1 or not self._settle_quietly(first)
+            left = poll is None or len(first.tickets) > 1 or not self._settle_quietly(first)
         except Exception:  # noqa: BLE001 - the completion thread meets it again, as this launch's answer
             left = True
         if left:
@@ -173,7 +179,7 @@ class Flights:
         return _Found.ANSWERED
 
     def _remove_first(self) -> None:
-        self._flying.popleft()
+        self.flying.popleft()
         bell = self._room_bell
         if bell is not None:
             bell.put(None)
@@ -181,10 +187,10 @@ class Flights:
     def _run(self) -> None:
         failed_to_attach = _outcome(self._attach)
         idle = seen = 0
-        while self._flying or not self._over:
+        while self.flying or not self._over:
             if self._take_wanted(failed_to_attach):
                 continue
-            idle = 0 if self._flying or self._last != seen else idle + 1
+            idle = 0 if self.flying or self._last != seen else idle + 1
             seen = self._last
             if not self._rest(_NAP_SECONDS if idle < _IDLE_NAPS else None):
                 self._wanted = max(self._wanted, seen)  # what was there before the nap
@@ -209,7 +215,7 @@ class Flights:
     def _rest(self, seconds: float | None) -> bool:
         """Sleep until called, or until ``seconds`` are over. Whether it was called."""
         self._naps, self._sleeps = seconds is not None, seconds is None
-        called = self._over or self._is_wanted() or (self._sleeps and bool(self._flying))  # after saying so: who comes now calls
+        called = self._over or self._is_wanted() or (self._sleeps and bool(self.flying))  # after saying so: who comes now calls
         if not called:
             try:
                 self._bell.get(timeout=seconds)
@@ -222,6 +228,13 @@ class Flights:
     def _ring(self) -> None:
         self._naps = self._sleeps = False
         self._bell.put(None)
+
+
+def _is_true(poll: Callable[[], bool]) -> bool:
+    try:
+        return poll()
+    except Exception:  # noqa: BLE001 - the oldest launch is asked next, and whoever has to answer for it finds this again
+        return False
 
 
 def _outcome(call: Callable[[], None]) -> BaseException | None:

@@ -42,39 +42,49 @@ class CudaEvents:
         self._free: SimpleQueue[Any] = SimpleQueue()
         self._closed = False
 
-    def record(self, stream: int) -> Any:
-        """An event at the end of ``stream``; the default stream is that of this device. After :meth:`close` it is a new one."""
-        event = self._take()
+    def record(self, stream: int, *, at_home: bool = False) -> Any:
+        """An event at the end of ``stream``. After :meth:`close` it is a new one. ``at_home``: see :meth:`record_again`."""
         try:
-            self._record(event, stream)
+            event = self._free.get_nowait()
+        except Empty:
+            event = self._new()
+        try:
+            self.record_again(event, stream, at_home=at_home)
         except BaseException:
             self.give_back(event)
             raise
         return event
 
-    def _take(self) -> Any:
-        try:
-            return self._free.get_nowait()
-        except Empty:
-            cuda = self._cuda
-            with current_context(self._index):
-                return check(cuda.cuEventCreate(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING), "cuEventCreate")
+    def record_again(self, event: Any, stream: int, *, at_home: bool) -> None:
+        """Let ``event`` be at the end of ``stream`` from now on; the default stream is that of this device. Who waits already is not moved.
 
-    def _record(self, event: Any, stream: int) -> None:
-        cuda = self._cuda
-        if stream in _DEFAULT_STREAMS and self.current_context() != self.context:  # whose default stream it is: the thread's context says
-            with current_context(self._index):
-                check(cuda.cuEventRecord(event, stream), "cuEventRecord")
+        ``at_home``: the thread is known to work in the device's context, which says whose the default stream is.
+        """
+        if at_home or stream not in _DEFAULT_STREAMS or self.current_context() == self.context:
+            result = self._cuda.cuEventRecord(event, stream)
         else:
-            check(cuda.cuEventRecord(event, stream), "cuEventRecord")
+            with current_context(self._index):
+                result = self._cuda.cuEventRecord(event, stream)
+        if result[0]:
+            check(result, "cuEventRecord")
+
+    def _new(self) -> Any:
+        cuda = self._cuda
+        with current_context(self._index):
+            return check(cuda.cuEventCreate(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING), "cuEventCreate")
 
     def current_context(self) -> int:
         """The context that the thread works in, 0 for none: one question instead of a push and a pop."""
-        return int(check(self._cuda.cuCtxGetCurrent(), "cuCtxGetCurrent"))
+        status, context = self._cuda.cuCtxGetCurrent()
+        if status:
+            check((status,), "cuCtxGetCurrent")
+        return int(context)
 
     def make_wait(self, stream: int, event: Any) -> None:
         """Whatever is enqueued on ``stream`` from now on waits for ``event`` as it was recorded last."""
-        check(self._cuda.cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent")
+        result = self._cuda.cuStreamWaitEvent(stream, event, 0)
+        if result[0]:
+            check(result, "cuStreamWaitEvent")
 
     def give_back(self, event: Any) -> None:
         """It may be used again: nobody asks about it any more."""
@@ -89,9 +99,10 @@ class CudaEvents:
             DeviceLostError: it never will.
         """
         (status,) = self._cuda.cuEventQuery(event)
-        if int(status) == _NOT_READY:
+        if status == _NOT_READY:
             return False
-        check((status,), "waiting for a launch of the actor")
+        if status:
+            check((status,), "waiting for a launch of the actor")
         return True
 
     def wait(self, event: Any) -> None:
@@ -117,33 +128,34 @@ class CudaEvents:
 
 
 class _Mark:
-    """A place in a stream. Its event goes back when nobody asks about it any more."""
+    """A place in a stream: where a launch begins that waits for it, and then, moved to the actor's stream, where that launch ends.
 
-    __slots__ = ("_events", "event")
+    Its event goes back when nobody asks about it any more. ``alive``: what the launch needs besides the jobs.
+    """
 
-    def __init__(self, events: CudaEvents, stream: int) -> None:
+    __slots__ = ("_events", "alive", "event")
+
+    def __init__(self, events: CudaEvents, stream: int, *, at_home: bool = False) -> None:
         self._events = events
-        self.event = events.record(stream)
+        self.alive: object = None
+        self.event = events.record(stream, at_home=at_home)
 
-    def __del__(self) -> None:
-        if hasattr(self, "event"):
-            self._events.give_back(self.event)
-
-
-class _EventFlight(_Mark):
-    """A launch on the GPU, which ends where this marks the actor's stream. ``alive``: what it needs besides the jobs."""
-
-    __slots__ = ("_alive",)
-
-    def __init__(self, events: CudaEvents, stream: int, alive: object) -> None:
-        super().__init__(events, stream)
-        self._alive = alive
+    def move(self, stream: int) -> None:
+        """Be at the end of ``stream``; who waits for the place of before still does."""
+        self._events.record_again(self.event, stream, at_home=False)
 
     def poll(self) -> bool:
         return self._events.is_reached(self.event)
 
     def wait(self) -> None:
         self._events.wait(self.event)
+
+    def __del__(self) -> None:
+        try:
+            event = self.event
+        except AttributeError:  # it was never recorded
+            return
+        self._events.give_back(event)
 
 
 class GpuInner(FlashAttnInner):
@@ -171,7 +183,7 @@ class GpuInner(FlashAttnInner):
         if job.outputs is not None:
             theirs = current_stream(job.request.problem.q)
             if theirs != self._stream and not {theirs, self._stream} <= _DEFAULT_STREAMS:
-                job.ready = _Mark(self._events, theirs)
+                job.ready = _Mark(self._events, theirs, at_home=job.quick)
         return job
 
     def prepare(self, message: FlashAttnMsg.Forward) -> Job:
@@ -181,12 +193,12 @@ class GpuInner(FlashAttnInner):
         if plan is None:
             return super().prepare(message)
         outputs = outputs_again(request, plan, lse=message.lse)
-        return Job(message, outputs, plan=plan if outputs.out.strides == plan.out_strides else None)
+        if outputs.out.strides != plan.out_strides:
+            return Job(message, outputs)
+        return Job(message, outputs, plan=plan, quick=self._is_at_home())
 
-    def is_quick(self, job: Job) -> bool:
-        """One that repeats a launch, in a thread that works in the device's context."""
-        if job.plan is None:
-            return False
+    def _is_at_home(self) -> bool:
+        """Whether this thread works in the device's context, as launches that are repeated want it."""
         current = self._events.current_context()
         if current == 0 and self.device.index == 0:  # what the CUDA runtime would make current here; let it stay
             self.attach()
@@ -194,24 +206,34 @@ class GpuInner(FlashAttnInner):
         return current == self._events.context
 
     def launch(self, jobs: Sequence[Job]) -> Flight:
-        """Enqueue on the actor's stream."""
+        """Enqueue on the actor's stream. The mark that one of the jobs waited for becomes that of the end."""
+        mark: _Mark | None = None
         for job in jobs:
             if job.ready is not None:
+                mark = job.ready
                 self._events.make_wait(self._stream, job.ready.event)
-                job.ready = None
         alive: object = None
         if len(jobs) > 1:
             alive = launch_fused([(job.message, job.outputs) for job in jobs if job.outputs is not None], stream=self._stream)
         else:
-            (job,) = jobs
-            outputs = job.outputs
-            assert outputs is not None  # noqa: S101 - only forward messages are launched
-            if job.plan is None:
-                fill(job.request, outputs, stream=self._stream)
-            else:
-                lse = None if outputs.lse is None else outputs.lse.ptr
-                job.plan.launch.launch(self._stream, forward_pointers(job.request.problem, outputs.out, lse))
-        return _EventFlight(self._events, self._stream, alive)
+            self._launch_one(jobs[0])
+        if mark is None:
+            mark = _Mark(self._events, self._stream)
+        else:
+            mark.move(self._stream)
+        mark.alive = alive
+        for job in jobs:
+            job.ready = None
+        return mark
+
+    def _launch_one(self, job: Job) -> None:
+        request, outputs, plan = job.request, job.outputs, job.plan
+        assert outputs is not None  # noqa: S101 - only forward messages are launched
+        if plan is None:
+            fill(request, outputs, stream=self._stream)
+        else:
+            lse = None if outputs.lse is None else outputs.lse.ptr
+            plan.launch.launch(self._stream, forward_pointers(request.problem, outputs.out, lse))
 
     def close(self) -> None:
         """Give back events and the stream."""

@@ -41,6 +41,7 @@ class Job:
         fingerprint: the arrays as they were at ask.
         ready: what the launch has to wait for on the device: the work that the caller had enqueued before.
         plan: what the launch repeats, if there was one like it before.
+        quick: whether its launch alone takes a few microseconds in the thread that asks: then it may be made there.
         fuse_key: jobs that wait together and have equal keys may be launched as one; None: alone.
     """
 
@@ -49,6 +50,7 @@ class Job:
     fingerprint: Fingerprint | None = None
     ready: Any = None
     plan: RequestPlan | None = None
+    quick: bool = False
     fuse_key: Hashable | None = None
 
     @property
@@ -75,8 +77,9 @@ class Job:
 class Flight(Protocol):
     """A launch that the device has not finished.
 
-    One that can be asked has a second method, ``poll() -> bool``: whether the device is done, without waiting. It is called in any thread,
-    by one at a time, raises what ``wait`` would, and once it has returned True, ``wait`` may never be called.
+    One that can be asked has a second method, ``poll() -> bool``: whether the device is done with this launch and all before, without
+    waiting. It is called in any thread, by one at a time, raises what ``wait`` would, and once it has returned True, neither may ever be
+    called, of those before either.
     """
 
     def wait(self) -> None:
@@ -155,10 +158,6 @@ class FlashAttnInner(ABC):
     def fuse_key(self, job: Job) -> Hashable | None:
         """Jobs that wait together and have equal keys may be launched as one; None: alone."""
         return fuse_key(job.message)
-
-    def is_quick(self, job: Job) -> bool:  # noqa: ARG002 - a hook
-        """Whether :meth:`launch` of this job alone takes a few microseconds, whatever thread it runs in: then its caller may do it."""
-        return False
 
     @abstractmethod
     def launch(self, jobs: Sequence[Job]) -> Flight:

@@ -128,6 +128,11 @@ class Mailbox:
         return tickets
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nobody waits, as far as can be said without the lock."""
+        return not (self._inside or self._outside)
+
+    @property
     def closed(self) -> bool:
         """Whether nobody is let in any more."""
         return self._closed is not None

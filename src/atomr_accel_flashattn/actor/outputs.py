@@ -7,6 +7,7 @@ from typing import Any
 
 from ..arrays import contiguous_strides
 from ..execute import Outputs, make_outputs
+from ..plans import empty_on, hooks, meet_torch
 from ..problem import ArrayInfo
 from ..protocols import FaFwdDispatch
 from ..request_plans import RequestPlan
@@ -23,17 +24,20 @@ def outputs_again(request: FaFwdDispatch, plan: RequestPlan, *, lse: bool) -> Ou
         plan: that plan, whose launch wrote such an output.
         lse: whether the log-sum-exp is wanted.
     """
-    torch, source = sys.modules.get("torch"), request.problem.q.source
-    if torch is None or request.out_array is not None or type(source) not in {torch.Tensor, torch.nn.Parameter}:
-        return make_outputs(request, lse=lse)
     problem = request.problem
-    q, lse_shape = problem.q, problem.lse_shape
+    q = problem.q
+    source = q.source
+    if not hooks.plain_types:
+        meet_torch()
+    if request.out_array is not None or type(source) not in hooks.plain_types:
+        return make_outputs(request, lse=lse)
     out = _new(q, problem.out_shape, plan.out_strides, q.dtype, q.dtype_name, source.dtype)
     if not lse:
         return Outputs(out, None, None)
-    return Outputs(out, _new(q, lse_shape, contiguous_strides(lse_shape), DType.F32, "float32", torch.float32), None)
+    lse_shape, float32 = problem.lse_shape, sys.modules["torch"].float32
+    return Outputs(out, _new(q, lse_shape, contiguous_strides(lse_shape), DType.F32, "float32", float32), None)
 
 
 def _new(like: ArrayInfo, shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType | None, name: str, torch_dtype: Any) -> ArrayInfo:
-    array = like.source.new_empty_strided(shape, strides, dtype=torch_dtype)
+    array = empty_on(like.device.index, like.source, (shape, strides, torch_dtype))
     return ArrayInfo(array.data_ptr(), shape, strides, dtype, name, like.device, array)

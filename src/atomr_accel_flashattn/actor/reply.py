@@ -6,7 +6,7 @@ import asyncio
 import copy
 import logging
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -19,8 +19,12 @@ __all__ = ["Reply", "Ticket", "Watch", "own_error"]
 
 _log = logging.getLogger(__name__)
 
-_RUNNING: Final = "RUNNING"  # states of a Future; its methods that tell them take its lock, four times in the way of an answer
-_OPEN: Final = frozenset({"PENDING", _RUNNING})
+# States of a Future; its methods that tell them take its lock, four times in the way of an answer.
+_PENDING: Final = "PENDING"
+_RUNNING: Final = "RUNNING"
+_FINISHED: Final = "FINISHED"
+_OPEN: Final = frozenset({_PENDING, _RUNNING})
+_making: Final = threading.RLock()  # held by who makes a reply's condition, and by who answers one that has none
 
 
 class Watch(Protocol):
@@ -56,22 +60,40 @@ class Reply(Future[Output]):
 
     ``cancel()`` works until the request is launched. Callbacks run in a thread of the actor: they should be quick.
 
+    The base class makes a condition for each future, which costs more than a launch. Few replies need one: what a future has is here, for
+    the class, until somebody asks for the condition, and then nobody has been answered without it (``_making``).
+
     Args:
         watch: who looks after it once it has begun; None where somebody always does.
     """
 
-    _state: str  # these three are of the base class
-    _waiters: list[Any]
-    _done_callbacks: list[Any]
+    # Of the base class:
+    _state: str = _PENDING
+    _result: Output | None = None
+    _exception: BaseException | None = None
+    _waiters: Sequence[Any] = ()  # type: ignore[assignment]
+    _done_callbacks: Sequence[Any] = ()
+    # Ours:
+    _made: threading.Condition | None = None
+    _begun = False
+    _slept_for = False
+    on_error: Callable[[BaseException], None] | None = None
 
     def __init__(self, watch: Watch | None = None) -> None:
-        super().__init__()
-        self._begun = False
-        self._slept_for = False
         self._watch = watch
-        self.on_error: Callable[[BaseException], None] | None = None
-        if watch is not None:
-            self._waiters = _Waiters(watch)
+
+    @property
+    def _condition(self) -> threading.Condition:  # type: ignore[override]
+        """Made by the first who waits, wants to be called, cancels, or is not alone with an outcome."""
+        made = self._made
+        if made is None:
+            with _making:
+                made = self._made
+                if made is None:
+                    self._waiters = [] if self._watch is None else _Waiters(self._watch)
+                    self._done_callbacks = []
+                    made = self._made = threading.Condition()
+        return made
 
     def __await__(self) -> Generator[Any, None, Output]:
         return asyncio.wrap_future(self).__await__()
@@ -80,6 +102,8 @@ class Reply(Future[Output]):
         """The answer; see concurrent.futures."""
         if self._state in _OPEN:
             self._before_sleep(timeout)
+        if self._state == _FINISHED and self._exception is None:
+            return self._result  # type: ignore[return-value]  # set before the state
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -149,12 +173,19 @@ class Reply(Future[Output]):
         except InvalidStateError:
             return
 
-    def answer_quietly(self, output: Output, before: Callable[[], None]) -> bool:
-        """:meth:`answer` after calling ``before``, unless there are callbacks; whether it was done. For threads that must not run them."""
+    def answer_quietly(self, output: Output, settle: Callable[[Ticket], None], ticket: Ticket) -> bool:
+        """:meth:`answer` after ``settle(ticket)``, unless there are callbacks; whether it was done. For threads that must not run them."""
+        with _making:
+            if self._made is None:
+                settle(ticket)
+                if self._state in _OPEN:
+                    self._result = output
+                    self._state = _FINISHED
+                return True
         with self._condition:
             if self._done_callbacks:
                 return False
-            before()
+            settle(ticket)
             self.answer(output)
         return True
 

@@ -109,11 +109,11 @@ def forward_pointers(problem: AttentionProblem, out: ArrayInfo, lse_ptr: int | N
         problem.v.ptr,
         out.ptr,
         lse_ptr or 0,
-        _address(problem.cu_seqlens_q),
-        _address(problem.cu_seqlens_k),
-        _address(problem.alibi_slopes),
-        _address(problem.learned_sink),
-        problem.dropout.rng.ptr if problem.dropout else 0,
+        0 if problem.cu_seqlens_q is None else problem.cu_seqlens_q.ptr,
+        0 if problem.cu_seqlens_k is None else problem.cu_seqlens_k.ptr,
+        0 if problem.alibi_slopes is None else problem.alibi_slopes.ptr,
+        0 if problem.learned_sink is None else problem.learned_sink.ptr,
+        0 if problem.dropout is None else problem.dropout.rng.ptr,
     )
 
 
