@@ -204,7 +204,7 @@ struct WarpRows {
     return magnitude;
   }
 
-  // Scores of the series are no maxima: none may pass a reference by more than 15 in log2 units, which f16 holds. Capped, they are no larger.
+  // Scores of the series are no maxima: none may pass the lowest reference by too much. Capped, they are no larger.
   __device__ __forceinline__ void bound_series() {
     float lowest = -negative_infinity();
 #pragma unroll
@@ -212,7 +212,7 @@ struct WarpRows {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         if (decides(b, r)) lowest = fminf(lowest, softmax.max[b][r]);
-    series_bound = fminf(p.softcap_limit, (lowest + 15.f) / score.scale);
+    series_bound = fminf(p.softcap_limit, (lowest + OnlineSoftmax<kBlocks>::kLargestGrowth) / score.scale);
   }
 
   __device__ __forceinline__ void hide_keys(Scores& rS, int n) {

@@ -22,9 +22,10 @@ struct OnlineSoftmax {
   float sum[kBlocks][2];  // this lane's part of the denominator
 
   // The output is rescaled only when a maximum grew by more than 8 in log2 units: until then the old one is the reference, probabilities reach
-  // at most 256 instead of 1 (2^15 where softcap takes its series), and nothing overflows in f16, bf16 or float32. That is rare after the first
-  // tiles, so each lane looks at its own scores, and only where one in the warp has grown so far do the quads exchange maxima.
-  static constexpr float kLazyGrowth = 8.f;
+  // at most 256 instead of 1, and nothing overflows in f16, bf16 or float32. That is rare after the first tiles, so each lane looks at its own
+  // scores, and only where one in the warp has grown so far do the quads exchange maxima. Scores that are no maxima, those of softcap's series,
+  // may pass their reference by what f16 holds.
+  static constexpr float kLazyGrowth = 8.f, kLargestGrowth = 15.f;
 
   __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
