@@ -18,7 +18,6 @@ guard does not take for the same goes by its key, and that call is the last one 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -28,8 +27,9 @@ from .env import settings
 from .execute import Launch, Output
 from .jit.launch import LaunchPlan
 from .jit.params import Fa3FwdParams, FwdParams
+from .torch_hooks import NewTensor, empty_on, guard_of, hooks, meet_torch
 
-__all__ = ["Hooks", "Key", "Numbers", "Others", "Packing", "clear", "empty_on", "hooks", "meet_torch", "remember", "repeat"]
+__all__ = ["Key", "Numbers", "Others", "Packing", "clear", "remember", "repeat"]
 
 # (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
 Numbers: TypeAlias = tuple[Any, Any, Any, Any, Any, Any, Any]
@@ -39,37 +39,12 @@ Others: TypeAlias = tuple[Any, Any, Any]
 Packing: TypeAlias = tuple[Any, Any, Any, Any]
 Key: TypeAlias = tuple[Any, ...]
 Tensors: TypeAlias = tuple[Any, ...]
-# (shape, strides, dtype) of an output to be made
-_Array: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], Any]
 
 _NOWHERE: Final = 16  # in a plan's alignment: some array has no memory, because it is empty or because it was freed under its tensor
 _MAX_PLANS: Final = 4096  # of about 1 KB; a workload with more shapes than that starts over
 _PLAIN: Final = frozenset({int, float, bool, type(None)})
 # How many of the leading addresses of the parameters a launch brings: q, k, v, o; with LSE and cu_seqlens; with slopes, sink and seed.
 _FEW, _MORE, _ALL = 4, 7, 10
-
-
-def _no_device() -> int:
-    return -1
-
-
-@dataclass(slots=True)
-class Hooks:
-    """The few functions of torch on the steady-state path, bound once. Tests put stand-ins here.
-
-    ``guard`` is the class of tensor guards; ``empty_on_current(shape, strides, dtype)`` allocates on the current GPU, which is the right
-    one if ``device_count()`` is 1 or ``current_device()`` says so. torch's own compiler lives on them. Where they are missing, calls go by
-    their keys and outputs come from ``Tensor.new_empty_strided``.
-    """
-
-    plain_types: frozenset[type] = frozenset()
-    is_grad_enabled: Any = None
-    raw_stream: Any = None
-    int64: Any = None
-    guard: Any = None
-    empty_on_current: Any = None
-    current_device: Any = _no_device
-    device_count: Any = None
 
 
 @dataclass(slots=True, eq=False)
@@ -90,54 +65,16 @@ class _Plan:
     device_index: int
     alignment: int
     reaches: tuple[int, ...]
-    out: _Array | None
+    out: NewTensor | None
     make_out: Any
-    lse: _Array | None
+    lse: NewTensor | None
     dropout: bool
     addresses: int
     same: Any
 
 
-hooks = Hooks()
 _plans: dict[Key, _Plan] = {}
 _latest: dict[Key, _Plan] = {}  # by all of the key that is not read from tensors
-
-
-def meet_torch() -> None:
-    """Bind the hooks once torch is there; calls before that have no torch tensors."""
-    torch = sys.modules.get("torch")
-    if torch is None or hooks.plain_types or not hasattr(torch, "nn"):
-        return
-    private = torch._C  # noqa: SLF001 - the public call costs 8 us for the stream, 1.5 us more for an output
-    guards: Any = getattr(getattr(private, "_dynamo", None), "guards", None)
-    hooks.is_grad_enabled, hooks.int64 = torch.is_grad_enabled, torch.int64
-    hooks.raw_stream = getattr(private, "_cuda_getCurrentRawStream", None)
-    hooks.guard = _trusted(torch, getattr(guards, "TensorGuards", None))
-    if hasattr(guards, "_empty_strided_cuda") and hasattr(private, "_cuda_getDevice"):
-        hooks.empty_on_current, hooks.current_device = guards._empty_strided_cuda, private._cuda_getDevice  # noqa: SLF001
-        hooks.device_count = torch.cuda.device_count
-    hooks.plain_types = frozenset({torch.Tensor, torch.nn.Parameter})
-
-
-def _trusted(torch: Any, guard: Any) -> Any:
-    """``guard`` if it tells apart what keys tell apart, else None: no torch promises what a private name does."""
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        first, second = (torch.empty((2, 3), device="cpu") for _ in range(2))
-        others = (
-            torch.empty((3, 2), device="cpu"),
-            torch.empty((2, 4), device="cpu")[:, :3],
-            torch.empty((2, 3, 1), device="cpu"),
-            torch.empty((2, 3), device="cpu", dtype=torch.float16),
-            torch.empty((2, 3), device="meta"),
-            torch.empty((2, 3), device="cpu", requires_grad=True),
-            torch.nn.Parameter(first, requires_grad=False),
-        )
-        try:
-            same = _guard_of(guard, (first, second))
-            good = same(torch.empty_like(first), second) and not any(same(other, second) or same(first, other) for other in others)
-        except (RuntimeError, SystemError, TypeError):
-            return None
-    return guard if good else None
 
 
 def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key | None, Any]:
@@ -229,25 +166,12 @@ def _guard(tensors: Tensors) -> Any:
     """A function that tells whether as many tensors are like these, if there can be one."""
     if hooks.guard is None or any(tensor.requires_grad for tensor in tensors) or len({id(tensor) for tensor in tensors}) < len(tensors):
         return _never
-    return _guard_of(hooks.guard, tensors)
-
-
-def _guard_of(guard: Any, tensors: Tensors) -> Any:
-    sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
-    return guard(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return guard_of(hooks.guard, tensors)
 
 
 def _never(*_tensors: Any) -> bool:
     """The guard of a plan that has none."""
     return False
-
-
-def empty_on(device_index: int, like: Any, array: _Array) -> Any:
-    """A new torch tensor (shape, strides, dtype) on the GPU of ``like``, which has this index; quick where it is the current one."""
-    if hooks.current_device() == device_index:
-        return hooks.empty_on_current(*array)
-    shape, strides, dtype = array
-    return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
 def _overlap(out: int, q: int, k: int, v: int, reaches: tuple[int, ...]) -> bool:
@@ -302,7 +226,7 @@ def remember(key: Key, launch: Launch, output: Output, others: Others) -> None:
     )
 
 
-def _array(tensor: Any) -> _Array:
+def _array(tensor: Any) -> NewTensor:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 

@@ -10,7 +10,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
-from atomr_accel_flashattn import plans  # noqa: E402
 from atomr_accel_flashattn.bench import breakdown  # noqa: E402
 from atomr_accel_flashattn.bench.breakdown import Steady, call_breakdown, launch_costs, steady  # noqa: E402
 from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
@@ -18,8 +17,9 @@ from atomr_accel_flashattn.bench.inputs import make_inputs  # noqa: E402
 from atomr_accel_flashattn.bench.peers import Refused  # noqa: E402
 from atomr_accel_flashattn.jit import launch  # noqa: E402
 from atomr_accel_flashattn.jit.spec import Family  # noqa: E402
+from atomr_accel_flashattn.torch_hooks import hooks, meet_torch  # noqa: E402
 from tests.emulator.running import flat_tensor  # noqa: E402
-from tests.host.fake_gpu import STREAM, FakeCuda, FakeGpu, fake  # noqa: E402
+from tests.host.fake_gpu import STREAM, FakeCuda, FakeGpu, fake, fresh_hooks  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -39,9 +39,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(breakdown, "launch_function", launch.launch_function)
     monkeypatch.setattr(breakdown, "encode", lambda spec, _index: flat_tensor(spec))
     monkeypatch.setattr(breakdown, "move", lambda tensor_map, ptr, _index: launch.move_function()(tensor_map, ptr))
-    monkeypatch.setattr(plans, "hooks", plans.Hooks())
-    plans.meet_torch()
-    plans.hooks.plain_types = frozenset({FakeCuda})
+    fresh_hooks(monkeypatch)
+    meet_torch()
+    hooks.plain_types = frozenset({FakeCuda})
     return card
 
 
@@ -75,7 +75,7 @@ def test_the_steps_and_the_rest_are_the_whole(gpu: FakeGpu, cell: Cell, family: 
 @pytest.mark.parametrize("guarded", [True, False])
 def test_what_is_timed_as_recognition_recognises(gpu: FakeGpu, guarded: bool):
     if not guarded:
-        plans.hooks.guard = None
+        hooks.guard = None
     inputs = held(DENSE, Family.FA2).inputs
     assert breakdown._recognise((inputs.q, inputs.k, inputs.v))()
 

@@ -10,7 +10,7 @@ import ctypes
 import math
 import struct
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -25,6 +25,7 @@ from atomr_accel_flashattn.jit.params import UNBOUNDED, DropoutMaskParams, Fa3Fw
 from atomr_accel_flashattn.jit.spec import Direction, Family, KernelSpec
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
 from atomr_accel_flashattn.reference import attention
+from atomr_accel_flashattn.torch_hooks import Hooks, hooks
 from atomr_accel_flashattn.types import Device, DType, SmArch
 from tests.emulator.running import flat_tensor
 
@@ -265,3 +266,9 @@ def _strided(spec: KernelSpec, ptr: int, strides: Any, shape: tuple[int, ...]) -
 def _at(ptr: int, shape: tuple[int, ...], name: str, strides: tuple[int, ...] | None = None) -> ArrayInfo:
     dtype = DType.F32 if name == "float32" else None
     return ArrayInfo(ptr, shape, strides or contiguous_strides(shape), dtype, name, Device("cpu", 0), None)
+
+
+def fresh_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before torch was met; what the test puts there is gone at its end."""
+    for each in fields(Hooks):
+        monkeypatch.setattr(hooks, each.name, getattr(Hooks(), each.name))

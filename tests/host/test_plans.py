@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402 - after the sk
 from hypothesis import strategies as st  # noqa: E402
 
 import atomr_accel_flashattn as fa  # noqa: E402
-from atomr_accel_flashattn import env, plans  # noqa: E402
+from atomr_accel_flashattn import env, plans, torch_hooks  # noqa: E402
+from atomr_accel_flashattn.torch_hooks import hooks, meet_torch  # noqa: E402
 
 from .calls import CHANGES as CHANGES_OF_NUMBERS  # noqa: E402
 from .calls import Call, host  # noqa: E402
-from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake  # noqa: E402
+from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake, fresh_hooks  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -47,13 +48,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iter
     card = FakeGpu()
     card.install(monkeypatch, request.param)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)
-    monkeypatch.setattr(plans, "hooks", plans.Hooks())
+    fresh_hooks(monkeypatch)
     plans.clear()
-    plans.meet_torch()
-    plans.hooks.plain_types = frozenset({FakeCuda})
-    assert plans.hooks.guard is not None
-    plans.hooks.guard = GuardOfFakes
-    plans.hooks.current_device, plans.hooks.empty_on_current, plans.hooks.device_count = (lambda: 0), empty_on_current, lambda: 2
+    meet_torch()
+    hooks.plain_types = frozenset({FakeCuda})
+    assert hooks.guard is not None
+    hooks.guard = GuardOfFakes
+    hooks.current_device, hooks.empty_on_current, hooks.device_count = (lambda: 0), empty_on_current, lambda: 2
     yield card
     plans.clear()
 
@@ -103,11 +104,11 @@ def test_a_call_like_the_last_one_builds_no_key(gpu: FakeGpu, monkeypatch: pytes
 
 @pytest.mark.parametrize("change", ["strides_of_k", "address_of_v", "dtype", "seqlen_q", "packed", "lse", "out", "slopes"])
 def test_calls_are_right_without_the_private_names_of_torch(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, change: str):
-    plans.hooks = plans.Hooks()
+    fresh_hooks(monkeypatch)
     monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
     monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cuda")
-    plans.meet_torch()
-    plans.hooks.plain_types = frozenset({FakeCuda})
+    meet_torch()
+    hooks.plain_types = frozenset({FakeCuda})
     other = replace(BASE, **CHANGES[change])
     for seed, call in enumerate((BASE, other, BASE, BASE, other, other)):
         replace(call, seed=seed).check()
@@ -126,11 +127,11 @@ class Blind:
 
 def test_a_guard_is_trusted_only_when_it_tells_apart_what_keys_tell_apart():
     real = torch._C._dynamo.guards.TensorGuards
-    assert plans._trusted(torch, real) is real
+    assert torch_hooks._trusted(torch, real) is real
     with torch.inference_mode():
-        assert plans._trusted(torch, real) is real
+        assert torch_hooks._trusted(torch, real) is real
     for other in (None, object, Blind):
-        assert plans._trusted(torch, other) is None
+        assert torch_hooks._trusted(torch, other) is None
 
 
 def test_tensors_that_change_in_place_are_read_anew(gpu: FakeGpu):
@@ -154,15 +155,15 @@ def test_a_tensor_that_is_q_and_k_and_v_is_answered_from_a_plan(gpu: FakeGpu):
 
 
 def test_outputs_are_made_on_the_device_of_q_whatever_is_current(gpu: FakeGpu):
-    plans.hooks.current_device = lambda: 1
-    plans.hooks.empty_on_current = None
+    hooks.current_device = lambda: 1
+    hooks.empty_on_current = None
     for seed in range(3):
         replace(BASE, seed=seed, lse=True).check()
     assert gpu.planned == [False, True, True]
 
 
 def test_with_one_gpu_nobody_asks_which_one_is_current(gpu: FakeGpu):
-    plans.hooks.device_count, plans.hooks.current_device = (lambda: 1), None
+    hooks.device_count, hooks.current_device = (lambda: 1), None
     for seed in range(3):
         replace(BASE, seed=seed).check()
     assert gpu.planned == [False, True, True]
@@ -217,7 +218,7 @@ def qkv(**kwargs: Any) -> list[FakeCuda]:
 
 def test_a_repeated_call_takes_the_addresses_and_the_stream_of_now(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
     fa.flash_attn_func(*qkv())
-    monkeypatch.setattr(plans.hooks, "raw_stream", lambda index: 1234 + index)
+    monkeypatch.setattr(hooks, "raw_stream", lambda index: 1234 + index)
     q, k, v = qkv(seed=5)
     out = fa.flash_attn_func(q, k, v)
     _, params, stream, planned = gpu.launches[-1]

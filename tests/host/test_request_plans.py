@@ -19,10 +19,11 @@ from atomr_accel_flashattn.dense import DenseFwdRequest  # noqa: E402
 from atomr_accel_flashattn.jit import launch  # noqa: E402
 from atomr_accel_flashattn.jit.driver import DeviceProperties  # noqa: E402
 from atomr_accel_flashattn.jit.spec import Family  # noqa: E402
+from atomr_accel_flashattn.torch_hooks import hooks, meet_torch  # noqa: E402
 
 from .calls import CHANGES as CHANGES_OF_NUMBERS  # noqa: E402
 from .calls import Call, host  # noqa: E402
-from .fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
+from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake, fresh_hooks  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -36,9 +37,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+@pytest.fixture(params=[False, True], ids=["outputs are read", "outputs are known"])
+def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeGpu:
     """With so few multiprocessors that kernels of the FA3 family are persistent, which need the counters of their stream."""
+    fresh_hooks(monkeypatch)
+    meet_torch()
+    if request.param:
+        hooks.plain_types = frozenset({FakeCuda})
     card = FakeGpu(DeviceProperties("Fake", (9, 0), 3, 1 << 30))
     card.install(monkeypatch)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)

@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from ..arrays import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
-from ..execute import fill
+from ..execute import fill, make_outputs
 from ..jit.driver import check, current_context, driver, primary_context
 from ..jit.params import forward_pointers
 from ..request_plans import find, key_of
@@ -21,7 +21,6 @@ from ..types import Device
 from .fusion import launch_fused
 from .inner import FlashAttnInner, Flight, Job
 from .messages import FlashAttnMsg, Message
-from .outputs import outputs_again
 
 __all__ = ["CudaEvents", "GpuInner"]
 
@@ -192,7 +191,7 @@ class GpuInner(FlashAttnInner):
         plan = None if message.dropout_mask else find(key_of(request))
         if plan is None:
             return super().prepare(message)
-        outputs = outputs_again(request, plan, lse=message.lse)
+        outputs = make_outputs(request, lse=message.lse, out_strides=plan.out_strides)
         if outputs.out.strides != plan.out_strides:
             return Job(message, outputs)
         return Job(message, outputs, plan=plan, quick=self._is_at_home())

@@ -16,6 +16,7 @@ from ..execute import Launch, Output, execute, run
 from ..jit.driver import LaunchConfig, launch_function
 from ..jit.spec import Family, KernelSpec
 from ..jit.tensor_map import TENSOR_MAP_ALIGNMENT, TENSOR_MAP_BYTES, encode, move, tensor_map_specs
+from ..torch_hooks import hooks
 from .families import request_of
 from .peers import Call, Ours, Refused
 
@@ -73,7 +74,7 @@ def call_breakdown(held: Steady, calls: int, repeats: int) -> dict[str, float]:
     ``launch`` is one call of the prepared plan, of which ``cuLaunchKernelEx`` is the driver's part, with the arguments as they are;
     ``rest`` is the Python between the steps.
     """
-    inputs, hooks = held.inputs, plans.hooks
+    inputs = held.inputs
     q, k, v = inputs.q, inputs.k, inputs.v
     tensors = (q, k, v) if inputs.offsets is None else (q, k, v, inputs.offsets)
     device = q.get_device()
@@ -134,7 +135,7 @@ def _map_costs(held: Steady, calls: int, repeats: int) -> dict[str, float]:
 
 
 def _allocate(q: Any) -> Step:
-    shape, strides, dtype, make = tuple(q.shape), q.stride(), q.dtype, plans.hooks.empty_on_current
+    shape, strides, dtype, make = tuple(q.shape), q.stride(), q.dtype, hooks.empty_on_current
     return (lambda: q.new_empty_strided(shape, strides)) if make is None else (lambda: make(shape, strides, dtype))
 
 
@@ -152,11 +153,11 @@ def _bare_launch(made: Launch) -> Step:
 def _recognise(tensors: tuple[Any, ...]) -> Step:
     """What plans.py does before it knows the plan: a guard in a dict, or a key where this torch has no guards."""
     numbers = (0.0, None, False, (-1, -1), 0.0, 0, False)
-    if plans.hooks.guard is None:
+    if hooks.guard is None:
         keys = {numbers: 0}
         return lambda: (keys.get(numbers), *((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()) for tensor in tensors))
     sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
-    guards = {numbers: plans.hooks.guard(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check}
+    guards = {numbers: hooks.guard(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check}
     return lambda: guards[numbers](*tensors)
 
 

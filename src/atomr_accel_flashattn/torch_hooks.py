@@ -1,0 +1,89 @@
+"""The few functions of torch on the steady-state path: looked up once, some of them private, each with a way that does without."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+__all__ = ["Hooks", "NewTensor", "empty_on", "guard_of", "hooks", "meet_torch"]
+
+# (shape, strides, dtype)
+NewTensor: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], Any]
+
+
+def _no_device() -> int:
+    return -1
+
+
+@dataclass(slots=True)
+class Hooks:
+    """The few functions of torch on the steady-state path, bound once. Tests put stand-ins here.
+
+    ``guard`` is the class of tensor guards; ``empty_on_current(shape, strides, dtype)`` allocates on the current GPU, which is the right
+    one if ``device_count()`` is 1 or ``current_device()`` says so. torch's own compiler lives on them. Where they are missing, calls go by
+    their keys and outputs come from ``Tensor.new_empty_strided``.
+    """
+
+    plain_types: frozenset[type] = frozenset()
+    is_grad_enabled: Any = None
+    raw_stream: Any = None
+    int64: Any = None
+    guard: Any = None
+    empty_on_current: Any = None
+    current_device: Any = _no_device
+    device_count: Any = None
+
+
+hooks = Hooks()
+
+
+def meet_torch() -> None:
+    """Bind the hooks once torch is there; calls before that have no torch tensors."""
+    torch = sys.modules.get("torch")
+    if torch is None or hooks.plain_types or not hasattr(torch, "nn"):
+        return
+    private = torch._C  # noqa: SLF001 - the public call costs 8 us for the stream, 1.5 us more for an output
+    guards: Any = getattr(getattr(private, "_dynamo", None), "guards", None)
+    hooks.is_grad_enabled, hooks.int64 = torch.is_grad_enabled, torch.int64
+    hooks.raw_stream = getattr(private, "_cuda_getCurrentRawStream", None)
+    hooks.guard = _trusted(torch, getattr(guards, "TensorGuards", None))
+    if hasattr(guards, "_empty_strided_cuda") and hasattr(private, "_cuda_getDevice"):
+        hooks.empty_on_current, hooks.current_device = guards._empty_strided_cuda, private._cuda_getDevice  # noqa: SLF001
+        hooks.device_count = torch.cuda.device_count
+    hooks.plain_types = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def _trusted(torch: Any, guard: Any) -> Any:
+    """``guard`` if it tells apart what keys tell apart, else None: no torch promises what a private name does."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        first, second = (torch.empty((2, 3), device="cpu") for _ in range(2))
+        others = (
+            torch.empty((3, 2), device="cpu"),
+            torch.empty((2, 4), device="cpu")[:, :3],
+            torch.empty((2, 3, 1), device="cpu"),
+            torch.empty((2, 3), device="cpu", dtype=torch.float16),
+            torch.empty((2, 3), device="meta"),
+            torch.empty((2, 3), device="cpu", requires_grad=True),
+            torch.nn.Parameter(first, requires_grad=False),
+        )
+        try:
+            same = guard_of(guard, (first, second))
+            good = same(torch.empty_like(first), second) and not any(same(other, second) or same(first, other) for other in others)
+        except (RuntimeError, SystemError, TypeError):
+            return None
+    return guard if good else None
+
+
+def guard_of(guard: Any, tensors: tuple[Any, ...]) -> Any:
+    """The function of a ``guard`` made for ``tensors`` that tells whether as many others are like them."""
+    sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+    return guard(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def empty_on(device_index: int, like: Any, array: NewTensor) -> Any:
+    """A new torch tensor (shape, strides, dtype) on the GPU of ``like``, which has this index; quick where it is the current one."""
+    if hooks.current_device() == device_index:
+        return hooks.empty_on_current(*array)
+    shape, strides, dtype = array
+    return like.new_empty_strided(shape, strides, dtype=dtype)
