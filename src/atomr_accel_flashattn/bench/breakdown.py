@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import plans
-from ..dense import DenseFwdRequest
 from ..dispatch import FaFwdDispatch, lookup
 from ..execute import Launch, Output, execute, run
+from ..fa2 import Fa2FwdRequest
+from ..fa3 import Fa3FwdRequest
 from ..jit.driver import LaunchConfig, launch_function
 from ..jit.spec import Family, KernelSpec
 from ..jit.tensor_map import TENSOR_MAP_ALIGNMENT, TENSOR_MAP_BYTES, encode, move, tensor_map_specs
@@ -107,12 +108,14 @@ def launch_costs(few: Steady, many: Steady, calls: int, repeats: int) -> dict[st
     for tiles, held in (("few", few), ("many", many)):
         for name, stream in (("", 0), (", side stream", side.cuda_stream)):
             found[f"further launch, {tiles} tiles{name}"] = cost_us(_launch_of(held, stream), calls, repeats)
-    if few.made.kernel.spec.family is Family.FA3:
+    family = few.made.kernel.spec.family
+    if family is Family.FA3:
         found |= _map_costs(few, calls, repeats)
-    inputs = few.inputs
-    found["request object"] = cost_us(lambda: DenseFwdRequest(inputs.q, inputs.k, inputs.v), calls, repeats)
-    found["run(request)"] = cost_us(lambda: run(few.request, lse=False), calls, repeats)
-    found["run(request), the first of its kind"] = cost_us(lambda: execute(few.request, lse=False), calls, repeats)
+    kind, inputs = Fa3FwdRequest if family is Family.FA3 else Fa2FwdRequest, few.inputs
+    request = kind(inputs.q, inputs.k, inputs.v)
+    found["request object"] = cost_us(lambda: kind(inputs.q, inputs.k, inputs.v), calls, repeats)
+    found["run(request)"] = cost_us(lambda: run(request, lse=False), calls, repeats)
+    found["run(request), the first of its kind"] = cost_us(lambda: execute(request, lse=False), calls, repeats)
     return found
 
 
