@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
+from atomr_accel_flashattn import request_plans  # noqa: E402
 from atomr_accel_flashattn.bench import breakdown  # noqa: E402
 from atomr_accel_flashattn.bench.breakdown import Steady, call_breakdown, launch_costs, steady  # noqa: E402
 from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
@@ -88,6 +89,8 @@ def test_launches_are_timed_with_counters_and_without(gpu: FakeGpu, family: Fami
     found = launch_costs(few, many, 1, 1)
     assert len(found) == (9 if family is Family.FA3 else 7)
     assert {launch[2] for launch in gpu.launches} == {0, STREAM, STREAM + 1}
+    kind = fa.Fa3FwdRequest if family is Family.FA3 else fa.Fa2FwdRequest
+    assert {key[0] for key in request_plans._plans} == {kind}, "run(request) repeated nothing"
 
 
 def test_a_family_that_the_device_does_not_have_is_refused():
