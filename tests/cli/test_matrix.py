@@ -14,7 +14,8 @@ from tests.cli.conftest import Ask, Invoke
 
 def write_record(path: Path, *tests: str, failed: int = 0, device: str = "NVIDIA H100 80GB HBM3") -> Path:
     cells = [{"test": test, "outcome": "passed"} for test in tests]
-    path.write_text(json.dumps({"device": {"name": device, "compute_capability": "9.0"}, "outcomes": {"failed": failed}, "cells": cells}))
+    card = {"name": device, "compute_capability": "9.0"}
+    path.write_text(json.dumps({"commit": "abc1234", "device": card, "outcomes": {"failed": failed}, "cells": cells}))
     return path
 
 
@@ -59,6 +60,12 @@ def test_a_record_names_the_card_for_what_its_tests_named(tmp_path: Path) -> Non
     assert found["bf16"] == found["causal"] == found["ALiBi"] == found["MQA / GQA, any ratio"] == "ran on H100"
     assert found["f16"] == found["softcap"] == found["full"] == "compiles"
     assert states(record, "sm_80")["bf16"] == "compiles"
+
+
+def test_the_table_says_which_commit_ran(tmp_path: Path) -> None:
+    record = write_record(tmp_path / "gpu_tests.json", "bf16")
+    assert "What ran on a card is commit abc1234." in markdown(support_matrix(record))
+    assert "What ran" not in markdown(support_matrix())
 
 
 def test_a_run_with_a_failure_counts_for_nothing(tmp_path: Path) -> None:

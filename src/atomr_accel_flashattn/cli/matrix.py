@@ -82,10 +82,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Rows of features, columns of architectures."""
+    """Rows of features, columns of architectures. ``commit``: of the code that ran on a card, empty where none did."""
 
     archs: tuple[str, ...]
     rows: dict[str, tuple[Entry, ...]]
+    commit: str = ""
 
     @property
     def reasons(self) -> list[str]:
@@ -123,16 +124,17 @@ def support_matrix(record: Path | None = None) -> Matrix:
     runs = Runs.read(record)
     rows = {_DTYPE_LABELS[dtype]: _row(runs, dtype.value, dtype) for dtype in DType}
     rows |= {_LABELS.get(name, name): _row(runs, name, DType.F16, [name]) for name in FEATURES}
-    return Matrix(tuple(arch.value for arch in SmArch), rows)
+    return Matrix(tuple(arch.value for arch in SmArch), rows, runs.commit)
 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """What a card has been seen to do: its short name, its architecture, and the ids of the tests that passed on it."""
+    """What a card has been seen to do: its short name, its architecture, the ids of the tests that passed on it, and the code's commit."""
 
     card: str = ""
     arch: SmArch | None = None
     passed: tuple[str, ...] = ()
+    commit: str = ""
 
     @classmethod
     def read(cls, path: Path | None) -> Runs:
@@ -150,10 +152,10 @@ class Runs:
             failed = found["outcomes"].get("failed", 0)
             major, minor = map(int, found["device"]["compute_capability"].split("."))
             passed = tuple(cell["test"] for cell in found["cells"] if cell["outcome"] == "passed")
-            card = _SHORT_NAME.sub("", found["device"]["name"])
+            card, commit = _SHORT_NAME.sub("", found["device"]["name"]), str(found["commit"] or "")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(f"{newest}: no record of a GPU test run ({error!r}); make one with make gpu-test") from error
-        return cls() if failed else cls(card, arch_of_capability(major, minor), passed)
+        return cls() if failed else cls(card, arch_of_capability(major, minor), passed, commit)
 
     def did(self, arch: SmArch, feature: str) -> bool:
         """Whether a test that names ``feature`` passed on this architecture; tests of the wgmma family count for sm_90a, and only there.
@@ -201,7 +203,8 @@ def markdown(table: Matrix) -> str:
     lines = [f"| | {' | '.join(table.archs)} |", f"|---|{'---|' * len(table.archs)}"]
     lines += [f"| {name} | {' | '.join(_cell(entry, table) for entry in entries)} |" for name, entries in table.rows.items()]
     reasons = [f"{number}. {reason}" for number, reason in enumerate(table.reasons, 1)]
-    return "\n".join([*lines, "", "A number is a refusal, by name and with this reason:", "", *reasons])
+    ran = [f"What ran on a card is commit {table.commit}.", ""] if table.commit else []
+    return "\n".join([*lines, "", *ran, "A number is a refusal, by name and with this reason:", "", *reasons])
 
 
 def rendered_readme(text: str, table: Matrix) -> str:
