@@ -317,6 +317,9 @@ _NAMES_OF = {
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
+_NOT_BUILT = {  # of flash-attn's names
+    "flash_attn_with_kvcache": "a KV cache is not built in this version; flash_attn_varlen_func takes packed K and V of any length",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -324,7 +327,8 @@ def __getattr__(name: str) -> Any:
     if name == "bert_padding":  # a module that flash-attn's users reach by its name
         return importlib.import_module(f".{name}", __name__)
     if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        why = f": {_NOT_BUILT[name]}" if name in _NOT_BUILT else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{why}")
     value = getattr(importlib.import_module(f".{module}", __name__), name)
     globals()[name] = value
     return value
