@@ -39,7 +39,7 @@ def test_an_unknown_name_is_an_attribute_error_that_says_it():
 
 def test_a_name_of_flash_attn_that_is_not_built_says_so():
     assert not hasattr(fa, "flash_attn_with_kvcache")
-    with pytest.raises(AttributeError, match="flash_attn_with_kvcache.*not built in this version; flash_attn_varlen_func"):
+    with pytest.raises(AttributeError, match=r"flash_attn_with_kvcache.*not built in this version; flash_attn_varlen_func"):
         fa.flash_attn_with_kvcache  # noqa: B018
 
 
