@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np  # noqa: TC002 - get_type_hints keeps working
+import asyncio
+
+import numpy as np
 import pykka
 import pytest
 
@@ -20,6 +22,8 @@ from tests.actor.devices import PATIENCE, HeldDevice, message
         ({"max_in_flight": 2.0}, "max_in_flight: got 2.0"),
         ({"mailbox_limit": 0}, "mailbox_limit: got 0"),
         ({"overflow": "wait"}, "overflow: got 'wait'"),
+        ({"label": 5}, "label: got 5"),
+        ({"fuse_decodes": "no"}, "fuse_decodes: got 'no'"),
         ({"device": "tpu"}, "device: got 'tpu'; allowed are 'cpu', 'cuda'"),
         ({"device": "cuda:x"}, "device: got 'cuda:x'"),
         ({"device": "cpu", "stream": 7}, "stream: got 7 with device cpu"),
@@ -64,7 +68,10 @@ def test_an_unknown_message(unknown: object):
 
 
 def test_a_forward_message_without_a_forward_request():
-    with FlashAttnActor.start() as actor, pytest.raises(fa.UnknownMessageError, match="got a Forward with int"):
+    with (
+        FlashAttnActor.start() as actor,
+        pytest.raises(fa.UnknownMessageError, match="Forward with int; allowed is a DenseFwdRequest, "),
+    ):
         actor.ask(FlashAttnMsg.Forward(3))
 
 
@@ -108,10 +115,19 @@ def test_a_broadcast_that_is_no_message_is_left_alone():
         assert actor.ask(message()).result(PATIENCE).out is not None
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "1", 1j, np.float32(PATIENCE)])
 def test_a_timeout_that_is_none(timeout: float):
     with FlashAttnActor.start() as actor, pytest.raises(fa.PropsError, match="timeout: got"):
         actor.ask(message(), timeout=timeout)
+
+
+def test_an_overflow_that_is_none():
+    with FlashAttnActor.start() as actor:
+        with pytest.raises(fa.PropsError, match=r"overflow: got 'wait'; allowed are Overflow.WAIT, Overflow.REFUSE"):
+            actor.ask(message(), overflow="wait")  # type: ignore[arg-type]
+        with pytest.raises(fa.PropsError, match="overflow: got 'refuse'"):
+            asyncio.run(actor.ask_async(message(), overflow="refuse"))  # type: ignore[arg-type]
+        assert actor.unanswered == 0
 
 
 @pytest.mark.parametrize(("kind", "feature"), [(FlashAttnMsg.Backward, "backward"), (FlashAttnMsg.PagedForward, "paged")])

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ..errors import PropsError, UnknownMessageError
 from ..execute import Output
@@ -78,6 +78,7 @@ class Door(ABC):
             DeviceMismatchError: a request for another device.
             StaleArrayError: an array was resized since the request was made.
             OutputError: outputs in q's library cannot be made; give ``out``.
+            PropsError: a timeout or an overflow that is none.
             ActorStoppedError: the actor has stopped, or is about to.
             MailboxFullError: no place, and not to wait for one.
             RequestTimeoutError: no place in time.
@@ -90,9 +91,9 @@ class Door(ABC):
         began = 0.0 if timeout is None else time.monotonic()
         ticket = self._ticket(message, timeout)
         ticket.reply.on_error = on_error
+        wait = self._is_to_wait(overflow)
         in_event_loop = asyncio._get_running_loop() is not None  # noqa: SLF001 - the public call raises where there is none
         if in_event_loop or not self._at_once(ticket):
-            wait = (self.props.overflow if overflow is None else overflow) is Overflow.WAIT
             place = self._mailbox.enter(ticket, wait=wait and not in_event_loop and not self._is_own_thread())
             if place is not None:
                 self._wait_for(place, timeout, began)
@@ -115,7 +116,7 @@ class Door(ABC):
         """
         began = time.monotonic()
         ticket = await self._ticket_async(message, timeout)
-        wait = (self.props.overflow if overflow is None else overflow) is Overflow.WAIT
+        wait = self._is_to_wait(overflow)
         place = self._mailbox.enter(ticket, wait=wait)
         try:
             if place is not None:
@@ -168,10 +169,17 @@ class Door(ABC):
                 f"message: got {type(message).__qualname__}; allowed are FlashAttnMsg.Forward, .Backward and .PagedForward; "
                 "wrap a request as FlashAttnMsg.Forward(request)"
             )
-        if timeout is not None and not timeout > 0:
-            raise PropsError(f"timeout: got {timeout!r}; allowed is a number of seconds > 0, or None for no limit")
+        given: Any = timeout
+        if given is not None and not (isinstance(given, int | float) and given > 0):
+            raise PropsError(f"timeout: got {timeout!r}; allowed is an int or float of seconds > 0, or None for no limit")
         self._mailbox.check_open()
         return self._accept(message)
+
+    def _is_to_wait(self, overflow: Overflow | None) -> bool:
+        chosen: Any = self.props.overflow if overflow is None else overflow
+        if not isinstance(chosen, Overflow):
+            raise PropsError(f"overflow: got {overflow!r}; allowed are Overflow.WAIT, Overflow.REFUSE, and None for that of the props")
+        return chosen is Overflow.WAIT
 
     def _wait_for(self, place: Future[None], timeout: float | None, began: float) -> None:
         try:

@@ -140,7 +140,8 @@ class FlashAttnInner(ABC):
         request = message.request
         if type(request) not in _OWN_REQUESTS and not isinstance(request, FaFwdDispatch):
             raise UnknownMessageError(
-                f"message: got a Forward with {type(request).__qualname__}; allowed is a Fa2FwdRequest or a VarlenFwdRequest"
+                f"message: got a Forward with {type(request).__qualname__}; "
+                "allowed is a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest"
             )
         if request.problem.q.device != self.device:
             raise DeviceMismatchError(

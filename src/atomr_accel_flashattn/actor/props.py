@@ -52,6 +52,10 @@ class FlashAttnProps:
             value = getattr(self, name)
             if not is_integer(value) or not 1 <= value <= most:
                 raise PropsError(f"{name}: got {value!r}; allowed is an integer in 1..{most}")
+        if not isinstance(self.label, str):
+            raise PropsError(f"label: got {self.label!r}; allowed is a string")
+        if not isinstance(self.fuse_decodes, bool):
+            raise PropsError(f"fuse_decodes: got {self.fuse_decodes!r}; allowed are True and False")
         if not isinstance(self.overflow, Overflow):
             raise PropsError(f"overflow: got {self.overflow!r}; allowed are Overflow.WAIT and Overflow.REFUSE")
         if self.stream is not None and self.place.kind == "cpu":
