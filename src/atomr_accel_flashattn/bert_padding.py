@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import read_array
-from .errors import DeviceMismatchError, ShapeError
+from .errors import DeviceMismatchError, DTypeError, ShapeError
 from .options import is_integer
 
 __all__ = ["index_first_axis", "pad_input", "unpad_input"]
@@ -21,11 +21,12 @@ def index_first_axis(x: Any, indices: Any) -> Any:
     """Rows of ``x`` (n, ...) at ``indices`` (m,) integers: (m, ...).
 
     Raises:
-        ShapeError: ``x`` without a second dimension, or ``indices`` not flat.
+        DTypeError: ``indices`` that are no integers.
+        ShapeError: ``x`` without a second dimension, ``indices`` not flat, or, in host memory, one that is no row.
         DeviceMismatchError: they live on different devices.
     """
     _check_rank(x, "x", 2, "(rows, ...)")
-    _check_indices(x, indices)
+    _check_indices(x, indices, read_array(x, "x").shape[0])
     return x[indices]
 
 
@@ -42,12 +43,13 @@ def unpad_input(hidden_states: Any, attention_mask: Any, unused_mask: Any = None
         the number of valid tokens of each sequence, int32 (B,).
 
     Raises:
+        ArrayTypeError: no attention mask.
         ShapeError: sizes that do not fit together, or masks that add up to anything but 0 and 1.
         DeviceMismatchError: arrays on different devices.
     """
     states = _check_rank(hidden_states, "hidden_states", 2, "(batch, length, ...)")
     for name, mask in (("attention_mask", attention_mask), ("unused_mask", unused_mask)):
-        if mask is None:
+        if mask is None and name == "unused_mask":
             continue
         info = read_array(mask, name)
         if info.shape != states.shape[:2]:
@@ -71,14 +73,15 @@ def pad_input(hidden_states: Any, indices: Any, batch: int, seqlen: int) -> Any:
     """Undo :func:`unpad_input`: rows (total, ...) to (batch, seqlen, ...), zero where there was no token.
 
     Raises:
-        ShapeError: a negative size, or as many indices as there are not rows.
+        DTypeError: ``indices`` that are no integers.
+        ShapeError: a negative size, as many indices as there are not rows, or, in host memory, one outside of batch * seqlen.
         DeviceMismatchError: arrays on different devices.
     """
     rows = _check_rank(hidden_states, "hidden_states", 1, "(total, ...)")
-    picked = _check_indices(hidden_states, indices)
     for name, size in (("batch", batch), ("seqlen", seqlen)):
         if not is_integer(size) or size < 0:
             raise ShapeError(f"{name}: got {size!r}; allowed is an integer >= 0")
+    picked = _check_indices(hidden_states, indices, batch * seqlen)
     if picked != rows.shape[0]:
         raise ShapeError(f"indices: got {picked} of them for {rows.shape[0]} rows; allowed is one index for each row of hidden_states")
     padded = _zeros(hidden_states, (batch * seqlen, *rows.shape[1:]))
@@ -109,11 +112,17 @@ def _check_rank(x: Any, name: str, rank: int, layout: str) -> Any:
     return info
 
 
-def _check_indices(x: Any, indices: Any) -> int:
-    """Their number."""
+def _check_indices(x: Any, indices: Any, places: int) -> int:
+    """Their number. Values are looked at in host memory only."""
     info, rows = read_array(indices, "indices"), read_array(x, "x")
     if len(info.shape) != 1:
         raise ShapeError(f"indices: got shape {info.shape}; allowed is a flat array")
+    if "int" not in info.dtype_name:
+        raise DTypeError(f"indices: got type {info.dtype_name}; allowed are integers; call .long() or .astype('int64')")
     if info.device != rows.device:
         raise DeviceMismatchError(f"indices: got an array on {info.device} with rows on {rows.device}; allowed is one device")
+    if info.device.kind == "cpu" and info.shape[0]:
+        least, most = int(indices.min()), int(indices.max())
+        if least < 0 or most >= places:
+            raise ShapeError(f"indices: got values from {least} to {most}; allowed are 0..{places - 1}, the places that there are")
     return info.shape[0]

@@ -77,6 +77,9 @@ def test_the_way_through_attention_equals_padded_attention():
         (lambda: fa.pad_input(STATES[0], np.arange(5), -1, 5), "batch: got -1", ">= 0"),
         (lambda: fa.pad_input(STATES[0], np.arange(5), 1, 2.5), "seqlen: got 2.5", "an integer"),
         (lambda: fa.index_first_axis(STATES, MASK), "indices: got shape (3, 5)", "flat"),
+        (lambda: fa.index_first_axis(STATES, np.array([0, 3])), "indices: got values from 0 to 3", "allowed are 0..2"),
+        (lambda: fa.index_first_axis(STATES, np.array([-1, 0])), "indices: got values from -1 to 0", "allowed are 0..2"),
+        (lambda: fa.pad_input(STATES[0], np.arange(5) + 6, 2, 5), "indices: got values from 6 to 10", "allowed are 0..9"),
     ],
 )
 def test_bad_sizes_are_refused(call: Callable[[], Any], got: str, allowed: str):
@@ -84,6 +87,13 @@ def test_bad_sizes_are_refused(call: Callable[[], Any], got: str, allowed: str):
         call()
     assert got in str(raised.value)
     assert allowed in str(raised.value)
+
+
+def test_indices_that_are_no_integers_and_no_mask_are_refused():
+    with pytest.raises(fa.DTypeError, match="indices: got type float64; allowed are integers"):
+        fa.index_first_axis(STATES, np.array([0.0, 1.0]))
+    with pytest.raises(fa.ArrayTypeError, match="attention_mask: got builtins.NoneType"):
+        fa.unpad_input(STATES, None)
 
 
 @pytest.mark.torch
