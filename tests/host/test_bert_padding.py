@@ -92,7 +92,7 @@ def test_bad_sizes_are_refused(call: Callable[[], Any], got: str, allowed: str):
 def test_indices_that_are_no_integers_and_no_mask_are_refused():
     with pytest.raises(fa.DTypeError, match="indices: got type float64; allowed are integers"):
         fa.index_first_axis(STATES, np.array([0.0, 1.0]))
-    with pytest.raises(fa.ArrayTypeError, match="attention_mask: got builtins.NoneType"):
+    with pytest.raises(fa.ArrayTypeError, match=r"attention_mask: got builtins.NoneType"):
         fa.unpad_input(STATES, None)
 
 
