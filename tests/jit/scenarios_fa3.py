@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from atomr_accel_flashattn.errors import LaunchError
-from atomr_accel_flashattn.jit import counters
+from atomr_accel_flashattn.jit import counters, tensor_map
 from atomr_accel_flashattn.jit import driver as driver_module
 from atomr_accel_flashattn.jit import launch as launch_module
 from atomr_accel_flashattn.jit.counters import counters_for
@@ -78,6 +78,21 @@ def a_map_of_packed_heads_has_five_dimensions() -> None:
     made = _Map.from_buffer_copy(encode(_PACKED, 0))
     assert (made.address, made.rank, list(made.sizes), list(made.strides)) == (4096, 5, [64, 4, 300, 2, 2], [128, 1024, 512, 307200])
     assert (list(made.box), list(made.steps)) == ([64, 4, 16, 1, 1], [1] * 5)
+
+
+def a_map_that_is_encoded_while_another_is_does_not_touch_it() -> None:
+    """As a signal handler may, in the same thread."""
+    _use_device(0)
+    other = replace(_SPEC, ptr=8192, sizes=(64, 20, 8, 2))
+    expected, inner, call = encode(_SPEC, 0), [], tensor_map._call
+
+    def interrupted(*arguments: Any) -> int:
+        tensor_map._call = call
+        inner.append(encode(other, 0))
+        return call(*arguments)
+
+    tensor_map._call = interrupted
+    assert (encode(_SPEC, 0), inner) == (expected, [encode(other, 0)])
 
 
 def a_map_that_the_driver_refuses_is_named() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -67,15 +66,23 @@ def encode(spec: TensorMapSpec, device_index: int) -> bytes:
     Raises:
         LaunchError: the driver refuses the map.
     """
-    form = _form
+    try:
+        form = _free_forms.pop()
+    except IndexError:
+        form = _Form()
     code = _call(_encode_function(), form.filled(spec), device_index)
+    encoded = form.map.tobytes()
+    _free_forms.append(form)
     if code:
         raise cuda_error(code, f"encoding a tensor map of sizes {spec.sizes} and byte strides {spec.strides}")
-    return form.map.tobytes()
+    return encoded
 
 
-class _Form(threading.local):
-    """The driver's arguments, converted once for each thread: a map only writes its numbers among them, which saves a third."""
+class _Form:
+    """The driver's arguments, converted once: a map only writes its numbers among them, which saves a third of the time.
+
+    One encoding at a time has it: other threads, and signal handlers of this one, take another.
+    """
 
     def __init__(self) -> None:
         room = bytearray(TENSOR_MAP_ALIGNMENT + TENSOR_MAP_BYTES + _NUMBERS.size)
@@ -88,7 +95,7 @@ class _Form(threading.local):
         self._address = ctypes.c_void_p()
 
     def filled(self, spec: TensorMapSpec) -> tuple[Any, ...]:
-        """The arguments of cuTensorMapEncodeTiled for ``spec``, until the next call in this thread; it leaves the map in ``map``."""
+        """The arguments of cuTensorMapEncodeTiled for ``spec``, until the next call; it leaves the map in ``map``."""
         sizes, box = spec.sizes, spec.box
         rank = len(sizes)
         more = _ONES[rank:]
@@ -100,7 +107,7 @@ class _Form(threading.local):
         return (self._map_at, *which, _NO_INTERLEAVE, swizzle, _PROMOTE_TO_256, _FILL_WITH_ZEROS)
 
 
-_form = _Form()
+_free_forms: list[_Form] = []
 
 
 def move(tensor_map: int, ptr: int, device_index: int) -> None:
