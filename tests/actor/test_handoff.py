@@ -186,13 +186,44 @@ def test_who_comes_while_a_reply_is_answered_is_told(way: str):
     listener = threading.Thread(target=listen)
 
     def settle(_: Ticket) -> None:
-        listener.start()
-        listener.join(0.05)  # time enough to get in between, were it possible
+        if listener.ident is None:
+            listener.start()
+            listener.join(0.05)  # time enough to get in between
+
+    reply.begin_unseen()
+    if not reply.answer_quietly(fa.Output(None), settle, Ticket(Job(sent()), reply)):
+        reply.answer(fa.Output(None))
+    listener.join(PATIENCE)
+    assert told == [reply]
+
+
+def test_a_signal_handler_that_listens_while_its_thread_answers_is_told():
+    reply, told = Reply(), []
+
+    def settle(_: Ticket) -> None:
+        if reply._made is None:
+            reply.add_done_callback(told.append)
+
+    reply.begin_unseen()
+    assert not reply.answer_quietly(fa.Output(None), settle, Ticket(Job(sent()), reply))
+    reply.answer(fa.Output(None))
+    assert told == [reply]
+
+
+def test_a_signal_handler_that_looks_while_its_thread_answers_leaves_no_sleeper():
+    reply, found = Reply(), []
+    sleeper = threading.Thread(target=lambda: found.append(reply.result(PATIENCE)))
+
+    def settle(_: Ticket) -> None:
+        if sleeper.ident is None:
+            assert reply.running()
+            sleeper.start()
+            until(lambda: reply._condition._waiters)
 
     reply.begin_unseen()
     assert reply.answer_quietly(fa.Output(None), settle, Ticket(Job(sent()), reply))
-    listener.join(PATIENCE)
-    assert told == [reply]
+    sleeper.join(PATIENCE / 2)
+    assert len(found) == 1
 
 
 def calls_of_a_message(asks: int = 80) -> float:

@@ -24,7 +24,7 @@ _PENDING: Final = "PENDING"
 _RUNNING: Final = "RUNNING"
 _FINISHED: Final = "FINISHED"
 _OPEN: Final = frozenset({_PENDING, _RUNNING})
-_making: Final = threading.RLock()  # held by who makes a reply's condition, and by who answers one that has none
+_making: Final = threading.RLock()  # held, without a call, by who gives a reply its condition, and by who answers one that has none
 
 
 class Watch(Protocol):
@@ -87,12 +87,15 @@ class Reply(Future[Output]):
         """Made by the first who waits, wants to be called, cancels, or is not alone with an outcome."""
         made = self._made
         if made is None:
-            with _making:
+            waiters: list[Any] = [] if self._watch is None else _Waiters(self._watch)
+            callbacks: list[Any] = []
+            condition = threading.Condition()
+            with _making:  # no call in here: neither a signal handler nor a finalizer of this thread comes between
+                if self._made is None:
+                    self._waiters = waiters
+                    self._done_callbacks = callbacks
+                    self._made = condition
                 made = self._made
-                if made is None:
-                    self._waiters = [] if self._watch is None else _Waiters(self._watch)
-                    self._done_callbacks = []
-                    made = self._made = threading.Condition()
         return made
 
     def __await__(self) -> Generator[Any, None, Output]:
@@ -174,14 +177,18 @@ class Reply(Future[Output]):
             return
 
     def answer_quietly(self, output: Output, settle: Callable[[Ticket], None], ticket: Ticket) -> bool:
-        """:meth:`answer` after ``settle(ticket)``, unless there are callbacks; whether it was done. For threads that must not run them."""
-        with _making:
-            if self._made is None:
-                settle(ticket)
-                if self._state in _OPEN:
-                    self._result = output
-                    self._state = _FINISHED
-                return True
+        """:meth:`answer` after ``settle(ticket)``, unless there are callbacks; whether it was done. For threads that must not run them.
+
+        Where somebody comes meanwhile, ``settle`` is called again.
+        """
+        if self._made is None:
+            settle(ticket)
+            with _making:  # no call in here either
+                if self._made is None:
+                    if self._state in _OPEN:
+                        self._result = output
+                        self._state = _FINISHED
+                    return True
         with self._condition:
             if self._done_callbacks:
                 return False
