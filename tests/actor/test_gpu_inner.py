@@ -158,3 +158,24 @@ def test_a_launch_that_fails_after_its_wait_leaves_a_mark_to_wait_for_again(cuda
     del flight
     inner.close()
     assert cuda.live_events == 0
+
+
+def test_fused_jobs_wait_for_all_their_marks_and_the_last_becomes_that_of_the_end(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
+    inner = gpu.GpuInner(0)
+    monkeypatch.setattr(gpu, "launch_fused", lambda _, stream: cuda.log.append(("launch", stream)) or "alive")
+    jobs = [inner.accept(sent(seed)) for seed in range(3)]
+    marks = [job.ready.event for job in jobs]
+    cuda.log.clear()
+    flight = inner.launch(jobs)
+    assert cuda.log == [*(("wait", mark, 500) for mark in marks), ("launch", 500), ("record", marks[-1], 500)]
+    assert flight.alive == "alive"
+    assert [job.ready for job in jobs] == [None] * 3
+    assert inner._events._free.qsize() == 2
+
+
+def test_a_default_stream_is_marked_in_the_context_of_its_device(cuda: FakeDriver):
+    inner = gpu.GpuInner(0)
+    cuda.current = 70
+    cuda.log.clear()
+    inner.accept(sent())
+    assert [entry[0] for entry in cuda.log] == ["push", "push", "record"]
