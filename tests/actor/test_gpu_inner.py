@@ -179,3 +179,9 @@ def test_a_default_stream_is_marked_in_the_context_of_its_device(cuda: FakeDrive
     cuda.log.clear()
     inner.accept(sent())
     assert [entry[0] for entry in cuda.log] == ["push", "push", "record"]
+
+
+def test_a_stream_that_every_thread_has_its_own_of_is_refused(cuda: FakeDriver):
+    with pytest.raises(fa.PropsError, match="stream: got the per-thread default stream"):
+        FlashAttnActor.start(FlashAttnProps(device="cuda:0", stream=2))
+    assert cuda.live_events == 0

@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from ..arrays import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
+from ..errors import PropsError
 from ..execute import fill, make_outputs
 from ..jit.driver import check, current_context, driver, primary_context
 from ..jit.params import forward_pointers
@@ -25,6 +26,7 @@ from .messages import FlashAttnMsg, Message
 __all__ = ["CudaEvents", "GpuInner"]
 
 _DEFAULT_STREAMS: Final = frozenset({0, LEGACY_DEFAULT_STREAM})
+_PER_THREAD: Final = 2  # CU_STREAM_PER_THREAD
 _NOT_READY: Final = 600  # CUDA_ERROR_NOT_READY
 
 
@@ -171,6 +173,8 @@ class GpuInner(FlashAttnInner):
             self._stream = int(self._own_stream)
         else:
             self._stream = raw_stream(stream)
+            if self._stream == _PER_THREAD:
+                raise PropsError("stream: got the per-thread default stream, another one in every thread; allowed is one stream, or None")
 
     def attach(self) -> None:
         """Make the device's primary context, which torch uses too, current in this thread."""
