@@ -13,6 +13,7 @@ import numpy as np
 from .arrays import read_array
 from .errors import DeviceMismatchError, DTypeError, ShapeError
 from .options import is_integer
+from .problem import ArrayInfo
 
 __all__ = ["index_first_axis", "pad_input", "unpad_input"]
 
@@ -25,8 +26,8 @@ def index_first_axis(x: Any, indices: Any) -> Any:
         ShapeError: ``x`` without a second dimension, ``indices`` not flat, or, in host memory, one that is no row.
         DeviceMismatchError: they live on different devices.
     """
-    _check_rank(x, "x", 2, "(rows, ...)")
-    _check_indices(x, indices, read_array(x, "x").shape[0])
+    rows = _check_rank(x, "x", 2, "(rows, ...)")
+    _check_indices(rows, indices, rows.shape[0])
     return x[indices]
 
 
@@ -81,7 +82,7 @@ def pad_input(hidden_states: Any, indices: Any, batch: int, seqlen: int) -> Any:
     for name, size in (("batch", batch), ("seqlen", seqlen)):
         if not is_integer(size) or size < 0:
             raise ShapeError(f"{name}: got {size!r}; allowed is an integer >= 0")
-    picked = _check_indices(hidden_states, indices, batch * seqlen)
+    picked = _check_indices(rows, indices, batch * seqlen)
     if picked != rows.shape[0]:
         raise ShapeError(f"indices: got {picked} of them for {rows.shape[0]} rows; allowed is one index for each row of hidden_states")
     padded = _zeros(hidden_states, (batch * seqlen, *rows.shape[1:]))
@@ -105,16 +106,16 @@ def _flat_nonzero(mask: Any) -> Any:
     return mask.reshape(-1).nonzero().reshape(-1) if _is_torch(mask) else mask.reshape(-1).nonzero()[0]
 
 
-def _check_rank(x: Any, name: str, rank: int, layout: str) -> Any:
+def _check_rank(x: Any, name: str, rank: int, layout: str) -> ArrayInfo:
     info = read_array(x, name)
     if len(info.shape) < rank:
         raise ShapeError(f"{name}: got shape {info.shape}; allowed is {layout}")
     return info
 
 
-def _check_indices(x: Any, indices: Any, places: int) -> int:
+def _check_indices(rows: ArrayInfo, indices: Any, places: int) -> int:
     """Their number. Values are looked at in host memory only."""
-    info, rows = read_array(indices, "indices"), read_array(x, "x")
+    info = read_array(indices, "indices")
     if len(info.shape) != 1:
         raise ShapeError(f"indices: got shape {info.shape}; allowed is a flat array")
     if "int" not in info.dtype_name:

@@ -107,6 +107,7 @@ class FlashAttnInner(ABC):
         """Kernels on one GPU and stream; None is a stream of its own.
 
         Raises:
+            PropsError: the per-thread default stream, which is another one in every thread.
             NoDriverError, DriverTooOldError, LaunchError: the GPU cannot be used.
         """
         from .gpu import GpuInner

@@ -17,7 +17,7 @@ from ..fa3 import Fa3FwdRequest
 from ..jit.driver import LaunchConfig, launch_function
 from ..jit.spec import Family, KernelSpec
 from ..jit.tensor_map import TENSOR_MAP_ALIGNMENT, TENSOR_MAP_BYTES, encode, move, tensor_map_specs
-from ..torch_hooks import hooks
+from ..torch_hooks import guard_of, hooks
 from .families import request_of
 from .peers import Call, Ours, Refused
 
@@ -159,8 +159,7 @@ def _recognise(tensors: tuple[Any, ...]) -> Step:
     if hooks.guard is None:
         keys = {numbers: 0}
         return lambda: (keys.get(numbers), *((tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()) for tensor in tensors))
-    sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
-    guards = {numbers: hooks.guard(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check}
+    guards = {numbers: guard_of(hooks.guard, tensors)}
     return lambda: guards[numbers](*tensors)
 
 
