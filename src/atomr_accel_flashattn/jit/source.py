@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import cache
 from pathlib import Path
 
@@ -49,8 +50,11 @@ def headers_dir() -> Path:
 def headers_digest() -> bytes:
     """SHA-256 over the names and contents of all headers: part of every cache key."""
     digest = hashlib.sha256()
-    for path in sorted(headers_dir().glob("*.cuh")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    folder = str(headers_dir())
+    for name in sorted(os.listdir(folder)):  # noqa: PTH208 - a glob of paths and buffered files take twice as long, half of a cache hit
+        if name.endswith(".cuh"):
+            with open(f"{folder}/{name}", "rb", buffering=0) as file:  # noqa: PTH123
+                digest.update(name.encode() + b"\0" + file.read())
     return digest.digest()
 
 
