@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Hashable, Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,14 @@ from atomr_accel_flashattn.fa2 import Fa2FwdRequest, MaskKind
 from atomr_accel_flashattn.types import Device
 
 PATIENCE = 20.0  # seconds that a test waits for what has to happen
+
+
+def until(fact: Callable[[], object]) -> None:
+    """Wait until ``fact`` holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def message(seed: int = 0, *, seqlen_q: int = 2, seqlen_k: int = 5, dtype: str = "float32") -> FlashAttnMsg.Forward:

@@ -20,7 +20,7 @@ from atomr_accel_flashattn.actor import Job, Reply, flights
 from atomr_accel_flashattn.actor.engine import Engine
 from atomr_accel_flashattn.actor.reply import Ticket
 from atomr_accel_flashattn.jit import driver as driver_module
-from tests.actor.devices import PATIENCE
+from tests.actor.devices import PATIENCE, until
 from tests.actor.fake_gpu import FakeArray, FakeDriver, install
 
 if TYPE_CHECKING:
@@ -58,13 +58,6 @@ def hold(cuda: FakeDriver) -> None:
     """From now on no launch is finished, until ``cuda.landed`` is set again."""
     cuda.busy = True
     cuda.landed.clear()
-
-
-def until(fact: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not fact():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_the_first_launch_is_the_actors_and_those_that_repeat_it_are_their_callers(cuda: FakeDriver):

@@ -11,9 +11,9 @@ import pytest
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnProps
 from atomr_accel_flashattn.actor.engine import Engine
 from atomr_accel_flashattn.actor.locks import run_if_free
-from tests.actor.devices import PATIENCE, HeldDevice, message
+from tests.actor.devices import PATIENCE, HeldDevice, message, until
 from tests.actor.fake_gpu import FakeDriver
-from tests.actor.test_handoff import cuda, hold, sent, start, until  # noqa: F401 - cuda is a fixture
+from tests.actor.test_handoff import cuda, hold, sent, start  # noqa: F401 - cuda is a fixture
 
 if TYPE_CHECKING:
     from atomr_accel_flashattn import FlashAttnHandle

@@ -8,7 +8,6 @@ import pickle
 import runpy
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
@@ -21,7 +20,7 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnMsg, FlashAttnPool, FlashAttnProps, Overflow
 from atomr_accel_flashattn.actor.parcel import Parcel
-from tests.actor.devices import message
+from tests.actor.devices import message, until
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'atomr-accel-flashattn[ray]'")
 
@@ -146,6 +145,7 @@ def test_a_tensor_that_is_gone_when_the_answer_comes(pool: FlashAttnPool):
 
 def test_requests_go_to_the_least_loaded_worker(pool: FlashAttnPool):
     replies = [pool.ask(slow(seed)) for seed in range(4)]
+    until(lambda: sum(pool.loads.values()) == 4)
     assert sorted(pool.loads.values()) == [2, 2]
     small = [pool.ask(message(seed)) for seed in range(4)]
     assert all(reply.result(PATIENCE).out is not None for reply in replies + small)
@@ -185,9 +185,7 @@ def test_without_retries_the_requests_of_a_lost_worker_fail_by_name_and_only_tho
         last = pool.ask(message())
         with pytest.raises(fa.WorkerLostError, match="lost"):
             last.result(PATIENCE)
-        deadline = time.monotonic() + PATIENCE
-        while pool.is_alive and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: not pool.is_alive)
         with pytest.raises(fa.ActorStoppedError, match="all workers are lost"):
             pool.ask(message())
 

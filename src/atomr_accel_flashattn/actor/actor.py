@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import threading
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -17,9 +16,9 @@ from ..types import Device
 from .engine import Engine, stopped_error
 from .handle import FlashAttnHandle
 from .inner import FlashAttnInner
+from .locks import Event
 from .mailbox import Mailbox
 from .props import FlashAttnProps
-from .reply import Ticket
 
 __all__ = ["FlashAttnActor"]
 
@@ -28,7 +27,7 @@ _handles: weakref.WeakSet[FlashAttnHandle] = weakref.WeakSet()
 
 
 class _Call:
-    """What the engine sends to its actor: there is work. Tickets lie with the engine, as Pykka keeps the last message until the next."""
+    """What the engine sends to its actor: there is work. Tickets lie in the mailbox, as Pykka keeps the last message until the next."""
 
 
 _CALL: Final = _Call()
@@ -45,9 +44,9 @@ class FlashAttnActor(pykka.ThreadingActor):
     def __init__(self, props: FlashAttnProps, inner: FlashAttnInner, born: Callable[[FlashAttnActor], None]) -> None:
         super().__init__()
         born(self)
-        self.mailbox = Mailbox(props.label, props.mailbox_limit, self._post)
+        self.mailbox = Mailbox(props.label, props.mailbox_limit, self._call_engine)
         self.engine = Engine(props, inner, self.mailbox, self._call, self._stop_softly)
-        self.finished = threading.Event()
+        self.finished = Event()
         self._label = props.label
 
     @classmethod
@@ -84,8 +83,8 @@ class FlashAttnActor(pykka.ThreadingActor):
         """A queue in C: 0.1 us a message where the default one, in Python, takes 3."""
         return SimpleQueue()
 
-    def _post(self, ticket: Ticket) -> None:
-        self.engine.post(ticket)
+    def _call_engine(self) -> None:
+        self.engine.call()
 
     def _call(self) -> None:
         try:

@@ -9,6 +9,7 @@ import weakref
 from itertools import count
 
 from ..errors import RequestTimeoutError
+from .locks import Condition
 from .reply import Ticket
 
 __all__ = ["Deadlines"]
@@ -23,7 +24,7 @@ class Deadlines:
         self._label = label
         self._heap: list[tuple[float, int, float, weakref.ref[Ticket]]] = []
         self._numbers = count()
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._sweep_at = _SWEEP_AT
         self._thread: threading.Thread | None = None
         self._over = False
@@ -40,8 +41,9 @@ class Deadlines:
                 heapq.heapify(self._heap)
                 self._sweep_at = max(_SWEEP_AT, 2 * len(self._heap))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=f"{self._label}-deadlines", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name=f"{self._label}-deadlines", daemon=True)
+                thread.start()
+                self._thread = thread  # after a Ctrl-C in between there are two, which is one more than needed
             elif self._heap[0] is entry:
                 self._changed.notify()
 

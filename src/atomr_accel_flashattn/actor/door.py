@@ -54,9 +54,6 @@ class Door(ABC):
         """Let a ticket in without a place in the mailbox, if it takes no time here. Whether it is in."""
         return False
 
-    def _entered(self) -> None:  # noqa: B027 - a hook
-        """Called when a ticket has come in."""
-
     def _is_own_thread(self) -> bool:
         """Whether the caller's thread is one that answers requests."""
         return False
@@ -97,7 +94,6 @@ class Door(ABC):
             place = self._mailbox.enter(ticket, wait=wait and not in_event_loop and not self._is_own_thread())
             if place is not None:
                 self._wait_for(place, timeout, began)
-            self._entered()
         if timeout is not None:
             self._deadlines.add(ticket, timeout, began)
         return ticket.reply
@@ -127,7 +123,6 @@ class Door(ABC):
         except asyncio.CancelledError:
             ticket.reply.cancel()  # it may have been let in meanwhile
             raise
-        self._entered()
         if timeout is not None:
             self._deadlines.add(ticket, timeout, began)
         return await ticket.reply

@@ -42,7 +42,7 @@ class Engine:
     Args:
         props: of the actor.
         inner: who does the work.
-        mailbox: whose tickets these are.
+        mailbox: whose tickets these are; it calls :meth:`call`.
         wake: has :meth:`work` called in the actor's thread; raises ActorStoppedError when that has ended.
         stop_actor: ends the actor when the device is lost.
 
@@ -64,7 +64,6 @@ class Engine:
         self._wake = wake
         self._stop_actor = stop_actor
         self._launching = threading.RLock()
-        self._waiting: deque[Ticket] = deque()
         self._again: deque[Ticket] = deque()  # launches of callers that failed, older than all that wait
         self._called = False  # work() will be called, and will find what comes in before
         self._group: list[Ticket] = []
@@ -85,41 +84,41 @@ class Engine:
         """Whether the caller is one of the actor's two threads, as callbacks of replies are."""
         return threading.current_thread() is self._thread or self.flights.is_current()
 
-    def post(self, ticket: Ticket) -> None:
-        """One more that waits. Calls do not overlap.
+    def call(self) -> None:
+        """One more waits in the mailbox. Calls do not overlap.
 
         Raises:
             ActorStoppedError: it is not launched any more.
         """
-        self._waiting.append(ticket)
         if not self._called:
             self._called = True
             try:
                 self._wake()
-            except ActorStoppedError:
-                self._waiting.pop()
+            except BaseException:  # a Ctrl-C, too: who comes next calls again
+                self._called = False
                 raise
 
     def work(self) -> None:
         """Launch everything that waits, in the actor's thread."""
         self._called = False
         with self._launching:
-            while self._again or self._waiting:
+            while self._again or self._mailbox.inside:
                 if self._again:
                     self._depart([self._again.popleft()])
                     continue
-                more = self._take_out()
-                if not (self._props.fuse_decodes and more and len(self._group) < MAX_FUSED):
+                self._take_out()
+                if not (self._props.fuse_decodes and self._mailbox.inside and len(self._group) < MAX_FUSED):
                     self._flush()
             self._flush()
 
-    def _take_out(self) -> int:
-        """Take the oldest that waits to where it waits for a launch to finish. Returns how many still wait."""
-        ticket = self._waiting.popleft()
+    def _take_out(self) -> None:
+        """Take the oldest that waits to where it waits for a launch to finish."""
+        ticket = self._mailbox.take()
+        if ticket is None:  # its sender took it back
+            return
         if self._props.fuse_decodes:
             ticket.job.fuse_key = self._inner.fuse_key(ticket.job)
         self._group.append(ticket)
-        return self._mailbox.leave()
 
     def launch_at_once(self, ticket: Ticket) -> bool:
         """Launch in the caller's thread, if that takes no time and is fair to all who wait. Whether the ticket came in.
@@ -245,6 +244,8 @@ class Engine:
         """The device is done with a launch of one request. In any thread; False: nothing was settled, for want of an answer or quiet."""
         (ticket,) = launched.tickets
         verdict = _verdict(ticket)
+        if isinstance(verdict, KeyboardInterrupt):  # the user's, who waits here
+            raise verdict
         return not isinstance(verdict, BaseException) and ticket.reply.answer_quietly(verdict, self._mailbox.settle, ticket)
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
@@ -276,7 +277,7 @@ class Engine:
 
     def fail_unsettled(self, error: Callable[[], BaseException]) -> None:
         """Answer everything that has no answer yet, flying or not. Arrays in flight live on until the device is done with them."""
-        for ticket in self._mailbox.take_unsettled():
+        for ticket in self._mailbox.all_unsettled():
             self._fail(ticket, error())
 
     def give_up(self) -> None:

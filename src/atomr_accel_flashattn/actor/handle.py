@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 from .door import Door
 from .engine import Engine, stopped_error
 from .inner import FlashAttnInner
+from .locks import Event
 from .mailbox import Mailbox
 from .messages import Message
 from .props import FlashAttnProps
@@ -33,7 +33,7 @@ class FlashAttnHandle(Door):
         reference: pykka.ActorRef[Any],
         mailbox: Mailbox,
         engine: Engine,
-        finished: threading.Event,
+        finished: Event,
     ) -> None:
         super().__init__(props, mailbox)
         self._inner = inner

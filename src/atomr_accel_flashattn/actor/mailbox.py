@@ -1,7 +1,8 @@
 """Mailbox: who may come in, who waits for a place, and who is still without an answer.
 
-The messages themselves lie with whoever launches them. Places are counted here, so that a stop always gets in; and every
-request that came in is remembered here until it is settled, so that none is lost, whatever ends the actor.
+Places are counted here, not in the inbox of the actor's thread, so that a stop always gets in; and every request that came in is
+remembered until it is settled, so that none is lost, whatever ends the actor. How many are inside is how many lie here, so a Ctrl-C leaves
+no wrong count behind.
 """
 
 from __future__ import annotations
@@ -12,9 +13,18 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from ..errors import ActorStoppedError, MailboxFullError
+from .locks import Condition
 from .reply import Ticket
 
 __all__ = ["Mailbox"]
+
+
+class _Place(Future[None]):
+    """A place that somebody queues for. Not even a Ctrl-C in his wait keeps the actor from giving it to him."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._condition = Condition()
 
 
 class Mailbox:
@@ -23,21 +33,22 @@ class Mailbox:
     Args:
         label: what errors call the actor.
         limit: places.
-        post: takes a ticket that is to wait; called under the lock, so that a stop, which closes first, comes last.
+        call: tells the actor that a ticket waits; called under the lock, so that a stop, which closes first, comes last. Raises
+            ActorStoppedError when nobody will come.
     """
 
-    def __init__(self, label: str, limit: int, post: Callable[[Ticket], None]) -> None:
+    def __init__(self, label: str, limit: int, call: Callable[[], None]) -> None:
         self._label = label
         self._limit = limit
-        self._post = post
+        self._call = call
         self._lock = threading.Lock()
-        self._inside = 0
+        self._inside: deque[Ticket] = deque()
         self._outside: deque[tuple[Ticket, Future[None]]] = deque()
         self._unsettled: set[Ticket] = set()
         self._closed: Callable[[], ActorStoppedError] | None = None
 
     def enter(self, ticket: Ticket, *, wait: bool) -> Future[None] | None:
-        """Post a ticket.
+        """Put a ticket into the mailbox.
 
         Args:
             ticket: one that has not been here.
@@ -53,15 +64,15 @@ class Mailbox:
         with self._lock:
             if self._closed is not None:
                 raise self._closed()
-            if self._inside < self._limit and not self._outside:
+            if len(self._inside) < self._limit and not self._outside:
                 self._admit(ticket)
                 return None
             if not wait:
                 raise MailboxFullError(
-                    f"{self._label}: {self._inside} requests wait in a mailbox of {self._limit}; "
+                    f"{self._label}: {len(self._inside)} requests wait in a mailbox of {self._limit}; "
                     "send later, raise mailbox_limit, or wait for a place with Overflow.WAIT"
                 )
-            place: Future[None] = Future()
+            place = _Place()
             self._outside.append((ticket, place))
             return place
 
@@ -81,24 +92,31 @@ class Mailbox:
             return True
 
     def _admit(self, ticket: Ticket) -> None:
-        self._post(ticket)
-        self._inside += 1
-        self._unsettled.add(ticket)
+        try:
+            self._inside.append(ticket)
+            self._unsettled.add(ticket)
+            self._call()
+        except BaseException:  # stopped, or a Ctrl-C: nobody gets its reply
+            if ticket in self._inside:
+                self._inside.remove(ticket)
+            self._unsettled.discard(ticket)
+            raise
 
-    def leave(self) -> int:
-        """The actor has taken a ticket out: its place goes to who waited longest. Returns how many are still inside."""
+    def take(self) -> Ticket | None:
+        """Take out the oldest, for the actor, who calls this in one thread at a time; its place goes to who waited longest."""
         granted = None
         with self._lock:
-            self._inside -= 1
+            if not self._inside:
+                return None
+            ticket = self._inside.popleft()
             while self._outside and granted is None:
-                ticket, place = self._outside.popleft()
+                next_one, place = self._outside.popleft()
                 if place.set_running_or_notify_cancel():
-                    self._admit(ticket)
+                    self._admit(next_one)
                     granted = place
-            inside = self._inside
         if granted is not None:
             granted.set_result(None)
-        return inside
+        return ticket
 
     def settle(self, ticket: Ticket) -> None:
         """A ticket has been answered."""
@@ -120,12 +138,15 @@ class Mailbox:
         if self._closed is not None:
             raise self._closed()
 
-    def take_unsettled(self) -> list[Ticket]:
-        """Every ticket without an answer, for the caller to fail."""
+    def all_unsettled(self) -> list[Ticket]:
+        """Every ticket without an answer, for the caller to fail and to :meth:`settle`."""
         with self._lock:
-            tickets = list(self._unsettled)
-            self._unsettled.clear()
-        return tickets
+            return list(self._unsettled)
+
+    @property
+    def inside(self) -> int:
+        """Requests that have a place and were not taken yet."""
+        return len(self._inside)
 
     @property
     def is_empty(self) -> bool:
@@ -141,7 +162,7 @@ class Mailbox:
     def waiting(self) -> int:
         """Requests that the actor has not taken yet, those that queue for a place among them."""
         with self._lock:
-            return self._inside + len(self._outside)
+            return len(self._inside) + len(self._outside)
 
     @property
     def unsettled(self) -> int:

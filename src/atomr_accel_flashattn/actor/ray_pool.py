@@ -1,7 +1,8 @@
 """FlashAttnPool: one actor per GPU, on many GPUs and machines, through Ray (``pip install 'atomr-accel-flashattn[ray]'``).
 
 The pool keeps the mailbox: requests wait here, not with the workers, until the least loaded worker has room. So a cancel works until a
-request is sent, a lost worker takes only its own few requests with it, and those are sent to another one.
+request is sent, a lost worker takes only its own few requests with it, and those are sent to another one. One thread sends requests and
+handles what comes back: callers only put into the mailbox, so a Ctrl-C of one of them loses no request of another.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +26,7 @@ from .door import Door
 from .engine import stopped_error
 from .freshness import Fingerprint
 from .inner import Job
+from .locks import Condition
 from .mailbox import Mailbox
 from .messages import FlashAttnMsg, Message, refusal
 from .parcel import Parcel, bring_home
@@ -65,19 +68,19 @@ class FlashAttnPool(Door):
     """The way to many actors, with the calls of a handle. Start one with :meth:`start`."""
 
     def __init__(self, props: FlashAttnProps, ray: Any, ray_options: Mapping[str, Any], window: int, retries: int) -> None:
-        super().__init__(props, Mailbox(props.label, props.mailbox_limit, self._post))
+        super().__init__(props, Mailbox(props.label, props.mailbox_limit, lambda: self._work.put(self._pump)))
         self._ray = ray
         self._ray_options = ray_options
         self._window = window
         self._retries = retries
-        self._lock = threading.Condition()
-        self._queue: deque[_Errand] = deque()
+        self._lock = Condition()
+        self._again: deque[_Errand] = deque()  # of lost workers, older than all in the mailbox
         self._members: list[_Member] = []
         self._started = 0
         self._spare = 0
         self._stopping = False
-        self._returns: SimpleQueue[tuple[Future[Any], _Errand, _Member] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"{props.label}-returns", daemon=True)
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"{props.label}-pool", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -144,10 +147,7 @@ class FlashAttnPool(Door):
         label = self.props.label
         self._mailbox.close(lambda: stopped_error(label))
         if not drain:
-            with self._lock:
-                waiting = list(self._queue)
-                self._queue.clear()
-            for errand in waiting:
+            while (errand := self._take()) is not None:
                 self._settle(errand, stopped_error(label))
         if self._is_own_thread():
             threading.Thread(target=self._end, args=(timeout,), name=f"{label}-stop").start()
@@ -162,13 +162,14 @@ class FlashAttnPool(Door):
                 self._lock.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
             self._stopping = True
             members, self._members = self._members, []
-        for ticket in self._mailbox.take_unsettled():
+        for ticket in self._mailbox.all_unsettled():
             ticket.reply.begin()
             ticket.reply.fail(stopped_error(label))
+            self._mailbox.settle(ticket)
         for member in members:
             self._ray.kill(member.actor)
         self._deadlines.close()
-        self._returns.put(None)
+        self._work.put(None)
 
     def _is_own_thread(self) -> bool:
         return threading.current_thread() is self._thread
@@ -214,12 +215,18 @@ class FlashAttnPool(Door):
         """What stands for an array in calls. A copy in either case: the caller's memory may change from here on."""
         return self._ray.put(array) if array.nbytes > _INLINE_BYTES else array.copy()
 
-    def _post(self, ticket: Ticket) -> None:
-        assert isinstance(ticket, _Errand)  # noqa: S101 - _accept makes no others
-        self._queue.append(ticket)
+    def _take(self) -> _Errand | None:
+        """The oldest request that waits."""
+        with self._lock:
+            ticket = self._again.popleft() if self._again else self._mailbox.take()
+        assert ticket is None or isinstance(ticket, _Errand)  # noqa: S101 - _accept makes no others
+        return ticket
 
-    def _entered(self) -> None:
-        self._pump()
+    def _run(self) -> None:
+        """Send, and handle what the workers return, in a thread of ours: in Ray's, the start of another worker would wait for itself."""
+        while (work := self._work.get()) is not None:
+            work()
+            del work  # the arrays of the last request must not live until the next one
 
     def _pump(self) -> None:
         """Send what waits, as long as a worker has room."""
@@ -231,33 +238,32 @@ class FlashAttnPool(Door):
                 self._settle(errand, error)
                 continue
             errand.tries += 1
-            reference = member.actor.forward.remote(errand.parcel, *errand.arrays)
-            reference.future().add_done_callback(lambda done, errand=errand, member=member: self._returns.put((done, errand, member)))
+            try:
+                self._send_to(member, errand)
+            except Exception as failed:  # noqa: BLE001 - whatever Ray says, it is this request's answer, and this thread has to live
+                self._relieve(member, errand)
+                self._settle(errand, failed)
+
+    def _send_to(self, member: _Member, errand: _Errand) -> None:
+        reference = member.actor.forward.remote(errand.parcel, *errand.arrays)
+        reference.future().add_done_callback(lambda done: self._work.put(partial(self._returned, done, errand, member)))
 
     def _next(self) -> tuple[_Errand, _Member] | None:
         """The oldest request and the least loaded worker; None when there is none of either."""
         with self._lock:
             free = [member for member in self._members if member.errands < self._window]
-            if not self._queue or not free:
+            errand = self._take() if free else None
+            if errand is None:
                 return None
-            errand = self._queue.popleft()
             member = min(free, key=lambda each: (each.load, each.errands))
             member.load += errand.cost
             member.errands += 1
-        if errand.tries == 0:
-            self._mailbox.leave()
         return errand, member
 
     def _relieve(self, member: _Member, errand: _Errand) -> None:
         with self._lock:
             member.load -= errand.cost
             member.errands -= 1
-
-    def _run(self) -> None:
-        """Handle what the workers return, in a thread of ours: in Ray's, the start of another worker would wait for itself."""
-        while (returned := self._returns.get()) is not None:
-            self._returned(*returned)
-            del returned  # the arrays of the last request must not live until the next one
 
     def _returned(self, done: Future[Any], errand: _Errand, member: _Member) -> None:
         """A call of a worker has ended."""
@@ -290,21 +296,19 @@ class FlashAttnPool(Door):
     def _send_again(self, errand: _Errand, cause: BaseException) -> None:
         label = self.props.label
         with self._lock:
-            again = errand.tries <= self._retries and bool(self._members) and not self._stopping
-            stranded = [] if self._members or self._stopping else list(self._queue)
+            alone = not self._members and not self._stopping
+            again = errand.tries <= self._retries and bool(self._members)
             if again:
-                self._queue.appendleft(errand)
-            for _ in stranded:
-                self._queue.popleft()
+                self._again.append(errand)
         if not again:
             error = WorkerLostError(f"{label}: the worker was lost with this request, sent {errand.tries} times: {cause}")
             error.__cause__ = cause
             self._settle(errand, error)
-        if stranded or not self._members:
+        if alone:
             gone = WorkerLostError(f"{label}: all workers are lost and none may be replaced; the last one: {cause}")
             self._mailbox.close(lambda: stopped_error(f"{label} (all workers are lost)"))
-            for each in stranded:
-                self._settle(each, own_error(gone))
+            while (stranded := self._take()) is not None:
+                self._settle(stranded, own_error(gone))
 
     def _settle(self, errand: _Errand, error: BaseException | None, answer: Any = None) -> None:
         """Resolve the reply; an errand that was cancelled comes here without either."""

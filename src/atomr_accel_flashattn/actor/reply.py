@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 
 from ..execute import Output
 from .inner import Job
+from .locks import Condition
 
 __all__ = ["Reply", "Ticket", "Watch", "own_error"]
 
@@ -74,7 +75,7 @@ class Reply(Future[Output]):
     _waiters: Sequence[Any] = ()  # type: ignore[assignment]
     _done_callbacks: Sequence[Any] = ()
     # Ours:
-    _made: threading.Condition | None = None
+    _made: Condition | None = None
     _begun = False
     _slept_for = False
     on_error: Callable[[BaseException], None] | None = None
@@ -83,13 +84,13 @@ class Reply(Future[Output]):
         self._watch = watch
 
     @property
-    def _condition(self) -> threading.Condition:  # type: ignore[override]
+    def _condition(self) -> Condition:  # type: ignore[override]
         """Made by the first who waits, wants to be called, cancels, or is not alone with an outcome."""
         made = self._made
         if made is None:
             waiters: list[Any] = [] if self._watch is None else _Waiters(self._watch)
             callbacks: list[Any] = []
-            condition = threading.Condition()
+            condition = Condition()
             with _making:  # no call in here: neither a signal handler nor a finalizer of this thread comes between
                 if self._made is None:
                     self._waiters = waiters
@@ -162,6 +163,8 @@ class Reply(Future[Output]):
             if self._begun:
                 return False
             self._begun = True
+            if self.cancelled():
+                self._condition.notify_all()  # a Ctrl-C in the cancel may have come before
             return (self.cancelled() or self._state in _OPEN) and self.set_running_or_notify_cancel()
 
     def begin_unseen(self) -> None:
@@ -170,14 +173,18 @@ class Reply(Future[Output]):
         self._state = _RUNNING
 
     def answer(self, output: Output) -> None:
-        """Resolve, unless a timeout or a stop came first."""
+        """Resolve, unless a timeout or a stop came first, or a Ctrl-C after the first answer, and before those who sleep were woken."""
         try:
             self.set_result(output)
         except InvalidStateError:
-            return
+            with self._condition:
+                self._condition.notify_all()
 
     def answer_quietly(self, output: Output, settle: Callable[[Ticket], None], ticket: Ticket) -> bool:
-        """:meth:`answer` after ``settle(ticket)``, unless there are callbacks; whether it was done. For threads that must not run them.
+        """:meth:`answer` after ``settle(ticket)``, for any thread; whether it was done.
+
+        Not where there are callbacks, which are for the actor's threads, or waiters of concurrent.futures: a Ctrl-C between two of them
+        would have the first told again.
 
         Where somebody comes meanwhile, ``settle`` is called again.
         """
@@ -190,7 +197,7 @@ class Reply(Future[Output]):
                         self._state = _FINISHED
                     return True
         with self._condition:
-            if self._done_callbacks:
+            if self._done_callbacks or self._waiters:
                 return False
             settle(ticket)
             self.answer(output)

@@ -1,0 +1,224 @@
+"""Ctrl-C at every step of a call: whatever it interrupts, everybody else is answered, and the actor goes on.
+
+A signal handler runs where the interpreter looks for one: at the start of a function of Python's, and after a call of one of C's. A profile
+function is called at these places, and what it raises is raised there.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from atomr_accel_flashattn import ActorStoppedError, FlashAttnHandle
+from atomr_accel_flashattn.actor import Reply
+from tests.actor.devices import PATIENCE, until
+from tests.actor.fake_gpu import FakeDriver
+from tests.actor.test_handoff import cuda, hold, sent, start  # noqa: F401 - cuda is a fixture
+
+PLACES = ("/actor/", "/concurrent/futures/", "/threading.py", "/queue.py", "/pykka/")  # what an actor consists of
+MOST_STEPS = 1000
+ELSEWHERE = 70  # a context in which callers launch nothing: requests go through the mailbox
+MOMENT = 0.003  # seconds until a launch that is held is finished
+
+
+class CtrlC:
+    """A profile function that raises KeyboardInterrupt once, at step ``step``; ``came`` says where."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+        self.came = ""
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> None:
+        name = frame.f_code.co_filename
+        if self.came or event not in {"call", "c_return"} or "/tests/" in name or not any(place in name for place in PLACES):
+            return
+        self.left -= 1
+        if self.left < 0:
+            self.came = f"{name}:{frame.f_lineno}, {event} {arg or frame.f_code.co_name}"
+            raise KeyboardInterrupt
+
+
+def interrupt(work: Callable[[], object], step: int) -> str:
+    """Do ``work`` with a Ctrl-C at ``step``. Where it came: empty when the work has fewer steps."""
+    ctrl_c = CtrlC(step)
+    sys.setprofile(ctrl_c)
+    try:
+        work()
+    except (KeyboardInterrupt, RuntimeError):  # the latter: threading.Condition had no lock to release
+        pass
+    finally:
+        sys.setprofile(None)
+    return ctrl_c.came
+
+
+class Others:
+    """Threads that sleep until ``reply`` is there. Their way does not call the completion thread, which holds a lock while it waits."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.woken: list[str] = []
+        for way in ("result", "exception"):
+            threading.Thread(target=self.sleep, args=(reply, way), daemon=True).start()
+        until(lambda: reply._made is not None and len(reply._made._waiters) == 2)  # type: ignore[attr-defined]
+
+    def sleep(self, reply: Reply, way: str) -> None:
+        with suppress(CancelledError):
+            getattr(Future, way)(reply, PATIENCE)
+        self.woken.append(way)
+
+
+class Scene:
+    """An actor on a GPU that is made of Python, the replies that somebody has, and who else sleeps."""
+
+    def __init__(self, cuda: FakeDriver) -> None:  # noqa: F811 - the fixture's value
+        self.cuda = cuda
+        self.actor: FlashAttnHandle = start(max_in_flight=2, mailbox_limit=1)
+        self.replies: list[Reply] = []
+        self.others: list[Others] = []
+
+    def ask(self, **options: Any) -> Reply:
+        self.replies.append(self.actor.ask(sent(), **options))
+        return self.replies[-1]
+
+    def hold(self, seconds: float | None = None) -> None:
+        hold(self.cuda)
+        if seconds is not None:
+            threading.Timer(seconds, self.cuda.landed.set).start()
+
+    def let_go(self) -> None:
+        self.cuda.busy, self.cuda.current = False, 0
+        self.cuda.landed.set()
+
+    def go_on(self) -> None:
+        """As if nothing had been: through the mailbox, and without it."""
+        self.cuda.current = ELSEWHERE
+        assert self.actor.ask(sent()).result(PATIENCE).out is not None
+        until(lambda: not self.actor._engine.flights.flying)
+        self.cuda.current = 0
+        assert self.actor.ask(sent()).result(PATIENCE).out is not None
+        assert self.cuda.launchers[-1] == threading.current_thread().name
+        until(lambda: self.actor.unanswered == 0)
+
+
+def wait_for_an_answer(scene: Scene) -> Callable[[], object]:
+    return lambda: scene.ask().result(PATIENCE)
+
+
+def sleep_until_an_answer(scene: Scene) -> Callable[[], object]:
+    scene.hold(MOMENT)
+    return lambda: scene.ask().result(PATIENCE)
+
+
+def go_through_the_mailbox(scene: Scene) -> Callable[[], object]:
+    scene.cuda.current = ELSEWHERE
+    return lambda: scene.ask(timeout=PATIENCE).result(PATIENCE)
+
+
+def queue_for_a_place(scene: Scene) -> Callable[[], object]:
+    scene.hold()
+    for _ in range(4):  # two in flight, one with the actor's thread, one in the mailbox
+        scene.ask()
+        until(lambda: scene.actor.waiting <= 1)
+    until(lambda: scene.actor.waiting == 1)
+    threading.Timer(MOMENT, scene.cuda.landed.set).start()
+    return scene.ask
+
+
+def want_to_be_called(scene: Scene) -> Callable[[], object]:
+    scene.hold(MOMENT)
+    reply = scene.ask()
+    return lambda: reply.add_done_callback(lambda _: None)
+
+
+def answer_others(scene: Scene) -> Callable[[], object]:
+    scene.hold()
+    reply = scene.ask()
+    scene.others.append(Others(reply))
+    scene.let_go()
+    return reply.done
+
+
+def cancel_for_others(scene: Scene) -> Callable[[], object]:
+    scene.hold()
+    scene.ask(), scene.ask()
+    scene.cuda.current = ELSEWHERE
+    reply = scene.ask()
+    scene.others.append(Others(reply))
+    return reply.cancel
+
+
+@pytest.fixture
+def scenes(cuda: FakeDriver) -> Iterator[Callable[[], Scene]]:  # noqa: F811
+    def make() -> Scene:
+        scene = Scene(cuda)
+        made.append(scene)
+        return scene
+
+    made: list[Scene] = []
+    yield make
+    for scene in made:
+        scene.let_go()
+        scene.actor.stop(timeout=PATIENCE)
+
+
+def steps(scenes: Callable[[], Scene], play: Callable[[Scene], Callable[[], object]]) -> Iterator[tuple[Scene, str]]:
+    """The scene with a Ctrl-C at each step of what is played, and where it came."""
+    for step in range(MOST_STEPS):
+        scene = scenes()
+        came = interrupt(play(scene), step)
+        scene.let_go()
+        yield scene, came
+        if not came:
+            return
+    pytest.fail("there are more steps than were tried")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a Ctrl-C in a finalizer
+@pytest.mark.parametrize(
+    "play",
+    [
+        wait_for_an_answer,
+        sleep_until_an_answer,
+        go_through_the_mailbox,
+        queue_for_a_place,
+        want_to_be_called,
+        answer_others,
+        cancel_for_others,
+    ],
+)
+def test_everybody_is_answered_and_the_actor_goes_on(scenes: Callable[[], Scene], play: Callable[[Scene], Callable[[], object]]):
+    for scene, came in steps(scenes, play):
+        other = threading.Thread(target=scene.go_on, daemon=True)
+        other.start()
+        other.join(3 * PATIENCE)
+        assert not other.is_alive(), f"nobody is answered after a Ctrl-C at {came}"
+        until(lambda scene=scene: all(reply.is_over() for reply in scene.replies))
+        until(lambda scene=scene: all(len(other.woken) == 2 for other in scene.others))
+        assert scene.actor._mailbox.inside == 0
+        scene.actor.stop(timeout=PATIENCE)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("drain", [True, False])
+def test_a_stop_that_was_interrupted_can_be_made_again(scenes: Callable[[], Scene], drain: bool):
+    def stop(scene: Scene) -> Callable[[], object]:
+        scene.hold(MOMENT)
+        for _ in range(3):
+            scene.ask()
+        return lambda: scene.actor.stop(drain=drain, timeout=MOMENT / 2)
+
+    for scene, came in steps(scenes, stop):
+        again = threading.Thread(target=scene.actor.stop, kwargs={"timeout": PATIENCE}, daemon=True)
+        again.start()
+        again.join(2 * PATIENCE)
+        assert not again.is_alive(), f"no stop after a Ctrl-C at {came}"
+        for reply in scene.replies:
+            error = reply.exception(PATIENCE)
+            assert error is None or isinstance(error, ActorStoppedError), f"{error} after a Ctrl-C at {came}"
+        assert scene.actor.unanswered == 0
