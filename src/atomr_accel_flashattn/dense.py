@@ -11,14 +11,15 @@ from .errors import ShapeError
 from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias, check_kinds
 from .problem import ArrayInfo, AttentionProblem, Strides
 from .request_plans import keeps_plans
+from .short_repr import ShortRepr
 from .types import SmArch
 
 __all__ = ["DenseFwdRequest"]
 
 
 @keeps_plans()
-@dataclass(frozen=True, slots=True, eq=False)
-class DenseFwdRequest:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class DenseFwdRequest(ShortRepr):
     """Attention of q over k and v, forward, by the kernel family that calls on the device take. Meaning: docs/semantics.md.
 
     Arrays of any library that :func:`~atomr_accel_flashattn.arrays.read_array` knows, on one device, last dimension contiguous, other

@@ -29,6 +29,7 @@ from .jit.tensor_map import encode, tensor_map_specs
 from .problem import ArrayInfo, AttentionProblem
 from .reference import attention as reference
 from .request_plans import Key, RequestPlan, find, keep, key_of
+from .short_repr import ShortRepr
 from .torch_hooks import empty_on, hooks, meet_torch
 from .types import Device, DType, SmArch
 
@@ -37,8 +38,8 @@ __all__ = ["Launch", "Output", "Outputs", "execute", "fill", "make_outputs", "ru
 _MAX_GRID: Final = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Output:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Output(ShortRepr):
     """What a forward call made, in the library of q (or of ``out``, when the caller brought one).
 
     Attributes:

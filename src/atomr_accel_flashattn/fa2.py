@@ -15,7 +15,7 @@ __all__ = ["AttentionOptions", "Fa2FwdRequest", "MaskKind", "PositionBias"]
 
 
 @keeps_plans()
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Fa2FwdRequest(DenseFwdRequest):
     """Attention by FlashAttention-2 (arXiv 2307.08691), on any supported GPU. Attributes and errors: DenseFwdRequest."""
 

@@ -55,7 +55,7 @@ class PersistentMode:
 
 
 @keeps_plans("persistent")
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Fa3FwdRequest(DenseFwdRequest):
     """Attention by FlashAttention-3 (arXiv 2407.08608) on Hopper. Attributes and errors: DenseFwdRequest.
 

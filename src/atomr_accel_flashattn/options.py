@@ -11,6 +11,7 @@ import numpy as np
 
 from .errors import ArrayTypeError, DropoutError, ScaleError, SinkWithoutMaskError, SoftcapError, WindowError
 from .problem import Band
+from .short_repr import ShortRepr
 
 __all__ = ["MAX_LENGTH", "AttentionOptions", "MaskKind", "PositionBias", "check_kinds", "is_integer", "is_real"]
 
@@ -112,8 +113,8 @@ def _window(window: int) -> int:
     return int(window)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PositionBias:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class PositionBias(ShortRepr):
     """What is added to scores by distance. Make one with :meth:`none` or :meth:`alibi`.
 
     Attributes:
@@ -133,8 +134,8 @@ class PositionBias:
         return cls(slopes)
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class AttentionOptions:
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True, repr=False)
+class AttentionOptions(ShortRepr):
     """Options of the softmax, checked when made.
 
     Attributes:

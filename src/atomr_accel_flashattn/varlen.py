@@ -18,13 +18,14 @@ from .errors import ArrayTypeError, CuSeqlensError, DeviceMismatchError, DTypeEr
 from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias, check_kinds, is_integer
 from .problem import ArrayInfo, AttentionProblem, Strides
 from .request_plans import keeps_plans
+from .short_repr import ShortRepr
 from .types import SmArch
 
 __all__ = ["CumulativeSeqlens", "VarlenFwdRequest"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CumulativeSeqlens:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class CumulativeSeqlens(ShortRepr):
     """Where each of B packed sequences begins: sequence b is rows ``offsets[b]`` to ``offsets[b + 1]``.
 
     Values in host memory are checked here. Values on a GPU are checked only with ATOMR_FLASHATTN_DEBUG set, because reading them waits
@@ -144,8 +145,8 @@ def _offsets_like(offsets: np.ndarray[Any, Any], like: Any) -> Any:
 
 
 @keeps_plans()
-@dataclass(frozen=True, slots=True, eq=False)
-class VarlenFwdRequest:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class VarlenFwdRequest(ShortRepr):
     """Attention over packed sequences, forward; each query sees keys of its own sequence only. Meaning: docs/semantics.md.
 
     Attributes:

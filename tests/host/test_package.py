@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import atomr_accel_flashattn as fa
@@ -91,3 +92,27 @@ def test_errors_carry_what_programs_need():
 
 def test_the_padding_module_is_reached_by_its_name():
     assert fa.bert_padding.unpad_input is fa.unpad_input
+
+
+class Unprintable:
+    """An array of a GPU, which is not to be waited for."""
+
+    shape, dtype, device = (2, 3), np.dtype(np.float16), "cuda:1"
+
+    def __repr__(self) -> str:
+        raise AssertionError("the array was printed")
+
+
+def test_what_holds_arrays_names_them_and_does_not_print_them():
+    q = np.zeros((1, 4, 2, 16), np.float16)
+    request = fa.Fa2FwdRequest(q, q, q, bias=fa.PositionBias.alibi(np.ones(2, np.float32)), options=fa.AttentionOptions(softcap=5.0))
+    shown = repr(fa.FlashAttnMsg.Forward(request))
+    assert shown.startswith("FlashAttnMsg.Forward(request=Fa2FwdRequest(q=float16[1, 4, 2, 16]")
+    assert "slopes=float32[2]" in shown
+    assert "softcap=5.0" in shown
+    assert repr(fa.Output(Unprintable())) == "Output(out=float16[2, 3] on cuda:1, lse=None, dropout_mask=None)"
+    packed = fa.CumulativeSeqlens(np.array([0, 1, 4], np.int32))
+    assert repr(fa.VarlenFwdRequest(q[0], q[0], q[0], cu_seqlens_q=packed)).count("[4, 2, 16]") == 3
+    assert "int32[3]" in repr(packed)
+    assert repr(fa.DenseFwdRequest(q, q, q)).startswith("DenseFwdRequest(q=")
+    assert repr(fa.Fa3FwdRequest(q, q, q)).startswith("Fa3FwdRequest(q=")
