@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -50,20 +50,26 @@ def run_actor(options: ActorOptions, say: Say = print) -> dict[str, Any]:
     Returns:
         ``round_trip_us``, ``pipelined_us``, ``throughput`` rows, ``fused_us``, ``fused_long_us`` and, when asked for, ``ray``.
     """
-    small = _message(options, 1, 64)
     body: dict[str, Any] = {"bars_us": {"round_trip_over_direct": ROUND_TRIP_BAR_US, "pipelined_message": MESSAGE_BAR_US}}
-    with FlashAttnActor.start(FlashAttnProps(device=options.device, max_in_flight=WINDOW, mailbox_limit=1 << 20)) as actor:
-        body["round_trip_us"] = _round_trip(actor, small, options)
-        body["pipelined_us"] = _pipelined(actor, small, options)
-        sizes = SIZES if options.device.startswith("cuda") else CPU_SIZES
-        body["throughput"] = [_throughput(actor, _message(options, *size), size, options) for size in sizes]
-    for part, decode in (("fused_us", DECODE), ("fused_long_us", LONG_DECODE)):
-        body[part] = {str(fuse): _decodes(options, decode, fuse=fuse) for fuse in (False, True)}
-    if options.ray:
-        body["ray"] = _ray(options)
-    for line in _lines(body):
-        say(line)
+    for part, found in _parts(options):
+        body[part] = found
+        for line in _lines(part, found):
+            say(line)
     return body
+
+
+def _parts(options: ActorOptions) -> Iterator[tuple[str, Any]]:
+    """Name and figures of each part, as soon as it is done."""
+    small = _message(options, 1, 64)
+    with FlashAttnActor.start(FlashAttnProps(device=options.device, max_in_flight=WINDOW, mailbox_limit=1 << 20)) as actor:
+        yield "round_trip_us", _round_trip(actor, small, options)
+        yield "pipelined_us", _pipelined(actor, small, options)
+        sizes = SIZES if options.device.startswith("cuda") else CPU_SIZES
+        yield "throughput", [_throughput(actor, _message(options, *size), size, options) for size in sizes]
+    for part, decode in (("fused_us", DECODE), ("fused_long_us", LONG_DECODE)):
+        yield part, {str(fuse): _decodes(options, decode, fuse=fuse) for fuse in (False, True)}
+    if options.ray:
+        yield "ray", _ray(options)
 
 
 def _message(options: ActorOptions, queries: int, keys: int, heads_kv: int = 4, head_dim: int = 128) -> FlashAttnMsg.Forward:
@@ -208,24 +214,25 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return statistics.median(times[2:]), result
 
 
-def _lines(body: Mapping[str, Any]) -> list[str]:
-    trip, pipe = body["round_trip_us"], body["pipelined_us"]
-    lines = [
-        f"round trip: direct {trip['direct']:.1f} us, actor {trip['actor']:.1f} us, over direct {trip['over_direct']:.1f} us",
-        f"pipelined: direct {pipe['direct']:.1f} us, actor {pipe['actor']:.1f} us a message",
-    ]
-    lines += [
-        f"{row['queries']} x {row['keys']}: direct {row['direct']:.0f}/s, actor {row['actor']:.0f}/s, ratio {row['ratio']:.3f}"
-        for row in body["throughput"]
-    ]
-    for part, (keys, heads_kv, _) in (("fused_us", DECODE), ("fused_long_us", LONG_DECODE)):
-        found = ", ".join(f"fused {fuse}: {us:.1f} us" for fuse, us in body[part].items())
-        lines.append(f"decodes over {keys} keys of {heads_kv} heads, 32 together: {found}")
-    lines += [
-        f"ray, {row['mib']:.2f} MiB: put {row['put_ms']:.2f} ms, get {row['get_ms']:.2f} ms, round trip {row['round_trip_ms']:.2f} ms"
-        for row in body.get("ray", {}).get("rows", ())
-    ]
-    return lines
+def _lines(part: str, found: Any) -> list[str]:
+    """What to say of a part."""
+    if part == "round_trip_us":
+        return [f"round trip: direct {found['direct']:.1f} us, actor {found['actor']:.1f} us, over direct {found['over_direct']:.1f} us"]
+    if part == "pipelined_us":
+        return [f"pipelined: direct {found['direct']:.1f} us, actor {found['actor']:.1f} us a message"]
+    if part == "throughput":
+        return [
+            f"{row['queries']} x {row['keys']}: direct {row['direct']:.0f}/s, actor {row['actor']:.0f}/s, ratio {row['ratio']:.3f}"
+            for row in found
+        ]
+    if part == "ray":
+        return [
+            f"ray, {row['mib']:.2f} MiB: put {row['put_ms']:.2f} ms, get {row['get_ms']:.2f} ms, round trip {row['round_trip_ms']:.2f} ms"
+            for row in found["rows"]
+        ]
+    keys, heads_kv, _ = DECODE if part == "fused_us" else LONG_DECODE
+    times = ", ".join(f"fused {fuse}: {us:.1f} us" for fuse, us in found.items())
+    return [f"decodes over {keys} keys of {heads_kv} heads, 32 together: {times}"]
 
 
 def draw_actor(record: Mapping[str, Any], path: Path) -> Path:
