@@ -10,9 +10,13 @@
 #   sanitizer  compute-sanitizer's four tools on small shapes, to $OUT/sanitizer.json    (              300 s)
 #   bench      forward benchmark, record and picture                                     (              300 s)
 #   host       microseconds per call, start-up, memory growth                            (              120 s)
+#   actor      round trip, pipeline, throughput and fusing of the actor                  (              200 s)
+#   tune       search of tiles for cells of each head dim, as a table of shipped tiles   (              200 s)
+#   devices    the tests that need two GPUs, and Ray for the pool                        (              240 s)
 #
-# Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, SANITIZER_ARGS, BENCH_ARGS, HOST_ARGS; ATOMR_FLASHATTN_COMMIT names the
-# code that is measured where there is no .git; PYTHON the interpreter, else that of .venv where there is one; JOBS the test processes.
+# Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, SANITIZER_ARGS, BENCH_ARGS, HOST_ARGS, ACTOR_ARGS, TUNE_ARGS;
+# ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the interpreter, else that of .venv where there is
+# one; JOBS the test processes.
 set -u
 cd "$(dirname "$0")/.."
 [[ -x .venv/bin/python ]] && PYTHON=${PYTHON:-.venv/bin/python}
@@ -46,7 +50,23 @@ run_sanitizer() {
   # shellcheck disable=SC2086
   OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" tools/sanitizer.py --out "$OUT" ${SANITIZER_ARGS:-}
 }
-export -f run_tests run_sanitizer
+
+run_tune() { # winners go to a cache of their own: the other stages measure the tiles that are shipped
+  local head_dim status=0
+  export ATOMR_FLASHATTN_CACHE_DIR=$ATOMR_FLASHATTN_CACHE_DIR-tune
+  for head_dim in 128 256 64; do
+    # shellcheck disable=SC2086
+    "$PYTHON" -m atomr_accel_flashattn tune --cells "grid_d${head_dim}_*causal_2k,grid_d${head_dim}_*causal_8k,grid_d${head_dim}_*full_4k" \
+      --table --budget 45 --rounds 3 --out "$OUT" ${TUNE_ARGS:-} || status=1
+  done
+  return $status
+}
+
+run_devices() {
+  "$PYTHON" -m pytest tests/gpu/test_actor.py tests/gpu/test_devices.py -m gpu -q -p no:cacheprovider -p no:benchmark --timeout 120 \
+    -r fEs -W default --disable-warnings
+}
+export -f run_tests run_sanitizer run_tune run_devices
 
 [[ $# -gt 0 ]] || set -- smoke
 for name in "$@"; do
@@ -58,8 +78,12 @@ for name in "$@"; do
     bench) stage bench 300 "$PYTHON" tools/gpu_bench.py forward --out "$OUT" --budget 240 ${BENCH_ARGS:-} ;;
     # shellcheck disable=SC2086
     host) stage host 120 "$PYTHON" tools/gpu_bench.py host --out "$OUT" ${HOST_ARGS:-} ;;
+    # shellcheck disable=SC2086
+    actor) stage actor 200 "$PYTHON" -m atomr_accel_flashattn.bench.actor --out "$OUT" ${ACTOR_ARGS:-} ;;
+    tune) stage tune 200 bash -c run_tune ;;
+    devices) stage devices 240 bash -c run_devices ;;
     *)
-      echo "no stage '$name': there are smoke, tests, sanitizer, bench, host" >&2
+      echo "no stage '$name': there are smoke, tests, sanitizer, bench, host, actor, tune, devices" >&2
       exit 2
       ;;
   esac

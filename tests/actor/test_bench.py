@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from atomr_accel_flashattn.bench.actor import ActorOptions, main_actor
+from atomr_accel_flashattn.bench.actor import ActorOptions, _main, main_actor
 
 
 @pytest.mark.torch
@@ -21,3 +22,11 @@ def test_every_part_is_measured_recorded_and_drawn(tmp_path: Path) -> None:
     assert [row["ratio"] > 0 for row in record["throughput"]] == [True] * 3
     assert set(record["fused_us"]) == set(record["fused_long_us"]) == {"False", "True"}
     assert any("round trip" in line for line in said)
+
+
+def test_a_device_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["actor", "--device", "cuda:99"])
+    with pytest.raises(SystemExit) as ended:
+        _main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1

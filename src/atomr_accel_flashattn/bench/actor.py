@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..actor import FlashAttnActor, FlashAttnHandle, FlashAttnMsg, FlashAttnPool, FlashAttnProps
+from ..errors import FlashAttnError
 from ..execute import run
 from ..fa2 import Fa2FwdRequest, MaskKind
 from .record import make_record, write_record
@@ -60,8 +61,8 @@ def run_actor(options: ActorOptions, say: Say = print) -> dict[str, Any]:
 
 def _parts(options: ActorOptions) -> Iterator[tuple[str, Any]]:
     """Name and figures of each part, as soon as it is done."""
-    small = _message(options, 1, 64)
     with FlashAttnActor.start(FlashAttnProps(device=options.device, max_in_flight=WINDOW, mailbox_limit=1 << 20)) as actor:
+        small = _message(options, 1, 64)
         yield "round_trip_us", _round_trip(actor, small, options)
         yield "pipelined_us", _pipelined(actor, small, options)
         sizes = SIZES if options.device.startswith("cuda") else CPU_SIZES
@@ -292,7 +293,10 @@ def _main() -> int:
     parser.add_argument("--commit", help="what the record calls the code")
     arguments = parser.parse_args()
     options = ActorOptions(device=arguments.device, requests=arguments.requests, repeats=arguments.repeats, ray=arguments.ray)
-    main_actor(options, out=arguments.out, commit=arguments.commit)
+    try:
+        main_actor(options, out=arguments.out, commit=arguments.commit)
+    except FlashAttnError as error:
+        parser.exit(1, f"{error}\n")
     return 0
 
 
