@@ -9,9 +9,9 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnInner, FlashAttnMsg, FlashAttnProps
-from atomr_accel_flashattn.actor import gpu
+from atomr_accel_flashattn.actor import freshness, gpu
 from atomr_accel_flashattn.jit import driver as driver_module
-from tests.actor.devices import PATIENCE
+from tests.actor.devices import PATIENCE, until
 from tests.actor.fake_gpu import FakeArray, FakeDriver, install
 
 if TYPE_CHECKING:
@@ -179,6 +179,39 @@ def test_a_default_stream_is_marked_in_the_context_of_its_device(cuda: FakeDrive
     cuda.log.clear()
     inner.accept(sent())
     assert [entry[0] for entry in cuda.log] == ["push", "push", "record"]
+
+
+@pytest.mark.parametrize(("call", "answer"), [("cuCtxGetCurrent", (201, 0)), ("cuStreamWaitEvent", (201,)), ("cuEventQuery", (201,))])
+def test_an_error_of_the_driver_is_told_by_the_call_that_met_it(
+    cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch, call: str, answer: tuple[int, ...]
+):
+    monkeypatch.setattr(driver_module, "cuda_error", lambda code, what, *_: fa.LaunchError(f"{what}: {code}", kernel_name=""))
+    events = gpu.CudaEvents(0)
+    event = events.record(7)
+    monkeypatch.setattr(cuda, call, lambda *_: answer)
+    asked = {
+        "cuCtxGetCurrent": events.current_context,
+        "cuStreamWaitEvent": lambda: events.make_wait(500, event),
+        "cuEventQuery": lambda: events.is_reached(event),
+    }
+    with pytest.raises(fa.LaunchError, match=": 201"):
+        asked[call]()
+
+
+def test_a_gpu_array_that_changed_in_flight_fails_its_own_request(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(freshness._readers, FakeArray, freshness._Readers(address=lambda array: array.array.ctypes.data))
+    with FlashAttnActor.start(FlashAttnProps(device="cuda:0")) as actor:
+        cuda.landed.clear()
+        moved, kept = sent(1), sent(2)
+        replies = [actor.ask(moved), actor.ask(kept)]
+        until(lambda: len(cuda.launchers) == 2)
+        moved.request.k.source.array = moved.request.k.source.array.copy()
+        cuda.landed.set()
+        with pytest.raises(fa.StaleArrayError, match="k: its memory changed between ask and reply"):
+            replies[0].result(PATIENCE)
+        assert replies[1].result(PATIENCE).out is not None
+        with pytest.raises(fa.StaleArrayError, match="k: its memory changed since the request was made"):
+            actor.ask(moved)
 
 
 def test_a_stream_that_every_thread_has_its_own_of_is_refused(cuda: FakeDriver):

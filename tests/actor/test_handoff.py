@@ -155,6 +155,18 @@ def test_those_that_have_finished_are_answered_when_the_newest_has_not(cuda: Fak
         cuda.landed.set()
 
 
+@pytest.mark.usefixtures("nobody_else")
+def test_a_newest_that_cannot_be_asked_keeps_none_of_the_others_from_being_answered(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
+    with start(max_in_flight=4) as actor:
+        hold(cuda)
+        replies = [actor.ask(sent(seed)) for seed in range(3)]
+        newest = [entry[1] for entry in cuda.log if entry[0] == "record" and entry[2] == 500][-1]
+        monkeypatch.setattr(cuda, "cuEventQuery", lambda event: (0,) if event != newest else 1 // 0)
+        replies[0].done()
+        assert [reply.is_over() for reply in replies] == [True, True, False]
+        cuda.landed.set()
+
+
 def test_a_reply_has_all_that_a_future_has_and_makes_it_when_it_is_asked_for():
     reply = Reply()
     assert set(vars(Future())) <= set(dir(Reply))

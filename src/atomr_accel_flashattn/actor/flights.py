@@ -86,7 +86,8 @@ class Flights:
         self._taking = threading.RLock()  # held by whoever takes launches out
         self._room_bell: SimpleQueue[None] | None = None  # of who sleeps until one is taken out
         self._last = 0  # number of the newest launch
-        self._wanted = 0  # the completion thread is to wait for launches up to this number
+        self._wanted = 0  # the completion thread is to wait for launches up to this number, says who hurries it
+        self._left = 0  # and up to this one, because nobody took them while it napped
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._naps = self._sleeps = False  # the completion thread's: for a moment, or until it is called
         self._over = False
@@ -193,11 +194,11 @@ class Flights:
             idle = 0 if self.flying or self._last != seen else idle + 1
             seen = self._last
             if not self._rest(_NAP_SECONDS if idle < _IDLE_NAPS else None):
-                self._wanted = max(self._wanted, seen)  # what was there before the nap
+                self._left = seen  # what was there before the nap
 
     def _is_wanted(self) -> bool:
         first = self._first()
-        return first is not None and (self._over or first.number <= self._wanted)
+        return first is not None and (self._over or first.number <= max(self._wanted, self._left))
 
     def _take_wanted(self, failed_to_attach: BaseException | None) -> bool:
         """Wait for the oldest launch, if it is wanted, and settle it. Its arrays do not live until the next one: no name outlives this."""
