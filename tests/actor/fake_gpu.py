@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from atomr_accel_flashattn import arrays, execute, request_plans
+import atomr_accel_flashattn as fa
+from atomr_accel_flashattn import FlashAttnActor, FlashAttnHandle, FlashAttnMsg, FlashAttnProps, arrays, execute, request_plans
 from atomr_accel_flashattn.actor import gpu
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem
 from atomr_accel_flashattn.reference import attention
@@ -162,3 +163,27 @@ def install(monkeypatch: Any, *, plans: bool = False) -> FakeDriver:
     monkeypatch.setattr(gpu, "fill", fill)
     monkeypatch.setattr(execute, "empty_like_framework", empty)
     return fake
+
+
+def sent(seed: int = 0, index: int = 0) -> FlashAttnMsg.Forward:
+    """A forward call of a few elements on GPU ``index``."""
+    q, k, v = np.random.default_rng(seed).standard_normal((3, 1, 4, 2, 16)).astype(np.float16)
+    return FlashAttnMsg.Forward(fa.Fa2FwdRequest(*(FakeArray(array, index).info() for array in (q, k, v))), lse=False)
+
+
+def expected(message: FlashAttnMsg.Forward) -> np.ndarray:
+    """Its answer, by the CPU backend."""
+    return fa.run(fa.Fa2FwdRequest(*(info.source.array for info in (message.request.q, message.request.k, message.request.v)))).out
+
+
+def start(**props: Any) -> FlashAttnHandle:
+    """An actor that has launched once, so that all launches of these tests repeat that one."""
+    actor = FlashAttnActor.start(FlashAttnProps(device="cuda:0", **props))
+    actor.ask(sent()).result(PATIENCE)
+    return actor
+
+
+def hold(cuda: FakeDriver) -> None:
+    """From now on no launch is finished, until ``cuda.landed`` is set again."""
+    cuda.busy = True
+    cuda.landed.clear()

@@ -19,8 +19,7 @@ import pytest
 from atomr_accel_flashattn import ActorStoppedError, FlashAttnHandle
 from atomr_accel_flashattn.actor import Reply
 from tests.actor.devices import PATIENCE, until
-from tests.actor.fake_gpu import FakeDriver
-from tests.actor.test_handoff import cuda, hold, sent, start  # noqa: F401 - cuda is a fixture
+from tests.actor.fake_gpu import FakeDriver, hold, sent, start
 
 PLACES = ("/actor/", "/concurrent/futures/", "/threading.py", "/queue.py", "/pykka/")  # what an actor consists of
 MOST_STEPS = 1000
@@ -76,7 +75,7 @@ class Others:
 class Scene:
     """An actor on a GPU that is made of Python, the replies that somebody has, and who else sleeps."""
 
-    def __init__(self, cuda: FakeDriver) -> None:  # noqa: F811 - the fixture's value
+    def __init__(self, cuda: FakeDriver) -> None:
         self.cuda = cuda
         self.actor: FlashAttnHandle = start(max_in_flight=2, mailbox_limit=1)
         self.replies: list[Reply] = []
@@ -154,7 +153,7 @@ def cancel_for_others(scene: Scene) -> Callable[[], object]:
 
 
 @pytest.fixture
-def scenes(cuda: FakeDriver) -> Iterator[Callable[[], Scene]]:  # noqa: F811
+def scenes(cuda: FakeDriver) -> Iterator[Callable[[], Scene]]:
     def make() -> Scene:
         scene = Scene(cuda)
         made.append(scene)

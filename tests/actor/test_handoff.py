@@ -8,56 +8,24 @@ import random
 import threading
 import time
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, as_completed, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn import FlashAttnActor, FlashAttnHandle, FlashAttnMsg, FlashAttnProps, request_plans
-from atomr_accel_flashattn.actor import Job, Reply, flights
+from atomr_accel_flashattn import FlashAttnActor, FlashAttnProps, request_plans
+from atomr_accel_flashattn.actor import Reply, flights
 from atomr_accel_flashattn.actor.engine import Engine
-from atomr_accel_flashattn.actor.reply import Ticket
 from atomr_accel_flashattn.jit import driver as driver_module
 from tests.actor.devices import PATIENCE, until
-from tests.actor.fake_gpu import FakeArray, FakeDriver, install
+from tests.actor.fake_gpu import FakeDriver, expected, hold, sent, start
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from atomr_accel_flashattn.actor.flights import Launched
 
 ACTOR, COMPLETIONS = "FlashAttnActor-", "flash-attn-completions"
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    fake = install(monkeypatch, plans=True)
-    yield fake
-    fake.landed.set()
-
-
-def sent(seed: int = 0, index: int = 0) -> FlashAttnMsg.Forward:
-    q, k, v = np.random.default_rng(seed).standard_normal((3, 1, 4, 2, 16)).astype(np.float16)
-    return FlashAttnMsg.Forward(fa.Fa2FwdRequest(*(FakeArray(array, index).info() for array in (q, k, v))), lse=False)
-
-
-def expected(message: FlashAttnMsg.Forward) -> np.ndarray:
-    return fa.run(fa.Fa2FwdRequest(*(info.source.array for info in (message.request.q, message.request.k, message.request.v)))).out
-
-
-def start(**props: Any) -> FlashAttnHandle:
-    """An actor that has launched once, so that all launches of these tests repeat that one."""
-    actor = FlashAttnActor.start(FlashAttnProps(device="cuda:0", **props))
-    actor.ask(sent()).result(PATIENCE)
-    return actor
-
-
-def hold(cuda: FakeDriver) -> None:
-    """From now on no launch is finished, until ``cuda.landed`` is set again."""
-    cuda.busy = True
-    cuda.landed.clear()
 
 
 def test_the_first_launch_is_the_actors_and_those_that_repeat_it_are_their_callers(cuda: FakeDriver):
@@ -165,70 +133,6 @@ def test_a_newest_that_cannot_be_asked_keeps_none_of_the_others_from_being_answe
         replies[0].done()
         assert [reply.is_over() for reply in replies] == [True, True, False]
         cuda.landed.set()
-
-
-def test_a_reply_has_all_that_a_future_has_and_makes_it_when_it_is_asked_for():
-    reply = Reply()
-    assert set(vars(Future())) <= set(dir(Reply))
-    assert reply._made is None
-    reply.begin_unseen()
-    output, settled = fa.Output(None), []
-    assert reply.answer_quietly(output, settled.append, Ticket(Job(sent()), reply))
-    assert len(settled) == 1
-    assert reply.result() == output
-    assert reply._made is None
-    assert (reply.exception(), reply.done(), reply.cancelled(), reply.running()) == (None, True, False, False)
-
-
-@pytest.mark.parametrize("way", ["callback", "wait", "result"])
-def test_who_comes_while_a_reply_is_answered_is_told(way: str):
-    reply, told = Reply(), []
-    listen = {
-        "callback": lambda: reply.add_done_callback(told.append),
-        "wait": lambda: told.extend(wait([reply], PATIENCE).done),
-        "result": lambda: told.append(reply) if reply.result(PATIENCE) else None,
-    }[way]
-    listener = threading.Thread(target=listen)
-
-    def settle(_: Ticket) -> None:
-        if listener.ident is None:
-            listener.start()
-            listener.join(0.05)  # time enough to get in between
-
-    reply.begin_unseen()
-    if not reply.answer_quietly(fa.Output(None), settle, Ticket(Job(sent()), reply)):
-        reply.answer(fa.Output(None))
-    listener.join(PATIENCE)
-    assert told == [reply]
-
-
-def test_a_signal_handler_that_listens_while_its_thread_answers_is_told():
-    reply, told = Reply(), []
-
-    def settle(_: Ticket) -> None:
-        if reply._made is None:
-            reply.add_done_callback(told.append)
-
-    reply.begin_unseen()
-    assert not reply.answer_quietly(fa.Output(None), settle, Ticket(Job(sent()), reply))
-    reply.answer(fa.Output(None))
-    assert told == [reply]
-
-
-def test_a_signal_handler_that_looks_while_its_thread_answers_leaves_no_sleeper():
-    reply, found = Reply(), []
-    sleeper = threading.Thread(target=lambda: found.append(reply.result(PATIENCE)))
-
-    def settle(_: Ticket) -> None:
-        if sleeper.ident is None:
-            assert reply.running()
-            sleeper.start()
-            until(lambda: reply._condition._waiters)
-
-    reply.begin_unseen()
-    assert reply.answer_quietly(fa.Output(None), settle, Ticket(Job(sent()), reply))
-    sleeper.join(PATIENCE / 2)
-    assert len(found) == 1
 
 
 def calls_of_a_message(asks: int = 80) -> float:

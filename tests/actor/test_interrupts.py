@@ -12,8 +12,7 @@ from atomr_accel_flashattn import FlashAttnActor, FlashAttnProps
 from atomr_accel_flashattn.actor.engine import Engine
 from atomr_accel_flashattn.actor.locks import run_if_free
 from tests.actor.devices import PATIENCE, HeldDevice, message, until
-from tests.actor.fake_gpu import FakeDriver
-from tests.actor.test_handoff import cuda, hold, sent, start  # noqa: F401 - cuda is a fixture
+from tests.actor.fake_gpu import FakeDriver, hold, sent, start
 
 if TYPE_CHECKING:
     from atomr_accel_flashattn import FlashAttnHandle
@@ -60,7 +59,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, *, instea
     return made
 
 
-def assert_no_more_than(limit: int, actor: FlashAttnHandle, cuda: FakeDriver) -> None:  # noqa: F811 - the fixture's value
+def assert_no_more_than(limit: int, actor: FlashAttnHandle, cuda: FakeDriver) -> None:
     """In flight, whatever was interrupted before."""
     assert actor.ask(sent()).result(PATIENCE).out is not None
     until(lambda: len(actor._engine.flights.flying) == 0)
@@ -75,7 +74,7 @@ def assert_no_more_than(limit: int, actor: FlashAttnHandle, cuda: FakeDriver) ->
 
 
 def test_a_wait_that_is_interrupted_after_it_answered_makes_no_place_twice(
-    cuda: FakeDriver,  # noqa: F811
+    cuda: FakeDriver,
     monkeypatch: pytest.MonkeyPatch,
 ):
     settled = interrupt(monkeypatch, Engine, "_landed_well")
@@ -89,7 +88,7 @@ def test_a_wait_that_is_interrupted_after_it_answered_makes_no_place_twice(
 
 
 @pytest.mark.parametrize("way", ["result", "done"])
-def test_a_wait_that_is_interrupted_as_it_begins_keeps_nobody_from_being_answered(cuda: FakeDriver, way: str):  # noqa: F811
+def test_a_wait_that_is_interrupted_as_it_begins_keeps_nobody_from_being_answered(cuda: FakeDriver, way: str):
     with start(max_in_flight=2) as actor:
         reply = actor.ask(sent())
         actor._engine.flights._taking = InterruptedLock(actor._engine.flights._taking)
@@ -102,7 +101,7 @@ def test_a_wait_that_is_interrupted_as_it_begins_keeps_nobody_from_being_answere
         assert_no_more_than(2, actor, cuda)
 
 
-def test_a_launch_that_is_interrupted_as_it_begins_keeps_nobody_from_launching(cuda: FakeDriver):  # noqa: F811
+def test_a_launch_that_is_interrupted_as_it_begins_keeps_nobody_from_launching(cuda: FakeDriver):
     with start(max_in_flight=2) as actor:
         lock = actor._engine._launching
         actor._engine._launching = InterruptedLock(lock)
@@ -120,7 +119,7 @@ def test_a_launch_that_is_interrupted_as_it_begins_keeps_nobody_from_launching(c
     [("enter_begun", True, 0), ("enter_begun", False, 0), ("launch", True, 1), ("launch", False, 2), ("add", True, 2), ("add", False, 2)],
 )
 def test_a_launch_that_is_interrupted_leaves_no_request_behind(
-    cuda: FakeDriver,  # noqa: F811
+    cuda: FakeDriver,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     instead: bool,
@@ -194,7 +193,7 @@ def test_a_callers_own_exit_is_the_callers(monkeypatch: pytest.MonkeyPatch):
         device.land_all()
 
 
-def test_a_sweep_of_deadlines_asks_the_device_nothing(cuda: FakeDriver):  # noqa: F811
+def test_a_sweep_of_deadlines_asks_the_device_nothing(cuda: FakeDriver):
     with start() as actor:
         hold(cuda)
         cuda.log.clear()
