@@ -1,4 +1,4 @@
-"""Ctrl-C at every step of a call: whatever it interrupts, everybody else is answered, and the actor goes on.
+"""A signal at every step of a call, most of them Ctrl-C: whatever is interrupted, everybody else is answered, and the actor goes on.
 
 A signal handler runs where the interpreter looks for one: at the start of a function of Python's, and after a call of one of C's. A profile
 function is called at these places, and what it raises is raised there.
@@ -27,11 +27,16 @@ ELSEWHERE = 70  # a context in which callers launch nothing: requests go through
 MOMENT = 0.003  # seconds until a launch that is held is finished
 
 
-class CtrlC:
-    """A profile function that raises KeyboardInterrupt once, at step ``step``; ``came`` says where."""
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
 
-    def __init__(self, step: int) -> None:
+
+class Signal:
+    """A profile function that calls ``handler`` once, at step ``step``; ``came`` says where."""
+
+    def __init__(self, step: int, handler: Callable[[], object]) -> None:
         self.left = step
+        self.handler = handler
         self.came = ""
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> None:
@@ -41,20 +46,20 @@ class CtrlC:
         self.left -= 1
         if self.left < 0:
             self.came = f"{name}:{frame.f_lineno}, {event} {arg or frame.f_code.co_name}"
-            raise KeyboardInterrupt
+            self.handler()
 
 
-def interrupt(work: Callable[[], object], step: int) -> str:
-    """Do ``work`` with a Ctrl-C at ``step``. Where it came: empty when the work has fewer steps."""
-    ctrl_c = CtrlC(step)
-    sys.setprofile(ctrl_c)
+def interrupt(work: Callable[[], object], step: int, handler: Callable[[], object] = ctrl_c) -> str:
+    """Do ``work`` with a signal at ``step``. Where it came: empty when the work has fewer steps."""
+    signal = Signal(step, handler)
+    sys.setprofile(signal)
     try:
         work()
     except (KeyboardInterrupt, RuntimeError):  # the latter: threading.Condition had no lock to release
         pass
     finally:
         sys.setprofile(None)
-    return ctrl_c.came
+    return signal.came
 
 
 class Others:
@@ -75,9 +80,9 @@ class Others:
 class Scene:
     """An actor on a GPU that is made of Python, the replies that somebody has, and who else sleeps."""
 
-    def __init__(self, cuda: FakeDriver) -> None:
+    def __init__(self, cuda: FakeDriver, mailbox_limit: int = 1) -> None:
         self.cuda = cuda
-        self.actor: FlashAttnHandle = start(max_in_flight=2, mailbox_limit=1)
+        self.actor: FlashAttnHandle = start(max_in_flight=2, mailbox_limit=mailbox_limit)
         self.replies: list[Reply] = []
         self.others: list[Others] = []
 
@@ -153,9 +158,9 @@ def cancel_for_others(scene: Scene) -> Callable[[], object]:
 
 
 @pytest.fixture
-def scenes(cuda: FakeDriver) -> Iterator[Callable[[], Scene]]:
-    def make() -> Scene:
-        scene = Scene(cuda)
+def scenes(cuda: FakeDriver) -> Iterator[Callable[..., Scene]]:
+    def make(**options: int) -> Scene:
+        scene = Scene(cuda, **options)
         made.append(scene)
         return scene
 
@@ -166,7 +171,7 @@ def scenes(cuda: FakeDriver) -> Iterator[Callable[[], Scene]]:
         scene.actor.stop(timeout=PATIENCE)
 
 
-def steps(scenes: Callable[[], Scene], play: Callable[[Scene], Callable[[], object]]) -> Iterator[tuple[Scene, str]]:
+def steps(scenes: Callable[..., Scene], play: Callable[[Scene], Callable[[], object]]) -> Iterator[tuple[Scene, str]]:
     """The scene with a Ctrl-C at each step of what is played, and where it came."""
     for step in range(MOST_STEPS):
         scene = scenes()
@@ -191,7 +196,7 @@ def steps(scenes: Callable[[], Scene], play: Callable[[Scene], Callable[[], obje
         cancel_for_others,
     ],
 )
-def test_everybody_is_answered_and_the_actor_goes_on(scenes: Callable[[], Scene], play: Callable[[Scene], Callable[[], object]]):
+def test_everybody_is_answered_and_the_actor_goes_on(scenes: Callable[..., Scene], play: Callable[[Scene], Callable[[], object]]):
     for scene, came in steps(scenes, play):
         other = threading.Thread(target=scene.go_on, daemon=True)
         other.start()
@@ -205,7 +210,7 @@ def test_everybody_is_answered_and_the_actor_goes_on(scenes: Callable[[], Scene]
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("drain", [True, False])
-def test_a_stop_that_was_interrupted_can_be_made_again(scenes: Callable[[], Scene], drain: bool):
+def test_a_stop_that_was_interrupted_can_be_made_again(scenes: Callable[..., Scene], drain: bool):
     def stop(scene: Scene) -> Callable[[], object]:
         scene.hold(MOMENT)
         for _ in range(3):
@@ -221,3 +226,22 @@ def test_a_stop_that_was_interrupted_can_be_made_again(scenes: Callable[[], Scen
             error = reply.exception(PATIENCE)
             assert error is None or isinstance(error, ActorStoppedError), f"{error} after a Ctrl-C at {came}"
         assert scene.actor.unanswered == 0
+
+
+@pytest.mark.parametrize("play", [wait_for_an_answer, sleep_until_an_answer, go_through_the_mailbox, want_to_be_called, answer_others])
+def test_a_handler_may_send_too(scenes: Callable[..., Scene], play: Callable[[Scene], Callable[[], object]]):
+    for step in range(MOST_STEPS):
+        scene, came = scenes(mailbox_limit=4), []
+        work = play(scene)
+        thread = threading.Thread(target=lambda: came.append(interrupt(work, step, scene.ask)), daemon=True)  # noqa: B023 - joined here
+        thread.start()
+        thread.join(PATIENCE)
+        assert came, "the thread that was interrupted waits for itself"
+        scene.let_go()
+        assert all(reply.result(PATIENCE).out is not None for reply in scene.replies)
+        until(lambda scene=scene: all(len(other.woken) == 2 for other in scene.others))
+        until(lambda scene=scene: scene.actor.unanswered == 0)
+        scene.actor.stop(timeout=PATIENCE)
+        if not came[0]:
+            return
+    pytest.fail("there are more steps than were tried")

@@ -41,7 +41,7 @@ class Mailbox:
         self._label = label
         self._limit = limit
         self._call = call
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may send in the middle of a send
         self._inside: deque[Ticket] = deque()
         self._outside: deque[tuple[Ticket, Future[None]]] = deque()
         self._unsettled: set[Ticket] = set()
