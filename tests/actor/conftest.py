@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.actor.devices import HeldDevice
 from tests.actor.fake_gpu import FakeDriver, install
 
 
@@ -14,3 +15,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     fake = install(monkeypatch, plans=True)
     yield fake
     fake.landed.set()
+
+
+@pytest.fixture
+def device() -> Iterator[HeldDevice]:
+    made = HeldDevice()
+    yield made
+    made.land_all()

@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from atomr_accel_flashattn.actor import FlashAttnInner, FlashAttnMsg, Flight, Job
+from atomr_accel_flashattn.actor import FlashAttnActor, FlashAttnHandle, FlashAttnInner, FlashAttnMsg, FlashAttnProps, Flight, Job
 from atomr_accel_flashattn.execute import fill
 from atomr_accel_flashattn.fa2 import Fa2FwdRequest, MaskKind
 from atomr_accel_flashattn.types import Device
@@ -123,3 +124,8 @@ class FaultyDevice(FlashAttnInner):
         if self.random.random() < self.rate:
             raise OSError("a random fault of a launch")
         return FaultyFlight(self.inner.launch(jobs), self.random.random() < self.rate)
+
+
+def start(device: FlashAttnInner, **props: Any) -> FlashAttnHandle:
+    """An actor above ``device``."""
+    return FlashAttnActor.start(FlashAttnProps(device="cpu", **props), device)

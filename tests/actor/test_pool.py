@@ -193,7 +193,9 @@ def test_without_retries_the_requests_of_a_lost_worker_fail_by_name_and_only_tho
 def test_cancel_timeout_back_pressure_and_stop():
     props = FlashAttnProps(device="cpu", label="small", mailbox_limit=2, overflow=Overflow.REFUSE)
     pool = FlashAttnPool.start(1, props, window=1)
-    replies = [pool.ask(slow(seed)) for seed in range(3)]
+    replies = [pool.ask(slow(0))]
+    until(lambda: pool.waiting == 0)
+    replies += [pool.ask(slow(seed)) for seed in (1, 2)]
     with pytest.raises(fa.MailboxFullError):
         pool.ask(message())
     assert replies[2].cancel()

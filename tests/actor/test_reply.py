@@ -49,6 +49,15 @@ def test_who_comes_while_a_reply_is_answered_is_told(way: str):
     assert told == [reply]
 
 
+def test_waiters_of_concurrent_futures_are_left_to_the_completion_thread():
+    reply, settled = Reply(), []
+    reply.begin_unseen()
+    reply._condition  # noqa: B018 - makes the list
+    list.append(reply._waiters, object())
+    assert not reply.answer_quietly(fa.Output(None), settled.append, Ticket(Job(sent()), reply))
+    assert (settled, reply.is_over()) == ([], False)
+
+
 def test_a_signal_handler_that_listens_while_its_thread_answers_is_told():
     reply, told = Reply(), []
 

@@ -127,4 +127,5 @@ def _inner_for(props: FlashAttnProps) -> FlashAttnInner:
 def _stop_all() -> None:
     """No thread of ours may call CUDA while the interpreter goes down."""
     for handle in list(_handles):
-        handle.stop(drain=False, timeout=1.0)
+        handle._close(drain=False)  # noqa: SLF001 - a stop starts a thread, which an interpreter that ends may refuse
+        handle._end(timeout=1.0)  # noqa: SLF001

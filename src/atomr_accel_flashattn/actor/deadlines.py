@@ -27,7 +27,12 @@ class Deadlines:
         self._changed = Condition()
         self._sweep_at = _SWEEP_AT
         self._thread: threading.Thread | None = None
+        self._sleeps_until = float("inf")
         self._over = False
+
+    def is_current(self) -> bool:
+        """Whether the caller runs in the thread of deadlines, as callbacks of replies whose time is over do."""
+        return threading.current_thread() is self._thread
 
     def add(self, ticket: Ticket, timeout: float, began: float) -> None:
         """Fail ``ticket`` ``timeout`` seconds after ``began`` (of ``time.monotonic``)."""
@@ -44,21 +49,22 @@ class Deadlines:
                 thread = threading.Thread(target=self._run, name=f"{self._label}-deadlines", daemon=True)
                 thread.start()
                 self._thread = thread  # after a Ctrl-C in between there are two, which is one more than needed
-            elif self._heap[0] is entry:
-                self._changed.notify()
+            elif self._heap[0][0] < self._sleeps_until:  # this one, or one before whose sender was interrupted
+                self._changed.notify_all()
 
     def close(self) -> None:
         """End the thread; deadlines that are left are forgotten, as every request has its answer by then."""
         with self._changed:
             self._over = True
             self._heap.clear()
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 while not self._over and (not self._heap or self._heap[0][0] > time.monotonic()):
-                    self._changed.wait(self._heap[0][0] - time.monotonic() if self._heap else None)
+                    self._sleeps_until = self._heap[0][0] if self._heap else float("inf")
+                    self._changed.wait(self._sleeps_until - time.monotonic() if self._heap else None)
                 if self._over:
                     return
                 _, _, timeout, reference = heapq.heappop(self._heap)

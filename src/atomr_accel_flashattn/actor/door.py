@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any, Self
 from ..errors import PropsError, UnknownMessageError
 from ..execute import Output
 from .deadlines import Deadlines, timed_out
+from .locks import Event
 from .mailbox import Mailbox
 from .messages import FlashAttnMsg, Message
 from .props import FlashAttnProps, Overflow
@@ -38,14 +40,19 @@ class Door(ABC):
         self.props = props
         self._mailbox = mailbox
         self._deadlines = Deadlines(props.label)
+        self._stops: set[threading.Thread] = set()
 
     @abstractmethod
     def _accept(self, message: Message) -> Ticket:
         """Look a message over and make its ticket; raises what makes it unacceptable."""
 
     @abstractmethod
-    def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Let nothing in any more, answer what is there, and end."""
+    def _close(self, *, drain: bool) -> None:
+        """Let nothing in any more, and fail what waits unless ``drain``. Does not wait."""
+
+    @abstractmethod
+    def _end(self, timeout: float | None) -> None:
+        """Wait until everything is answered, for ``timeout`` seconds at most, fail what is not, and end."""
 
     async def _ticket_async(self, message: Message, timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
         return self._ticket(message, timeout)
@@ -55,8 +62,8 @@ class Door(ABC):
         return False
 
     def _is_own_thread(self) -> bool:
-        """Whether the caller's thread is one that answers requests."""
-        return False
+        """Whether the caller's thread is one that answers requests, as callbacks of replies are called in: it must not wait for others."""
+        return self._deadlines.is_current() or threading.current_thread() in self._stops
 
     def ask(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> Reply:
         """Send a request.
@@ -116,16 +123,53 @@ class Door(ABC):
         place = self._mailbox.enter(ticket, wait=wait)
         try:
             if place is not None:
-                await asyncio.wait_for(asyncio.wrap_future(place), timeout)
-        except TimeoutError:
-            ticket.reply.cancel()
-            raise timed_out(self.props.label, timeout or 0.0, "no place in the mailbox") from None
-        except asyncio.CancelledError:
+                left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
+                await asyncio.wait_for(asyncio.wrap_future(place), left)
+        except (TimeoutError, asyncio.CancelledError) as given_up:
+            if place is not None:
+                self._mailbox.withdraw(place)
             ticket.reply.cancel()  # it may have been let in meanwhile
+            if isinstance(given_up, TimeoutError):
+                raise timed_out(self.props.label, timeout or 0.0, "no place in the mailbox") from None
             raise
         if timeout is not None:
             self._deadlines.add(ticket, timeout, began)
         return await ticket.reply
+
+    def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Let nothing in any more, answer what is there, and end. Can be called again, as with ``drain=False`` for more haste.
+
+        Returns when everything is answered; at once when called by a callback of a Reply, whose thread has others to answer. A Ctrl-C
+        ends the caller's wait, and the stop goes on: a thread of its own does it, where none comes between.
+
+        Args:
+            drain: whether requests that wait are still launched; else they fail with ActorStoppedError. Launches in flight are
+                answered either way.
+            timeout: seconds after which everything without an answer fails with ActorStoppedError, in flight or not; None is no limit.
+        """
+        over, errors = Event(), list[BaseException]()
+        is_own = self._is_own_thread()
+        if is_own:
+            self._close(drain=drain)
+
+        def stop() -> None:
+            try:
+                if not is_own:
+                    self._close(drain=drain)
+                self._end(timeout)
+            except BaseException as error:  # noqa: BLE001 - the caller's
+                errors.append(error)
+            finally:
+                over.set()
+                self._stops.discard(threading.current_thread())
+
+        thread = threading.Thread(target=stop, name=f"{self.props.label}-stop", daemon=True)
+        self._stops.add(thread)
+        thread.start()
+        if not is_own:
+            over.wait()
+            if errors:
+                raise errors[0]
 
     async def stop_async(self, *, drain: bool = True, timeout: float | None = None) -> None:  # noqa: ASYNC109 - of the stop
         """:meth:`stop` for event loops."""
@@ -180,9 +224,12 @@ class Door(ABC):
         try:
             place.result(None if timeout is None else max(0.0, began + timeout - time.monotonic()))
         except TimeoutError:
-            if place.cancel():
+            if self._mailbox.withdraw(place):
                 raise timed_out(self.props.label, timeout or 0.0, "no place in the mailbox") from None
             place.result()  # it came at the last moment, or the actor stopped
+        except KeyboardInterrupt:
+            self._mailbox.withdraw(place)
+            raise
 
     def _log_failure(self, error: BaseException) -> None:
         _log.error("%s: a request that was told failed: %s", self.props.label, error, exc_info=error)

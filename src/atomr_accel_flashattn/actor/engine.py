@@ -288,7 +288,7 @@ class Engine:
         """End everything, in the actor's thread: answer what is left, wait for what is flying."""
         self._mailbox.close(lambda: stopped_error(self._props.label))
         self.work()
-        self.flights.finish(wait=not self._gave_up)
+        self.flights.finish(lambda: self._gave_up)
         self.fail_unsettled(lambda: stopped_error(self._props.label))
         if not self._gave_up:
             self._inner.close()

@@ -141,12 +141,12 @@ class Flights:
                 bell.get(timeout=_NAP_SECONDS)
         self._room_bell = None
 
-    def finish(self, *, wait: bool) -> None:
-        """End after everything that was added; ``wait`` for that."""
+    def finish(self, gave_up: Callable[[], bool]) -> None:
+        """End after everything that was added. Waits for that until ``gave_up()``."""
         self._over = True
         self._ring()
-        if wait:
-            self._thread.join()
+        while self._thread.is_alive() and not gave_up():
+            self._thread.join(_NAP_SECONDS)
 
     def is_current(self) -> bool:
         """Whether the caller runs in the completion thread, as callbacks of futures do."""

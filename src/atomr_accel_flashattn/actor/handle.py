@@ -41,24 +41,16 @@ class FlashAttnHandle(Door):
         self._engine = engine
         self._finished = finished
 
-    def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Let nothing in any more, answer what is there, and end the actor. Can be called again, as with ``drain=False`` for more haste.
-
-        Returns when everything is answered; at once when called by a callback of a Reply, which runs in the actor itself.
-
-        Args:
-            drain: whether requests that wait are still launched; else they fail with ActorStoppedError. Launches in flight are
-                answered either way.
-            timeout: seconds after which everything without an answer fails with ActorStoppedError, in flight or not; None is no limit.
-        """
+    def _close(self, *, drain: bool) -> None:
         label = self.props.label
         if drain:
             self._mailbox.close(lambda: stopped_error(label))
         else:
             self._engine.refuse(lambda: stopped_error(label))
         self._reference.stop(block=False)
-        if self._engine.is_own_thread():
-            return
+
+    def _end(self, timeout: float | None) -> None:
+        label = self.props.label
         if not self._finished.wait(timeout):
             self._engine.refuse(lambda: stopped_error(label))
             self._engine.fail_unsettled(lambda: stopped_error(label))
@@ -72,7 +64,7 @@ class FlashAttnHandle(Door):
         return self._engine.launch_at_once(ticket)
 
     def _is_own_thread(self) -> bool:
-        return self._engine.is_own_thread()
+        return super()._is_own_thread() or self._engine.is_own_thread()
 
     def __repr__(self) -> str:
         state = "alive" if self.is_alive else "stopped"

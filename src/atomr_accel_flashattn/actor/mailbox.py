@@ -118,6 +118,14 @@ class Mailbox:
             granted.set_result(None)
         return ticket
 
+    def withdraw(self, place: Future[None]) -> bool:
+        """Nobody queues for ``place`` any more; whether it was in time. Its ticket, and so its arrays, are not kept."""
+        with self._lock:
+            if not place.cancel():
+                return False
+            self._outside = deque(each for each in self._outside if each[1] is not place)
+            return True
+
     def settle(self, ticket: Ticket) -> None:
         """A ticket has been answered."""
         with self._lock:

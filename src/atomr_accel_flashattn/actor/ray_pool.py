@@ -8,6 +8,7 @@ handles what comes back: callers only put into the mailbox, so a Ctrl-C of one o
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = ["FlashAttnPool"]
+
+_log = logging.getLogger(__name__)
 
 _INLINE_BYTES: Final = 100 * 1024  # smaller arguments travel inside the call; larger ones are put once, and a retry sends the reference
 _START_SECONDS: Final = 120.0
@@ -128,33 +131,26 @@ class FlashAttnPool(Door):
         needs = {"num_cpus": 1} if props.place.kind == "cpu" else {"num_cpus": 1, "num_gpus": 1}
         pool = cls(props, ray, {**needs, "max_concurrency": window + 1, "max_restarts": 0} | dict(ray_options or {}), window, retries)
         pool._spare = replacements
-        pool._members = [pool._hire() for _ in range(workers)]
         try:
+            for _ in range(workers):
+                pool._members.append(pool._hire())
             ray.get([member.actor.ready.remote() for member in pool._members], timeout=_START_SECONDS)
-        except ray.exceptions.RayError as error:
+        except BaseException as error:  # a Ctrl-C, too: nobody will have the pool to stop it
             pool.stop(drain=False)
-            raise WorkerLostError(f"{props.label}: {workers} workers did not start: {error}") from error
+            if isinstance(error, ray.exceptions.RayError):
+                raise WorkerLostError(f"{props.label}: {workers} workers did not start: {error}") from error
+            raise
         return pool
 
-    def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Let nothing in any more, answer what is there, and end the workers; Ray goes on. Can be called again.
-
-        Args:
-            drain: whether requests that wait are still sent; else they fail with ActorStoppedError.
-            timeout: seconds after which everything without an answer fails with ActorStoppedError; None is no limit. A callback of a
-                Reply does not wait.
-        """
+    def _close(self, *, drain: bool) -> None:
         label = self.props.label
         self._mailbox.close(lambda: stopped_error(label))
         if not drain:
             while (errand := self._take()) is not None:
                 self._settle(errand, stopped_error(label))
-        if self._is_own_thread():
-            threading.Thread(target=self._end, args=(timeout,), name=f"{label}-stop").start()
-        else:
-            self._end(timeout)
 
     def _end(self, timeout: float | None) -> None:
+        """Ends the workers; Ray goes on."""
         label = self.props.label
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._lock:
@@ -167,12 +163,20 @@ class FlashAttnPool(Door):
             ticket.reply.fail(stopped_error(label))
             self._mailbox.settle(ticket)
         for member in members:
-            self._ray.kill(member.actor)
+            self._kill(member)
         self._deadlines.close()
         self._work.put(None)
+        with self._lock:
+            self._lock.notify_all()  # who waits in another stop
+
+    def _kill(self, member: _Member) -> None:
+        try:
+            self._ray.kill(member.actor)
+        except Exception:  # noqa: BLE001 - Ray's; the others are still to be ended
+            _log.exception("%s: worker %d could not be ended", self.props.label, member.number)
 
     def _is_own_thread(self) -> bool:
-        return threading.current_thread() is self._thread
+        return super()._is_own_thread() or threading.current_thread() is self._thread
 
     @property
     def loads(self) -> dict[int, int]:
@@ -225,7 +229,10 @@ class FlashAttnPool(Door):
     def _run(self) -> None:
         """Send, and handle what the workers return, in a thread of ours: in Ray's, the start of another worker would wait for itself."""
         while (work := self._work.get()) is not None:
-            work()
+            try:
+                work()
+            except Exception:  # noqa: BLE001 - this thread has to live
+                _log.exception("%s: an error of the pool itself", self.props.label)
             del work  # the arrays of the last request must not live until the next one
 
     def _pump(self) -> None:
@@ -246,7 +253,9 @@ class FlashAttnPool(Door):
 
     def _send_to(self, member: _Member, errand: _Errand) -> None:
         reference = member.actor.forward.remote(errand.parcel, *errand.arrays)
-        reference.future().add_done_callback(lambda done: self._work.put(partial(self._returned, done, errand, member)))
+        reference.future().add_done_callback(
+            lambda done: None if self._stopping else self._work.put(partial(self._returned, done, errand, member))
+        )
 
     def _next(self) -> tuple[_Errand, _Member] | None:
         """The oldest request and the least loaded worker; None when there is none of either."""
@@ -272,7 +281,9 @@ class FlashAttnPool(Door):
         answer = done.result() if failure is None else None
         if isinstance(answer, (DeviceLostError, ActorStoppedError)):
             failure = answer  # the process has lost its GPU: as good as lost itself
-        if failure is not None:
+        if isinstance(failure, self._ray.exceptions.RayTaskError):  # the worker lives: it could not say its answer
+            self._settle(errand, failure)
+        elif failure is not None:
             self._lose(member)
             self._send_again(errand, failure)
         elif isinstance(answer, Exception):
@@ -290,14 +301,17 @@ class FlashAttnPool(Door):
             self._members.remove(member)
             if self._spare > 0:
                 self._spare -= 1
-                self._members.append(self._hire())
-        self._ray.kill(member.actor)
+                try:
+                    self._members.append(self._hire())
+                except Exception:  # noqa: BLE001 - Ray's; the pool goes on without it
+                    _log.exception("%s: worker %d could not be replaced", self.props.label, member.number)
+        self._kill(member)
 
     def _send_again(self, errand: _Errand, cause: BaseException) -> None:
         label = self.props.label
         with self._lock:
             alone = not self._members and not self._stopping
-            again = errand.tries <= self._retries and bool(self._members)
+            again = errand.tries <= self._retries and bool(self._members) and not errand.reply.is_over()
             if again:
                 self._again.append(errand)
         if not again:

@@ -139,7 +139,7 @@ class Reply(Future[Output]):
                 callback(self)
             except BaseException as error:
                 if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
-                    raise  # the caller's own exit or Ctrl-C, in a cancel or a stop
+                    raise  # the caller's own exit or Ctrl-C, in a cancel
                 _log.exception("a callback of a Reply failed")
 
     def _before_sleep(self, timeout: float | None) -> None:
