@@ -157,8 +157,10 @@ class Door(ABC):
                 if not is_own:
                     self._close(drain=drain)
                 self._end(timeout)
-            except BaseException as error:  # noqa: BLE001 - the caller's
+            except BaseException as error:  # noqa: BLE001 - the caller's, where he waits
                 errors.append(error)
+                if is_own:
+                    _log.exception("%s: the stop failed", self.props.label)
             finally:
                 over.set()
                 self._stops.discard(threading.current_thread())
