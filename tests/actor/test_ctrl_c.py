@@ -115,9 +115,13 @@ class Scene:
         assert self.actor.ask(sent()).result(PATIENCE).out is not None
         until(lambda: not self.actor._engine.flights.flying)
         self.cuda.current = 0
-        assert self.actor.ask(sent()).result(PATIENCE).out is not None
-        assert self.cuda.launchers[-1] == threading.current_thread().name
+        until(self.launches_here)  # as soon as the actor's thread is done
         until(lambda: self.actor.unanswered == 0)
+
+    def launches_here(self) -> bool:
+        """Whether a request is launched by who sends it."""
+        assert self.actor.ask(sent()).result(PATIENCE).out is not None
+        return self.cuda.launchers[-1] == threading.current_thread().name
 
 
 def wait_for_an_answer(scene: Scene) -> Callable[[], object]:
