@@ -159,15 +159,11 @@ class FlashAttnPool(Door):
             self._stopping = True
             members, self._members = self._members, []
         for ticket in self._mailbox.all_unsettled():
-            ticket.reply.begin()
-            ticket.reply.fail(stopped_error(label))
-            self._mailbox.settle(ticket)
+            self._settle(ticket, stopped_error(label))
         for member in members:
             self._kill(member)
         self._deadlines.close()
         self._work.put(None)
-        with self._lock:
-            self._lock.notify_all()  # who waits in another stop
 
     def _kill(self, member: _Member) -> None:
         try:
@@ -324,8 +320,8 @@ class FlashAttnPool(Door):
             while (stranded := self._take()) is not None:
                 self._settle(stranded, own_error(gone))
 
-    def _settle(self, errand: _Errand, error: BaseException | None, answer: Any = None) -> None:
-        """Resolve the reply; an errand that was cancelled comes here without either."""
+    def _settle(self, errand: Ticket, error: BaseException | None, answer: Any = None) -> None:
+        """Resolve the reply, and tell who waits in a stop; an errand that was cancelled comes here without error and answer."""
         message = errand.job.message
         try:
             if error is None and answer is not None and isinstance(message, FlashAttnMsg.Forward):
