@@ -10,7 +10,7 @@ from .dispatch import DispatchKey, best_arch, key_of_problem
 from .errors import ShapeError
 from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias, check_kinds
 from .problem import ArrayInfo, AttentionProblem, Strides
-from .request_plans import keeps_plans
+from .request_plans import Key, keeps_plans
 from .short_repr import ShortRepr
 from .types import SmArch
 
@@ -36,6 +36,7 @@ class DenseFwdRequest(ShortRepr):
         out: (B, Sq, Hq, Dv) to be written, None for a new array of q's library.
         problem: the request in its normal form (made, not given).
         out_array: the description of ``out`` (made, not given).
+        plan_key: what launches like its are found by, None until one was looked for (made, not given).
 
     Raises:
         ConstructionError: the subclass says which argument is wrong; nothing has been written.
@@ -52,6 +53,7 @@ class DenseFwdRequest(ShortRepr):
     out: Any = field(default=None, kw_only=True)
     problem: AttentionProblem = field(init=False, repr=False)
     out_array: ArrayInfo | None = field(init=False, repr=False)
+    plan_key: Key | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         q, k, v = read_qkv(self.q, self.k, self.v, layout="(batch, length, heads, head dim)")

@@ -38,7 +38,7 @@ __all__ = ["Launch", "Output", "Outputs", "execute", "fill", "make_outputs", "ru
 _MAX_GRID: Final = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Output(ShortRepr):
     """What a forward call made, in the library of q (or of ``out``, when the caller brought one).
 
@@ -54,13 +54,13 @@ class Output(ShortRepr):
     dropout_mask: Any = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Outputs:
     """The arrays that a call writes, described. They may be made by one thread (on its stream) and written by another."""
 
     out: ArrayInfo
-    lse: ArrayInfo | None
-    dropout_mask: ArrayInfo | None
+    lse: ArrayInfo | None = None
+    dropout_mask: ArrayInfo | None = None
 
     def for_user(self, request: FaFwdDispatch) -> Output:
         """The arrays themselves: the caller's own ``out`` where there was one."""
@@ -207,19 +207,15 @@ def _beside(out: ArrayInfo, shape: tuple[int, ...], dtype_name: str) -> ArrayInf
 
 def _tensors_again(problem: AttentionProblem, out_strides: tuple[int, ...], *, lse: bool) -> Outputs:
     """New torch tensors whose shapes and strides are known, and need not be read."""
-    q = problem.q
-    out = _tensor(q, problem.out_shape, out_strides, q.dtype, q.dtype_name, q.source.dtype)
-    if not lse:
-        return Outputs(out, None, None)
-    shape, float32 = problem.lse_shape, sys.modules["torch"].float32
-    return Outputs(out, _tensor(q, shape, contiguous_strides(shape), DType.F32, "float32", float32), None)
-
-
-def _tensor(
-    like: ArrayInfo, shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType | None, name: str, torch_dtype: Any
-) -> ArrayInfo:
-    array = empty_on(like.device.index, like.source, (shape, strides, torch_dtype))
-    return ArrayInfo(array.data_ptr(), shape, strides, dtype, name, like.device, array)
+    q, shape = problem.q, problem.out_shape
+    out = empty_on(q.device.index, q.source, (shape, out_strides, q.source.dtype))
+    outputs = Outputs(ArrayInfo(out.data_ptr(), shape, out_strides, q.dtype, q.dtype_name, q.device, out))
+    if lse:
+        shape = problem.lse_shape
+        strides = contiguous_strides(shape)
+        out = empty_on(q.device.index, q.source, (shape, strides, sys.modules["torch"].float32))
+        outputs.lse = ArrayInfo(out.data_ptr(), shape, strides, DType.F32, "float32", q.device, out)
+    return outputs
 
 
 def _launch_forward(problem: AttentionProblem, key: DispatchKey, spec: KernelSpec, outputs: Outputs, stream: int) -> Launch | None:

@@ -30,9 +30,12 @@ class Band(NamedTuple):
     sink_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ArrayInfo:
-    """What we need to know of an array, whatever library it came from. Strides are in elements."""
+    """What we need to know of an array, whatever library it came from. Strides are in elements.
+
+    Never changed once made. It does not say so with ``frozen``, which costs 1 us of a call: every call describes its new output.
+    """
 
     ptr: int
     shape: tuple[int, ...]
@@ -95,9 +98,9 @@ class AttentionProblem:
     @property
     def out_shape(self) -> tuple[int, ...]:
         """Shape of o."""
-        if self.is_varlen:
-            return (self.q.shape[0], self.heads, self.v_head_dim)
-        return (self.batch, self.seqlen_q, self.heads, self.v_head_dim)
+        if self.cu_seqlens_q is None:
+            return (self.batch, self.seqlen_q, self.heads, self.v_head_dim)
+        return (self.q.shape[0], self.heads, self.v_head_dim)
 
     @property
     def lse_shape(self) -> tuple[int, ...]:

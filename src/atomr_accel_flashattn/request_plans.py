@@ -44,6 +44,7 @@ _plans: dict[Key, RequestPlan] = {}
 def keeps_plans(*attributes: str) -> Callable[[C], C]:
     """A decorator for classes of requests whose kernel is a function of their problem, their ``out`` and these (hashable) attributes.
 
+    They have a slot ``plan_key``, which is None at first.
     It holds for the class alone: a subclass says so itself.
     """
 
@@ -57,8 +58,17 @@ def keeps_plans(*attributes: str) -> Callable[[C], C]:
 def key_of(request: FaFwdDispatch) -> Key | None:
     """What requests have in common that share a plan; None for a request that has none, as one on the CPU, or any in debug mode."""
     attributes = _attributes.get(type(request))
-    if attributes is None or request.problem.q.device.kind == "cpu" or settings().debug:
+    if attributes is None:
         return None
+    ours: Any = request
+    key: Key | None = ours.plan_key
+    if key is None and request.problem.q.device.kind != "cpu" and not settings().debug:
+        key = _key_of(request, attributes)
+        object.__setattr__(request, "plan_key", key)
+    return key
+
+
+def _key_of(request: FaFwdDispatch, attributes: tuple[str, ...]) -> Key:
     problem, out = request.problem, request.out_array
     q, k, v, dropout = problem.q, problem.k, problem.v, problem.dropout
     addresses = q.ptr | k.ptr | v.ptr | (0 if out is None else out.ptr)

@@ -296,7 +296,7 @@ class Engine:
 
 def _staleness(ticket: Ticket) -> BaseException | None:
     try:
-        ticket.job.check_fresh()
+        ticket.job.fingerprint.check()
     except BaseException as error:  # noqa: BLE001 - arrays of others may raise anything; it is this request's answer
         return error
     return None
@@ -306,7 +306,7 @@ def _verdict(ticket: Ticket) -> Output | BaseException:
     """The answer of a launch that went well, if its arrays are still the same."""
     try:
         job = ticket.job
-        job.check_fresh()
+        job.fingerprint.check()
         return job.answer()
     except BaseException as error:  # noqa: BLE001 - the same
         return error

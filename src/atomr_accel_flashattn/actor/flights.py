@@ -163,9 +163,9 @@ class Flights:
 
         Those up to number ``done`` are known to be.
         """
-        first = self._first()
-        if first is None:
+        if not self.flying:
             return _Found.FLYING
+        first = self.flying[0]
         poll = first.poll
         try:
             if poll is not None and first.number > done and not poll():

@@ -9,17 +9,20 @@ and after each launch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ..dispatch import FaFwdDispatch
 from ..errors import StaleArrayError
+from ..problem import ArrayInfo
 
-__all__ = ["Fingerprint"]
+__all__ = ["NO_ARRAYS", "Fingerprint"]
 
 _Read: TypeAlias = Callable[[Any], Any]
+_SINCE_MADE: Final = "since the request was made"
+_SINCE_ASK: Final = "between ask and reply"
 
 
 class _Readers(NamedTuple):
@@ -36,57 +39,95 @@ _readers: dict[type, _Readers] = {}
 
 
 class Fingerprint:
-    """Of every array of a call whose library lets it change, what tells its memory from other memory."""
+    """Of every array of a call whose library lets it change, what tells its memory from other memory: on a GPU, the described address."""
 
-    __slots__ = ("_seen",)
+    __slots__ = ("_arrays", "_names")
 
-    def __init__(self, seen: list[tuple[str, Any, _Read, Any]]) -> None:
-        self._seen = seen
+    def __init__(self, names: Sequence[str], arrays: Sequence[ArrayInfo]) -> None:
+        self._names = names
+        self._arrays = arrays
 
-    @classmethod
-    def of(cls, request: FaFwdDispatch) -> Fingerprint:
+    @staticmethod
+    def of(request: FaFwdDispatch) -> Fingerprint:
         """Of the inputs, and of the caller's ``out``.
 
         Raises:
             StaleArrayError: one is not what it was when the request was made.
         """
-        problem = request.problem
-        seen: list[tuple[str, Any, _Read, Any]] = []
-        for name, info in (
-            ("q", problem.q),
-            ("k", problem.k),
-            ("v", problem.v),
-            ("alibi_slopes", problem.alibi_slopes),
-            ("learned_sink", problem.learned_sink),
-            ("cu_seqlens_q", problem.cu_seqlens_q),
-            ("cu_seqlens_k", problem.cu_seqlens_k),
-            ("rng", None if problem.dropout is None else problem.dropout.rng),
-            ("out", request.out_array),
-        ):
-            if info is None:
-                continue
-            source = info.source
-            address, facts = _readers.get(type(source)) or _readers_of(source)
-            on_host = info.device.kind == "cpu"
-            read = facts if on_host else address
-            if read is None:
-                continue
-            now, made = read(source), info.ptr
-            if now != made and not (on_host and now[:2] == (made, info.shape)):
-                raise _stale(name, "since the request was made", (made, info.shape), now)
-            seen.append((name, source, read, now))
-        return cls(seen)
+        if request.problem.q.device.kind == "cpu":
+            return _HostFingerprint(*_arrays_of(request))
+        fingerprint = Fingerprint(*_arrays_of(request))
+        fingerprint.check(_SINCE_MADE)
+        return fingerprint
 
-    def check(self) -> None:
+    def check(self, when: str = _SINCE_ASK) -> None:
         """Look again.
+
+        Args:
+            when: something may have happened, for the error.
 
         Raises:
             StaleArrayError: an array was freed, resized or moved.
         """
-        for name, source, read, before in self._seen:
-            now = read(source)
+        for info in self._arrays:
+            source = info.source
+            read = (_readers.get(type(source)) or _readers_of(source)).address
+            if read is not None and read(source) != info.ptr:
+                raise self._stale(info, when, info.ptr, read(source))
+
+    def _stale(self, array: ArrayInfo, when: str, before: Any, now: Any) -> StaleArrayError:
+        name = next(name for name, info in zip(self._names, self._arrays, strict=True) if info is array)
+        return StaleArrayError(
+            f"{name}: its memory changed {when}: address (and shape and size) were {before} and are {now}; allowed are arrays that are "
+            "neither freed nor resized before the reply; keep them as they are until then, or send a copy"
+        )
+
+
+class _HostFingerprint(Fingerprint):
+    """On the host, where memory may shrink in its place, what was seen at ask is kept."""
+
+    __slots__ = ("_facts",)
+
+    def __init__(self, names: Sequence[str], arrays: Sequence[ArrayInfo]) -> None:
+        super().__init__(names, arrays)
+        self._facts = [_facts_of(info) for info in arrays]
+        for info, facts in zip(arrays, self._facts, strict=True):
+            if facts is not None and facts[:2] != (info.ptr, info.shape):
+                raise self._stale(info, _SINCE_MADE, (info.ptr, info.shape), facts)
+
+    def check(self, when: str = _SINCE_ASK) -> None:
+        for info, before in zip(self._arrays, self._facts, strict=True):
+            now = _facts_of(info)
             if now != before:
-                raise _stale(name, "between ask and reply", before, now)
+                raise self._stale(info, when, before, now)
+
+
+NO_ARRAYS: Final = Fingerprint((), ())
+
+
+def _arrays_of(request: FaFwdDispatch) -> tuple[Sequence[str], Sequence[ArrayInfo]]:
+    """Their names, and what they are."""
+    problem, dropout = request.problem, request.problem.dropout
+    if request.out_array is problem.alibi_slopes is problem.learned_sink is problem.cu_seqlens_q is dropout is None:
+        return ("q", "k", "v"), (problem.q, problem.k, problem.v)
+    named = {
+        "q": problem.q,
+        "k": problem.k,
+        "v": problem.v,
+        "alibi_slopes": problem.alibi_slopes,
+        "learned_sink": problem.learned_sink,
+        "cu_seqlens_q": problem.cu_seqlens_q,
+        "cu_seqlens_k": problem.cu_seqlens_k,
+        "rng": None if dropout is None else dropout.rng,
+        "out": request.out_array,
+    }
+    present = {name: info for name, info in named.items() if info is not None}
+    return list(present), list(present.values())
+
+
+def _facts_of(info: ArrayInfo) -> Any:
+    read = (_readers.get(type(info.source)) or _readers_of(info.source)).facts
+    return None if read is None else read(info.source)
 
 
 def _readers_of(source: Any) -> _Readers:
@@ -112,10 +153,3 @@ def _of_numpy(source: Any) -> tuple[Any, ...]:
 
 def _of_cupy(source: Any) -> int:
     return int(source.data.ptr)
-
-
-def _stale(name: str, when: str, before: Any, now: Any) -> StaleArrayError:
-    return StaleArrayError(
-        f"{name}: its memory changed {when}: address (and shape and size) were {before} and are {now}; allowed are arrays that are neither "
-        "freed nor resized before the reply; keep them as they are until then, or send a copy"
-    )

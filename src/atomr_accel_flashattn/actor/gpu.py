@@ -141,10 +141,6 @@ class _Mark:
         self.alive: object = None
         self.event = events.record(stream, at_home=at_home)
 
-    def move(self, stream: int) -> None:
-        """Be at the end of ``stream``; who waits for the place of before still does."""
-        self._events.record_again(self.event, stream, at_home=False)
-
     def poll(self) -> bool:
         return self._events.is_reached(self.event)
 
@@ -176,6 +172,8 @@ class GpuInner(FlashAttnInner):
             if self._stream == _PER_THREAD:
                 raise PropsError("stream: got the per-thread default stream, another one in every thread; allowed is one stream, or None")
 
+        self._on_default = self._stream in _DEFAULT_STREAMS
+
     def attach(self) -> None:
         """Make the device's primary context, which torch uses too, current in this thread."""
         check(driver().cuCtxSetCurrent(primary_context(self.device.index)), "cuCtxSetCurrent")
@@ -184,8 +182,8 @@ class GpuInner(FlashAttnInner):
         """As every inner; besides, mark where the caller's stream is now, if it is another than the actor's."""
         job = super().accept(message)
         if job.outputs is not None:
-            theirs = current_stream(job.request.problem.q)
-            if theirs != self._stream and not {theirs, self._stream} <= _DEFAULT_STREAMS:
+            theirs = current_stream(message.request.problem.q)
+            if theirs != self._stream and not (self._on_default and theirs in _DEFAULT_STREAMS):
                 job.ready = _Mark(self._events, theirs, at_home=job.quick)
         return job
 
@@ -223,14 +221,14 @@ class GpuInner(FlashAttnInner):
         if mark is None:
             mark = _Mark(self._events, self._stream)
         else:
-            mark.move(self._stream)
+            self._events.record_again(mark.event, self._stream, at_home=False)
         mark.alive = alive
         for job in jobs:
             job.ready = None
         return mark
 
     def _launch_one(self, job: Job) -> None:
-        request, outputs, plan = job.request, job.outputs, job.plan
+        request, outputs, plan = job.message.request, job.outputs, job.plan
         assert outputs is not None  # noqa: S101 - only forward messages are launched
         if plan is None:
             fill(request, outputs, stream=self._stream)

@@ -22,7 +22,7 @@ from ..fa3 import Fa3FwdRequest
 from ..request_plans import RequestPlan
 from ..types import Device, SmArch
 from ..varlen import VarlenFwdRequest
-from .freshness import Fingerprint
+from .freshness import NO_ARRAYS, Fingerprint
 from .fusion import fuse_key, launch_fused
 from .messages import FlashAttnMsg, Message
 
@@ -47,7 +47,7 @@ class Job:
 
     message: Message
     outputs: Outputs | None = None
-    fingerprint: Fingerprint | None = None
+    fingerprint: Fingerprint = NO_ARRAYS
     ready: Any = None
     plan: RequestPlan | None = None
     quick: bool = False
@@ -59,19 +59,10 @@ class Job:
         request: FaFwdDispatch = self.message.request
         return request
 
-    def check_fresh(self) -> None:
-        """Look at the arrays again.
-
-        Raises:
-            StaleArrayError: one was freed, resized or moved since ask.
-        """
-        if self.fingerprint is not None:
-            self.fingerprint.check()
-
     def answer(self) -> Output:
         """What the caller gets."""
         assert self.outputs is not None  # noqa: S101 - only forward messages are launched
-        return self.outputs.for_user(self.request)
+        return self.outputs.for_user(self.message.request)
 
 
 class Flight(Protocol):
@@ -184,7 +175,7 @@ class _Calculation:
 
     def wait(self) -> None:
         for job in self.jobs:
-            job.check_fresh()
+            job.fingerprint.check()
         if len(self.jobs) > 1:
             launch_fused([(job.message, job.outputs) for job in self.jobs if job.outputs is not None], stream=None)
             return

@@ -25,7 +25,7 @@ from ..options import is_integer
 from ..varlen import VarlenFwdRequest
 from .door import Door
 from .engine import stopped_error
-from .freshness import Fingerprint
+from .freshness import NO_ARRAYS, Fingerprint
 from .inner import Job
 from .locks import Condition
 from .mailbox import Mailbox
@@ -204,7 +204,7 @@ class FlashAttnPool(Door):
         parcel, arrays = Parcel.pack(message)
         problem = message.request.problem
         cost = 1e6 + float(problem.batch) * problem.heads * problem.seqlen_q * problem.seqlen_k * problem.head_dim
-        job = Job(message, fingerprint=None if message.request.out_array is None else fingerprint)
+        job = Job(message, fingerprint=NO_ARRAYS if message.request.out_array is None else fingerprint)
         return _Errand(job, parcel=parcel, arrays=[self._sent(array) for array in arrays], cost=cost)
 
     async def _ticket_async(self, message: Message, timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
@@ -325,7 +325,7 @@ class FlashAttnPool(Door):
         message = errand.job.message
         try:
             if error is None and answer is not None and isinstance(message, FlashAttnMsg.Forward):
-                errand.job.check_fresh()
+                errand.job.fingerprint.check()
                 errand.reply.answer(bring_home(message, answer))
         except Exception as failed:  # noqa: BLE001 - the caller's ``out`` may be gone: the request's answer
             error = failed
