@@ -16,6 +16,7 @@ from .dlpack import BorrowedTensor, read_dlpack
 from .errors import ArrayTypeError, DeviceMismatchError, DTypeError, HeadDimError, OutputError, StrideError
 from .jit.driver import driver
 from .problem import ArrayInfo
+from .torch_hooks import hooks
 from .types import Device, DType
 
 if TYPE_CHECKING:
@@ -346,6 +347,8 @@ def copy_into(target: ArrayInfo, values: Any, user_array: Any) -> Any:
 def current_stream(info: ArrayInfo) -> int:
     """The raw CUstream that the array's library uses now; the legacy default stream where it has no such notion."""
     source = info.source
+    if type(source) in hooks.plain_types and hooks.raw_stream is not None:
+        return hooks.raw_stream(info.device.index)  # type: ignore[no-any-return]
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(source, torch.Tensor):
         return int(torch._C._cuda_getCurrentRawStream(info.device.index))  # noqa: SLF001 - 0.2 us; the public call costs 8

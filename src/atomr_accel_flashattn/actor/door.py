@@ -36,9 +36,12 @@ class Door(ABC):
         props: what was started.
     """
 
-    def __init__(self, props: FlashAttnProps, mailbox: Mailbox) -> None:
+    def __init__(self, props: FlashAttnProps, mailbox: Mailbox, at_once: Callable[[Ticket], bool] | None = None) -> None:
+        """``at_once`` lets a ticket in without a place in the mailbox, if it takes no time here, and says whether it is in."""
         self.props = props
         self._mailbox = mailbox
+        self._at_once = at_once
+        self._waits = props.overflow is Overflow.WAIT
         self._deadlines = Deadlines(props.label)
         self._stops: set[threading.Thread] = set()
 
@@ -56,10 +59,6 @@ class Door(ABC):
 
     async def _ticket_async(self, message: Message, timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
         return self._ticket(message, timeout)
-
-    def _at_once(self, ticket: Ticket) -> bool:  # noqa: ARG002 - a hook
-        """Let a ticket in without a place in the mailbox, if it takes no time here. Whether it is in."""
-        return False
 
     def _is_own_thread(self) -> bool:
         """Whether the caller's thread is one that answers requests, as callbacks of replies are called in: it must not wait for others."""
@@ -95,9 +94,9 @@ class Door(ABC):
         began = 0.0 if timeout is None else time.monotonic()
         ticket = self._ticket(message, timeout)
         ticket.reply.on_error = on_error
-        wait = self._is_to_wait(overflow)
+        wait = self._waits if overflow is None else _is_wait(overflow)
         in_event_loop = asyncio._get_running_loop() is not None  # noqa: SLF001 - the public call raises where there is none
-        if in_event_loop or not self._at_once(ticket):
+        if in_event_loop or self._at_once is None or not self._at_once(ticket):
             place = self._mailbox.enter(ticket, wait=wait and not in_event_loop and not self._is_own_thread())
             if place is not None:
                 self._wait_for(place, timeout, began)
@@ -119,7 +118,7 @@ class Door(ABC):
         """
         began = time.monotonic()
         ticket = await self._ticket_async(message, timeout)
-        wait = self._is_to_wait(overflow)
+        wait = self._waits if overflow is None else _is_wait(overflow)
         place = self._mailbox.enter(ticket, wait=wait)
         try:
             if place is not None:
@@ -216,12 +215,6 @@ class Door(ABC):
         self._mailbox.check_open()
         return self._accept(message)
 
-    def _is_to_wait(self, overflow: Overflow | None) -> bool:
-        chosen: Any = self.props.overflow if overflow is None else overflow
-        if not isinstance(chosen, Overflow):
-            raise PropsError(f"overflow: got {overflow!r}; allowed are Overflow.WAIT, Overflow.REFUSE, and None for that of the props")
-        return chosen is Overflow.WAIT
-
     def _wait_for(self, place: Future[None], timeout: float | None, began: float) -> None:
         try:
             place.result(None if timeout is None else max(0.0, began + timeout - time.monotonic()))
@@ -235,3 +228,10 @@ class Door(ABC):
 
     def _log_failure(self, error: BaseException) -> None:
         _log.error("%s: a request that was told failed: %s", self.props.label, error, exc_info=error)
+
+
+def _is_wait(overflow: Overflow) -> bool:
+    given: Any = overflow
+    if not isinstance(given, Overflow):
+        raise PropsError(f"overflow: got {overflow!r}; allowed are Overflow.WAIT, Overflow.REFUSE, and None for that of the props")
+    return overflow is Overflow.WAIT

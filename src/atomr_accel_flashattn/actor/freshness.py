@@ -21,6 +21,7 @@ from ..problem import ArrayInfo
 __all__ = ["NO_ARRAYS", "Fingerprint"]
 
 _Read: TypeAlias = Callable[[Any], Any]
+_QKV: Final = ("q", "k", "v")
 _SINCE_MADE: Final = "since the request was made"
 _SINCE_ASK: Final = "between ask and reply"
 
@@ -54,9 +55,14 @@ class Fingerprint:
         Raises:
             StaleArrayError: one is not what it was when the request was made.
         """
-        if request.problem.q.device.kind == "cpu":
-            return _HostFingerprint(*_arrays_of(request))
-        fingerprint = Fingerprint(*_arrays_of(request))
+        problem = request.problem
+        if request.out_array or problem.alibi_slopes or problem.learned_sink or problem.cu_seqlens_q or problem.dropout:
+            names, arrays = _arrays_of(request)
+        else:
+            names, arrays = _QKV, (problem.q, problem.k, problem.v)
+        if problem.q.device.kind == "cpu":
+            return _HostFingerprint(names, arrays)
+        fingerprint = Fingerprint(names, arrays)
         fingerprint.check(_SINCE_MADE)
         return fingerprint
 
@@ -108,8 +114,6 @@ NO_ARRAYS: Final = Fingerprint((), ())
 def _arrays_of(request: FaFwdDispatch) -> tuple[Sequence[str], Sequence[ArrayInfo]]:
     """Their names, and what they are."""
     problem, dropout = request.problem, request.problem.dropout
-    if request.out_array is problem.alibi_slopes is problem.learned_sink is problem.cu_seqlens_q is dropout is None:
-        return ("q", "k", "v"), (problem.q, problem.k, problem.v)
     named = {
         "q": problem.q,
         "k": problem.k,

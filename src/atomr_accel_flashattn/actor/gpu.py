@@ -212,7 +212,7 @@ class GpuInner(FlashAttnInner):
         for job in jobs:
             if job.ready is not None:
                 mark = job.ready
-                self._events.make_wait(self._stream, job.ready.event)
+                self._events.make_wait(self._stream, mark.event)
         alive: object = None
         if len(jobs) > 1:
             alive = launch_fused([(job.message, job.outputs) for job in jobs if job.outputs is not None], stream=self._stream)

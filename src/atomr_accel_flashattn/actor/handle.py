@@ -35,7 +35,7 @@ class FlashAttnHandle(Door):
         engine: Engine,
         finished: Event,
     ) -> None:
-        super().__init__(props, mailbox)
+        super().__init__(props, mailbox, engine.launch_at_once)
         self._inner = inner
         self._reference = reference
         self._engine = engine
@@ -59,9 +59,6 @@ class FlashAttnHandle(Door):
 
     def _accept(self, message: Message) -> Ticket:
         return Ticket(self._inner.accept(message), Reply(self._engine.flights))
-
-    def _at_once(self, ticket: Ticket) -> bool:
-        return self._engine.launch_at_once(ticket)
 
     def _is_own_thread(self) -> bool:
         return super()._is_own_thread() or self._engine.is_own_thread()
