@@ -55,7 +55,7 @@ _DROPOUT_NARROWS = 96  # from this width on, the generator's registers spill bes
 # the time (docs/performance.md).
 _WGMMA = {
     (32, 32): Tile(block_m=192, block_n=128, warps=16, stages=2, ping_pong=True),
-    (64, 64): Tile(block_m=192, block_n=128, warps=16, stages=2, ping_pong=True),
+    (64, 64): Tile(block_m=192, block_n=128, warps=16, stages=4, ping_pong=True),
     (96, 96): Tile(block_m=192, block_n=96, warps=16, stages=2, ping_pong=True),
     (128, 128): Tile(block_m=192, block_n=80, warps=16, stages=2, ping_pong=True),
     (192, 128): Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True),
