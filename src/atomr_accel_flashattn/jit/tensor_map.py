@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 from ..problem import ArrayInfo, AttentionProblem, Strides
@@ -29,10 +30,10 @@ _NOWHERE = 16  # the address of arrays without elements, which nobody reads: nul
 _FLOAT16, _BFLOAT16 = 6, 9
 _NO_INTERLEAVE, _SWIZZLE_64, _SWIZZLE_128, _PROMOTE_TO_256, _FILL_WITH_ZEROS = 0, 2, 3, 3, 0
 
-_NUMBERS = struct.Struct("=5Q4Q5I")  # of up to five dimensions: sizes, strides between them, the box
-_NUMBERS_AT = (0, 40, 72)  # where each of these begins
-_ONES = (1, 1, 1, 1, 1)
-_EVERY_ELEMENT = (ctypes.c_uint32 * 5)(*_ONES)
+# By dimensions, and where each begins: sizes, strides between them, the box.
+_NUMBERS = {4: struct.Struct("=4Q8x3Q8x4I"), 5: struct.Struct("=5Q4Q5I")}
+_NUMBERS_AT, _NUMBERS_BYTES = (0, 40, 72), 92
+_EVERY_ELEMENT = (ctypes.c_uint32 * 5)(1, 1, 1, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +86,29 @@ class _Form:
     """
 
     def __init__(self) -> None:
-        room = bytearray(TENSOR_MAP_ALIGNMENT + TENSOR_MAP_BYTES + _NUMBERS.size)
+        room = bytearray(TENSOR_MAP_ALIGNMENT + TENSOR_MAP_BYTES + _NUMBERS_BYTES)
         first = ctypes.c_char.from_buffer(room)
         start = -ctypes.addressof(first) % TENSOR_MAP_ALIGNMENT
         self.map = memoryview(room)[start : start + TENSOR_MAP_BYTES]
         self._numbers = memoryview(room)[start + TENSOR_MAP_BYTES :]
-        self._map_at = ctypes.byref(first, start)
-        self._numbers_at = tuple(ctypes.byref(first, start + TENSOR_MAP_BYTES + at) for at in _NUMBERS_AT)
+        numbers_at = [ctypes.byref(first, start + TENSOR_MAP_BYTES + at) for at in _NUMBERS_AT]
         self._address = ctypes.c_void_p()
+        self._arguments = {
+            (element, rank, swizzle): (
+                *(ctypes.byref(first, start), element, rank, self._address, *numbers_at, _EVERY_ELEMENT),
+                *(_NO_INTERLEAVE, swizzle, _PROMOTE_TO_256, _FILL_WITH_ZEROS),
+            )
+            for element, rank, swizzle in product((_FLOAT16, _BFLOAT16), _NUMBERS, (_SWIZZLE_64, _SWIZZLE_128))
+        }
 
     def filled(self, spec: TensorMapSpec) -> tuple[Any, ...]:
         """The arguments of cuTensorMapEncodeTiled for ``spec``, until the next call; it leaves the map in ``map``."""
         sizes, box = spec.sizes, spec.box
         rank = len(sizes)
-        more = _ONES[rank:]
-        _NUMBERS.pack_into(self._numbers, 0, *sizes, *more, *spec.strides, *more, *box, *more)
+        _NUMBERS[rank].pack_into(self._numbers, 0, *sizes, *spec.strides, *box)
         self._address.value = spec.ptr
         element = _FLOAT16 if spec.dtype is DType.F16 else _BFLOAT16
-        swizzle = _SWIZZLE_128 if box[0] == _WIDE_ROW else _SWIZZLE_64
-        which = (element, rank, self._address, *self._numbers_at, _EVERY_ELEMENT)
-        return (self._map_at, *which, _NO_INTERLEAVE, swizzle, _PROMOTE_TO_256, _FILL_WITH_ZEROS)
+        return self._arguments[element, rank, _SWIZZLE_128 if box[0] == _WIDE_ROW else _SWIZZLE_64]
 
 
 _free_forms: list[_Form] = []
