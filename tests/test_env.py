@@ -25,6 +25,7 @@ def test_every_variable_is_read():
         "DISABLE_CACHE": "yes",
         "DISABLE_TUNED": "1",
         "SAVE_SOURCE": "~/sources",
+        "COMMIT": "1234abc",
         "DEBUG": "On",
     }
     assert Settings.from_environ({**ENVIRON, **{env.PREFIX + name: value for name, value in given.items()}}) == Settings(
@@ -34,6 +35,7 @@ def test_every_variable_is_read():
         cache_disabled=True,
         tuned_tiles_disabled=True,
         save_source=Path("~/sources").expanduser(),
+        commit="1234abc",
         debug=True,
     )
     assert len(given) == len(fields(Settings))

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -158,7 +157,7 @@ def main() -> None:
                 f"{cell}  " + "  ".join(f"{name} {rate if isinstance(rate, str) else f'{rate:.0f}'}" for name, rate in found.items()),
                 flush=True,
             )
-            record = make_record("search", {"variants": described, "tflops": rates}, commit=os.environ.get("ATOMR_FLASHATTN_COMMIT"))
+            record = make_record("search", {"variants": described, "tflops": rates})
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no further cell is begun")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--commit", default=os.environ.get("ATOMR_FLASHATTN_COMMIT"), help="what the record calls the code")
+    parser.add_argument("--commit", help="what the record calls the code")
     return parser.parse_args()
 
 

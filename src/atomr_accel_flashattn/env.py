@@ -12,6 +12,8 @@ variable                             default              meaning
 ``ATOMR_FLASHATTN_DISABLE_TUNED``    ``0``                ``1``: take the tiles that come with the package, not those that
                                                           ``atomr-flashattn tune`` kept in the cache folder.
 ``ATOMR_FLASHATTN_SAVE_SOURCE``      unset                A folder that gets the ``.cu`` of every kernel that is compiled.
+``ATOMR_FLASHATTN_COMMIT``           unset                What records of benchmarks call the code: a machine with a card often
+                                                          holds a copy without ``.git``.
 ``ATOMR_FLASHATTN_DEBUG``            ``0``                ``1``: check values that live on the GPU (``cu_seqlens``) and wait for
                                                           every launch, so that an error is raised by the call that made it.
 ==================================== ==================== ======================================================================
@@ -49,6 +51,7 @@ class Settings:
     cache_disabled: bool = False
     tuned_tiles_disabled: bool = False
     save_source: Path | None = None
+    commit: str = ""
     debug: bool = False
 
     @classmethod
@@ -71,6 +74,7 @@ class Settings:
             cache_disabled=_switch(environ, "DISABLE_CACHE"),
             tuned_tiles_disabled=_switch(environ, "DISABLE_TUNED"),
             save_source=Path(save_source).expanduser() if save_source else None,
+            commit=_text(environ, "COMMIT", ""),
             debug=_switch(environ, "DEBUG"),
         )
 

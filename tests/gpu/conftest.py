@@ -19,7 +19,6 @@ from atomr_accel_flashattn.jit.spec import Family
 from tests.gpu.families import FAMILIES, blocks_for, use_family
 
 RECORD_VARIABLE = "ATOMR_FLASHATTN_TEST_RECORD"
-COMMIT_VARIABLE = "ATOMR_FLASHATTN_COMMIT"
 
 
 class Recorder:
@@ -52,7 +51,7 @@ class Recorder:
             "worst_ratio": max((cell["ratio"] for cell in self.cells if "ratio" in cell), default=None),
             "worst_share": max((cell["share"] for cell in self.cells if "share" in cell), default=None),
         }
-        record = make_record("gpu_tests", body, commit=os.environ.get(COMMIT_VARIABLE))
+        record = make_record("gpu_tests", body)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         head = json.dumps(record, indent=1).removesuffix("\n}")
         lines = ",\n  ".join(json.dumps(cell) for cell in sorted(self.cells, key=lambda cell: cell["test"]))

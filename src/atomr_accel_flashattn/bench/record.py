@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..env import settings
+
 __all__ = ["commit_id", "device_facts", "make_record", "versions", "write_record"]
 
 PACKAGES = (
@@ -22,12 +24,13 @@ PACKAGES = (
 
 
 def commit_id(given: str | None = None) -> str:
-    """The commit that was measured: the argument (a machine with a card often holds a copy of the tree without .git), else git's.
+    """The commit that was measured: the argument, else ``ATOMR_FLASHATTN_COMMIT``, else git's.
 
-    ``-dirty`` is added when git sees changes in tracked files; ``unknown`` without argument and git.
+    ``-dirty`` is added when git sees changes in tracked files; ``unknown`` without any of them.
     """
-    if given:
-        return given
+    named = given or settings().commit
+    if named:
+        return named
     root = Path(__file__).resolve().parents[3]
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
