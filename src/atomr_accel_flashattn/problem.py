@@ -30,7 +30,7 @@ class Band(NamedTuple):
     sink_tokens: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class ArrayInfo:
     """What we need to know of an array, whatever library it came from. Strides are in elements.
 

@@ -58,11 +58,11 @@ def keeps_plans(*attributes: str) -> Callable[[C], C]:
 def key_of(request: FaFwdDispatch) -> Key | None:
     """What requests have in common that share a plan; None for a request that has none, as one on the CPU, or any in debug mode."""
     attributes = _attributes.get(type(request))
-    if attributes is None:
+    if attributes is None or settings().debug:
         return None
     ours: Any = request
     key: Key | None = ours.plan_key
-    if key is None and request.problem.q.device.kind != "cpu" and not settings().debug:
+    if key is None and request.problem.q.device.kind != "cpu":
         key = _key_of(request, attributes)
         object.__setattr__(request, "plan_key", key)
     return key

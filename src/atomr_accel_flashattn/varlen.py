@@ -178,7 +178,7 @@ class VarlenFwdRequest(ShortRepr):
     out: Any = field(default=None, kw_only=True)
     problem: AttentionProblem = field(init=False, repr=False)
     out_array: ArrayInfo | None = field(init=False, repr=False)
-    plan_key: Key | None = field(default=None, init=False, repr=False)
+    plan_key: Key | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         q, k, v = read_qkv(self.q, self.k, self.v, layout="(total, heads, head dim)")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from tests.actor.fake_gpu import FakeArray, FakeDriver, install
 
 if TYPE_CHECKING:
     from atomr_accel_flashattn.actor import Job
+
+NAMES = ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k", "rng", "out")
 
 
 @pytest.fixture
@@ -212,6 +215,21 @@ def test_a_gpu_array_that_changed_in_flight_fails_its_own_request(cuda: FakeDriv
         assert replies[1].result(PATIENCE).out is not None
         with pytest.raises(fa.StaleArrayError, match="k: its memory changed since the request was made"):
             actor.ask(moved)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_gpu_array_is_looked_at_and_told_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setitem(freshness._readers, FakeArray, freshness._Readers(address=lambda array: array.array.ctypes.data))
+    infos = {each: FakeArray(np.zeros(4, np.float32)).info() for each in NAMES}
+    problem = SimpleNamespace(**infos, dropout=SimpleNamespace(rng=infos["rng"]))
+    request: Any = SimpleNamespace(problem=problem, out_array=infos["out"])
+    fingerprint = freshness.Fingerprint.of(request)
+    fingerprint.check()
+    infos[name].source.array = infos[name].source.array.copy()
+    with pytest.raises(fa.StaleArrayError, match=f"^{name}: its memory changed between ask and reply"):
+        fingerprint.check()
+    with pytest.raises(fa.StaleArrayError, match=f"^{name}: its memory changed since the request was made"):
+        freshness.Fingerprint.of(request)
 
 
 def test_a_stream_that_every_thread_has_its_own_of_is_refused(cuda: FakeDriver):

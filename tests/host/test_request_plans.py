@@ -278,6 +278,29 @@ def test_debug_makes_no_plan(gpu: FakeGpu):
     assert gpu.planned == [False, False]
 
 
+def test_debug_makes_no_plan_of_a_request_that_had_one(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    request = Asked().request(fake)
+    fa.run(request)
+    in_debug = replace(env.Settings.from_environ({}), debug=True)
+    monkeypatch.setattr(request_plans, "settings", lambda: in_debug)
+    fa.run(request)
+    assert gpu.planned == [False, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_remembers_its_key_and_its_copies_with_changes_make_their_own(gpu: FakeGpu, kind: Any):
+    request = Asked(kind=kind).request(fake)
+    assert request.plan_key is None
+    fa.run(request)
+    key = request.plan_key
+    assert key is not None
+    assert request_plans.key_of(request) is key
+    other = replace(request, mask=fa.MaskKind.causal())
+    assert other.plan_key is None
+    assert request_plans.key_of(other) not in {None, key}
+    assert gpu.planned == [False]
+
+
 def test_a_run_that_is_refused_by_its_environment_is_refused_though_there_is_a_plan(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
     request = Asked().request(fake)
     fa.run(request)

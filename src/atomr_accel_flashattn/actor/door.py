@@ -37,7 +37,10 @@ class Door(ABC):
     """
 
     def __init__(self, props: FlashAttnProps, mailbox: Mailbox, at_once: Callable[[Ticket], bool] | None = None) -> None:
-        """``at_once`` lets a ticket in without a place in the mailbox, if it takes no time here, and says whether it is in."""
+        """``at_once`` lets a ticket in without a place in the mailbox, if it takes no time here, and says whether it is in.
+
+        None: every ticket takes a place.
+        """
         self.props = props
         self._mailbox = mailbox
         self._at_once = at_once

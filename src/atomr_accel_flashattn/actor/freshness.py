@@ -40,7 +40,10 @@ _readers: dict[type, _Readers] = {}
 
 
 class Fingerprint:
-    """Of every array of a call whose library lets it change, what tells its memory from other memory: on a GPU, the described address."""
+    """Of every array of a call whose library lets it change, what tells its memory from other memory.
+
+    On a GPU that is the address that the request was made with, and nothing else is kept.
+    """
 
     __slots__ = ("_arrays", "_names")
 
@@ -50,7 +53,7 @@ class Fingerprint:
 
     @staticmethod
     def of(request: FaFwdDispatch) -> Fingerprint:
-        """Of the inputs, and of the caller's ``out``.
+        """Of the inputs, and of the caller's ``out``: all on one device, as requests see to.
 
         Raises:
             StaleArrayError: one is not what it was when the request was made.
@@ -78,8 +81,9 @@ class Fingerprint:
         for info in self._arrays:
             source = info.source
             read = (_readers.get(type(source)) or _readers_of(source)).address
-            if read is not None and read(source) != info.ptr:
-                raise self._stale(info, when, info.ptr, read(source))
+            now = info.ptr if read is None else read(source)
+            if now != info.ptr:
+                raise self._stale(info, when, info.ptr, now)
 
     def _stale(self, array: ArrayInfo, when: str, before: Any, now: Any) -> StaleArrayError:
         name = next(name for name, info in zip(self._names, self._arrays, strict=True) if info is array)

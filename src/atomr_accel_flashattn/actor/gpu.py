@@ -171,7 +171,6 @@ class GpuInner(FlashAttnInner):
             self._stream = raw_stream(stream)
             if self._stream == _PER_THREAD:
                 raise PropsError("stream: got the per-thread default stream, another one in every thread; allowed is one stream, or None")
-
         self._on_default = self._stream in _DEFAULT_STREAMS
 
     def attach(self) -> None:

@@ -112,7 +112,7 @@ def _round_trip(actor: FlashAttnHandle, message: FlashAttnMsg.Forward, options: 
 def _pipelined(actor: FlashAttnHandle, message: FlashAttnMsg.Forward, options: ActorOptions) -> dict[str, float]:
     """Microseconds per message when all are sent before any answer is looked at; for direct calls, until the device is done.
 
-    The medians and the least of the repeats, which take turns: on cores that others use as well, the two lie far apart.
+    The medians and the least of three times the repeats, which take turns: on cores that others use as well, the two lie far apart.
     """
 
     def direct() -> None:
@@ -231,7 +231,7 @@ def _lines(part: str, found: Any) -> list[str]:
     if part == "round_trip_us":
         return [f"round trip: direct {found['direct']:.1f} us, actor {found['actor']:.1f} us, over direct {found['over_direct']:.1f} us"]
     if part == "pipelined_us":
-        least = f"at least {found['direct_least']:.1f} and {found['actor_least']:.1f}"
+        least = f"least {found['direct_least']:.1f} and {found['actor_least']:.1f}"
         return [f"pipelined: direct {found['direct']:.1f} us, actor {found['actor']:.1f} us a message; {least}"]
     if part == "throughput":
         return [
