@@ -163,16 +163,17 @@ def memory_growth(say: Say) -> dict[str, Any]:
 def startup(say: Say) -> dict[str, float]:
     """Seconds to import without torch (best of five processes, less a bare one), cold compile seconds, disk-cache hit milliseconds."""
     bare = min(_process_seconds("pass") for _ in range(5))
-    imported = min(_process_seconds("import atomr_accel_flashattn") for _ in range(5))
+    imported = min(_process_seconds("import atomr_accel_flashattn as fa; fa.flash_attn_func, fa.run") for _ in range(5))
     found = {"import_s": imported - bare} | _compile_times()
     say(", ".join(f"{name} {value:.3f}" for name, value in found.items()))
     return found
 
 
 def _process_seconds(code: str) -> float:
+    """Of a process without what a machine's site may import at every start, NumPy for one: it would hide what we import."""
     environment: Mapping[str, str] = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)  # noqa: S603 - our own interpreter
+    subprocess.run([sys.executable, "-S", "-c", code], check=True, env=environment)  # noqa: S603 - our own interpreter
     return time.perf_counter() - began
 
 
