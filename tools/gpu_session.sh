@@ -12,7 +12,7 @@
 #   host       microseconds per call, start-up, memory growth                            (              120 s)
 #   actor      round trip, pipeline, throughput and fusing of the actor                  (              200 s)
 #   tune       search of tiles for cells of each head dim, as a table of shipped tiles   (              200 s)
-#   devices    the tests that need two GPUs, and Ray for the pool                        (              240 s)
+#   devices    the tests that need two GPUs, and Ray for the pool, to $OUT/two_gpus.json (              240 s)
 #
 # Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, SANITIZER_ARGS, BENCH_ARGS, HOST_ARGS, ACTOR_ARGS, TUNE_ARGS;
 # ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the interpreter, else that of .venv where there is
@@ -63,7 +63,7 @@ run_tune() { # winners go to a cache of their own: the other stages measure the 
 }
 
 run_devices() {
-  "$PYTHON" -m pytest tests/gpu/test_actor.py tests/gpu/test_devices.py -m gpu -q -p no:cacheprovider -p no:benchmark --timeout 120 \
+  ATOMR_FLASHATTN_TEST_RECORD=$OUT/two_gpus.json "$PYTHON" -m pytest tests/gpu/test_actor.py tests/gpu/test_devices.py -m gpu -q -p no:cacheprovider -p no:benchmark --timeout 120 \
     -r fEs -W default --disable-warnings
 }
 export -f run_tests run_sanitizer run_tune run_devices
