@@ -32,7 +32,7 @@ TILES = (
     Tile(block_m=192, block_n=64, warps=16, stages=2, ping_pong=True, persistent=True),
     Tile(block_m=128, block_n=64, warps=12, stages=2, ping_pong=True),
     Tile(block_m=256, block_n=64, warps=20, stages=4, ping_pong=True),
-    Tile(block_m=192, block_n=128, warps=16, stages=4, ping_pong=True),
+    Tile(block_m=192, block_n=64, warps=16, stages=4, ping_pong=True),
     Tile(block_m=128, block_n=64, warps=12, stages=1, ping_pong=True, persistent=True),
     Tile(block_m=256, block_n=32, warps=20, stages=2, ping_pong=True, persistent=True),
     Tile(block_m=128, block_n=160, warps=12, stages=2, persistent=True),
