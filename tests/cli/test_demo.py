@@ -56,6 +56,14 @@ def test_demo_without_matplotlib_says_so(invoke: Invoke, tmp_path: Path, monkeyp
     assert not (tmp_path / PICTURE).exists()
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_computed(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = invoke("demo", "--device", "cpu", "--out", tmp_path / "file" / "out")
+    assert result.exit_code == 2
+    assert "name a folder that you may write to" in " ".join(result.output.replace("│", " ").split())
+    assert "CPU backend" not in result.output
+
+
 def test_a_wrong_answer_ends_with_status_1(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atomr_accel_flashattn.demo.cases.Case.error", lambda _case, _out: float("nan"))
     result = invoke("demo", "--device", "cpu", "--tokens", SHORT, "--out", tmp_path, "--no-compile")

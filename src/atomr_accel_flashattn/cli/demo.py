@@ -33,6 +33,9 @@ def demo(
     """Compute attention of a real layer and of a long context, compare, compile for every arch, and draw the map. Status 1 when wrong."""
     if device not in {"auto", "cpu", "gpu"}:
         raise typer.BadParameter(f"got {device!r}; allowed are auto, cpu and gpu", param_hint="--device")
+    draws = find_spec("matplotlib") is not None
+    if draws:
+        _make_folder(out)
     screen = Console(quiet=True) if as_json else console()
     backend = choose_backend(device)
     _greet(screen, backend)
@@ -47,7 +50,7 @@ def demo(
     table = support_matrix()
     screen.print(render_matrix(table))
 
-    picture = _draw(out, cases, results, backend)
+    picture = _draw(out, cases, results, backend) if draws else None
     screen.print(f"picture: {picture or 'none, matplotlib is not installed (the extra [demo] brings it)'}", soft_wrap=True, markup=False)
     if as_json:
         print_json(
@@ -120,11 +123,16 @@ def _show_kernels(screen: Console, results: Sequence[CompiledKernel | CompileErr
     screen.print(table)
 
 
-def _draw(out: Path, cases: Sequence[Case], results: Sequence[CaseResult], backend: Backend) -> Path | None:
-    """Draw the maps; None without matplotlib."""
-    if find_spec("matplotlib") is None:
-        return None
-    out.mkdir(parents=True, exist_ok=True)
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{out} cannot be made ({error.strerror}); name a folder that you may write to", param_hint="--out"
+        ) from error
+
+
+def _draw(out: Path, cases: Sequence[Case], results: Sequence[CaseResult], backend: Backend) -> Path:
     (real, long), (real_result, long_result) = cases, results
     caption = (
         f"Probabilities exp(scale q.k - lse) with the LSE that was returned by {real_result.kernel} on {backend.name}; "
