@@ -63,8 +63,8 @@ run_tune() { # winners go to a cache of their own: the other stages measure the 
 }
 
 run_devices() {
-  ATOMR_FLASHATTN_TEST_RECORD=$OUT/two_gpus.json "$PYTHON" -m pytest tests/gpu/test_actor.py tests/gpu/test_devices.py -m gpu -q -p no:cacheprovider -p no:benchmark --timeout 120 \
-    -r fEs -W default --disable-warnings
+  ATOMR_FLASHATTN_TEST_RECORD=$OUT/two_gpus.json "$PYTHON" -m pytest tests/gpu/test_actor.py tests/gpu/test_devices.py -m gpu -q \
+    -p no:cacheprovider -p no:benchmark --timeout 120 -r fEs -W default --disable-warnings
 }
 export -f run_tests run_sanitizer run_tune run_devices
 

@@ -350,7 +350,7 @@ def current_stream(info: ArrayInfo) -> int:
     if type(source) in hooks.plain_types and hooks.raw_stream is not None:
         return hooks.raw_stream(info.device.index)  # type: ignore[no-any-return]
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(source, torch.Tensor):
+    if torch is not None and isinstance(source, torch.Tensor):  # a subclass, or the first call
         return int(torch._C._cuda_getCurrentRawStream(info.device.index))  # noqa: SLF001 - 0.2 us; the public call costs 8
     if _is_cupy(source):
         cupy = sys.modules["cupy"]

@@ -44,8 +44,7 @@ _plans: dict[Key, RequestPlan] = {}
 def keeps_plans(*attributes: str) -> Callable[[C], C]:
     """A decorator for classes of requests whose kernel is a function of their problem, their ``out`` and these (hashable) attributes.
 
-    They have a slot ``plan_key``, which is None at first.
-    It holds for the class alone: a subclass says so itself.
+    They have a slot ``plan_key``, which is None at first. It holds for the class alone: a subclass says so itself.
     """
 
     def note(kind: C) -> C:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from atomr_accel_flashattn.problem import AttentionProblem
 
 _PERSISTENT_BLOCKS = 3
-_MAX_SHARED_MEMORY = 227 * 1024  # of a block on sm_90; the emulator has little more, and writes beyond it are not seen
 
 
 def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = None, family: Family = Family.FA2, seed: int = 0) -> Run:
@@ -42,7 +41,8 @@ def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = 
     assert spec.family is family
     if tile is not None:
         spec = replace(spec, tile=tile)
-    assert spec.shared_memory <= _MAX_SHARED_MEMORY, f"{spec.tile} takes {spec.shared_memory} bytes of shared memory"
+    # The emulator has little more than a block of this GPU, and writes beyond it are not seen.
+    assert spec.shared_memory <= SmArch.SM_90A.shared_memory_per_block, f"{spec.tile} takes {spec.shared_memory} bytes of shared memory"
     if out.view.size and spec.family is Family.FA3:
         _run_fa3(problem, spec, pack_forward(problem, out_info, lse.ctypes.data, spec), seed)
     elif out.view.size:

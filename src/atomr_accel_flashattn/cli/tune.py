@@ -224,7 +224,7 @@ def _record(document: dict[str, Any], folder: Path | None) -> Path | None:
         return None
     from ..bench.record import make_record, write_record
 
-    return write_record(make_record("tune", document | {"saved": document["saved"] and Path(document["saved"]).name}), folder)
+    return write_record(make_record("tune", document | {"saved": document["saved"] and document["saved"].name}), folder)
 
 
 def _conclude(found: Sequence[Winner], rows: Sequence[str], left: Sequence[str], path: Path | None, record: Path | None) -> None:
