@@ -32,6 +32,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _has_gpu() -> bool:
-    from atomr_accel_flashattn.jit.driver import device_count
+    from atomr_accel_flashattn.launch.driver import device_count
 
     return device_count() > 0 or os.environ.get("ATOMR_FLASHATTN_TEST_DEVICE") == "cpu"

@@ -30,11 +30,14 @@ from atomr_accel_flashattn.bench.record import make_record
 from atomr_accel_flashattn.bench.timing import Contestant, measure_in_turns
 from atomr_accel_flashattn.dispatch import lookup
 from atomr_accel_flashattn.errors import FlashAttnError
-from atomr_accel_flashattn.execute import execute
-from atomr_accel_flashattn.jit import launch, source
+from atomr_accel_flashattn.jit import headers
 from atomr_accel_flashattn.jit.compile import compile_many
-from atomr_accel_flashattn.jit.params import Fa3FwdParams
-from atomr_accel_flashattn.jit.spec import Family, KernelSpec
+from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
+from atomr_accel_flashattn.kernels.forward import ForwardSpec
+from atomr_accel_flashattn.kernels.spec import Family
+from atomr_accel_flashattn.launch import launcher
+from atomr_accel_flashattn.runtime.execute import execute
+from atomr_accel_flashattn.runtime.plan import SLOTS, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +55,10 @@ class Variant:
         """Whether it is wanted in this cell."""
         return cell.head_dim in (self.head_dims or (cell.head_dim,)) and cell.mask == (self.mask or cell.mask)
 
-    def spec(self, cell: Cell, inputs: Inputs) -> KernelSpec:
+    def spec(self, cell: Cell, inputs: Inputs) -> ForwardSpec:
         """Its kernel."""
         spec = lookup(request_of(cell, inputs, Family(self.family)).dispatch_key())
-        if not isinstance(spec, KernelSpec):
+        if not isinstance(spec, ForwardSpec):
             raise SystemExit("no GPU kernel for this cell")
         return replace(spec, tile=replace(spec.tile, **self.tile))
 
@@ -68,10 +71,10 @@ class Variant:
         folder = Path(self.headers).resolve()
         digest = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(folder.glob("*.cuh")))).digest()
         swapped: list[tuple[Any, str, Any]] = [
-            (source, "headers_dir", lambda: folder),
-            (source, "headers_digest", lambda: digest),
-            (launch, "_loaded", {}),
-            (launch, "_loading", {}),
+            (headers, "headers_dir", lambda: folder),
+            (headers, "headers_digest", lambda: digest),
+            (launcher, "_loaded", {}),
+            (launcher, "_loading", {}),
         ]
         before = [getattr(place, name) for place, name, _ in swapped]
         for place, name, value in swapped:
@@ -85,12 +88,15 @@ class Variant:
     def prepare(self, cell: Cell, inputs: Inputs) -> Callable[[], torch.Tensor]:
         """A call with a new output every time."""
         request = request_of(cell, inputs, Family(self.family), tile=self.spec(cell, inputs).tile)
-        made = execute(request, lse=False)[1]
-        if made is None:
+        plan = execute(request, lse=False)[1]
+        if plan is None or not plan.launches:
             raise Refused("nothing to launch")
-        forward = made.params.fwd if isinstance(made.params, Fa3FwdParams) else made.params
+        (launch,) = plan.launches
+        params: Any = launch.params
+        forward = params.fwd if isinstance(params, Fa3FwdParams) else params
         forward.section_heads = self.section_heads or forward.section_heads
-        return repeated(made, request.problem, inputs.q)
+        again = launch.kernel.launch_of(params, launch.grid, SLOTS)
+        return repeated(Plan((again,), plan.out_strides), request, inputs.q)
 
 
 def compile_all(variants: dict[str, Variant], cells: list[Cell], device: torch.device) -> None:

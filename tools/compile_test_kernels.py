@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from atomr_accel_flashattn.arrays import read_array
-from atomr_accel_flashattn.dispatch import lookup
+from atomr_accel_flashattn.arrays.read import read_array
+from atomr_accel_flashattn.dispatch import key_of_problem, lookup
 from atomr_accel_flashattn.errors import FlashAttnError
 from atomr_accel_flashattn.jit.compile import compile_many
-from atomr_accel_flashattn.jit.spec import Family, KernelSpec
-from atomr_accel_flashattn.keys import key_of_problem
+from atomr_accel_flashattn.kernels.forward import ForwardSpec
 from atomr_accel_flashattn.types import SmArch
 from tests.case_lists import grid_cases, grouped_cases, hazard_cases, head_dim_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Case, build
@@ -31,16 +30,16 @@ def cases() -> list[Case]:
     return [case for list_of in lists for case in list_of(GPU_DTYPES)]
 
 
-def specs_of(case: Case) -> Iterator[KernelSpec]:
+def specs_of(case: Case) -> Iterator[ForwardSpec]:
     """The kernels of both families that answer a case, with persistent blocks and without."""
     inputs = build(case)
     layout = Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED
     out = read_array(Poisoned.empty(inputs.out_shape, inputs.q.dtype, layout).view, "out")
     for arch in (SmArch.SM_90, SmArch.SM_90A):
         spec = lookup(key_of_problem(problem_of(inputs), arch, out))
-        if not isinstance(spec, KernelSpec):
+        if not isinstance(spec, ForwardSpec):
             continue
-        for persistent in (True, False) if spec.family is Family.FA3 else (spec.tile.persistent,):
+        for persistent in {spec.persistent, False}:
             yield replace(spec, tile=replace(spec.tile, persistent=persistent))
 
 

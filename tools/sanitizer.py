@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from atomr_accel_flashattn.bench.record import make_record
-from atomr_accel_flashattn.jit.spec import Family
+from atomr_accel_flashattn.kernels.spec import Family
 from tests.gpu.families import FAMILIES
 
 TOOLS = ("racecheck", "initcheck", "synccheck", "memcheck")  # the slowest first

@@ -20,9 +20,9 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # before torch starts
 
 import pytest
 
-from atomr_accel_flashattn import execute
 from atomr_accel_flashattn.jit.compile import CompiledKernel, compile_many
-from atomr_accel_flashattn.jit.spec import Family, KernelSpec
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
+from atomr_accel_flashattn.runtime import execute
 from tests.case_lists import grouped_cases, hazard_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Case, build
 from tests.check import check_case

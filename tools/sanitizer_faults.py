@@ -13,8 +13,8 @@ import numpy as np
 
 from atomr_accel_flashattn.dispatch import arch_of_capability
 from atomr_accel_flashattn.errors import LaunchError
-from atomr_accel_flashattn.jit.driver import LaunchConfig, check, current_context, device_properties, driver, launch_function
 from atomr_accel_flashattn.jit.nvrtc import compile_source
+from atomr_accel_flashattn.launch.driver import LaunchConfig, check, current_context, device_properties, driver, launch_function
 
 THREADS = 64
 # What each tool is to find: a write beyond an array, a read of what nobody wrote, a missing barrier, a barrier that only some come to.

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .actor import FlashAttnActor, FlashAttnHandle, FlashAttnInner, FlashAttnMsg, FlashAttnPool, FlashAttnProps, Overflow, Reply
+    from .arrays.device_array import DeviceArray
     from .bert_padding import index_first_axis, pad_input, unpad_input
-    from .dense import DenseFwdRequest
-    from .device_array import DeviceArray
     from .dispatch import (
         DISPATCH_TABLE,
         F16,
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
         lookup,
         with_features,
     )
+    from .dispatch.key import DispatchKey, Extras
     from .env import Settings, settings
     from .errors import (
         ActorError,
@@ -75,7 +75,6 @@ if TYPE_CHECKING:
         WindowError,
         WorkerLostError,
     )
-    from .execute import Output, run
     from .fa2 import Fa2FwdRequest
     from .fa3 import Fa3FwdRequest, PersistentMode
     from .functional import (
@@ -86,9 +85,11 @@ if TYPE_CHECKING:
         flash_attn_varlen_kvpacked_func,
         flash_attn_varlen_qkvpacked_func,
     )
-    from .jit.spec import Family, KernelSpec, Tile
-    from .keys import DispatchKey, Extras
-    from .options import AttentionOptions, MaskKind, PositionBias
+    from .kernels.spec import Family, KernelSpec, Tile
+    from .requests.dense import DenseFwdRequest
+    from .requests.options import AttentionOptions, MaskKind, PositionBias
+    from .runtime.execute import run
+    from .runtime.plan import Output
     from .types import Device, DType, SmArch
     from .varlen import CumulativeSeqlens, VarlenFwdRequest
 
@@ -210,7 +211,7 @@ _NAMES_OF = {
         "pad_input",
         "unpad_input",
     ),
-    "device_array": ("DeviceArray",),
+    "arrays.device_array": ("DeviceArray",),
     "dispatch": (
         "DISPATCH_TABLE",
         "FEATURES",
@@ -277,11 +278,9 @@ _NAMES_OF = {
         "WindowError",
         "WorkerLostError",
     ),
-    "execute": (
-        "Output",
-        "run",
-    ),
-    "dense": ("DenseFwdRequest",),
+    "runtime.execute": ("run",),
+    "runtime.plan": ("Output",),
+    "requests.dense": ("DenseFwdRequest",),
     "fa2": ("Fa2FwdRequest",),
     "fa3": ("Fa3FwdRequest", "PersistentMode"),
     "functional": (
@@ -292,16 +291,16 @@ _NAMES_OF = {
         "flash_attn_varlen_kvpacked_func",
         "flash_attn_varlen_qkvpacked_func",
     ),
-    "jit.spec": (
+    "kernels.spec": (
         "Family",
         "KernelSpec",
         "Tile",
     ),
-    "keys": (
+    "dispatch.key": (
         "DispatchKey",
         "Extras",
     ),
-    "options": (
+    "requests.options": (
         "AttentionOptions",
         "MaskKind",
         "PositionBias",
@@ -317,9 +316,6 @@ _NAMES_OF = {
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
-_NOT_BUILT = {  # of flash-attn's names
-    "flash_attn_with_kvcache": "a KV cache is not built in this version; flash_attn_varlen_func takes packed K and V of any length",
-}
 
 
 def __getattr__(name: str) -> Any:
@@ -327,7 +323,9 @@ def __getattr__(name: str) -> Any:
     if name == "bert_padding":  # a module that flash-attn's users reach by its name
         return importlib.import_module(f".{name}", __name__)
     if module is None:
-        why = f": {_NOT_BUILT[name]}" if name in _NOT_BUILT else ""
+        from .limits import NOT_BUILT
+
+        why = f": {NOT_BUILT[name]}" if name in NOT_BUILT else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{why}")
     value = getattr(importlib.import_module(f".{module}", __name__), name)
     globals()[name] = value

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import read_array
+from .arrays.read import read_array
 from .errors import DeviceMismatchError, DTypeError, ShapeError
-from .options import is_integer
+from .limits import is_integer
 from .problem import ArrayInfo
 
 __all__ = ["index_first_axis", "pad_input", "unpad_input"]

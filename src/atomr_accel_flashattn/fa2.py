@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from .dense import DenseFwdRequest
 from .dispatch import DispatchKey, best_arch, key_of_problem
-from .jit.spec import Family
-from .options import AttentionOptions, MaskKind, PositionBias
-from .request_plans import keeps_plans
+from .kernels.spec import Family
+from .requests.dense import DenseFwdRequest
+from .requests.options import AttentionOptions, MaskKind, PositionBias
 from .types import SmArch
 
 __all__ = ["AttentionOptions", "Fa2FwdRequest", "MaskKind", "PositionBias"]
 
 
-@keeps_plans()
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Fa2FwdRequest(DenseFwdRequest):
     """Attention by FlashAttention-2 (arXiv 2307.08691), on any supported GPU. Attributes and errors: DenseFwdRequest."""
+
+    PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         """The key of this request on ``arch``; None is the best one for the device of q."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from .dense import DenseFwdRequest
 from .dispatch import DispatchKey, best_arch, key_of_problem
 from .errors import ScheduleError
-from .jit.spec import Family
-from .request_plans import keeps_plans
+from .kernels.spec import Family
+from .requests.dense import DenseFwdRequest
 from .types import SmArch
 
 __all__ = ["Fa3FwdRequest", "PersistentMode"]
@@ -20,8 +19,8 @@ class PersistentMode:
     """Who takes which tile of rows: one block each, or fewer blocks that take tile after tile.
 
     Attributes:
-        persistent: None lets the launch choose: persistent when there are more tiles than multiprocessors.
-        blocks: how many persistent blocks; None is one per multiprocessor.
+        persistent: None lets the launch choose: persistent when there are more tiles than SMs.
+        blocks: how many persistent blocks; None is one per SM.
 
     Raises:
         ScheduleError: ``blocks`` that is no positive integer, or without ``persistent``; ``persistent`` that is no bool.
@@ -50,11 +49,10 @@ class PersistentMode:
 
     @classmethod
     def Persistent(cls, num_sms: int | None = None) -> PersistentMode:  # noqa: N802 - as above
-        """``num_sms`` blocks, None is one per multiprocessor; each takes tiles from a counter."""
+        """``num_sms`` blocks, None is one per SM; each takes tiles from a counter."""
         return cls(persistent=True, blocks=num_sms)
 
 
-@keeps_plans("persistent")
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Fa3FwdRequest(DenseFwdRequest):
     """Attention by FlashAttention-3 (arXiv 2407.08608) on Hopper. Attributes and errors: DenseFwdRequest.
@@ -65,16 +63,17 @@ class Fa3FwdRequest(DenseFwdRequest):
         persistent: how tiles are handed to blocks.
     """
 
+    PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("persistent",)
+
     persistent: PersistentMode = field(default=PersistentMode.auto(), kw_only=True)
 
     def __post_init__(self) -> None:
-        DenseFwdRequest.__post_init__(self)  # a class with slots has no zero-argument super()
         mode: Any = self.persistent
         if not isinstance(mode, PersistentMode):
             raise ScheduleError(f"persistent: got {mode!r}; allowed is a PersistentMode, as PersistentMode.Persistent()")
+        DenseFwdRequest.__post_init__(self)  # a class with slots has no zero-argument super()
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         """The key of this request on ``arch``; None is the best one for the device of q."""
-        key = key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array, Family.FA3)
-        mode = self.persistent
-        return replace(key, extras=replace(key.extras, persistent=mode.persistent, persistent_blocks=mode.blocks))
+        arch, mode = arch or best_arch(self.problem.q.device), self.persistent
+        return key_of_problem(self.problem, arch, self.out_array, Family.FA3, persistent=mode.persistent, persistent_blocks=mode.blocks)

@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from . import plans
-from .arrays import copy_into, pad_last, read_array, unbind
-from .checks import MAX_HEAD_DIM, check_out, refuse_gradients
-from .dense import DenseFwdRequest
-from .errors import FeatureNotBuiltError, ShapeError, UnsupportedArgumentError, WindowError
-from .execute import execute
-from .options import AttentionOptions, MaskKind, PositionBias, is_integer
+from .arrays.read import copy_into, pad_last, read_array, unbind
+from .errors import ShapeError, UnsupportedArgumentError, WindowError
+from .limits import HEAD_DIM_STEP, MAX_HEAD_DIM, is_integer, not_built
 from .problem import ArrayInfo
+from .requests.checks import check_out, refuse_gradients
+from .requests.dense import DenseFwdRequest
+from .requests.options import AttentionOptions, MaskKind, PositionBias
+from .runtime.execute import execute
+from .runtime.plan import Key
+from .torch_ops.repeat import Numbers, Others, Packing, remember, repeat
 from .varlen import CumulativeSeqlens, VarlenFwdRequest
 
 __all__ = [
@@ -32,8 +34,6 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
 ]
-
-_HEAD_DIM_STEP = 8
 
 
 def flash_attn_func(
@@ -81,9 +81,7 @@ def flash_attn_func(
     """
     del deterministic
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    others = (alibi_slopes, learned_sink, out)
-    key, result = plans.repeat(q, k, v, None, numbers, others)
-    return _dense(q, k, v, numbers, others, key) if result is None else result
+    return _attention(q, k, v, None, numbers, (alibi_slopes, learned_sink, out))
 
 
 def flash_attn_qkvpacked_func(
@@ -102,12 +100,23 @@ def flash_attn_qkvpacked_func(
     sink_tokens: int = 0,
 ) -> Any:
     """:func:`flash_attn_func` on qkv (B, S, 3, H, D), read in place."""
-    del deterministic
     q, k, v = _unpack(qkv, "qkv", axis=2, parts=3)
-    numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    others = (alibi_slopes, learned_sink, out)
-    key, result = plans.repeat(q, k, v, None, numbers, others)
-    return _dense(q, k, v, numbers, others, key) if result is None else result
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        out=out,
+        learned_sink=learned_sink,
+        sink_tokens=sink_tokens,
+    )
 
 
 def flash_attn_kvpacked_func(
@@ -127,12 +136,23 @@ def flash_attn_kvpacked_func(
     sink_tokens: int = 0,
 ) -> Any:
     """:func:`flash_attn_func` on q (B, Sq, Hq, D) and kv (B, Sk, 2, Hkv, D), read in place."""
-    del deterministic
     k, v = _unpack(kv, "kv", axis=2, parts=2)
-    numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    others = (alibi_slopes, learned_sink, out)
-    key, result = plans.repeat(q, k, v, None, numbers, others)
-    return _dense(q, k, v, numbers, others, key) if result is None else result
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        out=out,
+        learned_sink=learned_sink,
+        sink_tokens=sink_tokens,
+    )
 
 
 def flash_attn_varlen_func(
@@ -190,11 +210,10 @@ def flash_attn_varlen_func(
     """
     del deterministic
     if block_table is not None:
-        raise FeatureNotBuiltError("block_table", "got a block_table; allowed is None, with k and v packed one sequence after the other")
+        raise not_built("block_table", "got a block_table; allowed is None")
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    packing, others = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), (alibi_slopes, learned_sink, out)
-    key, result = plans.repeat(q, k, v, packing, numbers, others)
-    return _varlen(q, k, v, packing, numbers, others, key) if result is None else result
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _attention(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out))
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -215,12 +234,27 @@ def flash_attn_varlen_qkvpacked_func(
     sink_tokens: int = 0,
 ) -> Any:
     """:func:`flash_attn_varlen_func` on qkv (total, 3, H, D), read in place."""
-    del deterministic
     q, k, v = _unpack(qkv, "qkv", axis=1, parts=3)
-    numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    packing, others = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), (alibi_slopes, learned_sink, out)
-    key, result = plans.repeat(q, k, v, packing, numbers, others)
-    return _varlen(q, k, v, packing, numbers, others, key) if result is None else result
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        out=out,
+        learned_sink=learned_sink,
+        sink_tokens=sink_tokens,
+    )
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -244,43 +278,53 @@ def flash_attn_varlen_kvpacked_func(
     sink_tokens: int = 0,
 ) -> Any:
     """:func:`flash_attn_varlen_func` on q (total_q, Hq, D) and kv (total_k, 2, Hkv, D), read in place."""
-    del deterministic
     k, v = _unpack(kv, "kv", axis=1, parts=2)
-    numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    packing, others = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), (alibi_slopes, learned_sink, out)
-    key, result = plans.repeat(q, k, v, packing, numbers, others)
-    return _varlen(q, k, v, packing, numbers, others, key) if result is None else result
-
-
-def _dense(q: Any, k: Any, v: Any, numbers: plans.Numbers, others: plans.Others, key: plans.Key | None) -> Any:
-    """The way of a call that no plan answers; ``key`` is for the plan that it leaves."""
-    call = _Call(q, k, v, numbers, others)
-    request = DenseFwdRequest(
-        *call.arrays, mask=call.mask, bias=call.bias, sink_tokens=call.sink_tokens, options=call.options, out=call.out
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        out=out,
+        learned_sink=learned_sink,
+        sink_tokens=sink_tokens,
     )
-    return call.finish(request, key)
 
 
-def _varlen(q: Any, k: Any, v: Any, packing: plans.Packing, numbers: plans.Numbers, others: plans.Others, key: plans.Key | None) -> Any:
-    """The same of packed sequences."""
+def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> Any:
+    """Every functional call: as one like it was answered before, or through a request."""
+    key, result = repeat(q, k, v, packing, numbers, others)
+    return _first(q, k, v, packing, numbers, others, key) if result is None else result
+
+
+def _first(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, key: Key | None) -> Any:
+    """The way of a call that nothing is known of; ``key`` is for the shortcut that it leaves."""
     call = _Call(q, k, v, numbers, others)
-    request = VarlenFwdRequest(
-        *call.arrays,
-        cu_seqlens_q=CumulativeSeqlens(packing[0], packing[2], name="cu_seqlens_q"),
-        cu_seqlens_k=CumulativeSeqlens(packing[1], packing[3], name="cu_seqlens_k"),
-        mask=call.mask,
-        bias=call.bias,
-        sink_tokens=call.sink_tokens,
-        options=call.options,
-        out=call.out,
-    )
+    asked = {"mask": call.mask, "bias": call.bias, "sink_tokens": call.sink_tokens, "options": call.options, "out": call.out}
+    request: DenseFwdRequest | VarlenFwdRequest
+    if packing is None:
+        request = DenseFwdRequest(*call.arrays, **asked)
+    else:
+        seqlens_q = CumulativeSeqlens(packing[0], packing[2], name="cu_seqlens_q")
+        seqlens_k = CumulativeSeqlens(packing[1], packing[3], name="cu_seqlens_k")
+        request = VarlenFwdRequest(*call.arrays, cu_seqlens_q=seqlens_q, cu_seqlens_k=seqlens_k, **asked)
     return call.finish(request, key)
 
 
 class _Call:
     """A functional call on its way to a request: arguments in our terms, head dims padded to multiples of 8 as flash-attn does."""
 
-    def __init__(self, q: Any, k: Any, v: Any, numbers: plans.Numbers, others: plans.Others) -> None:
+    def __init__(self, q: Any, k: Any, v: Any, numbers: Numbers, others: Others) -> None:
         dropout_p, softmax_scale, causal, window_size, softcap, self.sink_tokens, return_attn_probs = numbers
         self.others = others
         slopes, learned_sink, self.out = others
@@ -307,17 +351,17 @@ class _Call:
         self.padded = True
         self.arrays = tuple(pad_last(info, _round_up(info.shape[-1]), name) for info, name in zip(infos, "qkv", strict=True))
         q, v_head_dim = infos[0], infos[2].shape[-1]
-        if v_head_dim % _HEAD_DIM_STEP:
+        if v_head_dim % HEAD_DIM_STEP:
             self.v_head_dim = v_head_dim
             if self.out is not None:
                 self.copy_to = check_out(self.out, (*q.shape[:-1], v_head_dim), infos)
                 self.out = None
 
-    def finish(self, request: DenseFwdRequest | VarlenFwdRequest, key: plans.Key | None) -> Any:
-        """Run the request, leave a plan for calls like it, and give the results the form that flash-attn gives them."""
-        output, launch = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
-        if key is not None and launch is not None and not self.padded:
-            plans.remember(key, launch, output, self.others)
+    def finish(self, request: DenseFwdRequest | VarlenFwdRequest, key: Key | None) -> Any:
+        """Run the request, leave a shortcut for calls like it, and give the results the form that flash-attn gives them."""
+        output, plan = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
+        if key is not None and plan is not None and not self.padded:
+            remember(key, plan, output, self.others)
         out = output.out
         if self.v_head_dim:
             out = out[..., : self.v_head_dim]
@@ -329,11 +373,11 @@ class _Call:
 def _needs_padding(*head_dims: int) -> bool:
     """Whether a head dim is odd and all of them are such that padding hides no mistake."""
     q, k, v = head_dims
-    return q == k and max(q, v) <= MAX_HEAD_DIM and bool(q % _HEAD_DIM_STEP or v % _HEAD_DIM_STEP)
+    return q == k and max(q, v) <= MAX_HEAD_DIM and bool(q % HEAD_DIM_STEP or v % HEAD_DIM_STEP)
 
 
 def _round_up(size: int) -> int:
-    return -(-size // _HEAD_DIM_STEP) * _HEAD_DIM_STEP
+    return -(-size // HEAD_DIM_STEP) * HEAD_DIM_STEP
 
 
 def _softcap(softcap: Any) -> Any:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from .arrays import copy_to_host, read_array
-from .checks import check_out, check_qkv, is_contiguous, read_dropout, read_learned_sink, read_qkv, read_slopes, steps
-from .device_array import DeviceArray
+from .arrays.device_array import DeviceArray
+from .arrays.read import copy_to_host, read_array
 from .dispatch import DispatchKey, best_arch, key_of_problem
 from .env import settings
 from .errors import ArrayTypeError, CuSeqlensError, DeviceMismatchError, DTypeError, ShapeError
-from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias, check_kinds, is_integer
+from .limits import MAX_LENGTH, is_integer
 from .problem import ArrayInfo, AttentionProblem, Strides
-from .request_plans import Key, keeps_plans
+from .requests.checks import check_out, check_qkv, is_contiguous, read_dropout, read_learned_sink, read_qkv, read_slopes, steps
+from .requests.options import AttentionOptions, MaskKind, PositionBias, check_kinds
+from .runtime.plan import Key, key_of_request
 from .short_repr import ShortRepr
 from .types import SmArch
 
@@ -144,7 +145,6 @@ def _offsets_like(offsets: np.ndarray[Any, Any], like: Any) -> Any:
     raise ArrayTypeError(f"like: got {type(like).__qualname__}; allowed are torch tensors, NumPy and CuPy arrays, DeviceArray and None")
 
 
-@keeps_plans()
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class VarlenFwdRequest(ShortRepr):
     """Attention over packed sequences, forward; each query sees keys of its own sequence only. Meaning: docs/semantics.md.
@@ -159,12 +159,14 @@ class VarlenFwdRequest(ShortRepr):
         out: (total_q, Hq, Dv) to be written, None for a new array of q's library.
         problem: the request in its normal form (made, not given).
         out_array: the description of ``out`` (made, not given).
-        plan_key: what launches like its are found by, None until one was looked for (made, not given).
+        plan_key: what its plan is found by; None on the CPU (made, not given).
 
     Raises:
         ConstructionError: the subclass says which argument is wrong; nothing has been written.
         FeatureNotBuiltError: fp8, or torch tensors that want gradients.
     """
+
+    PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()  # what its plan depends on beside problem and out
 
     q: Any
     k: Any
@@ -178,7 +180,7 @@ class VarlenFwdRequest(ShortRepr):
     out: Any = field(default=None, kw_only=True)
     problem: AttentionProblem = field(init=False, repr=False)
     out_array: ArrayInfo | None = field(init=False, repr=False)
-    plan_key: Key | None = field(default=None, init=False, repr=False, compare=False)
+    plan_key: Key | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         q, k, v = read_qkv(self.q, self.k, self.v, layout="(total, heads, head dim)")
@@ -215,6 +217,7 @@ class VarlenFwdRequest(ShortRepr):
         )
         object.__setattr__(self, "problem", problem)
         object.__setattr__(self, "out_array", check_out(self.out, problem.out_shape, (q, k, v)))
+        object.__setattr__(self, "plan_key", key_of_request(self))
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         """The key of this request on ``arch``; None is the best one for the device of q."""

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from atomr_accel_flashattn.actor import FlashAttnActor, FlashAttnHandle, FlashAttnInner, FlashAttnMsg, FlashAttnProps, Flight, Job
-from atomr_accel_flashattn.execute import fill
 from atomr_accel_flashattn.fa2 import Fa2FwdRequest, MaskKind
+from atomr_accel_flashattn.runtime.execute import fill
 from atomr_accel_flashattn.types import Device
 
 PATIENCE = 20.0  # seconds that a test waits for what has to happen

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn import FlashAttnActor, FlashAttnHandle, FlashAttnMsg, FlashAttnProps, arrays, execute, request_plans
+from atomr_accel_flashattn import FlashAttnActor, FlashAttnHandle, FlashAttnMsg, FlashAttnProps
 from atomr_accel_flashattn.actor import gpu
+from atomr_accel_flashattn.arrays import read as arrays
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem
 from atomr_accel_flashattn.reference import attention
+from atomr_accel_flashattn.runtime import execute, request_plans
 from atomr_accel_flashattn.types import Device
 from tests.actor.devices import PATIENCE
 

@@ -164,7 +164,7 @@ def test_keys_differ_where_answers_would():
 
 def test_fused_requests_keep_the_family_they_ask_for():
     from atomr_accel_flashattn.actor.fusion import _pack
-    from atomr_accel_flashattn.jit.spec import Family
+    from atomr_accel_flashattn.kernels.spec import Family
     from atomr_accel_flashattn.types import SmArch
 
     q = np.ones((1, 1, 4, 64), np.float16)

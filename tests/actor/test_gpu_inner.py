@@ -11,7 +11,7 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnInner, FlashAttnMsg, FlashAttnProps
 from atomr_accel_flashattn.actor import freshness, gpu
-from atomr_accel_flashattn.jit import driver as driver_module
+from atomr_accel_flashattn.launch import driver as driver_module
 from tests.actor.devices import PATIENCE, until
 from tests.actor.fake_gpu import FakeArray, FakeDriver, install
 

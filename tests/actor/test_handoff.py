@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn import FlashAttnActor, FlashAttnProps, request_plans
+from atomr_accel_flashattn import FlashAttnActor, FlashAttnProps
 from atomr_accel_flashattn.actor import Reply, flights
 from atomr_accel_flashattn.actor.engine import Engine
-from atomr_accel_flashattn.jit import driver as driver_module
+from atomr_accel_flashattn.launch import driver as driver_module
+from atomr_accel_flashattn.runtime import request_plans
 from tests.actor.devices import PATIENCE, until
 from tests.actor.fake_gpu import FakeDriver, expected, hold, sent, start
 

@@ -10,15 +10,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
-from atomr_accel_flashattn import request_plans  # noqa: E402
+from atomr_accel_flashattn.arrays.torch_hooks import hooks, meet_torch  # noqa: E402
 from atomr_accel_flashattn.bench import breakdown  # noqa: E402
 from atomr_accel_flashattn.bench.breakdown import Steady, call_breakdown, launch_costs, steady  # noqa: E402
 from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import make_inputs  # noqa: E402
 from atomr_accel_flashattn.bench.peers import Refused  # noqa: E402
-from atomr_accel_flashattn.jit import launch  # noqa: E402
-from atomr_accel_flashattn.jit.spec import Family  # noqa: E402
-from atomr_accel_flashattn.torch_hooks import hooks, meet_torch  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
+from atomr_accel_flashattn.launch import launcher as launch  # noqa: E402
+from atomr_accel_flashattn.runtime import request_plans  # noqa: E402
 from tests.emulator.running import flat_tensor  # noqa: E402
 from tests.host.fake_gpu import STREAM, FakeCuda, FakeGpu, fake, fresh_hooks  # noqa: E402
 

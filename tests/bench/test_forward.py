@@ -27,7 +27,7 @@ from atomr_accel_flashattn.bench.inputs import CHECKED_ROWS, ERROR_LIMIT, Inputs
 from atomr_accel_flashattn.bench.peers import CudnnPeer, Ours, Refused, TorchFa2  # noqa: E402
 from atomr_accel_flashattn.bench.report import header, markdown  # noqa: E402
 from atomr_accel_flashattn.bench.timing import Contestant, Timing, measure_in_turns  # noqa: E402
-from atomr_accel_flashattn.jit.spec import Family  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from tests.host.fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
 
 pytestmark = pytest.mark.torch

@@ -13,7 +13,7 @@ from atomr_accel_flashattn.cli import info as info_module
 from atomr_accel_flashattn.cli.compile_ahead import GPU_ARCHS, MASKS, all_specs, specs_for
 from atomr_accel_flashattn.cli.output import size_text, time_text
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
-from atomr_accel_flashattn.jit.driver import DeviceProperties, device_count
+from atomr_accel_flashattn.launch.driver import DeviceProperties, device_count
 from tests.cli.conftest import Ask, Invoke
 
 ONE_KERNEL = ("compile", "--arch", "sm_80", "--dtype", "f16", "--head-dim", 32, "--mask", "full")
@@ -141,7 +141,7 @@ def test_compile_refuses_by_name(invoke: Invoke, option: str, value: str, named:
 
 
 def test_compile_ends_with_the_compilers_log(invoke: Invoke, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atomr_accel_flashattn.jit.source.kernel_source", lambda _spec: "this is no CUDA")
+    monkeypatch.setattr("atomr_accel_flashattn.kernels.source.kernel_source", lambda _spec: "this is no CUDA")
     result = invoke(*ONE_KERNEL)
     assert result.exit_code == 1
     assert "1 failed" in result.stdout

@@ -15,7 +15,7 @@ from atomr_accel_flashattn.demo.picture import pooled_probabilities, probabiliti
 from atomr_accel_flashattn.dispatch import best_arch
 from atomr_accel_flashattn.env import settings
 from atomr_accel_flashattn.errors import ArchUnsupportedError, DeviceMismatchError, DriverTooOldError
-from atomr_accel_flashattn.jit.driver import DeviceProperties, device_count
+from atomr_accel_flashattn.launch.driver import DeviceProperties, device_count
 from atomr_accel_flashattn.types import Device, SmArch
 from tests.cli.conftest import Invoke
 

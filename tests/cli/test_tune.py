@@ -11,10 +11,10 @@ import pytest
 from atomr_accel_flashattn.cli import tune as tune_module
 from atomr_accel_flashattn.cli.tune_shapes import Shape, shapes_of
 from atomr_accel_flashattn.dispatch import forget_lookups
-from atomr_accel_flashattn.jit import saved_tiles
-from atomr_accel_flashattn.jit.driver import DeviceProperties, device_count
-from atomr_accel_flashattn.jit.saved_tiles import SavedTile, headers_identity, read_saved_tiles, save_tiles
-from atomr_accel_flashattn.jit.spec import Tile
+from atomr_accel_flashattn.kernels.spec import Tile
+from atomr_accel_flashattn.launch.driver import DeviceProperties, device_count
+from atomr_accel_flashattn.tiles import saved as saved_tiles
+from atomr_accel_flashattn.tiles.saved import SavedTile, headers_identity, read_saved_tiles, save_tiles
 from tests.cli.conftest import Ask, Invoke
 
 BY_HAND = Shape(128, None, 16, None, None, (2048,), None, causal=True, window=None, varlen=None, alibi=False)

@@ -9,8 +9,8 @@ import itertools
 from typing import Any
 
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
-from atomr_accel_flashattn.jit.spec import KernelSpec
-from atomr_accel_flashattn.jit.tiles import HEAD_DIM_WIDTHS
+from atomr_accel_flashattn.kernels.spec import KernelSpec
+from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.pairwise import covering_rows
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from atomr_accel_flashattn.dispatch import lookup
+from atomr_accel_flashattn.dispatch.key import DispatchKey, Extras
 from atomr_accel_flashattn.jit.compile import compile_kernel
-from atomr_accel_flashattn.jit.spec import Family, KernelSpec
-from atomr_accel_flashattn.jit.tiles import HEAD_DIM_WIDTHS
-from atomr_accel_flashattn.keys import DispatchKey, Extras
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
+from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.compile.disassembly import opcodes, sequence
 from tests.compile.kernels import (

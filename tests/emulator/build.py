@@ -11,13 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from atomr_accel_flashattn.kernels.source import body_source
 from filelock import FileLock
 
-from atomr_accel_flashattn.jit.source import body_source, headers_digest, headers_dir
-from atomr_accel_flashattn.jit.spec import Direction, Family
+from atomr_accel_flashattn.jit.headers import headers_digest, headers_dir
+from atomr_accel_flashattn.kernels.spec import Direction, Family
 
 if TYPE_CHECKING:
-    from atomr_accel_flashattn.jit.spec import KernelSpec
+    from atomr_accel_flashattn.kernels.spec import KernelSpec
 
 __all__ = ["compiler", "run"]
 

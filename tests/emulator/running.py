@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atomr_accel_flashattn.arrays import read_array
-from atomr_accel_flashattn.dispatch import lookup
-from atomr_accel_flashattn.jit.params import FwdParams, dropout_mask_grid, forward_grid, pack_dropout_mask, pack_fa3_forward, pack_forward
-from atomr_accel_flashattn.jit.spec import Family, KernelSpec, Tile
-from atomr_accel_flashattn.jit.tensor_map import TensorMapSpec, tensor_map_specs
-from atomr_accel_flashattn.keys import key_of_problem
+from atomr_accel_flashattn.arrays.read import read_array
+from atomr_accel_flashattn.dispatch import key_of_problem, lookup
+from atomr_accel_flashattn.kernels.forward import FwdParams
+from atomr_accel_flashattn.kernels.params import (
+    TensorMapSpec,
+    dropout_mask_grid,
+    forward_grid,
+    pack_dropout_mask,
+    pack_fa3_forward,
+    pack_forward,
+)
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec, Tile
+from atomr_accel_flashattn.launch.tensor_map import tensor_map_specs
 from atomr_accel_flashattn.types import SmArch
 from tests.check import Run
 from tests.inputs import Inputs, Layout, Poisoned
@@ -22,7 +29,7 @@ from tests.reference.running import problem_of
 from .build import run
 
 if TYPE_CHECKING:
-    from atomr_accel_flashattn.keys import DispatchKey
+    from atomr_accel_flashattn.dispatch.key import DispatchKey
     from atomr_accel_flashattn.problem import AttentionProblem
 
 _PERSISTENT_BLOCKS = 3

@@ -8,8 +8,8 @@ from itertools import cycle
 import numpy as np
 import pytest
 
-from atomr_accel_flashattn.jit.spec import Family, Tile
-from atomr_accel_flashattn.keys import key_of_problem
+from atomr_accel_flashattn.dispatch import key_of_problem
+from atomr_accel_flashattn.kernels.spec import Family, Tile
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.case_lists import hazard_cases, head_dim_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Case, build

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atomr_accel_flashattn.jit.source import headers_dir
-from atomr_accel_flashattn.jit.spec import Family, Tile
+from atomr_accel_flashattn.jit.headers import headers_dir
+from atomr_accel_flashattn.kernels.spec import Family, Tile
 from atomr_accel_flashattn.types import DType
 from tests.cases import Case, Values, build
 from tests.check import check_case

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atomr_accel_flashattn.jit.spec import Tile
+from atomr_accel_flashattn.kernels.spec import Tile
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.case_lists import hazard_cases, head_dim_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Alibi, Case, build

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from atomr_accel_flashattn.jit.spec import Family
+from atomr_accel_flashattn.kernels.spec import Family
 from tests.gpu.families import FAMILIES, blocks_for, use_family
 
 RECORD_VARIABLE = "ATOMR_FLASHATTN_TEST_RECORD"

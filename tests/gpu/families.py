@@ -8,17 +8,19 @@ import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from atomr_accel_flashattn import dispatch, execute, plans
-from atomr_accel_flashattn.dense import DenseFwdRequest
+from atomr_accel_flashattn import dispatch
 from atomr_accel_flashattn.fa2 import Fa2FwdRequest
-from atomr_accel_flashattn.jit.driver import device_count, device_properties
-from atomr_accel_flashattn.jit.spec import Family
+from atomr_accel_flashattn.kernels.spec import Family
+from atomr_accel_flashattn.launch.driver import device_count, device_properties
+from atomr_accel_flashattn.requests.dense import DenseFwdRequest
+from atomr_accel_flashattn.runtime import execute
+from atomr_accel_flashattn.torch_ops import plans
 from atomr_accel_flashattn.types import Device, SmArch
 
 if TYPE_CHECKING:
     import pytest
 
-    from atomr_accel_flashattn.jit.driver import DeviceProperties
+    from atomr_accel_flashattn.launch.driver import DeviceProperties
 
 __all__ = ["DEVICE", "FAMILIES", "HAS_WGMMA", "blocks_for", "use_family"]
 

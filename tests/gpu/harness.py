@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atomr_accel_flashattn.dense import DenseFwdRequest
-from atomr_accel_flashattn.execute import run
 from atomr_accel_flashattn.fa2 import AttentionOptions, Fa2FwdRequest, MaskKind, PositionBias
 from atomr_accel_flashattn.functional import flash_attn_func, flash_attn_varlen_func
+from atomr_accel_flashattn.requests.dense import DenseFwdRequest
+from atomr_accel_flashattn.runtime.execute import run
 from atomr_accel_flashattn.types import SmArch
 from atomr_accel_flashattn.varlen import CumulativeSeqlens, VarlenFwdRequest
 from tests.check import Run

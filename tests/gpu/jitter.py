@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atomr_accel_flashattn import plans
-from atomr_accel_flashattn.jit import launch, nvrtc, source
-from atomr_accel_flashattn.jit.spec import Family
+from atomr_accel_flashattn.jit import nvrtc
+from atomr_accel_flashattn.kernels import source
+from atomr_accel_flashattn.kernels.spec import Family
+from atomr_accel_flashattn.launch import launcher as launch
+from atomr_accel_flashattn.torch_ops import plans
 
 if TYPE_CHECKING:
     import pytest

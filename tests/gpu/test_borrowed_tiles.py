@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from atomr_accel_flashattn.jit.spec import Family  # noqa: E402 - after the skip
+from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402 - after the skip
 from atomr_accel_flashattn.types import SmArch  # noqa: E402 - after the skip
 from tests.cases import GPU_DTYPES, Alibi, Case  # noqa: E402
 from tests.check import check_case  # noqa: E402

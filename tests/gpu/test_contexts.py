@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from atomr_accel_flashattn.dispatch import arch_of_capability
-from atomr_accel_flashattn.jit.driver import check, current_context, device_count, device_properties, driver, primary_context
-from atomr_accel_flashattn.jit.launch import LaunchPlan, load_kernel
-from atomr_accel_flashattn.jit.params import DropoutMaskParams
-from atomr_accel_flashattn.jit.spec import Family
+from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
+from atomr_accel_flashattn.kernels.spec import Family
+from atomr_accel_flashattn.launch.driver import check, current_context, device_count, device_properties, driver, primary_context
+from atomr_accel_flashattn.launch.launcher import LaunchPlan, load_kernel
 from atomr_accel_flashattn.reference.philox import keep_mask
 from tests.jit.kernels import MASK
 

@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from atomr_accel_flashattn import functional  # noqa: E402 - after the skip
-from atomr_accel_flashattn.device_array import DeviceArray  # noqa: E402
+from atomr_accel_flashattn.arrays.device_array import DeviceArray  # noqa: E402
 from atomr_accel_flashattn.errors import DeviceMismatchError, DTypeError, FeatureNotBuiltError, FlashAttnError  # noqa: E402
-from atomr_accel_flashattn.execute import run  # noqa: E402
 from atomr_accel_flashattn.fa2 import MaskKind  # noqa: E402
+from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
 from tests.cases import GPU_DTYPES, Case, build  # noqa: E402
 from tests.check import Run, check_arrays  # noqa: E402
 from tests.gpu.harness import DEVICE, dense, download, execute, make_call, make_request  # noqa: E402

@@ -14,13 +14,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup  # noqa: E402 - after the skip
-from atomr_accel_flashattn.execute import run  # noqa: E402
 from atomr_accel_flashattn.fa3 import Fa3FwdRequest, PersistentMode  # noqa: E402
 from atomr_accel_flashattn.functional import flash_attn_func  # noqa: E402
-from atomr_accel_flashattn.jit import counters  # noqa: E402
-from atomr_accel_flashattn.jit.driver import check, driver  # noqa: E402
-from atomr_accel_flashattn.jit.spec import Family, KernelSpec  # noqa: E402
-from atomr_accel_flashattn.options import MaskKind  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec  # noqa: E402
+from atomr_accel_flashattn.launch import counters  # noqa: E402
+from atomr_accel_flashattn.launch.driver import check, driver  # noqa: E402
+from atomr_accel_flashattn.requests.options import MaskKind  # noqa: E402
+from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
 from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 from atomr_accel_flashattn.varlen import CumulativeSeqlens, VarlenFwdRequest  # noqa: E402
 from tests.cases import Case  # noqa: E402
@@ -209,7 +209,7 @@ def padded_reference(q: Any, k: Any, v: Any, lengths: Any, *, causal: bool) -> A
 @pytest.mark.parametrize("causal", [False, True])
 def test_4096_sequences_of_1_to_64_tokens(monkeypatch: pytest.MonkeyPatch, causal: bool, blocks: int | None) -> None:
     if blocks is not None:
-        from atomr_accel_flashattn import execute
+        from atomr_accel_flashattn.runtime import execute
 
         real = execute.device_properties
         monkeypatch.setattr(execute, "device_properties", lambda index: real(index)._replace(multiprocessors=blocks))

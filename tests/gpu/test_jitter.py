@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from atomr_accel_flashattn.dispatch import lookup  # noqa: E402 - after the skip
-from atomr_accel_flashattn.execute import run  # noqa: E402
-from atomr_accel_flashattn.jit.spec import Family, KernelSpec  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec  # noqa: E402
+from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
 from atomr_accel_flashattn.types import DType  # noqa: E402
 from tests.cases import Case, build  # noqa: E402
 from tests.gpu.families import DEVICE, HAS_WGMMA, use_family  # noqa: E402

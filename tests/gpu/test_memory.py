@@ -15,8 +15,9 @@ from filelock import FileLock
 
 torch = pytest.importorskip("torch")
 
-from atomr_accel_flashattn.execute import Output, run  # noqa: E402 - after the skip
 from atomr_accel_flashattn.fa2 import MaskKind  # noqa: E402
+from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
+from atomr_accel_flashattn.runtime.plan import Output  # noqa: E402
 from atomr_accel_flashattn.types import DType  # noqa: E402
 from atomr_accel_flashattn.varlen import CumulativeSeqlens, VarlenFwdRequest  # noqa: E402
 from tests.cases import Case, build  # noqa: E402

@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from atomr_accel_flashattn.execute import run  # noqa: E402 - after the skip
+from atomr_accel_flashattn.runtime.execute import run  # noqa: E402 - after the skip
 from tests.cases import GPU_DTYPES, Alibi, Case, build  # noqa: E402
 from tests.check import Run, check_arrays  # noqa: E402
 from tests.gpu.harness import DEVICE, download, execute, functional_call, make_call, make_request, synchronize, upload  # noqa: E402

@@ -16,16 +16,20 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from atomr_accel_flashattn import dispatch, execute, request_plans
-from atomr_accel_flashattn.arrays import as_numpy, contiguous_strides, dtype_name_of
-from atomr_accel_flashattn.jit import launch
-from atomr_accel_flashattn.jit.driver import DeviceProperties
-from atomr_accel_flashattn.jit.launch import LoadedKernel
-from atomr_accel_flashattn.jit.params import UNBOUNDED, DropoutMaskParams, Fa3FwdParams, FwdParams
-from atomr_accel_flashattn.jit.spec import Direction, Family, KernelSpec
+from atomr_accel_flashattn import dispatch
+from atomr_accel_flashattn.arrays.read import as_numpy, contiguous_strides, dtype_name_of
+from atomr_accel_flashattn.arrays.torch_hooks import Hooks, hooks
+from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
+from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
+from atomr_accel_flashattn.kernels.forward import FwdParams
+from atomr_accel_flashattn.kernels.spec import Direction, Family, KernelSpec
+from atomr_accel_flashattn.launch import launcher as launch
+from atomr_accel_flashattn.launch.driver import DeviceProperties
+from atomr_accel_flashattn.launch.launcher import LoadedKernel
+from atomr_accel_flashattn.limits import UNBOUNDED
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
 from atomr_accel_flashattn.reference import attention
-from atomr_accel_flashattn.torch_hooks import Hooks, hooks
+from atomr_accel_flashattn.runtime import execute, request_plans
 from atomr_accel_flashattn.types import Device, DType, SmArch
 from tests.emulator.running import flat_tensor
 

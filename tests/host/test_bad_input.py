@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn.arrays import read_array
+from atomr_accel_flashattn.arrays.read import read_array
 from atomr_accel_flashattn.env import settings
 from atomr_accel_flashattn.problem import ArrayInfo
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.dispatch import arch_of_capability
 from atomr_accel_flashattn.errors import ArchUnsupportedError, DispatchError, FeatureNotBuiltError
-from atomr_accel_flashattn.jit.driver import device_count
-from atomr_accel_flashattn.jit.spec import Direction
-from atomr_accel_flashattn.jit.tiles import HEAD_DIM_WIDTHS
+from atomr_accel_flashattn.kernels.spec import Direction
+from atomr_accel_flashattn.launch.driver import device_count
+from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import Device, DType, SmArch
 
 GPU_ARCHS = [arch for arch in SmArch if arch is not SmArch.CPU]

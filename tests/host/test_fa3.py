@@ -12,11 +12,11 @@ torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn import dispatch  # noqa: E402
+from atomr_accel_flashattn.dispatch.key import DispatchKey  # noqa: E402
 from atomr_accel_flashattn.errors import ArchUnsupportedError, ScheduleError  # noqa: E402
 from atomr_accel_flashattn.fa3 import Fa3FwdRequest, PersistentMode  # noqa: E402
-from atomr_accel_flashattn.jit.spec import Family, KernelSpec  # noqa: E402
-from atomr_accel_flashattn.jit.tiles import has_few_rows  # noqa: E402
-from atomr_accel_flashattn.keys import DispatchKey  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec  # noqa: E402
+from atomr_accel_flashattn.tiles.tables import has_few_rows  # noqa: E402
 from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 
 from .calls import Call, host  # noqa: E402

@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402 - after the sk
 from hypothesis import strategies as st  # noqa: E402
 
 import atomr_accel_flashattn as fa  # noqa: E402
-from atomr_accel_flashattn import env, plans, torch_hooks  # noqa: E402
-from atomr_accel_flashattn.torch_hooks import hooks, meet_torch  # noqa: E402
+from atomr_accel_flashattn import env  # noqa: E402
+from atomr_accel_flashattn.arrays import torch_hooks  # noqa: E402
+from atomr_accel_flashattn.arrays.torch_hooks import hooks, meet_torch  # noqa: E402
+from atomr_accel_flashattn.torch_ops import plans  # noqa: E402
 
 from .calls import CHANGES as CHANGES_OF_NUMBERS  # noqa: E402
 from .calls import Call, host  # noqa: E402

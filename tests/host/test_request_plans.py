@@ -13,13 +13,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
-from atomr_accel_flashattn import env, execute, plans, request_plans  # noqa: E402
-from atomr_accel_flashattn.arrays import read_array  # noqa: E402
-from atomr_accel_flashattn.dense import DenseFwdRequest  # noqa: E402
-from atomr_accel_flashattn.jit import launch  # noqa: E402
-from atomr_accel_flashattn.jit.driver import DeviceProperties  # noqa: E402
-from atomr_accel_flashattn.jit.spec import Family  # noqa: E402
-from atomr_accel_flashattn.torch_hooks import hooks, meet_torch  # noqa: E402
+from atomr_accel_flashattn import env  # noqa: E402
+from atomr_accel_flashattn.arrays.read import read_array  # noqa: E402
+from atomr_accel_flashattn.arrays.torch_hooks import hooks, meet_torch  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
+from atomr_accel_flashattn.launch import launcher as launch  # noqa: E402
+from atomr_accel_flashattn.launch.driver import DeviceProperties  # noqa: E402
+from atomr_accel_flashattn.requests.dense import DenseFwdRequest  # noqa: E402
+from atomr_accel_flashattn.runtime import execute, request_plans  # noqa: E402
+from atomr_accel_flashattn.torch_ops import plans  # noqa: E402
 
 from .calls import CHANGES as CHANGES_OF_NUMBERS  # noqa: E402
 from .calls import Call, host  # noqa: E402

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from atomr_accel_flashattn.jit.spec import Direction, Family, KernelSpec, Tile
+from atomr_accel_flashattn.kernels.spec import Direction, Family, KernelSpec, Tile
 from atomr_accel_flashattn.types import DType, SmArch
 
 MASK = KernelSpec(

@@ -14,11 +14,11 @@ import pytest
 
 from atomr_accel_flashattn.env import settings
 from atomr_accel_flashattn.errors import DeviceLostError, DriverTooOldError, LaunchError, NoDriverError
-from atomr_accel_flashattn.jit import driver as driver_module
 from atomr_accel_flashattn.jit.cache import KernelCache
-from atomr_accel_flashattn.jit.launch import LoadedKernel, launch, load_kernel
-from atomr_accel_flashattn.jit.params import FwdParams
-from atomr_accel_flashattn.jit.spec import KernelSpec
+from atomr_accel_flashattn.kernels.forward import FwdParams
+from atomr_accel_flashattn.kernels.spec import KernelSpec
+from atomr_accel_flashattn.launch import driver as driver_module
+from atomr_accel_flashattn.launch.launcher import LoadedKernel, launch, load_kernel
 from tests.jit.kernels import FORWARD
 
 _FAKE = ctypes.CDLL("libcuda.so.1")

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from atomr_accel_flashattn.errors import LaunchError
-from atomr_accel_flashattn.jit import counters, tensor_map
-from atomr_accel_flashattn.jit import driver as driver_module
-from atomr_accel_flashattn.jit import launch as launch_module
-from atomr_accel_flashattn.jit.counters import counters_for
-from atomr_accel_flashattn.jit.launch import LaunchPlan, launch
-from atomr_accel_flashattn.jit.params import Fa3FwdParams, FwdParams, pack_fa3_forward
-from atomr_accel_flashattn.jit.tensor_map import TensorMapSpec, encode, move
+from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
+from atomr_accel_flashattn.kernels.forward import FwdParams
+from atomr_accel_flashattn.kernels.params import TensorMapSpec, pack_fa3_forward
+from atomr_accel_flashattn.launch import counters, tensor_map
+from atomr_accel_flashattn.launch import driver as driver_module
+from atomr_accel_flashattn.launch import launcher as launch_module
+from atomr_accel_flashattn.launch.counters import counters_for
+from atomr_accel_flashattn.launch.launcher import LaunchPlan, launch
+from atomr_accel_flashattn.launch.tensor_map import encode, move
 from atomr_accel_flashattn.types import DType
 from tests.jit.kernels import WGMMA
 from tests.jit.scenarios import fake, in_threads, loaded, pointers

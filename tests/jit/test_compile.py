@@ -15,10 +15,11 @@ import pytest
 from atomr_accel_flashattn.env import settings
 from atomr_accel_flashattn.errors import CacheWarning, CompileError, NvrtcMissingError
 from atomr_accel_flashattn.jit import compile as compile_module
-from atomr_accel_flashattn.jit import nvrtc, source
+from atomr_accel_flashattn.jit import nvrtc
 from atomr_accel_flashattn.jit.cache import KernelCache, default_cache
 from atomr_accel_flashattn.jit.compile import CompiledKernel, cache_key, compile_kernel, compile_many
-from atomr_accel_flashattn.jit.spec import KernelSpec
+from atomr_accel_flashattn.kernels import source
+from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.types import SmArch
 from tests.jit.kernels import FORWARD, MASK
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from atomr_accel_flashattn.errors import NoDriverError
-from atomr_accel_flashattn.jit import driver
-from atomr_accel_flashattn.jit.launch import load_kernel
+from atomr_accel_flashattn.launch import driver
+from atomr_accel_flashattn.launch.launcher import load_kernel
 from tests.jit.kernels import MASK
 
 _HERE = Path(__file__).parent

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
-from atomr_accel_flashattn.jit import nvrtc, params, source
-from atomr_accel_flashattn.jit.params import DropoutMaskParams, Fa3FwdParams, FwdParams, KernelParams, StrideParams, TensorMapParams
-from atomr_accel_flashattn.jit.spec import KernelSpec, Tile
+from atomr_accel_flashattn.jit import nvrtc
+from atomr_accel_flashattn.kernels import params, source
+from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
+from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
+from atomr_accel_flashattn.kernels.forward import FwdParams
+from atomr_accel_flashattn.kernels.params import KernelParams, StrideParams, TensorMapParams
+from atomr_accel_flashattn.kernels.spec import KernelSpec, Tile
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
 from atomr_accel_flashattn.types import Device, DType
 from tests.jit.kernels import FORWARD, WGMMA

@@ -15,10 +15,11 @@ import pytest
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, forget_lookups, lookup
 from atomr_accel_flashattn.env import settings
 from atomr_accel_flashattn.errors import CacheError, CacheWarning
-from atomr_accel_flashattn.jit import saved_tiles
 from atomr_accel_flashattn.jit.cache import KernelCache
-from atomr_accel_flashattn.jit.driver import DeviceProperties
-from atomr_accel_flashattn.jit.saved_tiles import (
+from atomr_accel_flashattn.kernels.spec import KernelSpec, Tile
+from atomr_accel_flashattn.launch.driver import DeviceProperties
+from atomr_accel_flashattn.tiles import saved as saved_tiles
+from atomr_accel_flashattn.tiles.saved import (
     SAVED_TILES,
     SavedTile,
     headers_identity,
@@ -27,7 +28,6 @@ from atomr_accel_flashattn.jit.saved_tiles import (
     remove_saved_tiles,
     save_tiles,
 )
-from atomr_accel_flashattn.jit.spec import KernelSpec, Tile
 from atomr_accel_flashattn.types import DType, SmArch
 
 KEY = DispatchKey(SmArch.SM_90, DType.BF16, 128, causal=True)

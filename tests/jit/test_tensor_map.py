@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from atomr_accel_flashattn.jit.spec import Tile
-from atomr_accel_flashattn.jit.tensor_map import TensorMapSpec, tensor_map_specs
+from atomr_accel_flashattn.kernels.params import TensorMapSpec
+from atomr_accel_flashattn.kernels.spec import Tile
+from atomr_accel_flashattn.launch.tensor_map import tensor_map_specs
 from atomr_accel_flashattn.problem import AttentionProblem, Strides
 from atomr_accel_flashattn.types import DType
 from tests.jit.kernels import WGMMA

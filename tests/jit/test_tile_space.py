@@ -7,9 +7,9 @@ import pytest
 
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
 from atomr_accel_flashattn.errors import DispatchError
-from atomr_accel_flashattn.jit.spec import Family, KernelSpec, Tile
-from atomr_accel_flashattn.jit.tile_space import AXES, SCHEDULES, misfit, tiles_that_fit
-from atomr_accel_flashattn.jit.tiles import HEAD_DIM_WIDTHS
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec, Tile
+from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
+from atomr_accel_flashattn.tiles.space import AXES, SCHEDULES, misfit, tiles_that_fit
 from atomr_accel_flashattn.types import DType, SmArch
 
 FA2_TILE = Tile(block_m=128, block_n=64, warps=4, min_blocks=2)

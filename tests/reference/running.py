@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atomr_accel_flashattn.arrays import read_array
+from atomr_accel_flashattn.arrays.read import read_array
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
 from atomr_accel_flashattn.reference import forward
 from tests.check import Run

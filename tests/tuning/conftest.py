@@ -12,7 +12,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from atomr_accel_flashattn import plans  # noqa: E402 - after the skip
 from atomr_accel_flashattn.bench import inputs as bench_inputs  # noqa: E402
 from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import Inputs  # noqa: E402
@@ -20,9 +19,10 @@ from atomr_accel_flashattn.bench.timing import Contestant, Timing  # noqa: E402
 from atomr_accel_flashattn.dispatch import forget_lookups  # noqa: E402
 from atomr_accel_flashattn.env import settings  # noqa: E402
 from atomr_accel_flashattn.errors import CompileError  # noqa: E402
-from atomr_accel_flashattn.jit import saved_tiles  # noqa: E402
 from atomr_accel_flashattn.jit.compile import CompiledKernel  # noqa: E402
-from atomr_accel_flashattn.jit.spec import KernelSpec, Tile  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import KernelSpec, Tile  # noqa: E402
+from atomr_accel_flashattn.tiles import saved as saved_tiles  # noqa: E402
+from atomr_accel_flashattn.torch_ops import plans  # noqa: E402 - after the skip
 from atomr_accel_flashattn.tuning import search, trial  # noqa: E402
 from atomr_accel_flashattn.types import SmArch  # noqa: E402
 from tests.cli.conftest import ask, invoke  # noqa: E402, F401 - fixtures

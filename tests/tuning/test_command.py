@@ -10,7 +10,7 @@ import pytest
 
 from atomr_accel_flashattn.bench.cells import Cell
 from atomr_accel_flashattn.cli import tune as tune_module
-from atomr_accel_flashattn.jit.saved_tiles import SAVED_TILES, read_saved_tiles
+from atomr_accel_flashattn.tiles.saved import SAVED_TILES, read_saved_tiles
 from tests.cli.conftest import Ask, Invoke
 
 from .conftest import Card

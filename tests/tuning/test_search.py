@@ -13,15 +13,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
-from atomr_accel_flashattn import plans  # noqa: E402
 from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
 from atomr_accel_flashattn.bench.families import request_of  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import check_rows, make_inputs  # noqa: E402
 from atomr_accel_flashattn.dispatch import lookup  # noqa: E402
 from atomr_accel_flashattn.errors import DeviceLostError, DispatchError  # noqa: E402
-from atomr_accel_flashattn.execute import run  # noqa: E402
-from atomr_accel_flashattn.jit.saved_tiles import read_saved_tiles  # noqa: E402
-from atomr_accel_flashattn.jit.spec import Family, KernelSpec, Tile  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec, Tile  # noqa: E402
+from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
+from atomr_accel_flashattn.tiles.saved import read_saved_tiles  # noqa: E402
+from atomr_accel_flashattn.torch_ops import plans  # noqa: E402
 from atomr_accel_flashattn.tuning import (  # noqa: E402
     Options,
     ShapeResult,
@@ -161,7 +161,7 @@ def test_a_kernel_that_takes_the_device_down_ends_the_search(card: Card, monkeyp
         raise DeviceLostError("launching failed")
 
     monkeypatch.setattr(card, "on_launch", lost)
-    monkeypatch.setattr("atomr_accel_flashattn.jit.launch.launch_function", lambda: lost)
+    monkeypatch.setattr("atomr_accel_flashattn.launch.launcher.launch_function", lambda: lost)
     with pytest.raises(DeviceLostError):
         tune()
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import PropsError, UnknownMessageError
-from ..execute import Output
+from ..runtime.plan import Output
 from .deadlines import Deadlines, timed_out
 from .locks import Event
 from .mailbox import Mailbox

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ..errors import ActorStoppedError, DeviceLostError
-from ..execute import Output
+from ..runtime.plan import Output
 from .flights import Flights, Launched
 from .fusion import MAX_FUSED
 from .inner import FlashAttnInner

@@ -14,17 +14,17 @@ import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from ..dense import DenseFwdRequest
 from ..dispatch import DispatchKey, best_arch, key_of_problem
-from ..execute import Outputs, fill, make_outputs
 from ..fa2 import Fa2FwdRequest
-from ..jit.spec import Family
+from ..kernels.spec import Family
 from ..problem import ArrayInfo
-from ..request_plans import keeps_plans
+from ..requests.dense import DenseFwdRequest
+from ..runtime.execute import fill, make_outputs
+from ..runtime.plan import Outputs
 from ..types import SmArch
 from ..varlen import CumulativeSeqlens, VarlenFwdRequest
 from .messages import FlashAttnMsg, Message
@@ -36,10 +36,11 @@ _MAX_QUERIES: Final = 8
 _MAX_KV_BYTES: Final = 1 << 20
 
 
-@keeps_plans()
 @dataclass(frozen=True, slots=True, eq=False)
 class _PackedFa2(VarlenFwdRequest):
     """Packed requests that asked for the mma.sync family, and get it."""
+
+    PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         return key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array, Family.FA2)

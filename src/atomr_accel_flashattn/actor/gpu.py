@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
-from ..arrays import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
+from ..arrays.read import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
 from ..errors import PropsError
-from ..execute import fill, make_outputs
-from ..jit.driver import check, current_context, driver, primary_context
-from ..jit.params import forward_pointers
-from ..request_plans import find, key_of
+from ..launch.driver import check, current_context, driver, primary_context
+from ..runtime.execute import fill, make_outputs
+from ..runtime.plan import find
 from ..types import Device
 from .fusion import launch_fused
 from .inner import FlashAttnInner, Flight, Job
@@ -189,10 +188,10 @@ class GpuInner(FlashAttnInner):
     def prepare(self, message: FlashAttnMsg.Forward) -> Job:
         """A job with its outputs, and the plan of a launch like this one."""
         request = message.request
-        plan = None if message.dropout_mask else find(key_of(request))
+        plan = None if message.dropout_mask else find(request)
         if plan is None:
             return super().prepare(message)
-        outputs = make_outputs(request, lse=message.lse, out_strides=plan.out_strides)
+        outputs = make_outputs(request, plan, lse=message.lse)
         if outputs.out.strides != plan.out_strides:
             return Job(message, outputs)
         return Job(message, outputs, plan=plan, quick=self._is_at_home())
@@ -229,11 +228,7 @@ class GpuInner(FlashAttnInner):
     def _launch_one(self, job: Job) -> None:
         request, outputs, plan = job.message.request, job.outputs, job.plan
         assert outputs is not None  # noqa: S101 - only forward messages are launched
-        if plan is None:
-            fill(request, outputs, stream=self._stream)
-        else:
-            lse = None if outputs.lse is None else outputs.lse.ptr
-            plan.launch.launch(self._stream, forward_pointers(request.problem, outputs.out, lse))
+        fill(request, outputs, plan, stream=self._stream)
 
     def close(self) -> None:
         """Give back events and the stream."""

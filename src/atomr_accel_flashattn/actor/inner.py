@@ -13,13 +13,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from ..dense import DenseFwdRequest
 from ..dispatch import FaFwdDispatch, best_arch, lookup
 from ..errors import DeviceMismatchError, MockAnswerError, UnknownMessageError
-from ..execute import Output, Outputs, fill, make_outputs
 from ..fa2 import Fa2FwdRequest
 from ..fa3 import Fa3FwdRequest
-from ..request_plans import RequestPlan
+from ..requests.dense import DenseFwdRequest
+from ..runtime.execute import fill, make_outputs
+from ..runtime.plan import Output, Outputs, Plan
 from ..types import Device, SmArch
 from ..varlen import VarlenFwdRequest
 from .freshness import NO_ARRAYS, Fingerprint
@@ -49,7 +49,7 @@ class Job:
     outputs: Outputs | None = None
     fingerprint: Fingerprint = NO_ARRAYS
     ready: Any = None
-    plan: RequestPlan | None = None
+    plan: Plan | None = None
     quick: bool = False
     fuse_key: Hashable | None = None
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ..errors import FeatureNotBuiltError
+from ..limits import not_built
 
 __all__ = ["FlashAttnMsg", "Message", "refusal"]
 
@@ -46,7 +47,7 @@ Message: TypeAlias = FlashAttnMsg.Forward | FlashAttnMsg.Backward | FlashAttnMsg
 def refusal(message: Message) -> FeatureNotBuiltError | None:
     """Why this version does not do what a message asks; None when it does."""
     if isinstance(message, FlashAttnMsg.Backward):
-        return FeatureNotBuiltError("backward", "FlashAttnMsg.Forward is built")
+        return not_built("backward", "FlashAttnMsg.Backward")
     if isinstance(message, FlashAttnMsg.PagedForward):
-        return FeatureNotBuiltError("paged", "FlashAttnMsg.Forward takes plain and packed K and V")
+        return not_built("paged", "FlashAttnMsg.PagedForward")
     return None

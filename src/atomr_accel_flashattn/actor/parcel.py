@@ -11,15 +11,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..arrays import as_numpy, copy_to_host, numpy_dtype, read_array
-from ..checks import is_contiguous
-from ..dense import DenseFwdRequest
-from ..device_array import DeviceArray
+from ..arrays.device_array import DeviceArray
+from ..arrays.read import as_numpy, copy_to_host, numpy_dtype, read_array
 from ..errors import ArrayTypeError
-from ..execute import Output
 from ..fa3 import Fa3FwdRequest
-from ..options import AttentionOptions, PositionBias
 from ..problem import ArrayInfo
+from ..requests.checks import is_contiguous
+from ..requests.dense import DenseFwdRequest
+from ..requests.options import AttentionOptions, PositionBias
+from ..runtime.plan import Output
 from ..types import Device
 from ..varlen import CumulativeSeqlens, VarlenFwdRequest
 from .messages import FlashAttnMsg

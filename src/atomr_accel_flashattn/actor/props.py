@@ -7,8 +7,8 @@ from enum import Enum
 from typing import Any
 
 from ..errors import PropsError
-from ..jit.driver import device_count
-from ..options import is_integer
+from ..launch.driver import device_count
+from ..limits import is_integer
 from ..types import Device
 
 __all__ = ["FlashAttnProps", "Overflow"]

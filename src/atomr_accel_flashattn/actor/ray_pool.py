@@ -19,9 +19,9 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
-from ..dense import DenseFwdRequest
 from ..errors import ActorStoppedError, DeviceLostError, PropsError, RayMissingError, UnknownMessageError, WorkerLostError
-from ..options import is_integer
+from ..limits import is_integer
+from ..requests.dense import DenseFwdRequest
 from ..varlen import VarlenFwdRequest
 from .door import Door
 from .engine import stopped_error

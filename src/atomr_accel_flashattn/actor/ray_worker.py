@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..arrays import read_array
+from ..arrays.read import read_array
 from ..types import Device
 from .actor import FlashAttnActor
 from .parcel import Bits, Parcel, to_bits

@@ -11,7 +11,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from ..execute import Output
+from ..runtime.plan import Output
 from .inner import Job
 from .locks import Condition
 

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from ..actor import FlashAttnActor, FlashAttnHandle, FlashAttnMsg, FlashAttnPool, FlashAttnProps
 from ..errors import FlashAttnError
-from ..execute import run
 from ..fa2 import Fa2FwdRequest, MaskKind
+from ..runtime.execute import run
 from .record import make_record, write_record
 
 __all__ = ["ActorOptions", "draw_actor", "main_actor", "run_actor"]

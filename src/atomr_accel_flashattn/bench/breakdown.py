@@ -9,15 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .. import plans
+from ..arrays.torch_hooks import guard_of, hooks
 from ..dispatch import FaFwdDispatch, lookup
-from ..execute import Launch, Output, execute, run
 from ..fa2 import Fa2FwdRequest
 from ..fa3 import Fa3FwdRequest
-from ..jit.driver import LaunchConfig, launch_function
-from ..jit.spec import Family, KernelSpec
-from ..jit.tensor_map import TENSOR_MAP_ALIGNMENT, TENSOR_MAP_BYTES, encode, move, tensor_map_specs
-from ..torch_hooks import guard_of, hooks
+from ..kernels.spec import Family, KernelSpec
+from ..launch.driver import launch_function
+from ..launch.launcher import Launch
+from ..launch.tensor_map import TENSOR_MAP_ALIGNMENT, TENSOR_MAP_BYTES, encode, move
+from ..runtime.execute import execute, make_outputs, run
+from ..runtime.plan import Plan, addresses_of
+from ..torch_ops import repeat as plans
 from .families import request_of
 from .peers import Call, Ours, Refused
 
@@ -35,18 +37,19 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Steady:
-    """``call`` is a functional call on ``inputs`` that repeats ``made``, a launch of the family that was asked for into ``output``."""
+    """``call`` is a functional call on ``inputs`` that goes by ``plan``, of the family that was asked for."""
 
     inputs: Inputs
     request: FaFwdDispatch
     call: Call
-    made: Launch
-    output: Output
+    plan: Plan
+    addresses: tuple[int, ...]  # what the call brings, into an output that is there
 
     @property
-    def addresses(self) -> tuple[int, ...]:
-        """What the call's launch brings, into ``output``: q, k, v and o; when packed, also the LSE and the cu_seqlens."""
-        return self.made.params.addresses()[: 4 if self.inputs.offsets is None else 7]
+    def launch(self) -> Launch:
+        """The one launch of the plan."""
+        (launch,) = self.plan.launches
+        return launch
 
 
 def steady(cell: Cell, inputs: Inputs, family: Family) -> Steady:
@@ -62,11 +65,12 @@ def steady(cell: Cell, inputs: Inputs, family: Family) -> Steady:
     packing = None if inputs.offsets is None else (inputs.offsets, inputs.offsets, inputs.max_length, inputs.max_length)
     plans.clear()
     key, _ = plans.repeat(inputs.q, inputs.k, inputs.v, packing, (0.0, None, cell.causal, (-1, -1), 0.0, 0, False), _OTHERS)
-    output, made = execute(request, lse=False)
-    if key is None or made is None:
+    output, plan = execute(request, lse=False)
+    if key is None or plan is None or not plan.launches:
         raise Refused("a call that leaves no plan")
-    plans.remember(key, made, output, _OTHERS)
-    return Steady(inputs, request, Ours().prepare(cell, inputs), made, output)
+    plans.remember(key, plan, output, _OTHERS)
+    addresses = addresses_of(request.problem, make_outputs(request, lse=False))
+    return Steady(inputs, request, Ours().prepare(cell, inputs), plan, addresses)
 
 
 def call_breakdown(held: Steady, calls: int, repeats: int) -> dict[str, float]:
@@ -79,7 +83,7 @@ def call_breakdown(held: Steady, calls: int, repeats: int) -> dict[str, float]:
     q, k, v = inputs.q, inputs.k, inputs.v
     tensors = (q, k, v) if inputs.offsets is None else (q, k, v, inputs.offsets)
     device = q.get_device()
-    plan = held.made.kernel.plan(held.made.params, held.made.grid, len(held.addresses))
+    plan = held.plan
     stream, addresses = hooks.raw_stream(device), held.addresses
     parts: dict[str, Step] = {
         "recognise the call": _recognise(tensors),
@@ -91,14 +95,14 @@ def call_breakdown(held: Steady, calls: int, repeats: int) -> dict[str, float]:
     found = {"whole call": cost_us(held.call, calls, repeats)}
     found |= {name: cost_us(step, calls, repeats) for name, step in parts.items()}
     found["rest"] = found["whole call"] - sum(found[name] for name in parts)
-    found["of the launch: cuLaunchKernelEx"] = cost_us(_bare_launch(held.made), calls, repeats)
+    found["of the launch: cuLaunchKernelEx"] = cost_us(_bare_launch(held.launch), calls, repeats)
     return found
 
 
 def launch_costs(few: Steady, many: Steady, calls: int, repeats: int) -> dict[str, float]:
     """Microseconds of launches into an output that is there, in the FA3 family of what tensor maps add to them, and of requests.
 
-    Both are dense. ``many`` has more tiles than the GPU has multiprocessors: the FA3 family counts them, and asks for the counters of a
+    Both are dense. ``many`` has more tiles than the GPU has SMs: the FA3 family counts them, and asks for the counters of a
     side stream.
     """
     import torch
@@ -108,26 +112,31 @@ def launch_costs(few: Steady, many: Steady, calls: int, repeats: int) -> dict[st
     for tiles, held in (("few", few), ("many", many)):
         for name, stream in (("", 0), (", side stream", side.cuda_stream)):
             found[f"further launch, {tiles} tiles{name}"] = cost_us(_launch_of(held, stream), calls, repeats)
-    family = few.made.kernel.spec.family
+    family = few.launch.kernel.spec.family
     if family is Family.FA3:
         found |= _map_costs(few, calls, repeats)
     kind, inputs = Fa3FwdRequest if family is Family.FA3 else Fa2FwdRequest, few.inputs
     request = kind(inputs.q, inputs.k, inputs.v)
     found["request object"] = cost_us(lambda: kind(inputs.q, inputs.k, inputs.v), calls, repeats)
     found["run(request)"] = cost_us(lambda: run(request, lse=False), calls, repeats)
-    found["run(request), the first of its kind"] = cost_us(lambda: execute(request, lse=False), calls, repeats)
+    found["run(request), the first of its kind"] = cost_us(lambda: _anew(request), calls, repeats)
     return found
 
 
+def _anew(request: FaFwdDispatch) -> None:
+    plans.clear()
+    run(request, lse=False)
+
+
 def _launch_of(held: Steady, stream: int) -> Step:
-    plan, addresses = held.made.kernel.plan(held.made.params, held.made.grid, len(held.addresses)), held.addresses
+    plan, addresses = held.plan, held.addresses
     return lambda: plan.launch(stream, addresses)
 
 
 def _map_costs(held: Steady, calls: int, repeats: int) -> dict[str, float]:
     """A map that is made, and one that follows an array to another address."""
-    first, *_ = tensor_map_specs(held.request.problem, held.made.kernel.spec)
-    index = held.made.kernel.device_index
+    first, *_ = held.launch.params.tensor_maps
+    index = held.launch.kernel.device_index
     room = ctypes.create_string_buffer(TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT)
     place = -(-ctypes.addressof(room) // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
     ctypes.memmove(place, encode(first, index), TENSOR_MAP_BYTES)
@@ -144,13 +153,8 @@ def _allocate(q: Any) -> Step:
 
 def _bare_launch(made: Launch) -> Step:
     """The driver's part of a launch: cuLaunchKernelEx on the addresses of the first call, with arguments that exist already."""
-    spec, params = made.kernel.spec, made.params
-    config = LaunchConfig((made.grid, 1, 1), (spec.tile.threads, 1, 1), spec.shared_memory)
-    of_kernel = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    function = ctypes.c_char.from_address(made.kernel.function)
-    arguments = (ctypes.byref(config), ctypes.byref(function), ctypes.byref(of_kernel), None)
-    launch = launch_function()
-    return lambda: launch(*arguments)
+    arguments, function = made.arguments(), launch_function()
+    return lambda: function(*arguments)
 
 
 def _recognise(tensors: tuple[Any, ...]) -> Step:

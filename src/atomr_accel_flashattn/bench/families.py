@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..arrays import current_stream
-from ..dense import DenseFwdRequest
+from ..arrays.read import current_stream
 from ..dispatch import DispatchKey, FaFwdDispatch, best_arch, key_of_problem, lookup
-from ..execute import Launch, execute
 from ..fa2 import MaskKind, PositionBias
-from ..jit.spec import Family, KernelSpec, Tile
-from ..options import AttentionOptions
+from ..kernels.spec import Family, KernelSpec, Tile
 from ..problem import ArrayInfo, AttentionProblem
+from ..requests.dense import DenseFwdRequest
+from ..requests.options import AttentionOptions
+from ..runtime.execute import execute, make_outputs
+from ..runtime.plan import SLOTS, Plan, addresses_of
 from ..types import SmArch
 from ..varlen import CumulativeSeqlens, VarlenFwdRequest
 from .peers import Call, Peer, Refused
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OfFamily", "repeated", "request_of"]
 
-_OUT = 3  # place of o among the leading addresses of the parameters
+_OUT = SLOTS.index("o")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,8 +49,7 @@ class _Held:
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         """A key like the request's, with family and tile demanded, on an arch that has the family."""
-        key = key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array, self.family)
-        return replace(key, extras=replace(key.extras, tile=self.tile))
+        return key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array, self.family, tile=self.tile)
 
 
 def request_of(cell: Cell, inputs: Inputs, family: Family | None = None, *, tile: Tile | None = None, out: Any = None) -> FaFwdDispatch:
@@ -71,12 +71,12 @@ def request_of(cell: Cell, inputs: Inputs, family: Family | None = None, *, tile
     return request if family is None and tile is None else _Held(request, family, tile)
 
 
-def repeated(made: Launch, problem: AttentionProblem, q: torch.Tensor) -> Call:
-    """The launch once more, into a new output like q every time, as the functional calls do."""
+def repeated(plan: Plan, request: FaFwdDispatch, q: torch.Tensor) -> Call:
+    """The plan once more, into a new output like q every time, as the functional calls do."""
     import torch
 
-    plan: Any = made.kernel.plan(made.params, made.grid)
-    stream, addresses = current_stream(problem.q), made.params.addresses()
+    stream = current_stream(request.problem.q)
+    addresses = addresses_of(request.problem, make_outputs(request, lse=False))
     before, after = addresses[:_OUT], addresses[_OUT + 1 :]
 
     def call() -> torch.Tensor:
@@ -100,7 +100,7 @@ class OfFamily(Peer):
         spec = lookup(request.dispatch_key())
         if not isinstance(spec, KernelSpec) or spec.family is not self.family:
             raise Refused(f"{self.family.value} resolves to {spec.kernel_name} here")
-        made = execute(request, lse=False)[1]
-        if made is None:
+        plan = execute(request, lse=False)[1]
+        if plan is None or not plan.launches:
             raise Refused("nothing to launch")
-        return repeated(made, request.problem, inputs.q)
+        return repeated(plan, request, inputs.q)

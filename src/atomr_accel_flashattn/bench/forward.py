@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..dispatch import lookup
 from ..errors import FlashAttnError
-from ..jit.spec import Family
+from ..kernels.spec import Family
 from .cells import Cell, select
 from .families import OfFamily, request_of
 from .inputs import ERROR_LIMIT, Inputs, check_rows, make_inputs

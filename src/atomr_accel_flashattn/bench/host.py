@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DispatchError
-from ..jit.spec import Family
+from ..kernels.spec import Family
 from .breakdown import Steady, call_breakdown, launch_costs, steady
 from .cells import Cell
 from .forward import Options, chosen_peers
@@ -182,7 +182,7 @@ def _compile_times() -> dict[str, float]:
     from ..dispatch import DispatchKey, lookup
     from ..jit.cache import KernelCache
     from ..jit.compile import compile_kernel
-    from ..jit.spec import KernelSpec
+    from ..kernels.spec import KernelSpec
     from ..types import DType, SmArch
 
     first, second = (lookup(DispatchKey(SmArch.SM_90, DType.BF16, d, causal=True)) for d in (64, 128))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DeviceMismatchError, RuntimeFlashAttnError
-from ..jit.driver import device_count
+from ..launch.driver import device_count
 from .output import Json, console, make_table, print_json
 
 __all__ = ["bench"]

@@ -13,7 +13,7 @@ import typer
 from ..env import settings
 from ..errors import CacheError
 from ..jit.cache import KernelCache
-from ..jit.saved_tiles import SAVED_TILES, SavedTile, read_saved_tiles, remove_saved_tiles
+from ..tiles.saved import SAVED_TILES, SavedTile, read_saved_tiles, remove_saved_tiles
 from .output import Json, console, make_table, print_json, size_text, time_text
 
 __all__ = ["app", "cache_at"]

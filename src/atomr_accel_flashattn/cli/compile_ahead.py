@@ -15,10 +15,10 @@ from ..env import settings
 from ..errors import CacheError, CompileError, DispatchError
 from ..jit.cache import KernelCache
 from ..jit.compile import CompiledKernel, compile_many
-from ..jit.driver import device_count, device_properties
-from ..jit.saved_tiles import read_saved_tiles, save_tiles
-from ..jit.spec import KernelSpec
-from ..jit.tiles import HEAD_DIM_WIDTHS
+from ..kernels.spec import KernelSpec
+from ..launch.driver import device_count, device_properties
+from ..limits import HEAD_DIM_WIDTHS
+from ..tiles.saved import read_saved_tiles, save_tiles
 from ..types import DType, SmArch
 from .output import Json, console, make_table, print_json, progress_bar, size_text, time_text
 

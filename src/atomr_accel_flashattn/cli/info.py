@@ -12,8 +12,8 @@ from ..dispatch import arch_of_capability
 from ..env import settings
 from ..errors import ArchUnsupportedError, CacheError, FlashAttnError
 from ..jit.cache import KernelCache
-from ..jit.driver import MINIMUM_DRIVER, device_count, device_properties, driver_version
 from ..jit.nvrtc import nvrtc_version
+from ..launch.driver import MINIMUM_DRIVER, device_count, device_properties, driver_version
 from .output import Json, console, make_table, print_json, size_text
 
 __all__ = ["gather", "info"]

@@ -12,8 +12,8 @@ import typer
 
 from ..env import PREFIX, settings
 from ..errors import CacheError, DeviceMismatchError, RuntimeFlashAttnError
-from ..jit.driver import device_count
-from ..jit.spec import Family
+from ..kernels.spec import Family
+from ..launch.driver import device_count
 from ..types import DType
 from .output import Json, console, make_table, print_json, progress_bar, time_text
 from .tune_shapes import Shape, shapes_of

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..dense import DenseFwdRequest
-from ..device_array import DeviceArray
+from ..arrays.device_array import DeviceArray
 from ..dispatch import arch_of_capability, lookup
 from ..env import settings
 from ..errors import ArchUnsupportedError, DeviceMismatchError, DriverTooOldError, NoDriverError
-from ..execute import Output, run
-from ..jit.driver import check, current_context, device_count, device_properties, driver
-from ..jit.spec import KernelSpec
-from ..options import MaskKind
+from ..kernels.spec import KernelSpec
+from ..launch.driver import check, current_context, device_count, device_properties, driver
+from ..requests.dense import DenseFwdRequest
+from ..requests.options import MaskKind
+from ..runtime.execute import run
+from ..runtime.plan import Output
 from ..types import Device, SmArch
 from .cases import Case
 

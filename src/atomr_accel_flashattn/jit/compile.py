@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ..env import settings
 from ..errors import CompileError
-from . import nvrtc, source
+from ..kernels.spec import KernelSpec
+from . import headers, nvrtc
 from .cache import CacheKey, KernelCache, Record, default_cache
-from .spec import KernelSpec
 
 __all__ = ["CompiledKernel", "cache_key", "compile_kernel", "compile_many"]
 
@@ -60,7 +60,7 @@ def compile_kernel(spec: KernelSpec, cache: KernelCache | None = None, *, recomp
     """
     started = time.perf_counter()
     cache = default_cache() if cache is None else cache
-    text = source.kernel_source(spec)
+    text = spec.source()
     key = cache_key(spec, text)
     if cache is None:
         record, cubin = _compile(spec, key, text, None)
@@ -121,7 +121,7 @@ def cache_key(spec: KernelSpec, text: str) -> CacheKey:
         NvrtcMissingError: NVRTC is not installed.
     """
     digest = hashlib.sha256()
-    parts = (_KEY_SCHEMA, nvrtc.nvrtc_digest().encode(), source.headers_digest(), *map(str.encode, nvrtc.compile_options(spec.arch.value)))
+    parts = (_KEY_SCHEMA, nvrtc.nvrtc_digest().encode(), headers.headers_digest(), *map(str.encode, nvrtc.compile_options(spec.arch.value)))
     for part in (*parts, text.encode()):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
@@ -133,7 +133,7 @@ def _compile(spec: KernelSpec, key: CacheKey, text: str, cache: KernelCache | No
     if folder is not None:
         _save(folder, key, text)
     try:
-        made = nvrtc.compile_source(spec.kernel_name, text, spec.arch.value, [source.headers_dir()])
+        made = nvrtc.compile_source(spec.kernel_name, text, spec.arch.value, [headers.headers_dir()])
     except CompileError as error:
         saved = (cache.save_source(key, text) if cache is not None else None) or _save(_scratch(), key, text)
         raise CompileError(error.args[0].splitlines()[0], spec=spec, log=error.log, source_path=saved) from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import as_numpy
+from ..arrays.read import as_numpy
 from ..types import DType
 from .mask import BandMask
 from .philox import keep_mask

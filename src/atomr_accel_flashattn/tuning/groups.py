@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Protocol
 
-from ..jit.saved_tiles import kernel_without_tile
-from ..jit.spec import KernelSpec
-from ..jit.tiles import has_row_for_few_rows
+from ..kernels.forward import ForwardSpec
+from ..tiles.saved import kernel_without_tile
+from ..tiles.tables import has_row_for_few_rows
 
 __all__ = ["Group", "by_kernel", "by_table_row"]
 
@@ -15,7 +15,7 @@ __all__ = ["Group", "by_kernel", "by_table_row"]
 class Group(Protocol):
     """What a group of shapes has in common."""
 
-    def __call__(self, spec: KernelSpec, *, few_rows: bool) -> Hashable:
+    def __call__(self, spec: ForwardSpec, *, few_rows: bool) -> Hashable:
         """Equal for shapes that share a winner.
 
         Args:
@@ -25,11 +25,11 @@ class Group(Protocol):
         ...
 
 
-def by_kernel(spec: KernelSpec, *, few_rows: bool) -> Hashable:
+def by_kernel(spec: ForwardSpec, *, few_rows: bool) -> Hashable:
     """Those that one kernel serves with one tile: what is saved in the user's cache."""
     return kernel_without_tile(spec, few_rows=few_rows)
 
 
-def by_table_row(spec: KernelSpec, *, few_rows: bool) -> Hashable:
-    """Those that share a row of the tables in jit/tiles.py, of which there is another for few rows at some widths."""
+def by_table_row(spec: ForwardSpec, *, few_rows: bool) -> Hashable:
+    """Those that share a row of the tables in tiles/tables.py, of which there is another for few rows at some widths."""
     return (spec.family, spec.arch, spec.head_dim, spec.v_head_dim, few_rows and has_row_for_few_rows(spec))

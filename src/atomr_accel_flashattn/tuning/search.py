@@ -23,8 +23,9 @@ from ..bench.timing import Contestant, measure_in_turns
 from ..dispatch import lookup
 from ..errors import DispatchError
 from ..jit.compile import compile_many
-from ..jit.spec import Family, KernelSpec, Tile
-from ..jit.tile_space import AXES, SCHEDULES, misfit, tiles_that_fit
+from ..kernels.forward import ForwardSpec
+from ..kernels.spec import Family, Tile
+from ..tiles.space import SCHEDULES, misfit, tiles_that_fit
 from .groups import Group, by_kernel
 from .trial import Stand, Trial
 
@@ -72,7 +73,7 @@ class ShapeResult:
     """What was found for one shape: trials, the fastest first, those that were not timed at the end."""
 
     cell: Cell
-    spec: KernelSpec  # with the tile in use
+    spec: ForwardSpec  # with the tile in use
     few_rows: bool  # whether the shape's key says so (Extras.few_rows)
     trials: list[Trial]
     seconds: float
@@ -249,7 +250,7 @@ def _finalists(searches: Sequence[_Search]) -> list[Tile]:
     return list(dict.fromkeys([*bests, *near]))
 
 
-def _first_candidates(spec: KernelSpec, options: Options) -> list[Tile]:
+def _first_candidates(spec: ForwardSpec, options: Options) -> list[Tile]:
     """Tiles that match a pattern; without patterns, all with the schedule in use. Shuffled, in case the budget does not last."""
     every = list(tiles_that_fit(spec))
     if options.tiles:
@@ -262,13 +263,13 @@ def _first_candidates(spec: KernelSpec, options: Options) -> list[Tile]:
             f"tiles: got {', '.join(options.tiles)}; none of the {len(every)} that fit {spec.kernel_name} matches: {examples}, ..."
         )
     random.Random(options.seed).shuffle(chosen)  # noqa: S311 - an order, not a secret
-    if spec.family is Family.FA3:  # of two that turn out to be one launch the first is timed: the one that longer calls may tell apart
-        chosen.sort(key=lambda tile: not tile.persistent)
+    # Of two that turn out to be one launch the first is timed: the one that longer calls may tell apart.
+    chosen.sort(key=lambda tile: not tile.persistent)
     return chosen
 
 
-def _other_schedules(spec: KernelSpec, tiles: Sequence[Tile]) -> Iterator[Tile]:
-    axes = {name: values for name, values in AXES[spec.family].items() if name in SCHEDULES}
+def _other_schedules(spec: ForwardSpec, tiles: Sequence[Tile]) -> Iterator[Tile]:
+    axes = {name: values for name, values in spec.AXES.items() if name in SCHEDULES}
     for tile in tiles:
         for values in itertools.product(*axes.values()):
             other = replace(tile, **dict(zip(axes, values, strict=True)))
@@ -286,7 +287,7 @@ def _stand(cell: Cell, options: Options) -> Stand:
     sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed)
     key = request_of(cell, sets[0], options.family).dispatch_key()
     spec = lookup(key)
-    if not isinstance(spec, KernelSpec) or (options.family is not None and spec.family is not options.family):
+    if not isinstance(spec, ForwardSpec) or (options.family is not None and spec.family is not options.family):
         wanted = "a GPU kernel" if options.family is None else options.family.value
         raise DispatchError(f"family: got {wanted} for {cell}, which resolves to {spec.kernel_name} here; leave --family out")
     return Stand(cell, sets, spec, few_rows=key.extras.few_rows)

@@ -6,16 +6,19 @@ import contextlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..arrays import current_stream
+from ..arrays.read import current_stream
 from ..bench.families import request_of
 from ..bench.inputs import ERROR_LIMIT, Inputs, check_rows
 from ..bench.timing import Contestant
+from ..dispatch import FaFwdDispatch
 from ..errors import CompileError, DeviceLostError, FlashAttnError
-from ..execute import Launch, execute
 from ..jit.compile import CompiledKernel
-from ..jit.spec import KernelSpec, Tile
+from ..kernels.forward import ForwardSpec
+from ..kernels.spec import KernelSpec, Tile
+from ..runtime.execute import execute, make_outputs
+from ..runtime.plan import Plan, addresses_of
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +79,7 @@ class Stand:
         few_rows: whether the key of the shape says so.
     """
 
-    def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: KernelSpec, *, few_rows: bool) -> None:
+    def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: ForwardSpec, *, few_rows: bool) -> None:
         self.cell = cell
         self.sets: Sequence[Inputs] = sets
         self.spec, self.few_rows = spec, few_rows
@@ -122,15 +125,16 @@ class Stand:
         for inputs, out in zip(self.sets, self._outs, strict=True):
             out.fill_(float("nan"))
             request = request_of(self.cell, inputs, self.spec.family, tile=trial.tile, out=out)
-            made = execute(request, lse=False)[1]
-            if made is None:
+            plan = execute(request, lse=False)[1]
+            if plan is None or not plan.launches:
                 trial.refused = "nothing to launch"
                 return []
-            same = self._launched.setdefault((made.kernel.spec, made.grid), trial.tile)
+            (launch,) = plan.launches
+            same = self._launched.setdefault((launch.kernel.spec, launch.grid), trial.tile)
             if same != trial.tile:
                 trial.same_as, trial.refused = same, f"the same launch as {same} here"
                 return []
-            calls.append(_repeated(made, current_stream(request.problem.q)))
+            calls.append(_repeated(plan, request))
         return calls
 
 
@@ -138,8 +142,7 @@ def _output(cell: Cell, inputs: Inputs) -> torch.Tensor:
     return inputs.q.new_empty((*inputs.q.shape[:-1], cell.value_dim))
 
 
-def _repeated(made: Launch, stream: int) -> Callable[[], None]:
-    """The launch once more, on the same arrays."""
-    plan: Any = made.kernel.plan(made.params, made.grid)
-    addresses = made.params.addresses()
+def _repeated(plan: Plan, request: FaFwdDispatch) -> Callable[[], None]:
+    """The plan once more, on the same arrays."""
+    stream, addresses = current_stream(request.problem.q), addresses_of(request.problem, make_outputs(request, lse=False))
     return lambda: plan.launch(stream, addresses)

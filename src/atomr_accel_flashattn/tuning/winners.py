@@ -9,11 +9,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
-from .. import plans
 from ..dispatch import forget_lookups
-from ..jit.saved_tiles import SavedTile, device_identity, headers_identity, kernel_without_tile, save_tiles
-from ..jit.spec import Family, KernelSpec, Tile
-from ..jit.tiles import has_row_for_few_rows
+from ..kernels.forward import ForwardSpec
+from ..kernels.spec import Tile
+from ..tiles.saved import SavedTile, device_identity, headers_identity, kernel_without_tile, save_tiles
+from ..tiles.tables import has_row_for_few_rows, row_of
+from ..torch_ops import repeat as plans
 from .groups import Group
 from .search import ShapeResult
 
@@ -35,7 +36,7 @@ class Winner:
         shapes: their names.
     """
 
-    spec: KernelSpec
+    spec: ForwardSpec
     few_rows: bool
     tile: Tile
     speedup: float
@@ -109,9 +110,9 @@ def keep(found: Sequence[Winner], folder: Path, device_index: int) -> Path:
 
 
 def table_row(winner: Winner) -> str:
-    """A winner of :func:`~.groups.by_table_row` as a row of its table in jit/tiles.py; its comment says when that is for few rows."""
+    """A winner of :func:`~.groups.by_table_row` as a row of its table in tiles/tables.py; its comment says when that is for few rows."""
     spec, tile, few_rows = winner.spec, winner.tile, winner.few_rows and has_row_for_few_rows(winner.spec)
-    row = f"({spec.head_dim}, {spec.v_head_dim})" if spec.family is Family.FA3 else str(spec.head_dim)
+    row = row_of(spec)
     table = f"{spec.family.value} {spec.arch.value}{', few rows' if few_rows else ''}"
     told = [
         f"{f.name}={getattr(tile, f.name)}" for f in fields(Tile) if f.name not in _NOT_IN_TABLES and getattr(tile, f.name) != f.default

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..kernels.forward import ForwardSpec
+from ..kernels.spec import Family, Tile
+from ..limits import HEAD_DIM_WIDTHS, PHILOX_KEYS
 from ..types import SmArch
-from .spec import Family, KernelSpec, Tile
 
-__all__ = ["HEAD_DIM_WIDTHS", "has_few_rows", "has_row_for_few_rows", "head_dim_width", "tile_for", "wgmma_tile_for"]
-
-HEAD_DIM_WIDTHS = (32, 64, 96, 128, 192, 256)
+__all__ = ["has_few_rows", "has_row_for_few_rows", "head_dim_width", "row_of", "tile_for", "wgmma_tile_for"]
 
 # Architectures with at least 163 KB of shared memory per block.
 _LARGE = {
@@ -21,10 +21,10 @@ _LARGE = {
     256: Tile(block_m=128, block_n=64, warps=8),
 }
 
-# Architectures with 228 KB a multiprocessor: two blocks hide each other's loads, which one of 8 warps waits for (2 to 9 % faster, H100).
+# Architectures with 228 KB an SM: two blocks hide each other's loads, which one of 8 warps waits for (2 to 9 % faster, H100).
 _LARGEST = _LARGE | {256: Tile(block_m=64, block_n=64, warps=4, min_blocks=2)}
 
-# Architectures with 99 KB: two blocks of a multiprocessor share 100 KB.
+# Architectures with 99 KB: two blocks of an SM share 100 KB.
 _SMALL = _LARGE | {
     96: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),
     128: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),
@@ -43,13 +43,12 @@ _TABLES = {
 # 128 keys halve the reads of Q and the barriers (9 to 14 % faster, H100), where nothing takes registers beside scores and accumulators.
 _PLAIN = {64: replace(_LARGE[64], block_n=128)}
 
-_PHILOX_KEYS = 32  # one Philox call covers 32 keys, so no tile with dropout is narrower
-_THREE_WARPGROUPS = 16  # warps of a block with three of them and the loading one: 160 registers hold 64 keys beside the generator's
+_THREE_WARPGROUPS = 16  # warps of a block with three of them and the producer: 160 registers hold 64 keys beside the generator's
 _DROPOUT_KEYS = 128  # keys of scores that the 240 registers of two warpgroups hold beside them
 _DROPOUT_NARROWS = 96  # from this width on, the generator's registers spill beside 64 keys of scores (136 to 648 bytes) and fit beside 32
 
 
-# The wgmma family, by (q/k width, v width); other pairs take the row of the wider one. 64 rows per computing warpgroup, and 240, 160 or 112
+# The wgmma family, by (q/k width, v width); other pairs take the row of the wider one. 64 rows per consumer warpgroup, and 240, 160 or 112
 # registers a thread with two, three or four of them; block_n is about the largest that does not spill, but at 256 x 256, where 64 are as
 # fast as 80 or, causal, up to 3 % faster. Three and four hide each other's softmax, where two leave the tensor cores idle for a seventh of
 # the time (docs/performance.md).
@@ -87,10 +86,15 @@ def has_few_rows(head_dim: int, v_head_dim: int, rows: int) -> bool:
     return rows <= _FEW_ROWS.get((head_dim_width(head_dim), head_dim_width(v_head_dim)), 0)
 
 
-def has_row_for_few_rows(spec: KernelSpec) -> bool:
+def has_row_for_few_rows(spec: ForwardSpec) -> bool:
     """Whether the table of its family has a tile for few rows at the widths of ``spec``."""
     widths = (spec.head_dim, spec.v_head_dim)
     return spec.family is Family.FA3 and widths in _WGMMA_FEW_ROWS and not (spec.softcap and widths in _WITH_SOFTCAP)
+
+
+def row_of(spec: ForwardSpec) -> str:
+    """How the row of a kernel is named in the table of its family."""
+    return f"({spec.head_dim}, {spec.v_head_dim})" if spec.family is Family.FA3 else str(spec.head_dim)
 
 
 def wgmma_tile_for(
@@ -122,7 +126,7 @@ def wgmma_tile_for(
         tile = _WGMMA_FEW_ROWS[widths]
     if dropout:
         keys = 64 if tile.warps == _THREE_WARPGROUPS else _DROPOUT_KEYS
-        tile = replace(tile, block_n=min(tile.block_n, keys) // _PHILOX_KEYS * _PHILOX_KEYS)
+        tile = replace(tile, block_n=min(tile.block_n, keys) // PHILOX_KEYS * PHILOX_KEYS)
     if softcap:
         tile = replace(tile, block_n=min(tile.block_n, _SOFTCAP_KEYS.get(wider, tile.block_n)), ping_pong=False)
     return tile
@@ -141,6 +145,6 @@ def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, dropout: bool = Fa
     """
     wider = max(head_dim, v_head_dim)
     tile = _PLAIN[wider] if plain and wider in _PLAIN else _TABLES[arch][wider]
-    if dropout and wider >= _DROPOUT_NARROWS and tile.block_n > _PHILOX_KEYS:
-        return replace(tile, block_n=_PHILOX_KEYS)
+    if dropout and wider >= _DROPOUT_NARROWS and tile.block_n > PHILOX_KEYS:
+        return replace(tile, block_n=PHILOX_KEYS)
     return tile

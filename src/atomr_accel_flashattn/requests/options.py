@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log2, sqrt
-from numbers import Integral, Real
+from math import sqrt
 from typing import Any, Final
 
 import numpy as np
 
-from .errors import ArrayTypeError, DropoutError, ScaleError, SinkWithoutMaskError, SoftcapError, WindowError
-from .problem import Band
-from .short_repr import ShortRepr
+from ..errors import ArrayTypeError, DropoutError, ScaleError, SinkWithoutMaskError, SoftcapError, WindowError
+from ..limits import LARGEST_SCORE_FACTOR, MAX_LENGTH, is_integer, is_real
+from ..problem import Band
+from ..short_repr import ShortRepr
 
-__all__ = ["MAX_LENGTH", "AttentionOptions", "MaskKind", "PositionBias", "check_kinds", "is_integer", "is_real"]
+__all__ = ["AttentionOptions", "MaskKind", "PositionBias", "check_kinds"]
 
-MAX_LENGTH: Final = 2**30 - 1  # tokens of one sequence: kernels count them in 32 bits and mark "no bound" with 2^30
-_LOG2_E: Final = log2(np.e)
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
-_LARGEST: Final = _FLOAT32_MAX / _LOG2_E  # kernels multiply by log2(e); compared, not computed with: integers may exceed every float
-
-
-def is_integer(value: Any) -> bool:
-    """Whether a value is an integer of Python or NumPy, and no bool."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_real(value: Any) -> bool:
-    """Whether a value is a real number of Python or NumPy (arrays and tensors are none: reading them may wait for a GPU)."""
-    return isinstance(value, Real)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +144,9 @@ class AttentionOptions(ShortRepr):
 
     def __post_init__(self) -> None:
         scale, cap, p = self.softmax_scale, self.softcap, self.dropout_p
-        if scale is not None and not (is_real(scale) and abs(scale) <= _LARGEST):
+        if scale is not None and not (is_real(scale) and abs(scale) <= LARGEST_SCORE_FACTOR):
             raise ScaleError(f"softmax_scale: got {scale!r}; allowed is a finite float32 number, or None for 1 / sqrt(head dim)")
-        if not (is_real(cap) and 0 <= cap <= _LARGEST):
+        if not (is_real(cap) and 0 <= cap <= LARGEST_SCORE_FACTOR):
             raise SoftcapError(f"softcap: got {cap!r}; allowed is a finite float32 number >= 0, 0 for none")
         if cap > 0 and abs(scale if scale is not None else 1.0) / cap > _FLOAT32_MAX:
             raise SoftcapError(

@@ -1,9 +1,9 @@
 """Load a kernel on a device, and launch it.
 
-A steady-state launch touches three things: this thread's block of parameters, one ctypes array assignment for the addresses, one foreign
-call with arguments that exist already; in the FA3 family also the tensor map of every address that changed, and the counters of a stream
-that may be captured. Nothing on that path looks at the device: a function belongs to its context, and CUDA refuses to launch it from
-another one before anything has run; only then is the right context made current and the launch repeated.
+A launch touches three things: this thread's storage of parameters, one ctypes array assignment for the addresses, one foreign call with
+arguments that exist already; for kernels that read through tensor maps also the map of every address that changed, and for persistent ones
+the counters of a stream that may be captured. Nothing on that path looks at the device: a function belongs to its context, and CUDA refuses
+to launch it from another one before anything has run; only then is the right context made current and the launch repeated.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from __future__ import annotations
 import ctypes
 import threading
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from operator import itemgetter
+from typing import Any
 
 from ..env import settings
 from ..errors import LaunchError
-from .cache import KernelCache
-from .compile import CompiledKernel, compile_kernel
+from ..jit.cache import KernelCache
+from ..jit.compile import CompiledKernel, compile_kernel
+from ..kernels.params import KernelParams
+from ..kernels.spec import KernelSpec
 from .counters import LEGACY_STREAMS, counters_for
 from .driver import LaunchConfig, check, cuda_error, current_context, device_properties, driver, launch_function, primary_context
-from .params import Fa3FwdParams, KernelParams
-from .spec import KernelSpec
-from .tensor_map import TENSOR_MAP_ALIGNMENT, move, move_function
+from .tensor_map import TENSOR_MAP_ALIGNMENT, encode, move, move_function
 
-__all__ = ["LaunchPlan", "LoadedKernel", "launch", "load_kernel"]
+__all__ = ["Launch", "LoadedKernel", "load_kernel"]
 
-_MAX_GRID = (1 << 31) - 1
-_NOWHERE = (-1, -1, -1)  # addresses that no map has
+_NOWHERE = (-1,)  # addresses that no map has
 _NO_STREAM = -1  # a handle that no stream has
 _PLAIN_SHARED_BYTES = 48 * 1024  # dynamic shared memory that a kernel may use without asking
 # The function belongs to another context than the current one, there is none, or it is gone: INVALID_CONTEXT, INVALID_HANDLE,
@@ -45,8 +45,6 @@ _BAD_IMAGE = frozenset(
     }
 )
 
-P = TypeVar("P", bound=KernelParams)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedKernel:
@@ -58,34 +56,25 @@ class LoadedKernel:
     module: Any
     function: int
 
-    def plan(self, params: P, grid: int, addresses: int | None = None) -> LaunchPlan[P]:
-        """A launch of ``grid`` blocks with ``params``, ready to be repeated with other addresses.
-
-        Args:
-            params: the parameters; they are copied.
-            grid: number of blocks.
-            addresses: how many of the leading addresses every launch brings; the others stay as they are. None: all of them.
-
-        Raises:
-            LaunchError: ``grid`` outside 1..2^31-1.
-        """
-        plan = _WaitingLaunchPlan if settings().debug else LaunchPlan
-        return plan(self, params, grid, params.POINTERS if addresses is None else addresses)
+    def launch_of(self, params: KernelParams, grid: int, slots: tuple[str, ...]) -> Launch:
+        """A launch of ``grid`` blocks with ``params`` (copied), ready to be made at any addresses; ``slots``: their names, in order."""
+        kind = _WaitingLaunch if settings().debug else Launch
+        return kind(self, params, grid, slots)
 
 
-class _Block:
+class _ParameterStorage:
     """Parameters and launch configuration of one thread, and what ctypes needs to pass them.
 
     ``arguments`` are those of cuLaunchKernelEx, converted once: passing them costs 0.05 us less than objects that ctypes must look into.
     """
 
-    __slots__ = ("_config", "_of_kernel", "_params", "arguments", "pointers", "stream")
+    __slots__ = ("_config", "_of_kernel", "_params", "addresses", "arguments", "stream")
 
-    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int, addresses: int) -> None:
+    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int) -> None:
         self._params = _aligned_copy(params)
-        self._config = LaunchConfig((grid, 1, 1), (kernel.spec.tile.threads, 1, 1), kernel.spec.shared_memory)
+        self._config = LaunchConfig((grid, 1, 1), (kernel.spec.threads, 1, 1), kernel.spec.shared_memory)
         self._of_kernel = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
-        self.pointers: Any = (ctypes.c_uint64 * addresses).from_buffer(self._params)
+        self.addresses: Any = (ctypes.c_uint64 * len(params.SLOTS)).from_buffer(self._params)
         self.stream = 0
         function = ctypes.c_char.from_address(kernel.function)  # never read: a CUfunction is a handle
         self.arguments = (ctypes.byref(self._config), ctypes.byref(function), ctypes.byref(self._of_kernel), None)
@@ -96,120 +85,112 @@ class _Block:
         self.stream = stream
 
 
-class _MappedBlock(_Block):
-    """A :class:`_Block` of the FA3 family: tensor maps follow the addresses of q, k and v, the counters follow the stream.
+class _MappedStorage(_ParameterStorage):
+    """Of a kernel with tensor maps, which follow the leading addresses, and counters, which follow the stream.
 
-    Nothing has to :meth:`follow` when the addresses are those in ``mapped`` and the stream is the one in ``settled``.
+    Nothing has to :meth:`follow` when those addresses are ``mapped`` and the stream is the one in ``settled``.
     """
 
-    __slots__ = ("_at", "_device_index", "_maps", "_persistent", "_replace_address", "_values", "mapped", "settled")
+    __slots__ = ("_at", "_counts", "_device_index", "_maps", "_replace_address", "_values", "mapped", "settled")
 
-    def __init__(self, kernel: LoadedKernel, params: Fa3FwdParams, grid: int, addresses: int) -> None:
-        super().__init__(kernel, params, grid, addresses)
+    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int) -> None:
+        super().__init__(kernel, params, grid)
         self._values: Any = self._params
         self._device_index = kernel.device_index
-        self._persistent = kernel.spec.tile.persistent
-        self._maps = tuple(ctypes.addressof(each) for each in (self._values.q_map, self._values.k_map, self._values.v_map))
-        self._at = list(params.addresses()[:3])  # where each map reads
+        self._counts = params.counts
+        self._maps = tuple(ctypes.addressof(getattr(self._values, name)) for name, _ in params.MAPS)
+        self._at = [each.ptr for each in params.tensor_maps]  # where each map reads
         self._replace_address = move_function()
-        self.mapped = params.addresses()[:3]
+        self.mapped: tuple[int, ...] = _NOWHERE
         self.settled = _NO_STREAM
 
-    def follow(self, stream: int, pointers: tuple[int, ...]) -> None:
-        """Read ``pointers`` through the maps, and count in the counters of ``stream``.
+    def follow(self, stream: int, mapped: tuple[int, ...]) -> None:
+        """Read the leading addresses ``mapped`` through the maps, and count in the counters of ``stream``.
 
         Every launch asks anew for those of a stream that may be captured, or be another one under the same handle. The legacy default
         stream is neither.
         """
-        if pointers[:3] != self.mapped:
-            self._move(pointers[:3])
+        if mapped != self.mapped:
+            self._move(mapped)
         if stream != self.settled:
             self.settled = _NO_STREAM  # until the counters are there
-            if self._persistent:
+            if self._counts:
                 self._values.counters = counters_for(self._device_index, stream)
-            if stream <= LEGACY_STREAMS or not self._persistent:
+            if stream <= LEGACY_STREAMS or not self._counts:
                 self.settled = stream
 
-    def _move(self, qkv: tuple[int, ...]) -> None:
+    def _move(self, mapped: tuple[int, ...]) -> None:
         """An array without elements has the address 0 in every call, and its map is never read."""
         at, self.mapped = self._at, _NOWHERE  # until all have moved
-        for i in range(3):
-            now = qkv[i]
+        for i, now in enumerate(mapped):
             if now != at[i] and now:
                 at[i] = 0  # until it has moved
                 if self._replace_address(self._maps[i], now):
                     move(self._maps[i], now, self._device_index)
                 at[i] = now
-        self.mapped = qkv
+        self.mapped = mapped
 
 
-class _ThreadBlocks(threading.local):
-    """A :class:`_Block` for each thread that asks: another thread may write its addresses while CUDA reads ours."""
+class _StoragePerThread(threading.local):
+    """Parameter storage for each thread that asks: another thread may write its addresses while CUDA reads ours."""
 
-    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int, addresses: int) -> None:
-        if isinstance(params, Fa3FwdParams):
-            self.block: Any = _MappedBlock(kernel, params, grid, addresses)
-        else:
-            self.block = _Block(kernel, params, grid, addresses)
+    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int) -> None:
+        self.storage: Any = (_MappedStorage if params.MAPS else _ParameterStorage)(kernel, params, grid)
 
 
-class LaunchPlan(Generic[P]):
+class Launch:
     """A launch whose shapes are fixed: only addresses and stream change from call to call. Safe to share between threads."""
 
-    __slots__ = ("_blocks", "_launch", "_mapped", "grid", "kernel")
+    __slots__ = ("_function", "_mapped", "_select", "_threads", "grid", "kernel", "params")
 
-    def __init__(self, kernel: LoadedKernel, params: P, grid: int, addresses: int) -> None:
-        _check_grid(kernel, grid)
+    def __init__(self, kernel: LoadedKernel, params: KernelParams, grid: int, slots: tuple[str, ...]) -> None:
         self.kernel = kernel
         self.grid = grid
-        self._launch = launch_function()
-        self._blocks = _ThreadBlocks(kernel, params, grid, addresses)
-        self._mapped = isinstance(params, Fa3FwdParams)
+        self.params = params
+        for (name, slot), described in zip(params.MAPS, params.tensor_maps, strict=True):
+            assert slot == params.SLOTS[params.MAPS.index((name, slot))]  # noqa: S101 - mapped addresses lead the others
+            setattr(params, name, type(getattr(params, name)).from_buffer_copy(encode(described, kernel.device_index)))
+        self._function = launch_function()
+        self._threads = _StoragePerThread(kernel, params, grid)
+        self._mapped = len(params.MAPS)
+        self._select: Any = None if slots == params.SLOTS else itemgetter(*map(slots.index, params.SLOTS))
 
-    def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
-        """Launch into ``stream`` (a raw CUstream, 0 for the default one) on ``pointers``, the leading addresses of the parameters.
+    def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
+        """Launch into ``stream`` (a raw CUstream, 0 for the default one); ``addresses`` in the order of the launch's slots.
 
         Raises:
-            ValueError: more or fewer addresses than the plan was made for.
+            ValueError: more or fewer addresses than slots.
             LaunchError: CUDA refused the launch.
             DeviceLostError: an earlier kernel left the context unusable.
         """
-        block = self._blocks.block
-        block.pointers[:] = pointers
-        if stream != block.stream:
-            block.set_stream(stream)
-        if self._mapped and (stream != block.settled or pointers[:3] != block.mapped):
-            block.follow(stream, pointers)
-        code = self._launch(*block.arguments)
+        storage = self._threads.storage
+        if self._select is not None:
+            addresses = self._select(addresses)
+        storage.addresses[:] = addresses
+        if stream != storage.stream:
+            storage.set_stream(stream)
+        if self._mapped:
+            mapped = addresses[: self._mapped]
+            if stream != storage.settled or mapped != storage.mapped:
+                storage.follow(stream, mapped)
+        code = self._function(*storage.arguments)
         if code:
-            _recover(self.kernel, self.grid, block, code)
+            _recover(self.kernel, self.grid, storage, code)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What this thread hands to cuLaunchKernelEx, as the last launch left it."""
+        arguments: tuple[Any, ...] = self._threads.storage.arguments
+        return arguments
 
 
-class _WaitingLaunchPlan(LaunchPlan[P]):
+class _WaitingLaunch(Launch):
     """The debug form: waits for the kernel, so that its errors are raised by the call that made them."""
 
     __slots__ = ()
 
-    def launch(self, stream: int, pointers: tuple[int, ...]) -> None:
-        super().launch(stream, pointers)
+    def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
+        super().launch(stream, addresses)
         _wait(self.kernel, stream)
-
-
-def launch(kernel: LoadedKernel, grid: int, params: KernelParams, stream: int) -> None:
-    """Launch once, at the addresses in ``params``. Launches of one shape that repeat are cheaper through :meth:`LoadedKernel.plan`.
-
-    Raises:
-        LaunchError: ``grid`` outside 1..2^31-1, or CUDA refused the launch.
-        DeviceLostError: an earlier kernel left the context unusable.
-    """
-    _check_grid(kernel, grid)
-    block = _Block(kernel, params, grid, params.POINTERS)
-    block.set_stream(stream)
-    code = launch_function()(*block.arguments)
-    if code:
-        _recover(kernel, grid, block, code)
-    if settings().debug:
-        _wait(kernel, stream)
 
 
 def _aligned_copy(params: KernelParams) -> KernelParams:
@@ -220,12 +201,7 @@ def _aligned_copy(params: KernelParams) -> KernelParams:
     return type(params).from_buffer(room, offset)  # keeps `room`
 
 
-def _check_grid(kernel: LoadedKernel, grid: int) -> None:
-    if not 1 <= grid <= _MAX_GRID:
-        raise LaunchError(f"a grid of {grid} blocks: allowed are 1..{_MAX_GRID}; split the batch", kernel_name=kernel.spec.kernel_name)
-
-
-def _recover(kernel: LoadedKernel, grid: int, block: _Block, code: int) -> None:
+def _recover(kernel: LoadedKernel, grid: int, storage: _ParameterStorage, code: int) -> None:
     """After a launch that failed with ``code``: try again under the device's context if the thread's was another or none, else raise."""
     index, spec = kernel.device_index, kernel.spec
     if code in _WRONG_CONTEXT:
@@ -233,12 +209,12 @@ def _recover(kernel: LoadedKernel, grid: int, block: _Block, code: int) -> None:
         current = int(check(cuda.cuCtxGetCurrent(), "cuCtxGetCurrent", spec.kernel_name))
         if current == 0 and index == 0:  # what the CUDA runtime would make current here; let it stay, and the next launch is quick
             check(cuda.cuCtxSetCurrent(primary_context(index)), "cuCtxSetCurrent", spec.kernel_name)
-            code = again(*block.arguments)
+            code = again(*storage.arguments)
         elif current != int(primary_context(index)):  # for this launch only: the thread's current device is not ours to change
             with current_context(index):
-                code = again(*block.arguments)
+                code = again(*storage.arguments)
     if code:
-        size = f"{grid} blocks of {spec.tile.threads} threads, {spec.shared_memory} bytes of shared memory"
+        size = f"{grid} blocks of {spec.threads} threads, {spec.shared_memory} bytes of shared memory"
         raise cuda_error(code, f"launching {size} on GPU {index}", spec.kernel_name)
 
 

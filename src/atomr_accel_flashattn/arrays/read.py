@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from ..errors import ArrayTypeError, DeviceMismatchError, DTypeError, HeadDimError, OutputError, StrideError
+from ..launch.driver import driver
+from ..problem import ArrayInfo
+from ..types import Device, DType
 from .device_array import DeviceArray
 from .dlpack import BorrowedTensor, read_dlpack
-from .errors import ArrayTypeError, DeviceMismatchError, DTypeError, HeadDimError, OutputError, StrideError
-from .jit.driver import driver
-from .problem import ArrayInfo
 from .torch_hooks import hooks
-from .types import Device, DType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

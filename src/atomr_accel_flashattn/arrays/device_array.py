@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from .errors import ArrayTypeError, DTypeError, LaunchError, ShapeError
-from .jit.driver import check, current_context, driver
+from ..errors import ArrayTypeError, DTypeError, LaunchError, ShapeError
+from ..launch.driver import check, current_context, driver
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -20,10 +20,11 @@ from typing import Any, Final
 
 from ..env import settings
 from ..errors import CacheError, CacheWarning
-from .driver import device_count, device_properties
-from .source import headers_digest
-from .spec import KernelSpec, Tile
-from .tile_space import misfit
+from ..jit.headers import headers_digest
+from ..kernels.forward import ForwardSpec
+from ..kernels.spec import Tile
+from ..launch.driver import device_count, device_properties
+from .space import misfit
 
 __all__ = [
     "SAVED_TILES",
@@ -89,12 +90,12 @@ def device_identity(index: int) -> tuple[str, str]:
     return found.name, "{}.{}".format(*found.compute_capability)
 
 
-def kernel_without_tile(spec: KernelSpec, *, few_rows: bool = False) -> str:
+def kernel_without_tile(spec: ForwardSpec, *, few_rows: bool = False) -> str:
     """The canonical name of a kernel but for its tile, and whether it has few rows: equal for the kernels that a search compares."""
     return "_".join(part for part in (*spec.kernel_name.split("_"), *(["fewrows"] if few_rows else [])) if part != str(spec.tile))
 
 
-def saved_tile(spec: KernelSpec, *, few_rows: bool = False) -> Tile | None:
+def saved_tile(spec: ForwardSpec, *, few_rows: bool = False) -> Tile | None:
     """The tile that was saved for this kernel on the first visible GPU that has one; None where none was, or none that fits any more."""
     here = settings()
     if here.tuned_tiles_disabled or here.cache_disabled or here.cache_dir is None:

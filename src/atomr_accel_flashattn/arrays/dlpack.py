@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Final, NamedTuple
 
-from .errors import ArrayTypeError, DeviceMismatchError, DTypeError
-from .types import Device
+from ..errors import ArrayTypeError, DeviceMismatchError, DTypeError
+from ..types import Device
 
 __all__ = ["BorrowedTensor", "DlpackView", "read_dlpack"]
 

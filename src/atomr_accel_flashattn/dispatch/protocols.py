@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
-from .types import DType, SmArch
+from ..types import DType, SmArch
 
 if TYPE_CHECKING:
-    from .keys import DispatchKey
-    from .problem import ArrayInfo, AttentionProblem
+    from ..problem import ArrayInfo, AttentionProblem
+    from .key import DispatchKey
 
 __all__ = ["F16", "Bf16", "F8E4m3", "F8E5m2", "FaBwdDispatch", "FaFwdDispatch", "FaPagedFwdDispatch", "GemmSupported"]
 

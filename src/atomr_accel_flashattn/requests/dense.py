@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from ..dispatch import DispatchKey, best_arch, key_of_problem
+from ..errors import ShapeError
+from ..limits import MAX_LENGTH
+from ..problem import ArrayInfo, AttentionProblem, Strides
+from ..runtime.plan import Key, key_of_request
+from ..short_repr import ShortRepr
+from ..types import SmArch
 from .checks import check_out, check_qkv, read_dropout, read_learned_sink, read_qkv, read_slopes, steps
-from .dispatch import DispatchKey, best_arch, key_of_problem
-from .errors import ShapeError
-from .options import MAX_LENGTH, AttentionOptions, MaskKind, PositionBias, check_kinds
-from .problem import ArrayInfo, AttentionProblem, Strides
-from .request_plans import Key, keeps_plans
-from .short_repr import ShortRepr
-from .types import SmArch
+from .options import AttentionOptions, MaskKind, PositionBias, check_kinds
 
 __all__ = ["DenseFwdRequest"]
 
 
-@keeps_plans()
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class DenseFwdRequest(ShortRepr):
     """Attention of q over k and v, forward, by the kernel family that calls on the device take. Meaning: docs/semantics.md.
@@ -36,12 +36,14 @@ class DenseFwdRequest(ShortRepr):
         out: (B, Sq, Hq, Dv) to be written, None for a new array of q's library.
         problem: the request in its normal form (made, not given).
         out_array: the description of ``out`` (made, not given).
-        plan_key: what launches like its are found by, None until one was looked for (made, not given).
+        plan_key: what its plan is found by; None on the CPU (made, not given).
 
     Raises:
         ConstructionError: the subclass says which argument is wrong; nothing has been written.
         FeatureNotBuiltError: fp8, or torch tensors that want gradients.
     """
+
+    PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()  # what its plan depends on beside problem and out
 
     q: Any
     k: Any
@@ -53,7 +55,7 @@ class DenseFwdRequest(ShortRepr):
     out: Any = field(default=None, kw_only=True)
     problem: AttentionProblem = field(init=False, repr=False)
     out_array: ArrayInfo | None = field(init=False, repr=False)
-    plan_key: Key | None = field(default=None, init=False, repr=False, compare=False)
+    plan_key: Key | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         q, k, v = read_qkv(self.q, self.k, self.v, layout="(batch, length, heads, head dim)")
@@ -84,6 +86,7 @@ class DenseFwdRequest(ShortRepr):
         )
         object.__setattr__(self, "problem", problem)
         object.__setattr__(self, "out_array", check_out(self.out, problem.out_shape, (q, k, v)))
+        object.__setattr__(self, "plan_key", key_of_request(self))
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         """The key of this request on ``arch``; None is the best one for the device of q."""

@@ -6,16 +6,15 @@ Every message names the argument, says what it got, what is allowed, and what to
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import contiguous_strides, draw_seed_and_offset, read_array, share_memory
-from .errors import (
+from ..arrays.read import contiguous_strides, draw_seed_and_offset, dtype_name_of, read_array, share_memory
+from ..errors import (
     DeviceMismatchError,
     DropoutError,
     DTypeError,
-    FeatureNotBuiltError,
     HeadCountError,
     HeadDimError,
     OutputError,
@@ -23,14 +22,14 @@ from .errors import (
     SlopesError,
     StrideError,
 )
-from .problem import ArrayInfo, Dropout
-from .types import DType
+from ..limits import CPU_DTYPES, GPU_DTYPES, HEAD_DIM_STEP, MAX_HEAD_DIM, not_built
+from ..problem import ArrayInfo, Dropout
+from ..types import DType
 
 if TYPE_CHECKING:
     from .options import AttentionOptions, PositionBias
 
 __all__ = [
-    "MAX_HEAD_DIM",
     "check_out",
     "check_qkv",
     "is_contiguous",
@@ -41,10 +40,6 @@ __all__ = [
     "refuse_gradients",
     "steps",
 ]
-
-MAX_HEAD_DIM: Final = 256
-_GPU_DTYPES: Final = (DType.F16, DType.BF16)
-_CPU_DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
 
 
 def read_qkv(q: Any, k: Any, v: Any, *, layout: str) -> tuple[ArrayInfo, ArrayInfo, ArrayInfo]:
@@ -63,8 +58,7 @@ def refuse_gradients(info: ArrayInfo, name: str) -> None:
     """A torch tensor that requires grad would silently get none, because backward is not built."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(info.source, torch.Tensor) and info.source.requires_grad and torch.is_grad_enabled():
-        reason = f"{name} requires grad and gradients are enabled, and there is no backward yet; use torch.no_grad() or {name}.detach()"
-        raise FeatureNotBuiltError("backward", reason)
+        raise not_built("backward", f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()")
 
 
 def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
@@ -97,12 +91,11 @@ def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
 def _check_dtypes(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
     for name, info in (("q", q), ("k", k), ("v", v)):
         if info.dtype is not None and info.dtype.is_fp8:
-            raise FeatureNotBuiltError("fp8", f"{name} has type {info.dtype_name}; float16 and bfloat16 are built")
+            raise not_built("fp8", f"{name} has type {info.dtype_name}")
         if info.dtype is None:
-            raise DTypeError(
-                f"{name}: got type {info.dtype_name}; allowed are {', '.join(_CPU_DTYPES)} (on a GPU float16 and bfloat16); convert {name}"
-            )
-        if info.device.kind != "cpu" and info.dtype not in _GPU_DTYPES:
+            names = ", ".join(map(dtype_name_of, CPU_DTYPES))
+            raise DTypeError(f"{name}: got type {info.dtype_name}; allowed are {names} (on a GPU float16 and bfloat16); convert {name}")
+        if info.device.kind != "cpu" and info.dtype not in GPU_DTYPES:
             raise DTypeError(
                 f"{name}: got type {info.dtype_name} on {info.device}; allowed on a GPU are float16 and bfloat16; "
                 "convert, or move to the CPU"
@@ -114,7 +107,7 @@ def _check_dtypes(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
 
 
 def _check_head_dim(name: str, info: ArrayInfo) -> None:
-    step = 1 if info.device.kind == "cpu" else 8
+    step = 1 if info.device.kind == "cpu" else HEAD_DIM_STEP
     size = info.shape[-1]
     if not 1 <= size <= MAX_HEAD_DIM or size % step:
         what = f"1..{MAX_HEAD_DIM}" if step == 1 else f"multiples of {step} up to {MAX_HEAD_DIM}"

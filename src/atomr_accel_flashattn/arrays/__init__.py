@@ -1,0 +1,1 @@
+"""Arrays of any library: read without copying, made, and the streams they live on."""

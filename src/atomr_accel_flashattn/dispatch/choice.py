@@ -1,0 +1,126 @@
+"""From a problem to its key: the one place that chooses family, packing of query heads, tile for short q, and persistence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from ..kernels.spec import Family, KernelSpec, Tile
+from ..launch.driver import device_properties
+from ..limits import MAX_GRID, VECTOR_BYTES
+from ..problem import ArrayInfo, AttentionProblem
+from ..tiles.tables import has_few_rows
+from ..types import Device, SmArch
+from .arch import best_arch
+from .key import DispatchKey, Extras
+from .resolve import lookup
+
+__all__ = ["key_of_problem"]
+
+# Kernels that take the maximum of raw scores divide slopes by the scale and multiply infinity by it: in float32 the scale must be neither 0
+# nor so small that a slope overflows.
+_SMALL_SCALE: Final = 2.0**-60
+_LONGEST_TMA_STRIDE: Final = 1 << 40  # bytes
+_MOST_ROWS: Final = MAX_GRID - 1023  # of packed heads: kernels count rows, and the rest of a tile, in 32 bits
+
+
+def key_of_problem(
+    problem: AttentionProblem,
+    arch: SmArch,
+    out: ArrayInfo | None = None,
+    family: Family | None = None,
+    *,
+    persistent: bool | None = None,
+    persistent_blocks: int | None = None,
+    tile: Tile | None = None,
+) -> DispatchKey:
+    """The key of a problem on ``arch``, with every choice made: ``lookup`` names the kernel that runs.
+
+    Args:
+        problem: checked inputs.
+        arch: where it runs.
+        out: where o goes, when the caller brought it; it counts for the alignment.
+        family: the family that is wanted, None is the best one of the arch.
+        persistent: whether blocks take tile after tile; None: where there are more tiles than SMs. On another GPU than that of the arrays,
+            whose SMs are not known, None stays open, and means yes in the wgmma family.
+        persistent_blocks: how many persistent blocks the caller wants.
+        tile: how the work is cut, None for the tile that lookup finds.
+    """
+    key = _asked(problem, arch, out, family)
+    if arch is SmArch.CPU:
+        return key
+    packs = key.packs_heads and _rows_can_be_packed(problem, key)
+    few_rows = has_few_rows(problem.head_dim, problem.v_head_dim, problem.seqlen_q * (key.gqa_ratio if packs else 1))
+    choices = replace(key.extras, pack_gqa=packs, few_rows=few_rows, tile=tile)
+    choices = replace(choices, persistent=persistent, persistent_blocks=persistent_blocks)
+    key = replace(key, extras=choices)
+    if persistent is None and _runs_here(problem.q.device, arch):
+        spec = lookup(key)
+        if isinstance(spec, KernelSpec):
+            key = replace(key, extras=replace(choices, persistent=_is_persistent(spec, problem)))
+    return key
+
+
+def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, family: Family | None) -> DispatchKey:
+    """What is asked, and the family that does it: on sm_90a mma.sync where TMA cannot step through the arrays."""
+    band = problem.band
+    left, right = (-1 if side is None else side for side in (band.left, band.right))
+    assert problem.q.dtype is not None  # noqa: S101 - requests have checked it
+    inputs = (problem.q, problem.k, problem.v)
+    align = _load_align([*inputs, *([out] if out is not None else [])])
+    if arch is SmArch.SM_90A and not (align % VECTOR_BYTES == 0 and all(map(_tma_can_read, inputs))):
+        family = Family.FA2
+    return DispatchKey(
+        arch=arch,
+        dtype=problem.q.dtype,
+        head_dim=problem.head_dim,
+        causal=band.right == 0,
+        varlen=problem.is_varlen,
+        sliding_window=None if left < 0 and right <= 0 else (left, right),
+        alibi=problem.alibi_slopes is not None,
+        sink=band.sink_tokens,
+        gqa_ratio=problem.heads // problem.heads_kv,
+        extras=Extras(
+            v_head_dim=None if problem.v_head_dim == problem.head_dim else problem.v_head_dim,
+            softcap=problem.softcap,
+            dropout=problem.dropout is not None,
+            learned_sink=problem.learned_sink is not None,
+            load_align=align,
+            prescale=problem.softmax_scale < _SMALL_SCALE,
+            family=family or (Family.FA3 if arch is SmArch.SM_90A else Family.FA2 if arch is not SmArch.CPU else None),
+        ),
+    )
+
+
+def _rows_can_be_packed(problem: AttentionProblem, key: DispatchKey) -> bool:
+    """Whether 32 bits count the rows of all heads of a group, and a tensor map can step from one of these heads to the next."""
+    return problem.seqlen_q * key.gqa_ratio <= _MOST_ROWS and problem.q_strides.head != 0
+
+
+def _runs_here(device: Device, arch: SmArch) -> bool:
+    """Whether arrays on ``device`` are computed with kernels for ``arch``, so that its SMs count."""
+    return device.kind == "cuda" and arch is best_arch(device)
+
+
+def _is_persistent(spec: KernelSpec, problem: AttentionProblem) -> bool:
+    """With no more tiles than SMs each tile gets a block of its own, whatever its kernel would do with more."""
+    multiprocessors = device_properties(problem.q.device.index).multiprocessors
+    return spec.persistent and spec.work_tiles(problem) > multiprocessors
+
+
+def _load_align(arrays: list[ArrayInfo]) -> int:
+    """The largest power of two up to 16 that divides every address and, in bytes, every stride that is ever stepped."""
+    bits = VECTOR_BYTES
+    for array in arrays:
+        itemsize = array.dtype.itemsize if array.dtype is not None else 1
+        bits |= array.ptr
+        for size, step in zip(array.shape[:-1], array.strides[:-1], strict=True):
+            bits |= step * itemsize if size > 1 else 0
+    return bits & -bits
+
+
+def _tma_can_read(array: ArrayInfo) -> bool:
+    """Whether a tensor map takes the strides of an array: 0 to 2^40 bytes (CUDA Driver API, cuTensorMapEncodeTiled)."""
+    itemsize = array.dtype.itemsize if array.dtype is not None else 1
+    steps = (step * itemsize for size, step in zip(array.shape[:-1], array.strides[:-1], strict=True) if size > 1)
+    return all(0 <= step < _LONGEST_TMA_STRIDE for step in steps)

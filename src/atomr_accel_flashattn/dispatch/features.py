@@ -1,0 +1,60 @@
+"""Each feature of the design as a change of a key: the rows of the support matrix, and the vocabulary of ahead-of-time compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from ..errors import DispatchError
+from ..kernels.spec import Family
+from .key import DispatchKey
+
+__all__ = ["FEATURES", "with_features"]
+
+
+def _extra(**changes: Any) -> Callable[[DispatchKey], DispatchKey]:
+    return lambda key: replace(key, extras=replace(key.extras, **changes))
+
+
+def _plain(**changes: Any) -> Callable[[DispatchKey], DispatchKey]:
+    return lambda key: replace(key, **changes)
+
+
+FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
+    "full": _plain(causal=False, sliding_window=None),
+    "causal": _plain(causal=True, sliding_window=None),
+    "sliding_causal": _plain(causal=True, sliding_window=(1023, 0)),
+    "sliding_full": _plain(causal=False, sliding_window=(1023, 1023)),
+    "sink_tokens": lambda key: replace(
+        key, sink=4, sliding_window=key.sliding_window or (1023, 0), causal=key.causal or not key.sliding_window
+    ),
+    "varlen": _plain(varlen=True),
+    "gqa": _plain(gqa_ratio=8),
+    "alibi": _plain(alibi=True),
+    "softcap": _extra(softcap=30.0),
+    "learned_sink": _extra(learned_sink=True),
+    "dropout": _extra(dropout=True),
+    "dropout_mask": _extra(direction="dropout_mask", dropout=True),
+    "unaligned": _extra(load_align=2),
+    "prescale": _extra(prescale=True),
+    "few_rows": _extra(few_rows=True),
+    "backward": _extra(direction="bwd"),
+    "paged": _plain(paged=True),
+    "split": _extra(split=True),
+    "left_pad": _extra(left_pad=True),
+    "fa3": _extra(family=Family.FA3),
+}
+
+
+def with_features(key: DispatchKey, names: Iterable[str]) -> DispatchKey:
+    """``key`` changed by features of :data:`FEATURES`, in the given order (masks first).
+
+    Raises:
+        DispatchError: a name that is no feature.
+    """
+    for name in names:
+        if name not in FEATURES:
+            raise DispatchError(f"feature: got {name!r}; allowed are {', '.join(FEATURES)}")
+        key = FEATURES[name](key)
+    return key

@@ -1,0 +1,215 @@
+"""DispatchKey: what is asked of a kernel, as a value that can be written down without a tensor. It is checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Final, Literal
+
+from ..errors import DispatchError
+from ..kernels.fa3_fwd import fits_warpgroup
+from ..kernels.spec import Family, Tile
+from ..limits import HEAD_DIM_STEP, MAX_HEAD_DIM, VECTOR_BYTES, is_integer, is_real
+from ..types import DType, SmArch
+
+__all__ = ["DispatchKey", "Extras"]
+
+_FLAGS: Final = ("causal", "varlen", "alibi", "paged")  # of a key: any other object would count as True
+_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "prescale", "few_rows")
+_YES_NO_OPEN: Final = ("persistent", "pack_gqa")
+
+
+def _check_all(*checks: tuple[str, object, bool, str]) -> None:
+    """Each is a name, its value, whether that is fine, and what is allowed."""
+    for name, value, fine, allowed in checks:
+        if not fine:
+            raise DispatchError(f"{name}: got {value!r}; allowed is {allowed}")
+
+
+def _one_of(name: str, value: object, *allowed: object) -> tuple[str, object, bool, str]:
+    """The check of a field that has a few values."""
+    fine = any(value is each or (isinstance(each, str) and isinstance(value, str) and value == each) for each in allowed)
+    return name, value, fine, f"{', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}"
+
+
+def _is_number_below(limit: float, value: Any) -> bool:
+    return is_real(value) and not isinstance(value, bool) and 0 <= value < limit
+
+
+def _is_at_least(least: int, value: Any) -> bool:
+    return is_integer(value) and value >= least
+
+
+def _is_head_dim(value: Any, step: int) -> bool:
+    return _is_at_least(1, value) and value <= MAX_HEAD_DIM and value % step == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """The rest of a key; everything has a default.
+
+    Attributes:
+        v_head_dim: head dim of v and o, None is that of q.
+        v_dtype: element type of v, None is that of q.
+        out_dtype: element type of o, None is that of q.
+        softcap: c of c * tanh(s / c), 0 is none.
+        dropout: whether probabilities are dropped.
+        learned_sink: whether a learned sink joins the denominator.
+        direction: ``"fwd"``, ``"bwd"``, or ``"dropout_mask"``, the kernel that writes the keep pattern.
+        split: whether K/V are split over blocks and combined.
+        kv_layout: layout of a paged cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
+        left_pad: whether sequences are padded on the left.
+        load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads, and TMA needs it.
+        prescale: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
+        family: the family that is wanted, None is the best one of the arch.
+        pack_gqa: whether the query heads that share K and V are rows of one tile; None leaves it to ``DispatchKey.packs_heads``.
+        persistent: whether blocks take tile after tile; None is what the tile says: yes in the wgmma family, no in the mma.sync family,
+            unless the tile that is used was tuned with the other answer.
+        persistent_blocks: how many persistent blocks, None is as many as the SMs hold.
+        tiles_for: the arch whose tiles are borrowed (tests run them on the card at hand).
+        few_rows: whether no sequence has more rows than the tile for short q is meant for (tiles/tables.py), where there is one. Rows are
+            queries, times the query heads of a KV head where the kernel packs those.
+        tile: how the work is cut; None is the tile that was tuned for this kernel on this machine, or else that of the package.
+
+    Raises:
+        DispatchError: a value outside its range, or values that contradict each other.
+    """
+
+    v_head_dim: int | None = None
+    v_dtype: DType | None = None
+    out_dtype: DType | None = None
+    softcap: float = 0.0
+    dropout: bool = False
+    learned_sink: bool = False
+    direction: Literal["fwd", "bwd", "dropout_mask"] = "fwd"
+    split: bool = False
+    kv_layout: str = "NHD"
+    left_pad: bool = False
+    load_align: int = VECTOR_BYTES
+    prescale: bool = False
+    family: Family | None = None
+    pack_gqa: bool | None = None
+    persistent: bool | None = None
+    persistent_blocks: int | None = None
+    tiles_for: SmArch | None = None
+    few_rows: bool = False
+    tile: Tile | None = None
+
+    def __post_init__(self) -> None:
+        blocks: Any = self.persistent_blocks
+        tile: Any = self.tile
+        asked_blocks = self.persistent is True and _is_at_least(1, blocks)
+        _check_all(
+            ("v_dtype", self.v_dtype, self.v_dtype is None or isinstance(self.v_dtype, DType), "None or a DType"),
+            ("out_dtype", self.out_dtype, self.out_dtype is None or isinstance(self.out_dtype, DType), "None or a DType"),
+            ("softcap", self.softcap, _is_number_below(inf, self.softcap), "a finite number >= 0"),
+            ("kv_layout", self.kv_layout, isinstance(self.kv_layout, str), "'NHD', 'HND' or 'VLLM_V1'"),
+            ("load_align", self.load_align, _is_at_least(1, self.load_align), "an integer >= 1"),
+            _one_of("direction", self.direction, "fwd", "bwd", "dropout_mask"),
+            ("family", self.family, self.family is None or isinstance(self.family, Family), "None or a Family"),
+            ("tiles_for", self.tiles_for, self.tiles_for is None or isinstance(self.tiles_for, SmArch), "None or an SmArch"),
+            ("persistent_blocks", blocks, blocks is None or asked_blocks, "None, or an integer >= 1 with persistent=True"),
+            ("tile", tile, tile is None or (isinstance(tile, Tile) and not self.tiles_for), "None, or a Tile without tiles_for"),
+            *(_one_of(name, getattr(self, name), None, True, False) for name in _YES_NO_OPEN),
+            *(_one_of(name, getattr(self, name), True, False) for name in _EXTRA_FLAGS),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchKey:
+    """What is asked of a kernel, with its numbers.
+
+    Attributes:
+        arch: where it runs.
+        dtype: element type of q and k.
+        head_dim: of q and k, 1..256; on GPUs a multiple of 8.
+        causal: whether keys after the query's own position are hidden.
+        varlen: whether sequences are packed.
+        sliding_window: (left, right) keys around the query's position, -1 unbounded; None is no window.
+        alibi: whether a slope per head is subtracted.
+        sink: first keys that stay visible beyond the left bound.
+        paged: whether K and V lie in pages.
+        gqa_ratio: query heads per KV head.
+        extras: the rest.
+
+    Raises:
+        DispatchError: a value outside its range, or a key that contradicts itself.
+    """
+
+    arch: SmArch
+    dtype: DType
+    head_dim: int
+    causal: bool = False
+    varlen: bool = False
+    sliding_window: tuple[int, int] | None = None
+    alibi: bool = False
+    sink: int = 0
+    paged: bool = False
+    gqa_ratio: int = 1
+    extras: Extras = Extras()
+
+    def __post_init__(self) -> None:
+        window: Any = self.sliding_window
+        whole_window = window is None or (isinstance(window, tuple) and len(window) == 2 and all(_is_at_least(-1, side) for side in window))
+        _check_all(
+            ("arch", self.arch, isinstance(self.arch, SmArch), "an SmArch, as SmArch.SM_90A"),
+            ("dtype", self.dtype, isinstance(self.dtype, DType), "a DType"),
+            ("extras", self.extras, isinstance(self.extras, Extras), "an Extras"),
+            ("sliding_window", window, whole_window, "None or (left, right) of integers >= -1, -1 unbounded"),
+            ("sink", self.sink, _is_at_least(0, self.sink), "an integer >= 0"),
+            ("gqa_ratio", self.gqa_ratio, _is_at_least(1, self.gqa_ratio), "an integer >= 1"),
+            *(_one_of(name, getattr(self, name), True, False) for name in _FLAGS),
+        )
+        step = 1 if self.arch is SmArch.CPU else HEAD_DIM_STEP
+        dims = f"1..{MAX_HEAD_DIM} on the CPU" if step == 1 else f"a multiple of {step} up to {MAX_HEAD_DIM} (functional calls pad)"
+        _check_all(
+            ("head_dim", self.head_dim, _is_head_dim(self.head_dim, step), dims),
+            ("v_head_dim", self.v_head_dim, _is_head_dim(self.v_head_dim, step), dims),
+        )
+        if self.sink > 0 and not self.left_bound:
+            raise DispatchError(
+                f"sink: got {self.sink} with sliding_window={window}; "
+                "allowed with a window whose left side is >= 0, because it lifts that bound"
+            )
+        if self.extras.pack_gqa and not self._may_pack_heads:
+            raise DispatchError(
+                f"pack_gqa: got True with gqa_ratio {self.gqa_ratio}, alibi {self.alibi}, dropout {self.extras.dropout} and the "
+                f"{self.family.value} family; allowed in the fa3 family with ratios that divide 64, without what differs between heads"
+            )
+
+    @property
+    def v_head_dim(self) -> int:
+        """Head dim of v and o."""
+        return self.head_dim if self.extras.v_head_dim is None else self.extras.v_head_dim
+
+    @property
+    def left_bound(self) -> bool:
+        """Whether the window hides keys far before the query."""
+        return self.sliding_window is not None and self.sliding_window[0] >= 0
+
+    @property
+    def right_bound(self) -> bool:
+        """Whether keys after the query are hidden, all or beyond a distance."""
+        return self.causal or (self.sliding_window is not None and self.sliding_window[1] >= 0)
+
+    @property
+    def family(self) -> Family:
+        """Who answers on a GPU: wgmma on sm_90a where TMA can read the arrays, mma.sync everywhere else."""
+        extras = self.extras
+        wgmma = self.arch is SmArch.SM_90A and extras.family is not Family.FA2 and self.aligned and not extras.tiles_for
+        return Family.FA3 if wgmma else Family.FA2
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every address and stride is a multiple of 16 bytes."""
+        return self.extras.load_align % VECTOR_BYTES == 0
+
+    @property
+    def packs_heads(self) -> bool:
+        """Whether the query heads that share K and V are rows of one tile: where they can be, unless the key says otherwise."""
+        return self._may_pack_heads and self.extras.pack_gqa is not False
+
+    @property
+    def _may_pack_heads(self) -> bool:
+        """Not with what differs between heads, slopes and dropout."""
+        return self.family is Family.FA3 and fits_warpgroup(self.gqa_ratio) and not (self.alibi or self.extras.dropout)

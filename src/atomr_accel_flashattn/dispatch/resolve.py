@@ -1,0 +1,177 @@
+"""lookup: from a key to the kernel that does what it asks, or to a refusal by name.
+
+A key carries values (this window, that ratio). A spec carries only what changes machine code, so many keys share one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final
+
+from ..errors import ArchUnsupportedError, DispatchError
+from ..kernels.dropout_mask import DropoutMaskSpec
+from ..kernels.fa2_fwd import Fa2ForwardSpec
+from ..kernels.fa3_fwd import Fa3ForwardSpec
+from ..kernels.forward import ForwardSpec
+from ..kernels.spec import Family, KernelSpec, Tile
+from ..limits import dtypes_of, not_built
+from ..tiles.saved import forget_saved_tiles, saved_tile
+from ..tiles.space import misfit
+from ..tiles.tables import head_dim_width, tile_for, wgmma_tile_for
+from ..types import DType, SmArch
+from .key import DispatchKey, Extras
+
+__all__ = ["CpuSpec", "forget_lookups", "lookup"]
+
+_BEFORE_WGMMA: Final = frozenset({SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90})
+
+
+@dataclass(frozen=True, slots=True)
+class CpuSpec:
+    """What ``lookup`` gives for ``SmArch.CPU``: the reference backend, which is one piece of code for every key."""
+
+    dtype: DType
+
+    @property
+    def kernel_name(self) -> str:
+        """Name in tables and results."""
+        return "reference_cpu"
+
+    @property
+    def arch(self) -> SmArch:
+        """Always ``SmArch.CPU``."""
+        return SmArch.CPU
+
+
+def lookup(key: DispatchKey) -> KernelSpec | CpuSpec:
+    """The kernel that does what ``key`` asks.
+
+    Raises:
+        ArchUnsupportedError: the arch cannot do it, in this version or a later one.
+        FeatureNotBuiltError: this version does not do it; names the feature.
+        DispatchError: no key, or a tile that the kernel cannot have.
+    """
+    if not isinstance(key, DispatchKey):
+        raise DispatchError(f"key: got {type(key).__qualname__}; allowed is a DispatchKey")
+    return _resolve(key)
+
+
+def forget_lookups() -> None:
+    """Resolve every key anew, with the tiles that are saved by now. Plans keep the kernels that they were made with."""
+    forget_saved_tiles()
+    _resolve.cache_clear()
+
+
+@lru_cache(maxsize=4096)
+def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
+    _refuse(key)
+    if key.arch is SmArch.CPU:
+        return CpuSpec(key.dtype)
+    if key.extras.direction == "dropout_mask":
+        return DropoutMaskSpec(arch=_arch_of_mma(key.arch), varlen=key.varlen)
+    spec = _with_chosen_tile(_forward(key), key.extras)
+    if spec.shared_memory > key.arch.shared_memory_per_block:
+        tile_arch = key.extras.tiles_for or key.arch
+        raise ArchUnsupportedError(
+            f"tiles_for: the tile of {tile_arch.value} needs {spec.shared_memory} bytes of shared memory; "
+            f"{key.arch.value} allows {key.arch.shared_memory_per_block} per block; borrow the tiles of an arch with no more memory"
+        )
+    return spec
+
+
+def _forward(key: DispatchKey) -> ForwardSpec:
+    """The forward kernel of the family that answers ``key``, with the tile of the package."""
+    extras, width, v_width = key.extras, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim)
+    wgmma = key.family is Family.FA3
+    kind: type[ForwardSpec] = Fa3ForwardSpec if wgmma else Fa2ForwardSpec
+    return kind(
+        arch=key.arch if wgmma else _arch_of_mma(key.arch),
+        dtype=key.dtype,
+        head_dim=width,
+        v_head_dim=v_width,
+        tile=_wgmma_tile(key, width, v_width) if wgmma else _mma_tile(key, width, v_width),
+        exact_head_dim=(width, v_width) == (key.head_dim, key.v_head_dim),
+        aligned=key.aligned,
+        left_bound=key.left_bound,
+        right_bound=key.right_bound,
+        sink_tokens=key.sink > 0,
+        alibi=key.alibi,
+        softcap=extras.softcap > 0,
+        prescale=extras.prescale,
+        learned_sink=extras.learned_sink,
+        dropout=extras.dropout,
+        varlen=key.varlen,
+        pack_gqa=key.packs_heads,
+    )
+
+
+def _arch_of_mma(arch: SmArch) -> SmArch:
+    """Kernels without wgmma are compiled for sm_90 on Hopper."""
+    return SmArch.SM_90 if arch is SmArch.SM_90A else arch
+
+
+def _with_chosen_tile(spec: ForwardSpec, extras: Extras) -> ForwardSpec:
+    """``spec`` with the tile that the key names, else the one that was tuned for it on this machine, else its own."""
+    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec, few_rows=extras.few_rows))
+    if tile is None:
+        return spec
+    chosen = replace(spec, tile=tile if extras.persistent is None else replace(tile, persistent=extras.persistent))
+    reason = misfit(chosen)
+    if reason:
+        raise DispatchError(f"tile: got {tile} for {spec.kernel_name}; {reason}")
+    return chosen
+
+
+def _wgmma_tile(key: DispatchKey, width: int, v_width: int) -> Tile:
+    extras = key.extras
+    tile = wgmma_tile_for(width, v_width, dropout=extras.dropout, alibi=key.alibi, softcap=extras.softcap > 0, few_rows=extras.few_rows)
+    return replace(tile, persistent=extras.persistent is not False)
+
+
+def _mma_tile(key: DispatchKey, width: int, v_width: int) -> Tile:
+    extras = key.extras
+    tile_arch = extras.tiles_for or _arch_of_mma(key.arch)
+    tile = tile_for(tile_arch, width, v_width, dropout=extras.dropout, plain=_is_plain(key, width, v_width))
+    return replace(tile, persistent=extras.persistent is True)
+
+
+def _is_plain(key: DispatchKey, width: int, v_width: int) -> bool:
+    """What :func:`~..tiles.tables.tile_for` calls plain: nothing needs registers beside the products and the softmax."""
+    extras = key.extras
+    masked = key.left_bound or key.right_bound or extras.dropout
+    scored = key.alibi or extras.softcap > 0 or extras.prescale
+    whole = (key.head_dim, key.v_head_dim) == (width, v_width) and key.aligned
+    return whole and not (masked or scored or key.varlen)
+
+
+def _refuse(key: DispatchKey) -> None:
+    """Features of the design that this version does not have, and element types that the arch does not take."""
+    extras, arch = key.extras, key.arch
+    fp8 = [dtype.value for dtype in (key.dtype, extras.v_dtype, extras.out_dtype) if dtype is not None and dtype.is_fp8]
+    unbuilt = (
+        (key.paged, "paged", ""),
+        (bool(fp8), "fp8", f"got {', '.join(fp8)}"),
+        (extras.direction == "bwd", "backward", ""),
+        (extras.split, "split", ""),
+        (extras.left_pad, "left_pad", ""),
+        (extras.kv_layout != "NHD", "kv_layout", f"got {extras.kv_layout!r}"),
+        (extras.v_dtype not in {None, key.dtype}, "v_dtype", ""),
+        (extras.out_dtype not in {None, key.dtype}, "out_dtype", ""),
+    )
+    for asked, feature, got in unbuilt:
+        if asked:
+            raise not_built(feature, got)
+    if extras.tiles_for in {SmArch.CPU, SmArch.SM_90A}:
+        raise ArchUnsupportedError(f"tiles_for: got {extras.tiles_for.value}; allowed are the architectures of the mma.sync family")
+    if extras.family is Family.FA3 and arch in _BEFORE_WGMMA:
+        raise ArchUnsupportedError(
+            f"family: got fa3 on {arch.value}, which has no wgmma; allowed are sm_90a and, resolved to mma.sync, sm_100 and sm_120; "
+            "use an Fa2FwdRequest"
+        )
+    allowed = dtypes_of(arch)
+    if key.dtype not in allowed:
+        names = ", ".join(dtype.value for dtype in allowed)
+        raise ArchUnsupportedError(
+            f"dtype: got {key.dtype.value} on {arch.value}; allowed there are {names}; convert, or run on the CPU backend"
+        )

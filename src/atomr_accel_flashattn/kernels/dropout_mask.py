@@ -1,0 +1,87 @@
+"""The kernel that writes the dropout pattern: ``cuda/kernels/dropout_mask.cuh`` (docs/semantics.md, Dropout)."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Final
+
+from ..problem import ArrayInfo, AttentionProblem
+from .params import KernelParams
+from .spec import Family, KernelSpec, literal
+
+__all__ = ["DropoutMaskParams", "DropoutMaskSpec"]
+
+_THREADS: Final = 128
+_ROWS, _KEYS = 64, 32  # patch of one block
+
+_SOURCE = """\
+#include "dropout_mask.cuh"
+
+extern "C" __global__ void __launch_bounds__({threads}) {name}(const __grid_constant__ fa::DropoutMaskParams p) {{
+  fa::dropout_mask<{varlen}>(p);
+}}
+"""
+
+
+class DropoutMaskParams(KernelParams):
+    """``fa::DropoutMaskParams``."""
+
+    SLOTS = ("keep", "rng", "cu_seqlens_q", "cu_seqlens_k")
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in SLOTS),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "seqlen_q", "seqlen_k", "dropout_threshold")),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropoutMaskSpec(KernelSpec):
+    """The pattern depends on positions alone, so there is one kernel per architecture, and one for packed sequences."""
+
+    HEADER: ClassVar[str] = "dropout_mask"
+    FAMILY: ClassVar[Family] = Family.FA2
+
+    varlen: bool = False
+
+    @property
+    def kernel_name(self) -> str:
+        """Header, architecture, and whether sequences are packed."""
+        return "_".join([self.HEADER, self.arch.value.replace("_", ""), *self.names_of_set_flags()])
+
+    @property
+    def threads(self) -> int:
+        """Threads per block."""
+        return _THREADS
+
+    @property
+    def shared_memory(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def expected_instructions(self) -> tuple[str, ...]:
+        """The wide products of Philox."""
+        return ("IMAD.WIDE.U32",)
+
+    def body(self) -> str:
+        """One include and one entry."""
+        return _SOURCE.format(threads=_THREADS, name=self.kernel_name, varlen=literal(self.varlen))
+
+    def work_tiles(self, problem: AttentionProblem) -> int:
+        """A block writes 64 rows by 32 keys."""
+        if not prod(problem.dropout_mask_shape):
+            return 0
+        return -(-problem.seqlen_q // _ROWS) * -(-problem.seqlen_k // _KEYS) * problem.batch * problem.heads
+
+    def pack(self, problem: AttentionProblem, out: ArrayInfo) -> DropoutMaskParams:  # noqa: ARG002 - o has no part in it
+        """``fa::DropoutMaskParams`` of a problem that has a dropout. The pattern is contiguous, shaped like ``dropout_mask_shape``."""
+        if problem.dropout is None:
+            raise ValueError("a problem without dropout has no dropout pattern")
+        return DropoutMaskParams(
+            batch=problem.batch,
+            heads=problem.heads,
+            seqlen_q=problem.seqlen_q,
+            seqlen_k=problem.seqlen_k,
+            dropout_threshold=problem.dropout.keep_threshold,
+        )

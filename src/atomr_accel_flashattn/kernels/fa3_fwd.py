@@ -1,0 +1,161 @@
+"""The forward kernel of the wgmma family: ``cuda/kernels/fa3_fwd.cuh``, FlashAttention-3 (arXiv 2407.08608)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, ClassVar, Final
+
+from ..problem import ArrayInfo, AttentionProblem, Strides
+from ..types import DType
+from .forward import ForwardSpec, FwdParams
+from .params import KernelParams, TensorMapParams, TensorMapSpec
+from .spec import Family, config_text
+from .wgmma import wgmma_leaves
+
+__all__ = ["WARPGROUP_ROWS", "Fa3ForwardSpec", "Fa3FwdParams", "fits_warpgroup"]
+
+WARPGROUP_ROWS: Final = 64  # of Q, in a buffer of its own
+_BARRIER_BYTES: Final = 512  # the kernel asserts that its barriers fit
+_SWIZZLE_BYTES: Final = 1024  # the swizzle repeats over 1024 bytes, dynamic shared memory starts on 16
+_WIDE_ROW: Final = 64  # elements of a tile's row: 128 bytes, and so the swizzle's span; 32 otherwise
+_OTHER_REGISTERS: Final = 24  # beside accumulators and scores
+_CONSUMER_REGISTERS: Final = {1: 255, 2: 240, 3: 160, 4: 112}  # per thread, by consumer warpgroups: the header sets the same
+_LONGEST_WGMMA: Final = 256
+_MOST_STAGES: Final = 11
+_NOWHERE: Final = 16  # the address of arrays without elements, which nobody reads: null may not be one
+
+_SOURCE = """\
+#include "fa3_fwd.cuh"
+
+extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(const __grid_constant__ fa::Fa3FwdParams p) {{
+  fa::fa3_forward<fa::Config{{
+{config}
+  }}>(p);
+}}
+"""
+
+
+def fits_warpgroup(ratio: int) -> bool:
+    """Whether the rows of a warpgroup are those of ``ratio`` query heads that share K and V, for a number of queries."""
+    return ratio > 1 and WARPGROUP_ROWS % ratio == 0
+
+
+class Fa3FwdParams(KernelParams):
+    """``fa::Fa3FwdParams``: q, k and v are read through tensor maps."""
+
+    SLOTS = FwdParams.SLOTS
+    MAPS = (("q_map", "q"), ("k_map", "k"), ("v_map", "v"))
+    _fields_ = (
+        ("fwd", FwdParams),
+        ("counters", ctypes.c_void_p),
+        ("tiles", ctypes.c_int32),
+        ("_alignment", ctypes.c_ubyte * (-(ctypes.sizeof(FwdParams) + 12) % 64)),  # the maps begin at a multiple of 64
+        *((name, TensorMapParams) for name, _ in MAPS),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fa3ForwardSpec(ForwardSpec):
+    """Three producer warps bring Q, K and V by TMA, one to four consumer warpgroups multiply with wgmma. sm_90a."""
+
+    HEADER: ClassVar[str] = "fa3_fwd"
+    FAMILY: ClassVar[Family] = Family.FA3
+    AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+        {
+            "block_m": (64, 128, 192, 256),
+            "block_n": tuple(range(16, 257, 16)),
+            "warps": (8, 12, 16, 20),
+            "stages": (2, 3, 4),
+            "ping_pong": (False, True),
+            "persistent": (True, False),  # persistent first: with few tiles both are one kernel, a block for each tile
+        }
+    )
+
+    @property
+    def shared_memory(self) -> int:
+        """Q, the stages of K and V, and the barriers."""
+        return sum(self.shared_tiles()) + _BARRIER_BYTES + _SWIZZLE_BYTES
+
+    @property
+    def expected_instructions(self) -> tuple[str, ...]:
+        """wgmma, TMA loads, mbarriers."""
+        return ("HGMMA", "UTMALDG", "SYNCS")
+
+    def misfit(self) -> str:
+        """One producer warpgroup, one to four consumers of 64 rows each."""
+        tile = self.tile
+        groups = tile.warps // 4 - 1
+        if tile.warps % 4 or groups not in _CONSUMER_REGISTERS:
+            return f"warps: got {tile.warps}; allowed are 8, 12, 16 and 20: a producer warpgroup, and one to four consumers"
+        if tile.block_m != groups * WARPGROUP_ROWS:
+            return f"block_m: got {tile.block_m}; allowed with {tile.warps} warps is {groups * WARPGROUP_ROWS}"
+        if tile.block_n > _LONGEST_WGMMA:
+            return f"block_n: got {tile.block_n}; allowed is at most {_LONGEST_WGMMA}"
+        if tile.stages > _MOST_STAGES:
+            return f"stages: got {tile.stages}; allowed are at most {_MOST_STAGES}, whose barriers have room"
+        if tile.ping_pong and groups == 1:
+            return "ping_pong: allowed with two to four consumer warpgroups"
+        return ""
+
+    def registers_suffice(self) -> bool:
+        """O and S in float32, and P in 16 bits, of a consumer's registers."""
+        held = self.v_head_dim // 2 + self.tile.block_n // 2 + self.tile.block_n // 4
+        return held + _OTHER_REGISTERS <= _CONSUMER_REGISTERS[self.tile.warps // 4 - 1]
+
+    def leaves(self) -> str:
+        """Wgmma for the N of both products: an instruction names each of its accumulators."""
+        return '#include "hopper_ptx.cuh"\n\n' + wgmma_leaves({self.tile.block_n, self.v_head_dim}, self.dtype) + "\n"
+
+    def body(self) -> str:
+        """One include and one entry."""
+        return _SOURCE.format(threads=self.threads, name=self.kernel_name, config=config_text(self.config()))
+
+    def grid(self, tiles: int, multiprocessors: int, blocks: int | None = None) -> int:
+        """A block for each tile; persistent blocks as many as asked for, or one for each SM."""
+        return min(tiles, blocks or multiprocessors) if self.tile.persistent else tiles
+
+    def pack(self, problem: AttentionProblem, out: ArrayInfo) -> Fa3FwdParams:
+        """``fa::Fa3FwdParams`` with its maps still to be encoded."""
+        params = Fa3FwdParams(fwd=self.pack_forward(problem, out), tiles=self.work_tiles(problem))
+        params.tensor_maps = self.tensor_maps(problem)
+        params.counts = self.tile.persistent
+        return params
+
+    def tensor_maps(self, problem: AttentionProblem) -> tuple[TensorMapSpec, TensorMapSpec, TensorMapSpec]:
+        """The maps of q, k and v: boxes are the swizzled tiles of ``cuda/tile``."""
+        q = _map(problem.q, problem.q_strides, problem.batch, self.head_dim, WARPGROUP_ROWS)
+        return (
+            _packed(q, problem.heads // problem.heads_kv) if self.pack_gqa else q,
+            _map(problem.k, problem.k_strides, problem.batch, self.head_dim, self.tile.block_n),
+            _map(problem.v, problem.v_strides, problem.batch, self.v_head_dim, self.tile.block_n),
+        )
+
+
+def _map(array: ArrayInfo, strides: Strides, batch: int, width: int, rows: int) -> TensorMapSpec:
+    """Packed arrays are one batch of all tokens. A size of 0 is not allowed in a map, and is never read: it becomes 1."""
+    *lead, tokens, heads, columns = array.shape
+    dtype = array.dtype or DType.F16
+    sizes = (columns, max(1, tokens), max(1, heads), max(1, batch if lead else 1))
+    steps = (strides.row, strides.head, strides.batch if lead else 0)
+    box = (_WIDE_ROW if width % _WIDE_ROW == 0 else 32, rows, 1, 1)
+    return TensorMapSpec(dtype, array.ptr or _NOWHERE, sizes, _bytes(steps, sizes, dtype), box)
+
+
+def _packed(q: TensorMapSpec, group: int) -> TensorMapSpec:
+    """The map of q with ``group`` heads after the columns, so that a box holds all of them for one row after the other."""
+    (columns, rows, heads, batches), (row, head, batch), (width, box_rows, *_) = q.sizes, q.strides, q.box
+    return replace(
+        q,
+        sizes=(columns, group, rows, heads // group, batches),
+        strides=(head, row, head * group, batch),
+        box=(width, group, box_rows // group, 1, 1),
+    )
+
+
+def _bytes(steps: tuple[int, int, int], sizes: tuple[int, int, int, int], dtype: DType) -> tuple[int, int, int]:
+    """A dimension of one element is never stepped over, whatever its stride says: 16 is as good as any."""
+    row, head, batch = (16 if size == 1 else step * dtype.itemsize for step, size in zip(steps, sizes[1:], strict=True))
+    return row, head, batch

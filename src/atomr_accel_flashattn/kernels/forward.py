@@ -1,0 +1,205 @@
+"""What the forward kernels of both families share: the fields of their specs, ``fa::FwdParams``, and how work becomes a grid."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Final
+
+from ..limits import UNBOUNDED
+from ..problem import ArrayInfo, AttentionProblem
+from ..types import DType
+from .params import KernelParams, StrideParams
+from .spec import KernelSpec, Tile
+
+__all__ = ["ForwardSpec", "FwdParams"]
+
+_L2_BYTES: Final = 32 << 20  # K and V of the heads that run side by side should stay in L2
+_SECTION_KV_HEADS: Final = 16  # 4 and 8 are 3 to 5 % slower at 2k, 32 no faster
+_TANH_LIMIT, _TANH_CUBIC, _TANH_QUINTIC = 0.4, -0.332795, 0.12215362  # tanh x = x + c x^3 + q x^5: relative error below 8e-6
+_POLYNOMIAL_SCORE: Final = 48.0  # in log2 units: what the polynomial may cost an exponent stays below 4e-4
+_FLOAT32_LARGEST_POWER: Final = 2.0**127
+
+
+class FwdParams(KernelParams):
+    """``fa::FwdParams``: everything that a forward kernel is told at run time."""
+
+    SLOTS = ("q", "k", "v", "o", "lse", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "learned_sink", "rng")
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in SLOTS),
+        *((name, StrideParams) for name in ("q_stride", "k_stride", "v_stride", "o_stride")),
+        *((name, ctypes.c_int64) for name in ("lse_batch_stride", "lse_head_stride", "alibi_batch_stride")),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "heads_per_kv", "seqlen_q", "seqlen_k", "head_dim", "v_head_dim")),
+        *((name, ctypes.c_int32) for name in ("window_left", "window_right", "sink_tokens", "blocks_m", "section_heads", "work_heads")),
+        ("packed_shift", ctypes.c_int32),
+        ("dropout_threshold", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("dropout_rescale", "scale_log2", "softcap_scale", "softcap_log2")),
+        *((name, ctypes.c_float) for name in ("softcap_cubic", "softcap_quintic", "softcap_limit")),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardSpec(KernelSpec):
+    """A forward kernel. ``head_dim`` and ``v_head_dim`` are tile widths (32, 64, 96, 128, 192, 256), not the user's sizes."""
+
+    AXES: ClassVar[Mapping[str, tuple[Any, ...]]]  # the fields of Tile that the kernel reads, with the values that a search tries
+
+    dtype: DType
+    head_dim: int
+    v_head_dim: int
+    tile: Tile
+    exact_head_dim: bool = True  # the user's sizes equal the widths: no column test on load
+    aligned: bool = True  # every pointer and stride is a multiple of 16 bytes
+    left_bound: bool = False
+    right_bound: bool = False
+    sink_tokens: bool = False
+    alibi: bool = False
+    softcap: bool = False
+    prescale: bool = False  # scale before the maximum: needed when softmax_scale <= 0
+    learned_sink: bool = False
+    dropout: bool = False
+    varlen: bool = False
+    pack_gqa: bool = False  # the rows of Q are those of all query heads that share K and V
+
+    @property
+    def kernel_name(self) -> str:
+        """Header, architecture, type, widths, tile, and every flag that is set."""
+        head = str(self.head_dim) if self.head_dim == self.v_head_dim else f"{self.head_dim}v{self.v_head_dim}"
+        parts = [self.HEADER, self.arch.value.replace("_", ""), self.dtype.value, f"d{head}", str(self.tile), *self.names_of_set_flags()]
+        parts += [name for name, on in (("padded", not self.exact_head_dim), ("unaligned", not self.aligned)) if on]
+        return "_".join(parts)
+
+    @property
+    def threads(self) -> int:
+        """Threads per block."""
+        return self.tile.threads
+
+    @property
+    def persistent(self) -> bool:
+        """Whether blocks take tile after tile."""
+        return self.tile.persistent
+
+    def config(self) -> dict[str, Any]:
+        """Members of ``fa::Config``, in their order."""
+        return {
+            "dtype": f"fa::DType::{self.dtype.name}",
+            "head_dim": self.head_dim,
+            "v_head_dim": self.v_head_dim,
+            "block_m": self.tile.block_m,
+            "block_n": self.tile.block_n,
+            "warps": self.tile.warps,
+            "stages": self.tile.stages,
+            "exact_head_dim": self.exact_head_dim,
+            "aligned": self.aligned,
+            "left_bound": self.left_bound,
+            "right_bound": self.right_bound,
+            "sink_tokens": self.sink_tokens,
+            "alibi": self.alibi,
+            "softcap": self.softcap,
+            "prescale": self.prescale,
+            "learned_sink": self.learned_sink,
+            "dropout": self.dropout,
+            "varlen": self.varlen,
+            "pack_gqa": self.pack_gqa,
+            "ping_pong": self.tile.ping_pong,
+            "persistent": self.tile.persistent,
+        }
+
+    def shared_tiles(self) -> tuple[int, int]:
+        """Bytes of shared memory that hold Q, and all stages of K and V."""
+        tile, size = self.tile, self.dtype.itemsize
+        return tile.block_m * self.head_dim * size, tile.stages * tile.block_n * (self.head_dim + self.v_head_dim) * size
+
+    @abstractmethod
+    def misfit(self) -> str:
+        """Why there can be no kernel with this tile, beyond what is so for every kernel (tiles/space.py); empty when there can."""
+
+    @abstractmethod
+    def registers_suffice(self) -> bool:
+        """Whether what a thread holds for certain leaves room for the rest; ptxas has the last word."""
+
+    def work_tiles(self, problem: AttentionProblem) -> int:
+        """One for block_m rows of one head and sequence, or of all heads that share K and V where they are packed."""
+        if not prod(problem.out_shape):
+            return 0
+        return self._row_blocks(problem) * problem.batch * (problem.heads // self.packed_heads(problem))
+
+    def packed_heads(self, problem: AttentionProblem) -> int:
+        """Query heads whose rows a tile mixes."""
+        return problem.heads // problem.heads_kv if self.pack_gqa else 1
+
+    def _row_blocks(self, problem: AttentionProblem) -> int:
+        return -(-problem.seqlen_q * self.packed_heads(problem) // self.tile.block_m)
+
+    def pack_forward(self, problem: AttentionProblem, out: ArrayInfo) -> FwdParams:
+        """``fa::FwdParams`` of one call without addresses; ``out``: where o goes, shaped like ``problem.out_shape``, any strides.
+
+        An LSE is a contiguous float32 array of ``problem.lse_shape``; its address is 0 when nobody asked for it.
+        """
+        band, softcap = problem.band, problem.softcap
+        slopes = problem.alibi_slopes
+        lse_heads, lse_rows = problem.lse_shape[-2:]
+        scale_log2 = problem.softmax_scale * math.log2(math.e)
+        softcap_scale = problem.softmax_scale / softcap if softcap else 0.0
+        group = self.packed_heads(problem)
+        return FwdParams(
+            q_stride=StrideParams(*problem.q_strides),
+            k_stride=StrideParams(*problem.k_strides),
+            v_stride=StrideParams(*problem.v_strides),
+            o_stride=StrideParams(*((0,) if problem.is_varlen else ()), *out.strides[:-1]),
+            lse_batch_stride=0 if problem.is_varlen else lse_heads * lse_rows,
+            lse_head_stride=lse_rows,
+            alibi_batch_stride=slopes.strides[0] if slopes is not None and len(slopes.shape) == 2 else 0,
+            batch=problem.batch,
+            heads=problem.heads,
+            heads_per_kv=problem.heads // problem.heads_kv,
+            seqlen_q=problem.seqlen_q,
+            seqlen_k=problem.seqlen_k,
+            head_dim=problem.head_dim,
+            v_head_dim=problem.v_head_dim,
+            window_left=UNBOUNDED if band.left is None else min(band.left, UNBOUNDED),
+            window_right=UNBOUNDED if band.right is None else min(band.right, UNBOUNDED),
+            sink_tokens=min(band.sink_tokens, UNBOUNDED),
+            blocks_m=self._row_blocks(problem),
+            section_heads=_section_heads(problem, group),
+            work_heads=problem.heads // group,
+            packed_shift=group.bit_length() - 1,
+            dropout_threshold=problem.dropout.keep_threshold if problem.dropout else 256,
+            dropout_rescale=problem.dropout.rescale if problem.dropout else 1.0,
+            scale_log2=scale_log2,
+            softcap_scale=softcap_scale,
+            softcap_log2=softcap * math.log2(math.e),
+            **_softcap_polynomial(scale_log2, softcap_scale),
+        )
+
+
+def _softcap_polynomial(scale_log2: float, softcap_scale: float) -> dict[str, float]:
+    """Up to which raw score softcap may be a polynomial, and its factors beside ``scale_log2``; the tanh is that of ``softcap_scale`` * s.
+
+    The limit is below every score where the factors are no numbers of float32.
+    """
+    square = softcap_scale * softcap_scale
+    cubic, quintic = scale_log2 * _TANH_CUBIC * square, scale_log2 * _TANH_QUINTIC * square * square
+    if not 0 < quintic < _FLOAT32_LARGEST_POWER:
+        return {"softcap_limit": -1.0}
+    limit = min(_TANH_LIMIT / softcap_scale, _POLYNOMIAL_SCORE / scale_log2)
+    return {"softcap_cubic": cubic, "softcap_quintic": quintic, "softcap_limit": limit}
+
+
+def _section_heads(problem: AttentionProblem, packed: int) -> int:
+    """How many (sequence, head) pairs run side by side (an L2 swizzle), whole groups of one KV head; heads are groups of ``packed`` ones.
+
+    Where later rows see more keys, the rows of as many heads as fit in L2 are mixed, so that the longest come first. Where all rows see
+    equally many, one head after the other touches the least of K and V at a time: 3 to 10 % at d 256.
+    """
+    group = problem.heads // problem.heads_kv // packed
+    if problem.band.right is None or problem.band.left is not None:
+        return group
+    element = problem.k.dtype.itemsize if problem.k.dtype else 1
+    kv_bytes = max(1, problem.seqlen_k * (problem.head_dim + problem.v_head_dim) * element)
+    kv_heads = max(1, min(_SECTION_KV_HEADS, _L2_BYTES // kv_bytes))
+    return max(1, min(problem.batch * problem.heads // packed, kv_heads * group))

@@ -1,0 +1,1 @@
+"""The driver, and launches: contexts, parameter blocks, tensor maps, counters."""

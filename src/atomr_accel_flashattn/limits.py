@@ -1,0 +1,81 @@
+"""What this version takes and what it does not: the one home of sizes, element types, alignment, and features that are not built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import log2
+from numbers import Integral, Real
+from types import MappingProxyType
+from typing import Any, Final
+
+from .errors import FeatureNotBuiltError
+from .types import DType, SmArch
+
+__all__ = [
+    "CPU_DTYPES",
+    "GPU_DTYPES",
+    "HEAD_DIM_STEP",
+    "HEAD_DIM_WIDTHS",
+    "LARGEST_SCORE_FACTOR",
+    "MAX_GRID",
+    "MAX_HEAD_DIM",
+    "MAX_LENGTH",
+    "NOT_BUILT",
+    "PHILOX_KEYS",
+    "UNBOUNDED",
+    "VECTOR_BYTES",
+    "dtypes_of",
+    "is_integer",
+    "is_real",
+    "not_built",
+]
+
+HEAD_DIM_WIDTHS: Final = (32, 64, 96, 128, 192, 256)  # of tiles; a head dim takes the next one that holds it
+MAX_HEAD_DIM: Final = HEAD_DIM_WIDTHS[-1]
+HEAD_DIM_STEP: Final = 8  # of head dims on a GPU: 16 bytes of a 16-bit type; functional calls pad
+GPU_DTYPES: Final = (DType.F16, DType.BF16)
+CPU_DTYPES: Final = (DType.F16, DType.BF16, DType.F32, DType.F64)
+VECTOR_BYTES: Final = 16  # one cp.async, and what strides and addresses of TMA are multiples of
+PHILOX_KEYS: Final = 32  # one call of the generator covers 32 keys, so no tile with dropout is narrower
+UNBOUNDED: Final = 1 << 30  # a window without a bound: kUnbounded of cuda/attention/params.cuh
+MAX_LENGTH: Final = UNBOUNDED - 1  # tokens of one sequence
+MAX_GRID: Final = (1 << 31) - 1  # blocks of a launch, in x
+_FLOAT32_MAX: Final = float.fromhex("0x1.fffffep127")
+LARGEST_SCORE_FACTOR: Final = _FLOAT32_MAX / log2(2.718281828459045)  # of softmax_scale and softcap: kernels multiply by log2(e)
+
+# Features of the design that this version refuses, and why. Building one removes its line here.
+NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "backward": "forward is built",
+        "block_table": "K and V are plain or packed arrays: with flash_attn_varlen_func packed one sequence after the other",
+        "flash_attn_with_kvcache": "a KV cache is not built in this version; flash_attn_varlen_func takes packed K and V of any length",
+        "fp8": "f16 and bf16 are built",
+        "kv_layout": "NHD is built",
+        "left_pad": "pack the sequences with cu_seqlens",
+        "out_dtype": "o has the type of q",
+        "paged": "K and V have to be plain or packed arrays",
+        "split": "one block visits all keys of its rows",
+        "v_dtype": "q, k and v share one type",
+    }
+)
+
+
+def not_built(feature: str, got: str = "") -> FeatureNotBuiltError:
+    """The refusal of a feature of :data:`NOT_BUILT`; ``got`` says what asked for it."""
+    reason = NOT_BUILT[feature]
+    return FeatureNotBuiltError(feature, f"{got}; {reason}" if got else reason)
+
+
+def dtypes_of(arch: SmArch) -> tuple[DType, ...]:
+    """Element types of q, k and v on an architecture."""
+    return CPU_DTYPES if arch is SmArch.CPU else GPU_DTYPES
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer of Python or NumPy, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number of Python or NumPy (arrays and tensors are none: reading them may wait for a GPU)."""
+    return isinstance(value, Real)

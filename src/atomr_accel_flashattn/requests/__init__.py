@@ -1,0 +1,1 @@
+"""Requests: frozen descriptions of one call, checked once, when made."""

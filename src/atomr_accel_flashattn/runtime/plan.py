@@ -1,0 +1,174 @@
+"""Plan: what answers calls of one kind, and the one store of plans.
+
+A plan is the launches of a call with every number fixed, and the arrays that the call makes. Addresses and the stream are no part of it:
+every run brings those of now. The first call of a kind makes its plan and runs it as all later ones do.
+
+What a key holds, and why that is enough. A request was checked when it was made, and is frozen; its launches are a function of its
+class, of the attributes that the class names (``PLAN_ATTRIBUTES``), of its problem, of whether the dropout pattern is wanted, and of the
+strides of the output. Of the problem everything is in the key but addresses, of which it has the low bits that decide on vector loads.
+Strides of an output that the caller brought are in the key, those of a new one in the plan, because a plan is looked for before outputs
+are made. An LSE is an address and no more. Settings and tile tables are fixed for a process.
+
+Requests of other classes, subclasses of ours included, may name any kernel in their ``dispatch_key``: they have no key, and no plan of
+theirs is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+from ..dispatch import FaFwdDispatch
+from ..env import settings
+from ..kernels.forward import FwdParams
+from ..launch.launcher import Launch
+from ..limits import VECTOR_BYTES
+from ..problem import ArrayInfo, AttentionProblem
+from ..short_repr import ShortRepr
+
+__all__ = ["MAX_PLANS", "SLOTS", "Key", "Output", "Outputs", "Plan", "addresses_of", "clear", "find", "keep", "key_of_request"]
+
+Key: TypeAlias = tuple[Any, ...]
+
+MAX_PLANS: Final = 4096  # of about 1 KB; a workload with more shapes than that starts over
+SLOTS: Final = FwdParams.SLOTS  # names of the addresses of a call, in order
+_SLOTS_WITH_PATTERN: Final = (*SLOTS, "keep")
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Output(ShortRepr):
+    """What a forward call made, in the library of q (or of ``out``, when the caller brought one).
+
+    Attributes:
+        out: o, shaped like q with v's head dim.
+        lse: float32 (B, Hq, Sq), packed (Hq, total_q); None when it was not asked for.
+        dropout_mask: bool, True where kept, (B, Hq, Sq, Sk), with the longest lengths when packed; None when not asked for, or without
+            dropout.
+        rng: int64 (seed, offset), the dropout that was used; None without dropout.
+    """
+
+    out: Any
+    lse: Any = None
+    dropout_mask: Any = None
+    rng: Any = None
+
+
+@dataclass(slots=True, eq=False)
+class Outputs:
+    """The arrays that a call writes, described. They may be made by one thread (on its stream) and written by another."""
+
+    out: ArrayInfo
+    lse: ArrayInfo | None = None
+    dropout_mask: ArrayInfo | None = None
+
+    def for_user(self, request: FaFwdDispatch) -> Output:
+        """The arrays themselves: the caller's own ``out`` where there was one."""
+        out = self.out.source if request.out_array is None else getattr(request, "out", self.out.source)
+        dropout = request.problem.dropout
+        return Output(
+            out,
+            self.lse and self.lse.source,
+            self.dropout_mask and self.dropout_mask.source,
+            dropout and dropout.rng.source,
+        )
+
+
+class Plan:
+    """The launches of a call, in order, and the strides of the output that they write.
+
+    Attributes:
+        launches: none for a call without work.
+        out_strides: in elements, of o. A call makes o with them, and an LSE and a dropout pattern that are row-major.
+        launch: ``launch(stream, addresses)`` makes them all, on addresses in the order of :func:`addresses_of`.
+    """
+
+    __slots__ = ("launch", "launches", "out_strides")
+
+    def __init__(self, launches: tuple[Launch, ...], out_strides: tuple[int, ...]) -> None:
+        self.launches = launches
+        self.out_strides = out_strides
+        self.launch: Callable[[int, tuple[int, ...]], None] = launches[0].launch if len(launches) == 1 else self._launch_all
+
+    def _launch_all(self, stream: int, addresses: tuple[int, ...]) -> None:
+        for each in self.launches:
+            each.launch(stream, addresses)
+
+
+def slots_of(outputs: Outputs) -> tuple[str, ...]:
+    """The names of what :func:`addresses_of` gives, in its order."""
+    return SLOTS if outputs.dropout_mask is None else _SLOTS_WITH_PATTERN
+
+
+def addresses_of(problem: AttentionProblem, outputs: Outputs) -> tuple[int, ...]:
+    """The addresses of a call; 0 for what it does not have."""
+    lse, keep_pattern, rng = outputs.lse, outputs.dropout_mask, problem.dropout
+    addresses = (
+        problem.q.ptr,
+        problem.k.ptr,
+        problem.v.ptr,
+        outputs.out.ptr,
+        0 if lse is None else lse.ptr,
+        0 if problem.cu_seqlens_q is None else problem.cu_seqlens_q.ptr,
+        0 if problem.cu_seqlens_k is None else problem.cu_seqlens_k.ptr,
+        0 if problem.alibi_slopes is None else problem.alibi_slopes.ptr,
+        0 if problem.learned_sink is None else problem.learned_sink.ptr,
+        0 if rng is None else rng.rng.ptr,
+    )
+    return addresses if keep_pattern is None else (*addresses, keep_pattern.ptr)
+
+
+def key_of_request(request: Any) -> Key | None:
+    """What requests have in common that share a plan; made with the request. None for one on the CPU, and of a class of the caller's.
+
+    A class says ``PLAN_ATTRIBUTES``: the (hashable) attributes beside problem and ``out`` that its kernel depends on. It says so for itself
+    alone, not for its subclasses.
+    """
+    kind = type(request)
+    attributes = vars(kind).get("PLAN_ATTRIBUTES")
+    problem: AttentionProblem = request.problem
+    out: ArrayInfo | None = request.out_array
+    q, k, v, dropout = problem.q, problem.k, problem.v, problem.dropout
+    if attributes is None or q.device.kind == "cpu":
+        return None
+    addresses = q.ptr | k.ptr | v.ptr | (0 if out is None else out.ptr)
+    return (
+        *(kind, *(getattr(request, name) for name in attributes)),
+        *(q.device, q.dtype_name, addresses % VECTOR_BYTES),
+        *(q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, None if out is None else out.strides),
+        *(problem.seqlen_q, problem.seqlen_k, problem.softmax_scale, problem.softcap, problem.band),
+        None if problem.alibi_slopes is None else _layout(problem.alibi_slopes),
+        None if problem.learned_sink is None else _layout(problem.learned_sink),
+        None if problem.cu_seqlens_q is None else _layout(problem.cu_seqlens_q),
+        None if dropout is None else dropout.p,
+    )
+
+
+def _layout(info: ArrayInfo) -> tuple[Any, ...]:
+    return info.shape, info.strides
+
+
+_plans: dict[Key, Plan] = {}
+
+
+def find(request: FaFwdDispatch, *, dropout_mask: bool = False) -> Plan | None:
+    """The plan of requests like this one, if there is one. In debug mode there is none, so that every launch is waited for."""
+    key: Key | None = getattr(request, "plan_key", None)
+    if key is None or settings().debug:
+        return None
+    return _plans.get((key, dropout_mask))
+
+
+def keep(request: FaFwdDispatch, plan: Plan, *, dropout_mask: bool = False) -> None:
+    """Let further requests like this one go by ``plan``."""
+    key: Key | None = getattr(request, "plan_key", None)
+    if key is None or settings().debug:
+        return
+    if len(_plans) >= MAX_PLANS:
+        clear()
+    _plans[key, dropout_mask] = plan
+
+
+def clear() -> None:
+    """Forget all plans."""
+    _plans.clear()

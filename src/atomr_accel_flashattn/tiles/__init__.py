@@ -1,0 +1,1 @@
+"""Which tile a kernel gets: the tables of the package, all there can be, and those that were tuned."""

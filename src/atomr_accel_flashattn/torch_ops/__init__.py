@@ -1,0 +1,1 @@
+"""What only torch needs: the guard in front of the plans."""

@@ -1,0 +1,257 @@
+"""Repeat a functional call on CUDA torch tensors: what it costs when one like it was made before.
+
+Plans lie in one store, under the keys of requests (runtime/plan.py). Making a request to find its plan costs its checks, so calls on torch
+tensors have a shortcut: :func:`repeat` recognises the call, makes the outputs and runs the plan. Nothing is validated again, nothing is
+synchronised, and nothing is allocated but the outputs, so the calls can be captured in a CUDA graph.
+
+What a shortcut is found by, and why that is enough. A plan is a function of: shapes, strides, element types and devices of every
+array; which arrays there are; whether all addresses and strides are multiples of 16 bytes (vector loads and TMA); every number of the
+call. All of these are looked at. Addresses, the stream and the dropout seed are read anew by every call. Gradients and an ``out`` that
+lies where an input does are looked at by every call, because they are no part of shapes. Shortcuts are kept only of calls that went the
+whole way of checks, and only when the numbers are numbers (a tensor used as a number compares by identity, and may change).
+
+A call is first compared with the last one of the same numbers. torch does that with a tensor guard, one C function that reads of every
+tensor what a key would hold (and its class, and whether it wants gradients): 0.9 us, where reading the same into a key costs 3. On a guard
+miss the shortcut is looked up by the full key, and becomes the most recent one of these numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from numbers import Real
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from ..arrays.torch_hooks import NewTensor, empty_on, guard_of, hooks, meet_torch
+from ..env import settings
+from ..limits import VECTOR_BYTES
+from ..runtime import plan as store
+from ..runtime.plan import MAX_PLANS, Key, Output, Plan
+
+__all__ = ["Numbers", "Others", "Packing", "clear", "remember", "repeat"]
+
+# (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
+Numbers: TypeAlias = tuple[Any, Any, Any, Any, Any, Any, Any]
+# (alibi_slopes, learned_sink, out)
+Others: TypeAlias = tuple[Any, Any, Any]
+# (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+Packing: TypeAlias = tuple[Any, Any, Any, Any]
+Tensors: TypeAlias = tuple[Any, ...]
+
+_NOWHERE: Final = VECTOR_BYTES  # in an alignment: some array has no memory, because it is empty or because it was freed under its tensor
+_NUMBERS: Final = (Real, np.bool_, type(None))
+_WINDOW: Final = 3  # place of window_size among the numbers
+
+
+@dataclass(slots=True, eq=False)
+class _Shortcut:
+    """A plan, and what is needed to run it for a call on tensors.
+
+    Attributes:
+        launch: runs the plan.
+        alignment: low bits of all addresses that count.
+        reaches: bytes between the first and the last element of q, k, v and o, both included.
+        out: the output, None when the caller brings it.
+        make_out: makes it; None where that takes a look at the current device.
+        plain: whether q, k, v and o are all the arrays that there are.
+        same: says of tensors that they are like those that this was found for. It is made again when it does not know tensors that the key
+            knows, as in another mode of autograd; what any of them ever says is true.
+    """
+
+    launch: Callable[[int, tuple[int, ...]], None]
+    device_index: int
+    alignment: int
+    reaches: tuple[int, ...]
+    out: NewTensor | None
+    make_out: Any
+    lse: NewTensor | None
+    dropout: bool
+    plain: bool
+    same: Any
+
+
+_shortcuts: dict[Key, _Shortcut] = {}
+_latest: dict[Key, _Shortcut] = {}  # by all of the key that is not read from tensors
+
+
+def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key | None, Any]:  # noqa: C901 - each frame less is 0.1 us
+    """Answer a call as one like it was answered before.
+
+    Returns:
+        (key, result): result is None when there is no shortcut; key is None when there cannot be one.
+    """
+    slopes, learned_sink, out = others
+    if type(numbers[_WINDOW]) is list:
+        numbers = (*numbers[:_WINDOW], tuple(numbers[_WINDOW]), *numbers[_WINDOW + 1 :])
+    if slopes is not None or learned_sink is not None or out is not None:
+        call, tensors = _describe(q, k, v, packing, numbers, others)
+    elif packing is None:
+        call, tensors = numbers, (q, k, v)
+    else:
+        call, tensors = _describe_packed(q, k, v, packing, numbers)
+    try:
+        found = _latest.get(call)
+    except TypeError:  # a number that cannot be hashed is none: the checks name it
+        return None, None
+    if found is None or not found.same(*tensors):
+        found = None
+        if not _may_repeat(tensors):
+            return None, None
+    q_ptr, k_ptr, v_ptr, out_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr()
+    somewhere = q_ptr and k_ptr and v_ptr and (out_ptr or out is None)
+    alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15 | (0 if somewhere else _NOWHERE)
+    if found is None or found.alignment != alignment:
+        key, found = _find(call, alignment, tensors)
+        if found is None:
+            return key, None
+    if found.out is not None:
+        out = empty_on(found.device_index, q, found.out) if found.make_out is None else found.make_out()
+        out_ptr = out.data_ptr()
+    elif _overlap(out_ptr, q_ptr, k_ptr, v_ptr, found.reaches):  # the checks know whether they share an element
+        return None, None
+    if found.plain:
+        found.launch(hooks.raw_stream(found.device_index), (q_ptr, k_ptr, v_ptr, out_ptr, 0, 0, 0, 0, 0, 0))
+        return None, out
+    lse = _launch_more(found, (q_ptr, k_ptr, v_ptr, out_ptr), q, packing, others)
+    return None, out if lse is None else (out, lse, None)
+
+
+def _describe_packed(q: Any, k: Any, v: Any, packing: Packing, numbers: Numbers) -> tuple[Key, Tensors]:
+    """What is known of a packed call beside its tensors, and the tensors. A guard takes no tensor twice."""
+    cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k = packing
+    if cu_seqlens_k is cu_seqlens_q:
+        return (numbers, seqlen_q, seqlen_k), (q, k, v, cu_seqlens_q)
+    return (numbers, seqlen_q, seqlen_k, True), (q, k, v, cu_seqlens_q, cu_seqlens_k)
+
+
+def _describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key, Tensors]:
+    """The same of a call, dense or packed, with slopes, a learned sink or an ``out``: what there is of them is part of what is known."""
+    slopes, learned_sink, out = others
+    call, tensors = ((numbers, None, None), (q, k, v)) if packing is None else _describe_packed(q, k, v, packing, numbers)
+    if slopes is not None:
+        tensors = (*tensors, slopes)
+    if learned_sink is not None:
+        tensors = (*tensors, learned_sink)
+    if out is not None:
+        tensors = (*tensors, out)
+    return (*call, (slopes is None, learned_sink is None, out is None)), tensors
+
+
+def _may_repeat(tensors: Tensors) -> bool:
+    """Whether these are plain tensors of torch, on a GPU, that want no gradients and are no views with other signs than their memory."""
+    if not hooks.plain_types:
+        meet_torch()
+    types = hooks.plain_types
+    return (
+        all(type(tensor) in types for tensor in tensors)
+        and tensors[0].is_cuda
+        and not (any(tensor.requires_grad for tensor in tensors) and hooks.is_grad_enabled())
+        and not any(tensor.is_neg() for tensor in tensors)
+        and all(map(_has_memory, tensors))
+    )
+
+
+def _has_memory(tensor: Any) -> bool:
+    """Whether a tensor has an address of its own, which those inside a torch.func transform have not."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _find(call: Key, alignment: int, tensors: Tensors) -> tuple[Key, _Shortcut | None]:
+    """The key of a call and its shortcut, which is from now on the first to be tried for calls of these numbers."""
+    facts = [fact for tensor in tensors for fact in (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())]
+    key = (call, alignment, *facts)
+    found = _shortcuts.get(key)
+    if found is not None:
+        if not found.same(*tensors):
+            found.same = _guard(tensors)
+        _latest[call] = found
+    return key, found
+
+
+def _guard(tensors: Tensors) -> Any:
+    """A function that tells whether as many tensors are like these, if there can be one."""
+    if hooks.guard is None or any(tensor.requires_grad for tensor in tensors) or len({id(tensor) for tensor in tensors}) < len(tensors):
+        return _never
+    return guard_of(hooks.guard, tensors)
+
+
+def _never(*_tensors: Any) -> bool:
+    """The guard of a shortcut that has none."""
+    return False
+
+
+def _overlap(out: int, q: int, k: int, v: int, reaches: tuple[int, ...]) -> bool:
+    """Whether the bytes of ``out`` and those of an input lie within each other."""
+    of_q, of_k, of_v, of_out = reaches
+    end = out + of_out
+    return (out < q + of_q and q < end) or (out < k + of_k and k < end) or (out < v + of_v and v < end)
+
+
+def _launch_more(found: _Shortcut, pointers: tuple[int, int, int, int], q: Any, packing: Packing | None, others: Others) -> Any:
+    """Launch with more addresses than those of q, k, v and o; the LSE where there is one."""
+    stream = hooks.raw_stream(found.device_index)
+    lse, lse_ptr = None, 0
+    if found.lse is not None:
+        lse = empty_on(found.device_index, q, found.lse)
+        lse_ptr = lse.data_ptr()
+    lengths = (0, 0) if packing is None else (packing[0].data_ptr(), packing[1].data_ptr())
+    slopes, learned_sink, _ = others
+    biases = (0 if slopes is None else slopes.data_ptr(), 0 if learned_sink is None else learned_sink.data_ptr())
+    rng = q.new_empty((2,), dtype=hooks.int64).random_(-(2**63), 2**63 - 1) if found.dropout else None
+    found.launch(stream, (*pointers, lse_ptr, *lengths, *biases, 0 if rng is None else rng.data_ptr()))
+    return lse
+
+
+def remember(key: Key, plan: Plan, output: Output, others: Others) -> None:
+    """Keep a shortcut to the plan of the call that made ``output``; does nothing where a shortcut would not be enough."""
+    call, alignment, *facts = key
+    numbers, *more = call if type(call[0]) is tuple else (call,)
+    numeric = all(isinstance(number, _NUMBERS) for number in (*numbers[:_WINDOW], *numbers[_WINDOW], *numbers[_WINDOW + 1 :], *more[:2]))
+    if settings().debug or not numeric or output.dropout_mask is not None or len(plan.launches) != 1:
+        return
+    if len(_shortcuts) >= MAX_PLANS:
+        _forget()
+    (launch,) = plan.launches
+    out = _array(output.out) if others[2] is None else None
+    dropout = bool(numbers[0] > 0)
+    one_gpu = hooks.device_count is not None and hooks.device_count() == 1
+    _shortcuts[key] = _Shortcut(
+        launch=plan.launch,
+        device_index=launch.kernel.device_index,
+        alignment=alignment,
+        reaches=(*(_reach(*facts[4 * i : 4 * i + 3]) for i in range(3)), _reach(*_array(output.out))),
+        out=out,
+        make_out=partial(hooks.empty_on_current, *out) if one_gpu and out is not None else None,
+        lse=None if output.lse is None else _array(output.lse),
+        dropout=dropout,
+        plain=not more and output.lse is None and not dropout,
+        same=_never,
+    )
+
+
+def _array(tensor: Any) -> NewTensor:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> int:
+    """Bytes from the first element to the last one, both included."""
+    last = sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+    return 0 if 0 in shape else int((last + 1) * dtype.itemsize)
+
+
+def clear() -> None:
+    """Forget all plans, and the shortcuts to them."""
+    _forget()
+    store.clear()
+
+
+def _forget() -> None:
+    _shortcuts.clear()
+    _latest.clear()
