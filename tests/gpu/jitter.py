@@ -82,7 +82,7 @@ FLAWS = {
         ),
     ),
     # Warps do not wait for each other before a buffer is read or overwritten.
-    Family.FA2: Flaw("fa2_fwd.cuh", ((r"(void arrive_all\(\) \{\s*ptx::cp_async_wait<0>\(\);\s*)__syncthreads\(\);", r"\1"),)),
+    Family.FA2: Flaw("cp_async_pipeline.cuh", ((r"(acquire\(\) const \{\s*ptx::cp_async_wait<[^;]*>\(\);\s*)__syncthreads\(\);", r"\1"),)),
 }
 
 

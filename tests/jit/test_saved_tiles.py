@@ -196,6 +196,7 @@ def test_a_file_that_cannot_be_read_is_a_warning(folder: Path) -> None:
         lambda one: one["tile"].update(block_m="128"),
         lambda one: one["tile"].update(persistent=1),
         lambda one: one["tile"].update(colour=1),
+        lambda one: one["tile"].update(q_in_registers=False, overlap=False),  # fields of earlier versions
         lambda one: one["tile"].pop("warps"),
         lambda one: one.update(speedup="fast"),
         lambda one: one.update(shapes=[1]),

@@ -129,7 +129,8 @@ def read_saved_tiles(folder: Path) -> tuple[SavedTile, ...]:
         return ()
     entries = [_parse(entry) for entry in document["tiles"]]
     if None in entries:
-        _warn(f"{path}: {entries.count(None)} of {len(entries)} entries are damaged and ignored; run atomr-flashattn tune again")
+        counted = f"{entries.count(None)} of {len(entries)} entries"
+        _warn(f"{path}: {counted} are damaged, or of another version, and ignored; run atomr-flashattn tune again")
     return tuple(entry for entry in entries if entry is not None)
 
 

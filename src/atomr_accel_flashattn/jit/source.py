@@ -90,7 +90,6 @@ def _config(spec: KernelSpec) -> dict[str, int | str]:
         "block_n": spec.tile.block_n,
         "warps": spec.tile.warps,
         "stages": spec.tile.stages,
-        "q_in_registers": spec.tile.q_in_registers,
         "exact_head_dim": spec.exact_head_dim,
         "aligned": spec.aligned,
         "left_bound": spec.left_bound,
@@ -103,7 +102,6 @@ def _config(spec: KernelSpec) -> dict[str, int | str]:
         "dropout": spec.dropout,
         "varlen": spec.varlen,
         "pack_gqa": spec.pack_gqa,
-        "overlap": spec.tile.overlap,
         "ping_pong": spec.tile.ping_pong,
         "persistent": spec.tile.persistent,
     }

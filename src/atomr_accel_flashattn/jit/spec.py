@@ -35,15 +35,13 @@ class Direction(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """How work is cut: rows of Q and of K/V per step, warps a block, K/V buffers, where Q lives, blocks a multiprocessor shall hold."""
+    """How work is cut: rows of Q and of K/V per step, warps a block, K/V buffers, blocks an SM shall hold."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int = 1
-    q_in_registers: bool = False
     min_blocks: int = 1
-    overlap: bool = False  # FA2: S of the next tile is multiplied beside the softmax of this one
     ping_pong: bool = False  # FA3: warpgroups issue their products in turn
     persistent: bool = False  # blocks take tile after tile
 
@@ -53,8 +51,7 @@ class Tile:
         return self.warps * 32
 
     def __str__(self) -> str:
-        flags = (self.q_in_registers, self.overlap, self.ping_pong, self.persistent)
-        letters = "".join(letter for letter, on in zip("qoip", flags, strict=True) if on)
+        letters = "i" * self.ping_pong + "p" * self.persistent
         return f"m{self.block_m}n{self.block_n}w{self.warps}s{self.stages}{letters}b{self.min_blocks}"
 
 
@@ -101,7 +98,7 @@ class KernelSpec:
         kv = tile.stages * tile.block_n * (self.head_dim + self.v_head_dim) * size
         if self.family is Family.FA3:
             return q + kv + _FA3_BARRIERS + _FA3_ALIGNMENT
-        return max(q, kv) if tile.q_in_registers else q + kv
+        return q + kv
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:

@@ -18,8 +18,6 @@ AXES: Final[Mapping[Family, Mapping[str, tuple[Any, ...]]]] = {
         "block_n": (16, 32, 48, 64, 80, 96, 128),
         "warps": (4, 8),
         "stages": (1, 2, 3),
-        "q_in_registers": (False, True),
-        "overlap": (False, True),
         "min_blocks": (1, 2, 3),
         "persistent": (False, True),
     },
@@ -39,7 +37,6 @@ _REGISTER_FILE: Final = 65536
 _OTHER_REGISTERS: Final = {Family.FA2: 31, Family.FA3: 24}  # beside accumulators and scores; ptxas has the last word
 _MOST_REGISTERS: Final = 255
 _CONSUMER_REGISTERS: Final = {1: 255, 2: 240, 3: 160, 4: 112}  # per thread, by warpgroups that multiply (cuda/fa3_fwd.cuh)
-_OVERLAP_STAGES: Final = 2
 _PHILOX_KEYS: Final = 32
 _LONGEST_WGMMA: Final = 256
 _MOST_STAGES: Final = 11
@@ -68,8 +65,6 @@ def misfit(spec: KernelSpec) -> str:
 def _misfit_fa2(tile: Tile) -> str:
     if tile.block_m % (16 * tile.warps):
         return f"block_m: got {tile.block_m}; allowed with {tile.warps} warps are multiples of {16 * tile.warps}"
-    if tile.overlap and tile.stages != _OVERLAP_STAGES:
-        return f"stages: got {tile.stages}; allowed with overlap is {_OVERLAP_STAGES}"
     return ""
 
 
@@ -105,8 +100,7 @@ def _registers_suffice(spec: KernelSpec) -> bool:
         held = spec.v_head_dim // 2 + tile.block_n // 2 + tile.block_n // 4  # O, S, and P in 16 bits
         allowed = _CONSUMER_REGISTERS[tile.warps // 4 - 1]
     else:
-        scores = 2 * tile.block_n if tile.overlap else tile.block_n
-        held = tile.block_m * (spec.v_head_dim + scores + (spec.head_dim // 2 if tile.q_in_registers else 0)) // tile.threads
+        held = tile.block_m * (spec.v_head_dim + tile.block_n) // tile.threads  # O and S
         allowed = min(_MOST_REGISTERS, _REGISTER_FILE // (tile.threads * tile.min_blocks))
     return held + _OTHER_REGISTERS[spec.family] <= allowed
 
