@@ -2,7 +2,7 @@
 
 ``PYTHONPATH=src python tools/compare_variants.py variants.json --cells 'grid_d128*_2k' --peers cudnn,fa3 --out search.json``.
 The file names the variants: ``{"as it is": {}, "turns": {"tile": {"ping_pong": true}}, "mine": {"headers": "folder"}}``. Each may
-have ``headers`` (a folder with all of cuda/*.cuh), ``tile`` (fields of Tile that differ), ``family`` (fa3, or fa2),
+have ``headers`` (a copy of the folder cuda/), ``tile`` (fields of Tile that differ), ``family`` (fa3, or fa2),
 ``section_heads`` (of the scheduler), and ``head_dims`` (a list) and ``mask`` (full, causal, ...) to be left out elsewhere. All
 kernels are compiled first, in parallel; one that does not compile or is wrong is reported and not timed.
 """
@@ -66,7 +66,7 @@ class Variant:
             yield
             return
         folder = Path(self.headers).resolve()
-        digest = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(folder.glob("*.cuh")))).digest()
+        digest = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(folder.rglob("*.cuh")))).digest()
         swapped: list[tuple[Any, str, Any]] = [
             (source, "headers_dir", lambda: folder),
             (source, "headers_digest", lambda: digest),

@@ -23,7 +23,8 @@ __all__ = ["compiler", "run"]
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parents[1] / "build" / "emulator"
-REPLACED = ("emulator.h", "ptx.cuh", "hopper_ptx.cuh")  # what takes the place of the GPU
+LEAVES = sorted(f"ptx/{path.name}" for path in (HERE / "ptx").glob("*.cuh"))
+REPLACED = ("emulator.h", *LEAVES)  # what takes the place of the GPU
 _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 
 _RUN = """

@@ -1,4 +1,4 @@
-"""Launch parameters: the structs of cuda/params.cuh as ctypes, and how a problem fills them.
+"""Launch parameters: the structs of cuda/attention/params.cuh as ctypes, and how a problem fills them.
 
 Pointers come first in every struct, so that a call whose shapes were seen before writes one run of addresses and nothing else.
 """

@@ -13,7 +13,7 @@ from .wgmma import wgmma_leaves
 __all__ = ["body_source", "headers_digest", "headers_dir", "kernel_source"]
 
 _FA2_FORWARD = """\
-#include "fa2_fwd.cuh"
+#include "kernels/fa2_fwd.cuh"
 
 extern "C" __global__ void __launch_bounds__({threads}, {min_blocks}) {name}(const __grid_constant__ fa::FwdParams p) {{
   fa::fa2_forward<fa::Config{{
@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__({threads}, {min_blocks}) {name}(con
 """
 
 _FA3_FORWARD = """\
-#include "fa3_fwd.cuh"
+#include "kernels/fa3_fwd.cuh"
 
 extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(const __grid_constant__ fa::Fa3FwdParams p) {{
   fa::fa3_forward<fa::Config{{
@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(const __grid_c
 """
 
 _DROPOUT_MASK = """\
-#include "dropout_mask.cuh"
+#include "kernels/dropout_mask.cuh"
 
 extern "C" __global__ void __launch_bounds__(128) {name}(const __grid_constant__ fa::DropoutMaskParams p) {{
   fa::dropout_mask<{varlen}>(p);
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(128) {name}(const __grid_constant__
 
 
 def headers_dir() -> Path:
-    """Folder of the CUDA headers that every kernel includes."""
+    """Folder of the CUDA headers; their includes are written relative to it."""
     return Path(__file__).resolve().parent.parent / "cuda"
 
 
@@ -51,10 +51,10 @@ def headers_digest() -> bytes:
     """SHA-256 over the names and contents of all headers: part of every cache key."""
     digest = hashlib.sha256()
     folder = str(headers_dir())
-    for name in sorted(os.listdir(folder)):  # noqa: PTH208 - a glob of paths and buffered files take twice as long, half of a cache hit
-        if name.endswith(".cuh"):
-            with open(f"{folder}/{name}", "rb", buffering=0) as file:  # noqa: PTH123
-                digest.update(name.encode() + b"\0" + file.read())
+    names = (f"{where}/{name}" for where, _, files in os.walk(folder) for name in files if name.endswith(".cuh"))
+    for name in sorted(names):
+        with open(name, "rb", buffering=0) as file:  # noqa: PTH123
+            digest.update(name.removeprefix(folder).encode() + b"\0" + file.read())
     return digest.digest()
 
 
@@ -67,7 +67,7 @@ def leaves_source(spec: KernelSpec) -> str:
     """The instructions that have to be written out for this kernel; empty for all but the FA3 family."""
     if spec.family is not Family.FA3:
         return ""
-    return '#include "hopper_ptx.cuh"\n\n' + wgmma_leaves({spec.tile.block_n, spec.v_head_dim}, spec.dtype) + "\n"
+    return '#include "ptx/wgmma.cuh"\n\n' + wgmma_leaves({spec.tile.block_n, spec.v_head_dim}, spec.dtype) + "\n"
 
 
 def body_source(spec: KernelSpec) -> str:
@@ -81,7 +81,7 @@ def body_source(spec: KernelSpec) -> str:
 
 
 def _config(spec: KernelSpec) -> dict[str, int | str]:
-    """Members of cuda/config.cuh's Config, in their order."""
+    """Members of cuda/attention/config.cuh's Config, in their order."""
     return {
         "dtype": f"fa::DType::{spec.dtype.name}",
         "head_dim": spec.head_dim,

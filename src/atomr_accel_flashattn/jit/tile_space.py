@@ -36,14 +36,14 @@ SCHEDULES: Final = ("ping_pong", "persistent")
 _REGISTER_FILE: Final = 65536
 _OTHER_REGISTERS: Final = {Family.FA2: 31, Family.FA3: 24}  # beside accumulators and scores; ptxas has the last word
 _MOST_REGISTERS: Final = 255
-_CONSUMER_REGISTERS: Final = {1: 255, 2: 240, 3: 160, 4: 112}  # per thread, by warpgroups that multiply (cuda/fa3_fwd.cuh)
+_CONSUMER_REGISTERS: Final = {1: 255, 2: 240, 3: 160, 4: 112}  # per thread, by warpgroups that multiply (cuda/kernels/fa3_fwd.cuh)
 _PHILOX_KEYS: Final = 32
 _LONGEST_WGMMA: Final = 256
 _MOST_STAGES: Final = 11
 
 
 def misfit(spec: KernelSpec) -> str:
-    """Why there can be no kernel with the tile of ``spec``; empty when there can. The headers assert the same (cuda/fa2_fwd.cuh, ...)."""
+    """Why there can be no kernel with the tile of ``spec``; empty when there can. The headers assert the same (cuda/kernels/)."""
     tile, read = spec.tile, AXES[spec.family]
     sizes = (tile.block_m, tile.block_n, tile.warps, tile.stages, tile.min_blocks)
     if any(type(size) is not int or size < 1 for size in sizes):
