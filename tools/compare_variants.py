@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from atomr_accel_flashattn.bench.timing import Contestant, measure_in_turns
 from atomr_accel_flashattn.dispatch import lookup
 from atomr_accel_flashattn.errors import FlashAttnError
 from atomr_accel_flashattn.execute import execute
-from atomr_accel_flashattn.jit import launch, source
+from atomr_accel_flashattn.jit import headers, launch
 from atomr_accel_flashattn.jit.compile import compile_many
 from atomr_accel_flashattn.jit.params import Fa3FwdParams
 from atomr_accel_flashattn.jit.spec import Family, KernelSpec
@@ -66,10 +65,8 @@ class Variant:
             yield
             return
         folder = Path(self.headers).resolve()
-        digest = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(folder.rglob("*.cuh")))).digest()
         swapped: list[tuple[Any, str, Any]] = [
-            (source, "headers_dir", lambda: folder),
-            (source, "headers_digest", lambda: digest),
+            (headers, "headers_dir", lambda: folder),
             (launch, "_loaded", {}),
             (launch, "_loading", {}),
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atomr_accel_flashattn.jit.source import headers_dir
+from atomr_accel_flashattn.jit.headers import headers_dir
 from atomr_accel_flashattn.jit.spec import Family, Tile
 from atomr_accel_flashattn.types import DType
 from tests.cases import Case, Values, build
@@ -36,9 +35,7 @@ def other_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     """A copy of the headers, to be edited before the first kernel is built with it."""
     folder = tmp_path / "cuda"
     shutil.copytree(headers_dir(), folder)
-    contents = lambda: b"".join(path.read_bytes() for path in sorted(folder.rglob("*.cuh")))  # noqa: E731
     monkeypatch.setattr(building, "headers_dir", lambda: folder)
-    monkeypatch.setattr(building, "headers_digest", lambda: hashlib.sha256(contents()).digest())
     forget()
     yield folder
     forget()

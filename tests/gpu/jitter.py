@@ -6,7 +6,6 @@ launch, is what users get. ``FLAWS`` take one guard away, so that a test can sho
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atomr_accel_flashattn import plans
-from atomr_accel_flashattn.jit import launch, nvrtc, source
+from atomr_accel_flashattn.jit import headers, launch, nvrtc
 from atomr_accel_flashattn.jit.spec import Family
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ FLAWS = {
 
 def headers_with_naps(folder: Path, flaw: Flaw | None = None) -> Path:
     """Write the edited headers to a new ``folder`` and return it."""
-    shutil.copytree(source.headers_dir(), folder)
+    shutil.copytree(headers.headers_dir(), folder)
     (folder / "nap.cuh").write_text(_NAP)
     napping: set[str] = set()
     for path in (folder / "ptx").glob("*.cuh"):
@@ -107,9 +106,7 @@ def use_headers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     Should naps make some ptxas put one product of wgmma after another, as none does so far (tests/compile/test_jitter.py), that is allowed.
     """
-    digest = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(folder.rglob("*.cuh")))).digest()
-    monkeypatch.setattr(source, "headers_dir", lambda: folder)
-    monkeypatch.setattr(source, "headers_digest", lambda: digest)
+    monkeypatch.setattr(headers, "headers_dir", lambda: folder)
     monkeypatch.setattr(nvrtc, "_SERIALISED", re.compile("(?!)"))
     monkeypatch.setattr(launch, "_loaded", {})
     monkeypatch.setattr(launch, "_loading", {})

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from atomr_accel_flashattn.jit import nvrtc, params, source
+from atomr_accel_flashattn.jit import nvrtc, params
+from atomr_accel_flashattn.jit.headers import headers_dir
 from atomr_accel_flashattn.jit.params import DropoutMaskParams, Fa3FwdParams, FwdParams, KernelParams, StrideParams, TensorMapParams
 from atomr_accel_flashattn.jit.spec import KernelSpec, Tile
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
@@ -90,7 +91,7 @@ def test_structs_lie_in_memory_as_the_kernels_see_them(struct: type[ctypes.Struc
     names = ", ".join(f"m{index}" for index in range(len(fields)))
     lines.append(f'extern "C" __global__ void k(const __grid_constant__ {name} p) {{ const auto& [{names}] = p; }}')
     text = '#include "attention/params.cuh"\n' + "\n".join(lines)
-    nvrtc.compile_source("layout", text, "sm_80", [source.headers_dir()])
+    nvrtc.compile_source("layout", text, "sm_80", [headers_dir()])
 
 
 def test_maps_start_on_multiples_of_64_behind_padding_that_fills_the_gap():
@@ -106,7 +107,7 @@ def test_maps_start_on_multiples_of_64_behind_padding_that_fills_the_gap():
         '#include "attention/params.cuh"\nstatic_assert(alignof(fa::TensorMap) == 64 && alignof(fa::Fa3FwdParams) == 64);\n'
         'extern "C" __global__ void k() {}'
     )
-    nvrtc.compile_source("alignment", text, "sm_90a", [source.headers_dir()])
+    nvrtc.compile_source("alignment", text, "sm_90a", [headers_dir()])
 
 
 def test_the_parameters_of_the_fa3_family():
@@ -127,7 +128,7 @@ def test_addresses_come_first(struct: type[KernelParams]):
 
 def test_unbounded_is_the_kernels_constant():
     text = f'#include "attention/params.cuh"\nstatic_assert(fa::kUnbounded == {params.UNBOUNDED});\nextern "C" __global__ void k() {{}}'
-    nvrtc.compile_source("constants", text, "sm_80", [source.headers_dir()])
+    nvrtc.compile_source("constants", text, "sm_80", [headers_dir()])
 
 
 def test_dense():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..env import settings
 from ..errors import CompileError
-from . import nvrtc, source
+from . import headers, nvrtc, source
 from .cache import CacheKey, KernelCache, Record, default_cache
 from .spec import KernelSpec
 
@@ -118,11 +118,13 @@ def cache_key(spec: KernelSpec, text: str) -> CacheKey:
     """Key of ``spec`` whose source is ``text``: digest of source, headers, options and NVRTC build. No path of this machine is in it.
 
     Raises:
+        CompileError: a header is missing.
         NvrtcMissingError: NVRTC is not installed.
     """
     digest = hashlib.sha256()
-    parts = (_KEY_SCHEMA, nvrtc.nvrtc_digest().encode(), source.headers_digest(), *map(str.encode, nvrtc.compile_options(spec.arch.value)))
-    for part in (*parts, text.encode()):
+    included = headers.closure_digest(text)
+    options = map(str.encode, nvrtc.compile_options(spec.arch.value))
+    for part in (_KEY_SCHEMA, nvrtc.nvrtc_digest().encode(), included, *options, text.encode()):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return CacheKey(spec.kernel_name, digest.hexdigest())
@@ -133,7 +135,7 @@ def _compile(spec: KernelSpec, key: CacheKey, text: str, cache: KernelCache | No
     if folder is not None:
         _save(folder, key, text)
     try:
-        made = nvrtc.compile_source(spec.kernel_name, text, spec.arch.value, [source.headers_dir()])
+        made = nvrtc.compile_source(spec.kernel_name, text, spec.arch.value, [headers.headers_dir()])
     except CompileError as error:
         saved = (cache.save_source(key, text) if cache is not None else None) or _save(_scratch(), key, text)
         raise CompileError(error.args[0].splitlines()[0], spec=spec, log=error.log, source_path=saved) from error

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from functools import cache
-from pathlib import Path
+from typing import Final
 
 from .spec import Direction, Family, KernelSpec
 from .wgmma import wgmma_leaves
 
-__all__ = ["body_source", "headers_digest", "headers_dir", "kernel_source"]
+__all__ = ["ROOT_HEADERS", "body_source", "kernel_source"]
+
+# The header that defines a kernel and includes all others, by the family and direction that kernel names begin with.
+ROOT_HEADERS: Final = {
+    "fa2_fwd": "kernels/fa2_fwd.cuh",
+    "fa3_fwd": "kernels/fa3_fwd.cuh",
+    "fa2_dropout_mask": "kernels/dropout_mask.cuh",
+}
 
 _FA2_FORWARD = """\
-#include "kernels/fa2_fwd.cuh"
+#include "{header}"
 
 extern "C" __global__ void __launch_bounds__({threads}, {min_blocks}) {name}(const __grid_constant__ fa::FwdParams p) {{
   fa::fa2_forward<fa::Config{{
@@ -23,7 +27,7 @@ extern "C" __global__ void __launch_bounds__({threads}, {min_blocks}) {name}(con
 """
 
 _FA3_FORWARD = """\
-#include "kernels/fa3_fwd.cuh"
+#include "{header}"
 
 extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(const __grid_constant__ fa::Fa3FwdParams p) {{
   fa::fa3_forward<fa::Config{{
@@ -33,29 +37,12 @@ extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(const __grid_c
 """
 
 _DROPOUT_MASK = """\
-#include "kernels/dropout_mask.cuh"
+#include "{header}"
 
 extern "C" __global__ void __launch_bounds__(128) {name}(const __grid_constant__ fa::DropoutMaskParams p) {{
   fa::dropout_mask<{varlen}>(p);
 }}
 """
-
-
-def headers_dir() -> Path:
-    """Folder of the CUDA headers; their includes are written relative to it."""
-    return Path(__file__).resolve().parent.parent / "cuda"
-
-
-@cache
-def headers_digest() -> bytes:
-    """SHA-256 over the names and contents of all headers: part of every cache key."""
-    digest = hashlib.sha256()
-    folder = str(headers_dir())
-    names = (f"{where}/{name}" for where, _, files in os.walk(folder) for name in files if name.endswith(".cuh"))
-    for name in sorted(names):
-        with open(name, "rb", buffering=0) as file:  # noqa: PTH123
-            digest.update(name.removeprefix(folder).encode() + b"\0" + file.read())
-    return digest.digest()
 
 
 def kernel_source(spec: KernelSpec) -> str:
@@ -72,12 +59,15 @@ def leaves_source(spec: KernelSpec) -> str:
 
 def body_source(spec: KernelSpec) -> str:
     """The kernel without those."""
+    header = ROOT_HEADERS[f"{spec.family.value}_{spec.direction.value}"]
     if spec.direction is Direction.DROPOUT_MASK:
-        return _DROPOUT_MASK.format(name=spec.kernel_name, varlen=_literal(spec.varlen))
+        return _DROPOUT_MASK.format(header=header, name=spec.kernel_name, varlen=_literal(spec.varlen))
     config = ",\n".join(f"    .{name} = {_literal(value)}" for name, value in _config(spec).items())
     if spec.family is Family.FA3:
-        return _FA3_FORWARD.format(threads=spec.tile.threads, name=spec.kernel_name, config=config)
-    return _FA2_FORWARD.format(threads=spec.tile.threads, min_blocks=spec.tile.min_blocks, name=spec.kernel_name, config=config)
+        return _FA3_FORWARD.format(header=header, threads=spec.tile.threads, name=spec.kernel_name, config=config)
+    return _FA2_FORWARD.format(
+        header=header, threads=spec.tile.threads, min_blocks=spec.tile.min_blocks, name=spec.kernel_name, config=config
+    )
 
 
 def _config(spec: KernelSpec) -> dict[str, int | str]:
