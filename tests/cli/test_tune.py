@@ -21,7 +21,7 @@ BY_HAND = Shape(128, None, 16, None, None, (2048,), None, causal=True, window=No
 ENTRY = SavedTile(
     device="NVIDIA H100 80GB HBM3",
     compute_capability="9.0",
-    headers=headers_identity(),
+    headers=headers_identity("fa2_fwd"),
     kernel="fa2_fwd_sm90_bf16_d128_rightbound",
     tile=Tile(block_m=128, block_n=32, warps=4, stages=2),
     shapes=("grid_d128_h16_causal_2k",),

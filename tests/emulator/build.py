@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from atomr_accel_flashattn.kernels.source import body_source
 from filelock import FileLock
 
-from atomr_accel_flashattn.jit.headers import headers_digest, headers_dir
+from atomr_accel_flashattn.jit.headers import headers_dir
 from atomr_accel_flashattn.kernels.spec import Direction, Family
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ __all__ = ["compiler", "run"]
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parents[1] / "build" / "emulator"
-REPLACED = ("emulator.h", "ptx.cuh", "hopper_ptx.cuh")  # what takes the place of the GPU
+LEAVES = sorted(f"ptx/{path.name}" for path in (HERE / "ptx").glob("*.cuh"))
+REPLACED = ("emulator.h", *LEAVES)  # what takes the place of the GPU
 _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 
 _RUN = """
@@ -71,8 +72,8 @@ def _params(spec: KernelSpec) -> str:
 @cache
 def _headers() -> Path:
     """A folder with the project's headers, the emulator's in the place of the GPU's, and emulator.h precompiled."""
-    own = b"".join((HERE / name).read_bytes() for name in REPLACED)
-    folder = FOLDER / hashlib.sha256(headers_digest() + own + str(_FLAGS).encode()).hexdigest()[:24]
+    contents = _contents(headers_dir()) + _contents(HERE) + str(_FLAGS).encode()
+    folder = FOLDER / hashlib.sha256(contents).hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / "emulator.h.gch").exists():
@@ -81,6 +82,12 @@ def _headers() -> Path:
                 shutil.copy(HERE / name, folder / name)
             _compile(folder, "-x", "c++-header", "-o", str(folder / "emulator.h.gch"), str(folder / "emulator.h"))
     return folder
+
+
+def _contents(folder: Path) -> bytes:
+    """Names and contents of all headers in ``folder``."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in {".cuh", ".h"})
+    return b"".join(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() for path in paths)
 
 
 def _compile(headers: Path, *arguments: str) -> None:

@@ -70,7 +70,7 @@ def _run_fa3(problem: AttentionProblem, spec: KernelSpec, forward: FwdParams, se
 
 
 def flat_tensor(spec: TensorMapSpec) -> bytes:
-    """What tests/emulator/hopper_ptx.cuh reads in place of a CUtensorMap: FlatTensor."""
+    """What tests/emulator/ptx/tma.cuh reads in place of a CUtensorMap: FlatTensor."""
     assert all(step % 16 == 0 for step in spec.strides), f"strides {spec.strides} of a tensor map are no multiples of 16 bytes"
     assert spec.ptr % 16 == 0, "a tensor map starts on a multiple of 16 bytes"
     more = (1,) * (5 - len(spec.sizes))

@@ -6,7 +6,6 @@ launch, is what users get. ``FLAWS`` take one guard away, so that a test can sho
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atomr_accel_flashattn.jit import nvrtc
-from atomr_accel_flashattn.kernels import source
 from atomr_accel_flashattn.kernels.spec import Family
 from atomr_accel_flashattn.launch import launcher as launch
 from atomr_accel_flashattn.torch_ops import plans
@@ -28,7 +26,7 @@ __all__ = ["FLAWS", "Flaw", "headers_with_naps", "use_headers"]
 # lanes of a warp read one clock, and there is no branch, so a warp stays together for the instructions that want it to.
 _NAP = """\
 #pragma once
-#include "integers.cuh"
+#include "ptx/types.cuh"
 
 namespace fa::ptx {
 __device__ __forceinline__ void nap() {
@@ -46,8 +44,8 @@ __device__ __forceinline__ void nap() {
 _LEAF = re.compile(r"__device__ __forceinline__ void (\w+)\([^{;]*\) \{")
 _WITHOUT_NAP = frozenset({"pin", "mma_f16", "mma_bf16"})  # no instruction at all, and arithmetic on the registers of one thread
 _NEEDED = {
-    "hopper_ptx.cuh": {"barrier_arrive", "barrier_arrive_expect", "barrier_wait", "tensor_load", "wgmma_fence", "wgmma_wait"},
-    "ptx.cuh": {"cp_async_16", "cp_async_commit", "cp_async_wait", "ldmatrix_x4", "store_shared_16"},
+    *("barrier_arrive", "barrier_arrive_expect", "barrier_wait", "tensor_load", "wgmma_fence", "wgmma_wait"),
+    *("cp_async_16", "cp_async_commit", "cp_async_wait", "ldmatrix_x4", "store_shared_16"),
 }
 
 
@@ -77,26 +75,28 @@ _RELEASE_EARLY = (
 FLAWS = {
     # V is handed back to the loading warp before the product has read it, once the whole warpgroup has seen it arrive.
     Family.FA3: Flaw(
-        "fa3_fwd.cuh",
+        "kernels/fa3_fwd.cuh",
         (
             (r"(?s)(void multiply_values\([^{]*\{.*?)ptx::wgmma_fence\(\);", r"\1" + _RELEASE_EARLY),
             (r"(ptx::pin\(rows\.rO\[0\]\);\s*(?:if \(pending\) )?)release\(ring_v\);", r"\1ring_v.advance();"),
         ),
     ),
     # Warps do not wait for each other before a buffer is read or overwritten.
-    Family.FA2: Flaw("fa2_fwd.cuh", ((r"(void arrive_all\(\) \{\s*ptx::cp_async_wait<0>\(\);\s*)__syncthreads\(\);", r"\1"),)),
+    Family.FA2: Flaw("tile/cp_async_pipeline.cuh", ((r"(acquire\(\) const \{[^}]*?)__syncthreads\(\);", r"\1"),)),
 }
 
 
 def headers_with_naps(folder: Path, flaw: Flaw | None = None) -> Path:
     """Write the edited headers to a new ``folder`` and return it."""
-    shutil.copytree(source.headers_dir(), folder)
+    shutil.copytree(headers.headers_dir(), folder)
     (folder / "nap.cuh").write_text(_NAP)
-    for name, needed in _NEEDED.items():
-        path = folder / name
-        text, napping = _with_naps(path.read_text())
-        assert needed <= napping, f"{name} has changed: {sorted(needed - napping)} would not nap"
-        path.write_text(text.replace("#pragma once\n", '#pragma once\n\n#include "nap.cuh"\n', 1))
+    napping: set[str] = set()
+    for path in (folder / "ptx").glob("*.cuh"):
+        text, found = _with_naps(path.read_text())
+        if found:
+            path.write_text(text.replace("#pragma once\n", '#pragma once\n\n#include "nap.cuh"\n', 1))
+        napping |= found
+    assert napping >= _NEEDED, f"cuda/ptx has changed: {sorted(_NEEDED - napping)} would not nap"
     if flaw is not None:
         flaw.apply(folder)
     return folder
@@ -107,9 +107,7 @@ def use_headers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     Should naps make some ptxas put one product of wgmma after another, as none does so far (tests/compile/test_jitter.py), that is allowed.
     """
-    digest = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(folder.glob("*.cuh")))).digest()
-    monkeypatch.setattr(source, "headers_dir", lambda: folder)
-    monkeypatch.setattr(source, "headers_digest", lambda: digest)
+    monkeypatch.setattr(headers, "headers_dir", lambda: folder)
     monkeypatch.setattr(nvrtc, "_SERIALISED", re.compile("(?!)"))
     monkeypatch.setattr(launch, "_loaded", {})
     monkeypatch.setattr(launch, "_loading", {})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from atomr_accel_flashattn.jit import nvrtc
-from atomr_accel_flashattn.kernels import params, source
+from atomr_accel_flashattn.kernels import params
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.forward import FwdParams
@@ -93,8 +93,8 @@ def test_structs_lie_in_memory_as_the_kernels_see_them(struct: type[ctypes.Struc
     # A structured binding names every member: one that only the kernels know would not compile, even inside padding.
     names = ", ".join(f"m{index}" for index in range(len(fields)))
     lines.append(f'extern "C" __global__ void k(const __grid_constant__ {name} p) {{ const auto& [{names}] = p; }}')
-    text = '#include "params.cuh"\n' + "\n".join(lines)
-    nvrtc.compile_source("layout", text, "sm_80", [source.headers_dir()])
+    text = '#include "attention/params.cuh"\n' + "\n".join(lines)
+    nvrtc.compile_source("layout", text, "sm_80", [headers_dir()])
 
 
 def test_maps_start_on_multiples_of_64_behind_padding_that_fills_the_gap():
@@ -107,10 +107,10 @@ def test_maps_start_on_multiples_of_64_behind_padding_that_fills_the_gap():
         assert field.offset % 64 == 0
         assert field.size == 128
     text = (
-        '#include "params.cuh"\nstatic_assert(alignof(fa::TensorMap) == 64 && alignof(fa::Fa3FwdParams) == 64);\n'
+        '#include "attention/params.cuh"\nstatic_assert(alignof(fa::TensorMap) == 64 && alignof(fa::Fa3FwdParams) == 64);\n'
         'extern "C" __global__ void k() {}'
     )
-    nvrtc.compile_source("alignment", text, "sm_90a", [source.headers_dir()])
+    nvrtc.compile_source("alignment", text, "sm_90a", [headers_dir()])
 
 
 def test_the_parameters_of_the_fa3_family():
@@ -130,8 +130,8 @@ def test_addresses_come_first(struct: type[KernelParams]):
 
 
 def test_unbounded_is_the_kernels_constant():
-    text = f'#include "params.cuh"\nstatic_assert(fa::kUnbounded == {params.UNBOUNDED});\nextern "C" __global__ void k() {{}}'
-    nvrtc.compile_source("constants", text, "sm_80", [source.headers_dir()])
+    text = f'#include "attention/params.cuh"\nstatic_assert(fa::kUnbounded == {params.UNBOUNDED});\nextern "C" __global__ void k() {{}}'
+    nvrtc.compile_source("constants", text, "sm_80", [headers_dir()])
 
 
 def test_dense():

@@ -60,7 +60,6 @@ def test_candidates_are_valid_kernels_that_fit_the_multiprocessor() -> None:
     ("spec", "tile", "reason"),
     [
         (spec_of(), replace(FA2_TILE, block_m=96), "block_m: got 96; allowed with 4 warps are multiples of 64"),
-        (spec_of(), replace(FA2_TILE, overlap=True), "stages: got 1; allowed with overlap is 2"),
         (spec_of(), replace(FA2_TILE, block_n=40), "block_n: got 40; allowed are multiples of 16"),
         (spec_of(), replace(FA2_TILE, ping_pong=True), "the fa2 family has no ping_pong"),
         (spec_of(), replace(FA2_TILE, warps=0), "sizes are integers of at least 1"),
@@ -70,7 +69,7 @@ def test_candidates_are_valid_kernels_that_fit_the_multiprocessor() -> None:
         (fa3_spec(), replace(FA3_TILE, block_m=64), "block_m: got 64; allowed with 12 warps is 128"),
         (fa3_spec(64), replace(FA3_TILE, block_n=16, stages=12), "stages: got 12; allowed are at most 11"),
         (fa3_spec(64), replace(FA3_TILE, block_n=272), "block_n: got 272; allowed is at most 256"),
-        (fa3_spec(), replace(FA3_TILE, min_blocks=2, overlap=True), "the fa3 family has no min_blocks, overlap"),
+        (fa3_spec(), replace(FA3_TILE, min_blocks=2), "the fa3 family has no min_blocks"),
         (fa3_spec(), replace(FA3_TILE, block_m=64, warps=8, ping_pong=True), "ping_pong: allowed with two to four warpgroups"),
     ],
 )

@@ -56,7 +56,7 @@ def tune(
     out: Annotated[Path | None, typer.Option(help="A folder that gets a record of the run.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Search tiles, stages, overlap and scheduler for a shape on this card; later calls use the winners. Needs a GPU and torch.
+    """Search tiles, stages and scheduler for a shape on this card; later calls use the winners. Needs a GPU and torch.
 
     Every candidate is checked against float32 before it is timed. Status 1 when the tile in use was wrong or could not be timed.
     """

@@ -118,11 +118,13 @@ def cache_key(spec: KernelSpec, text: str) -> CacheKey:
     """Key of ``spec`` whose source is ``text``: digest of source, headers, options and NVRTC build. No path of this machine is in it.
 
     Raises:
+        CompileError: a header is missing.
         NvrtcMissingError: NVRTC is not installed.
     """
     digest = hashlib.sha256()
-    parts = (_KEY_SCHEMA, nvrtc.nvrtc_digest().encode(), headers.headers_digest(), *map(str.encode, nvrtc.compile_options(spec.arch.value)))
-    for part in (*parts, text.encode()):
+    included = headers.closure_digest(text)
+    options = map(str.encode, nvrtc.compile_options(spec.arch.value))
+    for part in (_KEY_SCHEMA, nvrtc.nvrtc_digest().encode(), included, *options, text.encode()):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return CacheKey(spec.kernel_name, digest.hexdigest())

@@ -17,7 +17,7 @@ _THREADS: Final = 128
 _ROWS, _KEYS = 64, 32  # patch of one block
 
 _SOURCE = """\
-#include "dropout_mask.cuh"
+#include "kernels/dropout_mask.cuh"
 
 extern "C" __global__ void __launch_bounds__({threads}) {name}(const __grid_constant__ fa::DropoutMaskParams p) {{
   fa::dropout_mask<{varlen}>(p);

@@ -18,7 +18,7 @@ _MOST_REGISTERS: Final = 255  # of a thread
 _OTHER_REGISTERS: Final = 31  # beside accumulators and scores
 
 _SOURCE = """\
-#include "fa2_fwd.cuh"
+#include "kernels/fa2_fwd.cuh"
 
 extern "C" __global__ void __launch_bounds__({threads}, {min_blocks}) {name}(const __grid_constant__ fa::FwdParams p) {{
   fa::fa2_forward<fa::Config{{

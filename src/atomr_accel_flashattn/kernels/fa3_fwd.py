@@ -28,7 +28,7 @@ _MOST_STAGES: Final = 11
 _NOWHERE: Final = 16  # the address of arrays without elements, which nobody reads: null may not be one
 
 _SOURCE = """\
-#include "fa3_fwd.cuh"
+#include "kernels/fa3_fwd.cuh"
 
 extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(const __grid_constant__ fa::Fa3FwdParams p) {{
   fa::fa3_forward<fa::Config{{
@@ -107,7 +107,7 @@ class Fa3ForwardSpec(ForwardSpec):
 
     def leaves(self) -> str:
         """Wgmma for the N of both products: an instruction names each of its accumulators."""
-        return '#include "hopper_ptx.cuh"\n\n' + wgmma_leaves({self.tile.block_n, self.v_head_dim}, self.dtype) + "\n"
+        return '#include "ptx/wgmma.cuh"\n\n' + wgmma_leaves({self.tile.block_n, self.v_head_dim}, self.dtype) + "\n"
 
     def body(self) -> str:
         """One include and one entry."""

@@ -53,7 +53,7 @@ class Tile:
 class KernelSpec(ABC):
     """One compiled kernel."""
 
-    HEADER: ClassVar[str]  # under cuda/kernels/, without its ending; names of kernels begin with it
+    HEADER: ClassVar[str]  # under cuda/kernels/, without its ending; names of kernels begin with it and the architecture
     FAMILY: ClassVar[Family]
 
     arch: SmArch

@@ -1,9 +1,8 @@
 """Tiles that were measured on this machine: a small JSON file beside the kernels in the cache folder, which ``lookup`` consults.
 
-An entry belongs to one kernel in all but its tile, on one kind of device, compiled from one state of the headers. It is found by what
-is asked, never by the data. The file is read once per process; a folder without one costs an
-attempt to open it. What is wrong with the file, or with one entry, is a :class:`CacheWarning` during a call, and an error only while
-tiles are being saved.
+An entry belongs to one kernel in all but its tile, on one kind of device, compiled from one state of the headers that it includes. It is
+found by what is asked, never by the data. The file is read once per process; a folder without one costs an attempt to open it. What is
+wrong with the file, or with one entry, is a :class:`CacheWarning` during a call, and an error only while tiles are being saved.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..env import settings
-from ..errors import CacheError, CacheWarning
-from ..jit.headers import headers_digest
+from ..errors import CacheError, CacheWarning, CompileError
+from ..jit.headers import closure_digest
 from ..kernels.forward import ForwardSpec
 from ..kernels.spec import Tile
 from ..launch.driver import device_count, device_properties
@@ -51,7 +50,7 @@ class SavedTile:
     Attributes:
         device: name of the GPU, as the driver says it.
         compute_capability: of it, as ``"9.0"``.
-        headers: first 16 hex digits of the digest of the CUDA headers.
+        headers: first 16 hex digits of the digest of the CUDA headers that the kernel includes.
         kernel: name of the kernel without its tile.
         tile: the winner.
         shapes: what it was measured on.
@@ -76,12 +75,20 @@ class SavedTile:
     @property
     def current(self) -> bool:
         """Whether it was measured with the headers of this installation; others are kept and not used."""
-        return self.headers == headers_identity()
+        return bool(self.headers) and self.headers == headers_identity(self.kernel)
 
 
-def headers_identity() -> str:
-    """The state of the headers, as entries write it."""
-    return headers_digest().hex()[:16]
+def headers_identity(kernel: str) -> str:
+    """The state of the headers that a kernel includes, as entries write it; empty for a name that no kernel has.
+
+    Args:
+        kernel: its canonical name, with or without the tile.
+    """
+    header = kernel.partition("_sm")[0]  # names of kernels are that of their header, the architecture, and more
+    try:
+        return closure_digest(f'#include "kernels/{header}.cuh"\n').hex()[:16]
+    except CompileError:
+        return ""
 
 
 def device_identity(index: int) -> tuple[str, str]:
@@ -130,7 +137,8 @@ def read_saved_tiles(folder: Path) -> tuple[SavedTile, ...]:
         return ()
     entries = [_parse(entry) for entry in document["tiles"]]
     if None in entries:
-        _warn(f"{path}: {entries.count(None)} of {len(entries)} entries are damaged and ignored; run atomr-flashattn tune again")
+        counted = f"{entries.count(None)} of {len(entries)} entries"
+        _warn(f"{path}: {counted} are damaged, or of another version, and ignored; run atomr-flashattn tune again")
     return tuple(entry for entry in entries if entry is not None)
 
 

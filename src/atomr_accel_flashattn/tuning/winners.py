@@ -94,7 +94,7 @@ def keep(found: Sequence[Winner], folder: Path, device_index: int) -> Path:
         SavedTile(
             device=name,
             compute_capability=capability,
-            headers=headers_identity(),
+            headers=headers_identity(winner.kernel),
             kernel=winner.kernel,
             tile=winner.tile,
             shapes=winner.shapes,

@@ -1,0 +1,57 @@
+// The epilogue: normalise, write O and LSE.
+#pragma once
+
+#include "attention/config.cuh"
+#include "attention/softmax.cuh"
+#include "ptx/common.cuh"
+
+namespace fa {
+
+// Denominator and log-sum-exp of one row, in log2 units inside. A learned sink joins both here, once.
+struct RowEnd {
+  float scale;  // of the accumulated output
+  float lse;    // natural logarithm
+};
+
+template <Config C>
+__device__ __forceinline__ RowEnd finish_row(float sum, float max_log2, float sink_log2) {
+  if constexpr (C.learned_sink) {
+    if (sum == 0.f && sink_log2 == negative_infinity()) return {0.f, negative_infinity()};
+    const float top = fmaxf(max_log2, sink_log2);
+    const float shrink = ptx::exp2(max_log2 - top);
+    sum = fmaf(sum, shrink, ptx::exp2(sink_log2 - top));
+    return {shrink * ptx::reciprocal(sum), (top + ptx::log2(sum)) * kLn2};
+  }
+  if (sum == 0.f) return {0.f, negative_infinity()};
+  return {ptx::reciprocal(sum), (max_log2 + ptx::log2(sum)) * kLn2};
+}
+
+// 32 columns of one row in the accumulators of a quad: lane q of the quad holds words q of four 8-column tiles. After a 4 x 4 transpose inside the quad
+// it holds the four words of tile q, 16 contiguous bytes.
+__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
+  const int lane = threadIdx.x % 4;
+  const bool odd = lane & 1, high = lane & 2;
+  uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1), y = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
+  (odd ? w[0] : w[1]) = x;
+  (odd ? w[2] : w[3]) = y;
+  x = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2), y = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
+  (high ? w[0] : w[2]) = x;
+  (high ? w[1] : w[3]) = y;
+}
+
+// Writes this lane's 8 columns of those 32.
+template <Config C>
+__device__ __forceinline__ void store_quad(uint16_t* row, int col, int cols, const uint32_t (&w)[4]) {
+  col += threadIdx.x % 4 * 8;
+  if (!C.exact_head_dim && col >= cols) return;
+  if constexpr (C.aligned) {
+    *reinterpret_cast<uint4*>(row + col) = {w[0], w[1], w[2], w[3]};
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (col + i < cols) row[col + i] = static_cast<uint16_t>(w[i / 2] >> (16 * (i % 2)));
+    }
+  }
+}
+
+}  // namespace fa

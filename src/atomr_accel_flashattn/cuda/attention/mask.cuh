@@ -1,0 +1,79 @@
+// The mask policy. Every mask is a band p - left <= j <= p + right (docs/semantics.md) in which sink tokens lift the left bound. The band
+// owns both the range of K/V tiles to visit and the element test, so the two cannot disagree.
+#pragma once
+
+#include "attention/config.cuh"
+#include "attention/head_packing.cuh"
+#include "tile/layout.cuh"
+
+namespace fa {
+
+// Rows [first, first + count) of Q as positions p among the keys, and what they see.
+template <Config C>
+struct Band {
+  int length_k, left, right, sinks;
+  int p_first, p_last;  // positions of the first and last row; p_last < p_first when there is no row
+
+  Band() = default;
+  __device__ __forceinline__ Band(const FwdParams& p, const Sequence& seq, int first_row, int rows)
+      : length_k(seq.length_k),
+        left(p.window_left),
+        right(p.window_right),
+        sinks(C.sink_tokens ? p.sink_tokens : 0),
+        p_first(query_of<C>(p, first_row) + (seq.length_k - seq.length_q)),  // in this order: two lengths and a block of rows may pass 2^31
+        p_last(query_of<C>(p, min(first_row + rows, row_count<C>(p, seq)) - 1) + (seq.length_k - seq.length_q)) {}
+
+  // One past the last key that some row sees.
+  __device__ __forceinline__ int key_end() const { return C.right_bound ? min(length_k, max(0, p_last + right + 1)) : length_k; }
+  // The first key that some row sees through its window; keys below `sinks` may be visible too.
+  __device__ __forceinline__ int key_begin() const { return C.left_bound ? min(max(0, p_first - left), key_end()) : 0; }
+
+  __device__ __forceinline__ RowRange keys() const { return {key_begin(), key_end(), min(sinks, key_end())}; }
+
+  __device__ __forceinline__ int tile_end() const { return (key_end() + C.block_n - 1) / C.block_n; }
+  __device__ __forceinline__ int tile_begin() const { return key_begin() / C.block_n; }
+
+  // Tiles are visited from the last to the first; below the window the walk jumps to the tiles of the sink tokens. -1 ends it.
+  __device__ __forceinline__ int first_tile() const {
+    const int last = tile_end() - 1;
+    return last >= tile_begin() ? last : before_window();
+  }
+  __device__ __forceinline__ int next_tile(int n) const { return (!C.left_bound || n != tile_begin()) ? n - 1 : before_window(); }
+
+  // Whether any of these rows sees any key of tile n.
+  __device__ __forceinline__ bool sees(int n) const {
+    const int j = n * C.block_n;
+    bool seen = p_last >= p_first;
+    if (C.right_bound) seen &= j <= p_last + right;
+    if (C.left_bound) seen &= j + C.block_n > p_first - left || j < sinks;
+    return seen;
+  }
+  // Whether some row misses some key of tile n, so that elements have to be tested.
+  __device__ __forceinline__ bool cuts(int n) const {
+    const int j = n * C.block_n;
+    bool cut = j + C.block_n > length_k;
+    if (C.right_bound) cut |= j + C.block_n - 1 > p_first + right;
+    if (C.left_bound) cut |= j < p_last - left;
+    return cut;
+  }
+
+  // Element test for a row at position p: key j0 + e with a compile-time e is hidden when `Row::hides(e)`.
+  struct Row {
+    int end, begin, sink;  // relative to j0
+    __device__ __forceinline__ bool hides(int e) const {
+      bool hidden = e >= end;
+      if (C.left_bound) hidden |= e < begin && (!C.sink_tokens || e >= sink);
+      return hidden;
+    }
+  };
+  __device__ __forceinline__ Row row(int p, int j0) const {
+    return {(C.right_bound ? min(length_k, p + right + 1) : length_k) - j0, p - left - j0, sinks - j0};
+  }
+
+ private:
+  __device__ __forceinline__ int before_window() const {
+    return C.sink_tokens ? min((min(sinks, key_end()) + C.block_n - 1) / C.block_n, tile_begin()) - 1 : -1;
+  }
+};
+
+}  // namespace fa

@@ -1,0 +1,55 @@
+// PTX that no other header here is about: shared memory, conversion, special functions. One instruction a function (PTX ISA 9.0);
+// nothing but the headers in ptx/ and jit/wgmma.py writes asm.
+#pragma once
+
+#include "ptx/types.cuh"
+
+namespace fa::ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// st.shared.v4: 16 bytes.
+__device__ __forceinline__ void store_shared_16(uint32_t dst, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+// ld.shared.v4: 16 bytes that another warp wrote.
+__device__ __forceinline__ uint4 load_shared_16(uint32_t src) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(src) : "memory");
+  return x;
+}
+
+// cvt.rn: two float32 to one packed pair, round to nearest even; `lo` goes to the low half.
+__device__ __forceinline__ uint32_t pack_f16(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+
+// ex2, lg2, rcp: approximate, with relative errors up to 2^-22 (lg2 near 1: absolute); 16 a clock on one multiprocessor.
+__device__ __forceinline__ float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Nothing: a value that the compiler may not know.
+__device__ __forceinline__ void conceal(int& x) { asm volatile("" : "+r"(x)); }
+
+}  // namespace fa::ptx

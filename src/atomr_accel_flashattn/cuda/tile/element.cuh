@@ -1,0 +1,27 @@
+// What differs between f16 and bf16: the product and the packing.
+#pragma once
+
+#include "ptx/common.cuh"
+#include "ptx/mma.cuh"
+
+namespace fa {
+
+template <DType kDType>
+struct Element {
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (kDType == DType::F16) {
+      ptx::mma_f16(d, a, b0, b1);
+    } else {
+      ptx::mma_bf16(d, a, b0, b1);
+    }
+  }
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    if constexpr (kDType == DType::F16) {
+      return ptx::pack_f16(lo, hi);
+    } else {
+      return ptx::pack_bf16(lo, hi);
+    }
+  }
+};
+
+}  // namespace fa

@@ -1,0 +1,40 @@
+// Fragments of mma.sync from a tile in shared memory.
+#pragma once
+
+#include "ptx/mma.cuh"
+#include "tile/layout.cuh"
+
+namespace fa {
+
+// Fragments of an m16n8k16 product for this lane. A operand (Q): rows x k. B operand from K: keys are rows, k runs along them. B operand from
+// V: k runs down the rows, hence the transposing load. Each call reads a 16 x 16 block; `row` must be a multiple of 16.
+template <int kRows, int kCols>
+struct FragmentReader {
+  using Tile = SharedTile<kRows, kCols>;
+  uint32_t lane_base;
+
+  // lanes 0-15: rows 0-15 of the left chunk; lanes 16-31: the same rows of the right chunk
+  static __device__ __forceinline__ FragmentReader rows_then_chunks(uint32_t tile) {
+    const int lane = threadIdx.x % 32;
+    return {tile + Tile::offset(lane % 16, lane / 16)};
+  }
+  // lanes 0-7 and 8-15: rows 0-7 of the left and the right chunk; lanes 16-31: rows 8-15 likewise
+  static __device__ __forceinline__ FragmentReader chunks_then_rows(uint32_t tile) {
+    const int lane = threadIdx.x % 32;
+    return {tile + Tile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)};
+  }
+
+  __device__ __forceinline__ void read(uint32_t (&r)[4], int row, int block_col) const { ptx::ldmatrix_x4(r, at(row, block_col)); }
+  __device__ __forceinline__ void read_transposed(uint32_t (&r)[4], int row, int block_col) const {
+    ptx::ldmatrix_x4_trans(r, at(row, block_col));
+  }
+
+ private:
+  // block_col counts 16-element columns. Their low bits meet the swizzle by XOR, the rest is added; tiles are 128-byte aligned.
+  __device__ __forceinline__ uint32_t at(int row, int block_col) const {
+    constexpr int kSwizzled = kCols % 64 == 0 ? 4 : 2;  // 16-element columns inside one swizzle span
+    return (lane_base ^ ((block_col % kSwizzled) << 5)) + (block_col / kSwizzled) * (kSwizzled << 5) + row * Tile::kPitch;
+  }
+};
+
+}  // namespace fa

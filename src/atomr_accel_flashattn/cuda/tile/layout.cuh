@@ -1,0 +1,29 @@
+// How a tile of rows lies in shared memory, and which of its rows hold anything.
+#pragma once
+
+#include "ptx/types.cuh"
+
+namespace fa {
+
+// Rows of kCols 16-bit elements, kept in 16-byte chunks. Eight rows read at one chunk (what ldmatrix does) must fall into eight different
+// bank groups: with rows of 64n elements the low three bits of the chunk are XORed with the row; rows of 64n + 32 elements already alternate
+// between the two halves of the banks, so two bits of row / 2 are enough.
+template <int kRows, int kCols>
+struct SharedTile {
+  static_assert(kCols % 32 == 0 && kRows % 16 == 0, "a tile is made of 16 x 32 blocks");
+  static constexpr int kPitch = kCols * 2;
+  static constexpr int kBytes = kRows * kPitch;
+  static constexpr int kChunks = kCols / 8;
+
+  static __device__ __forceinline__ int swizzle(int row) { return kCols % 64 == 0 ? row & 7 : (row >> 1) & 3; }
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) { return row * kPitch + ((chunk ^ swizzle(row)) << 4); }
+};
+
+// Keys that somebody sees: [begin, end), and those below `sinks`.
+struct RowRange {
+  int begin, end, sinks;
+  __device__ __forceinline__ bool holds(int row) const { return row < end && (row >= begin || row < sinks); }
+  __device__ __forceinline__ bool covers(int row, int count) const { return row + count <= end && row >= begin; }
+};
+
+}  // namespace fa

@@ -1,0 +1,62 @@
+// Tiles as wgmma and the tensor copies see them: panels of 64 (or 32) columns, rows of 128 (64) bytes, swizzled over 8 (4) rows by the hardware.
+#pragma once
+
+#include "ptx/tma.cuh"
+
+namespace fa {
+
+template <int kRows, int kCols>
+struct PanelTile {
+  static constexpr int kPanelCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kPanels = kCols / kPanelCols;
+  static constexpr int kRowBytes = kPanelCols * 2;
+  static constexpr int kPanelBytes = kRows * kRowBytes;
+  static constexpr int kBytes = kPanels * kPanelBytes;
+  static constexpr int kGroupBytes = 8 * kRowBytes;  // 8 rows: the unit that descriptors step over
+  static_assert(kPanelBytes % 1024 == 0, "panels start on a swizzle period");
+
+  // One tensor copy a panel; all complete on the same barrier.
+  static __device__ __forceinline__ void load(uint32_t tile, const TensorMap* map, uint32_t barrier, int row, int head, int batch,
+                                              uint64_t policy) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      ptx::tensor_load(tile + panel * kPanelBytes, map, barrier, panel * kPanelCols, row, head, batch, policy);
+    }
+  }
+
+  // The same from a tensor whose rows are those of a group of heads.
+  static __device__ __forceinline__ void load_packed(uint32_t tile, const TensorMap* map, uint32_t barrier, int row, int group, int batch,
+                                                     uint64_t policy) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      ptx::tensor_load(tile + panel * kPanelBytes, map, barrier, panel * kPanelCols, 0, row, group, batch, policy);
+    }
+  }
+
+  // Operand whose k runs along the columns (Q, K). `k` counts 16-column steps.
+  static __device__ __forceinline__ uint64_t along_columns(uint32_t tile, int k) {
+    constexpr int kSteps = kPanelCols / 16;
+    return descriptor(tile, 16) + ((k / kSteps * kPanelBytes + k % kSteps * 32) >> 4);
+  }
+  // Operand whose k runs down the rows (V). `k` counts 16-row steps.
+  static __device__ __forceinline__ uint64_t along_rows(uint32_t tile, int k) {
+    return descriptor(tile, kPanelBytes) + ((k * 16 * kRowBytes) >> 4);
+  }
+
+  // Byte offset of an 8-column chunk, for ordinary stores.
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    constexpr int kChunks = kPanelCols / 8;
+    const int swizzle = kPanelCols == 64 ? row & 7 : (row >> 1) & 3;
+    return chunk / kChunks * kPanelBytes + row * kRowBytes + ((chunk % kChunks ^ swizzle) << 4);
+  }
+
+ private:
+  // Matrix descriptor (PTX ISA, "Matrix descriptor format"): address, leading and stride offsets in units of 16 bytes, swizzle mode.
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading) {
+    constexpr uint64_t kSwizzle = kPanelCols == 64 ? 1 : 2;
+    return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(kGroupBytes >> 4) << 32 |
+           kSwizzle << 62;
+  }
+};
+
+}  // namespace fa
