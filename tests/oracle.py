@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from .inputs import Inputs
-    from .inputs import Sequence as InputSequence
+    from .inputs import Inputs, Sequence as InputSequence
 
     Array = NDArray[Any]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .arrays.read import copy_into, pad_last, read_array, unbind
+from .arrays.new import copy_into, pad_last, unbind
+from .arrays.read import read_array
 from .errors import ShapeError, UnsupportedArgumentError, WindowError
 from .limits import HEAD_DIM_STEP, MAX_HEAD_DIM, is_integer, not_built
 from .problem import ArrayInfo

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .arrays.device_array import DeviceArray
-from .arrays.read import copy_to_host, read_array
+from .arrays.read import read_array
+from .arrays.streams import copy_to_host
 from .dispatch import DispatchKey, best_arch, key_of_problem
 from .env import settings
 from .errors import ArrayTypeError, CuSeqlensError, DeviceMismatchError, DTypeError, ShapeError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from atomr_accel_flashattn.kernels.source import kernel_source
 
 from atomr_accel_flashattn.dispatch import DispatchKey, lookup
 from atomr_accel_flashattn.jit.nvrtc import compile_source
-from atomr_accel_flashattn.kernels.source import kernel_source
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.gpu.jitter import FLAWS, headers_with_naps

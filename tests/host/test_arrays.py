@@ -10,7 +10,8 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.arrays import read as arrays
-from atomr_accel_flashattn.arrays.read import as_numpy, empty_like_framework, read_array, unbind
+from atomr_accel_flashattn.arrays.new import empty_like_framework, unbind
+from atomr_accel_flashattn.arrays.read import as_numpy, read_array
 from atomr_accel_flashattn.problem import ArrayInfo
 
 ALL_TYPES = ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "int32", "int64", "bool"]

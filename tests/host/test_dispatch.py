@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.dispatch import arch_of_capability

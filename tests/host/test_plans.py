@@ -13,8 +13,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import HealthCheck, given, settings  # noqa: E402 - after the skip
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import (  # noqa: E402 - after the skip
+    HealthCheck,
+    given,
+    settings,
+    strategies as st,
+)
 
 import atomr_accel_flashattn as fa  # noqa: E402
 from atomr_accel_flashattn import env  # noqa: E402
@@ -22,8 +26,11 @@ from atomr_accel_flashattn.arrays import torch_hooks  # noqa: E402
 from atomr_accel_flashattn.arrays.torch_hooks import hooks, meet_torch  # noqa: E402
 from atomr_accel_flashattn.torch_ops import plans  # noqa: E402
 
-from .calls import CHANGES as CHANGES_OF_NUMBERS  # noqa: E402
-from .calls import Call, host  # noqa: E402
+from .calls import (  # noqa: E402
+    CHANGES as CHANGES_OF_NUMBERS,
+    Call,
+    host,
+)
 from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake, fresh_hooks  # noqa: E402
 
 pytestmark = pytest.mark.torch

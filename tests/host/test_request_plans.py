@@ -23,8 +23,11 @@ from atomr_accel_flashattn.requests.dense import DenseFwdRequest  # noqa: E402
 from atomr_accel_flashattn.runtime import execute, request_plans  # noqa: E402
 from atomr_accel_flashattn.torch_ops import plans  # noqa: E402
 
-from .calls import CHANGES as CHANGES_OF_NUMBERS  # noqa: E402
-from .calls import Call, host  # noqa: E402
+from .calls import (  # noqa: E402
+    CHANGES as CHANGES_OF_NUMBERS,
+    Call,
+    host,
+)
 from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake, fresh_hooks  # noqa: E402
 
 pytestmark = pytest.mark.torch

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from atomr_accel_flashattn.kernels.spec import Direction, Family, KernelSpec, Tile
+from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
+from atomr_accel_flashattn.kernels.fa2_fwd import Fa2ForwardSpec
+from atomr_accel_flashattn.kernels.fa3_fwd import Fa3ForwardSpec
+from atomr_accel_flashattn.kernels.spec import Tile
 from atomr_accel_flashattn.types import DType, SmArch
 
-MASK = KernelSpec(
-    family=Family.FA2,
-    direction=Direction.DROPOUT_MASK,
-    arch=SmArch.SM_80,
+MASK = DropoutMaskSpec(arch=SmArch.SM_80)
+FORWARD = Fa2ForwardSpec(arch=SmArch.SM_80, dtype=DType.F16, head_dim=64, v_head_dim=64, tile=Tile(block_m=64, block_n=64, warps=4))
+WGMMA = Fa3ForwardSpec(
+    arch=SmArch.SM_90A,
     dtype=DType.F16,
     head_dim=64,
     v_head_dim=64,
-    tile=Tile(block_m=64, block_n=32, warps=4),
+    tile=Tile(block_m=64, block_n=32, warps=8, stages=2, persistent=True),
 )
-FORWARD = replace(MASK, direction=Direction.FORWARD, tile=Tile(block_m=64, block_n=64, warps=4))
-WGMMA = replace(FORWARD, family=Family.FA3, arch=SmArch.SM_90A, tile=Tile(block_m=64, block_n=32, warps=8, stages=2, persistent=True))

@@ -13,9 +13,7 @@ from atomr_accel_flashattn.errors import LaunchError
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.forward import FwdParams
 from atomr_accel_flashattn.kernels.params import TensorMapSpec, pack_fa3_forward
-from atomr_accel_flashattn.launch import counters, tensor_map
-from atomr_accel_flashattn.launch import driver as driver_module
-from atomr_accel_flashattn.launch import launcher as launch_module
+from atomr_accel_flashattn.launch import counters, driver as driver_module, launcher as launch_module, tensor_map
 from atomr_accel_flashattn.launch.counters import counters_for
 from atomr_accel_flashattn.launch.launcher import LaunchPlan, launch
 from atomr_accel_flashattn.launch.tensor_map import encode, move

@@ -15,11 +15,10 @@ import pytest
 
 from atomr_accel_flashattn.env import settings
 from atomr_accel_flashattn.errors import CacheWarning, CompileError, NvrtcMissingError
-from atomr_accel_flashattn.jit import compile as compile_module
-from atomr_accel_flashattn.jit import nvrtc
+from atomr_accel_flashattn.jit import compile as compile_module, headers, nvrtc
 from atomr_accel_flashattn.jit.cache import KernelCache, default_cache
 from atomr_accel_flashattn.jit.compile import CompiledKernel, cache_key, compile_kernel, compile_many
-from atomr_accel_flashattn.kernels import source
+from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.types import SmArch
 from tests.jit.kernels import FORWARD, MASK
@@ -77,10 +76,10 @@ def test_the_key_holds_what_decides_the_code_and_no_path(tmp_path: Path, monkeyp
         others.append(cache_key(FORWARD, "text"))
     assert len({key.digest, *(other.digest for other in others)}) == 5
 
-    key = cache_key(FORWARD, source.kernel_source(FORWARD))
+    key = cache_key(FORWARD, FORWARD.source())
     shutil.copytree(headers.headers_dir(), tmp_path / "elsewhere")
     monkeypatch.setattr(headers, "headers_dir", lambda: tmp_path / "elsewhere")
-    assert cache_key(FORWARD, source.kernel_source(FORWARD)) == key
+    assert cache_key(FORWARD, FORWARD.source()) == key
 
 
 def test_a_damaged_entry_is_compiled_again(tmp_path: Path):
@@ -109,7 +108,7 @@ def test_recompile_replaces_an_entry(tmp_path: Path):
 
 
 def test_a_kernel_that_does_not_compile_shows_log_and_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(source, "kernel_source", lambda spec: f"// {spec.kernel_name}\nint x = undefined_name;\n")
+    monkeypatch.setattr(DropoutMaskSpec, "source", lambda spec: f"// {spec.kernel_name}\nint x = undefined_name;\n")
     with pytest.raises(CompileError, match=r"NVRTC 13\.\d+ failed with NVRTC_ERROR_COMPILATION for sm_80") as caught:
         compile_kernel(MASK, KernelCache(tmp_path))
     error = caught.value
@@ -124,7 +123,7 @@ def test_a_kernel_that_does_not_compile_shows_log_and_source(tmp_path: Path, mon
 
 
 def test_the_source_of_a_failure_is_saved_without_a_cache_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(source, "kernel_source", lambda _: "error")
+    monkeypatch.setattr(DropoutMaskSpec, "source", lambda _: "error")
     monkeypatch.setattr(compile_module, "_scratch", lambda: tmp_path)
     with pytest.raises(CompileError) as caught:
         compile_kernel(MASK, KernelCache(tmp_path / "shipped", readonly=True))
@@ -215,8 +214,8 @@ def test_the_environment_chooses_the_cache(tmp_path: Path, monkeypatch: pytest.M
 def test_many_kernels_in_parallel_keep_their_order_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     specs = [replace(MASK, arch=arch) for arch in (SmArch.SM_80, SmArch.SM_90, SmArch.SM_120)]
     bad = replace(MASK, varlen=True)
-    write = source.kernel_source
-    monkeypatch.setattr(source, "kernel_source", lambda spec: "error" if spec == bad else write(spec))
+    write = DropoutMaskSpec.source
+    monkeypatch.setattr(DropoutMaskSpec, "source", lambda spec: "error" if spec == bad else write(spec))
     seen: list[KernelSpec] = []
     order = [specs[0], bad, specs[1], specs[2], specs[0]]
     results = compile_many(order, workers=2, progress=lambda spec, _: seen.append(spec), cache=KernelCache(tmp_path))

@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from atomr_accel_flashattn.jit.saved_tiles import headers_identity
-from atomr_accel_flashattn.jit.source import kernel_source
-from atomr_accel_flashattn.jit.spec import KernelSpec
 
 from atomr_accel_flashattn.errors import CompileError
 from atomr_accel_flashattn.jit import headers, nvrtc
 from atomr_accel_flashattn.jit.compile import cache_key, compile_kernel
 from atomr_accel_flashattn.jit.headers import closure_digest, include_closure
+from atomr_accel_flashattn.kernels.spec import KernelSpec
+from atomr_accel_flashattn.tiles.saved import headers_identity
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.jit.kernels import FORWARD, MASK, WGMMA
 
@@ -36,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def state() -> dict[str, tuple[str, str]]:
     """Cache key and tuned tiles' identity of each kernel, from the headers as they are now."""
     headers._closure.cache_clear()
-    return {name: (cache_key(spec, kernel_source(spec)).digest, headers_identity(spec.kernel_name)) for name, spec in KERNELS.items()}
+    return {name: (cache_key(spec, spec.source()).digest, headers_identity(spec.kernel_name)) for name, spec in KERNELS.items()}
 
 
 def changed(before: dict[str, tuple[str, str]]) -> set[str]:
@@ -54,7 +53,7 @@ def test_a_new_header_changes_no_key(folder: Path) -> None:
 
 @pytest.mark.parametrize("header", HEADERS)
 def test_a_changed_header_changes_the_keys_of_the_kernels_that_include_it(folder: Path, header: str) -> None:
-    users = {name for name, spec in KERNELS.items() if header in include_closure(kernel_source(spec))}
+    users = {name for name, spec in KERNELS.items() if header in include_closure(spec.source())}
     assert users, "a header that no kernel includes"
     before = state()
     with (folder / header).open("a") as file:
@@ -63,7 +62,7 @@ def test_a_changed_header_changes_the_keys_of_the_kernels_that_include_it(folder
 
 
 def test_families_do_not_share_all_headers() -> None:
-    closures = {name: set(include_closure(kernel_source(spec))) for name, spec in KERNELS.items()}
+    closures = {name: set(include_closure(spec.source())) for name, spec in KERNELS.items()}
     assert "ptx/wgmma.cuh" in closures["fa3"] - closures["fa2"]
     assert "tile/cp_async_pipeline.cuh" in closures["fa2"] - closures["fa3"]
     assert closures["dropout_mask"] < closures["fa2"] & closures["fa3"] | {"kernels/dropout_mask.cuh"}
@@ -71,10 +70,10 @@ def test_families_do_not_share_all_headers() -> None:
 
 @pytest.mark.parametrize("spec", KERNELS.values(), ids=KERNELS)
 def test_the_closure_is_all_that_a_kernel_needs(spec: KernelSpec, tmp_path: Path) -> None:
-    for name in include_closure(kernel_source(spec)):
+    for name in include_closure(spec.source()):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(headers.headers_dir() / name, tmp_path / name)
-    assert nvrtc.compile_source(spec.kernel_name, kernel_source(spec), spec.arch.value, [tmp_path]).cubin
+    assert nvrtc.compile_source(spec.kernel_name, spec.source(), spec.arch.value, [tmp_path]).cubin
 
 
 def test_the_closure_is_sorted_and_follows_only_includes(folder: Path) -> None:

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from atomr_accel_flashattn.jit import nvrtc
-from atomr_accel_flashattn.kernels import params
+from atomr_accel_flashattn.jit.headers import headers_dir
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
-from atomr_accel_flashattn.kernels.forward import FwdParams
+from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
 from atomr_accel_flashattn.kernels.params import KernelParams, StrideParams, TensorMapParams
 from atomr_accel_flashattn.kernels.spec import KernelSpec, Tile
+from atomr_accel_flashattn.limits import UNBOUNDED
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
+from atomr_accel_flashattn.runtime.plan import SLOTS, Outputs, addresses_of, slots_of
 from atomr_accel_flashattn.types import Device, DType
-from tests.jit.kernels import FORWARD, WGMMA
+from tests.jit.kernels import FORWARD, MASK, WGMMA
 
 SPEC = replace(FORWARD, tile=Tile(block_m=128, block_n=64, warps=4))
 PACKED = replace(WGMMA, pack_gqa=True, tile=Tile(block_m=128, block_n=64, warps=12, stages=2))
@@ -28,6 +30,7 @@ _STRUCTS = {
     Fa3FwdParams: "fa::Fa3FwdParams",
     DropoutMaskParams: "fa::DropoutMaskParams",
 }
+_KERNELS = [FwdParams, Fa3FwdParams, DropoutMaskParams]
 _PADDING = {"_alignment"}  # which the kernels' compiler puts there by itself
 
 
@@ -72,8 +75,17 @@ def varlen(**changes: Any) -> AttentionProblem:
     )
 
 
-def pack(problem: AttentionProblem, lse: int | None = 5, spec: KernelSpec = SPEC) -> FwdParams:
-    return params.pack_forward(problem, array(4, *problem.out_shape), lse, spec)
+def pack(problem: AttentionProblem, spec: ForwardSpec = SPEC) -> FwdParams:
+    made: Any = spec.pack(problem, array(4, *problem.out_shape))
+    return made if isinstance(made, FwdParams) else made.fwd
+
+
+def outputs(problem: AttentionProblem, *, lse: bool = True, keep: bool = False) -> Outputs:
+    return Outputs(
+        array(4, *problem.out_shape),
+        array(5, *problem.lse_shape, dtype=DType.F32) if lse else None,
+        array(11, *problem.dropout_mask_shape, dtype=None) if keep else None,
+    )
 
 
 def strides(value: StrideParams) -> tuple[int, int, int]:
@@ -113,31 +125,55 @@ def test_maps_start_on_multiples_of_64_behind_padding_that_fills_the_gap():
     nvrtc.compile_source("alignment", text, "sm_90a", [headers_dir()])
 
 
-def test_the_parameters_of_the_fa3_family():
-    forward = pack(dense())
-    p = params.pack_fa3_forward(forward, (b"q" * 128, b"k" * 128, b"v" * 128), 512, 7)
-    assert bytes(p.fwd) == bytes(forward)
-    assert (p.counters, p.tiles) == (512, 7)
-    assert [bytes(each.bytes) for each in (p.q_map, p.k_map, p.v_map)] == [b"q" * 128, b"k" * 128, b"v" * 128]
-    assert tuple((ctypes.c_uint64 * Fa3FwdParams.POINTERS).from_buffer_copy(p))[:5] == (1, 2, 3, 4, 5)
+@pytest.mark.parametrize("persistent", [False, True])
+def test_the_parameters_of_the_fa3_family(persistent: bool):
+    spec = replace(WGMMA, tile=replace(WGMMA.tile, persistent=persistent))
+    p = spec.pack(dense(), array(4, *dense().out_shape))
+    assert bytes(p.fwd) == bytes(spec.pack_forward(dense(), array(4, *dense().out_shape)))
+    assert (p.counters, p.tiles) == (None, spec.work_tiles(dense()))
+    assert p.tensor_maps == spec.tensor_maps(dense())
+    assert [each.ptr for each in p.tensor_maps] == [1, 2, 3]
+    assert p.counts == persistent, "only persistent blocks count"
+    assert not any(bytes(getattr(p, name).bytes).strip(b"\0") for name, _ in p.MAPS), "a launch encodes them"
 
 
-@pytest.mark.parametrize("struct", [FwdParams, DropoutMaskParams])
-def test_addresses_come_first(struct: type[KernelParams]):
-    kinds = [field[1] for field in struct._fields_]
-    assert kinds[: struct.POINTERS] == [ctypes.c_void_p] * struct.POINTERS
-    assert ctypes.c_void_p not in kinds[struct.POINTERS :]
+@pytest.mark.parametrize("struct", _KERNELS, ids=lambda struct: struct.__name__)
+def test_addresses_come_first_in_the_order_of_their_names(struct: type[KernelParams]):
+    made = struct()
+    (ctypes.c_uint64 * len(struct.SLOTS)).from_buffer(made)[:] = range(1, len(struct.SLOTS) + 1)
+    inner = made.fwd if isinstance(made, Fa3FwdParams) else made
+    assert [getattr(inner, name) for name in struct.SLOTS] == list(range(1, len(struct.SLOTS) + 1))
+    addresses = {name for name, kind in inner._fields_ if kind is ctypes.c_void_p}
+    assert addresses == set(struct.SLOTS)
+
+
+@pytest.mark.parametrize("struct", _KERNELS, ids=lambda struct: struct.__name__)
+def test_arrays_that_are_read_through_maps_lead_the_others(struct: type[KernelParams]):
+    assert [slot for _, slot in struct.MAPS] == list(struct.SLOTS[: len(struct.MAPS)])
+
+
+@pytest.mark.parametrize("spec", [SPEC, PACKED, MASK], ids=lambda spec: spec.kernel_name)
+def test_what_is_packed_has_no_addresses(spec: KernelSpec):
+    problem = dense(dropout=Dropout(0.25, array(10, 2, dtype=None)), alibi_slopes=array(8, 8, dtype=DType.F32))
+    made = spec.pack(problem, array(4, *problem.out_shape))
+    assert not any((ctypes.c_uint64 * len(made.SLOTS)).from_buffer_copy(made))
+
+
+def test_every_kernel_finds_its_addresses_among_those_of_a_call():
+    problem = dense(dropout=Dropout(0.25, array(10, 2, dtype=None)))
+    assert slots_of(outputs(problem)) == SLOTS == FwdParams.SLOTS
+    slots = slots_of(outputs(problem, keep=True))
+    assert all(set(struct.SLOTS) <= set(slots) for struct in _KERNELS)
+    assert dict(zip(slots, addresses_of(problem, outputs(problem, keep=True)), strict=True))["keep"] == 11
 
 
 def test_unbounded_is_the_kernels_constant():
-    text = f'#include "attention/params.cuh"\nstatic_assert(fa::kUnbounded == {params.UNBOUNDED});\nextern "C" __global__ void k() {{}}'
+    text = f'#include "attention/params.cuh"\nstatic_assert(fa::kUnbounded == {UNBOUNDED});\nextern "C" __global__ void k() {{}}'
     nvrtc.compile_source("constants", text, "sm_80", [headers_dir()])
 
 
 def test_dense():
     p = pack(dense())
-    assert (p.q, p.k, p.v, p.o, p.lse) == (1, 2, 3, 4, 5)
-    assert (p.cu_seqlens_q, p.cu_seqlens_k, p.alibi_slopes, p.learned_sink, p.rng) == (None,) * 5
     assert strides(p.q_stride) == (300 * 512, 512, 64)
     assert strides(p.k_stride) == (500 * 128, 128, 64)
     assert strides(p.v_stride) == (500 * 64, 64, 32)
@@ -148,20 +184,19 @@ def test_dense():
     assert (p.blocks_m, p.work_heads, p.packed_shift) == (3, 8, 0)
     assert p.scale_log2 == pytest.approx(0.125 * math.log2(math.e))
     assert (p.dropout_threshold, p.dropout_rescale) == (256, 1.0)
-    assert params.forward_grid(dense(), SPEC) == 3 * 2 * 8
+    assert SPEC.work_tiles(dense()) == 3 * 2 * 8
 
 
 def test_varlen():
     p = pack(varlen())
-    assert (p.cu_seqlens_q, p.cu_seqlens_k) == (6, 7)
     assert strides(p.q_stride) == (0, 512, 64)
     assert strides(p.o_stride) == (0, 256, 32)
     assert (p.lse_batch_stride, p.lse_head_stride) == (0, 450)
 
 
-def test_no_lse_is_a_null_pointer():
-    assert pack(dense(), None).lse is None
-    assert params.forward_pointers(dense(), array(4, 1), None)[4] == 0
+def test_what_a_call_does_not_have_is_a_null_pointer():
+    assert addresses_of(dense(), outputs(dense())) == (1, 2, 3, 4, 5, 0, 0, 0, 0, 0)
+    assert addresses_of(dense(), outputs(dense(), lse=False)) == (1, 2, 3, 4, 0, 0, 0, 0, 0, 0)
 
 
 def test_band():
@@ -175,7 +210,7 @@ def test_score_terms():
     p = pack(dense(softcap=30.0, alibi_slopes=array(8, 8, dtype=DType.F32), learned_sink=array(9, 8, dtype=DType.F32)))
     assert p.softcap_scale == pytest.approx(0.125 / 30)
     assert p.softcap_log2 == pytest.approx(30 * math.log2(math.e))
-    assert (p.alibi_slopes, p.learned_sink, p.alibi_batch_stride) == (8, 9, 0)
+    assert p.alibi_batch_stride == 0
     assert pack(dense(alibi_slopes=array(8, 2, 8, dtype=DType.F32))).alibi_batch_stride == 8
 
 
@@ -201,21 +236,24 @@ def test_no_softcap_series_where_its_factors_are_none_of_float32(cap: float):
 def test_dropout():
     problem = dense(dropout=Dropout(0.25, array(10, 2, dtype=None)))
     p = pack(problem)
-    assert (p.rng, p.dropout_threshold) == (10, 192)
+    assert p.dropout_threshold == 192
     assert p.dropout_rescale == pytest.approx(4 / 3)
-    mask = params.pack_dropout_mask(problem, 11)
-    assert (mask.keep, mask.rng, mask.cu_seqlens_q, mask.dropout_threshold) == (11, 10, None, 192)
-    assert (mask.batch, mask.heads, mask.seqlen_q, mask.seqlen_k) == (2, 8, 300, 500)
-    assert params.dropout_mask_grid(problem) == 5 * 16 * 2 * 8
-    with pytest.raises(ValueError, match="no dropout"):
-        params.pack_dropout_mask(dense(), 11)
+    mask = MASK.pack(problem, array(4, *problem.out_shape))
+    assert (mask.batch, mask.heads, mask.seqlen_q, mask.seqlen_k, mask.dropout_threshold) == (2, 8, 300, 500, 192)
+    assert MASK.work_tiles(problem) == 5 * 16 * 2 * 8
+    assert MASK.grid(7, 3) == 7
+    with pytest.raises(ValueError, match="without dropout"):
+        MASK.pack(dense(), array(4, *dense().out_shape))
 
 
-def test_packed_addresses_are_the_ones_that_a_plan_patches():
-    problem = varlen(dropout=Dropout(0.5, array(10, 2, dtype=None)), alibi_slopes=array(8, 8, dtype=DType.F32))
-    pointers = params.forward_pointers(problem, array(4, *problem.out_shape), 5)
-    assert tuple((ctypes.c_uint64 * FwdParams.POINTERS).from_buffer_copy(pack(problem))) == pointers
-    assert pointers == (1, 2, 3, 4, 5, 6, 7, 8, 0, 10)
+def test_addresses_are_those_of_the_arrays_of_a_call():
+    problem = varlen(
+        dropout=Dropout(0.5, array(10, 2, dtype=None)),
+        alibi_slopes=array(8, 8, dtype=DType.F32),
+        learned_sink=array(9, 8, dtype=DType.F32),
+    )
+    assert addresses_of(problem, outputs(problem)) == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+    assert addresses_of(problem, outputs(problem, keep=True)) == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +294,7 @@ def test_tiles_of_packed_heads_are_made_for_heads_of_k_and_v(problem: Any, heads
     p = pack(asked, spec=PACKED)
     assert (p.blocks_m, p.work_heads, p.packed_shift) == (blocks_m, heads_kv, shift)
     assert (p.heads, p.heads_per_kv, p.seqlen_q) == (heads, heads // heads_kv, 300), "what is asked does not change"
-    assert params.forward_grid(asked, PACKED) == blocks_m * 2 * heads_kv
+    assert PACKED.work_tiles(asked) == blocks_m * 2 * heads_kv
     assert strides(p.q_stride) == strides(pack(asked).q_stride)
 
 
@@ -274,7 +312,24 @@ def test_sections_count_heads_of_k_and_v_where_their_query_heads_are_packed(chan
     assert pack(dense(**{"band": Band(right=0), **changes}), spec=PACKED).section_heads == expected
 
 
-def test_empty_problems_have_no_blocks():
+def test_empty_problems_have_no_tiles():
     for spec in (SPEC, PACKED):
-        assert params.forward_grid(dense(batch=0), spec) == 0
-        assert params.forward_grid(dense(seqlen_q=0), spec) == 0
+        assert spec.work_tiles(dense(batch=0)) == 0
+        assert spec.work_tiles(dense(seqlen_q=0)) == 0
+        assert spec.work_tiles(dense(seqlen_k=0)) > 0, "rows without keys are written"
+    for changes in ({"batch": 0}, {"seqlen_q": 0}, {"seqlen_k": 0}):
+        assert MASK.work_tiles(dense(**changes)) == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "grids"),
+    [
+        pytest.param(SPEC, (5, 90, 90), id="fa2"),
+        pytest.param(replace(SPEC, tile=replace(SPEC.tile, persistent=True, min_blocks=2)), (5, 40, 7), id="fa2 persistent, two blocks an SM"),
+        pytest.param(replace(WGMMA, tile=replace(WGMMA.tile, persistent=False)), (5, 90, 90), id="fa3"),
+        pytest.param(WGMMA, (5, 20, 7), id="fa3 persistent"),
+        pytest.param(MASK, (5, 90, 90), id="dropout mask"),
+    ],
+)
+def test_grids_on_a_card_of_20_multiprocessors(spec: KernelSpec, grids: tuple[int, int, int]):
+    assert (spec.grid(5, 20), spec.grid(90, 20), spec.grid(90, 20, 7)) == grids

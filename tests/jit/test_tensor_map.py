@@ -6,7 +6,6 @@ import pytest
 
 from atomr_accel_flashattn.kernels.params import TensorMapSpec
 from atomr_accel_flashattn.kernels.spec import Tile
-from atomr_accel_flashattn.launch.tensor_map import tensor_map_specs
 from atomr_accel_flashattn.problem import AttentionProblem, Strides
 from atomr_accel_flashattn.types import DType
 from tests.jit.kernels import WGMMA
@@ -17,7 +16,7 @@ PACKED = replace(SPEC, pack_gqa=True)
 
 
 def maps(problem: AttentionProblem) -> tuple[TensorMapSpec, TensorMapSpec, TensorMapSpec]:
-    return tensor_map_specs(problem, SPEC)
+    return SPEC.tensor_maps(problem)
 
 
 def test_dense_with_grouped_heads():
@@ -39,13 +38,13 @@ def test_packed_tokens_are_one_batch():
 )
 def test_a_box_is_one_panel_of_the_tile(width: int, columns: int, row_bytes: int):
     spec = replace(SPEC, head_dim=width, v_head_dim=width)
-    for made, rows in zip(tensor_map_specs(dense(), spec), (64, 96, 96), strict=True):
+    for made, rows in zip(spec.tensor_maps(dense()), (64, 96, 96), strict=True):
         assert made.box == (columns, rows, 1, 1)
         assert made.box[0] * made.dtype.itemsize == row_bytes
 
 
 def test_a_box_of_packed_heads_holds_all_of_a_group_for_one_row_after_the_other():
-    q, *others = tensor_map_specs(dense(), PACKED)
+    q, *others = PACKED.tensor_maps(dense())
     assert q == TensorMapSpec(DType.BF16, 1, (64, 4, 300, 2, 2), (128, 1024, 512, 307200), (64, 4, 16, 1, 1))
     assert others == [*maps(dense())[1:]], "K and V have no heads that share them"
 
@@ -53,25 +52,25 @@ def test_a_box_of_packed_heads_holds_all_of_a_group_for_one_row_after_the_other(
 @pytest.mark.parametrize(("heads", "heads_kv", "box"), [(2, 1, (2, 32)), (8, 1, (8, 8)), (64, 1, (64, 1))], ids=str)
 def test_a_box_has_64_rows_whatever_the_number_of_heads(heads: int, heads_kv: int, box: tuple[int, int]):
     problem = dense(q=array(1, 2, 300, heads, 64), q_strides=Strides(300 * 64 * heads, 64 * heads, 64), heads=heads, heads_kv=heads_kv)
-    q, *_ = tensor_map_specs(problem, PACKED)
+    q, *_ = PACKED.tensor_maps(problem)
     assert q.sizes == (64, heads, 300, 1, 2)
     assert q.strides == (128, 128 * heads, 128 * heads, 300 * 128 * heads)
     assert q.box == (64, *box, 1, 1)
 
 
 def test_packed_heads_of_packed_tokens():
-    q, *_ = tensor_map_specs(varlen(), PACKED)
+    q, *_ = PACKED.tensor_maps(varlen())
     assert (q.sizes, q.strides) == ((64, 4, 450, 2, 1), (128, 1024, 512, 16))
 
 
 def test_packed_heads_may_lie_anywhere():
-    heads_first, _, _ = tensor_map_specs(dense(q_strides=Strides(8 * 300 * 64, 64, 300 * 64)), PACKED)
+    heads_first, _, _ = PACKED.tensor_maps(dense(q_strides=Strides(8 * 300 * 64, 64, 300 * 64)))
     assert (heads_first.sizes, heads_first.strides) == ((64, 4, 300, 2, 2), (38400, 128, 153600, 307200))
-    shared, _, _ = tensor_map_specs(dense(q_strides=Strides(0, 64, 0)), PACKED)
+    shared, _, _ = PACKED.tensor_maps(dense(q_strides=Strides(0, 64, 0)))
     assert shared.strides == (0, 128, 0, 0)
-    narrow, _, _ = tensor_map_specs(dense(q=array(1, 2, 300, 8, 40)), PACKED)
+    narrow, _, _ = PACKED.tensor_maps(dense(q=array(1, 2, 300, 8, 40)))
     assert (narrow.sizes[0], narrow.box[0]) == (40, 64)
-    one_row, _, _ = tensor_map_specs(dense(q=array(1, 1, 1, 8, 64), q_strides=Strides(7, 7, 64), batch=1), PACKED)
+    one_row, _, _ = PACKED.tensor_maps(dense(q=array(1, 1, 1, 8, 64), q_strides=Strides(7, 7, 64), batch=1))
     assert (one_row.sizes, one_row.strides) == ((64, 4, 1, 2, 1), (128, 16, 512, 16))
 
 

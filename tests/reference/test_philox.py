@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from atomr_accel_flashattn.problem import Dropout
 from atomr_accel_flashattn.reference.philox import keep_mask, key_words, philox4x32

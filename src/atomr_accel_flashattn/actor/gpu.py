@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
-from ..arrays.read import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
+from ..arrays.streams import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
 from ..errors import PropsError
 from ..launch.driver import check, current_context, driver, primary_context
 from ..runtime.execute import fill, make_outputs

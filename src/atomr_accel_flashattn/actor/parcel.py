@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 
 from ..arrays.device_array import DeviceArray
-from ..arrays.read import as_numpy, copy_to_host, numpy_dtype, read_array
+from ..arrays.read import as_numpy, numpy_dtype, read_array
+from ..arrays.streams import copy_to_host
 from ..errors import ArrayTypeError
 from ..fa3 import Fa3FwdRequest
 from ..problem import ArrayInfo

@@ -6,41 +6,30 @@ The order of the tries is by cost: torch's own attributes take 0.4 us, everythin
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from ..errors import ArrayTypeError, DeviceMismatchError, DTypeError, HeadDimError, OutputError, StrideError
+from ..errors import ArrayTypeError, DeviceMismatchError, DTypeError, StrideError
 from ..launch.driver import driver
 from ..problem import ArrayInfo
 from ..types import Device, DType
 from .device_array import DeviceArray
-from .dlpack import BorrowedTensor, read_dlpack
-from .torch_hooks import hooks
+from .dlpack import read_dlpack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = [
-    "LEGACY_DEFAULT_STREAM",
     "as_numpy",
     "contiguous_strides",
-    "copy_into",
-    "copy_to_host",
-    "current_stream",
-    "draw_seed_and_offset",
     "dtype_name_of",
-    "empty_like_framework",
+    "is_cupy",
     "numpy_dtype",
-    "pad_last",
-    "raw_stream",
     "read_array",
     "share_memory",
-    "unbind",
 ]
 
-LEGACY_DEFAULT_STREAM: Final = 1  # CU_STREAM_LEGACY: ordered with every blocking stream of the device
 _DTYPES: Final = {
     "float16": DType.F16,
     "bfloat16": DType.BF16,
@@ -100,7 +89,7 @@ def read_array(x: Any, name: str) -> ArrayInfo:
         return _read_numpy(x, name)
     if isinstance(x, DeviceArray):
         return _info(x.ptr, x.shape, contiguous_strides(x.shape), x.dtype_name, Device("cuda", x.device_index), x)
-    if _is_cupy(x):
+    if is_cupy(x):
         return _read_cupy(x, name)
     return _read_protocol(x, name)
 
@@ -162,7 +151,8 @@ def _read_numpy(x: np.ndarray[Any, Any], name: str) -> ArrayInfo:
     return _info(x.ctypes.data, x.shape, strides, x.dtype.name, Device("cpu", 0), x)
 
 
-def _is_cupy(x: Any) -> bool:
+def is_cupy(x: Any) -> bool:
+    """Whether this is an array of CuPy, if that is there."""
     cupy = sys.modules.get("cupy")
     return cupy is not None and isinstance(x, cupy.ndarray)
 
@@ -249,162 +239,3 @@ class _HostInterface:
             "strides": tuple(step * dtype.itemsize for step in info.strides),
             "typestr": _BIT_TYPES.get(info.dtype_name, dtype.str),
         }
-
-
-def empty_like_framework(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None = None, *, fallback: bool = False) -> ArrayInfo:
-    """A new uninitialised array in the library and on the device of ``like``.
-
-    It is row-major, except that a torch tensor of the same shape and type keeps the order of its dimensions, as ``torch.empty_like`` does.
-
-    Args:
-        like: whose library and device.
-        shape: sizes.
-        dtype_name: element type, None is that of ``like``.
-        fallback: whether a library that we cannot allocate with gets a NumPy array or a DeviceArray.
-
-    Raises:
-        OutputError: such a library without ``fallback``; the caller has to give ``out=``.
-    """
-    source, name = like.source, dtype_name or like.dtype_name
-    torch = sys.modules.get("torch")
-    array: Any
-    if torch is not None and isinstance(source, torch.Tensor):
-        array = _empty_torch(torch, source, shape, getattr(torch, name))
-    elif isinstance(source, np.ndarray):
-        array = np.empty(shape, numpy_dtype(name))
-    elif isinstance(source, DeviceArray):
-        array = DeviceArray.empty(shape, name, like.device.index)
-    elif _is_cupy(source):
-        cupy = sys.modules["cupy"]
-        with cupy.cuda.Device(like.device.index):
-            array = cupy.empty(shape, numpy_dtype(name))
-    elif fallback:
-        array = np.empty(shape, numpy_dtype(name)) if like.device.kind == "cpu" else DeviceArray.empty(shape, name, like.device.index)
-    else:
-        owner = source.owner if isinstance(source, BorrowedTensor) else source
-        raise OutputError(
-            f"out: got None, and an array of {type(owner).__module__}.{type(owner).__qualname__} cannot be made here; "
-            f"allowed is out= of shape {shape} and type {name}, or inputs of torch, NumPy, CuPy or DeviceArray"
-        )
-    return read_array(array, "out")
-
-
-def _empty_torch(torch: Any, like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """``torch.empty_like`` where it leaves the last dimension contiguous (inputs with steps of 0 may come out otherwise)."""
-    if shape == tuple(like.shape) and dtype == like.dtype:
-        array = torch.empty_like(like)
-        if array.stride(-1) == 1:
-            return array
-    return like.new_empty(shape, dtype=dtype)
-
-
-def unbind(info: ArrayInfo, axis: int) -> tuple[Any, ...]:
-    """The slices along ``axis``, as views: arrays of the same library where it can slice, else descriptions, which requests take too."""
-    source = info.source
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(source, torch.Tensor):
-        return tuple(source.unbind(axis))
-    index = (slice(None),) * axis
-    if isinstance(source, np.ndarray) or _is_cupy(source):
-        return tuple(source[(*index, part)] for part in range(info.shape[axis]))
-    shape, strides = (values[:axis] + values[axis + 1 :] for values in (info.shape, info.strides))
-    step = info.strides[axis] * numpy_dtype(info.dtype_name).itemsize
-    return tuple(replace(info, ptr=info.ptr + part * step, shape=shape, strides=strides) for part in range(info.shape[axis]))
-
-
-def pad_last(info: ArrayInfo, size: int, name: str) -> Any:
-    """A copy with zeros after the last dimension up to ``size``; the array itself when it has that size.
-
-    Raises:
-        HeadDimError: GPU memory of a library that we cannot pad with.
-    """
-    source, extra = info.source, size - info.shape[-1]
-    torch = sys.modules.get("torch")
-    if extra == 0:
-        return info
-    if torch is not None and isinstance(source, torch.Tensor):
-        return torch.nn.functional.pad(source, (0, extra))
-    widths = [(0, 0)] * (len(info.shape) - 1) + [(0, extra)]
-    if _is_cupy(source):
-        return sys.modules["cupy"].pad(source, widths)
-    if info.device.kind == "cpu":
-        return np.pad(as_numpy(info), widths)
-    raise HeadDimError(
-        f"{name}: got head dim {info.shape[-1]} on {info.device}; allowed are multiples of 8, "
-        "because this library cannot pad for us; pad with zeros"
-    )
-
-
-def copy_into(target: ArrayInfo, values: Any, user_array: Any) -> Any:
-    """Write ``values`` (of a library that we can slice) into the caller's array and return that."""
-    if target.device.kind == "cpu":
-        as_numpy(target)[...] = as_numpy(read_array(values, "values"))
-    else:
-        target.source[...] = values
-    return user_array
-
-
-def current_stream(info: ArrayInfo) -> int:
-    """The raw CUstream that the array's library uses now; the legacy default stream where it has no such notion."""
-    source = info.source
-    if type(source) in hooks.plain_types and hooks.raw_stream is not None:
-        return hooks.raw_stream(info.device.index)  # type: ignore[no-any-return]
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(source, torch.Tensor):  # a subclass, or the first call
-        return int(torch._C._cuda_getCurrentRawStream(info.device.index))  # noqa: SLF001 - 0.2 us; the public call costs 8
-    if _is_cupy(source):
-        cupy = sys.modules["cupy"]
-        with cupy.cuda.Device(info.device.index):
-            return int(cupy.cuda.get_current_stream().ptr)
-    if hasattr(source, "__cuda_array_interface__"):
-        return int(source.__cuda_array_interface__.get("stream") or LEGACY_DEFAULT_STREAM)
-    return LEGACY_DEFAULT_STREAM
-
-
-def raw_stream(stream: Any) -> int:
-    """The CUstream handle of an integer, or of a stream of torch, CuPy, cuda.core or anything with ``__cuda_stream__``.
-
-    Raises:
-        ArrayTypeError: none of these.
-    """
-    if isinstance(stream, int):
-        return stream
-    protocol = getattr(stream, "__cuda_stream__", None)
-    if protocol is not None:
-        return int((protocol() if callable(protocol) else protocol)[1])
-    for attribute in ("cuda_stream", "ptr"):
-        if hasattr(stream, attribute):
-            return int(getattr(stream, attribute))
-    raise ArrayTypeError(
-        f"stream: got {type(stream).__qualname__}; allowed are a raw CUstream as int, and streams of torch, CuPy and cuda.core"
-    )
-
-
-def draw_seed_and_offset(like: ArrayInfo) -> ArrayInfo | None:
-    """int64[2] on the device of ``like`` from its library's own generator; None without one.
-
-    So the library's seeding, graph replay and activation checkpointing see the right pattern.
-    """
-    source = like.source
-    low, high = -(2**63), 2**63 - 1
-    torch = sys.modules.get("torch")
-    array: Any
-    if torch is not None and isinstance(source, torch.Tensor):
-        array = source.new_empty((2,), dtype=torch.int64).random_(low, high)
-    elif isinstance(source, np.ndarray):
-        array = np.random.randint(low, high, 2, dtype=np.int64)  # noqa: NPY002 - the generator that np.random.seed controls
-    elif _is_cupy(source):
-        cupy = sys.modules["cupy"]
-        with cupy.cuda.Device(like.device.index):
-            array = cupy.random.randint(low, high, 2, dtype=np.int64)
-    else:
-        return None
-    return read_array(array, "rng")
-
-
-def copy_to_host(info: ArrayInfo) -> np.ndarray[Any, Any]:
-    """A NumPy copy of a contiguous array, wherever it lives. Synchronises: for debugging checks only."""
-    if info.device.kind == "cpu":
-        return as_numpy(info).copy()
-    view = DeviceArray.borrow(info.ptr, info.shape, info.dtype_name, info.device.index, owner=info.source)
-    return view.numpy(stream=current_stream(info))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..arrays.read import current_stream
+from ..arrays.streams import current_stream
 from ..dispatch import DispatchKey, FaFwdDispatch, best_arch, key_of_problem, lookup
 from ..fa2 import MaskKind, PositionBias
 from ..kernels.spec import Family, KernelSpec, Tile

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays.read import contiguous_strides, draw_seed_and_offset, dtype_name_of, read_array, share_memory
+from ..arrays.new import draw_seed_and_offset
+from ..arrays.read import contiguous_strides, dtype_name_of, read_array, share_memory
 from ..errors import (
     DeviceMismatchError,
     DropoutError,

@@ -6,7 +6,9 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from ..arrays.read import as_numpy, contiguous_strides, current_stream, empty_like_framework, raw_stream
+from ..arrays.new import empty_like_framework
+from ..arrays.read import as_numpy, contiguous_strides
+from ..arrays.streams import current_stream, raw_stream
 from ..arrays.torch_hooks import empty_on, hooks, meet_torch
 from ..dispatch import CpuSpec, DispatchKey, Extras, FaFwdDispatch, lookup
 from ..env import settings

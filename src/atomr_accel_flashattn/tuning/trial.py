@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..arrays.read import current_stream
+from ..arrays.streams import current_stream
 from ..bench.families import request_of
 from ..bench.inputs import ERROR_LIMIT, Inputs, check_rows
 from ..bench.timing import Contestant
