@@ -1,4 +1,4 @@
-"""What jit/launch.py does with a driver: each function is a scenario, run by test_launch.py in a process whose libcuda is fake_driver.c."""
+"""What launch/launcher.py does with a driver: each function is a scenario of test_launch.py, whose libcuda is fake_driver.c."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from atomr_accel_flashattn.jit.cache import KernelCache
 from atomr_accel_flashattn.kernels.forward import FwdParams
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.launch import driver as driver_module
-from atomr_accel_flashattn.launch.launcher import LoadedKernel, launch, load_kernel
+from atomr_accel_flashattn.launch.launcher import Launch, LoadedKernel, load_kernel
 from tests.jit.kernels import FORWARD
 
 _FAKE = ctypes.CDLL("libcuda.so.1")
@@ -30,11 +30,15 @@ def fake(name: str) -> Any:
 
 
 def pointers(stream: int, step: int = 1) -> tuple[int, ...]:
-    return tuple(range(stream, stream + step * FwdParams.POINTERS, step))
+    return tuple(range(stream, stream + step * len(FwdParams.SLOTS), step))
 
 
 def loaded(device: int = 0, spec: KernelSpec = FORWARD) -> LoadedKernel:
     return load_kernel(spec, device, KernelCache(os.environ["SCENARIO_CACHE"]))
+
+
+def prepared(device: int = 0, grid: int = _GRID) -> Launch:
+    return loaded(device).launch_of(FwdParams(), grid, FwdParams.SLOTS)
 
 
 def in_threads(work: Callable[[int], None], arguments: Iterable[int]) -> None:
@@ -49,27 +53,33 @@ def in_threads(work: Callable[[int], None], arguments: Iterable[int]) -> None:
     sys.setswitchinterval(interval)
 
 
-def a_launch_reaches_the_driver_as_planned() -> None:
-    plan = loaded().plan(FwdParams(), _GRID)
-    plan.launch(64, pointers(64))
-    plan.launch(128, pointers(128))
-    plan.launch(0, pointers(0))
+def a_launch_reaches_the_driver_as_it_was_made() -> None:
+    made = prepared()
+    made.launch(64, pointers(64))
+    made.launch(128, pointers(128))
+    made.launch(0, pointers(0))
     assert (fake("launches").value, fake("torn").value, fake("loads").value, fake("retains").value) == (3, 0, 1, 1)
     assert list((ctypes.c_uint * 3).in_dll(_FAKE, "fake_grid")) == [_GRID, 1, 1]
     assert list((ctypes.c_uint * 3).in_dll(_FAKE, "fake_block")) == [FORWARD.tile.threads, 1, 1]
     assert fake("launch_shared").value == FORWARD.shared_memory
 
 
-def launching_once_reads_the_addresses_from_the_parameters() -> None:
-    params = FwdParams()
-    (ctypes.c_uint64 * FwdParams.POINTERS).from_buffer(params)[:] = list(pointers(256))
-    launch(loaded(), _GRID, params, 256)
-    assert (fake("launches").value, fake("torn").value) == (1, 0)
-    fake("launch_status").value = 701
-    with pytest.raises(LaunchError, match="launching 7 blocks"):
-        launch(loaded(), _GRID, params, 256)
-    with pytest.raises(LaunchError, match="a grid of 0 blocks"):
-        launch(loaded(), 0, params, 256)
+def addresses_are_found_by_their_names() -> None:
+    """Two launches of one plan share the addresses of a call: each takes those that its kernel has, in the kernel's order."""
+    slots = ("keep", *reversed(FwdParams.SLOTS), "other")
+    made = loaded().launch_of(FwdParams(), _GRID, slots)
+    for stream in (64, 128):
+        made.launch(stream, (1, *reversed(pointers(stream)), 2))
+    assert (fake("launches").value, fake("torn").value) == (2, 0)
+
+
+def parameters_are_copied_when_a_launch_is_made() -> None:
+    params = FwdParams(batch=3)
+    made = loaded().launch_of(params, _GRID, FwdParams.SLOTS)
+    params.batch = 4
+    made.launch(64, pointers(64))
+    of_kernel = ctypes.cast(made.arguments()[2]._obj[0], ctypes.POINTER(FwdParams))
+    assert of_kernel.contents.batch == 3
 
 
 def a_kernel_is_loaded_once_however_many_threads_ask() -> None:
@@ -83,31 +93,31 @@ def a_kernel_is_loaded_once_however_many_threads_ask() -> None:
     assert len({id(kernel) for kernel in kernels}) == 1
 
 
-def threads_that_share_a_plan_never_tear_its_parameters() -> None:
-    plan = loaded().plan(FwdParams(), _GRID)
+def threads_that_share_a_launch_never_tear_its_parameters() -> None:
+    made = prepared()
 
     def work(stream: int) -> None:
         for _ in range(2000):
-            plan.launch(stream, pointers(stream))
+            made.launch(stream, pointers(stream))
 
     in_threads(work, [1000 * (i + 1) for i in range(8)])
     assert (fake("launches").value, fake("torn").value) == (16000, 0)
 
 
 def a_thread_without_a_context_gets_the_one_of_device_0() -> None:
-    plan = loaded().plan(FwdParams(), _GRID)
-    plan.launch(0, pointers(0))
-    plan.launch(0, pointers(0))
+    made = prepared()
+    made.launch(0, pointers(0))
+    made.launch(0, pointers(0))
     assert (fake("launches").value, fake("refused").value) == (2, 1)
     assert current() == int(driver_module.primary_context(0))
 
 
 def device_1_is_launched_on_and_the_current_context_stays() -> None:
-    plan = loaded(1).plan(FwdParams(), _GRID)
+    made = prepared(1)
     for before in (0, int(driver_module.primary_context(0)), int(driver_module.primary_context(1))):
         if before:
             driver_module.driver().cuCtxSetCurrent(before)
-        plan.launch(0, pointers(0))
+        made.launch(0, pointers(0))
         assert fake("last_device").value == 1
         assert current() == before
     assert (fake("launches").value, fake("refused").value) == (3, 2)
@@ -149,43 +159,35 @@ def large_shared_memory_is_asked_for() -> None:
 
 
 def a_refused_launch_is_named() -> None:
-    plan = loaded().plan(FwdParams(), _GRID)
+    made = prepared()
     fake("launch_status").value = 701
     with pytest.raises(LaunchError, match=f"launching {_GRID} blocks of 128 threads, .* on GPU 0 failed: what happened") as caught:
-        plan.launch(0, pointers(0))
+        made.launch(0, pointers(0))
     assert not isinstance(caught.value, DeviceLostError)
     assert caught.value.cuda_error == "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"
 
 
 def a_sticky_error_says_that_the_device_is_lost() -> None:
-    plan = loaded().plan(FwdParams(), _GRID)
+    made = prepared()
     fake("launch_status").value = 700
     with pytest.raises(DeviceLostError, match="restart the process") as caught:
-        plan.launch(0, pointers(0))
+        made.launch(0, pointers(0))
     assert caught.value.cuda_error == "CUDA_ERROR_ILLEGAL_ADDRESS"
-
-
-def grids_that_cuda_cannot_launch_are_refused() -> None:
-    for grid in (0, 1 << 31):
-        with pytest.raises(LaunchError, match=r"allowed are 1\.\.2147483647"):
-            loaded().plan(FwdParams(), grid)
 
 
 def debug_waits_for_the_kernel_and_raises_its_error() -> None:
     os.environ["ATOMR_FLASHATTN_DEBUG"] = "1"
     settings.cache_clear()
-    plan = loaded().plan(FwdParams(), _GRID)
-    plan.launch(0, pointers(0))
+    made = prepared()
+    made.launch(0, pointers(0))
     assert fake("syncs").value == 1
     fake("capturing").value = 1
-    plan.launch(0, pointers(0))
+    made.launch(0, pointers(0))
     assert fake("syncs").value == 1
     fake("capturing").value = 0
     fake("sync_status").value = 700
     with pytest.raises(DeviceLostError, match="running the kernel failed"):
-        plan.launch(0, pointers(0))
-    with pytest.raises(DeviceLostError, match="running the kernel failed"):
-        launch(loaded(), _GRID, FwdParams(), 0)
+        made.launch(0, pointers(0))
 
 
 def an_old_driver_is_named() -> None:
@@ -209,25 +211,10 @@ def devices_are_described() -> None:
 
 
 def too_few_addresses_are_refused() -> None:
-    plan = loaded().plan(FwdParams(), _GRID)
+    made = prepared()
     with pytest.raises(ValueError, match="same size"):
-        plan.launch(0, (1, 2, 3))
+        made.launch(0, (1, 2, 3))
     assert fake("launches").value == 0
-
-
-def addresses_that_a_launch_does_not_bring_stay_as_they_are() -> None:
-    params = FwdParams(*pointers(64))
-    assert params.addresses() == pointers(64)
-    plan = loaded().plan(params, _GRID, 4)
-    plan.launch(64, pointers(64)[:4])
-    assert fake("torn").value == 0
-    plan.launch(128, pointers(128)[:4])
-    assert (fake("launches").value, fake("torn").value) == (2, 1)
-    plan.launch(64, pointers(64)[:4])
-    assert (fake("launches").value, fake("torn").value) == (3, 1)
-    for count in (3, 5, 10):
-        with pytest.raises(ValueError, match="same size"):
-            plan.launch(64, pointers(64)[:count])
 
 
 if __name__ == "__main__":

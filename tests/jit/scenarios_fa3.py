@@ -11,11 +11,10 @@ import pytest
 
 from atomr_accel_flashattn.errors import LaunchError
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
-from atomr_accel_flashattn.kernels.forward import FwdParams
-from atomr_accel_flashattn.kernels.params import TensorMapSpec, pack_fa3_forward
+from atomr_accel_flashattn.kernels.params import TensorMapSpec
 from atomr_accel_flashattn.launch import counters, driver as driver_module, launcher as launch_module, tensor_map
 from atomr_accel_flashattn.launch.counters import counters_for
-from atomr_accel_flashattn.launch.launcher import LaunchPlan, launch
+from atomr_accel_flashattn.launch.launcher import Launch
 from atomr_accel_flashattn.launch.tensor_map import encode, move
 from atomr_accel_flashattn.types import DType
 from tests.jit.kernels import WGMMA
@@ -43,16 +42,17 @@ def _at(stream: int) -> tuple[int, ...]:
 
 
 def _params(stream: int = 4096) -> Fa3FwdParams:
-    """Parameters that fake_driver.c takes for right, when they are launched into ``stream``."""
+    """Parameters whose maps read what a launch into ``stream`` brings, and which fake_driver.c looks through."""
     fake("step").value, fake("maps_at").value = _STEP, Fa3FwdParams.q_map.offset
     fake("counters_at").value = Fa3FwdParams.counters.offset
-    forward = FwdParams(*_at(stream))
-    q, k, v = (encode(replace(_SPEC, ptr=address), 0) for address in _at(stream)[:3])
-    return pack_fa3_forward(forward, (q, k, v), counters_for(0, stream), 5)
+    params = Fa3FwdParams(tiles=5)
+    params.tensor_maps = tuple(replace(_SPEC, ptr=address) for address in _at(stream)[:3])
+    params.counts = True
+    return params
 
 
-def _plan(device: int = 0) -> LaunchPlan[Fa3FwdParams]:
-    return loaded(device, WGMMA).plan(_params(), _GRID)
+def _made(params: Fa3FwdParams | None = None) -> Launch:
+    return loaded(0, WGMMA).launch_of(params or _params(), _GRID, Fa3FwdParams.SLOTS)
 
 
 def _use_device(index: int) -> None:
@@ -108,24 +108,24 @@ def a_thread_without_a_context_encodes_moves_and_launches() -> None:
 
     def work(stream: int) -> None:
         try:
-            launch(loaded(0, WGMMA), _GRID, _params(stream), stream)
+            _made(_params(stream)).launch(stream, _at(stream))
         except BaseException as error:  # noqa: BLE001 - handed to the test
             failures.append(error)
 
     in_threads(work, [4096])
-    plan = _plan()
-    in_threads(lambda stream: plan.launch(stream, _at(stream)), [8192])
+    made = _made()
+    in_threads(lambda stream: made.launch(stream, _at(stream)), [8192])
     assert not failures
     assert fake("moves").value == 3
     assert _ran(2)
 
 
-def a_plan_that_moves_launches_with_maps_of_those_addresses() -> None:
+def a_launch_that_moves_launches_with_maps_of_those_addresses() -> None:
     _use_device(0)
-    plan = _plan()
+    made = _made()
     encoded = fake("encodes").value
     for stream in (4096, 4096, 8192, 12288, 8192, 8192):
-        plan.launch(stream, _at(stream))
+        made.launch(stream, _at(stream))
     assert _ran(6)
     assert fake("encodes").value == encoded
     assert fake("moves").value == 9
@@ -133,63 +133,63 @@ def a_plan_that_moves_launches_with_maps_of_those_addresses() -> None:
 
 def one_map_moves_alone() -> None:
     _use_device(0)
-    plan = _plan()
+    made = _made()
     fake("step").value = 0
     same = (4096,) * 10
-    plan.launch(4096, same)
+    made.launch(4096, same)
     moved = fake("moves").value
     for i in range(3):
         addresses = tuple(8192 if i == j else 4096 for j in range(3))
         before = fake("torn").value
-        plan.launch(4096, (*addresses, *same[3:]))
+        made.launch(4096, (*addresses, *same[3:]))
         assert fake("torn").value == before + 1  # the driver wants them all at 4096: one is not
-        plan.launch(4096, same)
+        made.launch(4096, same)
     assert fake("moves").value == moved + 6
     assert fake("torn").value == 3
 
 
 def a_move_that_fails_half_way_is_made_good_by_the_next_launch() -> None:
     _use_device(0)
-    plan = _plan()
-    plan.launch(4096, _at(4096))
+    made = _made()
+    made.launch(4096, _at(4096))
     q, k, *rest = _at(8192)
     with pytest.raises(LaunchError, match="moving a tensor map"):
-        plan.launch(8192, (q, k + 8, *rest))
-    plan.launch(4096, _at(4096))
+        made.launch(8192, (q, k + 8, *rest))
+    made.launch(4096, _at(4096))
     assert _ran(2)
 
 
 def arrays_without_elements_keep_their_map() -> None:
     _use_device(0)
     fake("step").value = 0
-    forward = FwdParams(4096, *(0,) * 9)
-    made = encode(replace(_SPEC, ptr=16), 0)
-    plan = loaded(0, WGMMA).plan(pack_fa3_forward(forward, (encode(_SPEC, 0), made, made), counters_for(0, 4096), 5), _GRID)
+    params, empty = Fa3FwdParams(tiles=5), replace(_SPEC, ptr=16)
+    params.tensor_maps = (_SPEC, empty, empty)
+    made = _made(params)
     for address in (4096, 8192):
-        plan.launch(4096, (address, *(0,) * 9))
+        made.launch(4096, (address, *(0,) * 9))
     assert fake("launches").value == 2
     assert fake("moves").value == 1
 
 
-def threads_that_share_a_plan_tear_neither_maps_nor_counters() -> None:
+def threads_that_share_a_launch_tear_neither_maps_nor_counters() -> None:
     _use_device(0)
-    plan = _plan()
+    made = _made()
 
     def work(stream: int) -> None:
         _use_device(0)
         for n in range(1500):
             mine = stream + 65536 * (n % 3)
-            plan.launch(mine, _at(mine))
+            made.launch(mine, _at(mine))
 
     in_threads(work, [4096 * (i + 1) for i in range(8)])
     assert _ran(12000)
     assert fake("allocs").value == 1
 
 
-def a_launch_that_does_not_repeat_has_its_maps_and_counters() -> None:
+def launches_that_are_made_anew_have_their_maps_and_counters() -> None:
     _use_device(0)
     for stream in (4096, 8192, 4096):
-        launch(loaded(0, WGMMA), _GRID, _params(stream), stream)
+        _made(_params(stream)).launch(stream, _at(stream))
     assert _ran(3)
 
 
@@ -229,15 +229,15 @@ def every_thread_has_a_default_stream_of_its_own() -> None:
 
 def captured_launches_have_counters_of_their_own() -> None:
     _use_device(0)
-    plan = _plan()
-    plan.launch(4096, _at(4096))
+    made = _made()
+    made.launch(4096, _at(4096))
     fake("capturing").value = 1
     captured = set()
     for _ in range(5):
-        plan.launch(4096, _at(4096))
+        made.launch(4096, _at(4096))
         captured.add(ctypes.c_uint64.in_dll(ctypes.CDLL("libcuda.so.1"), "fake_counters").value)
     fake("capturing").value = 0
-    plan.launch(4096, _at(4096))
+    made.launch(4096, _at(4096))
     assert _ran(7)
     assert len(captured) == 5
 
@@ -285,7 +285,7 @@ def memory_that_is_not_there_is_an_error_now_and_none_later() -> None:
 
 def only_streams_that_cannot_be_captured_are_not_asked_for() -> None:
     _use_device(0)
-    plan, asked = _plan(), []
+    made, asked = _made(), []
 
     def counted(device: int, stream: int) -> int:
         asked.append(stream)
@@ -293,7 +293,7 @@ def only_streams_that_cannot_be_captured_are_not_asked_for() -> None:
 
     launch_module.counters_for = counted
     for stream in (0, 0, 4096, 4096, 0, 0, 1, 1):
-        plan.launch(stream, _at(4096))
+        made.launch(stream, _at(4096))
     assert asked == [0, 4096, 4096, 0, 1]
     assert fake("launches").value == 8
 
@@ -301,20 +301,40 @@ def only_streams_that_cannot_be_captured_are_not_asked_for() -> None:
 def counters_that_could_not_be_had_are_asked_for_again() -> None:
     counters._PAIRS = 1
     _use_device(0)
-    plan = _plan()
-    plan.launch(4096, _at(4096))
+    made = _made()
+    made.launch(4096, _at(4096))
     fake("alloc_status").value = 2
     for _ in range(2):
         with pytest.raises(LaunchError, match="allocating counters failed"):
-            plan.launch(0, _at(0))
+            made.launch(0, _at(0))
     fake("alloc_status").value = 0
     fake("step").value = 0
-    plan.launch(0, (0,) * 10)
-    plan.launch(0, (0,) * 10)
+    made.launch(0, (0,) * 10)
+    made.launch(0, (0,) * 10)
     fake("step").value = _STEP
-    plan.launch(4096, _at(4096))
+    made.launch(4096, _at(4096))
     assert fake("launches").value == 4
     assert counters_for(0, 0) != counters_for(0, 4096)
+
+
+def a_kernel_that_does_not_count_asks_for_no_counters() -> None:
+    _use_device(0)
+    params = _params()
+    params.counts = False
+    fake("counters_at").value = 0
+    launch_module.counters_for = lambda *_: _expect(None)
+    made = _made(params)
+    for stream in (4096, 8192, 4096, 12288):
+        made.launch(stream, _at(stream))
+    assert _ran(4)
+
+
+def fewer_maps_than_the_kernel_reads_are_refused() -> None:
+    _use_device(0)
+    params = _params()
+    params.tensor_maps = params.tensor_maps[:2]
+    with pytest.raises(ValueError, match="shorter"):
+        _made(params)
 
 
 def _expect(value: Any) -> None:

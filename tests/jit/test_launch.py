@@ -15,7 +15,7 @@ from atomr_accel_flashattn.launch.launcher import load_kernel
 from tests.jit.kernels import MASK
 
 _HERE = Path(__file__).parent
-_HELPERS = {"fake", "pointers", "loaded", "current", "in_threads"}
+_HELPERS = {"fake", "pointers", "loaded", "prepared", "current", "in_threads"}
 _SCENARIOS = [
     pytest.param(module, node.name, id=node.name)
     for module in ("scenarios", "scenarios_fa3")

@@ -325,7 +325,9 @@ def test_empty_problems_have_no_tiles():
     ("spec", "grids"),
     [
         pytest.param(SPEC, (5, 90, 90), id="fa2"),
-        pytest.param(replace(SPEC, tile=replace(SPEC.tile, persistent=True, min_blocks=2)), (5, 40, 7), id="fa2 persistent, two blocks an SM"),
+        pytest.param(
+            replace(SPEC, tile=replace(SPEC.tile, persistent=True, min_blocks=2)), (5, 40, 7), id="fa2 persistent, two blocks an SM"
+        ),
         pytest.param(replace(WGMMA, tile=replace(WGMMA.tile, persistent=False)), (5, 90, 90), id="fa3"),
         pytest.param(WGMMA, (5, 20, 7), id="fa3 persistent"),
         pytest.param(MASK, (5, 90, 90), id="dropout mask"),
