@@ -213,7 +213,7 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise not_built("block_table", "got a block_table; allowed is None")
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packing = (cu_seqlens_q, cu_seqlens_k, _plain_length(max_seqlen_q), _plain_length(max_seqlen_k))
     return _attention(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out))
 
 
@@ -369,6 +369,11 @@ class _Call:
             if self.copy_to is not None:
                 out = copy_into(self.copy_to, out, self.others[2])
         return (out, output.lse, output.dropout_mask) if self.return_attn_probs else out
+
+
+def _plain_length(length: Any) -> Any:
+    """A length of NumPy as an int of Python; what is no integer stays what it is, for the checks to name."""
+    return int(length) if type(length) is not int and is_integer(length) else length
 
 
 def _needs_padding(*head_dims: int) -> bool:

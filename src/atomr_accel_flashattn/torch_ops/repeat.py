@@ -43,6 +43,7 @@ Tensors: TypeAlias = tuple[Any, ...]
 
 _NOWHERE: Final = VECTOR_BYTES  # in an alignment: some array has no memory, because it is empty or because it was freed under its tensor
 _NUMBERS: Final = (Real, np.bool_, type(None))
+_REAL: Final = frozenset({int, float})
 _WINDOW: Final = 3  # place of window_size among the numbers
 
 
@@ -84,18 +85,16 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
         (key, result): result is None when there is no shortcut; key is None when there cannot be one.
     """
     slopes, learned_sink, out = others
-    if type(numbers[_WINDOW]) is list:
-        numbers = (*numbers[:_WINDOW], tuple(numbers[_WINDOW]), *numbers[_WINDOW + 1 :])
-    if slopes is not None or learned_sink is not None or out is not None:
-        call, tensors = _describe(q, k, v, packing, numbers, others)
-    elif packing is None:
-        call, tensors = numbers, (q, k, v)
-    else:
-        call, tensors = _describe_packed(q, k, v, packing, numbers)
-    try:
-        found = _latest.get(call)
-    except TypeError:  # a number that cannot be hashed is none: the checks name it
+    plain = numbers if _are_plain(numbers) else _told_apart(numbers)
+    if plain is None or (packing is not None and not type(packing[2]) is type(packing[3]) is int):
         return None, None
+    if slopes is not None or learned_sink is not None or out is not None:
+        call, tensors = _describe(q, k, v, packing, plain, others)
+    elif packing is None:
+        call, tensors = plain, (q, k, v)
+    else:
+        call, tensors = _describe_packed(q, k, v, packing, plain)
+    found = _latest.get(call)
     if found is None or not found.same(*tensors):
         found = None
         if not _may_repeat(tensors):
@@ -117,6 +116,31 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
         return None, out
     lse = _launch_more(found, (q_ptr, k_ptr, v_ptr, out_ptr), q, packing, others)
     return None, out if lse is None else (out, lse, None)
+
+
+def _are_plain(numbers: Numbers) -> bool:
+    """Whether numbers have the types that they are declared with, so that equal ones mean the same: True is 1.0, and no scale."""
+    p, scale, causal, window, softcap, sinks, probs = numbers
+    return (
+        (causal is False or causal is True)
+        and (probs is False or probs is True)
+        and type(window) is tuple
+        and len(window) == 2
+        and type(window[0]) is type(window[1]) is type(sinks) is int
+        and type(p) in _REAL
+        and type(softcap) in _REAL
+        and (scale is None or type(scale) in _REAL)
+    )
+
+
+def _told_apart(numbers: Numbers) -> Any:
+    """Numbers of other types (of NumPy, a list as window, 1 for True) with those types beside them; None where one is no number."""
+    window = numbers[_WINDOW]
+    if not isinstance(window, (tuple, list)):
+        return None
+    values = (*numbers[:_WINDOW], tuple(window), *numbers[_WINDOW + 1 :])
+    flat = (*numbers[:_WINDOW], *window, *numbers[_WINDOW + 1 :])
+    return (*values, *map(type, flat)) if all(isinstance(value, _NUMBERS) for value in flat) else None
 
 
 def _describe_packed(q: Any, k: Any, v: Any, packing: Packing, numbers: Numbers) -> tuple[Key, Tensors]:
@@ -213,8 +237,7 @@ def remember(key: Key, plan: Plan, output: Output, others: Others) -> None:
     """Keep a shortcut to the plan of the call that made ``output``; does nothing where a shortcut would not be enough."""
     call, alignment, *facts = key
     numbers, *more = call if type(call[0]) is tuple else (call,)
-    numeric = all(isinstance(number, _NUMBERS) for number in (*numbers[:_WINDOW], *numbers[_WINDOW], *numbers[_WINDOW + 1 :], *more[:2]))
-    if settings().debug or not numeric or output.dropout_mask is not None or len(plan.launches) != 1:
+    if settings().debug or output.dropout_mask is not None or len(plan.launches) != 1:
         return
     if len(_shortcuts) >= MAX_PLANS:
         _forget()
