@@ -16,6 +16,7 @@ import numpy as np
 
 from .arrays.new import copy_into, pad_last, unbind
 from .arrays.read import read_array
+from .arrays.torch_hooks import keep_out_of_graphs
 from .errors import ShapeError, UnsupportedArgumentError, WindowError
 from .limits import HEAD_DIM_STEP, MAX_HEAD_DIM, is_integer, not_built
 from .problem import ArrayInfo
@@ -414,3 +415,15 @@ def _unpack(x: Any, name: str, *, axis: int, parts: int) -> tuple[Any, ...]:
         shape = "(batch, length, " if axis == 2 else "(total, "
         raise ShapeError(f"{name}: got shape {info.shape}; allowed is {shape}{parts}, heads, head dim)")
     return unbind(info, axis)
+
+
+keep_out_of_graphs(
+    (
+        flash_attn_func,
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+    )
+)

@@ -49,12 +49,14 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "backward": "forward is built",
         "block_table": "K and V are plain or packed arrays: with flash_attn_varlen_func packed one sequence after the other",
         "flash_attn_with_kvcache": "a KV cache is not built in this version; flash_attn_varlen_func takes packed K and V of any length",
+        "forward_mode": "forward-mode derivatives are not built; use the primal, as forward_ad.unpack_dual(x).primal",
         "fp8": "f16 and bf16 are built",
         "kv_layout": "NHD is built",
         "left_pad": "pack the sequences with cu_seqlens",
         "out_dtype": "o has the type of q",
         "paged": "K and V have to be plain or packed arrays",
         "split": "one block visits all keys of its rows",
+        "tracing": "its kernels are no operators of torch yet; record the model around this call, or wrap it in a torch.library.custom_op",
         "v_dtype": "q, k and v share one type",
     }
 )

@@ -12,10 +12,12 @@ import numpy as np
 
 from ..errors import ArrayTypeError, DeviceMismatchError, DTypeError, StrideError
 from ..launch.driver import driver
+from ..limits import not_built
 from ..problem import ArrayInfo
 from ..types import Device, DType
 from .device_array import DeviceArray
 from .dlpack import read_dlpack
+from .torch_hooks import recorder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,6 +117,9 @@ def _info(ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype_name
 
 
 def _read_torch(x: Any, name: str, torch: Any) -> ArrayInfo:
+    recording = recorder()
+    if recording:
+        raise not_built("tracing", f"{name} is being recorded by {recording}, which would not see this call")
     device = x.device
     if device.type not in {"cpu", "cuda"}:
         raise DeviceMismatchError(f"{name}: got a torch tensor on {device}; allowed are cpu and cuda; move it there with .to()")

@@ -1,12 +1,27 @@
-"""The few functions of torch on the steady-state path: looked up once, some of them private, each with a way that does without."""
+"""The few functions of torch on the steady-state path: looked up once, some of them private, each with a way that does without.
+
+And what torch has to be told of calls that it does not see: that an array was written, and that its compiler is to leave them alone.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-__all__ = ["Hooks", "NewTensor", "empty_on", "guard_of", "hooks", "meet_torch"]
+__all__ = [
+    "Hooks",
+    "NewTensor",
+    "empty_on",
+    "guard_of",
+    "hooks",
+    "keep_out_of_graphs",
+    "meet_torch",
+    "recorder",
+    "tangent_of",
+    "tell_written",
+]
 
 # (shape, strides, dtype)
 NewTensor: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], Any]
@@ -14,6 +29,12 @@ NewTensor: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], Any]
 
 def _no_device() -> int:
     return -1
+
+
+class _NoForwardMode:
+    """Stands for torch.autograd.forward_ad where there is no torch."""
+
+    _current_level = -1
 
 
 @dataclass(slots=True)
@@ -33,6 +54,8 @@ class Hooks:
     empty_on_current: Any = None
     current_device: Any = _no_device
     device_count: Any = None
+    forward_ad: Any = _NoForwardMode
+    increment_version: Any = None
 
 
 hooks = Hooks()
@@ -43,13 +66,14 @@ def meet_torch() -> None:
     torch = sys.modules.get("torch")
     if torch is None or hooks.plain_types or not hasattr(torch, "nn"):
         return
-    private = torch._C  # noqa: SLF001 - the public call costs 8 us for the stream, 1.5 us more for an output
+    private = torch._C  # the public call costs 8 us for the stream, 1.5 us more for an output
     guards: Any = getattr(getattr(private, "_dynamo", None), "guards", None)
     hooks.is_grad_enabled, hooks.int64 = torch.is_grad_enabled, torch.int64
+    hooks.forward_ad, hooks.increment_version = torch.autograd.forward_ad, torch.autograd.graph.increment_version
     hooks.raw_stream = getattr(private, "_cuda_getCurrentRawStream", None)
     hooks.guard = _trusted(torch, getattr(guards, "TensorGuards", None))
     if hasattr(guards, "_empty_strided_cuda") and hasattr(private, "_cuda_getDevice"):
-        hooks.empty_on_current, hooks.current_device = guards._empty_strided_cuda, private._cuda_getDevice  # noqa: SLF001
+        hooks.empty_on_current, hooks.current_device = guards._empty_strided_cuda, private._cuda_getDevice
         hooks.device_count = torch.cuda.device_count
     hooks.plain_types = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -87,3 +111,43 @@ def empty_on(device_index: int, like: Any, array: NewTensor) -> Any:
         return hooks.empty_on_current(*array)
     shape, strides, dtype = array
     return like.new_empty_strided(shape, strides, dtype=dtype)
+
+
+def tell_written(array: Any) -> None:
+    """Let autograd know that ``array`` was written, if it is a torch tensor: a backward that saved it raises."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        torch.autograd.graph.increment_version(array)
+
+
+def tangent_of(tensor: Any) -> Any:
+    """The tangent of a dual tensor of forward-mode autograd; None of any other."""
+    torch = sys.modules["torch"]
+    forward_ad = torch.autograd.forward_ad
+    return forward_ad.unpack_dual(tensor).tangent if forward_ad._current_level >= 0 else None
+
+
+def recorder() -> str:
+    """What records the operations of torch just now and would miss a call that is none: "torch.jit.trace", "make_fx", or nothing."""
+    private = sys.modules["torch"]._C
+    if private._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    proxy = private._len_torch_dispatch_stack() and private._get_dispatch_mode(private._TorchDispatchModeKey.PROXY)
+    return "make_fx" if proxy else ""
+
+
+def keep_out_of_graphs(functions: tuple[Callable[..., Any], ...]) -> None:
+    """Have torch.compile break its graph before calls of ``functions``, and not look into what they call.
+
+    This is what ``torch.compiler.disable`` does, without its wrapper and without the import of torch's compiler, which takes seconds.
+    Where torch is not there yet, nothing is done.
+    """
+    torch = sys.modules.get("torch")
+    frames: Any = getattr(getattr(getattr(torch, "_C", None), "_dynamo", None), "eval_frame", None)
+    for function in functions:
+        described: Any = function
+        described._torchdynamo_disable = True
+        described._torchdynamo_disable_msg = "the kernels of atomr_accel_flashattn are no operators of torch yet"
+        if hasattr(frames, "set_code_exec_strategy"):
+            skip = frames._FrameAction.SKIP
+            frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))

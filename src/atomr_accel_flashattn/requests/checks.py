@@ -12,6 +12,7 @@ import numpy as np
 
 from ..arrays.new import draw_seed_and_offset
 from ..arrays.read import contiguous_strides, dtype_name_of, read_array, share_memory
+from ..arrays.torch_hooks import tangent_of
 from ..errors import (
     DeviceMismatchError,
     DropoutError,
@@ -56,10 +57,14 @@ def read_qkv(q: Any, k: Any, v: Any, *, layout: str) -> tuple[ArrayInfo, ArrayIn
 
 
 def refuse_gradients(info: ArrayInfo, name: str) -> None:
-    """A torch tensor that requires grad would silently get none, because backward is not built."""
+    """A torch tensor that requires grad, or has a tangent, would silently get no derivative."""
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(info.source, torch.Tensor) and info.source.requires_grad and torch.is_grad_enabled():
+    if torch is None or not isinstance(info.source, torch.Tensor):
+        return
+    if info.source.requires_grad and torch.is_grad_enabled():
         raise not_built("backward", f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()")
+    if tangent_of(info.source) is not None:
+        raise not_built("forward_mode", f"{name} is a dual tensor")
 
 
 def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:

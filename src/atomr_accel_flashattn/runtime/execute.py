@@ -9,7 +9,7 @@ from typing import Any
 from ..arrays.new import empty_like_framework
 from ..arrays.read import as_numpy, contiguous_strides
 from ..arrays.streams import current_stream, raw_stream
-from ..arrays.torch_hooks import empty_on, hooks, meet_torch
+from ..arrays.torch_hooks import empty_on, hooks, meet_torch, tell_written
 from ..dispatch import CpuSpec, DispatchKey, Extras, FaFwdDispatch, lookup
 from ..env import settings
 from ..errors import ArrayTypeError, DeviceMismatchError, ShapeError
@@ -100,13 +100,20 @@ def fill(
         spec = lookup(key)
         if not isinstance(spec, KernelSpec):
             _compute_on_cpu(problem, outputs)
+            _tell_written(request)
             return None
         plan = _make_plan(problem, key, spec, outputs)
         if key.extras.tiles_for is None:
             keep(request, plan, dropout_mask=outputs.dropout_mask is not None)
     raw = current_stream(problem.q) if stream is None else raw_stream(stream)
     plan.launch(raw, addresses_of(problem, outputs))
+    _tell_written(request)
     return plan
+
+
+def _tell_written(request: FaFwdDispatch) -> None:
+    if request.out_array is not None:
+        tell_written(request.out_array.source)
 
 
 def _key(request: FaFwdDispatch, tiles_for: SmArch | None) -> DispatchKey:

@@ -25,7 +25,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from ..arrays.torch_hooks import NewTensor, empty_on, guard_of, hooks, meet_torch
+from ..arrays.torch_hooks import NewTensor, empty_on, guard_of, hooks, meet_torch, recorder
 from ..env import settings
 from ..limits import VECTOR_BYTES
 from ..runtime import plan as store
@@ -88,6 +88,8 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
     plain = numbers if _are_plain(numbers) else _told_apart(numbers)
     if plain is None or (packing is not None and not type(packing[2]) is type(packing[3]) is int):
         return None, None
+    if hooks.forward_ad._current_level >= 0:  # noqa: SLF001 - a tensor may have a tangent, which the guard does not see
+        return None, None
     if slopes is not None or learned_sink is not None or out is not None:
         call, tensors = _describe(q, k, v, packing, plain, others)
     elif packing is None:
@@ -115,6 +117,8 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
         found.launch(hooks.raw_stream(found.device_index), (q_ptr, k_ptr, v_ptr, out_ptr, 0, 0, 0, 0, 0, 0))
         return None, out
     lse = _launch_more(found, (q_ptr, k_ptr, v_ptr, out_ptr), q, packing, others)
+    if found.out is None:
+        hooks.increment_version(out)
     return None, out if lse is None else (out, lse, None)
 
 
@@ -165,7 +169,7 @@ def _describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers,
 
 
 def _may_repeat(tensors: Tensors) -> bool:
-    """Whether these are plain tensors of torch, on a GPU, that want no gradients and are no views with other signs than their memory."""
+    """Whether these are plain tensors of torch, on a GPU, that want no gradients, are no views with other signs, and are not recorded."""
     if not hooks.plain_types:
         meet_torch()
     types = hooks.plain_types
@@ -174,6 +178,7 @@ def _may_repeat(tensors: Tensors) -> bool:
         and tensors[0].is_cuda
         and not (any(tensor.requires_grad for tensor in tensors) and hooks.is_grad_enabled())
         and not any(tensor.is_neg() for tensor in tensors)
+        and not recorder()
         and all(map(_has_memory, tensors))
     )
 
