@@ -5,17 +5,16 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atomr_accel_flashattn.kernels.source import body_source
 from filelock import FileLock
 
 from atomr_accel_flashattn.jit.headers import headers_dir
-from atomr_accel_flashattn.kernels.spec import Direction, Family
 
 if TYPE_CHECKING:
     from atomr_accel_flashattn.kernels.spec import KernelSpec
@@ -29,7 +28,7 @@ REPLACED = ("emulator.h", *LEAVES)  # what takes the place of the GPU
 _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 
 _RUN = """
-extern "C" int run(const fa::{params}* p, unsigned grid, unsigned threads, unsigned seed, char* message, size_t size) {{
+extern "C" int run(const {params}* p, unsigned grid, unsigned threads, unsigned seed, char* message, size_t size) {{
   return emulator::launch(grid, threads, seed, message, size, [=] {{ {name}(*p); }});
 }}
 """
@@ -42,16 +41,15 @@ def compiler() -> str | None:
 
 def run(spec: KernelSpec, params: ctypes.Structure, grid: int, *, seed: int = 0) -> None:
     """Runs all blocks of the grid. The seed draws the order of threads; an odd one makes copies land as late as they may."""
-    threads = 128 if spec.direction is Direction.DROPOUT_MASK else spec.tile.threads
     message = ctypes.create_string_buffer(2048)
-    if _library(spec).run(ctypes.byref(params), grid, threads, seed, message, len(message)):
+    if _library(spec).run(ctypes.byref(params), grid, spec.threads, seed, message, len(message)):
         raise RuntimeError(f"{spec.kernel_name}: {message.value.decode()}")
 
 
 @cache
 def _library(spec: KernelSpec) -> ctypes.CDLL:
     """Shared library of one kernel, compiled once per source."""
-    text = '#include "emulator.h"\n' + body_source(spec) + _RUN.format(params=_params(spec), name=spec.kernel_name)
+    text = '#include "emulator.h"\n' + spec.body() + _RUN.format(params=_params(spec), name=spec.kernel_name)
     headers = _headers()
     stem = headers / hashlib.sha256(text.encode()).hexdigest()[:24]
     library = stem.with_suffix(".so")
@@ -64,9 +62,10 @@ def _library(spec: KernelSpec) -> ctypes.CDLL:
 
 
 def _params(spec: KernelSpec) -> str:
-    if spec.direction is Direction.DROPOUT_MASK:
-        return "DropoutMaskParams"
-    return "Fa3FwdParams" if spec.family is Family.FA3 else "FwdParams"
+    """The type of the kernel's one parameter, which its entry names."""
+    found = re.search(r"const __grid_constant__ (fa::\w+) p\)", spec.body())
+    assert found is not None
+    return found[1]
 
 
 @cache

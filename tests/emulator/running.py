@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,10 @@ import numpy as np
 
 from atomr_accel_flashattn.arrays.read import read_array
 from atomr_accel_flashattn.dispatch import key_of_problem, lookup
-from atomr_accel_flashattn.kernels.forward import FwdParams
-from atomr_accel_flashattn.kernels.params import (
-    TensorMapSpec,
-    dropout_mask_grid,
-    forward_grid,
-    pack_dropout_mask,
-    pack_fa3_forward,
-    pack_forward,
-)
+from atomr_accel_flashattn.kernels.forward import ForwardSpec
+from atomr_accel_flashattn.kernels.params import TensorMapSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec, Tile
-from atomr_accel_flashattn.launch.tensor_map import tensor_map_specs
+from atomr_accel_flashattn.runtime.plan import Outputs, addresses_of, slots_of
 from atomr_accel_flashattn.types import SmArch
 from tests.check import Run
 from tests.inputs import Inputs, Layout, Poisoned
@@ -32,7 +26,7 @@ if TYPE_CHECKING:
     from atomr_accel_flashattn.dispatch.key import DispatchKey
     from atomr_accel_flashattn.problem import AttentionProblem
 
-_PERSISTENT_BLOCKS = 3
+_MULTIPROCESSORS = 3  # so few that persistent blocks take many tiles
 
 
 def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = None, family: Family = Family.FA2, seed: int = 0) -> Run:
@@ -44,28 +38,32 @@ def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = 
     out_info = read_array(out.view, "out")
     key = key_of_problem(problem, SmArch.SM_90A if family is Family.FA3 else arch, out_info)
     spec = lookup(key)
-    assert isinstance(spec, KernelSpec)
+    assert isinstance(spec, ForwardSpec)
     assert spec.family is family
     if tile is not None:
         spec = replace(spec, tile=tile)
     # The emulator has little more than a block of this GPU, and writes beyond it are not seen.
     assert spec.shared_memory <= SmArch.SM_90A.shared_memory_per_block, f"{spec.tile} takes {spec.shared_memory} bytes of shared memory"
-    if out.view.size and spec.family is Family.FA3:
-        _run_fa3(problem, spec, pack_forward(problem, out_info, lse.ctypes.data, spec), seed)
-    elif out.view.size:
-        grid = forward_grid(problem, spec)
-        params = pack_forward(problem, out_info, lse.ctypes.data, spec)
-        run(spec, params, min(grid, _PERSISTENT_BLOCKS) if spec.tile.persistent else grid, seed=seed)
+    outputs = Outputs(out_info, read_array(lse, "lse"))
+    _launch(spec, problem, outputs, seed)
     out.check()
-    return Run(out.view, lse, _keep_pattern(problem, key, inputs, seed) if inputs.dropout_p else None)
+    return Run(out.view, lse, _keep_pattern(problem, key, outputs, inputs, seed) if inputs.dropout_p else None)
 
 
-def _run_fa3(problem: AttentionProblem, spec: KernelSpec, forward: FwdParams, seed: int) -> None:
+def _launch(spec: KernelSpec, problem: AttentionProblem, outputs: Outputs, seed: int) -> None:
+    """What a plan's launch does, with the emulator's maps and counters."""
+    tiles = spec.work_tiles(problem)
+    if not tiles:
+        return
+    params: Any = spec.pack(problem, outputs.out)
+    addresses = dict(zip(slots_of(outputs), addresses_of(problem, outputs), strict=True))
+    (ctypes.c_uint64 * len(params.SLOTS)).from_buffer(params)[:] = [addresses[name] for name in params.SLOTS]
+    for (name, _), described in zip(params.MAPS, params.tensor_maps, strict=True):
+        ctypes.memmove(ctypes.addressof(getattr(params, name)), flat_tensor(described), 128)
     counters = np.zeros(2, np.int32)
-    q_map, k_map, v_map = (flat_tensor(each) for each in tensor_map_specs(problem, spec))
-    tiles = forward_grid(problem, spec)
-    params = pack_fa3_forward(forward, (q_map, k_map, v_map), counters.ctypes.data, tiles)
-    run(spec, params, min(tiles, _PERSISTENT_BLOCKS) if spec.tile.persistent else tiles, seed=seed)
+    if params.counts:
+        params.counters = counters.ctypes.data
+    run(spec, params, spec.grid(tiles, _MULTIPROCESSORS, _MULTIPROCESSORS), seed=seed)
     assert not counters.any(), "a persistent kernel must leave its counters zero"
 
 
@@ -78,11 +76,11 @@ def flat_tensor(spec: TensorMapSpec) -> bytes:
     return struct.pack("<Q4q5i5ii", spec.ptr, *strides, *sizes, *box, len(spec.sizes)).ljust(128, b"\0")
 
 
-def _keep_pattern(problem: AttentionProblem, key: DispatchKey, inputs: Inputs, seed: int) -> Any:
+def _keep_pattern(problem: AttentionProblem, key: DispatchKey, outputs: Outputs, inputs: Inputs, seed: int) -> Any:
     keep = np.full(inputs.keep_shape, 0x55, np.uint8)
-    spec = lookup(replace(key, extras=replace(key.extras, direction="dropout_mask")))
+    extras = replace(key.extras, direction="dropout_mask")
+    spec = lookup(replace(key, extras=extras))
     assert isinstance(spec, KernelSpec)
-    if keep.size:
-        run(spec, pack_dropout_mask(problem, keep.ctypes.data), dropout_mask_grid(problem), seed=seed)
+    _launch(spec, problem, replace(outputs, dropout_mask=read_array(keep.view(np.bool_), "keep")), seed)
     assert keep.max(initial=0) <= 1, "the pattern has bytes that are neither 0 nor 1"
     return keep.view(np.bool_)

@@ -8,13 +8,13 @@ import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from atomr_accel_flashattn import dispatch
+from atomr_accel_flashattn.dispatch import arch, best_arch, choice
 from atomr_accel_flashattn.fa2 import Fa2FwdRequest
 from atomr_accel_flashattn.kernels.spec import Family
 from atomr_accel_flashattn.launch.driver import device_count, device_properties
 from atomr_accel_flashattn.requests.dense import DenseFwdRequest
 from atomr_accel_flashattn.runtime import execute
-from atomr_accel_flashattn.torch_ops import plans
+from atomr_accel_flashattn.torch_ops import repeat as plans
 from atomr_accel_flashattn.types import Device, SmArch
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from atomr_accel_flashattn.launch.driver import DeviceProperties
 
-__all__ = ["DEVICE", "FAMILIES", "HAS_WGMMA", "blocks_for", "use_family"]
+__all__ = ["DEVICE", "FAMILIES", "HAS_WGMMA", "blocks_for", "pretend_multiprocessors", "use_family"]
 
 DEVICE = os.environ.get("ATOMR_FLASHATTN_TEST_DEVICE", "cuda:0")
 HAS_WGMMA = DEVICE != "cpu" and device_count() > 0 and device_properties(0).compute_capability == (9, 0)
@@ -38,6 +38,16 @@ def blocks_for(name: str) -> int | None:
     return FEW_BLOCKS if zlib.crc32(name.encode()) % 2 else None
 
 
+def pretend_multiprocessors(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the patch is undone: who chooses persistent blocks, and who counts them, take the card to have so many multiprocessors."""
+
+    def pretended(index: int) -> DeviceProperties:
+        return device_properties(index)._replace(multiprocessors=count)
+
+    for module in (choice, execute):
+        monkeypatch.setattr(module, "device_properties", pretended)
+
+
 @contextlib.contextmanager
 def use_family(family: Family, monkeypatch: pytest.MonkeyPatch, blocks: int | None = None) -> Iterator[None]:
     """Until the end of a test: what dense requests of :mod:`tests.gpu.harness`, packed requests and functional calls are answered with.
@@ -50,17 +60,15 @@ def use_family(family: Family, monkeypatch: pytest.MonkeyPatch, blocks: int | No
         return
     from tests.gpu import harness
 
-    def on_few_blocks(index: int) -> DeviceProperties:
-        return device_properties(index)._replace(multiprocessors=blocks or device_properties(index).multiprocessors)
-
     plans.clear()
     if family is Family.FA2:
-        monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda _index: SmArch.SM_90)
+        monkeypatch.setattr(arch, "_arch_of_gpu", lambda _index: SmArch.SM_90)
         monkeypatch.setattr(harness, "DENSE", Fa2FwdRequest)
     else:
         monkeypatch.setattr(harness, "DENSE", DenseFwdRequest)
-        monkeypatch.setattr(execute, "device_properties", on_few_blocks)
-    found, expected = dispatch.best_arch(Device("cuda", 0)), SmArch.SM_90 if family is Family.FA2 else SmArch.SM_90A
+        if blocks is not None:
+            pretend_multiprocessors(blocks, monkeypatch)
+    found, expected = best_arch(Device("cuda", 0)), SmArch.SM_90 if family is Family.FA2 else SmArch.SM_90A
     assert found is expected, f"calls compile for {found.value} by default; the tests of the {family.value} family want {expected.value}"
     yield
     plans.clear()

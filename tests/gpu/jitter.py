@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atomr_accel_flashattn.jit import nvrtc
+from atomr_accel_flashattn.jit import headers, nvrtc
 from atomr_accel_flashattn.kernels.spec import Family
 from atomr_accel_flashattn.launch import launcher as launch
-from atomr_accel_flashattn.torch_ops import plans
+from atomr_accel_flashattn.torch_ops import repeat as plans
 
 if TYPE_CHECKING:
     import pytest

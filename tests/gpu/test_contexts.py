@@ -13,7 +13,7 @@ from atomr_accel_flashattn.dispatch import arch_of_capability
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
 from atomr_accel_flashattn.kernels.spec import Family
 from atomr_accel_flashattn.launch.driver import check, current_context, device_count, device_properties, driver, primary_context
-from atomr_accel_flashattn.launch.launcher import LaunchPlan, load_kernel
+from atomr_accel_flashattn.launch.launcher import Launch, load_kernel
 from atomr_accel_flashattn.reference.philox import keep_mask
 from tests.jit.kernels import MASK
 
@@ -33,13 +33,13 @@ def family() -> Family:
 class Patch:
     """One block of the dropout mask kernel: 64 x 32 bytes on a GPU, written by a launch and read back."""
 
-    plan: LaunchPlan[DropoutMaskParams]
+    made: Launch
     keep: int
     rng: int
     index: int
 
     def launch(self) -> None:
-        self.plan.launch(0, (self.keep, self.rng, 0, 0))
+        self.made.launch(0, (self.keep, self.rng, 0, 0))
 
     def check_and_poison(self) -> None:
         host = np.empty((_ROWS, _KEYS), np.uint8)
@@ -59,7 +59,7 @@ def patch_on(index: int) -> Patch:
         seed = np.array([_SEED, 0], np.int64)
         check(driver().cuMemcpyHtoD(rng, seed.ctypes.data, seed.nbytes), "cuMemcpyHtoD")
     params = DropoutMaskParams(batch=1, heads=1, seqlen_q=_ROWS, seqlen_k=_KEYS, dropout_threshold=_THRESHOLD)
-    return Patch(kernel.plan(params, 1), keep, rng, index)
+    return Patch(kernel.launch_of(params, 1, DropoutMaskParams.SLOTS), keep, rng, index)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 from atomr_accel_flashattn.varlen import CumulativeSeqlens, VarlenFwdRequest  # noqa: E402
 from tests.cases import Case  # noqa: E402
 from tests.check import Run, check_arrays, check_case  # noqa: E402
-from tests.gpu.families import DEVICE, HAS_WGMMA, use_family  # noqa: E402
+from tests.gpu.families import DEVICE, HAS_WGMMA, pretend_multiprocessors, use_family  # noqa: E402
 from tests.gpu.harness import download, run_inputs  # noqa: E402
 from tests.inputs import Inputs  # noqa: E402
 
@@ -209,10 +209,7 @@ def padded_reference(q: Any, k: Any, v: Any, lengths: Any, *, causal: bool) -> A
 @pytest.mark.parametrize("causal", [False, True])
 def test_4096_sequences_of_1_to_64_tokens(monkeypatch: pytest.MonkeyPatch, causal: bool, blocks: int | None) -> None:
     if blocks is not None:
-        from atomr_accel_flashattn.runtime import execute
-
-        real = execute.device_properties
-        monkeypatch.setattr(execute, "device_properties", lambda index: real(index)._replace(multiprocessors=blocks))
+        pretend_multiprocessors(blocks, monkeypatch)
     lengths = torch.randint(1, 65, (4096,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     q, k, v = arrays(int(lengths.sum()), 4, 64)

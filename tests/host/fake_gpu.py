@@ -9,27 +9,27 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-import threading
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
-from atomr_accel_flashattn import dispatch
 from atomr_accel_flashattn.arrays.read import as_numpy, contiguous_strides, dtype_name_of
 from atomr_accel_flashattn.arrays.torch_hooks import Hooks, hooks
-from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
+from atomr_accel_flashattn.dispatch import arch as dispatch_arch, choice
+from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams, DropoutMaskSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
-from atomr_accel_flashattn.kernels.forward import FwdParams
-from atomr_accel_flashattn.kernels.spec import Direction, Family, KernelSpec
+from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.launch import launcher as launch
 from atomr_accel_flashattn.launch.driver import DeviceProperties
 from atomr_accel_flashattn.launch.launcher import LoadedKernel
 from atomr_accel_flashattn.limits import UNBOUNDED
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
 from atomr_accel_flashattn.reference import attention
-from atomr_accel_flashattn.runtime import execute, request_plans
+from atomr_accel_flashattn.runtime import execute, plan
+from atomr_accel_flashattn.torch_ops import repeat
 from atomr_accel_flashattn.types import Device, DType, SmArch
 from tests.emulator.running import flat_tensor
 
@@ -65,32 +65,30 @@ def fake(tensor: torch.Tensor) -> FakeCuda:
 
 @dataclass
 class FakeGpu:
-    """What was launched: (spec, parameters, stream, whether a plan repeated it). The FA3 family's parameters are their ``fwd``."""
+    """What was launched: (spec, parameters, stream). The FA3 family's parameters are their ``fwd``.
+
+    ``repeated`` says of each whether one before it was of the same plan: plans load their kernels, and each loading has its number here.
+    """
 
     properties: DeviceProperties = field(default_factory=lambda: DeviceProperties("Fake", (9, 0), 132, 1 << 30))
-    launches: list[tuple[KernelSpec, Any, int, bool]] = field(default_factory=list)
+    launches: list[tuple[KernelSpec, Any, int]] = field(default_factory=list)
+    repeated: list[bool] = field(default_factory=list)
+    numbers: set[int] = field(default_factory=set)
     grids: list[int] = field(default_factory=list)
     counters: dict[int, int] = field(default_factory=dict)
     specs: list[KernelSpec] = field(default_factory=list)
-    once: threading.local = field(default_factory=threading.local)
 
     def install(self, monkeypatch: pytest.MonkeyPatch, arch: SmArch = SmArch.SM_90A) -> None:
-        """Take the place of the driver under ``execute`` and ``jit.launch``, as a GPU whose calls compile for ``arch``."""
-        launch_once = launch.launch
-
-        def launch_without_plan(*arguments: Any) -> None:
-            self.once.now = True
-            launch_once(*arguments)
-            self.once.now = False
-
-        for module in (execute, launch):
-            monkeypatch.setattr(module, "counters_for", self.counters_for)
+        """Take the place of the driver under dispatch, plans and launches, as a GPU whose calls compile for ``arch``."""
+        for module in (choice, execute, launch):
             monkeypatch.setattr(module, "device_properties", lambda _index: self.properties)
-        monkeypatch.setattr(request_plans, "_plans", {})  # none that hold kernels of other cards
-        monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda _index: arch)
+        monkeypatch.setattr(plan, "_plans", {})  # none that hold kernels of other cards
+        monkeypatch.setattr(repeat, "_shortcuts", {})
+        monkeypatch.setattr(repeat, "_latest", {})
+        monkeypatch.setattr(dispatch_arch, "_arch_of_gpu", lambda _index: arch)
         monkeypatch.setattr(execute, "load_kernel", self.load)
-        monkeypatch.setattr(execute, "launch", launch_without_plan)
-        monkeypatch.setattr(execute, "encode", lambda spec, _index: flat_tensor(spec))
+        monkeypatch.setattr(launch, "counters_for", self.counters_for)
+        monkeypatch.setattr(launch, "encode", lambda spec, _index: flat_tensor(spec))
         monkeypatch.setattr(launch, "move_function", lambda: _move)
         monkeypatch.setattr(launch, "launch_function", lambda: self.on_launch)
         monkeypatch.setattr(launch, "_wait", lambda _kernel, _stream: None)
@@ -99,11 +97,6 @@ class FakeGpu:
     def last(self) -> Any:
         """Parameters of the last launch."""
         return self.launches[-1][1]
-
-    @property
-    def planned(self) -> list[bool]:
-        """For each launch, whether a plan made it."""
-        return [launch[3] for launch in self.launches]
 
     def load(self, spec: KernelSpec, device_index: int) -> LoadedKernel:
         """Stands in for ``load_kernel``: a function is the number of its spec."""
@@ -116,16 +109,18 @@ class FakeGpu:
 
     def on_launch(self, config: Any, function: Any, arguments: Any, _extra: None) -> int:
         """Stands in for cuLaunchKernelEx."""
-        spec, config = self.specs[ctypes.addressof(function._obj) - 1], config._obj
+        number, config = ctypes.addressof(function._obj), config._obj
+        spec = self.specs[number - 1]
         grid, stream, address = config.grid[0], config.stream or 0, arguments._obj[0]
         self.grids.append(grid)
-        if spec.direction is Direction.DROPOUT_MASK:
+        if isinstance(spec, DropoutMaskSpec):
             mask = DropoutMaskParams.from_buffer_copy(DropoutMaskParams.from_address(address))
-            self._remember(spec, mask, stream)
+            self._remember(number, mask, stream)
             np.frombuffer((ctypes.c_uint8 * _mask_size(mask)).from_address(mask.keep), np.uint8)[:] = 1
             return 0
+        assert isinstance(spec, ForwardSpec)
         params = FwdParams.from_buffer_copy(FwdParams.from_address(address))
-        self._remember(spec, params, stream)
+        self._remember(number, params, stream)
         packed = _packed_heads(spec, params)
         tiles = -(-params.seqlen_q * packed // spec.tile.block_m) * params.batch * (params.heads // packed)
         assert (params.work_heads, 1 << params.packed_shift) == (params.heads // packed, packed)
@@ -140,8 +135,10 @@ class FakeGpu:
         attention.forward(problem, as_numpy(out), None if lse is None else as_numpy(lse), None)
         return 0
 
-    def _remember(self, spec: KernelSpec, params: Any, stream: int) -> None:
-        self.launches.append((spec, params, stream, not getattr(self.once, "now", False)))
+    def _remember(self, number: int, params: Any, stream: int) -> None:
+        self.launches.append((self.specs[number - 1], params, stream))
+        self.repeated.append(number in self.numbers)
+        self.numbers.add(number)
 
 
 def _move(tensor_map: int, ptr: int) -> int:
@@ -151,7 +148,7 @@ def _move(tensor_map: int, ptr: int) -> int:
     return 0
 
 
-def _check_maps(spec: KernelSpec, params: Fa3FwdParams) -> None:
+def _check_maps(spec: ForwardSpec, params: Fa3FwdParams) -> None:
     """The maps are those of the addresses, sizes and strides that the rest of the parameters tells (tests/emulator, ``flat_tensor``)."""
     p, keys = params.fwd, spec.tile.block_n
     totals = [int(as_numpy(_at(ptr, (p.batch + 1,), "int32"))[-1]) if spec.varlen else 0 for ptr in (p.cu_seqlens_q, p.cu_seqlens_k)]
@@ -170,7 +167,7 @@ def _check_maps(spec: KernelSpec, params: Fa3FwdParams) -> None:
 
 
 def _check_map(
-    spec: KernelSpec,
+    spec: ForwardSpec,
     tensor_map: Any,
     ptr: int,
     widths: tuple[int, int],
@@ -192,7 +189,7 @@ def _check_map(
     assert made_box == [64 if width % 64 == 0 else 32, *box, *more]
 
 
-def _packed_heads(spec: KernelSpec, params: FwdParams) -> int:
+def _packed_heads(spec: ForwardSpec, params: FwdParams) -> int:
     """Query heads whose rows one tile mixes."""
     return int(params.heads_per_kv) if spec.pack_gqa else 1
 
@@ -201,7 +198,7 @@ def _mask_size(params: DropoutMaskParams) -> int:
     return int(params.batch * params.heads * params.seqlen_q * params.seqlen_k)
 
 
-def _check_alignment(spec: KernelSpec, params: FwdParams) -> None:
+def _check_alignment(spec: ForwardSpec, params: FwdParams) -> None:
     if spec.aligned:
         assert not ((params.q or 0) | (params.k or 0) | (params.v or 0) | (params.o or 0)) & 15, (
             "an aligned kernel was given an odd address"
@@ -214,7 +211,7 @@ def _check_alignment(spec: KernelSpec, params: FwdParams) -> None:
     assert spec.exact_head_dim == ((spec.head_dim, spec.v_head_dim) == (params.head_dim, params.v_head_dim))
 
 
-def _decode(spec: KernelSpec, p: FwdParams) -> tuple[AttentionProblem, ArrayInfo, ArrayInfo | None]:
+def _decode(spec: ForwardSpec, p: FwdParams) -> tuple[AttentionProblem, ArrayInfo, ArrayInfo | None]:
     """The problem that the kernel sees: numbers count only where the spec has the feature."""
     heads_kv = p.heads // p.heads_per_kv
     offsets = [None, None]
@@ -261,7 +258,7 @@ def _bound(side: int) -> int | None:
     return None if side >= UNBOUNDED else side
 
 
-def _strided(spec: KernelSpec, ptr: int, strides: Any, shape: tuple[int, ...]) -> ArrayInfo:
+def _strided(spec: ForwardSpec, ptr: int, strides: Any, shape: tuple[int, ...]) -> ArrayInfo:
     lead = () if spec.varlen else (strides.batch,)
     name = dtype_name_of(spec.dtype)
     return ArrayInfo(ptr or 0, shape, (*lead, strides.row, strides.head, 1), spec.dtype, name, Device("cpu", 0), None)

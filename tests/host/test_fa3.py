@@ -12,10 +12,12 @@ torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn import dispatch  # noqa: E402
+from atomr_accel_flashattn.dispatch import arch as dispatch_arch  # noqa: E402
 from atomr_accel_flashattn.dispatch.key import DispatchKey  # noqa: E402
 from atomr_accel_flashattn.errors import ArchUnsupportedError, ScheduleError  # noqa: E402
 from atomr_accel_flashattn.fa3 import Fa3FwdRequest, PersistentMode  # noqa: E402
-from atomr_accel_flashattn.kernels.spec import Family, KernelSpec  # noqa: E402
+from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.tiles.tables import has_few_rows  # noqa: E402
 from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 
@@ -40,7 +42,7 @@ def tensors(call: Call = CALL) -> tuple[torch.Tensor, ...]:
     return tuple(call.tensor(number, *shape) for number, shape in enumerate(zip(rows, heads, widths, strict=True)))
 
 
-def check(gpu: FakeGpu, call: Call = CALL, **options: Any) -> KernelSpec:
+def check(gpu: FakeGpu, call: Call = CALL, **options: Any) -> ForwardSpec:
     """Run a request on the fake GPU, which judges its parameters, and on the CPU; the spec of the launch."""
     on_cpu = tensors(call)
     output = fa.run(Fa3FwdRequest(*map(fake, on_cpu), **options))
@@ -89,11 +91,11 @@ def test_arrays_that_are_walked_backwards_take_the_other_family(axis: int):
     backwards = np.flip(np.zeros((2, 5, 4, 64), np.float16), axis)
     for arrays in ((backwards, q, q), (q, backwards, q), (q, q, backwards)):
         spec = dispatch.lookup(Fa3FwdRequest(*arrays).dispatch_key(SmArch.SM_90A))
-        assert isinstance(spec, KernelSpec)
+        assert isinstance(spec, ForwardSpec)
         assert spec.family is Family.FA2
     one = np.flip(np.zeros((1, 1, 1, 64), np.float16), axis)
     spec = dispatch.lookup(Fa3FwdRequest(one, one, one).dispatch_key(SmArch.SM_90A))
-    assert isinstance(spec, KernelSpec)
+    assert isinstance(spec, ForwardSpec)
     assert spec.family is Family.FA3
 
 
@@ -151,10 +153,10 @@ def test_blocks_without_persistent_are_refused():
     [(64, 64, True), (56, 64, True), (128, 128, True), (120, 104, True), (64, 128, False), (256, 256, False)],
 )
 def test_short_sequences_have_a_tile_of_their_own(head_dim: int, v_head_dim: int, told_apart: bool):
-    def spec(rows: int) -> KernelSpec:
+    def spec(rows: int) -> ForwardSpec:
         q, k, v = (np.zeros((1, n, 1, d), np.float16) for n, d in ((rows, head_dim), (9, head_dim), (9, v_head_dim)))
         found = dispatch.lookup(fa.DenseFwdRequest(q, k, v).dispatch_key(SmArch.SM_90A))
-        assert isinstance(found, KernelSpec)
+        assert isinstance(found, ForwardSpec)
         return found
 
     longest = max((rows for rows in range(1, 8192) if has_few_rows(head_dim, v_head_dim, rows)), default=1)
@@ -210,14 +212,14 @@ def test_a_tile_has_the_rows_of_all_heads_that_share_keys(gpu: FakeGpu, heads: i
 
 @pytest.mark.parametrize("arch", [SmArch.SM_100, SmArch.SM_120])
 def test_later_architectures_answer_with_the_other_family(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, arch: SmArch):
-    monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda _index: arch)
+    monkeypatch.setattr(dispatch_arch, "_arch_of_gpu", lambda _index: arch)
     spec = check(gpu, persistent=PersistentMode.Persistent(3))
     assert (spec.family, spec.arch) == (Family.FA2, arch)
 
 
 @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_86, SmArch.SM_89])
 def test_earlier_architectures_refuse(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, arch: SmArch):
-    monkeypatch.setattr(dispatch, "_arch_of_gpu", lambda _index: arch)
+    monkeypatch.setattr(dispatch_arch, "_arch_of_gpu", lambda _index: arch)
     with pytest.raises(ArchUnsupportedError, match=f"got fa3 on {arch.value}, which has no wgmma"):
         fa.run(Fa3FwdRequest(*map(fake, tensors())))
 
@@ -243,19 +245,28 @@ def test_how_many_warpgroups_share_the_registers(features: dict[str, Any], consu
         SmArch.SM_90A, DType.F16, 64, causal=True, varlen=True, sliding_window=(64, 0), sink=4, alibi="alibi" in features, extras=extras
     )
     spec = dispatch.lookup(key)
-    assert isinstance(spec, KernelSpec)
+    assert isinstance(spec, ForwardSpec)
     assert spec.tile.warps == 4 * (consumers + 1)
     assert spec.tile.block_m == 64 * consumers
 
 
-@pytest.mark.parametrize(("rows", "family"), [((1 << 29) - 256, Family.FA3), (1 << 29, Family.FA2)])
-def test_packed_rows_that_32_bits_cannot_count_take_the_family_that_packs_none(rows: int, family: Family):
+@pytest.mark.parametrize(("rows", "packed"), [((1 << 29) - 256, True), (1 << 29, False)])
+def test_rows_of_heads_that_32_bits_cannot_count_are_not_packed(rows: int, packed: bool):
     q = np.broadcast_to(np.zeros((1, 1, 4, 8), np.float16), (1, rows, 4, 8))
     kv = np.zeros((1, 9, 1, 8), np.float16)
-    assert dispatch.lookup(fa.DenseFwdRequest(q, kv, kv).dispatch_key(SmArch.SM_90A)).family is family
+    key = fa.DenseFwdRequest(q, kv, kv).dispatch_key(SmArch.SM_90A)
+    spec = dispatch.lookup(key)
+    assert isinstance(spec, ForwardSpec)
+    assert (spec.family, spec.pack_gqa, key.packs_heads) == (Family.FA3, packed, packed)
 
 
-def test_one_query_head_expanded_to_many_takes_the_family_that_packs_none():
-    q, kv = np.broadcast_to(np.zeros((1, 70, 1, 64), np.float16), (1, 70, 4, 64)), np.zeros((1, 9, 1, 64), np.float16)
-    assert dispatch.lookup(fa.DenseFwdRequest(q, kv, kv).dispatch_key(SmArch.SM_90A)).family is Family.FA2
-    assert dispatch.lookup(fa.DenseFwdRequest(q.copy(), kv, kv).dispatch_key(SmArch.SM_90A)).family is Family.FA3
+def test_one_query_head_expanded_to_many_is_not_packed(gpu: FakeGpu):
+    """A tensor map steps over it by 0 bytes, which it cannot do between the rows of one tile."""
+    q = torch.randn(1, 70, 1, 64).half().expand(1, 70, 4, 64)
+    kv = torch.randn(1, 9, 1, 64).half()
+    for each, packed in ((q, False), (q.contiguous(), True)):
+        out = fa.run(fa.DenseFwdRequest(*map(fake, (each, kv, kv)))).out
+        spec = gpu.launches[-1][0]
+        assert isinstance(spec, ForwardSpec)
+        assert (spec.family, spec.pack_gqa) == (Family.FA3, packed)
+        np.testing.assert_allclose(host(out), host(fa.run(fa.DenseFwdRequest(each, kv, kv)).out), rtol=1e-2, atol=2e-3)

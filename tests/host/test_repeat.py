@@ -1,4 +1,4 @@
-"""The plan cache, on a fake GPU: a repeated call is right whatever was called before it, and costs one launch."""
+"""Functional calls on tensors of a fake GPU: a repeated call is right whatever was called before it, and costs one launch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,13 @@ from hypothesis import (  # noqa: E402 - after the skip
 )
 
 import atomr_accel_flashattn as fa  # noqa: E402
-from atomr_accel_flashattn import env  # noqa: E402
+from atomr_accel_flashattn import env, functional  # noqa: E402
 from atomr_accel_flashattn.arrays import torch_hooks  # noqa: E402
 from atomr_accel_flashattn.arrays.torch_hooks import hooks, meet_torch  # noqa: E402
-from atomr_accel_flashattn.torch_ops import plans  # noqa: E402
+from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec  # noqa: E402
+from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
+from atomr_accel_flashattn.runtime import plan as store  # noqa: E402
+from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
 
 from .calls import (  # noqa: E402
     CHANGES as CHANGES_OF_NUMBERS,
@@ -58,14 +62,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iter
     card.install(monkeypatch, request.param)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)
     fresh_hooks(monkeypatch)
-    plans.clear()
+    repeat.clear()
     meet_torch()
     hooks.plain_types = frozenset({FakeCuda})
     assert hooks.guard is not None
     hooks.guard = GuardOfFakes
     hooks.current_device, hooks.empty_on_current, hooks.device_count = (lambda: 0), empty_on_current, lambda: 2
     yield card
-    plans.clear()
+    repeat.clear()
 
 
 BASE = Call()
@@ -89,26 +93,27 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_call_that_differs_in_one_thing_has_its_own_plan(gpu: FakeGpu, change: str):
+def test_a_call_that_differs_in_one_thing_has_its_own_shortcut_and_plan(gpu: FakeGpu, change: str):
+    """But one that wants an LSE, which is an address and no more."""
     other = replace(BASE, **CHANGES[change])
     BASE.check()
     other.check()
-    assert len(plans._plans) == 2
-    assert gpu.planned == [False, False]
+    assert len(repeat._shortcuts) == 2
+    assert gpu.repeated == [False, change == "lse"]
     for seed, call in enumerate((BASE, other, BASE, BASE, BASE, other, other, other, BASE)):
         replace(call, seed=seed).check()
-    assert len(plans._plans) == 2
-    assert gpu.planned[2:] == [True] * 9
+    assert len(repeat._shortcuts) == 2
+    assert gpu.repeated[2:] == [True] * 9
 
 
 @pytest.mark.parametrize("change", [{}, {"packed": True}, {"slopes": 1, "learned_sink": True}, {"lse": True}, {"out": True}], ids=str)
 def test_a_call_like_the_last_one_builds_no_key(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]):
     for seed in range(2):
         replace(BASE, seed=seed, **change).check()
-    monkeypatch.setattr(plans, "_find", None)
+    monkeypatch.setattr(repeat, "_find", None)
     for seed in range(2, 5):
         replace(BASE, seed=seed, **change).check()
-    assert gpu.planned == [False, True, True, True, True]
+    assert gpu.repeated == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("change", ["strides_of_k", "address_of_v", "dtype", "seqlen_q", "packed", "lse", "out", "slopes"])
@@ -121,7 +126,7 @@ def test_calls_are_right_without_the_private_names_of_torch(gpu: FakeGpu, monkey
     other = replace(BASE, **CHANGES[change])
     for seed, call in enumerate((BASE, other, BASE, BASE, other, other)):
         replace(call, seed=seed).check()
-    assert gpu.planned == [False, False, True, True, True, True]
+    assert gpu.repeated == [False, change == "lse", True, True, True, True]
 
 
 class Blind:
@@ -151,7 +156,7 @@ def test_tensors_that_change_in_place_are_read_anew(gpu: FakeGpu):
         tensor.transpose_(1, 2)  # (2, 4, 5, 16), with the strides of what it was
     out = fa.flash_attn_func(q, k, v)
     assert out.shape == (2, 4, 5, 16)
-    assert gpu.planned == [False, True, True, False]
+    assert gpu.repeated == [False, True, True, False]
     np.testing.assert_allclose(host(out), host(fa.flash_attn_func(*(x.as_subclass(torch.Tensor) for x in (q, k, v)))), rtol=1e-2, atol=2e-3)
 
 
@@ -160,7 +165,7 @@ def test_a_tensor_that_is_q_and_k_and_v_is_answered_from_a_plan(gpu: FakeGpu):
         q = qkv(seed=seed)[0]
         out = fa.flash_attn_func(q, q, q)
         np.testing.assert_allclose(host(out), host(fa.flash_attn_func(*[q.as_subclass(torch.Tensor)] * 3)), rtol=1e-2, atol=2e-3)
-    assert gpu.planned == [False, True, True, True]
+    assert gpu.repeated == [False, True, True, True]
 
 
 def test_outputs_are_made_on_the_device_of_q_whatever_is_current(gpu: FakeGpu):
@@ -168,14 +173,14 @@ def test_outputs_are_made_on_the_device_of_q_whatever_is_current(gpu: FakeGpu):
     hooks.empty_on_current = None
     for seed in range(3):
         replace(BASE, seed=seed, lse=True).check()
-    assert gpu.planned == [False, True, True]
+    assert gpu.repeated == [False, True, True]
 
 
 def test_with_one_gpu_nobody_asks_which_one_is_current(gpu: FakeGpu):
     hooks.device_count, hooks.current_device = (lambda: 1), None
     for seed in range(3):
         replace(BASE, seed=seed).check()
-    assert gpu.planned == [False, True, True]
+    assert gpu.repeated == [False, True, True]
 
 
 calls = st.builds(
@@ -211,7 +216,7 @@ def test_any_sequence_of_calls_is_right_whatever_plans_there_are(gpu: FakeGpu, p
     """Plans are kept from example to example, so thousands of pairs of calls meet."""
     for count, which in enumerate(order):
         replace(pool[which % len(pool)], seed=count).check()
-    assert all(isinstance(plan, plans._Plan) for plan in plans._plans.values())
+    assert all(isinstance(found, repeat._Shortcut) for found in repeat._shortcuts.values())
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 1, 3])
@@ -230,8 +235,8 @@ def test_a_repeated_call_takes_the_addresses_and_the_stream_of_now(gpu: FakeGpu,
     monkeypatch.setattr(hooks, "raw_stream", lambda index: 1234 + index)
     q, k, v = qkv(seed=5)
     out = fa.flash_attn_func(q, k, v)
-    _, params, stream, planned = gpu.launches[-1]
-    assert planned
+    _, params, stream = gpu.launches[-1]
+    assert gpu.repeated == [False, True]
     assert stream == 1234
     assert (params.q, params.k, params.v, params.o, params.lse) == (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), None)
 
@@ -247,7 +252,7 @@ def test_inputs_that_are_not_contiguous_are_never_copied(gpu: FakeGpu, shape: di
         packed = fake(torch.randn(2, 5, 3, 4, 16).half())
         fa.flash_attn_qkvpacked_func(packed)
         assert (gpu.last.q, gpu.last.k) == (packed.data_ptr(), packed[:, :, 1].data_ptr())
-    assert gpu.planned == [False, False, True, True, True, True]
+    assert gpu.repeated == [False, False, True, True, True, True]
 
 
 def test_broadcast_heads_are_not_copied_and_give_an_output_of_its_own(gpu: FakeGpu):
@@ -274,7 +279,7 @@ def test_gradients_are_refused_though_there_is_a_plan(gpu: FakeGpu):
     for tensors in refused_for_gradients():
         with torch.no_grad():
             fa.flash_attn_func(*tensors)
-    assert gpu.planned == [False, True, True, True]
+    assert gpu.repeated == [False, True, True, True]
 
 
 def test_gradients_are_refused_though_the_last_calls_had_none(gpu: FakeGpu):
@@ -285,7 +290,7 @@ def test_gradients_are_refused_though_the_last_calls_had_none(gpu: FakeGpu):
         fa.flash_attn_func(*qkv())
         fa.flash_attn_func(*qkv())
     fa.flash_attn_func(*qkv())
-    assert gpu.planned == [False] + [True] * 5
+    assert gpu.repeated == [False] + [True] * 5
 
 
 @pytest.mark.parametrize("name", ["alibi_slopes", "learned_sink"])
@@ -293,7 +298,7 @@ def test_gradients_of_the_other_tensors_are_refused_though_there_is_a_plan(gpu: 
     fa.flash_attn_func(*qkv(), **{name: fake(torch.ones(4))})
     with pytest.raises(fa.FeatureNotBuiltError, match=f"{name} requires grad"):
         fa.flash_attn_func(*qkv(), **{name: fake(torch.ones(4)).requires_grad_()})
-    assert gpu.planned == [False]
+    assert gpu.repeated == [False]
 
 
 def test_an_out_that_is_an_input_is_refused_though_there_is_a_plan(gpu: FakeGpu):
@@ -323,7 +328,7 @@ def test_an_out_beside_an_input_in_one_storage_has_a_plan(gpu: FakeGpu):
         for start in (0, 1280):
             out = memory[start : start + 640].view(2, 5, 4, 16)
             assert fa.flash_attn_func(**tensors, out=out) is out
-    assert gpu.planned == [False] + [True] * 5
+    assert gpu.repeated == [False] + [True] * 5
 
 
 @pytest.mark.parametrize(
@@ -352,7 +357,7 @@ def test_another_device_has_its_own_plan(gpu: FakeGpu):
                 tensor.index = index
             fa.flash_attn_func(*tensors)
             assert gpu.launches[-1][2] == STREAM + index
-    assert gpu.planned == [False, False, True, True]
+    assert gpu.repeated == [False, False, True, True]
 
 
 def test_a_key_on_another_device_is_refused_though_there_is_a_plan(gpu: FakeGpu):
@@ -367,24 +372,31 @@ def test_dropout_draws_anew_for_every_call(gpu: FakeGpu):
     q, k, v = qkv()
     torch.manual_seed(0)
     first, second = (fa.flash_attn_func(q, k, v, 0.5) for _ in range(2))
-    assert gpu.planned == [False, True]
+    assert gpu.repeated == [False, True]
     assert not torch.equal(first, second)
     torch.manual_seed(0)
     np.testing.assert_array_equal(host(fa.flash_attn_func(q, k, v, 0.5)), host(first))
     np.testing.assert_array_equal(host(fa.flash_attn_func(q, k, v, 0.5)), host(second))
 
 
-def test_the_dropout_pattern_is_a_launch_of_its_own_and_makes_no_plan(gpu: FakeGpu):
-    q, k, v = qkv()
-    for _ in range(2):
+def test_a_plan_with_the_dropout_pattern_has_two_launches_and_no_shortcut(gpu: FakeGpu):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        q, k, v = qkv(seed=seed)
         _, lse, pattern = fa.flash_attn_func(q, k, v, 0.5, return_attn_probs=True)
         assert (lse.shape, pattern.shape, pattern.dtype) == ((2, 4, 5), (2, 4, 5, 5), torch.bool)
-    assert gpu.planned == [False] * 4
-    assert gpu.launches[1][1].rng == gpu.launches[0][1].rng
-    assert not plans._plans
+        (forward, params, _), (mask, of_mask, _) = gpu.launches[-2:]
+        assert isinstance(mask, DropoutMaskSpec)
+        assert isinstance(forward, ForwardSpec)
+        assert (of_mask.rng, of_mask.keep) == (params.rng, pattern.data_ptr())
+        assert (params.lse, of_mask.dropout_threshold) == (lse.data_ptr(), params.dropout_threshold)
+    assert gpu.repeated == [False] * 2 + [True] * 4
+    (plan,) = store._plans.values()
+    assert [each.kernel.spec for each in plan.launches] == [forward, mask]
+    assert not repeat._shortcuts
 
 
-def test_odd_head_dims_are_padded_on_the_gpu_and_make_no_plan(gpu: FakeGpu):
+def test_odd_head_dims_are_padded_on_the_gpu_and_leave_no_shortcut(gpu: FakeGpu):
     for _ in range(2):
         q, k, v = (fake(torch.randn(2, 5, 4, 13).half()) for _ in "qkv")
         out = fa.flash_attn_func(q, k, v)
@@ -394,15 +406,112 @@ def test_odd_head_dims_are_padded_on_the_gpu_and_make_no_plan(gpu: FakeGpu):
         given = fake(torch.empty(2, 5, 4, 13).half())
         assert fa.flash_attn_func(q, k, v, out=given) is given
         np.testing.assert_array_equal(host(given), host(out))
-    assert not plans._plans
+    assert not repeat._shortcuts
 
 
-def test_numbers_that_are_not_plain_make_no_plan(gpu: FakeGpu):
-    fa.flash_attn_func(*qkv(), causal=np.True_)
-    fa.flash_attn_func(*qkv(), softcap=np.float32(30))
-    fa.flash_attn_func(*qkv(), window_size=[3, 0])  # unhashable
-    assert gpu.planned == [False] * 3
-    assert not plans._plans
+NUMBERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a list": ({"window_size": [3, 0]}, {"window_size": (3, 0)}),
+    "int64 in a list": ({"window_size": [np.int64(3), np.int64(0)]}, {"window_size": (3, 0)}),
+    "int64": ({"window_size": (np.int64(3), np.int64(0)), "sink_tokens": np.int64(1)}, {"window_size": (3, 0), "sink_tokens": 1}),
+    "float64": ({"softmax_scale": np.float64(0.3)}, {"softmax_scale": 0.3}),
+    "float32": ({"softcap": np.float32(30)}, {"softcap": 30.0}),
+    "bool_": ({"causal": np.True_}, {"causal": True}),
+    "a fraction": ({"softmax_scale": Fraction(1, 2)}, {"softmax_scale": 0.5}),
+    "an integer": ({"softcap": 5}, {"softcap": 5.0}),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_lists_and_numbers_of_other_libraries_get_a_shortcut_and_equal_answers(gpu: FakeGpu, name: str, monkeypatch: pytest.MonkeyPatch):
+    odd, plain = NUMBERS[name]
+    for seed in range(3):
+        q, k, v = qkv(seed=seed)
+        out = fa.flash_attn_func(q, k, v, **odd)
+        expected = fa.flash_attn_func(*(x.as_subclass(torch.Tensor) for x in (q, k, v)), **plain)
+        np.testing.assert_allclose(host(out), host(expected), rtol=1e-2, atol=2e-3)
+        np.testing.assert_array_equal(host(out), host(fa.flash_attn_func(q, k, v, **plain)))
+    assert gpu.repeated == [False] + [True] * 5, "equal numbers have one plan"
+    monkeypatch.setattr(functional, "execute", None)
+    for numbers in (odd, plain):
+        np.testing.assert_array_equal(host(fa.flash_attn_func(q, k, v, **numbers)), host(out))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "error"),
+    [
+        ({"causal": True}, {"causal": 1.0}, fa.UnsupportedArgumentError),
+        ({"window_size": (3, 0)}, {"window_size": (3.0, 0)}, fa.WindowError),
+        ({"window_size": (3, 1)}, {"window_size": (3, True)}, fa.WindowError),
+        ({"window_size": (3, 0), "sink_tokens": 1}, {"window_size": (3, 0), "sink_tokens": True}, fa.WindowError),
+        ({"window_size": [3, 0]}, {"window_size": [3.0, 0]}, fa.WindowError),
+        ({"softcap": 1.0}, {"softcap": 1.0 + 0j}, fa.SoftcapError),
+    ],
+    ids=str,
+)
+def test_numbers_of_a_wrong_type_are_refused_though_equal_ones_have_a_shortcut(
+    gpu: FakeGpu, right: dict[str, Any], wrong: dict[str, Any], error: type[Exception]
+):
+    for _ in range(2):
+        fa.flash_attn_func(*qkv(), **right)
+        with pytest.raises(error):
+            fa.flash_attn_func(*qkv(), **wrong)
+
+
+def test_lengths_of_numpy_go_by_the_plan(gpu: FakeGpu):
+    q, k, v = (fake(torch.randn(10, 4, 16).half()) for _ in "qkv")
+    ends = fake(torch.tensor([0, 4, 10], dtype=torch.int32))
+    for longest in (np.int64(6), np.int32(6), 6, 6):
+        fa.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest)
+    assert gpu.repeated == [False, True, True, True]
+
+
+@pytest.mark.parametrize("number", [torch.tensor(0.3), np.array(0.3)], ids=["tensor", "array"])
+def test_arrays_are_no_numbers_and_the_checks_say_so_every_time(gpu: FakeGpu, number: Any):
+    for _ in range(2):
+        with pytest.raises(fa.ScaleError, match="allowed is a finite float32 number"):
+            fa.flash_attn_func(*qkv(), softmax_scale=number)
+    assert not repeat._shortcuts
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])
+def test_what_nobody_expects_of_a_guard_surfaces(gpu: FakeGpu, error: type[Exception], monkeypatch: pytest.MonkeyPatch):
+    fa.flash_attn_func(*qkv())
+    fa.flash_attn_func(*qkv())
+
+    def fails(*_: Any) -> bool:
+        raise error("out of order")
+
+    monkeypatch.setattr(next(iter(repeat._latest.values())), "same", fails)
+    with pytest.raises(error, match="out of order"):
+        fa.flash_attn_func(*qkv())
+    assert len(gpu.launches) == 2
+
+
+def test_what_nobody_expects_of_a_tensor_surfaces(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    def fails(_tensor: Any) -> Any:
+        raise RuntimeError("no strides today")
+
+    tensors = qkv()
+    monkeypatch.setattr(FakeCuda, "stride", fails, raising=False)
+    with pytest.raises(RuntimeError, match="no strides today"):
+        fa.flash_attn_func(*tensors)
+
+
+def test_what_is_no_tensor_meets_no_guard(gpu: FakeGpu):
+    """Calls that differ from the last one in what they pass for tensors are refused by name, though there is a shortcut."""
+    q, k, v = qkv()
+    packed = [x.reshape(-1, 4, 16) for x in (q, k, v)]
+    ends = fake(torch.tensor([0, 4, 10], dtype=torch.int32))
+    for _ in range(2):
+        fa.flash_attn_func(q, k, v, alibi_slopes=fake(torch.ones(4)))
+        fa.flash_attn_varlen_func(*packed, ends, ends, 6, 6)
+    for wrong in (None, "k", [1.0], 3):
+        with pytest.raises(fa.ArrayTypeError, match="k: got"):
+            fa.flash_attn_func(q, wrong, v)
+        with pytest.raises(fa.FlashAttnError):
+            fa.flash_attn_varlen_func(*packed, wrong, wrong, 6, 6)
+    with pytest.raises(fa.ArrayTypeError, match="alibi_slopes: got"):
+        fa.flash_attn_func(q, k, v, alibi_slopes=1.0)
 
 
 def test_debug_makes_no_plan(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
@@ -414,7 +523,7 @@ def test_debug_makes_no_plan(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
     finally:
         monkeypatch.delenv("ATOMR_FLASHATTN_DEBUG")
         env.settings.cache_clear()
-    assert gpu.planned == [False, False]
+    assert gpu.repeated == [False, False]
 
 
 def test_an_empty_output_launches_nothing(gpu: FakeGpu):
@@ -430,14 +539,38 @@ def test_no_keys_are_a_launch_like_any_other(gpu: FakeGpu):
         out, lse, _ = fa.flash_attn_func(q, k, k, return_attn_probs=True)
         assert (out == 0).all()
         assert torch.isneginf(lse).all()
-    assert gpu.planned == [False, True]
+    assert gpu.repeated == [False, True]
 
 
-def test_the_number_of_plans_is_bounded(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(plans, "_MAX_PLANS", 3)
+def test_the_number_of_shortcuts_is_bounded_and_all_can_be_forgotten(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(repeat, "MAX_PLANS", 3)
     for length in range(1, 9):
         replace(BASE, seqlen_q=length).check()
-        assert len(plans._plans) <= 3
+        assert len(repeat._shortcuts) <= 3
+    repeat.clear()
+    assert not repeat._shortcuts
+    assert not repeat._latest
+    assert not store._plans
+    replace(BASE, seqlen_q=8).check()
+    assert gpu.repeated == [False] * 9
+
+
+def test_a_shortcut_that_was_forgotten_is_made_again_for_the_plan_that_is_there(gpu: FakeGpu):
+    BASE.check()
+    repeat._forget()
+    for seed in range(2):
+        replace(BASE, seed=seed).check()
+    assert gpu.repeated == [False, True, True]
+    assert len(repeat._shortcuts) == 1
+
+
+def test_functional_calls_and_requests_like_them_share_a_plan(gpu: FakeGpu):
+    q, k, v = qkv()
+    out = fa.run(fa.DenseFwdRequest(q, k, v)).out
+    for _ in range(2):
+        np.testing.assert_array_equal(host(fa.flash_attn_func(q, k, v)), host(out))
+    fa.run(fa.DenseFwdRequest(q, k, v), lse=False)
+    assert gpu.repeated == [False, True, True, True]
 
 
 def test_threads_share_plans_and_get_their_own_answers(gpu: FakeGpu):
@@ -456,7 +589,7 @@ def test_threads_share_plans_and_get_their_own_answers(gpu: FakeGpu):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert sum(gpu.planned) >= 36
+    assert sum(gpu.repeated) >= 36
 
 
 def test_a_stream_that_is_given_is_the_one_launched_on(gpu: FakeGpu):
