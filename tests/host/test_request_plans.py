@@ -1,10 +1,10 @@
-"""Plans of requests, on a fake GPU: a repeated run is right whatever was run before it, and makes no key, lookup or parameters anew."""
+"""Plans, on a fake GPU: a repeated run is right whatever was run before it, and makes no key, lookup or parameters anew."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.launch import launcher as launch  # noqa: E402
 from atomr_accel_flashattn.launch.driver import DeviceProperties  # noqa: E402
 from atomr_accel_flashattn.requests.dense import DenseFwdRequest  # noqa: E402
-from atomr_accel_flashattn.runtime import execute, request_plans  # noqa: E402
-from atomr_accel_flashattn.torch_ops import plans  # noqa: E402
+from atomr_accel_flashattn.runtime import execute, plan as store  # noqa: E402
+from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
 
 from .calls import (  # noqa: E402
     CHANGES as CHANGES_OF_NUMBERS,
@@ -120,10 +120,10 @@ class Asked:
 def check_apart(gpu: FakeGpu, base: Asked, other: Asked) -> None:
     base.check()
     other.check()
-    assert gpu.planned == [False, False], "they share a plan"
+    assert gpu.repeated == [False, False], "they share a plan"
     for seed, asked in enumerate((base, other, base, base, other)):
         asked.check(seed, runs=2)
-    assert gpu.planned[2:] == [True] * 10
+    assert gpu.repeated[2:] == [True] * 10
 
 
 @pytest.mark.parametrize("kind", [fa.Fa2FwdRequest, fa.Fa3FwdRequest])
@@ -156,20 +156,20 @@ def test_packed_requests_have_their_own_plans(gpu: FakeGpu, other: Asked):
 def test_offsets_are_read_on_the_device_by_every_run(gpu: FakeGpu):
     for split in (1, 4, 0, 3):
         Asked(replace(PACKED, split=split)).check(seed=split)
-    assert gpu.planned == [False, True, True, True]
+    assert gpu.repeated == [False, True, True, True]
 
 
 def test_dropout_takes_the_seed_of_its_request(gpu: FakeGpu):
     check_apart(gpu, Asked(dropout=0.5), Asked(dropout=0.25))
     Asked().check()
-    assert not gpu.planned[-1]
+    assert not gpu.repeated[-1]
 
 
 def test_classes_of_requests_share_no_plan(gpu: FakeGpu):
     for seed in range(3):
         for kind in KINDS:
             Asked(kind=kind).check(seed)
-    assert gpu.planned == [False] * 3 + [True] * 6
+    assert gpu.repeated == [False] * 3 + [True] * 6
     assert [spec.family for spec, *_ in gpu.launches[3:6]] == [Family.FA3, Family.FA2, Family.FA3]
 
 
@@ -178,7 +178,7 @@ def test_the_way_tiles_are_handed_out_is_part_of_the_key(gpu: FakeGpu):
     for seed in range(3):
         for mode in modes:
             Asked(kind=fa.Fa3FwdRequest, more=(("persistent", mode),)).check(seed)
-    assert gpu.planned == [False] * 5 + [True] * 10
+    assert gpu.repeated == [False] * 5 + [True] * 10
     assert gpu.grids == [3, 4, 3, 1, 2] * 3
 
 
@@ -187,7 +187,8 @@ def test_a_repeated_run_takes_the_addresses_and_the_stream_of_now(gpu: FakeGpu, 
     Asked(kind=kind).check()
     for seed, stream in ((1, None), (2, 5), (3, 6), (4, 5), (5, None)):
         Asked(kind=kind).check(seed, stream=stream)
-        assert gpu.launches[-1][2:] == (stream or STREAM, True)
+        assert gpu.launches[-1][2] == (stream or STREAM)
+        assert gpu.repeated[-1]
     request = replace(Asked(kind=kind), call=replace(BASE, learned_sink=True)).request(fake)
     for output in (fa.run(request), fa.run(request)):
         p, sink = gpu.last, request.options.learned_sink
@@ -197,7 +198,7 @@ def test_a_repeated_run_takes_the_addresses_and_the_stream_of_now(gpu: FakeGpu, 
     assert (p.o, p.lse) == (output.out.data_ptr(), output.lse.data_ptr())
 
 
-def test_every_repeated_run_asks_for_the_counters_of_its_stream(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+def test_every_run_asks_for_the_counters_of_its_stream(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
     """The stream may be captured by now, and be another one under the same handle; the fake looks at what the kernel was given."""
     asked: list[int] = []
 
@@ -206,8 +207,7 @@ def test_every_repeated_run_asks_for_the_counters_of_its_stream(gpu: FakeGpu, mo
         gpu.counters[stream] = 4096 + 8 * len(asked)
         return gpu.counters[stream]
 
-    for module in (execute, launch):
-        monkeypatch.setattr(module, "counters_for", counters_for)
+    monkeypatch.setattr(launch, "counters_for", counters_for)
     Asked(kind=fa.Fa3FwdRequest).check(runs=3)
     Asked(kind=fa.Fa3FwdRequest).check(runs=2, stream=5)
     assert asked == [STREAM] * 3 + [5] * 2
@@ -218,7 +218,7 @@ def test_an_lse_is_written_only_by_runs_that_want_it(gpu: FakeGpu):
     for seed, lse in enumerate((True, False, True, False)):
         Asked().check(seed, lse=lse)
         assert (gpu.last.lse is not None) is lse
-    assert gpu.planned == [False, True, True, True]
+    assert gpu.repeated == [False, True, True, True]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -237,7 +237,7 @@ def test_an_out_of_other_strides_or_alignment_has_its_own_plan(gpu: FakeGpu, kin
             fa.run(kind(q, k, v, out=fake(out)))
             np.testing.assert_allclose(host(out), expected, rtol=1e-2, atol=2e-3)
             out.fill_(torch.nan)
-    assert gpu.planned == [False] * 4 + [True] * 8
+    assert gpu.repeated == [False] * 4 + [True] * 8
 
 
 def test_fill_repeats_launches_into_arrays_that_are_there(gpu: FakeGpu):
@@ -251,59 +251,142 @@ def test_fill_repeats_launches_into_arrays_that_are_there(gpu: FakeGpu):
         execute.fill(request, outputs, stream=9)
         np.testing.assert_allclose(host(outputs.out.source), expected, rtol=1e-2, atol=2e-3)
         assert gpu.launches[-1][2] == 9
-    assert gpu.planned == [False, True, False, True, False, True]
+    assert gpu.repeated == [False, True, False, True, False, True]
 
 
-def test_what_has_no_plan_goes_the_whole_way(gpu: FakeGpu):
+def test_a_class_of_the_caller_leaves_no_plan(gpu: FakeGpu):
     class Own(fa.Fa2FwdRequest):
         """Its kernel may be any."""
 
     for _ in range(2):
         Asked(kind=Own).check()
-        request = Asked(dropout=0.5).request(fake)
+    assert Asked(kind=Own).request(fake).plan_key is None
+    assert gpu.repeated == [False] * 2
+    assert not store._plans
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_with_the_dropout_pattern_has_two_launches(gpu: FakeGpu, kind: Any, packed: bool):
+    asked = Asked(replace(BASE, packed=packed), kind, dropout=0.5)
+    for seed in range(2):
+        request = replace(asked, call=replace(asked.call, seed=seed)).request(fake)
         assert fa.run(request, dropout_mask=True).dropout_mask.all()
         outputs = execute.make_outputs(request, lse=False, dropout_mask=True)
         execute.fill(request, outputs)
         assert outputs.for_user(request).dropout_mask.all()
-    assert gpu.planned == [False] * 10
-    assert not request_plans._plans
+        assert gpu.last.rng == request.options.rng.data_ptr()
+    assert gpu.repeated == [False] * 2 + [True] * 6
+    assert [spec.kernel_name.startswith("dropout_mask") for spec, *_ in gpu.launches] == [False, True] * 4
+    (plan,) = store._plans.values()
+    assert len(plan.launches) == 2
+    asked.check()
+    assert len(store._plans) == 2, "without the pattern it is another plan"
+    assert gpu.repeated[-1] is False
+
+
+def test_without_dropout_the_pattern_changes_nothing(gpu: FakeGpu):
+    request = Asked().request(fake)
+    fa.run(request)
+    assert fa.run(request, dropout_mask=True).dropout_mask is None
+    assert gpu.repeated == [False, True]
+
+
+def test_the_first_run_takes_the_way_of_all_later_ones(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    launched: list[Any] = []
+    launch_now = launch.Launch.launch
+
+    def noted(made: launch.Launch, *arguments: Any) -> None:
+        launched.append(made)
+        launch_now(made, *arguments)
+
+    monkeypatch.setattr(launch.Launch, "launch", noted)
+    for kind in (fa.Fa2FwdRequest, fa.Fa3FwdRequest):
+        Asked(kind=kind).check(runs=3)
+        (plan,) = (plan for key, plan in store._plans.items() if key[0][0] is kind)
+        assert launched[-3:] == [*plan.launches] * 3
+
+
+def attributes_of(request: Any) -> dict[str, Any]:
+    """Of a request and of its problem: the objects themselves, and what a shallow look at them shows."""
+    found = {each.name: getattr(request, each.name) for each in fields(request)}
+    problem = {each.name: getattr(request.problem, each.name) for each in fields(request.problem)}
+    return {"ids": {name: id(value) for name, value in {**found, **problem}.items()}, "problem": repr(problem), "key": found["plan_key"]}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_is_never_written_to(gpu: FakeGpu, kind: Any, packed: bool):
+    request = Asked(replace(BASE, packed=packed, out=True), kind, dropout=0.5).request(fake)
+    before = attributes_of(request)
+    for options in ({}, {"lse": False}, {"dropout_mask": True}, {"stream": 5}):
+        fa.run(request, **options)
+        assert attributes_of(request) == before
+    outputs = execute.make_outputs(request, lse=True)
+    execute.fill(request, outputs)
+    assert attributes_of(request) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_that_was_used_is_in_the_output_and_gives_the_same_again(gpu: FakeGpu, kind: Any):
+    on_card = [fake(BASE.tensor(number, 5, 4, 64)) for number in range(3)]
+    torch.manual_seed(3)
+    drawn = kind(*on_card, options=fa.AttentionOptions(dropout_p=0.5))
+    first = fa.run(drawn)
+    assert (first.rng.shape, first.rng.dtype) == ((2,), torch.int64)
+    assert gpu.last.rng == first.rng.data_ptr()
+    again = fa.run(kind(*on_card, options=fa.AttentionOptions(dropout_p=0.5, rng=first.rng)))
+    assert again.rng is first.rng
+    np.testing.assert_array_equal(host(again.out), host(first.out))
+    other = fa.run(kind(*on_card, options=fa.AttentionOptions(dropout_p=0.5)))
+    assert not torch.equal(other.rng, first.rng)
+    assert not torch.equal(other.out, first.out)
+    assert fa.run(kind(*on_card)).rng is None
+    on_cpu = [x.as_subclass(torch.Tensor) for x in (*on_card, first.rng)]
+    expected = fa.run(kind(*on_cpu[:3], options=fa.AttentionOptions(dropout_p=0.5, rng=on_cpu[3])))
+    assert expected.rng is on_cpu[3]
+    np.testing.assert_allclose(host(first.out), host(expected.out), rtol=1e-2, atol=2e-3)
 
 
 def test_borrowed_tiles_neither_find_nor_leave_a_plan(gpu: FakeGpu):
     asked = Asked(replace(BASE, head_dim=128, v_head_dim=128), kind=fa.Fa2FwdRequest)
     for tiles_for in (fa.SmArch.SM_86, None, fa.SmArch.SM_86, None):
         asked.check(tiles_for=tiles_for)
-    assert gpu.planned == [False, False, False, True]
+    assert gpu.repeated == [False, False, False, True]
     assert gpu.launches[2][0].tile == gpu.launches[0][0].tile
+
+
+@pytest.mark.parametrize("mode", [fa.PersistentMode.Grid(), fa.PersistentMode.Persistent(), fa.PersistentMode.Persistent(2)], ids=str)
+def test_borrowed_tiles_are_those_of_mma_sync_whatever_the_request_says(gpu: FakeGpu, mode: fa.PersistentMode):
+    Asked(kind=fa.Fa3FwdRequest, more=(("persistent", mode),)).check(tiles_for=fa.SmArch.SM_86)
+    spec = gpu.launches[-1][0]
+    assert (spec.family, spec.tile) == (Family.FA2, fa.lookup(fa.DispatchKey(fa.SmArch.SM_86, fa.DType.F16, 64)).tile)
 
 
 @pytest.mark.usefixtures("in_debug_mode")
 def test_debug_makes_no_plan(gpu: FakeGpu):
     Asked().check(runs=2)
-    assert gpu.planned == [False, False]
+    assert gpu.repeated == [False, False]
 
 
 def test_debug_makes_no_plan_of_a_request_that_had_one(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
     request = Asked().request(fake)
     fa.run(request)
     in_debug = replace(env.Settings.from_environ({}), debug=True)
-    monkeypatch.setattr(request_plans, "settings", lambda: in_debug)
+    monkeypatch.setattr(store, "settings", lambda: in_debug)
     fa.run(request)
-    assert gpu.planned == [False, False]
+    assert gpu.repeated == [False, False]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_request_remembers_its_key_and_its_copies_with_changes_make_their_own(gpu: FakeGpu, kind: Any):
+def test_a_request_is_made_with_its_key_and_its_copies_with_theirs(gpu: FakeGpu, kind: Any):
     request = Asked(kind=kind).request(fake)
-    assert request.plan_key is None
-    fa.run(request)
-    key = request.plan_key
-    assert key is not None
-    assert request_plans.key_of(request) is key
+    assert request.plan_key == Asked(kind=kind).request(fake).plan_key == replace(request).plan_key
+    assert request.plan_key[0] is kind
     other = replace(request, mask=fa.MaskKind.causal())
-    assert other.plan_key is None
-    assert request_plans.key_of(other) not in {None, key}
-    assert gpu.planned == [False]
+    assert other.plan_key not in {None, request.plan_key}
+    assert Asked(kind=kind).request(lambda tensor: tensor).plan_key is None, "the CPU backend has no plans"
+    assert not gpu.launches
 
 
 def test_a_run_that_is_refused_by_its_environment_is_refused_though_there_is_a_plan(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
@@ -326,7 +409,7 @@ def test_another_device_has_its_own_plan(gpu: FakeGpu):
                 tensor.index = index
             fa.run(fa.Fa3FwdRequest(*tensors), lse=bool(seed))
             assert gpu.launches[-1][2] == STREAM + index
-    assert gpu.planned == [False, False, True, True]
+    assert gpu.repeated == [False, False, True, True]
 
 
 def test_empty_outputs_launch_nothing_and_no_keys_are_a_launch_like_any_other(gpu: FakeGpu):
@@ -338,18 +421,18 @@ def test_empty_outputs_launch_nothing_and_no_keys_are_a_launch_like_any_other(gp
         output = fa.run(fa.Fa3FwdRequest(q, k, k))
         assert (output.out == 0).all()
         assert torch.isneginf(output.lse).all()
-    assert gpu.planned == [False, True]
+    assert gpu.repeated == [False, True]
 
 
 def test_the_number_of_plans_is_bounded_and_all_can_be_forgotten(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(request_plans, "_MAX_PLANS", 3)
+    monkeypatch.setattr(store, "MAX_PLANS", 3)
     for length in (*range(1, 9), 8):
         Asked(replace(BASE, seqlen_q=length)).check()
-        assert len(request_plans._plans) <= 3
-    assert gpu.planned == [False] * 8 + [True]
-    plans.clear()
+        assert len(store._plans) <= 3
+    assert gpu.repeated == [False] * 8 + [True]
+    repeat.clear()
     Asked(replace(BASE, seqlen_q=8)).check()
-    assert not gpu.planned[-1]
+    assert not gpu.repeated[-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -370,4 +453,4 @@ def test_threads_share_plans_and_get_their_own_answers(gpu: FakeGpu, kind: Any):
     for thread in threads:
         thread.join()
     assert not failed
-    assert sum(gpu.planned) >= 36
+    assert sum(gpu.repeated) >= 36

@@ -91,10 +91,12 @@ def fill(
     """Do what a request asks, into arrays that :func:`make_outputs` made, perhaps in another thread. Arguments and errors: :func:`run`.
 
     ``plan``: that of the call, if it is known; another one is made where the library of q gave the new output other strides. ``key``: the
-    request's dispatch key, if it is known. Returns the plan that was run; None from the CPU backend.
+    request's dispatch key, known to who has looked for a plan and found none. Returns the plan that was run; None from the CPU backend.
     """
     problem, out = request.problem, outputs.out
     _check_backend(problem.q.device)
+    if plan is None and key is None:
+        plan = find(request, dropout_mask=outputs.dropout_mask is not None)
     if plan is None or plan.out_strides != out.strides:
         key = key or _key(request, None)
         spec = lookup(key)
@@ -120,7 +122,8 @@ def _key(request: FaFwdDispatch, tiles_for: SmArch | None) -> DispatchKey:
     key = request.dispatch_key()
     if tiles_for is None:
         return key
-    choices = replace(key.extras, tiles_for=tiles_for, family=None, pack_gqa=None, persistent=None, few_rows=False)
+    choices = replace(key.extras, tiles_for=tiles_for, family=None, pack_gqa=None, few_rows=False)
+    choices = replace(choices, persistent=None, persistent_blocks=None)
     return replace(key, extras=choices)
 
 
