@@ -127,7 +127,8 @@ class Tree:
     def __init__(self, source: Path) -> None:
         # A cache of its own: another tree's entries are of no use to it.
         cache = Path(os.environ.get("ATOMR_FLASHATTN_CACHE_DIR", "/tmp/atomr-flashattn-trees")) / source.resolve().parent.name  # noqa: S108
-        environ = {**os.environ, "PYTHONPATH": str(source.resolve()), "ATOMR_FLASHATTN_CACHE_DIR": str(cache)}
+        path = os.pathsep.join([str(source.resolve()), os.environ.get("PYTHONPATH", "")])
+        environ = {**os.environ, "PYTHONPATH": path, "ATOMR_FLASHATTN_CACHE_DIR": str(cache)}
         command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
 
