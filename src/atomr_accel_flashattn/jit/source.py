@@ -87,7 +87,7 @@ def _config(spec: KernelSpec) -> dict[str, int | str]:
         "sink_tokens": spec.sink_tokens,
         "alibi": spec.alibi,
         "softcap": spec.softcap,
-        "prescale": spec.prescale,
+        "scale_first": spec.prescale,
         "learned_sink": spec.learned_sink,
         "dropout": spec.dropout,
         "varlen": spec.varlen,

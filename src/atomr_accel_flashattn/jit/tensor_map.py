@@ -51,7 +51,7 @@ class TensorMapSpec:
 
 
 def tensor_map_specs(problem: AttentionProblem, spec: KernelSpec) -> tuple[TensorMapSpec, TensorMapSpec, TensorMapSpec]:
-    """The maps of q, k and v for one kernel: panels of cuda/tile/panels.cuh."""
+    """The maps of q, k and v for one kernel: panels of cuda/tile/swizzled_tile.cuh."""
     tile = spec.tile
     q = _map(problem.q, problem.q_strides, problem.batch, spec.head_dim, WARPGROUP_ROWS)
     return (
