@@ -77,7 +77,7 @@ struct WarpRows {
   __device__ __forceinline__ bool online_softmax(Scores& rS, int n) {
     bool grew = false;
     if (Score<C>::kHasPolynomial && use_polynomial) {
-      softmax.template accumulate<false>(rS, row_bias, [this](float s, float reference) { return score.polynomial(s, reference); });
+      softmax.template accumulate<false>(rS, row_bias, false, [this](float s, float reference) { return score.polynomial(s, reference); });
     } else {
       grew = softmax.template update<kFoldsBias>(rS, row_bias, rescale, score.factor);
       if constexpr (Score<C>::kHasPolynomial) update_polynomial_limit();

@@ -30,6 +30,15 @@ struct OnlineSoftmax {
   // it.
   static constexpr float kRescaleThreshold = 8.f, kOverflowThreshold = 15.f;
 
+  // Huge scores: the exponent is one FMA, x * factor - round(max * factor). What that rounding
+  // drops is common to a row and cancels in the normalisation, unless it is large: 2^-13 at this
+  // limit in log2 units, which shows in no output, and 64 at 2^30, which overflows. Beyond the
+  // limit, scores become differences to their reference first, which is exact for equal scores.
+  // Such a warp looks at every tile (look_above is -inf), others pay nothing: a branch around the
+  // exponentials would cost 3 to 5 % at d 64 and 128, because they move below the wait of wgmma.
+  static constexpr float kLargestFused = 2048.f;
+  float look_above = kRescaleThreshold;
+
   __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
     for (int i = 0; i < kBlocks * 2; ++i) {
@@ -46,31 +55,36 @@ struct OnlineSoftmax {
   __device__ __forceinline__ bool update(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2], float (&rescale)[kBlocks][2],
                                          float factor) {
     float top[kBlocks][2];  // of this lane
-    bool grew = false;
+    bool look = false, grew = false, differences = false;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         top[b][r] = kHasRowBias ? row_max(s[b], r) + row_bias[b][r] : row_max(s[b], r);
-        grew |= (top[b][r] - max[b][r]) * factor > kRescaleThreshold;
+        look |= (top[b][r] - max[b][r]) * factor > look_above;
       }
-    grew = __any_sync(0xffffffffu, grew);
-    if (grew) raise_max(top, rescale, factor);
-    accumulate<kHasRowBias>(s, row_bias, [factor](float x, float reference) { return fmaf(x, factor, -reference * factor); });
+    if (__any_sync(0xffffffffu, look)) {
+      grew = raise_max(top, rescale, factor);
+      differences = any_huge(factor);
+      look_above = differences ? negative_infinity() : kRescaleThreshold;
+      if (differences) subtract_reference<kHasRowBias>(s, row_bias);
+    }
+    accumulate<kHasRowBias>(s, row_bias, differences, [factor](float x, float reference) { return fmaf(x, factor, -reference * factor); });
     return grew;
   }
 
-  // In place: scores to unnormalised probabilities with the references as they are. `exponent`
-  // takes a score and its reference.
+  // In place: scores, or their differences to the references, to unnormalised probabilities.
+  // `exponent` takes a score and its reference.
   template <bool kHasRowBias, int kTiles, class Exponent>
-  __device__ __forceinline__ void accumulate(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2], Exponent exponent) {
+  __device__ __forceinline__ void accumulate(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2], bool differences,
+                                             Exponent exponent) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         // No key seen yet: -inf - 0 stays -inf.
-        const float seen = max[b][r] == negative_infinity() ? 0.f : max[b][r];
-        const float reference = kHasRowBias ? seen - row_bias[b][r] : seen;
+        const float seen = max[b][r] == negative_infinity() || differences ? 0.f : max[b][r];
+        const float reference = kHasRowBias && !differences ? seen - row_bias[b][r] : seen;
         float even = 0.f, odd = 0.f;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
@@ -84,7 +98,34 @@ struct OnlineSoftmax {
   }
 
  private:
-  __device__ __forceinline__ void raise_max(const float (&top)[kBlocks][2], float (&rescale)[kBlocks][2], float factor) {
+  // Whether the warp has a reference beyond the limit; -inf is none yet.
+  __device__ __forceinline__ bool any_huge(float factor) const {
+    bool huge = false;
+#pragma unroll
+    for (int i = 0; i < kBlocks * 2; ++i) {
+      const float reference = max[i / 2][i % 2];
+      huge |= fabsf(reference * factor) > kLargestFused && reference != negative_infinity();
+    }
+    return __any_sync(0xffffffffu, huge);
+  }
+
+  template <bool kHasRowBias, int kTiles>
+  __device__ __forceinline__ void subtract_reference(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2]) const {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float seen = max[b][r] == negative_infinity() ? 0.f : max[b][r];
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int e = 2 * r; e < 2 * r + 2; ++e) s[b][t][e] = (kHasRowBias ? s[b][t][e] + row_bias[b][r] : s[b][t][e]) - seen;
+      }
+  }
+
+  // Raises the references that grew, with the sums; returns, warp-uniformly, whether one did.
+  __device__ __forceinline__ bool raise_max(const float (&top)[kBlocks][2], float (&rescale)[kBlocks][2], float factor) {
+    bool grew = false;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
@@ -94,7 +135,9 @@ struct OnlineSoftmax {
         rescale[b][r] = keep ? 1.f : ptx::exp2((max[b][r] - seen) * factor);
         max[b][r] = keep ? max[b][r] : seen;
         sum[b][r] *= rescale[b][r];
+        grew |= !keep;
       }
+    return __any_sync(0xffffffffu, grew);
   }
 
   template <int kTiles>
