@@ -1,10 +1,11 @@
-// Runs a CUDA kernel of this project on the CPU, thread by thread: every thread is a fiber, a warp-wide instruction (mma, ldmatrix, shfl, vote)
-// waits for its 32 lanes, __syncthreads waits for the block. All device asm lives in cuda/ptx/ and jit/wgmma.py, so
-// replacing those is enough.
+// Runs a CUDA kernel of this project on the CPU, thread by thread: every thread is a fiber, a
+// warp-wide instruction (mma, ldmatrix, shfl, vote) waits for its 32 lanes, __syncthreads waits for
+// the block. All device asm lives in cuda/ptx/ and jit/wgmma.py, so replacing those is enough.
 //
-// Things are made worse than on a GPU, on purpose. The order in which threads run is drawn from a seed, and tensor copies finish in an order drawn
-// from it too: a missing barrier shows as a result that depends on the seed. cp.async writes, and wgmma reads and writes, either at once or as
-// late as the PTX ISA allows (at the wait), also drawn from the seed.
+// Things are made worse than on a GPU, on purpose. The order in which threads run is drawn from a
+// seed, and tensor copies finish in an order drawn from it too: a missing barrier shows as a result
+// that depends on the seed. cp.async writes, and wgmma reads and writes, either at once or as late
+// as the PTX ISA allows (at the wait), also drawn from the seed.
 #pragma once
 
 #include <setjmp.h>
@@ -62,7 +63,8 @@ struct Copy {
   const void* source;  // null: zeros
 };
 
-// wgmma of one thread: where its accumulators and A registers are, or the descriptors of operands in shared memory.
+// wgmma of one thread: where its accumulators and A registers are, or the descriptors of operands
+// in shared memory.
 struct Product {
   float* d;
   const uint32_t* a_registers;  // null: A is in shared memory
@@ -90,13 +92,15 @@ struct Thread {
   std::vector<Product> open_products;
 };
 
-// Lanes that have reached a warp-wide instruction, or threads that have reached the block's barrier.
+// Lanes that have reached a warp-wide instruction, or threads that have reached the block's
+// barrier.
 struct Rendezvous {
   std::vector<unsigned> waiting;
   void* operands[32];
 };
 
-// bar.sync waits, bar.arrive does not; both count. `threads`: how many all who come say that there are.
+// bar.sync waits, bar.arrive does not; both count. `threads`: how many all who come say that there
+// are.
 struct NamedBarrier {
   std::vector<unsigned> waiting;
   size_t arrived = 0, threads = 0;
@@ -124,7 +128,8 @@ inline Index thread_index() { return {machine->current}; }
 inline Index block_index() { return {machine->block}; }
 inline Index grid_size() { return {machine->grid}; }
 
-// Gives the CPU to another thread; the caller is runnable again only once somebody puts it on the list.
+// Gives the CPU to another thread; the caller is runnable again only once somebody puts it on the
+// list.
 inline void pause() {
   Thread& self = machine->threads[machine->current];
   if (_setjmp(self.resume) == 0) _longjmp(machine->scheduler, 1);
@@ -256,10 +261,12 @@ inline std::string describe_waits() {
 
 inline void run_block(unsigned block) {
   machine->block = block;
-  std::memset(fa::shared, 0xff, sizeof fa::shared);  // NaN in every format: nothing may be read before it is written
+  // NaN in every format: nothing may be read before it is written.
+  std::memset(fa::shared, 0xff, sizeof fa::shared);
   machine->alive = machine->threads.size();
   machine->runnable.clear();
-  machine->named_barriers.clear();  // a block may end with threads that have come to a barrier and none that waits
+  // A block may end with threads that have arrived at a barrier and none that waits.
+  machine->named_barriers.clear();
   for (unsigned i = 0; i < machine->threads.size(); ++i) {
     Thread& thread = machine->threads[i];
     thread.started = thread.done = false;

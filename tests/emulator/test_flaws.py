@@ -56,8 +56,8 @@ def test_a_flaw_changes_bits_and_hangs_nothing(family: Family, other_headers: Pa
 
 
 SERIES_GUARDS = {
-    "no maximum yet": ("attention/rows.cuh", "series_bound = -1.f", "series_bound = 3e38f"),
-    "f16 overflows": ("attention/rows.cuh", "lowest + OnlineSoftmax<kBlocks>::kLargestGrowth", "lowest + 1e6f"),
+    "no maximum yet": ("attention/rows.cuh", "polynomial_limit = -1.f", "polynomial_limit = 3e38f"),
+    "f16 overflows": ("attention/rows.cuh", "lowest + OnlineSoftmax<kBlocks>::kOverflowThreshold", "lowest + 1e6f"),
     "not small beside the cap": ("attention/rows.cuh", "fminf(p.softcap_limit, ", "fminf(3e38f, "),
 }
 SERIES_CASES = [

@@ -42,9 +42,11 @@ __device__ __forceinline__ void nap() {
 }  // namespace fa::ptx
 """
 _LEAF = re.compile(r"__device__ __forceinline__ void (\w+)\([^{;]*\) \{")
-_WITHOUT_NAP = frozenset({"pin", "mma_f16", "mma_bf16"})  # no instruction at all, and arithmetic on the registers of one thread
+_WITHOUT_NAP = frozenset(
+    {"warpgroup_fence_operand", "mma_f16", "mma_bf16"}
+)  # no instruction at all, and arithmetic on the registers of one thread
 _NEEDED = {
-    *("barrier_arrive", "barrier_arrive_expect", "barrier_wait", "tensor_load", "wgmma_fence", "wgmma_wait"),
+    *("mbarrier_arrive", "mbarrier_arrive_expect_tx", "mbarrier_wait", "tma_load", "wgmma_fence", "wgmma_wait"),
     *("cp_async_16", "cp_async_commit", "cp_async_wait", "ldmatrix_x4", "store_shared_16"),
 }
 
@@ -70,19 +72,24 @@ class Flaw:
 
 
 _RELEASE_EARLY = (
-    "ptx::named_barrier_sync(threadIdx.x / 128, 128); if (threadIdx.x % 128 == 0) ptx::barrier_arrive(ring_v.empty()); ptx::wgmma_fence();"
+    "ptx::named_barrier_sync(threadIdx.x / 128, 128); "
+    "if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(pipe_v.empty_barrier()); "
+    "ptx::wgmma_fence();"
 )
 FLAWS = {
-    # V is handed back to the loading warp before the product has read it, once the whole warpgroup has seen it arrive.
+    # V is released to the producer before the product has read it, after the whole warpgroup has observed `full`.
     Family.FA3: Flaw(
         "kernels/fa3_fwd.cuh",
         (
-            (r"(?s)(void multiply_values\([^{]*\{.*?)ptx::wgmma_fence\(\);", r"\1" + _RELEASE_EARLY),
-            (r"(ptx::pin\(rows\.rO\[0\]\);\s*(?:if \(pending\) )?)release\(ring_v\);", r"\1ring_v.advance();"),
+            (r"(?s)(void multiply_pv\([^{]*\{.*?)ptx::wgmma_fence\(\);", r"\1" + _RELEASE_EARLY),
+            (
+                r"(ptx::warpgroup_fence_operand\(rows\.rO\[0\]\);\s*(?:if \(pending\) )?)pipe_v\.consumer_release\(\);",
+                r"\1pipe_v.advance();",
+            ),
         ),
     ),
     # Warps do not wait for each other before a buffer is read or overwritten.
-    Family.FA2: Flaw("tile/cp_async_pipeline.cuh", ((r"(acquire\(\) const \{[^}]*?)__syncthreads\(\);", r"\1"),)),
+    Family.FA2: Flaw("tile/cp_async_pipeline.cuh", ((r"(consumer_wait\(\) const \{[^}]*?)__syncthreads\(\);", r"\1"),)),
 }
 
 

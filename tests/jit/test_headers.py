@@ -101,6 +101,12 @@ def test_the_identity_of_headers_follows_the_family_and_not_the_tile() -> None:
 
 
 @pytest.mark.parametrize("header", HEADERS)
+def test_comments_have_at_most_100_columns(header: str) -> None:
+    lines = (headers.headers_dir() / header).read_text().splitlines()
+    assert [line for line in lines if "//" in line and len(line) > 100] == []
+
+
+@pytest.mark.parametrize("header", HEADERS)
 def test_includes_point_down_the_rooms_and_each_header_stands_alone(header: str) -> None:
     text = (headers.headers_dir() / header).read_text()
     included = re.findall(r'(?m)^#include "([^"]*)"$', text)

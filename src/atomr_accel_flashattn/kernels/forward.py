@@ -100,7 +100,7 @@ class ForwardSpec(KernelSpec):
             "sink_tokens": self.sink_tokens,
             "alibi": self.alibi,
             "softcap": self.softcap,
-            "prescale": self.prescale,
+            "scale_first": self.prescale,
             "learned_sink": self.learned_sink,
             "dropout": self.dropout,
             "varlen": self.varlen,

@@ -9,13 +9,13 @@ __all__ = ["wgmma_leaves"]
 _LEAVES = """\
 template <>
 struct Wgmma<{n}, DType::{dtype}> {{
-  static __device__ __forceinline__ void keys(float (&d)[{tiles}][4], uint64_t a, uint64_t b, int accumulate) {{
+  static __device__ __forceinline__ void ss(float (&d)[{tiles}][4], uint64_t a, uint64_t b, int accumulate) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{acc}, 0;\\n"
                  "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{d}}}, %{a}, %{b}, p, 1, 1, 0, 0;\\n}}\\n"
                  : {outputs}
                  : "l"(a), "l"(b), "r"(accumulate));
   }}
-  static __device__ __forceinline__ void values(float (&d)[{tiles}][4], const uint32_t (&a)[4], uint64_t b) {{
+  static __device__ __forceinline__ void rs(float (&d)[{tiles}][4], const uint32_t (&a)[4], uint64_t b) {{
     asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{d}}}, {{%{a}, %{a1}, %{a2}, %{a3}}}, %{b4}, 1, 1, 1, 1;\\n"
                  : {outputs}
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));

@@ -42,6 +42,6 @@ inline float exp2(float x) { return ::exp2f(x); }
 inline float log2(float x) { return ::log2f(x); }
 inline float reciprocal(float x) { return 1.f / x; }
 
-inline void conceal(int&) {}
+inline void optimisation_barrier(int&) {}
 
 }  // namespace fa::ptx

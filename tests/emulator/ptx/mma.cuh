@@ -1,4 +1,5 @@
-// cuda/ptx/mma.cuh on the emulator. Fragment layouts are those of the PTX ISA, "Matrix fragments for mma.m16n8k16".
+// cuda/ptx/mma.cuh on the emulator. Fragment layouts are those of the PTX ISA, "Matrix fragments
+// for mma.m16n8k16".
 #pragma once
 
 #include "ptx/common.cuh"
@@ -9,8 +10,8 @@ struct MatrixOperands {
   uint32_t* r;
   uint32_t src;
 };
-// Lane l gives the address of row l % 8 of matrix l / 8; lane l gets elements 2 * (l % 4) and + 1 of row l / 4 of each matrix, or, transposed, of
-// column l / 4.
+// Lane l gives the address of row l % 8 of matrix l / 8; lane l gets elements 2 * (l % 4) and + 1
+// of row l / 4 of each matrix, or, transposed, of column l / 4.
 inline void load_matrices(uint32_t (&r)[4], uint32_t src, bool transposed) {
   MatrixOperands mine = {r, src};
   emulator::warp_wide(mine, [transposed](MatrixOperands** all) {

@@ -1,5 +1,5 @@
-// cuda/ptx/tma.cuh on the emulator. Shared memory is swizzled as TMA and wgmma do it: bits 4-6 (128-byte rows) or 4-5 (64-byte
-// rows) of an address are XORed with bits 7-9 or 7-8.
+// cuda/ptx/tma.cuh on the emulator. Shared memory is swizzled as TMA and wgmma do it: bits 4-6
+// (128-byte rows) or 4-5 (64-byte rows) of an address are XORed with bits 7-9 or 7-8.
 #pragma once
 
 #include "ptx/mbarrier.cuh"
@@ -8,11 +8,12 @@ namespace fa::ptx {
 
 inline bool elect_one() { return threadIdx.x % 32 == 0; }
 
-inline void async_proxy_fence() {}
+inline void fence_proxy_async() {}
 
 inline uint32_t swizzle(uint32_t address, int row_bytes) { return address ^ ((address >> 7 & (row_bytes == 128 ? 7 : 3)) << 4); }
 
-// What tests/emulator/running.py writes in place of a CUtensorMap. The first dimension is contiguous; the others have strides in bytes.
+// What tests/emulator/running.py writes in place of a CUtensorMap. The first dimension is
+// contiguous; the others have strides in bytes.
 struct FlatTensor {
   const char* data;
   int64_t strides[4];
@@ -49,13 +50,13 @@ inline void load_box(uint32_t dst, const TensorMap* map, uint32_t barrier, int r
     emulator::end_phase_if_complete(b);
   });
 }
-inline void tensor_load(uint32_t dst, const TensorMap* map, uint32_t barrier, int col, int row, int head, int batch, uint64_t) {
+inline void tma_load(uint32_t dst, const TensorMap* map, uint32_t barrier, int col, int row, int head, int batch, uint64_t) {
   load_box(dst, map, barrier, 4, {col, row, head, batch, 0});
 }
-inline void tensor_load(uint32_t dst, const TensorMap* map, uint32_t barrier, int col, int member, int row, int group, int batch,
+inline void tma_load(uint32_t dst, const TensorMap* map, uint32_t barrier, int col, int member, int row, int group, int batch,
                         uint64_t) {
   load_box(dst, map, barrier, 5, {col, member, row, group, batch});
 }
-inline void tensor_prefetch(const TensorMap*) {}
+inline void tma_prefetch_map(const TensorMap*) {}
 
 }  // namespace fa::ptx

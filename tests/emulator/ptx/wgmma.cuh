@@ -7,9 +7,9 @@
 namespace fa::ptx {
 
 template <int kRegisters>
-void registers_release() {}
+void setmaxnreg_dec() {}
 template <int kRegisters>
-void registers_acquire() {}
+void setmaxnreg_inc() {}
 inline void wgmma_fence() {}
 
 inline uint16_t shared_half(uint32_t address, int row_bytes) {
@@ -89,15 +89,15 @@ void wgmma_wait() {
   finish_products(kPending);
 }
 template <int kTiles>
-void pin(float (&)[kTiles][4]) {}
+void warpgroup_fence_operand(float (&)[kTiles][4]) {}
 
 template <int kN, DType kDType>
 struct Wgmma {
   static float widen(uint32_t bits) { return kDType == DType::F16 ? widen_f16(bits) : widen_bf16(bits); }
-  static void keys(float (&d)[kN / 8][4], uint64_t a, uint64_t b, int accumulate) {
+  static void ss(float (&d)[kN / 8][4], uint64_t a, uint64_t b, int accumulate) {
     push({&d[0][0], nullptr, a, b, accumulate != 0, false, kN, widen});
   }
-  static void values(float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b) { push({&d[0][0], a, 0, b, true, true, kN, widen}); }
+  static void rs(float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b) { push({&d[0][0], a, 0, b, true, true, kN, widen}); }
 
  private:
   static void push(emulator::Product product) { emulator::machine->threads[emulator::machine->current].open_products.push_back(product); }

@@ -1,4 +1,5 @@
-// The one template parameter of a kernel. Python's KernelSpec writes it with designated initialisers (jit/source.py).
+// Config, the one template parameter of a kernel. jit/source.py writes it from a KernelSpec with
+// designated initialisers.
 #pragma once
 
 #include "ptx/types.cuh"
@@ -14,11 +15,11 @@ struct Config {
   bool exact_head_dim;  // the user's sizes equal the widths
   bool aligned;         // 16-byte loads are legal everywhere
   bool left_bound, right_bound, sink_tokens;
-  bool alibi, softcap, prescale;
+  bool alibi, softcap, scale_first;
   bool learned_sink, dropout, varlen;
-  bool pack_gqa = false;    // FA3: row r of Q is query r / n of head r % n, of the n heads that share K and V
-  bool ping_pong = false;   // FA3: warpgroups issue their products in turn
-  bool persistent = false;  // blocks take tile after tile: FA3 from a counter, FA2 in turn
+  bool pack_gqa = false;    // FA3: the n query heads of a KV head share tiles (head_packing.cuh)
+  bool ping_pong = false;   // FA3: ping-pong barriers between the warpgroups
+  bool persistent = false;  // blocks compute several tiles: FA3 from a counter, FA2 by stride
 };
 
 }  // namespace fa

@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3, SC 2011) and the dropout pattern built on it.
-// Counter words and byte map: docs/semantics.md, Dropout.
+// Dropout pattern from Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy
+// as 1, 2, 3, SC 2011). Counter words and byte map: docs/semantics.md, Dropout.
 #pragma once
 
 #include "ptx/types.cuh"

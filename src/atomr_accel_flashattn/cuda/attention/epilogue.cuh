@@ -1,4 +1,4 @@
-// The epilogue: normalise, write O and LSE.
+// Epilogue: denominator, log-sum-exp, and stores of O.
 #pragma once
 
 #include "attention/config.cuh"
@@ -7,14 +7,15 @@
 
 namespace fa {
 
-// Denominator and log-sum-exp of one row, in log2 units inside. A learned sink joins both here, once.
-struct RowEnd {
+// Denominator and log-sum-exp of one row, computed in log2 units. A learned sink joins both here,
+// once.
+struct RowResult {
   float scale;  // of the accumulated output
   float lse;    // natural logarithm
 };
 
 template <Config C>
-__device__ __forceinline__ RowEnd finish_row(float sum, float max_log2, float sink_log2) {
+__device__ __forceinline__ RowResult finalize_row(float sum, float max_log2, float sink_log2) {
   if constexpr (C.learned_sink) {
     if (sum == 0.f && sink_log2 == negative_infinity()) return {0.f, negative_infinity()};
     const float top = fmaxf(max_log2, sink_log2);
@@ -26,8 +27,8 @@ __device__ __forceinline__ RowEnd finish_row(float sum, float max_log2, float si
   return {ptx::reciprocal(sum), (max_log2 + ptx::log2(sum)) * kLn2};
 }
 
-// 32 columns of one row in the accumulators of a quad: lane q of the quad holds words q of four 8-column tiles. After a 4 x 4 transpose inside the quad
-// it holds the four words of tile q, 16 contiguous bytes.
+// 4 x 4 transpose within a quad, for 16-byte stores: of 32 columns of a row, lane q holds word q of
+// four 8-column tiles before, and the four words of tile q after.
 __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   const int lane = threadIdx.x % 4;
   const bool odd = lane & 1, high = lane & 2;
@@ -39,7 +40,7 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   (high ? w[1] : w[3]) = y;
 }
 
-// Writes this lane's 8 columns of those 32.
+// Stores this lane's 8 of those 32 columns.
 template <Config C>
 __device__ __forceinline__ void store_quad(uint16_t* row, int col, int cols, const uint32_t (&w)[4]) {
   col += threadIdx.x % 4 * 8;

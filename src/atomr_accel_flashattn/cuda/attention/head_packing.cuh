@@ -1,4 +1,4 @@
-// Which query of which head a row of a tile is.
+// Head packing (pack_gqa): which query of which head a row of a tile is.
 #pragma once
 
 #include "attention/config.cuh"
@@ -6,8 +6,8 @@
 
 namespace fa {
 
-// Rows of a tile are the queries of one head or, with `pack_gqa`, those of all heads that share K and V: row r is query r / group of head r % group
-// among them. `head` is one that tiles are made for (FwdParams::work_heads).
+// Rows of a tile are the queries of one head or, with pack_gqa, of the whole group of heads that
+// share K and V: row r is query r / group of head r % group. `head` counts FwdParams::work_heads.
 template <Config C>
 __device__ __forceinline__ int row_count(const FwdParams& p, const Sequence& seq) {
   return C.pack_gqa ? seq.length_q << p.packed_shift : seq.length_q;
@@ -20,7 +20,7 @@ template <Config C>
 __device__ __forceinline__ int head_of(const FwdParams& p, int head, int row) {
   return C.pack_gqa ? (head << p.packed_shift) + (row & ((1 << p.packed_shift) - 1)) : head;
 }
-// The head of k and v that those rows see.
+// The KV head that those rows attend to.
 template <Config C>
 __device__ __forceinline__ int kv_head_of(const FwdParams& p, int head) {
   return C.pack_gqa ? head : head / p.heads_per_kv;

@@ -1,5 +1,6 @@
-// The mask policy. Every mask is a band p - left <= j <= p + right (docs/semantics.md) in which sink tokens lift the left bound. The band
-// owns both the range of K/V tiles to visit and the element test, so the two cannot disagree.
+// Mask policy. Every mask is a band p - left <= j <= p + right (docs/semantics.md), from whose left
+// bound sink tokens are exempt. The band owns both the range of K / V tiles to visit and the
+// element test, so that the two cannot disagree.
 #pragma once
 
 #include "attention/config.cuh"
@@ -8,11 +9,11 @@
 
 namespace fa {
 
-// Rows [first, first + count) of Q as positions p among the keys, and what they see.
+// Rows [first, first + count) of Q as positions p among the keys, and the keys that they see.
 template <Config C>
 struct Band {
   int length_k, left, right, sinks;
-  int p_first, p_last;  // positions of the first and last row; p_last < p_first when there is no row
+  int p_first, p_last;  // positions of the first and last row; p_last < p_first if there is no row
 
   Band() = default;
   __device__ __forceinline__ Band(const FwdParams& p, const Sequence& seq, int first_row, int rows)
@@ -20,12 +21,13 @@ struct Band {
         left(p.window_left),
         right(p.window_right),
         sinks(C.sink_tokens ? p.sink_tokens : 0),
-        p_first(query_of<C>(p, first_row) + (seq.length_k - seq.length_q)),  // in this order: two lengths and a block of rows may pass 2^31
+        // The lengths are subtracted first: two of them and a block of rows may exceed 2^31.
+        p_first(query_of<C>(p, first_row) + (seq.length_k - seq.length_q)),
         p_last(query_of<C>(p, min(first_row + rows, row_count<C>(p, seq)) - 1) + (seq.length_k - seq.length_q)) {}
 
   // One past the last key that some row sees.
   __device__ __forceinline__ int key_end() const { return C.right_bound ? min(length_k, max(0, p_last + right + 1)) : length_k; }
-  // The first key that some row sees through its window; keys below `sinks` may be visible too.
+  // First key that some row sees through its window; sink tokens may lie before it.
   __device__ __forceinline__ int key_begin() const { return C.left_bound ? min(max(0, p_first - left), key_end()) : 0; }
 
   __device__ __forceinline__ RowRange keys() const { return {key_begin(), key_end(), min(sinks, key_end())}; }
@@ -33,7 +35,8 @@ struct Band {
   __device__ __forceinline__ int tile_end() const { return (key_end() + C.block_n - 1) / C.block_n; }
   __device__ __forceinline__ int tile_begin() const { return key_begin() / C.block_n; }
 
-  // Tiles are visited from the last to the first; below the window the walk jumps to the tiles of the sink tokens. -1 ends it.
+  // Tiles are visited from the last to the first, then those of the sink tokens below the window.
+  // -1 ends the loop.
   __device__ __forceinline__ int first_tile() const {
     const int last = tile_end() - 1;
     return last >= tile_begin() ? last : before_window();
@@ -48,8 +51,8 @@ struct Band {
     if (C.left_bound) seen &= j + C.block_n > p_first - left || j < sinks;
     return seen;
   }
-  // Whether some row misses some key of tile n, so that elements have to be tested.
-  __device__ __forceinline__ bool cuts(int n) const {
+  // Whether some row does not see some key of tile n, so that elements need the mask.
+  __device__ __forceinline__ bool needs_mask(int n) const {
     const int j = n * C.block_n;
     bool cut = j + C.block_n > length_k;
     if (C.right_bound) cut |= j + C.block_n - 1 > p_first + right;
@@ -57,10 +60,10 @@ struct Band {
     return cut;
   }
 
-  // Element test for a row at position p: key j0 + e with a compile-time e is hidden when `Row::hides(e)`.
+  // Element test of a row at position p: masks(e) for key j0 + e, with a compile-time e.
   struct Row {
     int end, begin, sink;  // relative to j0
-    __device__ __forceinline__ bool hides(int e) const {
+    __device__ __forceinline__ bool masks(int e) const {
       bool hidden = e >= end;
       if (C.left_bound) hidden |= e < begin && (!C.sink_tokens || e >= sink);
       return hidden;

@@ -1,11 +1,12 @@
-// Launch parameters: every run-time number of a kernel. jit/params.py mirrors these structs field by field (a test compares the offsets).
+// Launch parameters: all run-time numbers of a kernel. jit/params.py mirrors these structs field by
+// field; a test compares the offsets.
 #pragma once
 
 #include "ptx/types.cuh"
 
 namespace fa {
 
-// Steps in elements; 64-bit, because batch x heads x length may pass 2^31.
+// In elements; 64-bit, because batch x heads x length may exceed 2^31.
 struct Strides {
   int64_t batch, row, head;
 };
@@ -24,15 +25,18 @@ struct FwdParams {
   int64_t alibi_batch_stride;
   int32_t batch, heads, heads_per_kv, seqlen_q, seqlen_k, head_dim, v_head_dim;
   int32_t window_left, window_right, sink_tokens;
-  int32_t blocks_m, section_heads, work_heads;  // work_heads: that tiles are made for; those of k and v where their query heads are packed
-  int32_t packed_shift;                         // log2 of the query heads that are packed into rows
+  int32_t blocks_m;
+  int32_t section_heads;  // heads of an L2 swizzle group (scheduler.cuh)
+  int32_t work_heads;     // heads the scheduler iterates over: of k and v if pack_gqa, else of q
+  int32_t packed_shift;   // log2 of the query heads that are packed into rows
   int32_t dropout_threshold;
   float dropout_rescale;
   float scale_log2, softcap_scale, softcap_log2;
-  float softcap_cubic, softcap_quintic, softcap_limit;  // s (scale_log2 + cubic s^2 + quintic s^4) does for raw scores up to the limit
+  // Polynomial softcap, for |s| up to the limit: s (scale_log2 + cubic s^2 + quintic s^4).
+  float softcap_cubic, softcap_quintic, softcap_limit;
 };
 
-// The FA3 family reads q, k and v through tensor maps.
+// The FA3 family reads q, k and v by TMA.
 struct Fa3FwdParams {
   FwdParams fwd;
   int32_t* counters;  // persistent: tiles taken, blocks done; zero before and after every launch

@@ -1,5 +1,6 @@
-// The rows of one warp: scores, softmax state and output in registers, and everything that is done to them between the two products. Both
-// kernel families have the same accumulator layout, so both use this.
+// Rows of one warp: softmax state and output in registers, and everything between the two products
+// (bias, mask, softmax, dropout) and after them (normalise, store). mma.sync and wgmma have the
+// same accumulator layout, so both kernel families use this.
 #pragma once
 
 #include "attention/dropout.cuh"
@@ -10,22 +11,23 @@
 #include "attention/score.cuh"
 #include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
-#include "tile/element.cuh"
+#include "tile/mma_traits.cuh"
 #include "tile/warp.cuh"
 
 namespace fa {
 
-// kBlocks blocks of 16 rows. This lane holds rows lane / 4 and lane / 4 + 8 of each block, columns 2 * (lane % 4) and + 1 of each 8-column tile.
+// kBlocks blocks of 16 rows. This lane holds rows lane / 4 and lane / 4 + 8 of each block, columns
+// 2 * (lane % 4) and + 1 of each 8-column tile.
 template <Config C, int kBlocks>
 struct WarpRows {
   static constexpr int kRows = 16 * kBlocks;
   static constexpr int kKeyTiles = C.block_n / 8;
   static constexpr int kOutTiles = C.v_head_dim / 8;
   static_assert(!C.dropout || C.block_n % 32 == 0, "one Philox call covers 32 keys");
-  using Type = Element<C.dtype>;
+  using Traits = MmaTraits<C.dtype>;
 
   const FwdParams& p;
-  const Work work;
+  const WorkTile work;
   const Sequence seq;
   const int first_row;  // inside the sequence
   const Band<C> band;
@@ -34,18 +36,20 @@ struct WarpRows {
   using Scores = float[kBlocks][kKeyTiles][4];
 
   float rO[kBlocks][kOutTiles][4];
-  float rescale[kBlocks][2];  // of rO: to a new maximum, and at the end to its denominator
+  float rescale[kBlocks][2];  // factor of rO: for a new maximum, and in the end the normalisation
   OnlineSoftmax<kBlocks> softmax;
 
-  // On one side of the diagonal ALiBi is linear: scores take what differs inside a row of a tile, references the rest. Two blocks have no
-  // registers for that.
-  static constexpr bool kShifts = C.alibi && !Score<C>::kInLog2 && kBlocks == 1;
-  float shift[kBlocks][2];  // kShifts: what scores of the tile at hand still lack
+  // ALiBi is linear on either side of the diagonal: scores take the part that differs along a row
+  // of a tile, and the rest is folded into the maximum. Two blocks have no registers for it.
+  static constexpr bool kFoldsBias = C.alibi && !Score<C>::kInLog2 && kBlocks == 1;
+  float row_bias[kBlocks][2];  // kFoldsBias: per-row bias not yet added to the scores of this tile
 
-  bool in_series = false;     // Score::kHasSeries: whether the tile at hand takes the series,
-  float series_bound = -1.f;  // and up to which |s| the rows of this lane may: no tile before the first maximum
+  // Polynomial softcap (Score::kHasPolynomial): whether this tile takes it, and up to which |s| the
+  // rows of this lane may; -1: not before the first maximum.
+  bool use_polynomial = false;
+  float polynomial_limit = -1.f;
 
-  __device__ __forceinline__ WarpRows(const FwdParams& params, const Work& w, const Sequence& s, int row)
+  __device__ __forceinline__ WarpRows(const FwdParams& params, const WorkTile& w, const Sequence& s, int row)
       : p(params), work(w), seq(s), first_row(row), band(params, s, row, kRows), score(params, w.batch, w.head) {
     clear(rO);
   }
@@ -60,23 +64,25 @@ struct WarpRows {
         for (int e = 0; e < 4; ++e) x[b][t][e] = 0.f;
   }
 
-  // Raw products of tile n become scores: scale, bias, mask. Those that take the series stay raw.
-  __device__ __forceinline__ void finish_scores(Scores& rS, int n) {
-    if constexpr (Score<C>::kHasSeries) in_series = !band.cuts(n) && !__any_sync(0xffffffffu, largest(rS) > series_bound);
-    if (!in_series) transform_scores(rS, n);
-    if (band.cuts(n)) hide_keys(rS, n);
+  // Scale, bias and mask of tile n. Scores that take the polynomial softcap stay raw.
+  __device__ __forceinline__ void apply_bias_and_mask(Scores& rS, int n) {
+    if constexpr (Score<C>::kHasPolynomial)
+      use_polynomial = !band.needs_mask(n) && !__any_sync(0xffffffffu, largest_magnitude(rS) > polynomial_limit);
+    if (!use_polynomial) apply_scale_and_bias(rS, n);
+    if (band.needs_mask(n)) apply_mask(rS, n);
   }
 
-  // Scores of tile n become unnormalised probabilities. Returns whether rescale_output() has anything to do.
-  __device__ __forceinline__ bool softmax_tile(Scores& rS, int n) {
+  // Scores of tile n to unnormalised probabilities, with dropout. Returns whether rescale_output()
+  // is due.
+  __device__ __forceinline__ bool online_softmax(Scores& rS, int n) {
     bool grew = false;
-    if (Score<C>::kHasSeries && in_series) {
-      softmax.template accumulate<false>(rS, shift, [this](float s, float reference) { return score.series(s, reference); });
+    if (Score<C>::kHasPolynomial && use_polynomial) {
+      softmax.template accumulate<false>(rS, row_bias, false, [this](float s, float reference) { return score.polynomial(s, reference); });
     } else {
-      grew = softmax.template update<kShifts>(rS, shift, rescale, score.factor);
-      if constexpr (Score<C>::kHasSeries) bound_series();
+      grew = softmax.template update<kFoldsBias>(rS, row_bias, rescale, score.factor);
+      if constexpr (Score<C>::kHasPolynomial) update_polynomial_limit();
     }
-    if constexpr (C.dropout) drop(rS, n);
+    if constexpr (C.dropout) apply_dropout(rS, n);
     return grew;
   }
 
@@ -89,14 +95,14 @@ struct WarpRows {
         for (int e = 0; e < 4; ++e) rO[b][t][e] *= rescale[b][e / 2];
   }
 
-  // Two neighbouring accumulator tiles of P, packed, are the A operand of one k step of P V.
+  // P to 16 bits: two neighbouring accumulator tiles are the A operand of one k step of P V.
   static __device__ __forceinline__ void pack_probabilities(uint32_t (&a)[4], const Scores& rS, int b, int k) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = Type::pack(rS[b][2 * k + i / 2][i % 2 * 2], rS[b][2 * k + i / 2][i % 2 * 2 + 1]);
+    for (int i = 0; i < 4; ++i) a[i] = Traits::pack(rS[b][2 * k + i / 2][i % 2 * 2], rS[b][2 * k + i / 2][i % 2 * 2 + 1]);
   }
 
-  // Denominators and, where wanted, LSE. Needs no output, so it may run beside the last product.
-  __device__ __forceinline__ void finish() {
+  // Normalisation factors, and LSE if wanted. Reads no output: it may overlap the last PV product.
+  __device__ __forceinline__ void finalize() {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
@@ -105,7 +111,7 @@ struct WarpRows {
         const bool exists = row < row_count<C>(p, seq);
         const float sink = C.learned_sink && exists ? p.learned_sink[head] * kLog2e : 0.f;
         const float sum = quad_reduce(softmax.sum[b][r], [](float x, float y) { return x + y; });
-        const RowEnd end = finish_row<C>(sum, softmax.max[b][r] * score.factor, sink);
+        const RowResult end = finalize_row<C>(sum, softmax.max[b][r] * score.factor, sink);
         if (p.lse != nullptr && lane_col() == 0 && exists) {
           p.lse[work.batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query_of<C>(p, row)] = end.lse;
         }
@@ -113,8 +119,8 @@ struct WarpRows {
       }
   }
 
-  // Write O, normalised as finish() found. All words are exchanged before the first is stored: a branch between would make every exchange wait for
-  // the one before it (1700 clocks a tile at 128 columns instead of 1200).
+  // Normalise and store O. All shuffles come before the first store: a branch between would
+  // serialise them (1700 clocks a tile at 128 columns instead of 1200).
   __device__ __forceinline__ void store() {
     auto* out = static_cast<uint16_t*>(p.o) + seq.batch * p.o_stride.batch + seq.q_row * p.o_stride.row;
 #pragma unroll
@@ -124,7 +130,7 @@ struct WarpRows {
       for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int t = 0; t < kOutTiles; ++t)
-          w[r][t / 4][t % 4] = Type::pack(rO[b][t][2 * r] * rescale[b][r], rO[b][t][2 * r + 1] * rescale[b][r]);
+          w[r][t / 4][t % 4] = Traits::pack(rO[b][t][2 * r] * rescale[b][r], rO[b][t][2 * r + 1] * rescale[b][r]);
 #pragma unroll
       for (int i = 0; i < kOutTiles / 2; ++i) transpose_quad(w[i % 2][i / 2]);
 #pragma unroll
@@ -146,13 +152,13 @@ struct WarpRows {
     return C.pack_gqa ? query_of<C>(p, row_at(b, r)) + (seq.length_k - seq.length_q) : band.p_first + 16 * b + 8 * r + lane_row();
   }
 
-  // From a row to this lane's first key of tile n.
+  // j - p from a row to this lane's first key of tile n.
   __device__ __forceinline__ float distance(int b, int r, int n) const {
     return static_cast<float>(n * C.block_n + lane_col() - position(b, r));
   }
 
-  __device__ __forceinline__ void transform_scores(Scores& rS, int n) {
-    if constexpr (kShifts) {
+  __device__ __forceinline__ void apply_scale_and_bias(Scores& rS, int n) {
+    if constexpr (kFoldsBias) {
       const bool before = n * C.block_n + C.block_n - 1 <= band.p_first || (C.right_bound && p.window_right <= 0);
       const bool after = n * C.block_n >= band.p_last;
       if (before || after) return apply_linear_bias(rS, n, before ? score.slope : -score.slope);
@@ -163,7 +169,7 @@ struct WarpRows {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float first = distance(b, r, n);
-          shift[b][r] = 0.f;
+          row_bias[b][r] = 0.f;
 #pragma unroll
           for (int t = 0; t < kKeyTiles; ++t)
 #pragma unroll
@@ -174,13 +180,14 @@ struct WarpRows {
     }
   }
 
-  // ALiBi where all visible keys are on one side of the diagonal: one instruction an element, where distances take two.
+  // ALiBi with all visible keys on one side of the diagonal: one instruction an element instead of
+  // two.
   __device__ __forceinline__ void apply_linear_bias(Scores& rS, int n, float slope) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        shift[b][r] = slope * distance(b, r, n);
+        row_bias[b][r] = slope * distance(b, r, n);
 #pragma unroll
         for (int t = 0; t < kKeyTiles; ++t)
 #pragma unroll
@@ -188,10 +195,10 @@ struct WarpRows {
       }
   }
 
-  // Of packed sequences, the rows past the end are the next sequence's, which shall change nothing here.
+  // In packed sequences, rows past the end belong to the next sequence and must have no influence.
   __device__ __forceinline__ bool decides(int b, int r) const { return !C.varlen || row_at(b, r) < row_count<C>(p, seq); }
 
-  __device__ __forceinline__ float largest(const Scores& rS) const {
+  __device__ __forceinline__ float largest_magnitude(const Scores& rS) const {
     float magnitude = 0.f;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
@@ -205,18 +212,19 @@ struct WarpRows {
     return magnitude;
   }
 
-  // Scores of the series are no maxima: none may pass the lowest reference by too much. Capped, they are no larger.
-  __device__ __forceinline__ void bound_series() {
+  // The polynomial takes no maximum, so no score may exceed the lowest reference by more than f16
+  // holds. It is enough to bound raw scores: the cap makes none larger.
+  __device__ __forceinline__ void update_polynomial_limit() {
     float lowest = -negative_infinity();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         if (decides(b, r)) lowest = fminf(lowest, softmax.max[b][r]);
-    series_bound = fminf(p.softcap_limit, (lowest + OnlineSoftmax<kBlocks>::kLargestGrowth) / score.scale);
+    polynomial_limit = fminf(p.softcap_limit, (lowest + OnlineSoftmax<kBlocks>::kOverflowThreshold) / score.scale);
   }
 
-  __device__ __forceinline__ void hide_keys(Scores& rS, int n) {
+  __device__ __forceinline__ void apply_mask(Scores& rS, int n) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
@@ -226,12 +234,12 @@ struct WarpRows {
         for (int t = 0; t < kKeyTiles; ++t)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            if (row.hides(8 * t + e)) rS[b][t][2 * r + e] = negative_infinity();
+            if (row.masks(8 * t + e)) rS[b][t][2 * r + e] = negative_infinity();
           }
       }
   }
 
-  __device__ __forceinline__ void drop(Scores& rS, int n) {
+  __device__ __forceinline__ void apply_dropout(Scores& rS, int n) {
     const Philox philox(p.rng);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)

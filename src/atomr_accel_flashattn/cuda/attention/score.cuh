@@ -1,4 +1,4 @@
-// The score policy: from the raw product q.k to the number whose exp2 is taken.
+// Score policy: from the raw product q.k to the argument of exp2.
 #pragma once
 
 #include "attention/config.cuh"
@@ -9,18 +9,19 @@ namespace fa {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Plain scores stay raw and softmax_scale * log2(e) is folded into the exponent's FMA; it must be positive for that, since the maximum is
-// taken of the raw scores. softcap, and `prescale` for scales that are not or hardly positive, bring scores to log2 units first, and the
-// factor left is 1.
+// Without softcap, scores stay raw: softmax_scale * log2(e) is folded into the FMA of the exponent.
+// The maximum is then taken of raw scores, which needs a positive scale. softcap and scale_first
+// (for scales that are not positive, or hardly) bring scores to log2 units first; the factor left
+// is 1.
 template <Config C>
 struct Score {
-  static constexpr bool kInLog2 = C.softcap || C.prescale;
-  // Two special functions an element, which is what tanh takes, cost more than both products of narrow heads. Where raw scores are small beside
-  // the cap, a polynomial inside the exponent does: series().
-  static constexpr bool kHasSeries = C.softcap && !C.alibi && !C.prescale;
+  static constexpr bool kInLog2 = C.softcap || C.scale_first;
+  // Polynomial softcap: tanh takes two special functions an element, which cost more than both
+  // products of narrow heads. Where raw scores are small beside the cap, polynomial() replaces it.
+  static constexpr bool kHasPolynomial = C.softcap && !C.alibi && !C.scale_first;
   float factor;  // from what apply() leaves to log2 units
   float scale, cap_scale, cap;
-  float cubic, quintic;  // coefficients of series()
+  float cubic, quintic;  // coefficients of polynomial()
   float slope;           // per key of distance, in the units of apply()
 
   __device__ __forceinline__ Score(const FwdParams& p, int batch, int head)
@@ -41,7 +42,7 @@ struct Score {
   __device__ __forceinline__ float apply(float s, float distance) const {
     if constexpr (C.softcap) {
       s = cap * tanh(s * cap_scale);
-    } else if constexpr (C.prescale) {
+    } else if constexpr (C.scale_first) {
       s *= scale;
     }
     if constexpr (C.alibi) s = fmaf(-slope, fabsf(distance), s);
@@ -49,14 +50,15 @@ struct Score {
   }
 
   // A capped score less `reference`, for |s| up to softcap_limit.
-  __device__ __forceinline__ float series(float s, float reference) const {
+  __device__ __forceinline__ float polynomial(float s, float reference) const {
     const float square = s * s;
     return fmaf(s, fmaf(square, fmaf(square, quintic, cubic), scale), -reference);
   }
 
  private:
-  // 1 - 2 / (e^2x + 1): absolute error about 1e-7, where tanh.approx has 5e-4 and would show in f16. A cap far above the scores multiplies
-  // that error, so small arguments take the Taylor series: relative error below 3e-6 everywhere.
+  // 1 - 2 / (e^2x + 1): absolute error about 1e-7, where tanh.approx has 5e-4 and would show in
+  // f16. A cap far above the scores multiplies that error, so small arguments take the Taylor
+  // series: relative error below 3e-6 everywhere.
   static __device__ __forceinline__ float tanh(float x) {
     const float square = x * x;
     const float small = fmaf(x * square, fmaf(square, 2.f / 15.f, -1.f / 3.f), x);

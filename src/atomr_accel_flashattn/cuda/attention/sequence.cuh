@@ -1,4 +1,4 @@
-// Lengths and first rows of one sequence: dense tensors, or sequences packed one after the other (varlen).
+// Lengths and first rows of one sequence, in dense tensors or in packed ones (varlen).
 #pragma once
 
 #include "attention/params.cuh"
@@ -7,8 +7,8 @@ namespace fa {
 
 struct Sequence {
   int length_q, length_k;
-  int64_t q_row, k_row;  // first row in the packed tensor; 0 when dense
-  int batch;             // factor of the batch stride; 0 when packed
+  int64_t q_row, k_row;  // first row in the packed tensor; 0 if dense
+  int batch;             // index along the batch stride; 0 if packed
 };
 
 template <bool kVarlen, class Params>

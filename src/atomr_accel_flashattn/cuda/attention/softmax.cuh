@@ -1,4 +1,5 @@
-// Online softmax over tiles of scores (FlashAttention-2, arXiv 2307.08691, section 3.1), with a lazy rescale of the output.
+// Online softmax (FlashAttention-2, arXiv 2307.08691, section 3.1) with lazy rescaling of the
+// output.
 #pragma once
 
 #include "ptx/common.cuh"
@@ -15,17 +16,28 @@ __device__ __forceinline__ float quad_reduce(float x, Op op) {
   return op(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// State of this thread's 2 * kBlocks rows (rows lane / 4 and lane / 4 + 8 of each 16-row block).
+// State of this lane's 2 * kBlocks rows: lane / 4 and lane / 4 + 8 of each 16-row block.
 template <int kBlocks>
 struct OnlineSoftmax {
-  float max[kBlocks][2];  // reference maximum, in score units; -inf until a key was seen
+  float max[kBlocks][2];  // reference maximum, in score units; -inf before the first visible key
   float sum[kBlocks][2];  // this lane's part of the denominator
 
-  // The output is rescaled only when a maximum grew by more than 8 in log2 units: until then the old one is the reference, probabilities reach
-  // at most 256 instead of 1, and nothing overflows in f16, bf16 or float32. That is rare after the first tiles, so each lane looks at its own
-  // scores, and only where one in the warp has grown so far do the quads exchange maxima. Scores that are no maxima, those of softcap's series,
-  // may pass their reference by what f16 holds.
-  static constexpr float kLazyGrowth = 8.f, kLargestGrowth = 15.f;
+  // Lazy rescale: the output is rescaled only if a maximum grew by more than 8 in log2 units. Until
+  // then the old one stays the reference, and probabilities reach 256 instead of 1, which f16, bf16
+  // and float32 hold. That is rare after the first tiles: each lane compares its own scores, and
+  // the quads exchange maxima only if some lane of the warp exceeded the threshold. Scores of the
+  // polynomial softcap, of which no maximum is taken, may exceed their reference by 15: f16 holds
+  // it.
+  static constexpr float kRescaleThreshold = 8.f, kOverflowThreshold = 15.f;
+
+  // Huge scores: the exponent is one FMA, x * factor - round(max * factor). What that rounding
+  // drops is common to a row and cancels in the normalisation, unless it is large: 2^-13 at this
+  // limit in log2 units, which shows in no output, and 64 at 2^30, which overflows. Beyond the
+  // limit, scores become differences to their reference first, which is exact for equal scores.
+  // Such a warp looks at every tile (look_above is -inf), others pay nothing: a branch around the
+  // exponentials would cost 3 to 5 % at d 64 and 128, because they move below the wait of wgmma.
+  static constexpr float kLargestFused = 2048.f;
+  float look_above = kRescaleThreshold;
 
   __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
@@ -35,35 +47,44 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores become unnormalised probabilities in place. Returns, for the whole warp, whether a reference has changed: then `rescale` tells what
-  // the output accumulated so far has to be multiplied by. `shift` is what scores of this lane's rows lack where kShifted.
-  template <bool kShifted, int kTiles>
-  __device__ __forceinline__ bool update(float (&s)[kBlocks][kTiles][4], const float (&shift)[kBlocks][2], float (&rescale)[kBlocks][2],
+  // In place: scores to unnormalised probabilities. Returns, warp-uniformly, whether a reference
+  // maximum changed; `rescale` is then the factor of the output accumulated so far. With
+  // kHasRowBias, `row_bias` is a per-row bias not yet added to the scores; it is folded into the
+  // maximum and the exponent.
+  template <bool kHasRowBias, int kTiles>
+  __device__ __forceinline__ bool update(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2], float (&rescale)[kBlocks][2],
                                          float factor) {
     float top[kBlocks][2];  // of this lane
-    bool grew = false;
+    bool look = false, grew = false, differences = false;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        top[b][r] = kShifted ? largest(s[b], r) + shift[b][r] : largest(s[b], r);
-        grew |= (top[b][r] - max[b][r]) * factor > kLazyGrowth;
+        top[b][r] = kHasRowBias ? row_max(s[b], r) + row_bias[b][r] : row_max(s[b], r);
+        look |= (top[b][r] - max[b][r]) * factor > look_above;
       }
-    grew = __any_sync(0xffffffffu, grew);
-    if (grew) raise(top, rescale, factor);
-    accumulate<kShifted>(s, shift, [factor](float x, float reference) { return fmaf(x, factor, -reference * factor); });
+    if (__any_sync(0xffffffffu, look)) {
+      grew = raise_max(top, rescale, factor);
+      differences = any_huge(factor);
+      look_above = differences ? negative_infinity() : kRescaleThreshold;
+      if (differences) subtract_reference<kHasRowBias>(s, row_bias);
+    }
+    accumulate<kHasRowBias>(s, row_bias, differences, [factor](float x, float reference) { return fmaf(x, factor, -reference * factor); });
     return grew;
   }
 
-  // Scores become unnormalised probabilities in place, against the references as they are. `exponent` takes a score and its reference.
-  template <bool kShifted, int kTiles, class Exponent>
-  __device__ __forceinline__ void accumulate(float (&s)[kBlocks][kTiles][4], const float (&shift)[kBlocks][2], Exponent exponent) {
+  // In place: scores, or their differences to the references, to unnormalised probabilities.
+  // `exponent` takes a score and its reference.
+  template <bool kHasRowBias, int kTiles, class Exponent>
+  __device__ __forceinline__ void accumulate(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2], bool differences,
+                                             Exponent exponent) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float seen = max[b][r] == negative_infinity() ? 0.f : max[b][r];  // -inf - 0 stays -inf
-        const float reference = kShifted ? seen - shift[b][r] : seen;
+        // No key seen yet: -inf - 0 stays -inf.
+        const float seen = max[b][r] == negative_infinity() || differences ? 0.f : max[b][r];
+        const float reference = kHasRowBias && !differences ? seen - row_bias[b][r] : seen;
         float even = 0.f, odd = 0.f;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
@@ -77,21 +98,50 @@ struct OnlineSoftmax {
   }
 
  private:
-  __device__ __forceinline__ void raise(const float (&top)[kBlocks][2], float (&rescale)[kBlocks][2], float factor) {
+  // Whether the warp has a reference beyond the limit; -inf is none yet.
+  __device__ __forceinline__ bool any_huge(float factor) const {
+    bool huge = false;
+#pragma unroll
+    for (int i = 0; i < kBlocks * 2; ++i) {
+      const float reference = max[i / 2][i % 2];
+      huge |= fabsf(reference * factor) > kLargestFused && reference != negative_infinity();
+    }
+    return __any_sync(0xffffffffu, huge);
+  }
+
+  template <bool kHasRowBias, int kTiles>
+  __device__ __forceinline__ void subtract_reference(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2]) const {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float seen = max[b][r] == negative_infinity() ? 0.f : max[b][r];
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int e = 2 * r; e < 2 * r + 2; ++e) s[b][t][e] = (kHasRowBias ? s[b][t][e] + row_bias[b][r] : s[b][t][e]) - seen;
+      }
+  }
+
+  // Raises the references that grew, with the sums; returns, warp-uniformly, whether one did.
+  __device__ __forceinline__ bool raise_max(const float (&top)[kBlocks][2], float (&rescale)[kBlocks][2], float factor) {
+    bool grew = false;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float seen = quad_reduce(top[b][r], [](float x, float y) { return fmaxf(x, y); });
-        const bool keep = !((seen - max[b][r]) * factor > kLazyGrowth);
+        const bool keep = !((seen - max[b][r]) * factor > kRescaleThreshold);
         rescale[b][r] = keep ? 1.f : ptx::exp2((max[b][r] - seen) * factor);
         max[b][r] = keep ? max[b][r] : seen;
         sum[b][r] *= rescale[b][r];
+        grew |= !keep;
       }
+    return __any_sync(0xffffffffu, grew);
   }
 
   template <int kTiles>
-  static __device__ __forceinline__ float largest(const float (&s)[kTiles][4], int r) {
+  static __device__ __forceinline__ float row_max(const float (&s)[kTiles][4], int r) {
     float m = fmaxf(s[0][2 * r], s[0][2 * r + 1]);
 #pragma unroll
     for (int t = 1; t < kTiles; ++t) m = fmaxf(m, fmaxf(s[t][2 * r], s[t][2 * r + 1]));

@@ -1,5 +1,6 @@
-// Writes the dropout pattern as a bool array (batch, heads, seqlen_q, seqlen_k), True where kept; positions past a packed sequence's own
-// lengths are False. One thread makes one Philox call: 2 rows and 8 keys of a 16 x 32 patch.
+// Writes the dropout pattern as a bool array (batch, heads, seqlen_q, seqlen_k), True where kept,
+// False past the lengths of a packed sequence. One thread makes one Philox call: 2 rows and 8 keys
+// of a 16 x 32 patch.
 #pragma once
 
 #include "attention/dropout.cuh"
@@ -7,7 +8,7 @@
 
 namespace fa {
 
-// Blocks of 128 threads: 4 warps, each one 16 x 32 patch; the 4 patches of a block follow each other along the rows.
+// Blocks of 4 warps, each one 16 x 32 patch; the 4 patches follow each other along the rows.
 template <bool kVarlen>
 __device__ __forceinline__ void dropout_mask(const DropoutMaskParams& p) {
   const int blocks_k = (p.seqlen_k + 31) / 32, blocks_q = (p.seqlen_q + 63) / 64;

@@ -1,7 +1,9 @@
-// Forward attention on mma.sync tensor cores: FlashAttention-2 (arXiv 2307.08691), Algorithm 1, for sm_80 and every later architecture.
+// Forward attention with mma.sync: FlashAttention-2 (arXiv 2307.08691), Algorithm 1, for sm_80 and
+// every later architecture.
 //
-// A block owns block_m rows of Q and walks over the tiles of K and V that its mask lets it see. A warp owns 16 * kBlocks of the rows, so the
-// softmax needs no exchange between warps. cp.async fills shared memory ahead of the products.
+// A block owns block_m rows of Q and visits the tiles of K and V that its mask lets it see. A warp
+// owns 16 * kBlocks of the rows, so the softmax needs no exchange between warps. cp.async pipelines
+// load K and V ahead of the products.
 #pragma once
 
 #include "attention/rows.cuh"
@@ -16,11 +18,11 @@ struct Fa2Forward {
   static_assert(!C.pack_gqa, "rows of this family are those of one head");
   static constexpr int kThreads = C.warps * 32;
   static constexpr int kBlocks = C.block_m / (16 * C.warps);  // 16-row blocks of one warp
-  static constexpr int kSteps = C.head_dim / 16;              // of the product over the head dimension
+  static constexpr int kSteps = C.head_dim / 16;              // k steps of Q K^T
   static_assert(C.block_m % (16 * C.warps) == 0 && C.block_n % 16 == 0, "tiles are made of 16-row blocks");
 
   using Rows = WarpRows<C, kBlocks>;
-  using Type = Element<C.dtype>;
+  using Traits = MmaTraits<C.dtype>;
   using TileQ = SharedTile<C.block_m, C.head_dim>;
   using TileK = SharedTile<C.block_n, C.head_dim>;
   using TileV = SharedTile<C.block_n, C.v_head_dim>;
@@ -38,7 +40,7 @@ struct Fa2Forward {
 
   using Scores = typename Rows::Scores;
 
-  __device__ __forceinline__ Fa2Forward(const FwdParams& params, const Work& work, const Sequence& seq, uint32_t shared)
+  __device__ __forceinline__ Fa2Forward(const FwdParams& params, const WorkTile& work, const Sequence& seq, uint32_t shared)
       : p(params),
         band(params, seq, work.block_m * C.block_m, C.block_m),
         sQ(shared),
@@ -55,8 +57,8 @@ struct Fa2Forward {
     const RowRange keys = band.keys();
 
     load_q.load(sQ, rows.work.block_m * C.block_m, {0, rows.seq.length_q, 0});
-    walk(load_k, load_v, keys);
-    rows.finish();
+    mainloop(load_k, load_v, keys);
+    rows.finalize();
     rows.store();
   }
 
@@ -65,9 +67,9 @@ struct Fa2Forward {
     return static_cast<const uint16_t*>(x) + rows.seq.batch * stride.batch + row * stride.row + head * stride.head;
   }
 
-  // Algorithm 1 over a pipeline of K and one of V. With one stage, V of a tile loads during S = Q K^T
-  // and K of the next during softmax and P V; each further stage fetches both one tile earlier.
-  __device__ __forceinline__ void walk(const LoaderK& load_k, const LoaderV& load_v, RowRange keys) {
+  // Algorithm 1 over a pipeline of K and one of V. With one stage, V of a tile loads during S = Q
+  // K^T and K of the next during softmax and P V; each further stage fetches both one tile earlier.
+  __device__ __forceinline__ void mainloop(const LoaderK& load_k, const LoaderV& load_v, RowRange keys) {
     PipelineK pipe_k(sK);
     PipelineV pipe_v(sV);
     const auto fetch_k = [&](int n) {
@@ -90,23 +92,23 @@ struct Fa2Forward {
       fetch_k(ahead);
     }
     while (n >= 0) {
-      const uint32_t tile_k = pipe_k.acquire();
+      const uint32_t tile_k = pipe_k.consumer_wait();
       fetch_v(ahead);
       const bool seen = rows.band.sees(n);
-      if (seen) multiply_keys(rS, tile_k);
-      pipe_k.release();
-      const uint32_t tile_v = pipe_v.acquire();
+      if (seen) multiply_qk(rS, tile_k);
+      pipe_k.consumer_release();
+      const uint32_t tile_v = pipe_v.consumer_wait();
       ahead = band.next_tile(ahead);
       fetch_k(ahead);
       if (seen) accumulate(rS, n, tile_v);
-      pipe_v.release();
+      pipe_v.consumer_release();
       n = C.stages == 1 ? ahead : band.next_tile(n);
     }
     ptx::cp_async_wait<0>();
   }
 
   // S = Q K^T
-  __device__ __forceinline__ void multiply_keys(Scores& rS, uint32_t tile_k) {
+  __device__ __forceinline__ void multiply_qk(Scores& rS, uint32_t tile_k) {
     const auto read_q = FragmentReader<C.block_m, C.head_dim>::rows_then_chunks(sQ);
     const auto read_k = FragmentReader<C.block_n, C.head_dim>::chunks_then_rows(tile_k);
     Rows::clear(rS);
@@ -114,17 +116,15 @@ struct Fa2Forward {
     for (int k = 0; k < kSteps; ++k) {
       uint32_t a[kBlocks][4];
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        read_q.read(a[b], warp_row + 16 * b, k);
-      }
+      for (int b = 0; b < kBlocks; ++b) read_q.read(a[b], warp_row + 16 * b, k);
 #pragma unroll
       for (int t = 0; t < Rows::kKeyTiles; t += 2) {
         uint32_t bk[4];
         read_k.read(bk, 8 * t, k);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-          Type::mma(rS[b][t], a[b], bk[0], bk[1]);
-          Type::mma(rS[b][t + 1], a[b], bk[2], bk[3]);
+          Traits::mma(rS[b][t], a[b], bk[0], bk[1]);
+          Traits::mma(rS[b][t + 1], a[b], bk[2], bk[3]);
         }
       }
     }
@@ -132,8 +132,8 @@ struct Fa2Forward {
 
   // Bias, mask, softmax, O += P V
   __device__ __forceinline__ void accumulate(Scores& rS, int n, uint32_t tile_v) {
-    rows.finish_scores(rS, n);
-    if (rows.softmax_tile(rS, n)) rows.rescale_output();
+    rows.apply_bias_and_mask(rS, n);
+    if (rows.online_softmax(rS, n)) rows.rescale_output();
     const auto read_v = FragmentReader<C.block_n, C.v_head_dim>::rows_then_chunks(tile_v);
 #pragma unroll
     for (int k = 0; k < Rows::kKeyTiles / 2; ++k) {
@@ -146,8 +146,8 @@ struct Fa2Forward {
         read_v.read_transposed(bv, 16 * k, t / 2);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-          Type::mma(rows.rO[b][t], a[b], bv[0], bv[1]);
-          Type::mma(rows.rO[b][t + 1], a[b], bv[2], bv[3]);
+          Traits::mma(rows.rO[b][t], a[b], bv[0], bv[1]);
+          Traits::mma(rows.rO[b][t + 1], a[b], bv[2], bv[3]);
         }
       }
     }
@@ -158,7 +158,7 @@ template <Config C>
 __device__ __forceinline__ void fa2_forward(const FwdParams& p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   auto compute = [&](int tile) {
-    const Work work = decode_work(p, tile);
+    const WorkTile work = decode_work_tile(p, tile);
     const Sequence seq = read_sequence<C.varlen>(p, work.batch);
     if (work.block_m * C.block_m < seq.length_q) Fa2Forward<C>(p, work, seq, ptx::shared_address(shared)).run();
   };
@@ -166,7 +166,7 @@ __device__ __forceinline__ void fa2_forward(const FwdParams& p) {
     const int64_t tiles = static_cast<int64_t>(p.blocks_m) * p.batch * p.heads;
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       compute(static_cast<int>(tile));
-      __syncthreads();  // every warp is done with Q, which the next tile overwrites
+      __syncthreads();  // all warps have read Q, which the next tile overwrites
     }
   } else {
     compute(blockIdx.x);

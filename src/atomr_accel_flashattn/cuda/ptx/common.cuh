@@ -1,5 +1,5 @@
-// PTX that no other header here is about: shared memory, conversion, special functions. One instruction a function (PTX ISA 9.0);
-// nothing but the headers in ptx/ and jit/wgmma.py writes asm.
+// PTX of every architecture: shared memory, conversion, special functions. One instruction a
+// function (PTX ISA 9.0). Only the headers in ptx/ and jit/wgmma.py write asm.
 #pragma once
 
 #include "ptx/types.cuh"
@@ -32,7 +32,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
   return r;
 }
 
-// ex2, lg2, rcp: approximate, with relative errors up to 2^-22 (lg2 near 1: absolute); 16 a clock on one multiprocessor.
+// ex2, lg2, rcp: approximate, relative error up to 2^-22 (lg2 near 1: absolute); 16 a clock and SM.
 __device__ __forceinline__ float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -49,7 +49,7 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
-// Nothing: a value that the compiler may not know.
-__device__ __forceinline__ void conceal(int& x) { asm volatile("" : "+r"(x)); }
+// Optimisation barrier: makes x opaque to the compiler. No instruction.
+__device__ __forceinline__ void optimisation_barrier(int& x) { asm volatile("" : "+r"(x)); }
 
 }  // namespace fa::ptx

@@ -1,11 +1,11 @@
-// cp.async: asynchronous copies of a thread (PTX ISA, "cp.async").
+// cp.async: asynchronous copies by a thread, sm_80 (PTX ISA, "cp.async").
 #pragma once
 
 #include "ptx/types.cuh"
 
 namespace fa::ptx {
 
-// cp.async: 16 bytes to shared memory past L1. What is not `valid` is written as zero and not read.
+// 16 bytes to shared memory, bypassing L1. Zero-filled, without a read, if not `valid`.
 __device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }

@@ -1,22 +1,22 @@
-// mbarrier: barriers in shared memory that also count bytes (PTX ISA, "mbarrier"), sm_90.
+// mbarrier: barriers in shared memory that also count bytes, sm_90 (PTX ISA, "mbarrier").
 #pragma once
 
 #include "ptx/types.cuh"
 
 namespace fa::ptx {
 
-// mbarrier: a phase ends when `count` arrivals and all expected bytes have come.
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
+// A phase completes after `count` arrivals and all expected bytes.
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, int bytes) {
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Returns once the phase of this parity has ended.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+// Waits until the phase of this parity has completed.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -27,7 +27,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-// Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Makes initialised barriers visible to the async proxy (TMA).
+__device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 }  // namespace fa::ptx

@@ -5,7 +5,7 @@
 
 namespace fa::ptx {
 
-// bar.sync and bar.arrive on a numbered barrier of `threads` threads.
+// bar.sync waits, bar.arrive does not; both count towards the `threads` of barrier `id`.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -5,9 +5,9 @@
 
 namespace fa {
 
-// kStages buffers of one of kOperands operands. A block produces and acquires its pipelines in turn,
-// K V K V ...: the number of younger groups in flight is then the same at every acquire(), and a
-// buffer that one operand released is produced again only after acquire() of the other, whose barrier
+// kStages buffers of one of kOperands operands. A block produces and waits for its pipelines in
+// turn, K V K V ...: the number of younger groups in flight is then the same at every wait, and a
+// buffer that one operand released is filled again only after the wait of the other, whose barrier
 // all warps have reached by then.
 template <int kStages, int kStageBytes, int kOperands>
 struct CpAsyncPipeline {
@@ -16,8 +16,8 @@ struct CpAsyncPipeline {
 
   __device__ __forceinline__ explicit CpAsyncPipeline(uint32_t address) : buffers(address) {}
 
-  // Producer: `fill` issues the copies of one tile to an address. With no tile left it issues none, and
-  // the empty group keeps the count.
+  // Producer: `fill` issues the copies of one tile to an address. With no tile left it issues none,
+  // and the empty group keeps the count.
   template <class Fill>
   __device__ __forceinline__ void produce(Fill fill) {
     fill(buffers + write * kStageBytes);
@@ -25,9 +25,9 @@ struct CpAsyncPipeline {
     advance(write);
   }
 
-  // Consumer: returns the oldest tile after the copies of all threads have landed. All warps have then
-  // finished reading what they released before.
-  __device__ __forceinline__ uint32_t acquire() const {
+  // Consumer: returns the oldest tile after the copies of all threads have landed. All warps have
+  // then finished reading what they released before.
+  __device__ __forceinline__ uint32_t consumer_wait() const {
     constexpr int kYounger = kOperands * (kStages - 1);
     ptx::cp_async_wait<kYounger>();
     __syncthreads();
@@ -35,7 +35,7 @@ struct CpAsyncPipeline {
   }
 
   // Consumer: this warp has read the oldest tile.
-  __device__ __forceinline__ void release() { advance(read); }
+  __device__ __forceinline__ void consumer_release() { advance(read); }
 
  private:
   static __device__ __forceinline__ void advance(int& stage) {

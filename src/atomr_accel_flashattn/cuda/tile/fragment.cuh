@@ -1,4 +1,4 @@
-// Fragments of mma.sync from a tile in shared memory.
+// Fragments of mma.sync, read from shared memory with ldmatrix.
 #pragma once
 
 #include "ptx/mma.cuh"
@@ -6,8 +6,9 @@
 
 namespace fa {
 
-// Fragments of an m16n8k16 product for this lane. A operand (Q): rows x k. B operand from K: keys are rows, k runs along them. B operand from
-// V: k runs down the rows, hence the transposing load. Each call reads a 16 x 16 block; `row` must be a multiple of 16.
+// This lane's fragments of m16n8k16. A operand (Q): rows x k. B operand from K: a key a row, k runs
+// along it. B operand from V: k runs down the rows, hence ldmatrix.trans. Each call reads a 16 x 16
+// block; `row` must be a multiple of 16.
 template <int kRows, int kCols>
 struct FragmentReader {
   using Tile = SharedTile<kRows, kCols>;
@@ -30,9 +31,10 @@ struct FragmentReader {
   }
 
  private:
-  // block_col counts 16-element columns. Their low bits meet the swizzle by XOR, the rest is added; tiles are 128-byte aligned.
+  // block_col counts 16-element columns. Its low bits are XORed with the swizzle, the others added;
+  // tiles are 128-byte aligned.
   __device__ __forceinline__ uint32_t at(int row, int block_col) const {
-    constexpr int kSwizzled = kCols % 64 == 0 ? 4 : 2;  // 16-element columns inside one swizzle span
+    constexpr int kSwizzled = kCols % 64 == 0 ? 4 : 2;  // 16-element columns in a swizzle span
     return (lane_base ^ ((block_col % kSwizzled) << 5)) + (block_col / kSwizzled) * (kSwizzled << 5) + row * Tile::kPitch;
   }
 };

@@ -1,12 +1,13 @@
-// How a tile of rows lies in shared memory, and which of its rows hold anything.
+// Layout of a tile in shared memory, and which of its rows are valid.
 #pragma once
 
 #include "ptx/types.cuh"
 
 namespace fa {
 
-// Rows of kCols 16-bit elements, kept in 16-byte chunks. Eight rows read at one chunk (what ldmatrix does) must fall into eight different
-// bank groups: with rows of 64n elements the low three bits of the chunk are XORed with the row; rows of 64n + 32 elements already alternate
+// Rows of kCols 16-bit elements in 16-byte chunks, swizzled against bank conflicts: ldmatrix reads
+// one chunk of eight rows, which must fall into eight bank groups. With rows of 64n elements the
+// low three bits of the chunk are XORed with the row. Rows of 64n + 32 elements already alternate
 // between the two halves of the banks, so two bits of row / 2 are enough.
 template <int kRows, int kCols>
 struct SharedTile {
@@ -19,10 +20,10 @@ struct SharedTile {
   static __device__ __forceinline__ uint32_t offset(int row, int chunk) { return row * kPitch + ((chunk ^ swizzle(row)) << 4); }
 };
 
-// Keys that somebody sees: [begin, end), and those below `sinks`.
+// Valid rows: [begin, end), and those below `sinks`.
 struct RowRange {
   int begin, end, sinks;
-  __device__ __forceinline__ bool holds(int row) const { return row < end && (row >= begin || row < sinks); }
+  __device__ __forceinline__ bool contains(int row) const { return row < end && (row >= begin || row < sinks); }
   __device__ __forceinline__ bool covers(int row, int count) const { return row + count <= end && row >= begin; }
 };
 

@@ -1,4 +1,4 @@
-// Fills a tile in shared memory from global memory.
+// Loads a tile from global to shared memory with cp.async.
 #pragma once
 
 #include "ptx/common.cuh"
@@ -7,20 +7,21 @@
 
 namespace fa {
 
-// Fills a SharedTile with all threads of a block. Rows outside a RowRange, and the columns from `cols` on, are written as zero.
+// Loads a SharedTile with all threads of a block. Rows outside `valid`, and columns from `cols` on,
+// are zero-filled.
 template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols>
 struct TileLoader {
   using Tile = SharedTile<kRows, kCols>;
-  // A row is read by 4 or 8 neighbouring threads (64 or 128 contiguous bytes), each striding over its chunks.
+  // Coalescing: 4 or 8 neighbouring threads read 64 or 128 contiguous bytes of a row.
   static constexpr int kThreadsPerRow = Tile::kChunks % 8 == 0 ? 8 : 4;
   static constexpr int kRowsPerPass = kThreads / kThreadsPerRow;
   static constexpr int kPasses = (kRows + kRowsPerPass - 1) / kRowsPerPass;
   static_assert(kRowsPerPass % 8 == 0, "a thread's rows must share one swizzle");
 
-  const uint16_t* source;  // row 0 of the sequence, at this thread's first chunk
+  const uint16_t* source;  // row 0 of the sequence, first chunk of this thread
   int64_t row_stride;
   int row, col, cols;
-  uint32_t target;  // offset of this thread's first chunk in a tile
+  uint32_t target;  // offset of this thread's first chunk in the tile
 
   __device__ __forceinline__ TileLoader(const void* base, int64_t stride, int user_cols) {
     row = threadIdx.x / kThreadsPerRow;
@@ -37,11 +38,11 @@ struct TileLoader {
       each_chunk(tile, src, [&](uint32_t dst, const uint16_t* from, int, int) { ptx::cp_async_16(dst, from); });
     } else if constexpr (kAligned) {
       each_chunk(tile, src, [&](uint32_t dst, const uint16_t* from, int r, int c) {
-        ptx::cp_async_16_or_zero(dst, from, valid.holds(first_row + r) && (kExactCols || c < cols));
+        ptx::cp_async_16_or_zero(dst, from, valid.contains(first_row + r) && (kExactCols || c < cols));
       });
     } else {
       each_chunk(tile, src, [&](uint32_t dst, const uint16_t* from, int r, int c) {
-        ptx::store_shared_16(dst, gather(from, valid.holds(first_row + r) ? cols - c : 0));
+        ptx::store_shared_16(dst, gather(from, valid.contains(first_row + r) ? cols - c : 0));
       });
     }
   }
@@ -63,7 +64,7 @@ struct TileLoader {
     }
   }
 
-  // Eight elements one by one, for pointers or strides that are no multiple of 16 bytes.
+  // Eight elements one by one: pointers or strides that are no multiple of 16 bytes.
   static __device__ __forceinline__ uint4 gather(const uint16_t* from, int count) {
     uint32_t word[4];
 #pragma unroll

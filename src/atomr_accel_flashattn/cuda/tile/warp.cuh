@@ -1,5 +1,5 @@
-// Indices that are the same in all lanes of a warp, and that the compiler knows to be: a branch on them then does not split the warp in its eyes,
-// so shuffles and votes behind it need no reconvergence code, and do not part the stretch of code that it may schedule as one.
+// Warp-uniform indices. The compiler sees that a branch on them does not diverge: shuffles and
+// votes behind it need no reconvergence code, and do not end the region that it schedules as one.
 #pragma once
 
 namespace fa {

@@ -1,4 +1,5 @@
-// Tiles as wgmma and the tensor copies see them: panels of 64 (or 32) columns, rows of 128 (64) bytes, swizzled over 8 (4) rows by the hardware.
+// Swizzled tile, the layout of TMA and wgmma: panels of 64 (or 32) columns, whose rows of 128 (64)
+// bytes the hardware swizzles over 8 (4) rows.
 #pragma once
 
 #include "ptx/tma.cuh"
@@ -6,44 +7,44 @@
 namespace fa {
 
 template <int kRows, int kCols>
-struct PanelTile {
+struct SwizzledTile {
   static constexpr int kPanelCols = kCols % 64 == 0 ? 64 : 32;
   static constexpr int kPanels = kCols / kPanelCols;
   static constexpr int kRowBytes = kPanelCols * 2;
   static constexpr int kPanelBytes = kRows * kRowBytes;
   static constexpr int kBytes = kPanels * kPanelBytes;
-  static constexpr int kGroupBytes = 8 * kRowBytes;  // 8 rows: the unit that descriptors step over
+  static constexpr int kGroupBytes = 8 * kRowBytes;  // stride of descriptors: 8 rows
   static_assert(kPanelBytes % 1024 == 0, "panels start on a swizzle period");
 
-  // One tensor copy a panel; all complete on the same barrier.
+  // One TMA load a panel; all complete on the same mbarrier.
   static __device__ __forceinline__ void load(uint32_t tile, const TensorMap* map, uint32_t barrier, int row, int head, int batch,
                                               uint64_t policy) {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
-      ptx::tensor_load(tile + panel * kPanelBytes, map, barrier, panel * kPanelCols, row, head, batch, policy);
+      ptx::tma_load(tile + panel * kPanelBytes, map, barrier, panel * kPanelCols, row, head, batch, policy);
     }
   }
 
-  // The same from a tensor whose rows are those of a group of heads.
+  // The same from a tensor whose rows interleave the heads of a group (pack_gqa).
   static __device__ __forceinline__ void load_packed(uint32_t tile, const TensorMap* map, uint32_t barrier, int row, int group, int batch,
                                                      uint64_t policy) {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
-      ptx::tensor_load(tile + panel * kPanelBytes, map, barrier, panel * kPanelCols, 0, row, group, batch, policy);
+      ptx::tma_load(tile + panel * kPanelBytes, map, barrier, panel * kPanelCols, 0, row, group, batch, policy);
     }
   }
 
-  // Operand whose k runs along the columns (Q, K). `k` counts 16-column steps.
-  static __device__ __forceinline__ uint64_t along_columns(uint32_t tile, int k) {
+  // Descriptor of a K-major operand (Q, K): k runs along the columns. `k` counts 16-column steps.
+  static __device__ __forceinline__ uint64_t k_major(uint32_t tile, int k) {
     constexpr int kSteps = kPanelCols / 16;
     return descriptor(tile, 16) + ((k / kSteps * kPanelBytes + k % kSteps * 32) >> 4);
   }
-  // Operand whose k runs down the rows (V). `k` counts 16-row steps.
-  static __device__ __forceinline__ uint64_t along_rows(uint32_t tile, int k) {
+  // Descriptor of an MN-major operand (V): k runs down the rows. `k` counts 16-row steps.
+  static __device__ __forceinline__ uint64_t mn_major(uint32_t tile, int k) {
     return descriptor(tile, kPanelBytes) + ((k * 16 * kRowBytes) >> 4);
   }
 
-  // Byte offset of an 8-column chunk, for ordinary stores.
+  // Byte offset of an 8-column chunk, for st.shared.
   static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
     constexpr int kChunks = kPanelCols / 8;
     const int swizzle = kPanelCols == 64 ? row & 7 : (row >> 1) & 3;
@@ -51,7 +52,8 @@ struct PanelTile {
   }
 
  private:
-  // Matrix descriptor (PTX ISA, "Matrix descriptor format"): address, leading and stride offsets in units of 16 bytes, swizzle mode.
+  // Matrix descriptor (PTX ISA, "Matrix descriptor format"): address, leading and stride byte
+  // offset in units of 16 bytes, swizzle mode.
   static __device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading) {
     constexpr uint64_t kSwizzle = kPanelCols == 64 ? 1 : 2;
     return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(kGroupBytes >> 4) << 32 |

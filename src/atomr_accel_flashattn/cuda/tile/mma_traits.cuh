@@ -1,4 +1,4 @@
-// What differs between f16 and bf16: the product and the packing.
+// MMA traits of an element type: the mma instruction, and packing of its operands.
 #pragma once
 
 #include "ptx/common.cuh"
@@ -7,7 +7,7 @@
 namespace fa {
 
 template <DType kDType>
-struct Element {
+struct MmaTraits {
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (kDType == DType::F16) {
       ptx::mma_f16(d, a, b0, b1);
