@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn.cli import info as info_module
+from atomr_accel_flashattn.cli import compile_ahead as compile_ahead_module, info as info_module
 from atomr_accel_flashattn.cli.compile_ahead import GPU_ARCHS, MASKS, all_specs, specs_for
 from atomr_accel_flashattn.cli.output import size_text, time_text
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
@@ -194,13 +194,15 @@ def test_grouped_heads_have_their_kernels_where_they_are_packed() -> None:
     assert len(specs) == len(set(specs)) == 5  # ALiBi or not on each arch, and the packed one
 
 
-def test_all_is_the_full_product_each_kernel_once() -> None:
+def test_all_is_the_full_product_each_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = (64, 192)  # of six, which would take twelve seconds
+    monkeypatch.setattr(compile_ahead_module, "HEAD_DIM_WIDTHS", widths)
     specs = all_specs([fa.SmArch.SM_90])
     assert len(specs) == len(set(specs))
     bools = 2**7  # varlen, alibi, softcap, learned sink, dropout, alignment, prescale
     masks = 6  # bounds on the right, on the left, on both, on none; with sinks where there is one on the left
-    tiles = 6  # one a width
-    assert len(specs) == 2 * tiles * 2 * masks * bools + 2  # types, tiles, exact or padded; and the two keep patterns
+    assert {spec.head_dim for spec in specs} == set(widths)
+    assert len(specs) == 2 * len(widths) * 2 * masks * bools + 2  # types, tiles, exact or padded; and the two keep patterns
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
+from atomr_accel_flashattn.cli.gpu_record import record_text, summarised
 from atomr_accel_flashattn.cli.matrix import END_MARK, START_MARK, Runs, markdown, rendered_readme, support_matrix
 from atomr_accel_flashattn.dispatch import DISPATCH_TABLE, FEATURES
 from atomr_accel_flashattn.errors import CacheError
@@ -13,9 +13,10 @@ from tests.cli.conftest import Ask, Invoke
 
 
 def write_record(path: Path, *tests: str, failed: int = 0, device: str = "NVIDIA H100 80GB HBM3") -> Path:
-    cells = [{"test": test, "outcome": "passed"} for test in tests]
+    outcomes = [*((test, "passed") for test in tests), *((f"broken[{number}]", "failed") for number in range(failed))]
+    summary = summarised({"test": test, "outcome": outcome, "seconds": 1.0} for test, outcome in outcomes)
     card = {"name": device, "compute_capability": "9.0"}
-    path.write_text(json.dumps({"commit": "abc1234", "device": card, "outcomes": {"failed": failed}, "cells": cells}))
+    path.write_text(record_text({"commit": "abc1234", "device": card} | summary))
     return path
 
 
@@ -102,9 +103,9 @@ def test_short_sequences_at_the_head_dim_of_the_matrix_count_for_their_tile(tmp_
 
 def test_the_newest_record_of_a_folder_counts(tmp_path: Path) -> None:
     assert Runs.read(tmp_path) == Runs()
-    write_record(tmp_path / "gpu_tests_1.json", "old")
-    write_record(tmp_path / "gpu_tests_2.json", "new")
-    assert Runs.read(tmp_path).passed == ("new",)
+    write_record(tmp_path / "gpu_tests_1.json", "softcap")
+    write_record(tmp_path / "gpu_tests_2.json", "alibi")
+    assert Runs.read(tmp_path).passed == {"fa2": {"alibi": 1}, "fa3": {}}
 
 
 def test_a_file_that_is_no_record_is_a_named_error(tmp_path: Path, invoke: Invoke) -> None:

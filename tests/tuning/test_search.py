@@ -221,7 +221,8 @@ def test_the_finalists_of_shapes_that_share_a_kernel_are_the_same_on_all_of_them
         return (2.0 if tile.block_n == bad_keys else 1.0 + tile.block_m / 1e5) * (good_schedule if tile.persistent != short else 1.0)
 
     card.ms = ms
-    results = tune_all([CELL, replace(CELL, lengths=(160,)), replace(CELL, causal=False)], Options(rounds=2))
+    options = Options(tiles=("m64n*w4s1*", "m128n*w4s1*b2"), rounds=2)
+    results = tune_all([CELL, replace(CELL, lengths=(160,)), replace(CELL, causal=False)], options)
     short, long, other = ({trial.tile for trial in result.trials if trial.finalist} for result in results)
     assert short == long != other
     found, _ = winners(results, by_kernel)
@@ -232,7 +233,8 @@ def test_the_finalists_of_shapes_that_share_a_kernel_are_the_same_on_all_of_them
 def test_a_schedule_that_a_short_shape_does_not_tell_apart_can_still_win(hopper: Card) -> None:
     hopper.properties = hopper.properties._replace(multiprocessors=4)
     hopper.ms = lambda tile: 1.0 if tile.persistent else 0.5
-    results = tune_all([replace(CELL, lengths=(80,)), replace(CELL, lengths=(500,) * 4)], Options(rounds=1))
+    options = Options(tiles=("m128n*w12s2*", "m192n64w16s2*"), rounds=1)
+    results = tune_all([replace(CELL, lengths=(80,)), replace(CELL, lengths=(300,) * 4)], options)
     assert any(trial.same_as for trial in results[0].trials)
     (found,) = winners(results, by_kernel)
     assert not found.tile.persistent

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from rich.markup import escape
 from ..dispatch import DISPATCH_TABLE, FEATURES, Cell, arch_of_capability
 from ..errors import CacheError, FeatureNotBuiltError
 from ..types import DType, SmArch
+from .gpu_record import MATRIX_HEAD_DIM, wgmma_or_mma
 from .output import Json, console, make_table, print_json
 
 __all__ = ["END_MARK", "START_MARK", "Matrix", "markdown", "matrix", "render_matrix", "rendered_readme", "support_matrix"]
@@ -53,22 +54,7 @@ _DTYPE_LABELS = {
     DType.F8E4M3: "fp8 e4m3",
     DType.F8E5M2: "fp8 e5m2",
 }
-_HEAD_DIM = 128
 _SHORT_NAME = re.compile(r"^NVIDIA (GeForce |Tesla )?| (\d+ ?GB|PCIe|SXM\d?|HBM\d\w?|NVL).*$")
-# How the ids of the GPU tests name what they exercise, where that is not the feature's own name.
-_TEST_MARKS = {
-    "f16": r"(?<!b)f16",
-    "full": r"-full\b",
-    "causal": r"-causal\b",
-    "sliding_causal": r"band\(\d+,0\)",
-    "sliding_full": r"band\(\d+,[1-9]",
-    "sink_tokens": r"\dsink",
-    "gqa": r"h\d+kv\d",
-    "dropout_mask": "dropout",
-    "unaligned": "odd",
-    "prescale": r"scale(-|0(?!\.))",
-    "few_rows": rf"\bq\d{{1,3}}-.*d{_HEAD_DIM}\b",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +115,11 @@ def support_matrix(record: Path | None = None) -> Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """What a card has been seen to do: its short name, its architecture, the ids of the tests that passed on it, and the code's commit."""
+    """What a card has been seen to do: its short name and architecture, the tests that passed by family and feature, the code's commit."""
 
     card: str = ""
     arch: SmArch | None = None
-    passed: tuple[str, ...] = ()
+    passed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     commit: str = ""
 
     @classmethod
@@ -151,7 +137,7 @@ class Runs:
             found = json.loads(newest.read_text(encoding="utf-8"))
             failed = found["outcomes"].get("failed", 0)
             major, minor = map(int, found["device"]["compute_capability"].split("."))
-            passed = tuple(cell["test"] for cell in found["cells"] if cell["outcome"] == "passed")
+            passed = {str(group): dict(counts) for group, counts in found["passed"].items()}
             card, commit = _SHORT_NAME.sub("", found["device"]["name"]), str(found["commit"] or "")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(f"{newest}: no record of a GPU test run ({error!r}); make one with make gpu-test") from error
@@ -162,13 +148,12 @@ class Runs:
 
         Hopper, whose calls compile for sm_90a, runs the kernels of sm_90 too.
         """
-        mark, wgmma = _TEST_MARKS.get(feature, feature), arch is SmArch.SM_90A
         on_this_card = self.arch in ({arch, SmArch.SM_90A} if arch is SmArch.SM_90 else {arch})
-        return on_this_card and any(re.search(mark, test) for test in self.passed if ("fa3" in test) == wgmma)
+        return on_this_card and self.passed.get(wgmma_or_mma(wgmma=arch is SmArch.SM_90A), {}).get(feature, 0) > 0
 
 
 def _row(runs: Runs, mark: str, dtype: DType, features: Sequence[str] = ()) -> tuple[Entry, ...]:
-    return tuple(_entry(DISPATCH_TABLE.cell(arch, dtype, _HEAD_DIM, features), runs, mark) for arch in SmArch)
+    return tuple(_entry(DISPATCH_TABLE.cell(arch, dtype, MATRIX_HEAD_DIM, features), runs, mark) for arch in SmArch)
 
 
 def _entry(cell: Cell, runs: Runs, feature: str) -> Entry:
