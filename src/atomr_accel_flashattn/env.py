@@ -7,7 +7,8 @@ variable                             default              meaning
                                                           GPU arrays are refused. ``gpu``: CPU arrays are refused.
 ``ATOMR_FLASHATTN_CACHE_DIR``        user cache folder    Where compiled kernels are kept. Default: ``$XDG_CACHE_HOME`` or
                                                           ``~/.cache``, then ``atomr-accel-flashattn``.
-``ATOMR_FLASHATTN_CACHE_READONLY``   ``0``                ``1``: read the cache, never write to it (a cache shipped in an image).
+``ATOMR_FLASHATTN_CACHE_READONLY``   ``0``                ``1``: read the cache, never write to it (a cache shipped in an image,
+                                                          or of an administrator whose code you run: SECURITY.md).
 ``ATOMR_FLASHATTN_DISABLE_CACHE``    ``0``                ``1``: neither read nor write; every process compiles for itself.
 ``ATOMR_FLASHATTN_DISABLE_TUNED``    ``0``                ``1``: take the tiles that come with the package, not those that
                                                           ``atomr-flashattn tune`` kept in the cache folder.

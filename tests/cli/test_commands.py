@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -216,7 +217,7 @@ def test_cache_commands(ask: Ask, invoke: Invoke, cache_dir: Path) -> None:
     assert held["bytes"] > 1000
     assert ITS_NAME in invoke("cache", "list").stdout
     assert "1 kernels" in invoke("cache", "size").stdout
-    assert ask("cache", "verify") == {"directory": str(cache_dir), "good": 1, "removed": []}
+    assert ask("cache", "verify") == {"directory": str(cache_dir), "good": 1, "removed": [], "problems": []}
     cleared = ask("cache", "clear")
     assert (cleared["removed"], cleared["freed_bytes"]) == (1, held["bytes"])
     assert "removed 0 kernels" in invoke("cache", "clear").stdout
@@ -230,6 +231,37 @@ def test_verify_removes_a_damaged_kernel_and_says_so(ask: Ask, invoke: Invoke, c
     assert result.exit_code == 1
     assert json.loads(result.stdout)["removed"] == [cubin.stem]
     assert invoke("cache", "verify").exit_code == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_verify_names_what_somebody_else_can_have_written_and_leaves_it(ask: Ask, invoke: Invoke, cache_dir: Path) -> None:
+    ask(*ONE_KERNEL)
+    cubin = next(cache_dir.glob("*.cubin"))
+    cubin.chmod(0o666)
+    (cache_dir / "tuned_tiles.json").touch()
+    (cache_dir / "tuned_tiles.json").chmod(0o660)
+    result = invoke("cache", "verify", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == {
+        "directory": str(cache_dir),
+        "good": 0,
+        "removed": [],
+        "problems": [
+            f"{cubin.name}: it is writable by others (mode 0666)",
+            "tuned_tiles.json: it is writable by others (mode 0660)",
+        ],
+    }
+    text = invoke("cache", "verify").stdout
+    assert "0 good, 0 damaged and removed, 2 not loaded because others can have written them" in text
+    assert f"  {cubin.name}: it is writable by others" in text
+    cache_dir.chmod(0o777)
+    result = invoke("cache", "verify")
+    assert result.exit_code == 1
+    assert f"  {cache_dir}: it is writable by others (mode 0777)" in result.stdout
+    assert invoke("cache", "list").exit_code == 0
+    assert invoke("cache", "size").exit_code == 0
+    assert (cubin.exists(), cache_dir.stat().st_mode & 0o777) == (True, 0o777), "commands that look change nothing"
+    assert invoke("cache", "clear").exit_code == 0
 
 
 def test_cache_without_any_folder_is_a_named_error(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

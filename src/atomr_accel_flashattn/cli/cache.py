@@ -13,7 +13,7 @@ import typer
 from ..env import settings
 from ..errors import CacheError
 from ..jit.cache import KernelCache
-from ..tiles.saved import SAVED_TILES, SavedTile, read_saved_tiles, remove_saved_tiles
+from ..tiles.saved import SAVED_TILES, SavedTile, read_saved_tiles, remove_saved_tiles, saved_tiles_problem
 from .output import Json, console, make_table, print_json, size_text, time_text
 
 __all__ = ["app", "cache_at"]
@@ -35,7 +35,7 @@ def cache_at(directory: Path | None) -> KernelCache:
     folder = directory or settings().cache_dir
     if folder is None:
         raise CacheError("no cache folder: this user has no home; name one with --dir or ATOMR_FLASHATTN_CACHE_DIR")
-    return KernelCache(folder)
+    return KernelCache(folder, readonly=settings().cache_readonly)
 
 
 def _cache_to_clean(directory: Path | None) -> KernelCache:
@@ -91,16 +91,23 @@ def _show_tiles(tiles: Sequence[SavedTile]) -> None:
 
 @app.command()
 def verify(directory: Directory = None, as_json: Json = False) -> None:
-    """Read every kernel, compare it with its digest, and remove what is damaged. Status 1 when something was."""
+    """Read every kernel, compare it with its digest, and remove what is damaged. Name what others can have written, which is not loaded.
+
+    Status 1 when there was any of either.
+    """
     cache = _cache_to_clean(directory)
+    problems = [*cache.problems(), *filter(None, [saved_tiles_problem(cache.directory)])]
     good, removed = cache.verify()
     if as_json:
-        print_json({"directory": cache.directory, "good": good, "removed": removed})
+        print_json({"directory": cache.directory, "good": good, "removed": removed, "problems": problems})
     else:
-        console().print(f"{good} good, {len(removed)} damaged and removed, in {cache.directory}", soft_wrap=True)
+        untrusted = f", {len(problems)} not loaded because others can have written them" if problems else ""
+        console().print(f"{good} good, {len(removed)} damaged and removed{untrusted}, in {cache.directory}", soft_wrap=True)
         for stem in removed:
             console().print(f"  removed {stem}", soft_wrap=True)
-    if removed:
+        for problem in problems:
+            console().print(f"  {problem}", soft_wrap=True, markup=False)
+    if removed or problems:
         raise typer.Exit(1)
 
 
