@@ -13,7 +13,7 @@ import numpy as np
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnHandle, FlashAttnMsg, FlashAttnProps, arrays, execute, request_plans
-from atomr_accel_flashattn.actor import gpu
+from atomr_accel_flashattn.actor import gpu, inner
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem
 from atomr_accel_flashattn.reference import attention
 from atomr_accel_flashattn.types import Device
@@ -47,11 +47,11 @@ class FakeDriver:
     alive: set[int] = field(default_factory=set)  # events that are not destroyed
     busy: bool = False  # no launch is finished when it is asked for; who waits for one does get it
     current: int = 0  # the context of every thread
-    landed: threading.Event = field(default_factory=threading.Event)  # waits for an event end when it is set
+    completed: threading.Event = field(default_factory=threading.Event)  # waits for an event end when it is set
     launchers: list[str] = field(default_factory=list)  # names of the threads that launched
 
     def __post_init__(self) -> None:
-        self.landed.set()
+        self.completed.set()
 
     @property
     def live_events(self) -> int:
@@ -90,7 +90,7 @@ class FakeDriver:
 
     def cuEventSynchronize(self, event: int) -> tuple[int]:  # noqa: N802 - CUDA's name
         self.log.append(("synchronize", event))
-        assert self.landed.wait(PATIENCE), "the test forgot to land a launch"
+        assert self.completed.wait(PATIENCE), "the test forgot to complete a launch"
         return (700 if self.sticky else 0,)
 
     def cuEventQuery(self, event: int) -> tuple[int]:  # noqa: N802 - CUDA's name
@@ -160,7 +160,7 @@ def install(monkeypatch: Any, *, plans: bool = False) -> FakeDriver:
     monkeypatch.setattr(gpu, "driver", lambda: fake)
     monkeypatch.setattr(gpu, "current_context", current_context)
     monkeypatch.setattr(gpu, "primary_context", lambda index: 90 + index)
-    monkeypatch.setattr(gpu, "fill", fill)
+    monkeypatch.setattr(inner, "fill", fill)
     monkeypatch.setattr(execute, "empty_like_framework", empty)
     return fake
 
@@ -184,6 +184,6 @@ def start(**props: Any) -> FlashAttnHandle:
 
 
 def hold(cuda: FakeDriver) -> None:
-    """From now on no launch is finished, until ``cuda.landed`` is set again."""
+    """From now on no launch is finished, until ``cuda.completed`` is set again."""
     cuda.busy = True
-    cuda.landed.clear()
+    cuda.completed.clear()
