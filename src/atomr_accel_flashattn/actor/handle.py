@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
-from .door import Door
+from .client import Client
 from .engine import Engine, stopped_error
 from .inner import FlashAttnInner
-from .locks import Event
 from .mailbox import Mailbox
 from .messages import Message
 from .props import FlashAttnProps
@@ -16,10 +16,12 @@ from .reply import Reply, Ticket
 if TYPE_CHECKING:
     import pykka
 
+    from ..errors import ActorStoppedError
+
 __all__ = ["FlashAttnHandle"]
 
 
-class FlashAttnHandle(Door):
+class FlashAttnHandle(Client):
     """The way to one actor. Made by :meth:`FlashAttnActor.start`.
 
     Attributes:
@@ -33,7 +35,7 @@ class FlashAttnHandle(Door):
         reference: pykka.ActorRef[Any],
         mailbox: Mailbox,
         engine: Engine,
-        finished: Event,
+        finished: threading.Event,
     ) -> None:
         super().__init__(props, mailbox, engine.launch_at_once)
         self._inner = inner
@@ -42,23 +44,24 @@ class FlashAttnHandle(Door):
         self._finished = finished
 
     def _close(self, *, drain: bool) -> None:
-        label = self.props.label
         if drain:
-            self._mailbox.close(lambda: stopped_error(label))
+            self._mailbox.close(self._stopped)
         else:
-            self._engine.refuse(lambda: stopped_error(label))
+            self._engine.refuse(self._stopped)
         self._reference.stop(block=False)
 
     def _end(self, timeout: float | None) -> None:
-        label = self.props.label
         if not self._finished.wait(timeout):
-            self._engine.refuse(lambda: stopped_error(label))
-            self._engine.fail_unsettled(lambda: stopped_error(label))
+            self._engine.refuse(self._stopped)
+            self._engine.fail_unsettled(self._stopped)
             self._engine.give_up()
         self._deadlines.close()
 
+    def _stopped(self) -> ActorStoppedError:
+        return stopped_error(self.props.label)
+
     def _accept(self, message: Message) -> Ticket:
-        return Ticket(self._inner.accept(message), Reply(self._engine.flights))
+        return Ticket(self._inner.accept(message), Reply(self._engine.in_flight))
 
     def _is_own_thread(self) -> bool:
         return super()._is_own_thread() or self._engine.is_own_thread()
