@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import inf
 from typing import Any, Final, Literal
 
@@ -42,6 +42,11 @@ def _is_at_least(least: int, value: Any) -> bool:
 
 def _is_head_dim(value: Any, step: int) -> bool:
     return _is_at_least(1, value) and value <= MAX_HEAD_DIM and value % step == 0
+
+
+def _is_tile(value: Any) -> bool:
+    """A Tile of integers and flags; whether there is a kernel with it is for ``lookup`` to say."""
+    return isinstance(value, Tile) and all(type(getattr(value, each.name)).__name__ == each.type for each in fields(Tile))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +114,7 @@ class Extras:
             ("family", self.family, self.family is None or isinstance(self.family, Family), "None or a Family"),
             ("tiles_for", self.tiles_for, self.tiles_for is None or isinstance(self.tiles_for, SmArch), "None or an SmArch"),
             ("persistent_blocks", blocks, blocks is None or asked_blocks, "None, or an integer >= 1 with persistent=True"),
-            ("tile", tile, tile is None or (isinstance(tile, Tile) and not self.tiles_for), "None, or a Tile without tiles_for"),
+            ("tile", tile, tile is None or (_is_tile(tile) and not self.tiles_for), "None, or a Tile without tiles_for"),
             *(_one_of(name, getattr(self, name), None, True, False) for name in _YES_NO_OPEN),
             *(_one_of(name, getattr(self, name), True, False) for name in _EXTRA_FLAGS),
         )
