@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -43,6 +44,7 @@ class Client(ABC):
         self._at_once = at_once
         self._waits = props.overflow is Overflow.WAIT
         self._deadlines = Deadlines(props.label)
+        self._process = os.getpid()
         self._stops: set[threading.Thread] = set()
 
     @abstractmethod
@@ -176,6 +178,8 @@ class Client(ABC):
             timeout: seconds after which everything without an answer fails with ActorStoppedError, in
                 flight or not; None is no limit.
         """
+        if self._is_in_fork():
+            return  # the parent's to stop
         over: SimpleQueue[BaseException | None] = SimpleQueue()
         is_own = self._is_own_thread()
         if is_own:
@@ -207,7 +211,7 @@ class Client(ABC):
     @property
     def is_alive(self) -> bool:
         """Whether requests are let in."""
-        return not self._mailbox.closed
+        return not (self._is_in_fork() or self._mailbox.closed)
 
     @property
     def waiting(self) -> int:
@@ -240,8 +244,16 @@ class Client(ABC):
         given: Any = timeout
         if given is not None and not (isinstance(given, int | float) and given > 0):
             raise PropsError(f"timeout: got {timeout!r}; allowed is an int or float of seconds > 0, or None for no limit")
+        if self._is_in_fork():
+            raise ActorStoppedError(
+                f"{self.props.label}: this process was forked, and the actor's threads are in its parent; start an actor here"
+            )
         self._mailbox.check_open()
         return self._accept(message)
+
+    def _is_in_fork(self) -> bool:
+        """Whether this is a forked child of the process that started the actor: its threads are not here, its locks may be taken."""
+        return os.getpid() != self._process
 
     def _log_failure(self, error: BaseException) -> None:
         _log.error("%s: a request that was told failed: %s", self.props.label, error, exc_info=error)
