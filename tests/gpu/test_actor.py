@@ -134,7 +134,7 @@ LOSE_THE_DEVICE = """
 from dataclasses import replace
 import torch
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn.arrays import read_array
+from atomr_accel_flashattn.arrays.read import read_array
 q, k, v = (torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.float16) for _ in range(3))
 good = fa.FlashAttnMsg.Forward(fa.Fa2FwdRequest(q, k, v))
 nowhere = replace(read_array(k, "k"), ptr=16, source=None)
