@@ -166,18 +166,18 @@ class InFlight:
 
     def _run(self) -> None:
         failed_to_attach = _raised_by(self._attach)
-        idle = 0
+        idle = seen = 0
         while True:
-            before = self._last
             self._finish_decided()
             if self._wait_for_first(failed_to_attach):
-                idle = 0
-            elif self._over and not self.launches:
+                continue
+            if self._over and not self.launches:
                 self._finish_decided()
                 return
-            elif not self._rest(asleep=idle >= _IDLE_LOOKS):
+            idle = 0 if self.launches or self._last != seen else idle + 1
+            seen = self._last
+            if not self._rest(asleep=idle > _IDLE_LOOKS):
                 self.take_finished()
-                idle = 0 if self.launches or self._last != before else idle + 1
 
     def _finish_decided(self) -> None:
         while self._decided:
@@ -210,6 +210,8 @@ class InFlight:
         woken = self._over or self._first_wanted() is not None or (asleep and bool(self.launches or self._decided))
         woken = woken or _get(self._wake_up, None if asleep else _LOOK_SECONDS)
         self._asleep = self._resting = False
+        while not self._wake_up.empty():  # all that they were put for is looked at next
+            self._wake_up.get_nowait()
         return woken
 
 
