@@ -92,6 +92,13 @@ def test_a_place_is_taken_over_from_a_launch_that_has_finished(cuda: FakeDriver)
         assert all(reply.is_over() for reply in replies[:-1])
 
 
+def test_the_completion_thread_does_not_have_to_be_woken_for_every_launch(cuda: FakeDriver):
+    with start() as actor:
+        in_flight = actor._engine.in_flight
+        until(lambda: in_flight._asleep, "a completion thread that has nothing to do")
+        until(lambda: actor.ask(sent()).result(PATIENCE) and in_flight._resting and not in_flight._asleep, "one that looks by itself")
+
+
 @pytest.fixture
 def nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """The completion thread does not look by itself while the test runs."""

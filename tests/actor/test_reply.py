@@ -17,8 +17,28 @@ from tests.actor.devices import PATIENCE, HeldDevice, message, start, until
 OUTPUT = fa.Output(None)
 
 
+class Nobody:
+    """Looks after nothing."""
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *_: None
+
+
+def test_a_reply_is_answered_without_its_base_class_which_wait_sets_up():
+    reply = Reply()
+    assert reply.begin()
+    reply.resolve(OUTPUT)
+    assert reply.result() is OUTPUT
+    assert not reply._has_base
+    assert wait([reply], 0).done == {reply}
+    assert set(vars(Future())) <= set(vars(reply))
+    assert Future.result(reply, 0) is OUTPUT
+    with pytest.raises(AttributeError):
+        reply.nothing  # type: ignore[attr-defined]  # noqa: B018 - the look is the test
+
+
 def test_an_outcome_is_there_before_everybody_was_told():
-    reply, told = Reply(), []
+    reply, told = Reply(Nobody()), []
     reply.add_done_callback(told.append)
     assert reply.begin()
     assert (reply.running(), reply.cancel(), reply.done()) == (True, False, False)

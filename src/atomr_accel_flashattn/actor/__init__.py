@@ -1,4 +1,4 @@
-"""Attention by mailbox: requests go in from any thread or event loop, answers come back when the device is done.
+"""Attention by mailbox: requests go in from any thread, answers come back when the device is done.
 
 See docs/actor.md::
 

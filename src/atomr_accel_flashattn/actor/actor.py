@@ -1,4 +1,4 @@
-"""FlashAttnActor: the Pykka actor. It has its engine work when told to, and nothing raised there ends it."""
+"""FlashAttnActor: the Pykka actor. It has its engine work; nothing raised there ends it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from ..errors import DeviceMismatchError, PropsError
 from .engine import Engine, stopped_error
 from .handle import FlashAttnHandle
 from .inner import FlashAttnInner
-from .mailbox import Mailbox
 from .props import FlashAttnProps
 
 __all__ = ["FlashAttnActor"]
@@ -29,7 +28,8 @@ _WORK: Final = object()  # tickets lie in the mailbox: Pykka keeps its last mess
 class FlashAttnActor(pykka.ThreadingActor):
     """One mailbox for one device and one stream. :meth:`start` returns the handle to talk to it.
 
-    Its thread is a daemon: a script that forgets to stop it ends all the same, and what waits fails.
+    Its thread is a daemon: a script that forgets to stop it ends all the same, and what waits
+        fails.
     """
 
     use_daemon_thread: ClassVar[bool] = True
@@ -37,8 +37,7 @@ class FlashAttnActor(pykka.ThreadingActor):
     def __init__(self, props: FlashAttnProps, inner: FlashAttnInner, born: Callable[[FlashAttnActor], None]) -> None:
         super().__init__()
         born(self)
-        self.mailbox = Mailbox(props.label, props.mailbox_limit, self._wake)
-        self.engine = Engine(props, inner, self.mailbox, self._wake, self._stop_softly)
+        self.engine = Engine(props, inner, self._wake, lambda: self.actor_ref.stop(block=False))
         self.finished = threading.Event()
         self._label = props.label
 
@@ -47,7 +46,8 @@ class FlashAttnActor(pykka.ThreadingActor):
         """Start an actor.
 
         Args:
-            props: its properties; None is one for the first GPU, or for the CPU where there is none.
+            props: its properties; None is one for the first GPU, or for the CPU where there is
+                none.
             inner: who does the work; None is the GPU or the CPU backend, as the device says.
 
         Returns:
@@ -67,7 +67,7 @@ class FlashAttnActor(pykka.ThreadingActor):
         made: list[FlashAttnActor] = []  # Pykka hands out references only
         reference = super().start(props, inner, made.append)
         (actor,) = made
-        handle = FlashAttnHandle(props, inner, reference, actor.mailbox, actor.engine, actor.finished)
+        handle = FlashAttnHandle(props, actor.engine, reference, actor.finished)
         _handles.add(handle)
         return handle
 
@@ -81,9 +81,6 @@ class FlashAttnActor(pykka.ThreadingActor):
             self.actor_ref.tell(_WORK)
         except pykka.ActorDeadError as error:
             raise stopped_error(self._label) from error
-
-    def _stop_softly(self) -> None:
-        self.actor_ref.stop(block=False)
 
     def on_start(self) -> None:
         """Prepare the thread."""

@@ -1,4 +1,4 @@
-"""Client: how requests come in, to one actor or to a pool of them, from any thread and any event loop."""
+"""Client: how requests come in, to one actor or a pool, from any thread and any event loop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -38,7 +39,7 @@ class Client(ABC):
     """
 
     def __init__(self, props: FlashAttnProps, mailbox: Mailbox, at_once: Callable[[Ticket], bool] | None = None) -> None:
-        """``at_once``: lets a ticket in that takes no place in the mailbox; whether it did. None: all take one."""
+        """``at_once`` lets a ticket in that takes no place, and says so. None: all take one."""
         self.props = props
         self._mailbox = mailbox
         self._at_once = at_once
@@ -57,13 +58,13 @@ class Client(ABC):
 
     @abstractmethod
     def _end(self, timeout: float | None) -> None:
-        """Wait ``timeout`` seconds at most until everything is answered, fail what is not, and end."""
+        """Wait for the answers, ``timeout`` seconds at most, fail what has none, and end."""
 
     async def _ticket_async(self, message: Message, timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
         return self._ticket(message, timeout)
 
     def _is_own_thread(self) -> bool:
-        """Whether the caller's thread answers requests, as callbacks of replies run in: it must not wait for others."""
+        """Whether callbacks of replies run in the caller's thread: it must not wait for others."""
         return self._deadlines.is_current() or threading.current_thread() in self._stops
 
     def ask(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> Reply:
@@ -71,14 +72,15 @@ class Client(ABC):
 
         Args:
             message: a FlashAttnMsg.
-            timeout: seconds from now in which it has to be answered, the wait for a place included; None
-                is no limit.
-            overflow: what happens when the mailbox is full; None is as the props say. A thread that must
-                not wait (one that runs an event loop, or one of the actor's own, as callbacks do) is
-                refused instead.
+            timeout: seconds from now in which it has to be answered, the wait for a place included;
+                None is no limit.
+            overflow: what happens when the mailbox is full; None is as the props say. A thread that
+                must not wait (one that runs an event loop, or one of the actor's own, as callbacks
+                do) is refused instead.
 
         Returns:
-            the Reply: a concurrent.futures.Future of an Output that can be awaited. It fails with what
+            the Reply: a concurrent.futures.Future of an Output that can be awaited. It fails with
+                what
             went wrong with this request.
 
         Raises:
@@ -91,15 +93,8 @@ class Client(ABC):
             MailboxFullError: no place, and not to wait for one.
             RequestTimeoutError: no place in time.
         """
-        return self._send(message, timeout, overflow, None)
-
-    def _send(
-        self, message: Message, timeout: float | None, overflow: Overflow | None, on_error: Callable[[BaseException], None] | None
-    ) -> Reply:
         began = 0.0 if timeout is None else time.monotonic()
         ticket = self._ticket(message, timeout)
-        if on_error is not None:
-            ticket.reply.on_error = on_error
         waits = self._waits if overflow is None else _is_wait(overflow)
         in_event_loop = asyncio._get_running_loop() is not None  # noqa: SLF001 - the public call raises where there is none
         if in_event_loop or self._at_once is None or not self._at_once(ticket):
@@ -124,17 +119,17 @@ class Client(ABC):
             raise error
 
     def tell(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> None:
-        """Send a request whose answer lies in its ``out``; what goes wrong after it was accepted is logged.
+        """Send a request whose answer lies in its ``out``; what goes wrong later is logged.
 
         Arguments and errors: :meth:`ask`.
         """
-        self._send(message, timeout, overflow, self._log_failure)
+        self.ask(message, timeout=timeout, overflow=overflow).listen(self._log_failure)
 
     async def ask_async(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> Output:  # noqa: ASYNC109 - of the request
         """Send a request and await its answer; a full mailbox is awaited too.
 
-        Cancelling the task cancels the request until its launch. Arguments and errors: :meth:`ask`, and
-        those of the request itself.
+        Cancelling the task cancels the request until its launch. Arguments and errors: :meth:`ask`,
+        and those of the request itself.
         """
         began = time.monotonic()
         ticket = await self._ticket_async(message, timeout)
@@ -167,16 +162,17 @@ class Client(ABC):
         return await ticket.reply
 
     def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Let nothing in any more, answer what is there, and end. Can be called again, for more haste.
+        """Let nothing in any more, answer what is there, and end. Another call may make haste.
 
-        Returns when everything is answered; at once when called by a callback of a Reply, whose thread
-        has others to answer. A Ctrl-C ends the caller's wait, and the stop goes on in a thread of its own.
+        Returns when everything is answered; at once when called by a callback of a Reply, whose
+        thread has others to answer. A Ctrl-C ends the caller's wait, and the stop goes on in a
+        thread of its own.
 
         Args:
-            drain: whether requests that wait are still launched; else they fail with ActorStoppedError.
-                Launches in flight are answered either way.
-            timeout: seconds after which everything without an answer fails with ActorStoppedError, in
-                flight or not; None is no limit.
+            drain: whether requests that wait are still launched; else they fail with
+                ActorStoppedError. Launches in flight are answered either way.
+            timeout: seconds after which everything without an answer fails with ActorStoppedError,
+                in flight or not; None is no limit.
         """
         if self._is_in_fork():
             return  # the parent's to stop
@@ -255,8 +251,10 @@ class Client(ABC):
         """Whether this is a forked child of the process that started the actor: its threads are not here, its locks may be taken."""
         return os.getpid() != self._process
 
-    def _log_failure(self, error: BaseException) -> None:
-        _log.error("%s: a request that was told failed: %s", self.props.label, error, exc_info=error)
+    def _log_failure(self, reply: Future[Output]) -> None:
+        error = reply.exception()
+        if error is not None:
+            _log.error("%s: a request that was told failed: %s", self.props.label, error, exc_info=error)
 
 
 def _is_wait(overflow: Overflow) -> bool:

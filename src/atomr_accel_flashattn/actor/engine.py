@@ -1,15 +1,15 @@
-"""Engine: from a ticket to its answer. Used by the actor's thread, the completion thread, and callers.
+"""Engine: from a ticket to its answer. Used by the threads of the actor and by callers.
 
 Who launches. A launch that only repeats one of before takes less time than waking another thread:
 the caller's thread makes it, provided that nobody waits, nobody launches, and there is a place. The
 actor's thread makes all others. A caller holds the lock while he launches; the actor's thread takes
-it to say that it works, and from then on callers go through the mailbox. So launches are made in the
-order of the messages, and never more than ``max_in_flight`` are unfinished.
+it to say that it works, and from then on callers go through the mailbox. So launches are made in
+the order of the messages, and never more than ``max_in_flight`` are unfinished.
 
-What can end a request, and who decides it: an answer (any thread that finds its launch finished), an
-error of its launch (completion thread), an error before it or a stop (actor's thread), a timeout
-(deadline thread), a cancel (the caller), a lost device (whoever sees it first). A reply lets only the
-first of them through; the mailbox forgets the ticket once its outcome is certain.
+What can end a request, and who decides it: an answer (any thread that finds its launch finished),
+an error of its launch (completion thread), an error before it or a stop (actor's thread), a timeout
+(deadline thread), a cancel (the caller), a lost device (whoever sees it first). A reply lets only
+the first of them through; the mailbox forgets the ticket once its outcome is certain.
 """
 
 from __future__ import annotations
@@ -32,50 +32,36 @@ from .reply import Ticket, own_error
 
 __all__ = ["Engine", "stopped_error"]
 
-_PLACE_SECONDS: Final = 3e-5  # how long a launch asks for a place: about what handing it to another thread costs
+_PLACE_SECONDS: Final = 3e-5  # how long a launch asks for a place: what a hand-over costs
 _MANY: Final = 256  # launches in flight: CUDA queues about 1024, and blocks who adds another
 
 
 class Engine:
     """What an actor does with its messages.
 
-    Args:
-        props: of the actor.
-        inner: who does the work.
-        mailbox: whose tickets these are.
-        wake: has :meth:`work` called in the actor's thread; raises ActorStoppedError when that has ended.
-        stop_actor: ends the actor when the device is lost.
-
-    Attributes:
-        in_flight: the launches that are not finished.
+    ``wake`` has :meth:`work` called in the actor's thread, and raises ActorStoppedError when that
+    has ended. ``stop_actor`` ends the actor when the device is lost.
     """
 
-    def __init__(
-        self,
-        props: FlashAttnProps,
-        inner: FlashAttnInner,
-        mailbox: Mailbox,
-        wake: Callable[[], None],
-        stop_actor: Callable[[], None],
-    ) -> None:
+    def __init__(self, props: FlashAttnProps, inner: FlashAttnInner, wake: Callable[[], None], stop_actor: Callable[[], object]) -> None:
         self._props = props
-        self._inner = inner
-        self._mailbox = mailbox
+        self.inner = inner
+        self.mailbox = Mailbox(props.label, props.mailbox_limit, wake)
         self._wake = wake
         self._stop_actor = stop_actor
         self._launching = threading.RLock()
         self._busy = False  # somebody launches; the lock is held to set it
-        self._retries: deque[Ticket] = deque()  # launches of callers that failed, older than all that wait
+        self._retries: deque[Ticket] = deque()  # failed in callers, older than all that wait
         self._refusing: Callable[[], BaseException] | None = None
         self._thread: threading.Thread | None = None
         self._gave_up = False
         self.in_flight = InFlight(f"{props.label}-completions", inner.attach, self._decide, self._resolve)
 
     def enter_thread(self) -> None:
-        """Called first, in the actor's thread. Where the inner cannot work in it, everything fails."""
+        """Called first, in the actor's thread. If the inner cannot work in it, everything fails."""
         self._thread = threading.current_thread()
         try:
-            self._inner.attach()
+            self.inner.attach()
         except Exception as error:  # noqa: BLE001 - the answer to every request
             self._end_with(error, "it could not start")
 
@@ -88,23 +74,23 @@ class Engine:
         with self._launching:
             self._busy = True
         try:
-            while (ticket := self._retries.popleft() if self._retries else self._mailbox.take()) is not None:
+            while (ticket := self._retries.popleft() if self._retries else self.mailbox.take()) is not None:
                 self._launch(ticket)
         finally:
             self._busy = False  # who put a ticket into the mailbox meanwhile had this called again
 
     def launch_at_once(self, ticket: Ticket) -> bool:
-        """Launch in the caller's thread, if that takes no time and is fair to all. Whether the ticket came in."""
-        if not ticket.job.quick or not self._mailbox.is_empty or len(self.in_flight.launches) >= _MANY:
+        """Launch in the caller's thread, if that is quick and fair. Whether the ticket came in."""
+        if not ticket.job.quick or not self.mailbox.is_empty or len(self.in_flight.launches) >= _MANY:
             return False
         with self._launching:
             if self._busy or self._retries:
                 return False
             self._busy = True  # for a signal handler that sends, too
             try:
-                if not (self._has_place() and self._mailbox.enter_begun(ticket)):
+                if not (self._has_place() and self.mailbox.enter_begun(ticket)):
                     return False
-                self.in_flight.add(ticket, self._inner.launch(ticket.job))
+                self.in_flight.add(ticket, self.inner.launch(ticket.job))
             except BaseException as error:
                 self._retry(ticket)
                 if not isinstance(error, Exception):
@@ -125,7 +111,7 @@ class Engine:
             self._wake()
 
     def _has_place(self) -> bool:
-        """Whether one more launch may be made, perhaps in the place of one that finishes right now."""
+        """Whether one more launch may be made, perhaps in the place of one that just finishes."""
         launches, limit = self.in_flight.launches, self._props.max_in_flight
         if len(launches) < limit:
             return True
@@ -144,20 +130,20 @@ class Engine:
         error = self._refusing() if self._refusing else refusal(ticket.job.message) or _staleness(ticket)
         if error is None and (not ticket.reply.is_over() if ticket.tried else ticket.reply.begin()):
             try:
-                self.in_flight.add(ticket, self._inner.launch(ticket.job))
+                self.in_flight.add(ticket, self.inner.launch(ticket.job))
             except DeviceLostError as lost:
                 self.lose_device(lost)
-            except BaseException as failed:  # noqa: BLE001 - this request's answer; it must not end the actor
+            except BaseException as failed:  # noqa: BLE001 - this request's answer
                 self._answer(ticket, failed)
         else:
             self._answer(ticket, error)
 
     def _decide(self, ticket: Ticket) -> None:
-        """The launch went well: set the outcome. In any thread; raises where the arrays are not the same."""
+        """The launch went well: set the outcome, in any thread. Raises if an array changed."""
         job = ticket.job
         job.fingerprint.check()
         output = job.answer()
-        self._mailbox.settle(ticket)
+        self.mailbox.settle(ticket)
         ticket.reply.decide(output)
 
     def _resolve(self, ticket: Ticket, error: BaseException | None) -> None:
@@ -168,7 +154,7 @@ class Engine:
         self._answer(ticket, ticket.job.answer() if error is None else error)
 
     def _answer(self, ticket: Ticket, outcome: Output | BaseException | None) -> None:
-        self._mailbox.settle(ticket)
+        self.mailbox.settle(ticket)
         if outcome is not None:  # else it was cancelled, or its time is over
             ticket.reply.resolve(outcome)
 
@@ -184,39 +170,41 @@ class Engine:
             error.__cause__ = cause
             return error
 
-        self._mailbox.close(stopped)
+        self.mailbox.close(stopped)
         self._refusing = lambda: own_error(cause)
         self.fail_unsettled(self._refusing)
         self._stop_actor()
 
     def refuse(self, why: Callable[[], ActorStoppedError]) -> None:
         """Let nobody in and launch nothing any more; what is in flight still gets its answer."""
-        self._mailbox.close(why)
+        self.mailbox.close(why)
         self._refusing = self._refusing or why
 
     def fail_unsettled(self, error: Callable[[], BaseException]) -> None:
-        """Answer everything that has no answer yet. Arrays in flight live until the device is done."""
-        for ticket in self._mailbox.all_unsettled():
+        """Fail all that has no answer yet. Arrays in flight live until the device is done."""
+        for ticket in self.mailbox.all_unsettled():
             self._answer(ticket, error())
 
-    def give_up(self) -> None:
-        """Nobody waits for the device any more; the actor's thread notices soon."""
+    def give_up(self, why: Callable[[], ActorStoppedError]) -> None:
+        """Fail everything, and wait for the device no more. The actor's thread notices soon."""
+        self.refuse(why)
+        self.fail_unsettled(why)
         self._gave_up = True
 
     def shut_down(self) -> None:
-        """End everything, in the actor's thread: answer what is left, wait for what is in flight."""
-        self._mailbox.close(lambda: stopped_error(self._props.label))
+        """End, in the actor's thread: answer what is left, wait for what is in flight."""
+        self.mailbox.close(lambda: stopped_error(self._props.label))
         self.work()
         self.in_flight.finish(lambda: self._gave_up)
         self.fail_unsettled(lambda: stopped_error(self._props.label))
         if not self._gave_up:
-            self._inner.close()
+            self.inner.close()
 
 
 def _staleness(ticket: Ticket) -> BaseException | None:
     try:
         ticket.job.fingerprint.check()
-    except BaseException as error:  # noqa: BLE001 - arrays of others may raise anything; it is this request's answer
+    except BaseException as error:  # noqa: BLE001 - this request's answer, whatever it is
         return error
     return None
 

@@ -1,11 +1,11 @@
 """The GPU inner: kernels on one GPU and one stream.
 
-Streams. Outputs are made in the caller's thread, so a caching allocator counts them as the caller's,
-and frees and reuses them in the order of the caller's stream. The launch goes to the actor's stream
-and waits there, on the device, for an event that was recorded in the caller's stream at ask: inputs
-are ready, and nothing of the caller still uses the memory of the outputs. The reply comes when the
-device is done, so the answer may be used on any stream. When both are the same stream there is no
-event to wait for.
+Streams. Outputs are made in the caller's thread, so a caching allocator counts them as the
+caller's, and frees and reuses them in the order of the caller's stream. The launch goes to the
+actor's stream and waits there, on the device, for an event that was recorded in the caller's stream
+at ask: inputs are ready, and nothing of the caller still uses the memory of the outputs. The reply
+comes when the device is done, so the answer may be used on any stream. When both are the same
+stream there is no event to wait for.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _WAITING: Final = "waiting for a launch of the actor"
 class CudaEvents:
     """Events of one device without timing, made once and used again. Thread-safe.
 
-    Waiting spins inside the driver, as torch.cuda.synchronize() does: an event that sleeps wakes 20 us
-    or more after its kernel.
+    Waiting spins inside the driver, as torch.cuda.synchronize() does: an event that sleeps wakes 20
+    us or more after its kernel.
 
     Attributes:
         cuda: the driver; events may come back when the interpreter is going down.
@@ -69,9 +69,10 @@ class CudaEvents:
             self._destroy_free()
 
     def record(self, event: Any, stream: int, *, in_context: bool) -> None:
-        """Let ``event`` be at the end of ``stream`` from now on. What waits for it already is not moved.
+        """Let ``event`` be at the end of ``stream`` from now on. Earlier waits stay as they are.
 
-        ``in_context``: the device's context is known to be current, which says whose the default stream is.
+        ``in_context``: the device's context is known to be current, which says whose the default
+        stream is.
         """
         if in_context or stream not in _DEFAULT_STREAMS or self.current_context() == self.context:
             result = self.cuda.cuEventRecord(event, stream)
@@ -103,7 +104,7 @@ class CudaEvents:
 
 
 class StreamEvent:
-    """A place in a stream: where a launch begins that waits for it; recorded anew, where that launch ends.
+    """A place in a stream: what a launch waits for; recorded anew, where that launch ends.
 
     Its event goes back when nobody asks about it any more.
     """
@@ -132,7 +133,7 @@ class StreamEvent:
         return not status
 
     def wait(self) -> None:
-        """Block until the device has reached it, without the interpreter lock. Raises as :meth:`poll`."""
+        """Block until the device has reached it, without the GIL. Raises as :meth:`poll`."""
         check(self._events.cuda.cuEventSynchronize(self.event), _WAITING)
 
     def __del__(self) -> None:
@@ -166,7 +167,7 @@ class GpuInner(FlashAttnInner):
         check(driver().cuCtxSetCurrent(primary_context(self.device.index)), "cuCtxSetCurrent")
 
     def accept(self, message: Message) -> Job:
-        """As every inner; besides, record where the caller's stream is now, if it is another one."""
+        """As every inner; and record where the caller's stream is now, if it is another one."""
         job = super().accept(message)
         if job.outputs is not None:
             theirs = current_stream(message.request.problem.q)
@@ -186,15 +187,15 @@ class GpuInner(FlashAttnInner):
         return Job(message, outputs, plan=plan, quick=self._context_is_current())
 
     def _context_is_current(self) -> bool:
-        """Whether the device's context is current in this thread, as launches that are repeated want it."""
+        """Whether the device's context is current in this thread, as repeated launches want it."""
         current = self._events.current_context()
-        if current == 0 and self.device.index == 0:  # what the CUDA runtime would make current here; let it stay
+        if current == 0 and self.device.index == 0:  # the CUDA runtime would do the same
             self.attach()
             return True
         return current == self._events.context
 
     def launch(self, job: Job) -> PendingLaunch:
-        """Enqueue on the actor's stream. The event that the launch waits for becomes that of its end."""
+        """Enqueue on the actor's stream. The event that it waits for becomes that of its end."""
         place: StreamEvent | None = job.ready
         if place is not None:
             place.make_wait(self._stream)

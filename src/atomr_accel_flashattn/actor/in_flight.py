@@ -2,15 +2,15 @@
 
 Any thread may find a launch finished, by asking its event, and then decides its reply: a caller in
 ``reply.result()``, for whom being woken would cost more than a small kernel takes, or whoever needs
-the place of a finished launch. The completion thread does the rest: it waits in the driver for those
-who sleep or want to be called, computes what can only be waited for, tells callbacks and waiters, and
-answers with errors. When nobody needs it, it looks every few milliseconds.
+the place of a finished launch. The completion thread does the rest: it waits in the driver for
+those who sleep or want to be called, computes what can only be waited for, tells callbacks and
+waiters, and answers with errors. When nobody needs it, it looks every 10 ms.
 
 Why a thread that waits on events, and not a callback of the driver: a function given to
-cuLaunchHostFunc is a piece of the stream, so the next kernel would stand still until Python gets its
-interpreter lock; it may make no CUDA call; and it is never called once the context is lost, which is
-when every future needs its answer most. Waiting is one foreign call without the interpreter lock.
-A stream finishes its launches in order, so waiting for the oldest delays nobody.
+cuLaunchHostFunc is a piece of the stream, so the next kernel would stand still until Python gets
+its interpreter lock; it may make no CUDA call; and it is never called once the context is lost,
+which is when every future needs its answer most. Waiting is one foreign call without the
+interpreter lock. A stream finishes its launches in order, so waiting for the oldest delays nobody.
 
 Ctrl-C: a caller sets the outcome of a reply, then moves the launch. Where he is interrupted between
 the two, the next one finds the launch again, and the reply keeps its first outcome.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -31,25 +30,18 @@ from .reply import Reply, Ticket
 
 __all__ = ["InFlight"]
 
-_LOOK_SECONDS: Final = 0.002  # how often the completion thread looks by itself
-_IDLE_LOOKS: Final = 25  # after so many without a launch, the next launch has to wake it: 20 us or more
-_SPIN_SECONDS: Final = 0.0005  # how long a waiter asks before it sleeps: several times what waking it costs
+_LOOK_SECONDS: Final = 0.01  # how often the completion thread looks by itself
+_IDLE_LOOKS: Final = 5  # after so many without a launch, the next has to wake it: 20 us or more
+_SPIN_SECONDS: Final = 0.0005  # how long a waiter asks before it sleeps
 
 
 class InFlight:
-    """Launches in flight. The completion thread starts when this is made.
+    """Launches in flight. The completion thread starts with this, and calls ``attach`` first.
 
-    Args:
-        name: of the completion thread.
-        attach: called in it first.
-        decide: sets the outcome of a request whose launch went well, in any thread. What it raises is
-            left to ``resolve``.
-        resolve: answers a request, given what waiting for its launch raised, or None. In the completion
-            thread. It must not raise.
-
-    Attributes:
-        launches: the tickets of launches in flight, oldest first, for others to count. They keep the
-            arrays alive.
+    ``decide`` sets the outcome of a request whose launch went well, in any thread; what it raises
+    is left to ``resolve``, which answers a request in the completion thread, given what waiting for
+    its launch raised. ``launches`` are the tickets, for others to count. They keep the arrays
+    alive.
     """
 
     def __init__(
@@ -64,11 +56,10 @@ class InFlight:
         self._resolve = resolve
         self.launches: deque[Ticket] = deque()
         self._lock = threading.RLock()  # held by whoever takes launches out
-        self._decided: deque[weakref.ref[Reply]] = deque()  # taken out by callers; to be finished
+        self._decided: deque[Reply] = deque()  # for the completion thread to finish
         self._polling = False  # a hint: one waiter that polls is enough
         self._last = 0  # number of the newest launch
-        self._wanted = 0  # the completion thread waits for launches up to this number, says who hurries it
-        self._left = 0  # and up to this one, because nobody took them while it rested
+        self._wanted = 0  # the completion thread waits for launches up to this number
         self._wake_up: SimpleQueue[None] = SimpleQueue()
         self._room: SimpleQueue[None] = SimpleQueue()
         self._needs_room = False
@@ -95,12 +86,12 @@ class InFlight:
 
     def finish_soon(self, reply: Reply) -> None:
         """Let the completion thread tell everybody of a reply's outcome."""
-        self._decided.append(weakref.ref(reply))
+        self._decided.append(reply)
         if self._resting:
             self._wake_up.put(None)
 
     def take_finished(self) -> None:
-        """Decide what has finished, in any thread: one question for all, if the newest has finished."""
+        """Decide what has finished, in any thread: one question for all, if the newest has."""
         with self._lock:
             if not self.launches:
                 return
@@ -113,7 +104,7 @@ class InFlight:
                 pass
 
     def poll_until_over(self, reply: Reply, timeout: float | None) -> None:
-        """Ask the device for a moment, one waiter at a time. Returns when it is better slept for."""
+        """Ask the device for a moment, one waiter at a time; then it is better to sleep."""
         if self._polling:
             return
         self._polling = True
@@ -128,7 +119,7 @@ class InFlight:
             self._polling = False
 
     def wait_for_room(self, limit: int) -> None:
-        """Sleep while ``limit`` launches are in flight, but for a moment only. In the actor's thread."""
+        """Sleep a moment while ``limit`` launches are in flight. In the actor's thread."""
         self._needs_room = True
         self.hurry()
         if len(self.launches) >= limit:  # after saying so
@@ -159,10 +150,11 @@ class InFlight:
                 if first.number > done and not first.poll():
                     return False
                 self._decide(first)
-                self._decided.append(weakref.ref(first.reply))
+                if first.reply.is_wanted:
+                    self.finish_soon(first.reply)
                 self._remove_first()
                 return True
-        except Exception:  # noqa: BLE001, S110 - the completion thread meets it again, as this launch's answer
+        except Exception:  # noqa: BLE001, S110 - the completion thread meets it again
             pass
         self.hurry()
         return False
@@ -174,40 +166,35 @@ class InFlight:
 
     def _run(self) -> None:
         failed_to_attach = _raised_by(self._attach)
-        idle = 0
+        idle = seen = 0
         while True:
-            before = self._last
             self._finish_decided()
             if self._wait_for_first(failed_to_attach):
-                idle = 0
-            elif self._over and not self.launches:
+                continue
+            if self._over and not self.launches:
                 self._finish_decided()
                 return
-            elif not self._rest(asleep=idle >= _IDLE_LOOKS):
-                self._left = before  # concurrent.futures.wait() sleeps without a word
-                idle = 0 if self.launches or self._last != before else idle + 1
+            idle = 0 if self.launches or self._last != seen else idle + 1
+            seen = self._last
+            if not self._rest(asleep=idle > _IDLE_LOOKS):
+                self.take_finished()
 
     def _finish_decided(self) -> None:
         while self._decided:
-            reply = self._decided.popleft()()
-            if reply is not None:
-                reply.finish()
+            self._decided.popleft().finish()
 
-    def _first_is_wanted(self) -> bool:
-        try:
-            return self._over or self.launches[0].number <= max(self._wanted, self._left)
-        except IndexError:
-            return False
-
-    def _wait_for_first(self, failed_to_attach: BaseException | None) -> bool:
-        """Wait for the oldest launch, if it is wanted, and answer it. No name keeps its arrays alive longer."""
-        if not self._first_is_wanted():
-            return False
+    def _first_wanted(self) -> Ticket | None:
         try:
             first = self.launches[0]
         except IndexError:
+            return None
+        return first if self._over or first.number <= self._wanted else None
+
+    def _wait_for_first(self, failed_to_attach: BaseException | None) -> bool:
+        """Wait for the oldest launch, if it is wanted, and answer it. No name outlives this."""
+        first = self._first_wanted()
+        if first is None or first.launch is None:
             return False
-        assert first.launch is not None  # noqa: S101 - add() sets it
         error = failed_to_attach or _raised_by(first.launch.wait)
         with self._lock:
             if not self.launches or self.launches[0] is not first:
@@ -220,9 +207,11 @@ class InFlight:
         """Sleep until woken, or for a moment. Whether it was woken."""
         self._asleep, self._resting = asleep, True
         # After saying so: who comes now wakes this thread.
-        woken = self._over or self._first_is_wanted() or (asleep and bool(self.launches or self._decided))
+        woken = self._over or self._first_wanted() is not None or (asleep and bool(self.launches or self._decided))
         woken = woken or _get(self._wake_up, None if asleep else _LOOK_SECONDS)
         self._asleep = self._resting = False
+        while not self._wake_up.empty():  # all that they were put for is looked at next
+            self._wake_up.get_nowait()
         return woken
 
 
@@ -237,6 +226,6 @@ def _get(queue: SimpleQueue[None], seconds: float | None) -> bool:
 def _raised_by(call: Callable[[], None]) -> BaseException | None:
     try:
         call()
-    except BaseException as error:  # noqa: BLE001 - it is the answer to somebody's request, and this thread has to live
+    except BaseException as error:  # noqa: BLE001 - the answer to a request; this thread has to live
         return error
     return None

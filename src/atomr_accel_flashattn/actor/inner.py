@@ -1,10 +1,10 @@
 """FlashAttnInner: what does the work behind a mailbox: the GPU, the CPU backend, or a mock.
 
 An inner is asked three things: to look a request over and make its outputs (in the caller's thread,
-so new arrays belong to the caller's stream), to launch (in the actor's thread; what is quick, in the
-caller's), and, through the :class:`PendingLaunch` that a launch returns, to wait until the device is
-done (in the completion thread). Another device, or a test that wants a late or failing one, derives
-from FlashAttnInner.
+so new arrays belong to the caller's stream), to launch (in the actor's thread; what is quick, in
+the caller's), and, through the :class:`PendingLaunch` that a launch returns, to wait until the
+device is done (in the completion thread). Another device, or a test that wants a late or failing
+one, derives from FlashAttnInner.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ class Job:
         message: what was sent; keeps the inputs alive.
         outputs: the arrays to be written, None for a message without.
         fingerprint: the arrays as they were at ask.
-        ready: what the launch waits for on the device: the work that the caller had enqueued before.
+        ready: what the launch waits for on the device: the work that the caller had enqueued
+            before.
         plan: what the launch repeats, if there was one like it before.
-        quick: whether the launch takes a few microseconds in the caller's thread, and may be made there.
+        quick: whether the launch takes a few microseconds in the caller's thread, and may be made
+            there.
     """
 
     message: Message
@@ -70,9 +72,9 @@ class Job:
 class PendingLaunch(Protocol):
     """A launch that the device has not finished.
 
-    One that can be asked has a second method, ``poll() -> bool``: whether the device is done with this
-    launch and all before, without waiting. It is called in any thread, while another one may be in
-    ``wait``, and raises what ``wait`` would.
+    One that can be asked has a second method, ``poll() -> bool``: whether the device is done with
+    this launch and all before, without waiting. It is called in any thread, while another one may
+    be in ``wait``, and raises what ``wait`` would.
     """
 
     def wait(self) -> None:
@@ -86,7 +88,7 @@ class PendingLaunch(Protocol):
 
 
 class FlashAttnInner(ABC):
-    """The work behind a mailbox. Made by :meth:`gpu`, :meth:`reference` or :meth:`mock`; each serves one actor.
+    """The work behind one mailbox. Made by :meth:`gpu`, :meth:`reference` or :meth:`mock`.
 
     Attributes:
         device: where the arrays of requests have to live.
@@ -109,19 +111,19 @@ class FlashAttnInner(ABC):
 
     @staticmethod
     def reference() -> FlashAttnInner:
-        """The CPU backend. It computes in the completion thread, so that launches return at once."""
+        """The CPU backend. It computes in the completion thread, so launches return at once."""
         return _ReferenceInner()
 
     @staticmethod
     def mock(device: Device = Device("cpu", 0), *, arch: SmArch = SmArch.CPU) -> FlashAttnInner:  # noqa: B008 - a named tuple
-        """No compute: checks a request, resolves its kernel, and answers with a MockAnswerError that names it."""
+        """No compute: checks, and answers with a MockAnswerError that names the kernel."""
         return _MockInner(device, arch)
 
     def attach(self) -> None:  # noqa: B027 - a hook
         """Called once in each thread of the actor, before anything else there."""
 
     def accept(self, message: Message) -> Job:
-        """Look a message over, in the caller's thread, and make its outputs. Does not wait for the device.
+        """Look a message over, in the caller's thread, and make its outputs. Waits for nothing.
 
         Raises:
             UnknownMessageError: a Forward without a forward request.

@@ -1,8 +1,8 @@
 """Mailbox: who may come in, who waits for a place, and who is still without an answer.
 
-Places are counted here, not in the inbox of the actor's thread, so that a stop always gets in. Every
-request that came in is remembered until it is settled, so that none is lost, whatever ends the actor.
-A count is the length of what lies here, so a Ctrl-C leaves no wrong count behind.
+Places are counted here, not in the inbox of the actor's thread, so that a stop always gets in.
+Every request that came in is remembered until it is settled, so that none is lost, whatever ends
+the actor. A count is the length of what lies here, so a Ctrl-C leaves no wrong count behind.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from .reply import Ticket
 __all__ = ["Mailbox", "Told"]
 
 Told: TypeAlias = Callable[[ActorStoppedError | None], None]
-"""Called once, in a thread of the actor: None when there is a place, else why there never will be."""
+"""Called once, in a thread of the actor: None, there is a place; else why there will be none."""
 
 
 class Mailbox:
     """Thread-safe. A request that finds no place queues for one, first come, first served.
 
-    Args:
-        label: what errors call the actor.
-        limit: places.
-        wake: tells the actor that a ticket waits. Called under the lock, so that a stop, which closes
-            first, comes last. Raises ActorStoppedError when nobody will come.
+    ``wake`` tells the actor that a ticket waits. It is called under the lock, so that a stop, which
+    closes first, comes last; it raises ActorStoppedError when nobody will come.
     """
 
     def __init__(self, label: str, limit: int, wake: Callable[[], None]) -> None:
@@ -42,11 +39,7 @@ class Mailbox:
         self._closed: Callable[[], ActorStoppedError] | None = None
 
     def enter(self, ticket: Ticket, told: Told | None) -> bool:
-        """Put a ticket into the mailbox.
-
-        Args:
-            ticket: one that has not been here.
-            told: called when there is a place, after this returned False; None: do not queue.
+        """Let a ticket in. False: it queues, and ``told`` is called; None for that: do not queue.
 
         Raises:
             ActorStoppedError: closed.
@@ -66,7 +59,7 @@ class Mailbox:
             return False
 
     def enter_begun(self, ticket: Ticket) -> bool:
-        """Let a ticket in that is launched at once and takes no place. False: others wait, or closed."""
+        """Let a ticket in that takes no place, and begin it. False: others wait, or closed."""
         with self._lock:
             if self._inside or self._outside or self._closed is not None:
                 return False
@@ -111,7 +104,7 @@ class Mailbox:
         self._unsettled.discard(ticket)  # one call of C, as the copy in all_unsettled() is
 
     def close(self, why: Callable[[], ActorStoppedError]) -> None:
-        """Let nobody in any more: who queues, and who comes later, gets ``why()``. The first reason stays."""
+        """Let nobody in any more: they get ``why()``, now and later. The first reason stays."""
         with self._lock:
             self._closed = self._closed or why
             outside = list(self._outside)
@@ -127,11 +120,6 @@ class Mailbox:
     def all_unsettled(self) -> list[Ticket]:
         """Every ticket without an answer, for the caller to fail and to :meth:`settle`."""
         return list(self._unsettled)
-
-    @property
-    def inside(self) -> int:
-        """Requests that have a place and were not taken yet."""
-        return len(self._inside)
 
     @property
     def is_empty(self) -> bool:

@@ -27,10 +27,10 @@ class FlashAttnProps:
 
     Attributes:
         label: names its threads, its log lines and its errors.
-        device: ``"cuda:1"``, ``"cuda"``, ``"cpu"`` or a Device; None is ``cuda:0``, or the CPU where
-            there is no GPU.
-        stream: the CUDA stream to launch on (a raw handle, or a stream of torch, CuPy or cuda.core);
-            None is a stream of its own.
+        device: ``"cuda:1"``, ``"cuda"``, ``"cpu"`` or a Device; None is ``cuda:0``, or the CPU
+            where there is no GPU.
+        stream: the CUDA stream to launch on (a raw handle, or a stream of torch, CuPy or
+            cuda.core); None is a stream of its own.
         max_in_flight: launches that may be unfinished at a time, 1..1000 (CUDA queues about 1024).
         mailbox_limit: requests that may wait to be launched, at least 1.
         overflow: what happens to one more; each call may choose for itself.

@@ -1,9 +1,9 @@
 """Reply: the future of one request. Ticket: the request on its way through the actor.
 
-A reply is resolved in two steps. Any thread may set its outcome, which is one store under a lock: from
-then on ``result()``, ``exception()`` and ``done()`` have it. :meth:`Reply.finish` tells callbacks,
-sleepers, and those in ``concurrent.futures.wait``. That is done by a thread of the actor, which receives
-no signals, so a Ctrl-C tears nothing.
+A reply is resolved in two steps. Any thread may set its outcome, which is one store: from then on
+``result()``, ``exception()`` and ``done()`` have it. :meth:`Reply.finish` tells callbacks,
+sleepers, and those in ``concurrent.futures.wait``, if there are any. That is done by a thread of
+the actor, which receives no signals, so a Ctrl-C tears nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from ..runtime.plan import Output
 from .inner import Job, PendingLaunch
@@ -60,14 +60,31 @@ class Reply(Future[Output]):
 
     begun = False  # launched, or about to be: too late to cancel
     is_wanted = False  # somebody sleeps until it is resolved, or is to be called then
-    on_error: Callable[[BaseException], None] | None = None
     _outcome: _Outcome | None = None
-    _finished = False
     _callbacks: tuple[_Callback, ...] = ()
+    _is_finished = False
+    _has_base = False
+    _base_is_told = False
 
     def __init__(self, watch: Watch | None = None) -> None:
-        Future.__init__(self)
         self._watch = watch
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Set up the base class when it is asked for, as concurrent.futures.wait() does.
+
+            Its condition costs more than everything else that a reply does, and few replies need
+            it.
+            """
+            with _deciding:
+                is_first = not self._has_base and not name.startswith("__")
+                if is_first:
+                    super().__init__()
+                    self._has_base = True
+            if is_first:
+                self._want()
+            return super().__getattribute__(name)
 
     def __repr__(self) -> str:
         state = "cancelled" if self.cancelled() else "finished" if self.is_over() else "running" if self.begun else "pending"
@@ -116,31 +133,41 @@ class Reply(Future[Output]):
     def cancel(self) -> bool:
         """See concurrent.futures. False once the request is launched."""
         with _deciding:
-            if self._outcome is None and not self.begun:
-                self._outcome = _CANCELLED
+            if not self.begun:
+                self.decide(_CANCELLED)
         if self._outcome is not _CANCELLED:
             return False
-        if self._watch is None:
-            self.finish()
-        else:
-            self._watch.finish_soon(self)
+        self._finish_soon()
         return True
 
     def add_done_callback(self, fn: _Callback) -> None:
         """See concurrent.futures; what a callback raises is logged, a SystemExit too."""
+        self.listen(fn, hurry=True)
+
+    def listen(self, fn: _Callback, *, hurry: bool = False) -> None:
+        """Add a callback that is in no hurry, as that of a log."""
         with _deciding:
-            is_late = self._finished
+            is_late = self._is_finished
             if not is_late:
                 self._callbacks = (*self._callbacks, fn)
         if is_late:
             self._call(fn)
         else:
-            self._want()
+            self._want(hurry=hurry)
 
-    def _want(self) -> None:
-        self.is_wanted = True  # before the look at begun: who launches sets that first, then looks here
-        if self.begun and self._watch is not None:
+    def _want(self, *, hurry: bool = True) -> None:
+        """Somebody has to be told. Who launches or decides looks at ``is_wanted`` after that."""
+        self.is_wanted = True
+        if self._outcome is not None:
+            self._finish_soon()
+        elif hurry and self.begun and self._watch is not None:
             self._watch.hurry()
+
+    def _finish_soon(self) -> None:
+        if self._watch is None:
+            self.finish()
+        else:
+            self._watch.finish_soon(self)
 
     def _wait(self, timeout: float | None) -> _Outcome:
         """Look for the outcome here, then sleep in a queue, which a Ctrl-C leaves as it was."""
@@ -172,36 +199,33 @@ class Reply(Future[Output]):
 
     def decide(self, outcome: _Outcome) -> bool:
         """Set the outcome, in any thread, unless there is one. Whether it was set."""
-        with _deciding:
-            if self._outcome is None:
-                self._outcome = outcome
-                return True
-            return False
+        return vars(self).setdefault("_outcome", outcome) is outcome  # one call of C
 
     def finish(self) -> None:
-        """Tell everybody of the outcome, once, in a thread of the actor."""
+        """Tell everybody of the outcome who was not told yet, in a thread of the actor."""
         with _deciding:
             outcome = self._outcome
-            if self._finished or outcome is None:
+            if outcome is None:
                 return
-            self._finished = True
-        if outcome is _CANCELLED:
-            super().cancel()
-            self.set_running_or_notify_cancel()
-        elif isinstance(outcome, BaseException):
-            self.set_exception(outcome)
-        else:
-            self.set_result(outcome)
-        callbacks, self._callbacks = self._callbacks, ()
+            self._is_finished = True
+            callbacks, self._callbacks = self._callbacks, ()
+            tells_base = self._has_base and not self._base_is_told
+            self._base_is_told = self._has_base
+        if tells_base:
+            if outcome is _CANCELLED:
+                super().cancel()
+                self.set_running_or_notify_cancel()
+            elif isinstance(outcome, BaseException):
+                self.set_exception(outcome)
+            else:
+                self.set_result(outcome)
         for fn in callbacks:
             self._call(fn)
 
     def resolve(self, outcome: _Outcome) -> None:
-        """Decide and finish; ``on_error`` is told of an error that counts."""
-        counts = self.decide(outcome)
+        """Decide and finish."""
+        self.decide(outcome)
         self.finish()
-        if counts and self.on_error is not None and isinstance(outcome, BaseException):
-            self.on_error(outcome)
 
     def _call(self, fn: _Callback) -> None:
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -21,20 +21,13 @@ from ..problem import ArrayInfo
 
 __all__ = ["NO_ARRAYS", "Fingerprint"]
 
-_Read: TypeAlias = Callable[[Any], Any]
 _QKV: Final = ("q", "k", "v")
 _SINCE_MADE: Final = "since the request was made"
 _SINCE_ASK: Final = "between ask and reply"
 
-
-class _Readers(NamedTuple):
-    """How arrays of a class are looked at: ``address`` on a GPU, ``facts`` (address, shape, ...) on the host."""
-
-    address: _Read | None = None
-    facts: _Read | None = None
-
-
-_readers: dict[type, _Readers] = {}
+_Read: TypeAlias = Callable[[Any], Any] | None
+_readers: dict[type, tuple[_Read, _Read]] = {}
+"""By class: address on a GPU, facts (address, shape, ...) on the host; None: cannot change."""
 
 
 class Fingerprint:
@@ -75,14 +68,7 @@ class Fingerprint:
                 raise self._stale(info, _SINCE_MADE, (info.ptr, info.shape), facts)
 
     def check(self, when: str = _SINCE_ASK) -> None:
-        """Look again.
-
-        Args:
-            when: something may have happened, for the error.
-
-        Raises:
-            StaleArrayError: an array was freed, resized or moved.
-        """
+        """Raise StaleArrayError if an array was freed, resized or moved. ``when``: for the text."""
         if self._facts is not None:
             for info, before in zip(self._arrays, self._facts, strict=True):
                 facts = _facts_of(info)
@@ -91,7 +77,7 @@ class Fingerprint:
             return
         for info in self._arrays:
             source = info.source
-            read = (_readers.get(type(source)) or _readers_of(source)).address
+            read = (_readers.get(type(source)) or _readers_of(source))[0]
             address = info.ptr if read is None else read(source)
             if address != info.ptr:
                 raise self._stale(info, when, info.ptr, address)
@@ -117,18 +103,18 @@ def _arrays_of(request: FaFwdDispatch) -> tuple[Sequence[str], Sequence[ArrayInf
 
 
 def _facts_of(info: ArrayInfo) -> Any:
-    read = (_readers.get(type(info.source)) or _readers_of(info.source)).facts
+    read = (_readers.get(type(info.source)) or _readers_of(info.source))[1]
     return None if read is None else read(info.source)
 
 
-def _readers_of(source: Any) -> _Readers:
+def _readers_of(source: Any) -> tuple[_Read, _Read]:
     """Those of the class of ``source``, to be found at once by the next."""
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    found = _Readers()
+    found: tuple[_Read, _Read] = (None, None)
     if torch is not None and isinstance(source, torch.Tensor):
-        found = _Readers(torch.Tensor.data_ptr, lambda tensor: (tensor.data_ptr(), tensor.shape, tensor.untyped_storage().nbytes()))
+        found = (torch.Tensor.data_ptr, lambda tensor: (tensor.data_ptr(), tensor.shape, tensor.untyped_storage().nbytes()))
     elif isinstance(source, np.ndarray):
-        found = _Readers(facts=lambda array: (array.ctypes.data, array.shape))
+        found = (None, lambda array: (array.ctypes.data, array.shape))
     elif cupy is not None and isinstance(source, cupy.ndarray):
-        found = _Readers(lambda array: int(array.data.ptr))
+        found = (lambda array: int(array.data.ptr), None)
     return _readers.setdefault(type(source), found)

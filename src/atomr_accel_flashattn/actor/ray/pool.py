@@ -1,9 +1,9 @@
-"""FlashAttnPool: one actor per GPU, on many GPUs and machines (``pip install 'atomr-accel-flashattn[ray]'``).
+"""FlashAttnPool: one actor per GPU, on many GPUs and machines, through Ray.
 
-The pool keeps the mailbox: requests wait here, not with the workers, until the least loaded worker has
-room. So a cancel works until a request is sent, a lost worker takes only its own few requests with it,
-and those are sent to another one. One thread of the pool owns the workers: it sends requests and
-handles what comes back. Everybody else puts work into its queue.
+The pool keeps the mailbox: requests wait here, not with the workers, until the least loaded worker
+has room. So a cancel works until a request is sent, a lost worker takes only its own few requests
+with it, and those are sent to another one. One thread of the pool owns the workers: it sends
+requests and handles what comes back. Everybody else puts work into its queue.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ __all__ = ["FlashAttnPool"]
 
 _log = logging.getLogger(__name__)
 
-_INLINE_BYTES: Final = 100 * 1024  # smaller arguments travel inside the call; larger ones are put once, and a retry sends the reference
+_INLINE_BYTES: Final = 100 * 1024  # larger arguments are put once, and a retry sends the reference
 _START_SECONDS: Final = 120.0
 _KILL_SECONDS: Final = 5.0  # how long a stop whose time is over waits for the workers to be ended
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True, kw_only=True)
 class _Task(Ticket):
-    """A request for a worker, perhaps for a second one. ``wire``: None for a message that is refused."""
+    """A request for a worker, perhaps for a second one. ``wire``: None for what is refused."""
 
     wire: WireRequest | None = None
     arrays: tuple[Any, ...] = ()
@@ -96,9 +96,10 @@ class FlashAttnPool(Client):
         """Start a pool, and Ray too where it does not run. Returns when all workers are up.
 
         Args:
-            workers: how many; each takes one GPU, or one CPU core with ``device="cpu"`` in the props.
-            props: of each worker's actor. ``mailbox_limit`` and ``overflow`` are the pool's; streams
-                belong to the workers.
+            workers: how many; each takes one GPU, or one CPU core with ``device="cpu"`` in the
+                props.
+            props: of each worker's actor. ``mailbox_limit`` and ``overflow`` are the pool's;
+                streams belong to the workers.
             window: requests that a worker may have at a time; None is twice ``max_in_flight``.
             retries: how often a request may be sent again after its worker was lost. A request that
                 kills its worker would kill them all.
@@ -160,7 +161,7 @@ class FlashAttnPool(Client):
         return {member.number: member.tasks for member in list(self._members)}
 
     def processes(self) -> dict[int, int]:
-        """Process ids by worker number, each on the worker's own machine. Waits for those that still start.
+        """Process ids by worker number, each on its own machine. Waits for those that start.
 
         Raises:
             ray.exceptions.RayActorError: one is lost, and the pool has not noticed yet.
@@ -191,7 +192,7 @@ class FlashAttnPool(Client):
         """Off the event loop, because arrays are copied."""
         return await asyncio.to_thread(self._ticket, message, timeout)
 
-    # From here on in the pool's thread. It is not Ray's: there the start of another worker would wait for itself.
+    # From here on in the pool's thread; in Ray's, the start of a worker would wait for itself.
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
@@ -242,7 +243,7 @@ class FlashAttnPool(Client):
         answer = done.result() if failure is None else None
         if isinstance(answer, (DeviceLostError, ActorStoppedError)):
             failure = answer  # the process has lost its GPU: as good as lost itself
-        if isinstance(failure, self._ray.exceptions.RayTaskError):  # the worker lives: it could not say its answer
+        if isinstance(failure, self._ray.exceptions.RayTaskError):  # the worker lives
             self._settle(task, failure)
         elif failure is not None:
             self._replace(member)

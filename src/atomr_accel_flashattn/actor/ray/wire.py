@@ -1,6 +1,7 @@
-"""Serialisation: a forward request as plain values and NumPy arrays, for Ray's object store, and its answer.
+"""Serialisation: a forward request as plain values and NumPy arrays, and its answer.
 
-bfloat16 travels as uint16: a worker reads NumPy arrays of built-in types where they lie, and copies others.
+bfloat16 travels as uint16: a worker reads NumPy arrays of built-in types where they lie, and copies
+others.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class WireRequest:
 
     @classmethod
     def pack(cls, message: FlashAttnMsg.Forward) -> tuple[WireRequest, list[np.ndarray[Any, Any]]]:
-        """Of a message whose request is a DenseFwdRequest, of either family or none, or a VarlenFwdRequest.
+        """Of a message with a DenseFwdRequest, of either family or none, or a VarlenFwdRequest.
 
         Raises:
             ArrayTypeError: as :func:`to_wire`.

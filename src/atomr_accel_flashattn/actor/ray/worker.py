@@ -19,10 +19,10 @@ __all__ = ["Worker"]
 
 
 class Worker:
-    """Becomes a Ray actor. Its calls run side by side in one event loop, so launches can overlap."""
+    """Becomes a Ray actor. Its calls run side by side in an event loop: launches can overlap."""
 
     def __init__(self, label: str, device: Device, max_in_flight: int) -> None:
-        place = device if device.kind == "cpu" else Device("cuda", 0)  # Ray shows a worker the one GPU that it may use
+        place = device if device.kind == "cpu" else Device("cuda", 0)  # Ray shows a worker its GPU
         self._handle = FlashAttnActor.start(FlashAttnProps(label=label, device=place, max_in_flight=max_in_flight))
 
     async def ready(self) -> int:
@@ -30,7 +30,7 @@ class Worker:
         return os.getpid()
 
     async def forward(self, wire: WireRequest, *arrays: np.ndarray[Any, Any]) -> list[WireArray | None] | Exception:
-        """Answer one request. What went wrong is returned, not raised, so that Ray does not wrap it."""
+        """Answer one request. An error is returned, not raised, so that Ray does not wrap it."""
         try:
             message = await asyncio.to_thread(wire.unpack, arrays, self._handle.props.place)
             output = await self._handle.ask_async(message)
