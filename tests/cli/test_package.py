@@ -200,6 +200,11 @@ def test_a_wheel_of_nvrtc_has_the_size_that_readme_tells() -> None:
         assert 135 < unpacked < 150
 
 
+def test_every_cuda_header_names_its_licence() -> None:
+    done = subprocess.run([sys.executable, ROOT / "tools" / "spdx.py", "--check"], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, ""), "run: python tools/spdx.py"
+
+
 def test_the_page_for_contributors_names_verbs_that_there_are() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     verbs = re.findall(r"make ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
