@@ -22,7 +22,11 @@ BIN := $(VENV)/bin
 CUDA_SOURCES = $(shell find src -name '*.cuh' -o -name '*.cu')
 EXTRAS := $(if $(filter-out 0,$(TORCH)),$(VENV)/.torch) $(if $(filter-out 0,$(RAY)),$(VENV)/.ray)
 
-.PHONY: help demo test lint readme format compile-all gpu-test bench clean
+LOWEST := $(VENV)/lowest
+LOWEST_TESTS := tests/test_env.py tests/cli/test_commands.py tests/cli/test_matrix.py tests/cli/test_tune.py \
+	tests/host/test_functional.py tests/jit/test_cache.py tests/jit/test_compile.py
+
+.PHONY: help demo test test-lowest lint readme format compile-all gpu-test bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +36,9 @@ demo: $(VENV)/.demo ## attention on real activations: compile, run, compare, dra
 
 test: $(VENV)/.dev $(EXTRAS) ## every test that needs no GPU (TORCH=1 adds PyTorch, RAY=1 Ray)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
+
+test-lowest: $(LOWEST)/.done ## a short set of tests with the lowest versions that pyproject.toml allows (about a minute)
+	$(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "not gpu" -p no:cacheprovider $(LOWEST_TESTS)
 
 lint: $(VENV)/.dev ## ruff, mypy --strict, import layers, clang-format
 	$(BIN)/ruff check .
@@ -68,6 +75,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV): 100 MB, once" >&2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
 	@touch $@
 
@@ -82,4 +90,11 @@ $(VENV)/.torch: | $(VENV)/.dev
 
 $(VENV)/.ray: | $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ray]'
+	@touch $@
+
+$(LOWEST)/.done: pyproject.toml tools/lowest_versions.py | $(BIN)/python
+	$(BIN)/python -m venv $(LOWEST)
+	$(BIN)/python tools/lowest_versions.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/constraints.txt \
+		--editable . pytest pytest-timeout pytest-xdist hypothesis
 	@touch $@

@@ -78,6 +78,7 @@ from .errors import (
     RuntimeFlashAttnError as RuntimeFlashAttnError,
     ScaleError as ScaleError,
     ScheduleError as ScheduleError,
+    SettingsWarning as SettingsWarning,
     ShapeError as ShapeError,
     SinkWithoutMaskError as SinkWithoutMaskError,
     SlopesError as SlopesError,

@@ -11,15 +11,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
-from rich.markup import escape
+from rich.text import Text
 
 from ..dispatch import DISPATCH_TABLE, FEATURES, Cell, arch_of_capability
 from ..errors import CacheError, FeatureNotBuiltError
 from ..types import DType, SmArch
 from .gpu_record import MATRIX_HEAD_DIM, wgmma_or_mma
-from .output import Json, console, make_table, print_json
+from .output import Json, console, is_narrow, make_table, print_json
 
-__all__ = ["END_MARK", "START_MARK", "Matrix", "markdown", "matrix", "render_matrix", "rendered_readme", "support_matrix"]
+__all__ = ["END_MARK", "START_MARK", "Matrix", "collapsed", "markdown", "matrix", "render_matrix", "rendered_readme", "support_matrix"]
 
 START_MARK = "<!-- matrix: start -->"
 END_MARK = "<!-- matrix: end -->"
@@ -28,10 +28,10 @@ _LABELS = {
     "full": "full",
     "causal": "causal",
     "sliding_causal": "sliding causal",
-    "sliding_full": "sliding full, `window_size`",
+    "sliding_full": "sliding full (`window_size`)",
     "sink_tokens": "sink tokens",
     "varlen": "varlen (`cu_seqlens`)",
-    "gqa": "MQA / GQA, any ratio",
+    "gqa": "MQA / GQA at any ratio",
     "alibi": "ALiBi",
     "softcap": "softcap",
     "learned_sink": "learned sink",
@@ -39,7 +39,7 @@ _LABELS = {
     "dropout_mask": "dropout pattern out",
     "unaligned": "any alignment",
     "prescale": "zero or negative scale",
-    "few_rows": "short sequences of q, with their own tile",
+    "few_rows": "short sequences of q (own tile)",
     "backward": "backward",
     "paged": "paged KV cache",
     "split": "split KV",
@@ -81,12 +81,18 @@ class Matrix:
 
 
 def matrix(
-    record: Annotated[Path | None, typer.Option(help="A record of a GPU test run (benchmarks/results/gpu_tests.json).")] = None,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
-    write: Annotated[Path | None, typer.Option(help="Replace the table between the markers of this file.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(exists=True, help="A record of a GPU test run (benchmarks/results/gpu_tests.json), or its folder.")
+    ] = None,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of the README, where rows of equal cells are one.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Replace the table between the markers of this file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show which feature runs, compiles or is refused on which architecture."""
+    """Show which feature runs, compiles or is refused on which architecture, a row a feature."""
     table = support_matrix(record)
     if write is not None:
         write.write_text(rendered_readme(write.read_text(encoding="utf-8"), table), encoding="utf-8")
@@ -95,7 +101,8 @@ def matrix(
     elif as_markdown:
         typer.echo(markdown(table))
     else:
-        console().print(render_matrix(table))
+        screen = console()
+        screen.print(render_matrix(table, narrow=is_narrow(screen)))
 
 
 def support_matrix(record: Path | None = None) -> Matrix:
@@ -165,31 +172,56 @@ def _entry(cell: Cell, runs: Runs, feature: str) -> Entry:
     return Entry("ran", f"ran on {runs.card}") if runs.did(cell.key.arch, feature) else Entry("compiles", "compiles")
 
 
-def render_matrix(table: Matrix) -> RenderableType:
-    """For a terminal: the table, and below it the reasons of refusals, numbered."""
-    screen = make_table("What is supported", ("", *table.archs))
+def collapsed(table: Matrix) -> Matrix:
+    """The table with rows of equal cells as one, their names joined; cells that are refused are equal whatever the reason."""
+    rows: dict[tuple[str, ...], list[str]] = {}
     for name, entries in table.rows.items():
-        screen.add_row(name.replace("`", ""), *(_coloured(entry, table) for entry in entries))
-    notes = "\n".join(f"[dim]{number}[/] {escape(reason)}" for number, reason in enumerate(table.reasons, 1))
-    return Group(screen, f"[dim]- is a refusal; its reason:[/]\n{notes}\n")
+        rows.setdefault(tuple(entry.text for entry in entries), []).append(name)
+    return Matrix(table.archs, {", ".join(names): table.rows[names[0]] for names in rows.values()}, table.commit)
 
 
-def _coloured(entry: Entry, table: Matrix) -> str:
+def render_matrix(table: Matrix, *, narrow: bool = False, reasons: bool = True) -> RenderableType:
+    """For a terminal: the table, and below it the reasons of refusals, numbered.
+
+    Args:
+        table: all rows, or those of :func:`collapsed`, which needs ``reasons=False``.
+        narrow: marks of one or two letters, and architectures without ``sm_``; fits 80 columns.
+        reasons: number the refusals and list why.
+    """
+    archs = [arch.removeprefix("sm_") for arch in table.archs] if narrow else table.archs
+    screen = make_table("What is supported", ("", *archs), padding=0 if narrow else (0, 1))
+    for column in screen.columns[1:]:
+        column.no_wrap = True
+    for name, entries in table.rows.items():
+        screen.add_row(name.replace("`", ""), *(_mark(entry, table, narrow=narrow, numbered=reasons) for entry in entries))
+    legend = [_legend(table)] if narrow else []
+    notes = [f"{number}. {reason}" for number, reason in enumerate(table.reasons, 1)] if reasons else []
+    head = ["- is a refusal; its reason:"] if reasons else []
+    return Group(screen, *legend, *head, *notes, "")
+
+
+def _mark(entry: Entry, table: Matrix, *, narrow: bool, numbered: bool) -> Text:
     colour = {"runs": "green", "ran": "green", "compiles": "cyan", "refused": "dim"}[entry.state]
-    return f"[{colour}]{f'- {table.reasons.index(entry.reason) + 1}' if entry.reason else entry.text}[/]"
+    if entry.reason:
+        number = str(table.reasons.index(entry.reason) + 1) if numbered else ""
+        return Text(f"-{number}" if narrow else f"- {number}".rstrip(), colour)
+    return Text({"runs": "+", "ran": "+", "compiles": "c"}[entry.state] if narrow else entry.text, colour)
 
 
-def _cell(entry: Entry, table: Matrix) -> str:
-    return f"{entry.text} {table.reasons.index(entry.reason) + 1}" if entry.reason else entry.text
+def _legend(table: Matrix) -> str:
+    entries = [entry for row in table.rows.values() for entry in row]
+    ran = list(dict.fromkeys(entry.text for entry in entries if entry.state == "ran"))
+    return f"+ runs{', or ' + ran[0] if ran else ''}; c compiles; - is refused. 80 to 120 are sm_80 to sm_120."
 
 
 def markdown(table: Matrix) -> str:
-    """For the README: the same table, with refusals as numbers and the reasons as a list."""
-    lines = [f"| | {' | '.join(table.archs)} |", f"|---|{'---|' * len(table.archs)}"]
-    lines += [f"| {name} | {' | '.join(_cell(entry, table) for entry in entries)} |" for name, entries in table.rows.items()]
-    reasons = [f"{number}. {reason}" for number, reason in enumerate(table.reasons, 1)]
+    """For the README: a row for all features whose cells are equal, and the reasons of refusals as a list."""
+    short = collapsed(table)
+    lines = [f"| | {' | '.join(short.archs)} |", f"|---|{'---|' * len(short.archs)}"]
+    lines += [f"| {name} | {' | '.join(entry.text for entry in entries)} |" for name, entries in short.rows.items()]
     ran = [f"What ran on a card is commit {table.commit}.", ""] if table.commit else []
-    return "\n".join([*lines, "", *ran, "A number is a refusal, by name and with this reason:", "", *reasons])
+    reasons = [f"- {reason}" for reason in table.reasons]
+    return "\n".join([*lines, "", *ran, "What is refused, by name and with its reason:", "", *reasons])
 
 
 def rendered_readme(text: str, table: Matrix) -> str:

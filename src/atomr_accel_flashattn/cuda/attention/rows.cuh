@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows of one warp: softmax state and output in registers, and everything between the two products
 // (bias, mask, softmax, dropout) and after them (normalise, store). mma.sync and wgmma have the
 // same accumulator layout, so both kernel families use this.

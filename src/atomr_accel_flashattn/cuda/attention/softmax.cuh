@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Online softmax (FlashAttention-2, arXiv 2307.08691, section 3.1) with lazy rescaling of the
 // output.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Forward attention with mma.sync: FlashAttention-2 (arXiv 2307.08691), Algorithm 1, for sm_80 and
 // every later architecture.
 //

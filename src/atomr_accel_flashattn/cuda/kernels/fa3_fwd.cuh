@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Forward attention on Hopper: FlashAttention-3 (arXiv 2407.08608).
 //
 // Warp specialisation: three producer warps load tiles of Q, K and V by TMA; one to four consumer

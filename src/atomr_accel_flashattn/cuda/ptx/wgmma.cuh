@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // wgmma: asynchronous products of a warpgroup, sm_90a (PTX ISA, "wgmma", "setmaxnreg").
 #pragma once
 
