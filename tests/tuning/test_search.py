@@ -18,10 +18,11 @@ from atomr_accel_flashattn.bench.families import request_of  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import check_rows, make_inputs  # noqa: E402
 from atomr_accel_flashattn.dispatch import lookup  # noqa: E402
 from atomr_accel_flashattn.errors import DeviceLostError, DispatchError  # noqa: E402
-from atomr_accel_flashattn.kernels.spec import Family, KernelSpec, Tile  # noqa: E402
+from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family, Tile  # noqa: E402
 from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
 from atomr_accel_flashattn.tiles.saved import read_saved_tiles  # noqa: E402
-from atomr_accel_flashattn.torch_ops import plans  # noqa: E402
+from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
 from atomr_accel_flashattn.tuning import (  # noqa: E402
     Options,
     ShapeResult,
@@ -298,7 +299,8 @@ def test_rows_for_few_rows_are_of_the_widths_and_architectures_that_have_some(ca
         (fa.SmArch.SM_90, 256, "256: Tile("),
     ):
         family = fa.Family.FA3 if arch is fa.SmArch.SM_90A else fa.Family.FA2
-        spec = replace(short.spec, family=family, arch=arch, head_dim=head_dim, v_head_dim=head_dim)
+        spec = lookup(fa.DispatchKey(arch, fa.DType.BF16, head_dim, causal=True, extras=fa.Extras(family=family)))
+        assert isinstance(spec, ForwardSpec)
         row = table_row(replace(short, spec=spec))
         assert row.startswith(start)
         told_apart = by_table_row(spec, few_rows=True) != by_table_row(spec, few_rows=False)
@@ -320,7 +322,7 @@ def test_later_calls_use_what_was_kept(card: Card, tmp_path: Path, monkeypatch: 
     before = card.launches[-1][0]
     found = winners([tune()], by_kernel)
     cleared: list[bool] = []
-    monkeypatch.setattr(plans, "clear", lambda: cleared.append(True))
+    monkeypatch.setattr(repeat, "clear", lambda: cleared.append(True))
     path = keep(found, tmp_path / "kernels", 0)
     (entry,) = read_saved_tiles(path.parent)
     assert (entry.tile, entry.device, entry.shapes) == (found[0].tile, "Fake", (str(CELL),))
@@ -340,5 +342,5 @@ def test_a_winner_is_a_row_of_its_table(card: Card) -> None:
     row = table_row(replace(found, tile=Tile(block_m=128, block_n=48, warps=4, stages=2, min_blocks=2, persistent=True)))
     assert row.startswith("64: Tile(block_m=128, block_n=48, warps=4, stages=2, min_blocks=2),  # fa2 sm_80, ")
     spec = lookup(fa.DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 192, extras=fa.Extras(v_head_dim=128, family=Family.FA3)))
-    assert isinstance(spec, KernelSpec)
+    assert isinstance(spec, ForwardSpec)
     assert table_row(replace(found, spec=spec, tile=spec.tile)).startswith("(192, 128): Tile(block_m=128, ")
