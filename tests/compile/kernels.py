@@ -27,7 +27,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "mask": MASKS,
     "alibi": (False, True),
     "softcap": (0.0, 30.0),
-    "prescale": (False, True),
+    "scale_first": (False, True),
     "learned_sink": (False, True),
     "dropout": (False, True),
     "varlen": (False, True),
@@ -39,14 +39,14 @@ WGMMA_AXES: dict[str, tuple[Any, ...]] = {
     "arch": (SmArch.SM_90A,),
     "dtype": DTYPES,
     "widths": WGMMA_WIDTHS,
-    **{axis: AXES[axis] for axis in ("exact", "mask", "softcap", "prescale", "learned_sink", "varlen")},
+    **{axis: AXES[axis] for axis in ("exact", "mask", "softcap", "scale_first", "learned_sink", "varlen")},
     # Query heads that share K and V are packed unless slopes or dropout tell them apart: one axis, so that packing meets all the others.
     "heads": tuple(
         {"gqa_ratio": ratio, "alibi": alibi, "dropout": dropout}
         for ratio, alibi, dropout in ((1, False, False), (4, False, False), (1, True, False), (1, False, True), (1, True, True))
     ),
     "persistent": (False, True),
-    "few_rows": (False, True),
+    "short_q": (False, True),
 }
 # Where registers are scarcest: all features at once that the tiles of three and four computing warpgroups are given.
 CROWDED_AXES: dict[str, tuple[Any, ...]] = {
@@ -54,18 +54,18 @@ CROWDED_AXES: dict[str, tuple[Any, ...]] = {
     "widths": tuple((width, width) for width in (24, 56, 64, 96, 128)),
     "scores": tuple({"alibi": alibi, "softcap": softcap} for alibi, softcap in ((False, 30.0), (True, 0.0), (True, 30.0))),
     "dropout": (False, True),
-    "few_rows": (False, True),
+    "short_q": (False, True),
     "gqa_ratio": (1, 4),
 }
-CROWDED = {"arch": SmArch.SM_90A, "mask": ((64, 32), 4), "prescale": True, "learned_sink": True, "varlen": True}
+CROWDED = {"arch": SmArch.SM_90A, "mask": ((64, 32), 4), "scale_first": True, "learned_sink": True, "varlen": True}
 
 
 def plain_specs() -> list[KernelSpec]:
     """Every arch, type and tile width without any feature; of each arch and width one type causal, the other with all keys."""
     return [
-        _spec(DispatchKey(arch, dtype, width, causal=sum(at) % 2 == 0, extras=Extras(few_rows=few_rows)))
+        _spec(DispatchKey(arch, dtype, width, causal=sum(at) % 2 == 0, extras=Extras(short_q=short_q)))
         for *at, arch, dtype, width in _numbered(ARCHS, DTYPES, HEAD_DIM_WIDTHS)
-        for few_rows in (False, True)
+        for short_q in (False, True)
     ]
 
 
@@ -79,7 +79,7 @@ def wgmma_plain_specs() -> list[KernelSpec]:
     return [
         _spec(DispatchKey(SmArch.SM_90A, dtype, d, causal=(t + w // 2) % 2 == 0, gqa_ratio=1 if (t + w) % 2 else 4, extras=extras))
         for t, w, dtype, (d, dv) in _numbered(DTYPES, WGMMA_WIDTHS)
-        for extras in (Extras(v_head_dim=dv, few_rows=few_rows) for few_rows in (False, True))
+        for extras in (Extras(v_head_dim=dv, short_q=short_q) for short_q in (False, True))
     ]
 
 
@@ -130,10 +130,10 @@ def _feature_key(row: dict[str, Any]) -> DispatchKey:
             dropout=row["dropout"],
             learned_sink=row["learned_sink"],
             load_align=row.get("load_align", 16),
-            prescale=row["prescale"],
+            scale_first=row["scale_first"],
             v_head_dim=v_head_dim,
             persistent=row.get("persistent"),
-            few_rows=row.get("few_rows", False),
+            short_q=row.get("short_q", False),
         ),
     )
 

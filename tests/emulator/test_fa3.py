@@ -1,4 +1,4 @@
-"""The wgmma family on the emulator: tensor copies, mbarrier rings, asynchronous products, the persistent scheduler."""
+"""The wgmma family on the emulator: TMA, mbarrier pipelines, asynchronous products, the persistent scheduler."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ TILED = [*((EVERYTHING, tile) for tile in TILES), *((RAGGED, tile) for tile in T
 
 
 def _aligned(cases: list[Case]) -> list[Case]:
-    """Odd strides take another load path than tensor copies."""
+    """Odd strides take another load path than TMA."""
     return [case for case in cases if case.layout is not Layout.ODD]
 
 

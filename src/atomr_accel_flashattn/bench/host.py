@@ -27,7 +27,7 @@ __all__ = ["HostOptions", "enqueue_us", "import_seconds", "run_host"]
 Say = Callable[[str], None]
 SMALL = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64,), causal=False)
 SMALL_PACKED = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64, 32), causal=True, packed=True)
-MANY_TILES = Cell(group="host", head_dim=64, heads=512, heads_kv=512, lengths=(64,), causal=False)  # more than any GPU has multiprocessors
+MANY_TILES = Cell(group="host", head_dim=64, heads=512, heads_kv=512, lengths=(64,), causal=False)  # more than any GPU has SMs
 MEMORY_LENGTHS = (4096, 8192, 16384, 32768)
 
 

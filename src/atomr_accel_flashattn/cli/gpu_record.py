@@ -30,8 +30,8 @@ _MARKS = {
     "gqa": r"h\d+kv\d",
     "dropout_mask": "dropout",
     "unaligned": "odd",
-    "prescale": r"scale(-|0(?!\.))",
-    "few_rows": rf"\bq\d{{1,3}}-.*d{MATRIX_HEAD_DIM}\b",
+    "scale_first": r"scale(-|0(?!\.))",
+    "short_q": rf"\bq\d{{1,3}}-.*d{MATRIX_HEAD_DIM}\b",
 }
 
 
