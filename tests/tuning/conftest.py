@@ -101,7 +101,10 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     settings.cache_clear()
     forget_lookups()
     repeat.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # shapes are so small that threads only wait for each other
     yield made
+    torch.set_num_threads(threads)
     monkeypatch.undo()
     settings.cache_clear()
     forget_lookups()
