@@ -30,5 +30,27 @@ with fa.FlashAttnActor.start(fa.FlashAttnProps(device="cpu")) as actor:
 """
 
 
+LEAVE = """
+import os, sys
+import numpy as np
+import atomr_accel_flashattn as fa
+
+actors = [fa.FlashAttnActor.start(fa.FlashAttnProps(device="cpu")) for _ in range(3)]
+q, k, v = np.ones((3, 1, 4, 2, 16), np.float16)
+held = actors[0].ask(fa.FlashAttnMsg.Forward(fa.Fa2FwdRequest(q, k, v)))
+held.result(60)
+child = os.fork()
+if child == 0:
+    sys.exit(0)  # runs what is registered for the end of an interpreter
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+for actor in actors:
+    actor.stop()
+"""
+
+
+def test_a_forked_child_that_ends_leaves_the_parents_actors_alone() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", LEAVE], check=True, timeout=300)
+
+
 def test_a_handle_in_a_forked_child_is_refused_and_the_parents_goes_on() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=300)

@@ -132,3 +132,10 @@ def test_an_exit_of_ones_own_is_not_swallowed():
 
     with pytest.raises(SystemExit):
         reply.add_done_callback(leave)
+
+
+def test_who_waits_in_the_standard_librarys_ways_after_the_stop_is_answered():
+    with fa.FlashAttnActor.start(fa.FlashAttnProps(device="cpu")) as actor:
+        reply = actor.ask(message())
+        reply.result(PATIENCE)
+    assert wait([reply], PATIENCE).done == {reply}

@@ -113,6 +113,6 @@ def _inner_for(props: FlashAttnProps) -> FlashAttnInner:
 @atexit.register
 def _stop_all() -> None:
     """No thread of ours may call CUDA while the interpreter goes down."""
-    for handle in list(_handles):
+    for handle in [each for each in _handles if not each._is_in_fork()]:  # noqa: SLF001 - a forked child has none of their threads
         handle._close(drain=False)  # noqa: SLF001 - a stop starts a thread, which an interpreter that ends may refuse
         handle._end(timeout=1.0)  # noqa: SLF001

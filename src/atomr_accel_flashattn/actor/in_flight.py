@@ -64,7 +64,7 @@ class InFlight:
         self._room: SimpleQueue[None] = SimpleQueue()
         self._needs_room = False
         self._resting = self._asleep = False  # the completion thread: for a moment, or until woken
-        self._over = False
+        self._over = self._ended = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -87,7 +87,9 @@ class InFlight:
     def finish_soon(self, reply: Reply) -> None:
         """Let the completion thread tell everybody of a reply's outcome."""
         self._decided.append(reply)
-        if self._resting:
+        if self._ended:  # after appending: either this or the thread's last look finds it
+            self._finish_decided()
+        elif self._resting:
             self._wake_up.put(None)
 
     def take_finished(self) -> None:
@@ -172,6 +174,7 @@ class InFlight:
             if self._wait_for_first(failed_to_attach):
                 continue
             if self._over and not self.launches:
+                self._ended = True
                 self._finish_decided()
                 return
             idle = 0 if self.launches or self._last != seen else idle + 1
@@ -180,8 +183,12 @@ class InFlight:
                 self.take_finished()
 
     def _finish_decided(self) -> None:
-        while self._decided:
-            self._decided.popleft().finish()
+        while True:
+            try:
+                reply = self._decided.popleft()
+            except IndexError:
+                return
+            reply.finish()
 
     def _first_wanted(self) -> Ticket | None:
         try:
@@ -207,7 +214,7 @@ class InFlight:
         """Sleep until woken, or for a moment. Whether it was woken."""
         self._asleep, self._resting = asleep, True
         # After saying so: who comes now wakes this thread.
-        woken = self._over or self._first_wanted() is not None or (asleep and bool(self.launches or self._decided))
+        woken = self._over or bool(self._decided) or self._first_wanted() is not None or (asleep and bool(self.launches))
         woken = woken or _get(self._wake_up, None if asleep else _LOOK_SECONDS)
         self._asleep = self._resting = False
         while not self._wake_up.empty():  # all that they were put for is looked at next

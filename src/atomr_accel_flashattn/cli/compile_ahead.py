@@ -16,7 +16,7 @@ from ..env import settings
 from ..errors import CacheError, CompileError, DispatchError
 from ..jit.cache import KernelCache
 from ..jit.compile import CompiledKernel, compile_many
-from ..kernels.spec import KernelSpec
+from ..kernels.spec import Family, KernelSpec
 from ..kernels.used import read_kernels
 from ..launch.driver import device_count, device_properties
 from ..limits import HEAD_DIM_WIDTHS
@@ -212,9 +212,17 @@ def _masked(key: DispatchKey, mask: str) -> DispatchKey:
 
 def _kernels(keys: Iterable[DispatchKey]) -> Iterator[KernelSpec]:
     for key in keys:
-        spec = lookup(key)
-        if isinstance(spec, KernelSpec):
-            yield spec
+        for spec in map(lookup, _as_calls_ask(key)):
+            if isinstance(spec, KernelSpec):
+                yield spec
+
+
+def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
+    """A key in the forms that calls give it, which choose by lengths and strides: with few tiles a block each, heads packed or not."""
+    for persistent, pack_gqa in product(
+        (None, False) if key.family is Family.FA3 else (None,), (True, False) if key.packs_heads else (True,)
+    ):
+        yield replace(key, extras=replace(key.extras, persistent=persistent, pack_gqa=pack_gqa))
 
 
 def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:

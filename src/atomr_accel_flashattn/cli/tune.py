@@ -52,7 +52,7 @@ def tune(
     budget: Annotated[float, typer.Option(min=1, help="Seconds after which nothing more is begun.")] = 600.0,
     max_spill: Annotated[int, typer.Option(min=0, help="Bytes per thread above which a tile is not timed.")] = 64,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the winners in the cache folder.")] = True,
-    table: Annotated[bool, typer.Option("--table", help="Also print the winners as rows of jit/tiles.py.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Also print the winners as rows of tiles/tables.py.")] = False,
     out: Annotated[Path | None, typer.Option(file_okay=False, help="A folder that gets a record of the run.")] = None,
     as_json: Json = False,
 ) -> None:
