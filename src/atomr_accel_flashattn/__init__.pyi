@@ -86,7 +86,10 @@ from .errors import (
     WindowError as WindowError,
     WorkerLostError as WorkerLostError,
 )
-from .fa2 import Fa2FwdRequest as Fa2FwdRequest
+from .fa2 import (
+    Fa2BwdRequest as Fa2BwdRequest,
+    Fa2FwdRequest as Fa2FwdRequest,
+)
 from .fa3 import (
     Fa3FwdRequest as Fa3FwdRequest,
     PersistentMode as PersistentMode,
@@ -104,6 +107,7 @@ from .kernels.spec import (
     KernelSpec as KernelSpec,
     Tile as Tile,
 )
+from .requests.backward import DenseBwdRequest as DenseBwdRequest
 from .requests.dense import DenseFwdRequest as DenseFwdRequest
 from .requests.options import (
     AttentionOptions as AttentionOptions,
@@ -111,6 +115,7 @@ from .requests.options import (
     PositionBias as PositionBias,
 )
 from .runtime.execute import run as run
+from .runtime.gradients import Gradients as Gradients
 from .runtime.plan import Output as Output
 from .types import (
     Device as Device,
@@ -119,6 +124,7 @@ from .types import (
 )
 from .varlen import (
     CumulativeSeqlens as CumulativeSeqlens,
+    VarlenBwdRequest as VarlenBwdRequest,
     VarlenFwdRequest as VarlenFwdRequest,
 )
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .types import Device, DType
 
-__all__ = ["ArrayInfo", "AttentionProblem", "BackwardProblem", "Band", "Dropout", "Strides"]
+__all__ = ["ArrayInfo", "AttentionProblem", "BackwardProblem", "Band", "Dropout", "GradientArrays", "Strides"]
 
 
 class Strides(NamedTuple):
@@ -126,3 +126,11 @@ class BackwardProblem:
     dout: ArrayInfo | None  # like o, the last stride is 1; None is zero
     dlse: ArrayInfo | None = None  # like the LSE; None is zero
     deterministic: bool = False
+
+
+class GradientArrays(NamedTuple):
+    """Where the gradients of q, k and v go, of their shapes and types; None is a new array."""
+
+    dq: ArrayInfo | None = None
+    dk: ArrayInfo | None = None
+    dv: ArrayInfo | None = None
