@@ -181,9 +181,9 @@ def test_sinks_are_compiled_only_where_a_window_has_a_left_bound() -> None:
 
 def test_short_sequences_have_their_kernels_too_where_those_are_others() -> None:
     specs = specs_for([fa.SmArch.SM_90A, fa.SmArch.SM_90], [fa.DType.F16], [128, 256], ["causal"], ["varlen"])
-    few_rows = DispatchKey(fa.SmArch.SM_90A, fa.DType.F16, 128, causal=True, varlen=True, extras=Extras(few_rows=True))
-    assert lookup(few_rows) in specs
-    assert lookup(replace(few_rows, extras=Extras())) in specs
+    short_q = DispatchKey(fa.SmArch.SM_90A, fa.DType.F16, 128, causal=True, varlen=True, extras=Extras(short_q=True))
+    assert lookup(short_q) in specs
+    assert lookup(replace(short_q, extras=Extras())) in specs
     assert len(specs) == len(set(specs)) == 2 * (3 + 2)  # packed or not: sm_90a has two tiles at 128, else there is one
 
 
@@ -197,7 +197,7 @@ def test_grouped_heads_have_their_kernels_where_they_are_packed() -> None:
 def test_all_is_the_full_product_each_kernel_once() -> None:
     specs = all_specs([fa.SmArch.SM_90])
     assert len(specs) == len(set(specs))
-    bools = 2**7  # varlen, alibi, softcap, learned sink, dropout, alignment, prescale
+    bools = 2**7  # varlen, alibi, softcap, learned sink, dropout, alignment, scale_first
     masks = 6  # bounds on the right, on the left, on both, on none; with sinks where there is one on the left
     tiles = 6  # one a width
     assert len(specs) == 2 * tiles * 2 * masks * bools + 2  # types, tiles, exact or padded; and the two keep patterns

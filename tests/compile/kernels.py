@@ -24,7 +24,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "sink": (0, 4),
     "alibi": (False, True),
     "softcap": (0.0, 30.0),
-    "prescale": (False, True),
+    "scale_first": (False, True),
     "learned_sink": (False, True),
     "dropout": (False, True),
     "varlen": (False, True),
@@ -36,22 +36,22 @@ WGMMA_AXES: dict[str, tuple[Any, ...]] = {
     "arch": (SmArch.SM_90A,),
     "dtype": DTYPES,
     "widths": (*WGMMA_WIDTHS, (56, 56), (104, 104)),
-    **{axis: AXES[axis] for axis in ("window", "sink", "softcap", "prescale", "learned_sink", "varlen")},
+    **{axis: AXES[axis] for axis in ("window", "sink", "softcap", "scale_first", "learned_sink", "varlen")},
     # Query heads that share K and V are packed unless slopes or dropout tell them apart: one axis, so that packing meets all the others.
     "heads": tuple(
         {"gqa_ratio": ratio, "alibi": alibi, "dropout": dropout}
         for ratio, alibi, dropout in ((1, False, False), (4, False, False), (1, True, False), (1, False, True), (1, True, True))
     ),
     "persistent": (False, True),
-    "few_rows": (False, True),
+    "short_q": (False, True),
 }
 
 
 def plain_specs() -> list[KernelSpec]:
     """Every arch, type and tile width, without any feature and causal, for few rows and for many."""
     return [
-        _spec(DispatchKey(arch, dtype, width, causal=causal, extras=Extras(few_rows=few_rows)))
-        for arch, dtype, width, causal, few_rows in itertools.product(ARCHS, DTYPES, HEAD_DIM_WIDTHS, (False, True), (False, True))
+        _spec(DispatchKey(arch, dtype, width, causal=causal, extras=Extras(short_q=short_q)))
+        for arch, dtype, width, causal, short_q in itertools.product(ARCHS, DTYPES, HEAD_DIM_WIDTHS, (False, True), (False, True))
     ]
 
 
@@ -63,8 +63,8 @@ def feature_specs() -> list[KernelSpec]:
 def wgmma_plain_specs() -> list[KernelSpec]:
     """Every type and pair of tile widths of the wgmma family, without any feature, query heads packed and not."""
     return [
-        _spec(DispatchKey(SmArch.SM_90A, dtype, d, gqa_ratio=ratio, extras=Extras(v_head_dim=dv, few_rows=few_rows)))
-        for dtype, (d, dv), few_rows, ratio in itertools.product(
+        _spec(DispatchKey(SmArch.SM_90A, dtype, d, gqa_ratio=ratio, extras=Extras(v_head_dim=dv, short_q=short_q)))
+        for dtype, (d, dv), short_q, ratio in itertools.product(
             DTYPES, [*WGMMA_WIDTHS, *((width, width) for width in HEAD_DIM_WIDTHS)], (False, True), (1, 4)
         )
     ]
@@ -77,7 +77,7 @@ def wgmma_feature_specs() -> list[KernelSpec]:
 
 def wgmma_crowded_specs() -> list[KernelSpec]:
     """Tiles of three and four computing warpgroups, whose registers are the scarcest, with all features at once that they are given."""
-    everything = {"window": (64, 32), "sink": 4, "prescale": True, "learned_sink": True, "varlen": True}
+    everything = {"window": (64, 32), "sink": 4, "scale_first": True, "learned_sink": True, "varlen": True}
     rows = [
         {
             **everything,
@@ -87,13 +87,13 @@ def wgmma_crowded_specs() -> list[KernelSpec]:
             "alibi": alibi,
             "softcap": softcap,
             "dropout": dropout,
-            "few_rows": few_rows,
+            "short_q": short_q,
             "gqa_ratio": ratio,
         }
         for width in (24, 56, 64, 96, 128)
         for alibi, softcap in ((False, 30.0), (True, 0.0), (True, 30.0))
         for dropout in (False, True)
-        for few_rows in (False, True)
+        for short_q in (False, True)
         for ratio in (1, 4)
     ]
     return [_spec(_feature_key(row)) for row in rows]
@@ -130,10 +130,10 @@ def _feature_key(row: dict[str, Any]) -> DispatchKey:
             dropout=row["dropout"],
             learned_sink=row["learned_sink"],
             load_align=row.get("load_align", 16),
-            prescale=row["prescale"],
+            scale_first=row["scale_first"],
             v_head_dim=v_head_dim,
             persistent=row.get("persistent"),
-            few_rows=row.get("few_rows", False),
+            short_q=row.get("short_q", False),
         ),
     )
 

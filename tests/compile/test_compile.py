@@ -60,7 +60,7 @@ def test_kernel_compiles_with_its_instructions_and_without_new_spills(spec: Kern
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_two_warpgroups_find_their_maxima_before_they_wait_for_the_product_with_v(causal: bool, tmp_path: Path) -> None:
-    key = DispatchKey(SmArch.SM_90A, DType.BF16, 128, causal=causal, extras=Extras(few_rows=True))
+    key = DispatchKey(SmArch.SM_90A, DType.BF16, 128, causal=causal, extras=Extras(short_q=True))
     spec = lookup(key)
     assert isinstance(spec, KernelSpec)
     code = sequence(compile_kernel(spec).cubin, tmp_path)

@@ -39,8 +39,8 @@ any_extras = st.fixed_dictionaries(
         "kv_layout": st.sampled_from(["NHD", "HND", "VLLM_V1"]),
         "left_pad": st.booleans(),
         "load_align": st.integers(-1, 32),
-        "prescale": st.booleans(),
-        "few_rows": st.booleans(),
+        "scale_first": st.booleans(),
+        "short_q": st.booleans(),
         "family": st.none() | st.sampled_from(fa.Family),
         "pack_gqa": st.sampled_from([None, False, True]),
         "persistent": st.sampled_from([None, False, True]),
@@ -90,7 +90,7 @@ keys = st.builds(
         kv_layout=st.sampled_from(["NHD"] * 8 + ["HND", "VLLM_V1"]),
         left_pad=st.sampled_from([False] * 9 + [True]),
         load_align=st.sampled_from([2, 8, 16]),
-        few_rows=st.booleans(),
+        short_q=st.booleans(),
         family=st.none() | st.sampled_from(fa.Family),
         pack_gqa=st.sampled_from([None, False]),
         persistent=st.sampled_from([None, False, True]),
@@ -115,8 +115,8 @@ built_keys = st.builds(
         dropout=st.booleans(),
         learned_sink=st.booleans(),
         load_align=st.sampled_from([2, 4, 8, 16]),
-        prescale=st.booleans(),
-        few_rows=st.booleans(),
+        scale_first=st.booleans(),
+        short_q=st.booleans(),
     ),
 )
 
@@ -229,13 +229,13 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "kv_layout": (None, 3),
     "left_pad": (None, "left"),
     "load_align": (None, 0, -16, 16.0, True),
-    "prescale": (None, -1),
+    "scale_first": (None, -1),
     "family": ("fa2", 3),
     "pack_gqa": (1, "yes"),
     "persistent": (1, "yes", np.False_),
     "persistent_blocks": (0, -1, 3, 1.5, True),
     "tiles_for": ("sm_80", 86),
-    "few_rows": (None, 8),
+    "short_q": (None, 8),
     "tile": ("m128n64w4s1b2", 128, replace(TILE, block_m="128"), replace(TILE, stages=[1]), replace(TILE, persistent=1)),
 }
 
@@ -319,8 +319,8 @@ def test_query_heads_are_packed_where_their_number_divides_the_rows_of_a_warpgro
     ("changes", "extras", "packed"),
     [
         pytest.param({"causal": True, "varlen": True}, {}, True, id="causal varlen"),
-        pytest.param({"sliding_window": (64, 0), "sink": 4}, {"learned_sink": True, "softcap": 30.0, "prescale": True}, True, id="scores"),
-        pytest.param({"head_dim": 192}, {"v_head_dim": 128, "few_rows": True, "persistent": False}, True, id="tiles"),
+        pytest.param({"sliding_window": (64, 0), "sink": 4}, {"learned_sink": True, "softcap": 30.0, "scale_first": True}, True, id="scores"),
+        pytest.param({"head_dim": 192}, {"v_head_dim": 128, "short_q": True, "persistent": False}, True, id="tiles"),
         pytest.param({"alibi": True}, {}, False, id="a slope per head"),
         pytest.param({}, {"dropout": True}, False, id="a pattern per head"),
         pytest.param({}, {"family": fa.Family.FA2}, False, id="mma.sync demanded"),
@@ -338,7 +338,7 @@ def test_query_heads_are_packed_in_the_wgmma_family_unless_something_differs_bet
     assert packs(key) == (packed and arch is SmArch.SM_90A)
 
 
-@given(built_keys, st.sampled_from(["alibi", "varlen", "dropout", "learned_sink", "prescale", "aligned", "softcap", "sink_tokens"]))
+@given(built_keys, st.sampled_from(["alibi", "varlen", "dropout", "learned_sink", "scale_first", "aligned", "softcap", "sink_tokens"]))
 @settings(max_examples=300, deadline=None)
 def test_presence_changes_the_kernel(key: fa.DispatchKey, feature: str):
     spec = fa.lookup(key)
@@ -349,7 +349,7 @@ def test_presence_changes_the_kernel(key: fa.DispatchKey, feature: str):
         "sink_tokens": {"sink": 0 if present else 1},
         "dropout": {"extras": replace(key.extras, dropout=not present)},
         "learned_sink": {"extras": replace(key.extras, learned_sink=not present)},
-        "prescale": {"extras": replace(key.extras, prescale=not present)},
+        "scale_first": {"extras": replace(key.extras, scale_first=not present)},
         "aligned": {"extras": replace(key.extras, load_align=8 if present else 16)},
         "softcap": {"extras": replace(key.extras, softcap=0.0 if present else 1.0)},
     }
@@ -568,15 +568,15 @@ class TestKeyOfRequest:
         assert key.alibi
         assert key.extras.learned_sink
         assert key.extras.dropout
-        assert key.extras.prescale
+        assert key.extras.scale_first
         assert key.extras.softcap == 5.0
 
     @pytest.mark.parametrize("scale", [0.0, 1e-50, 1e-30])
-    def test_scales_that_are_not_or_hardly_positive_need_prescale(self, scale: float):
-        assert self.key(options=fa.AttentionOptions(softmax_scale=scale)).extras.prescale
+    def test_scales_that_are_not_or_hardly_positive_need_scale_first(self, scale: float):
+        assert self.key(options=fa.AttentionOptions(softmax_scale=scale)).extras.scale_first
 
     def test_other_positive_scales_do_not(self):
-        assert not self.key(options=fa.AttentionOptions(softmax_scale=1e-9)).extras.prescale
+        assert not self.key(options=fa.AttentionOptions(softmax_scale=1e-9)).extras.scale_first
 
 
 @pytest.mark.parametrize(("offset", "align"), [(0, 16), (1, 2), (2, 4), (4, 8), (8, 16)])
@@ -615,7 +615,7 @@ FEATURES_OF_REGISTERS = {
     "varlen": {"varlen": True},
     "alibi": {"alibi": True},
     "softcap": {"extras": fa.Extras(softcap=30.0)},
-    "prescale": {"extras": fa.Extras(prescale=True)},
+    "scale_first": {"extras": fa.Extras(scale_first=True)},
     "dropout": {"extras": fa.Extras(dropout=True)},
     "unaligned": {"extras": fa.Extras(load_align=8)},
     "padded": {"head_dim": 56},
@@ -636,7 +636,7 @@ def test_a_plain_kernel_of_width_64_has_the_registers_for_more_keys(arch: SmArch
 def test_width_256_takes_two_blocks_where_a_multiprocessor_has_the_memory(arch: SmArch, dropout: bool):
     key = replace(PLAIN, arch=arch, head_dim=256, extras=fa.Extras(dropout=dropout))
     assert fa.lookup(key).tile.min_blocks == (2 if arch.shared_memory_per_sm >= 228 * 1024 else 1)
-    assert fa.lookup(key) == fa.lookup(replace(key, extras=replace(key.extras, few_rows=True)))
+    assert fa.lookup(key) == fa.lookup(replace(key, extras=replace(key.extras, short_q=True)))
 
 
 @given(built_keys)
@@ -737,7 +737,7 @@ def test_the_key_of_a_request_makes_every_choice(arch: SmArch, dtype: DType):
     wgmma = arch is SmArch.SM_90A
     extras = key.extras
     assert (extras.family, extras.pack_gqa, extras.persistent) == (fa.Family.FA3 if wgmma else fa.Family.FA2, wgmma, None)
-    assert (extras.few_rows, extras.load_align, extras.tile) == (True, 16, None)
+    assert (extras.short_q, extras.load_align, extras.tile) == (True, 16, None)
     spec = fa.lookup(key)
     assert isinstance(spec, ForwardSpec)
     assert (spec.family, spec.pack_gqa, spec.persistent) == (extras.family, wgmma, wgmma)

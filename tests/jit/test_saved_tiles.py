@@ -88,12 +88,12 @@ def test_the_name_of_a_kernel_without_its_tile(folder: Path) -> None:
 
 def test_short_and_long_sequences_have_a_saved_tile_each(folder: Path) -> None:
     before = spec_of()
-    few_rows = replace(KEY, extras=Extras(few_rows=True))
-    assert kernel_without_tile(before, few_rows=True) == f"{entry().kernel}_fewrows"
+    short_q = replace(KEY, extras=Extras(short_q=True))
+    assert kernel_without_tile(before, short_q=True) == f"{entry().kernel}_shortq"
     keep(entry(), folder=folder)
-    assert (spec_of().tile, spec_of(few_rows).tile) == (TUNED, before.tile)
-    keep(entry(kernel=f"{entry().kernel}_fewrows", tile=replace(TUNED, stages=1)), folder=folder)
-    assert (spec_of().tile, spec_of(few_rows).tile) == (TUNED, replace(TUNED, stages=1))
+    assert (spec_of().tile, spec_of(short_q).tile) == (TUNED, before.tile)
+    keep(entry(kernel=f"{entry().kernel}_shortq", tile=replace(TUNED, stages=1)), folder=folder)
+    assert (spec_of().tile, spec_of(short_q).tile) == (TUNED, replace(TUNED, stages=1))
 
 
 def test_calls_take_the_saved_tile_of_their_kernel_and_no_other_kernel_does(folder: Path) -> None:

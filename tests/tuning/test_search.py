@@ -253,15 +253,15 @@ def short_and_long(card: Card, options: Options) -> list[ShapeResult]:
 def test_a_short_and_a_long_shape_of_one_kernel_have_a_winner_each(hopper: Card, tmp_path: Path) -> None:
     results = short_and_long(hopper, Options(tiles=("m128n64w12s2*", "m128n96w12s2*"), rounds=1))
     found = winners(results, by_kernel)
-    assert [(each.few_rows, each.tile.block_n) for each in found] == [(True, 64), (False, 96)]
+    assert [(each.short_q, each.tile.block_n) for each in found] == [(True, 64), (False, 96)]
     for result, other in zip(results, (96, 64), strict=True):
         assert other not in {trial.tile.block_n for trial in result.trials if trial.finalist}, "they share no finalists either"
     keep(found, tmp_path / "kernels", 0)
     saved = {entry.kernel: entry.tile for entry in read_saved_tiles(tmp_path / "kernels")}
     kernel = "fa3_fwd_sm90a_bf16_d128_rightbound_packgqa"
-    assert saved == {f"{kernel}_fewrows": found[0].tile, kernel: found[1].tile}
+    assert saved == {f"{kernel}_shortq": found[0].tile, kernel: found[1].tile}
     for winner in found:
-        extras = fa.Extras(few_rows=winner.few_rows)
+        extras = fa.Extras(short_q=winner.short_q)
         key = fa.DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 128, causal=True, gqa_ratio=2, extras=extras)
         assert lookup(key) == replace(winner.spec, tile=winner.tile)
     q, k = (fake(torch.zeros(1, 1100, heads, 128).bfloat16()) for heads in (2, 1))
@@ -284,7 +284,7 @@ def test_the_other_family_has_one_row_for_both_and_a_saved_tile_for_each(card: C
     (row,) = winners(results, by_table_row)
     assert len(row.shapes) == 2
     assert "few rows" not in table_row(row)
-    assert [winner.few_rows for winner in winners(results, by_kernel)] == [True, False]
+    assert [winner.short_q for winner in winners(results, by_kernel)] == [True, False]
 
 
 def test_rows_for_few_rows_are_of_the_widths_and_architectures_that_have_some(card: Card) -> None:
@@ -299,7 +299,7 @@ def test_rows_for_few_rows_are_of_the_widths_and_architectures_that_have_some(ca
         spec = replace(short.spec, family=family, arch=arch, head_dim=head_dim, v_head_dim=head_dim)
         row = table_row(replace(short, spec=spec))
         assert row.startswith(start)
-        told_apart = by_table_row(spec, few_rows=True) != by_table_row(spec, few_rows=False)
+        told_apart = by_table_row(spec, short_q=True) != by_table_row(spec, short_q=False)
         assert told_apart == ("few rows" in row) == (arch is fa.SmArch.SM_90A and head_dim == 128)
 
 

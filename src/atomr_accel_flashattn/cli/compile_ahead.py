@@ -28,7 +28,7 @@ GPU_ARCHS = tuple(arch for arch in SmArch if arch is not SmArch.CPU)
 _LEFT_BOUND = ("sliding_causal", "sliding_full", "left_window")  # the last: window_size=(n, -1)
 MASKS = ("full", "causal", *_LEFT_BOUND)
 _DTYPES = (DType.F16, DType.BF16)
-_COMBINABLE = ("sink_tokens", "varlen", "gqa", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "prescale")
+_COMBINABLE = ("sink_tokens", "varlen", "gqa", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "scale_first")
 _PADDED = -8  # a head dim just below a width: the kernel that tests columns
 _SHOWN = 60
 
@@ -117,7 +117,7 @@ def specs_for(
     chosen = [(mask, *subset) for mask in masks for subset in _subsets(features) if mask in _LEFT_BOUND or "sink_tokens" not in subset]
     keys = (
         with_features(_masked(DispatchKey(arch, dtype, head_dim), mask), [*subset, *few])
-        for arch, dtype, head_dim, (mask, *subset), few in product(list(archs), list(dtypes), list(head_dims), chosen, ([], ["few_rows"]))
+        for arch, dtype, head_dim, (mask, *subset), few in product(list(archs), list(dtypes), list(head_dims), chosen, ([], ["short_q"]))
     )
     return list(dict.fromkeys(_kernels(keys)))
 

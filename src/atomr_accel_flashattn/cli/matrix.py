@@ -37,8 +37,8 @@ _LABELS = {
     "dropout": "dropout",
     "dropout_mask": "dropout pattern out",
     "unaligned": "any alignment",
-    "prescale": "zero or negative scale",
-    "few_rows": "short sequences of q, with their own tile",
+    "scale_first": "zero or negative scale",
+    "short_q": "short sequences of q, with their own tile",
     "backward": "backward",
     "paged": "paged KV cache",
     "split": "split KV",
@@ -66,8 +66,8 @@ _TEST_MARKS = {
     "gqa": r"h\d+kv\d",
     "dropout_mask": "dropout",
     "unaligned": "odd",
-    "prescale": r"scale(-|0(?!\.))",
-    "few_rows": rf"\bq\d{{1,3}}-.*d{_HEAD_DIM}\b",
+    "scale_first": r"scale(-|0(?!\.))",
+    "short_q": rf"\bq\d{{1,3}}-.*d{_HEAD_DIM}\b",
 }
 
 

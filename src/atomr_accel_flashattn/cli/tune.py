@@ -180,7 +180,7 @@ def _document(
             {
                 "shape": str(result.cell),
                 "kernel": result.spec.kernel_name,
-                "few_rows": result.few_rows,
+                "short_q": result.short_q,
                 "seconds": result.seconds,
                 "complete": result.complete,
                 "tiles": [
@@ -211,7 +211,7 @@ def _document(
 def _winner(winner: Winner) -> dict[str, Any]:
     return {
         "kernel": winner.spec.kernel_name,
-        "few_rows": winner.few_rows,
+        "short_q": winner.short_q,
         "tile": str(winner.tile),
         "speedup": winner.speedup,
         "shapes": winner.shapes,

@@ -15,7 +15,7 @@ from ..types import DType, SmArch
 __all__ = ["DispatchKey", "Extras"]
 
 _FLAGS: Final = ("causal", "varlen", "alibi", "paged")  # of a key: any other object would count as True
-_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "prescale", "few_rows")
+_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "scale_first", "short_q")
 _YES_NO_OPEN: Final = ("persistent", "pack_gqa")
 
 
@@ -65,14 +65,14 @@ class Extras:
         kv_layout: layout of a paged cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
         left_pad: whether sequences are padded on the left.
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads, and TMA needs it.
-        prescale: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
+        scale_first: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
         family: the family that is wanted, None is the best one of the arch.
         pack_gqa: whether the query heads that share K and V are rows of one tile; None leaves it to ``DispatchKey.packs_heads``.
         persistent: whether blocks take tile after tile; None is what the tile says: yes in the wgmma family, no in the mma.sync family,
             unless the tile that is used was tuned with the other answer.
         persistent_blocks: how many persistent blocks, None is as many as the SMs hold.
         tiles_for: the arch whose tiles are borrowed (tests run them on the card at hand).
-        few_rows: whether no sequence has more rows than the tile for short q is meant for (tiles/tables.py), where there is one. Rows are
+        short_q: whether no sequence has more rows than the tile for short q is meant for (tiles/tables.py), where there is one. Rows are
             queries, times the query heads of a KV head where the kernel packs those.
         tile: how the work is cut; None is the tile that was tuned for this kernel on this machine, or else that of the package.
 
@@ -91,13 +91,13 @@ class Extras:
     kv_layout: str = "NHD"
     left_pad: bool = False
     load_align: int = VECTOR_BYTES
-    prescale: bool = False
+    scale_first: bool = False
     family: Family | None = None
     pack_gqa: bool | None = None
     persistent: bool | None = None
     persistent_blocks: int | None = None
     tiles_for: SmArch | None = None
-    few_rows: bool = False
+    short_q: bool = False
     tile: Tile | None = None
 
     def __post_init__(self) -> None:

@@ -97,17 +97,17 @@ def device_identity(index: int) -> tuple[str, str]:
     return found.name, "{}.{}".format(*found.compute_capability)
 
 
-def kernel_without_tile(spec: ForwardSpec, *, few_rows: bool = False) -> str:
+def kernel_without_tile(spec: ForwardSpec, *, short_q: bool = False) -> str:
     """The canonical name of a kernel but for its tile, and whether it has few rows: equal for the kernels that a search compares."""
-    return "_".join(part for part in (*spec.kernel_name.split("_"), *(["fewrows"] if few_rows else [])) if part != str(spec.tile))
+    return "_".join(part for part in (*spec.kernel_name.split("_"), *(["shortq"] if short_q else [])) if part != str(spec.tile))
 
 
-def saved_tile(spec: ForwardSpec, *, few_rows: bool = False) -> Tile | None:
+def saved_tile(spec: ForwardSpec, *, short_q: bool = False) -> Tile | None:
     """The tile that was saved for this kernel on the first visible GPU that has one; None where none was, or none that fits any more."""
     here = settings()
     if here.tuned_tiles_disabled or here.cache_disabled or here.cache_dir is None:
         return None
-    name = kernel_without_tile(spec, few_rows=few_rows)
+    name = kernel_without_tile(spec, short_q=short_q)
     kept = _tiles_by_kernel(here.cache_dir).get(name)
     if not kept:
         return None
