@@ -42,7 +42,7 @@ any_extras = st.fixed_dictionaries(
         "scale_first": st.booleans(),
         "short_q": st.booleans(),
         "family": st.none() | st.sampled_from(fa.Family),
-        "pack_gqa": st.sampled_from([None, False, True]),
+        "pack_gqa": st.booleans(),
         "persistent": st.sampled_from([None, False, True]),
         "persistent_blocks": st.none() | st.integers(0, 9),
         "tiles_for": st.none() | st.sampled_from(SmArch),
@@ -92,7 +92,7 @@ keys = st.builds(
         load_align=st.sampled_from([2, 8, 16]),
         short_q=st.booleans(),
         family=st.none() | st.sampled_from(fa.Family),
-        pack_gqa=st.sampled_from([None, False]),
+        pack_gqa=st.booleans(),
         persistent=st.sampled_from([None, False, True]),
         tiles_for=st.sampled_from([None] * 6 + [*SmArch]),
     ),
@@ -231,7 +231,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "load_align": (None, 0, -16, 16.0, True),
     "scale_first": (None, -1),
     "family": ("fa2", 3),
-    "pack_gqa": (1, "yes"),
+    "pack_gqa": (None, 1, "yes"),
     "persistent": (1, "yes", np.False_),
     "persistent_blocks": (0, -1, 3, 1.5, True),
     "tiles_for": ("sm_80", 86),
@@ -255,13 +255,15 @@ def test_values_that_contradict_each_other_make_no_key():
     for window in (None, (-1, 0), (-1, 9)):
         with pytest.raises(DispatchError, match="sink: got 4 with sliding_window"):
             replace(PLAIN, sliding_window=window, sink=4)
-    packed = replace(PLAIN, arch=SmArch.SM_90A, gqa_ratio=4, extras=fa.Extras(pack_gqa=True))
+
+
+def test_a_key_moves_to_another_arch():
+    """What may be packed on one is not where nothing packs."""
+    packed = replace(PLAIN, arch=SmArch.SM_90A, gqa_ratio=4)
     assert packed.packs_heads
-    changes = ({"arch": SmArch.SM_90}, {"gqa_ratio": 3}, {"gqa_ratio": 1}, {"alibi": True})
-    more = ({"dropout": True}, {"family": fa.Family.FA2}, {"load_align": 8}, {"tiles_for": SmArch.SM_80})
-    for change in (*changes, *({"extras": replace(packed.extras, **extras)} for extras in more)):
-        with pytest.raises(DispatchError, match="pack_gqa: got True"):
-            replace(packed, **change)
+    for change in ({"arch": SmArch.SM_90}, {"gqa_ratio": 3}, {"gqa_ratio": 1}, {"alibi": True}):
+        assert not replace(packed, **change).packs_heads
+        fa.lookup(replace(packed, **change))
 
 
 @pytest.mark.parametrize("value", [None, "fa2", ("sm_90", "f16", 64), fa.Extras()])
@@ -319,12 +321,14 @@ def test_query_heads_are_packed_where_their_number_divides_the_rows_of_a_warpgro
     ("changes", "extras", "packed"),
     [
         pytest.param({"causal": True, "varlen": True}, {}, True, id="causal varlen"),
-        pytest.param({"sliding_window": (64, 0), "sink": 4}, {"learned_sink": True, "softcap": 30.0, "scale_first": True}, True, id="scores"),
+        pytest.param(
+            {"sliding_window": (64, 0), "sink": 4}, {"learned_sink": True, "softcap": 30.0, "scale_first": True}, True, id="scores"
+        ),
         pytest.param({"head_dim": 192}, {"v_head_dim": 128, "short_q": True, "persistent": False}, True, id="tiles"),
         pytest.param({"alibi": True}, {}, False, id="a slope per head"),
         pytest.param({}, {"dropout": True}, False, id="a pattern per head"),
         pytest.param({}, {"family": fa.Family.FA2}, False, id="mma.sync demanded"),
-        pytest.param({}, {"load_align": 8}, False, id="no tensor copies: odd address"),
+        pytest.param({}, {"load_align": 8}, False, id="no TMA: odd address"),
         pytest.param({}, {"pack_gqa": False}, False, id="not packed, on demand"),
         pytest.param({}, {"tiles_for": SmArch.SM_80}, False, id="tiles of mma.sync"),
     ],
@@ -736,7 +740,7 @@ def test_the_key_of_a_request_makes_every_choice(arch: SmArch, dtype: DType):
     key = fa.DenseFwdRequest(q, q[:, :, :2], q[:, :, :2]).dispatch_key(arch)
     wgmma = arch is SmArch.SM_90A
     extras = key.extras
-    assert (extras.family, extras.pack_gqa, extras.persistent) == (fa.Family.FA3 if wgmma else fa.Family.FA2, wgmma, None)
+    assert (extras.family, key.packs_heads, extras.persistent) == (fa.Family.FA3 if wgmma else fa.Family.FA2, wgmma, None)
     assert (extras.short_q, extras.load_align, extras.tile) == (True, 16, None)
     spec = fa.lookup(key)
     assert isinstance(spec, ForwardSpec)

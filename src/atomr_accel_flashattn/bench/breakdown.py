@@ -163,7 +163,7 @@ def _bare_launch(held: Steady, stream: int) -> Step:
 
 
 def _recognise(tensors: tuple[Any, ...]) -> Step:
-    """What plans.py does before it knows the plan: a guard in a dict, or a key where this torch has no guards."""
+    """What torch_ops/repeat.py does before it knows the plan: a guard in a dict, or a key where this torch has no guards."""
     numbers = (0.0, None, False, (-1, -1), 0.0, 0, False)
     if hooks.guard is None:
         keys = {numbers: 0}

@@ -49,9 +49,10 @@ def key_of_problem(
     key = _asked(problem, arch, out, family)
     if arch is SmArch.CPU:
         return key
-    packs = key.packs_heads and _rows_can_be_packed(problem, key)
+    may_pack = _rows_can_be_packed(problem, key)
+    packs = key.packs_heads and may_pack
     short_q = is_short_q(problem.head_dim, problem.v_head_dim, problem.seqlen_q * (key.gqa_ratio if packs else 1))
-    choices = replace(key.extras, pack_gqa=packs, short_q=short_q, tile=tile)
+    choices = replace(key.extras, pack_gqa=may_pack, short_q=short_q, tile=tile)
     choices = replace(choices, persistent=persistent, persistent_blocks=persistent_blocks)
     key = replace(key, extras=choices)
     if persistent is None and _runs_here(problem.q.device, arch):

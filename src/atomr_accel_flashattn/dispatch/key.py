@@ -15,8 +15,7 @@ from ..types import DType, SmArch
 __all__ = ["DispatchKey", "Extras"]
 
 _FLAGS: Final = ("causal", "varlen", "alibi", "paged")  # of a key: any other object would count as True
-_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "scale_first", "short_q")
-_YES_NO_OPEN: Final = ("persistent", "pack_gqa")
+_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "scale_first", "short_q", "pack_gqa")
 
 
 def _check_all(*checks: tuple[str, object, bool, str]) -> None:
@@ -67,7 +66,7 @@ class Extras:
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads, and TMA needs it.
         scale_first: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
         family: the family that is wanted, None is the best one of the arch.
-        pack_gqa: whether the query heads that share K and V are rows of one tile; None leaves it to ``DispatchKey.packs_heads``.
+        pack_gqa: whether the query heads that share K and V may be rows of one tile; ``DispatchKey.packs_heads`` says whether they are.
         persistent: whether blocks take tile after tile; None is what the tile says: yes in the wgmma family, no in the mma.sync family,
             unless the tile that is used was tuned with the other answer.
         persistent_blocks: how many persistent blocks, None is as many as the SMs hold.
@@ -93,7 +92,7 @@ class Extras:
     load_align: int = VECTOR_BYTES
     scale_first: bool = False
     family: Family | None = None
-    pack_gqa: bool | None = None
+    pack_gqa: bool = True
     persistent: bool | None = None
     persistent_blocks: int | None = None
     tiles_for: SmArch | None = None
@@ -115,7 +114,7 @@ class Extras:
             ("tiles_for", self.tiles_for, self.tiles_for is None or isinstance(self.tiles_for, SmArch), "None or an SmArch"),
             ("persistent_blocks", blocks, blocks is None or asked_blocks, "None, or an integer >= 1 with persistent=True"),
             ("tile", tile, tile is None or (_is_tile(tile) and not self.tiles_for), "None, or a Tile without tiles_for"),
-            *(_one_of(name, getattr(self, name), None, True, False) for name in _YES_NO_OPEN),
+            _one_of("persistent", self.persistent, None, True, False),
             *(_one_of(name, getattr(self, name), True, False) for name in _EXTRA_FLAGS),
         )
 
@@ -176,11 +175,6 @@ class DispatchKey:
                 f"sink: got {self.sink} with sliding_window={window}; "
                 "allowed with a window whose left side is >= 0, because it lifts that bound"
             )
-        if self.extras.pack_gqa and not self._may_pack_heads:
-            raise DispatchError(
-                f"pack_gqa: got True with gqa_ratio {self.gqa_ratio}, alibi {self.alibi}, dropout {self.extras.dropout} and the "
-                f"{self.family.value} family; allowed in the fa3 family with ratios that divide 64, without what differs between heads"
-            )
 
     @property
     def v_head_dim(self) -> int:
@@ -211,10 +205,6 @@ class DispatchKey:
 
     @property
     def packs_heads(self) -> bool:
-        """Whether the query heads that share K and V are rows of one tile: where they can be, unless the key says otherwise."""
-        return self._may_pack_heads and self.extras.pack_gqa is not False
-
-    @property
-    def _may_pack_heads(self) -> bool:
-        """Not with what differs between heads, slopes and dropout."""
-        return self.family is Family.FA3 and fits_warpgroup(self.gqa_ratio) and not (self.alibi or self.extras.dropout)
+        """Whether the query heads that share K and V are rows of one tile: not with what differs between heads, slopes and dropout."""
+        fits = self.family is Family.FA3 and fits_warpgroup(self.gqa_ratio) and not (self.alibi or self.extras.dropout)
+        return fits and self.extras.pack_gqa

@@ -9,7 +9,7 @@ from ..kernels.spec import Family, Tile
 from ..limits import HEAD_DIM_WIDTHS, PHILOX_KEYS
 from ..types import SmArch
 
-__all__ = ["is_short_q", "has_row_for_short_q", "head_dim_width", "row_of", "tile_for", "wgmma_tile_for"]
+__all__ = ["has_row_for_short_q", "head_dim_width", "is_short_q", "row_of", "tile_for", "wgmma_tile_for"]
 
 # Architectures with at least 163 KB of shared memory per block.
 _LARGE = {
@@ -82,12 +82,12 @@ def head_dim_width(head_dim: int) -> int:
 
 
 def is_short_q(head_dim: int, v_head_dim: int, rows: int) -> bool:
-    """Whether sequences of up to ``rows`` rows take the tile for few rows of :func:`wgmma_tile_for`, where these head dims have one."""
+    """Whether sequences of up to ``rows`` rows take the tile for short q of :func:`wgmma_tile_for`, where these head dims have one."""
     return rows <= _SHORT_Q.get((head_dim_width(head_dim), head_dim_width(v_head_dim)), 0)
 
 
 def has_row_for_short_q(spec: ForwardSpec) -> bool:
-    """Whether the table of its family has a tile for few rows at the widths of ``spec``."""
+    """Whether the table of its family has a tile for short q at the widths of ``spec``."""
     widths = (spec.head_dim, spec.v_head_dim)
     return spec.family is Family.FA3 and widths in _WGMMA_SHORT_Q and not (spec.softcap and widths in _WITH_SOFTCAP)
 

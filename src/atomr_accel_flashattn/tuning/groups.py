@@ -31,5 +31,5 @@ def by_kernel(spec: ForwardSpec, *, short_q: bool) -> Hashable:
 
 
 def by_table_row(spec: ForwardSpec, *, short_q: bool) -> Hashable:
-    """Those that share a row of the tables in tiles/tables.py, of which there is another for few rows at some widths."""
+    """Those that share a row of the tables in tiles/tables.py, of which there is another for short q at some widths."""
     return (spec.family, spec.arch, spec.head_dim, spec.v_head_dim, short_q and has_row_for_short_q(spec))

@@ -110,10 +110,10 @@ def keep(found: Sequence[Winner], folder: Path, device_index: int) -> Path:
 
 
 def table_row(winner: Winner) -> str:
-    """A winner of :func:`~.groups.by_table_row` as a row of its table in tiles/tables.py; its comment says when that is for few rows."""
+    """A winner of :func:`~.groups.by_table_row` as a row of its table in tiles/tables.py; its comment says when that is for short q."""
     spec, tile, short_q = winner.spec, winner.tile, winner.short_q and has_row_for_short_q(winner.spec)
     row = row_of(spec)
-    table = f"{spec.family.value} {spec.arch.value}{', few rows' if short_q else ''}"
+    table = f"{spec.family.value} {spec.arch.value}{', short q' if short_q else ''}"
     told = [
         f"{f.name}={getattr(tile, f.name)}" for f in fields(Tile) if f.name not in _NOT_IN_TABLES and getattr(tile, f.name) != f.default
     ]
