@@ -218,6 +218,28 @@ def test_nan_in_what_a_row_without_keys_holds_stays_there() -> None:
         np.testing.assert_array_equal(got, want)
 
 
+def test_what_overflows_in_a_key_stays_out_of_the_rows_that_it_is_hidden_from() -> None:
+    inputs = build(Case(dtype=DType.F32, right=0))
+    dout = np.full(inputs.out_shape, 10, np.float32)
+    expected = run_backward(inputs, Upstream(dout)).dq
+    inputs.v[0, 40] = 3e38
+    got = run_backward(inputs, Upstream(dout)).dq
+    np.testing.assert_array_equal(got[0, :40], expected[0, :40])
+    assert not np.isfinite(got[0, 40:]).all()
+
+
+def test_a_row_whose_scores_are_all_minus_infinity_is_one_without_keys() -> None:
+    inputs = build(Case(dtype=DType.F32, seqlen_q=5, seqlen_k=9))
+    dout = np.ones(inputs.out_shape, np.float32)
+    inputs.k[..., 0] = -1e30
+    inputs.q[..., 0] = 0
+    inputs.q[0, 3, :, 0], dout[0, 3] = 1e30, np.nan
+    assert np.isneginf(run_reference(inputs).lse[0, :, 3]).all()
+    made = run_backward(inputs, Upstream(dout, np.ones(inputs.lse_shape, np.float32)))
+    assert not made.dq[0, 3].any()
+    assert all(np.isfinite(gradient).all() for gradient in made[:3])
+
+
 @pytest.mark.parametrize("dtype", [DType.F32, DType.F64], ids=lambda dtype: dtype.value)
 def test_o_and_lse_of_more_keys_than_these(dtype: DType) -> None:
     """What ring attention does: each part of the keys with o and LSE of all of them; the parts of dQ add up."""
