@@ -18,6 +18,7 @@ from .errors import ArrayTypeError, CuSeqlensError, DeviceMismatchError, DTypeEr
 from .limits import MAX_LENGTH, is_integer
 from .problem import ArrayInfo, AttentionProblem, Strides
 from .requests.checks import check_out, check_qkv, is_contiguous, read_dropout, read_learned_sink, read_qkv, read_slopes, steps
+from .requests.copies import MadeAnew
 from .requests.options import AttentionOptions, MaskKind, PositionBias, check_kinds
 from .runtime.plan import Key, key_of_request
 from .short_repr import ShortRepr
@@ -27,7 +28,7 @@ __all__ = ["CumulativeSeqlens", "VarlenFwdRequest"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class CumulativeSeqlens(ShortRepr):
+class CumulativeSeqlens(MadeAnew, ShortRepr):
     """Where each of B packed sequences begins: sequence b is rows ``offsets[b]`` to ``offsets[b + 1]``.
 
     Values in host memory are checked here. Values on a GPU are checked only with ATOMR_FLASHATTN_DEBUG set, because reading them waits
@@ -147,7 +148,7 @@ def _offsets_like(offsets: np.ndarray[Any, Any], like: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class VarlenFwdRequest(ShortRepr):
+class VarlenFwdRequest(MadeAnew, ShortRepr):
     """Attention over packed sequences, forward; each query sees keys of its own sequence only. Meaning: docs/semantics.md.
 
     Attributes:
