@@ -8,10 +8,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..arrays.new import draw_seed_and_offset
-from ..arrays.read import contiguous_strides, dtype_name_of, read_array, share_memory
+from ..arrays.read import contiguous_strides, dtype_name_of, read_array, share_memory, why_not_written
 from ..arrays.torch_hooks import tangent_of
 from ..errors import (
     DeviceMismatchError,
@@ -199,8 +197,9 @@ def check_out(out: Any, shape: tuple[int, ...], inputs: tuple[ArrayInfo, ArrayIn
         raise OutputError(
             f"out: got {info.dtype_name} of shape {info.shape} on {info.device}; allowed is {q.dtype_name} of shape {shape} on {q.device}"
         )
-    if isinstance(info.source, np.ndarray) and not info.source.flags.writeable:
-        raise OutputError("out: got a read-only NumPy array; allowed is a writeable one; pass a copy")
+    reason = why_not_written(info)
+    if reason:
+        raise OutputError(f"out: got {reason}; allowed is a writeable array; pass a copy")
     if info.shape[-1] > 1 and info.strides[-1] != 1:
         raise OutputError(f"out: got strides {info.strides}; allowed is a last stride of 1; pass a contiguous array")
     if _overlaps_itself(info):

@@ -77,11 +77,11 @@ def make_outputs(request: FaFwdDispatch, plan: Plan | None = None, *, lse: bool,
         meet_torch()
     if plan is not None and not dropout_mask and request.out_array is None and type(problem.q.source) in hooks.plain_types:
         return _tensors_again(problem, plan.out_strides, lse=lse)
-    out = request.out_array or empty_like_framework(problem.q, problem.out_shape)
+    like = request.out_array or problem.q
     return Outputs(
-        out,
-        _beside(out, problem.lse_shape, "float32") if lse else None,
-        _beside(out, problem.dropout_mask_shape, "bool") if dropout_mask and problem.dropout is not None else None,
+        request.out_array or empty_like_framework(like, problem.out_shape),
+        empty_like_framework(like, problem.lse_shape, "float32") if lse else None,
+        empty_like_framework(like, problem.dropout_mask_shape, "bool") if dropout_mask and problem.dropout is not None else None,
     )
 
 
@@ -101,7 +101,7 @@ def fill(
         key = key or _key(request, None)
         spec = lookup(key)
         if not isinstance(spec, KernelSpec):
-            _compute_on_cpu(problem, outputs)
+            _compute_on_cpu(request, outputs)
             _tell_written(request)
             return None
         plan = _make_plan(problem, key, spec, outputs)
@@ -155,9 +155,11 @@ def _launch_of(spec: KernelSpec, problem: AttentionProblem, outputs: Outputs, bl
     return load_kernel(spec, index).launch_of(spec.pack(problem, outputs.out), grid, slots_of(outputs))
 
 
-def _compute_on_cpu(problem: AttentionProblem, outputs: Outputs) -> None:
+def _compute_on_cpu(request: FaFwdDispatch, outputs: Outputs) -> None:
     lse, mask = outputs.lse, outputs.dropout_mask
-    reference.forward(problem, as_numpy(outputs.out), None if lse is None else as_numpy(lse), None if mask is None else as_numpy(mask))
+    reference.forward(
+        request.problem, as_numpy(outputs.out), None if lse is None else as_numpy(lse), None if mask is None else as_numpy(mask)
+    )
 
 
 def _check_backend(device: Device) -> None:
@@ -167,11 +169,6 @@ def _check_backend(device: Device) -> None:
             f"q: got an array on {device} with ATOMR_FLASHATTN_BACKEND={backend}; allowed are arrays on the {backend}; "
             "move them, or unset the variable"
         )
-
-
-def _beside(out: ArrayInfo, shape: tuple[int, ...], dtype_name: str) -> ArrayInfo:
-    """A second output in the library of ``out``; NumPy or DeviceArray where that library cannot be allocated with."""
-    return empty_like_framework(out, shape, dtype_name, fallback=True)
 
 
 def _tensors_again(problem: AttentionProblem, out_strides: tuple[int, ...], *, lse: bool) -> Outputs:
