@@ -21,6 +21,7 @@ from ..problem import ArrayInfo, AttentionProblem
 from ..reference import attention as reference
 from ..types import Device, DType, SmArch
 from .plan import Output, Outputs, Plan, addresses_of, find, keep, slots_of
+from .staleness import Fingerprint
 
 __all__ = ["execute", "fill", "make_outputs", "run"]
 
@@ -41,6 +42,7 @@ def run(
 
     Raises:
         DispatchError: no kernel does this.
+        StaleArrayError: an array was freed, resized or given other data since the request was made.
         DeviceMismatchError: the arrays are not where ATOMR_FLASHATTN_BACKEND wants them.
         RuntimeFlashAttnError: no driver, no compiler, a kernel that does not compile or launch.
     """
@@ -55,6 +57,7 @@ def execute(
         raise ArrayTypeError(
             f"request: got {type(request).__qualname__}; allowed is a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest"
         )
+    Fingerprint.of(request)
     dropout_mask = dropout_mask and request.problem.dropout is not None
     plan = None if tiles_for is not None else find(request, dropout_mask=dropout_mask)
     key = None
@@ -157,9 +160,12 @@ def _launch_of(spec: KernelSpec, problem: AttentionProblem, outputs: Outputs, bl
 
 def _compute_on_cpu(request: FaFwdDispatch, outputs: Outputs) -> None:
     lse, mask = outputs.lse, outputs.dropout_mask
+    arrays = Fingerprint.of(request)
+    held = arrays.hold()  # other threads run while BLAS does
     reference.forward(
         request.problem, as_numpy(outputs.out), None if lse is None else as_numpy(lse), None if mask is None else as_numpy(mask)
     )
+    del held
 
 
 def _check_backend(device: Device) -> None:
