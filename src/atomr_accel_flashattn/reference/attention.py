@@ -7,11 +7,13 @@ all query heads of a KV head at once, so K is never repeated. float16, bfloat16 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arrays.read import as_numpy
+from ..errors import CuSeqlensError
 from ..types import DType
 from .mask import BandMask
 from .philox import keep_mask
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ..problem import AttentionProblem
+    from ..problem import ArrayInfo, AttentionProblem
 
     Array = NDArray[Any]
 
@@ -147,10 +149,25 @@ def _sequences(problem: AttentionProblem, out: Array, lse: Array | None) -> Iter
         for index in range(problem.batch):
             yield _Sequence(index, q[index], k[index], v[index], out[index], None if lse is None else lse[index])
         return
-    ends_q, ends_k = as_numpy(problem.cu_seqlens_q).tolist(), as_numpy(problem.cu_seqlens_k).tolist()
+    ends_q = _offsets(problem.cu_seqlens_q, "cu_seqlens_q", len(q), problem.seqlen_q)
+    ends_k = _offsets(problem.cu_seqlens_k, "cu_seqlens_k", len(k), problem.seqlen_k)
+    out[ends_q[-1] :] = 0  # rows that no sequence owns
+    if lse is not None:
+        lse[:, ends_q[-1] :] = -np.inf
     for index in range(problem.batch):
         rows, keys = slice(ends_q[index], ends_q[index + 1]), slice(ends_k[index], ends_k[index + 1])
         yield _Sequence(index, q[rows], k[keys], v[keys], out[rows], None if lse is None else lse[:, rows])
+
+
+def _offsets(array: ArrayInfo, name: str, rows: int, longest: int) -> list[int]:
+    """Where sequences begin and end. They were checked when the request was made, and may have been written to since."""
+    ends: list[int] = as_numpy(array).tolist()
+    if ends[0] != 0 or ends[-1] > rows or not all(0 <= end - start <= longest for start, end in pairwise(ends)):
+        raise CuSeqlensError(
+            f"{name}: got {ends}, other values than were checked; allowed are values that start at 0, never decrease, end at {rows} or "
+            f"before, and make no sequence longer than {longest}"
+        )
+    return ends
 
 
 def _blocks(span: range, size: int) -> Iterator[range]:
