@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from .cases import Alibi, Case, Values
 from .inputs import Layout
-from .pairwise import covering_rows
+from .pairwise import covering_rows, covering_rows_of_few_kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
     from atomr_accel_flashattn.types import DType
 
@@ -17,6 +17,7 @@ __all__ = [
     "FEATURE_AXES",
     "LENGTHS",
     "MASKS",
+    "emulated_cases",
     "grid_cases",
     "grouped_cases",
     "hazard_cases",
@@ -63,6 +64,20 @@ FEATURE_AXES: Mapping[str, tuple[_Options, ...]] = {
     "scale": ({}, {"softmax_scale": 0.3}, {"softmax_scale": -0.2}, {"softmax_scale": 0.0}),
     "layout": tuple({"layout": layout} for layout in Layout),
 }
+# Widths that the emulator meets with all features: exact, padded, wide, and v on either side of q and k.
+EMULATED_WIDTHS = tuple({"head_dim": d, "v_head_dim": dv} for d, dv in ((64, 64), (128, 128), (256, 256), (192, 128), (40, 24), (64, 136)))
+
+# What the options of an axis make of a kernel: of those not named here, whether there are any. The rest are numbers that any kernel takes.
+_KERNEL_KINDS: Mapping[str, Callable[[_Options], Hashable]] = {
+    "dtype": lambda options: options["dtype"],
+    "width": lambda options: (options["head_dim"], options["v_head_dim"]),
+    "lengths": lambda options: "lengths_q" in options,
+    "heads": lambda options: options["heads"] // options["heads_kv"] in {2, 4, 8},  # packed by the wgmma family
+    "mask": lambda options: ("left" in options, "right" in options, "sink_tokens" in options),
+    "alibi": lambda options: options["alibi"] is not Alibi.NONE,
+    "scale": lambda options: options.get("softmax_scale", 1.0) > 0,
+    "layout": lambda options: options["layout"] is Layout.ODD,
+}
 
 
 def grid_cases(dtypes: Iterable[DType]) -> list[Case]:
@@ -77,8 +92,25 @@ def grid_cases(dtypes: Iterable[DType]) -> list[Case]:
 
 def pairwise_cases(dtypes: Iterable[DType]) -> list[Case]:
     """Every value of every feature axis with every value of every other one, the element type among them."""
-    axes = {"dtype": tuple({"dtype": dtype} for dtype in dtypes), **FEATURE_AXES}
-    return [Case(**{key: value for options in row.values() for key, value in options.items()}) for row in covering_rows(axes)]
+    return [_case_of(row) for row in covering_rows(_axes(dtypes))]
+
+
+def emulated_cases(dtypes: Iterable[DType], layouts: Iterable[Layout] = Layout) -> list[Case]:
+    """The same pairs at fewer widths and in few kernels: a C++ compiler takes longer for one than the emulator for ten cases."""
+    axes = _axes(dtypes) | {"width": EMULATED_WIDTHS, "layout": tuple({"layout": layout} for layout in layouts)}
+    return [_case_of(row) for row in covering_rows_of_few_kinds(axes, _kernel_kind)]
+
+
+def _axes(dtypes: Iterable[DType]) -> dict[str, tuple[_Options, ...]]:
+    return {"dtype": tuple({"dtype": dtype} for dtype in dtypes), **FEATURE_AXES}
+
+
+def _case_of(row: Mapping[str, _Options]) -> Case:
+    return Case(**{key: value for options in row.values() for key, value in options.items()})
+
+
+def _kernel_kind(axis: str, options: _Options) -> Hashable:
+    return _KERNEL_KINDS.get(axis, bool)(options)
 
 
 def grouped_cases(dtypes: Iterable[DType]) -> list[Case]:

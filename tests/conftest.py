@@ -23,8 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     absent = {}
     if any(item.get_closest_marker("gpu") for item in items) and not _has_gpu():
         absent["gpu"] = pytest.mark.skip(reason="no GPU that kernels run on")
-    if find_spec("torch") is None:
-        absent["torch"] = pytest.mark.skip(reason="torch is not installed: make test TORCH=1")
+    for package in ("torch", "ray"):
+        if find_spec(package) is None:
+            absent[package] = pytest.mark.skip(reason=f"{package} is not installed: make test {package.upper()}=1")
     for item in items:
         for name, skip in absent.items():
             if item.get_closest_marker(name):

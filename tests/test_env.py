@@ -8,7 +8,7 @@ import pytest
 
 from atomr_accel_flashattn import env
 from atomr_accel_flashattn.env import Settings, settings
-from atomr_accel_flashattn.errors import ConstructionError
+from atomr_accel_flashattn.errors import ConstructionError, SettingsWarning
 
 ENVIRON = {"HOME": "/home/somebody", "XDG_CACHE_HOME": "/caches"}
 
@@ -25,6 +25,7 @@ def test_every_variable_is_read():
         "DISABLE_CACHE": "yes",
         "DISABLE_TUNED": "1",
         "SAVE_SOURCE": "~/sources",
+        "RECORD_KERNELS": "~/kernels.jsonl",
         "COMMIT": "1234abc",
         "DEBUG": "On",
     }
@@ -35,12 +36,15 @@ def test_every_variable_is_read():
         cache_disabled=True,
         tuned_tiles_disabled=True,
         save_source=Path("~/sources").expanduser(),
+        record_kernels=Path("~/kernels.jsonl").expanduser(),
         commit="1234abc",
         debug=True,
     )
     assert len(given) == len(fields(Settings))
     documented = re.findall(rf"``({env.PREFIX}[A-Z_]+)``", env.__doc__ or "")
     assert sorted(documented) == sorted(env.PREFIX + name for name in given)
+    assert dict(env.VARIABLES).keys() == {field.name for field in fields(Settings)}
+    assert sorted(env.VARIABLES.values()) == sorted(documented)
 
 
 def test_empty_values_count_as_unset():
@@ -76,3 +80,19 @@ def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch):
     assert settings().backend != first.backend
     monkeypatch.undo()
     settings.cache_clear()
+
+
+def test_an_unknown_variable_is_a_warning_that_names_the_nearest(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ATOMR_FLASHATTN_CACHEDIR", "/kernels")
+    settings.cache_clear()
+    with pytest.warns(SettingsWarning, match="CACHEDIR: no such setting.* nearest one is ATOMR_FLASHATTN_CACHE_DIR") as told:
+        settings()
+    settings()  # told once: warnings are errors in these tests
+    assert len(told) == 1
+    monkeypatch.undo()
+    settings.cache_clear()
+
+
+@pytest.mark.filterwarnings("error")
+def test_variables_of_the_tests_and_of_others_are_no_warning():
+    Settings.from_environ({**ENVIRON, "ATOMR_FLASHATTN_TEST_RECORD": "x.json", "ATOMR_OTHER": "1", "_ATOMR_FLASHATTN_COMPLETE": "x"})

@@ -14,8 +14,11 @@ from .actor import (
 from .arrays.device_array import DeviceArray as DeviceArray
 from .bert_padding import (
     index_first_axis as index_first_axis,
+    index_first_axis_residual as index_first_axis_residual,
+    index_put_first_axis as index_put_first_axis,
     pad_input as pad_input,
     unpad_input as unpad_input,
+    unpad_input_for_concatenated_sequences as unpad_input_for_concatenated_sequences,
 )
 from .dispatch import (
     DISPATCH_TABLE as DISPATCH_TABLE,
@@ -75,6 +78,7 @@ from .errors import (
     RuntimeFlashAttnError as RuntimeFlashAttnError,
     ScaleError as ScaleError,
     ScheduleError as ScheduleError,
+    SettingsWarning as SettingsWarning,
     ShapeError as ShapeError,
     SinkWithoutMaskError as SinkWithoutMaskError,
     SlopesError as SlopesError,

@@ -44,6 +44,7 @@
          └─ DeviceLostError                a sticky CUDA error: the process has to be restarted
 
     CacheWarning (UserWarning)             the disk cache cannot be used; the call goes on without it
+    SettingsWarning (UserWarning)          an environment variable with our prefix that nothing reads
 
 Messages say what was got, what is allowed, and what to do.
 """
@@ -87,6 +88,7 @@ __all__ = [
     "RuntimeFlashAttnError",
     "ScaleError",
     "ScheduleError",
+    "SettingsWarning",
     "ShapeError",
     "SinkWithoutMaskError",
     "SlopesError",
@@ -319,3 +321,7 @@ class DeviceLostError(LaunchError):
 
 class CacheWarning(UserWarning):
     """The disk cache cannot be used (read-only, full, corrupt); the call goes on without it."""
+
+
+class SettingsWarning(UserWarning):
+    """An environment variable with our prefix that is no setting: most likely a name with a typing mistake."""

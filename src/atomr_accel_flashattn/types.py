@@ -51,7 +51,7 @@ class SmArch(Enum):
 
     @property
     def shared_memory_per_sm(self) -> int:
-        """Bytes of shared memory of one multiprocessor."""
+        """Bytes of shared memory of one SM."""
         return self.shared_memory_per_block + 1024 if self is not SmArch.CPU else 0
 
 

@@ -14,11 +14,11 @@ from tests.actor.fake_gpu import FakeDriver, install
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     fake = install(monkeypatch, plans=True)
     yield fake
-    fake.landed.set()
+    fake.completed.set()
 
 
 @pytest.fixture
 def device() -> Iterator[HeldDevice]:
     made = HeldDevice()
     yield made
-    made.land_all()
+    made.complete_all()

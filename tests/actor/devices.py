@@ -1,29 +1,37 @@
-"""Devices for tests: launches that finish when the test says so, late, out of order, with errors, or at random."""
+"""Devices for tests: launches that complete when the test says so, late, out of order, with errors, or at random."""
 
 from __future__ import annotations
 
 import random
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from atomr_accel_flashattn.actor import FlashAttnActor, FlashAttnHandle, FlashAttnInner, FlashAttnMsg, FlashAttnProps, Flight, Job
+from atomr_accel_flashattn.actor import (
+    FlashAttnActor,
+    FlashAttnHandle,
+    FlashAttnInner,
+    FlashAttnMsg,
+    FlashAttnProps,
+    Job,
+    PendingLaunch,
+    Reply,
+)
 from atomr_accel_flashattn.fa2 import Fa2FwdRequest, MaskKind
-from atomr_accel_flashattn.runtime.execute import fill
 from atomr_accel_flashattn.types import Device
 
-PATIENCE = 20.0  # seconds that a test waits for what has to happen
+PATIENCE = 60.0  # seconds that a test waits for what has to happen
 
 
-def until(fact: Callable[[], object]) -> None:
-    """Wait until ``fact`` holds."""
+def until(fact: Callable[[], object], what: str = "what the test waits for") -> None:
+    """Wait until ``fact`` holds; ``what`` says in words what that is."""
     deadline = time.monotonic() + PATIENCE
     while not fact():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"{what} did not happen within {PATIENCE:g} s"
         time.sleep(0.001)
 
 
@@ -36,33 +44,33 @@ def message(seed: int = 0, *, seqlen_q: int = 2, seqlen_k: int = 5, dtype: str =
 
 
 @dataclass(eq=False)
-class HeldFlight:
-    """A launch that flies until :meth:`land`."""
+class HeldLaunch:
+    """A launch that is unfinished until :meth:`complete`."""
 
-    jobs: Sequence[Job]
-    landed: threading.Event = field(default_factory=threading.Event)
+    job: Job
+    completed: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
+    computes: bool = True
 
-    def land(self, error: BaseException | None = None) -> None:
+    def complete(self, error: BaseException | None = None) -> None:
         """The device is done, or failed."""
         self.error = error
-        self.landed.set()
+        self.completed.set()
 
     def wait(self) -> None:
-        assert self.landed.wait(PATIENCE), "the test forgot to land a launch"
+        assert self.completed.wait(PATIENCE), "the test forgot to complete a launch"
         if self.error is not None:
             raise self.error
-        for job in self.jobs:
-            assert job.outputs is not None
-            fill(job.request, job.outputs)
+        if self.computes:
+            self.job.fill()
 
 
 class HeldDevice(FlashAttnInner):
-    """A CPU that behaves as a GPU whose launches the test lands one by one."""
+    """A CPU that behaves as a GPU whose launches the test completes one by one."""
 
     def __init__(self) -> None:
         super().__init__(Device("cpu", 0))
-        self.flights: list[HeldFlight] = []
+        self.launches: list[HeldLaunch] = []
         self.refuse: BaseException | None = None
         self.closed = False
         self.attached: list[str] = []
@@ -71,36 +79,36 @@ class HeldDevice(FlashAttnInner):
     def attach(self) -> None:
         self.attached.append(threading.current_thread().name)
 
-    def launch(self, jobs: Sequence[Job]) -> Flight:
+    def launch(self, job: Job) -> PendingLaunch:
         if self.refuse is not None:
             raise self.refuse
         with self._changed:
-            self.flights.append(HeldFlight(jobs))
+            self.launches.append(HeldLaunch(job))
             self._changed.notify_all()
-        return self.flights[-1]
+        return self.launches[-1]
 
     def wait_for(self, count: int) -> None:
         """Until ``count`` launches were made."""
         with self._changed:
-            assert self._changed.wait_for(lambda: len(self.flights) >= count, PATIENCE), f"{len(self.flights)} of {count} launches"
+            assert self._changed.wait_for(lambda: len(self.launches) >= count, PATIENCE), f"{len(self.launches)} of {count} launches"
 
-    def land_all(self) -> None:
-        for flight in self.flights:
-            flight.land()
+    def complete_all(self) -> None:
+        for launch in self.launches:
+            launch.complete()
 
     def close(self) -> None:
         self.closed = True
 
 
 @dataclass(eq=False)
-class FaultyFlight:
+class FaultyLaunch:
     """Wraps another launch: some fail when the device is done."""
 
-    flight: Flight
+    launch: PendingLaunch
     fails: bool
 
     def wait(self) -> None:
-        self.flight.wait()
+        self.launch.wait()
         if self.fails:
             raise OSError("a random fault on the device")
 
@@ -117,15 +125,18 @@ class FaultyDevice(FlashAttnInner):
     def accept(self, message: FlashAttnMsg.Forward) -> Job:
         return self.inner.accept(message)
 
-    def fuse_key(self, job: Job) -> Hashable | None:
-        return self.inner.fuse_key(job)
-
-    def launch(self, jobs: Sequence[Job]) -> Flight:
+    def launch(self, job: Job) -> PendingLaunch:
         if self.random.random() < self.rate:
             raise OSError("a random fault of a launch")
-        return FaultyFlight(self.inner.launch(jobs), self.random.random() < self.rate)
+        return FaultyLaunch(self.inner.launch(job), self.random.random() < self.rate)
 
 
 def start(device: FlashAttnInner, **props: Any) -> FlashAttnHandle:
     """An actor above ``device``."""
     return FlashAttnActor.start(FlashAttnProps(device="cpu", **props), device)
+
+
+def expire(actor: FlashAttnHandle, reply: Reply) -> None:
+    """The time of a request that was accepted is over now."""
+    (ticket,) = (each for each in actor._mailbox.all_unsettled() if each.reply is reply)
+    actor._deadlines.add(ticket, 0.05, time.monotonic() - 1)

@@ -13,11 +13,11 @@ import numpy as np
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnHandle, FlashAttnMsg, FlashAttnProps
-from atomr_accel_flashattn.actor import gpu
-from atomr_accel_flashattn.arrays import read as arrays
+from atomr_accel_flashattn.actor import gpu, inner
+from atomr_accel_flashattn.arrays import new, read as arrays
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem
 from atomr_accel_flashattn.reference import attention
-from atomr_accel_flashattn.runtime import execute, request_plans
+from atomr_accel_flashattn.runtime import execute, plan as plan_store
 from atomr_accel_flashattn.types import Device
 from tests.actor.devices import PATIENCE
 
@@ -49,11 +49,11 @@ class FakeDriver:
     alive: set[int] = field(default_factory=set)  # events that are not destroyed
     busy: bool = False  # no launch is finished when it is asked for; who waits for one does get it
     current: int = 0  # the context of every thread
-    landed: threading.Event = field(default_factory=threading.Event)  # waits for an event end when it is set
+    completed: threading.Event = field(default_factory=threading.Event)  # waits for an event end when it is set
     launchers: list[str] = field(default_factory=list)  # names of the threads that launched
 
     def __post_init__(self) -> None:
-        self.landed.set()
+        self.completed.set()
 
     @property
     def live_events(self) -> int:
@@ -92,7 +92,7 @@ class FakeDriver:
 
     def cuEventSynchronize(self, event: int) -> tuple[int]:  # noqa: N802 - CUDA's name
         self.log.append(("synchronize", event))
-        assert self.landed.wait(PATIENCE), "the test forgot to land a launch"
+        assert self.completed.wait(PATIENCE), "the test forgot to complete a launch"
         return (700 if self.sticky else 0,)
 
     def cuEventQuery(self, event: int) -> tuple[int]:  # noqa: N802 - CUDA's name
@@ -135,34 +135,36 @@ def _at(info: ArrayInfo, ptr: int) -> np.ndarray:
 def install(monkeypatch: Any, *, plans: bool = False) -> FakeDriver:
     """Put the fake where the GPU inner looks for the driver, and for the way to a kernel. ``plans``: launches can be repeated."""
     fake = FakeDriver()
-    monkeypatch.setattr(request_plans, "_plans", {})
+    monkeypatch.setattr(plan_store, "_plans", {})
 
     @contextmanager
     def current_context(index: int) -> Any:
         fake.log.append(("push", index))
         yield
 
-    def fill(request: Any, outputs: Any, *, stream: int) -> None:
+    def fill(request: Any, outputs: Any, plan: Any = None, *, stream: int) -> None:
+        if plan is not None:
+            plan.launch(stream, plan_store.addresses_of(request.problem, outputs))
+            return
         fake.launchers.append(threading.current_thread().name)
         fake.log.append(("launch", stream, (request.problem.q.ptr, request.problem.k.ptr, request.problem.v.ptr)))
         out, lse = (None if info is None else info.source for info in (outputs.out, outputs.lse))
         host = [arrays.read_array(info.source.array, "x") for info in (request.problem.q, request.problem.k, request.problem.v)]
         problem = replace(request.problem, q=host[0], k=host[1], v=host[2])
         attention.forward(problem, out.array, None if lse is None else lse.array, None)
-        key = request_plans.key_of(request)
-        if plans and key is not None:
+        if plans:
             launch: Any = FakeLaunch(fake, request.problem, outputs.out)
-            request_plans.keep(key, request_plans.RequestPlan(launch, outputs.out.strides))
+            plan_store.keep(request, plan_store.Plan((launch,), outputs.out.strides))
 
     def empty(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None = None, *, fallback: bool = False) -> ArrayInfo:
         if like.device.kind == "cpu":
-            return arrays.empty_like_framework(like, shape, dtype_name, fallback=fallback)
+            return new.empty_like_framework(like, shape, dtype_name, fallback=fallback)
         return FakeArray(np.empty(shape, arrays.numpy_dtype(dtype_name or like.dtype_name)), like.device.index).info()
 
     monkeypatch.setattr(gpu, "driver", lambda: fake)
     monkeypatch.setattr(gpu, "current_context", current_context)
     monkeypatch.setattr(gpu, "primary_context", lambda index: 90 + index)
-    monkeypatch.setattr(gpu, "fill", fill)
+    monkeypatch.setattr(inner, "fill", fill)
     monkeypatch.setattr(execute, "empty_like_framework", empty)
     return fake
 
@@ -186,6 +188,6 @@ def start(**props: Any) -> FlashAttnHandle:
 
 
 def hold(cuda: FakeDriver) -> None:
-    """From now on no launch is finished, until ``cuda.landed`` is set again."""
+    """From now on no launch is finished, until ``cuda.completed`` is set again."""
     cuda.busy = True
-    cuda.landed.clear()
+    cuda.completed.clear()

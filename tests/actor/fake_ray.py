@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atomr_accel_flashattn import FlashAttnPool, FlashAttnProps
-from atomr_accel_flashattn.actor import ray_pool
-from atomr_accel_flashattn.actor.parcel import Bits
+from atomr_accel_flashattn.actor.ray import pool
+from atomr_accel_flashattn.actor.ray.wire import WireArray
 
 if TYPE_CHECKING:
     import pytest
@@ -39,18 +39,18 @@ class FakeWorker:
 
     def answer(self, call: int = -1) -> None:
         """Zeros, for a message of tests/actor/devices.py."""
-        self.calls[call].set_result([Bits(np.zeros((1, 2, 2, 8), np.float32), "float32"), None, None])
+        self.calls[call].set_result([WireArray(np.zeros((1, 2, 2, 8), np.float32), "float32"), None, None])
 
 
 class FakeRay:
-    """What a pool has of the module. ``hire`` is called before each worker is made."""
+    """What a pool has of the module. ``start_worker`` is called before each worker is made."""
 
     exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
 
     def __init__(self) -> None:
         self.workers: list[FakeWorker] = []
         self.killed: list[FakeWorker] = []
-        self.hire: Callable[[], object] = lambda: None
+        self.start_worker: Callable[[], object] = lambda: None
         self.wait: Callable[[], object] = lambda: None
 
     def is_initialized(self) -> bool:
@@ -67,7 +67,7 @@ class FakeRay:
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._make))
 
     def _make(self, *_: object) -> FakeWorker:
-        self.hire()
+        self.start_worker()
         self.workers.append(FakeWorker())
         return self.workers[-1]
 
@@ -77,6 +77,6 @@ class FakeRay:
 
 def start_pool(monkeypatch: pytest.MonkeyPatch, ray: FakeRay, workers: int = 1, **options: Any) -> FlashAttnPool:
     """A pool on it."""
-    monkeypatch.setattr(ray_pool, "_import_ray", lambda: ray)
-    props = options.pop("props", {})
-    return FlashAttnPool.start(workers, FlashAttnProps(device="cpu", label="fake", **props), **options)
+    monkeypatch.setattr(pool, "_import_ray", lambda: ray)
+    props = {"device": "cpu", "label": "fake", **options.pop("props", {})}
+    return FlashAttnPool.start(workers, FlashAttnProps(**props), **options)

@@ -22,7 +22,6 @@ def test_every_part_is_measured_recorded_and_drawn(tmp_path: Path) -> None:
     pipelined = record["pipelined_us"]
     assert all(0 < pipelined[f"{name}_least"] <= pipelined[name] for name in ("direct", "actor"))
     assert [row["ratio"] > 0 for row in record["throughput"]] == [True] * 3
-    assert set(record["fused_us"]) == set(record["fused_long_us"]) == {"False", "True"}
     assert any("round trip" in line for line in said)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,11 @@ def test_its_examples_run(block: str) -> None:
     assert done.returncode == 0, done.stderr
     for said in re.findall(r"print\(.*\)  # (.*)", block):
         assert said in done.stdout
+
+
+def test_the_example_runs_without_ray(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "actor_pool.py"))["one_actor"]()
+    assert "16 answers to a thread, 8 to an event loop" in capsys.readouterr().out
 
 
 def test_its_errors_exist() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnInner, FlashAttnMsg, FlashAttnProps
-from atomr_accel_flashattn.actor import freshness, gpu
+from atomr_accel_flashattn.actor import gpu, inner as inner_module, staleness
 from atomr_accel_flashattn.launch import driver as driver_module
 from tests.actor.devices import PATIENCE, until
 from tests.actor.fake_gpu import FakeArray, FakeDriver, install
@@ -31,8 +31,16 @@ def sent(seed: int = 0, seqlen: int = 4, index: int = 0) -> FlashAttnMsg.Forward
     return FlashAttnMsg.Forward(fa.Fa2FwdRequest(*(FakeArray(array, index).info() for array in (q, k, v))))
 
 
+QUESTIONS = {"query", "synchronize"}  # by the caller who waits, or by the completion thread for him
+
+
+def enqueued(cuda: FakeDriver) -> list[tuple[Any, ...]]:
+    """What was asked of streams, in order."""
+    return [entry for entry in cuda.log if entry[0] not in {"push", "context", *QUESTIONS}]
+
+
 def kinds(cuda: FakeDriver) -> list[str]:
-    return [entry[0] for entry in cuda.log if entry[0] not in {"push", "context"}]
+    return [entry[0] for entry in enqueued(cuda)]
 
 
 def test_a_launch_waits_for_the_callers_stream_and_the_reply_for_the_launch(cuda: FakeDriver):
@@ -42,12 +50,12 @@ def test_a_launch_waits_for_the_callers_stream_and_the_reply_for_the_launch(cuda
     host = fa.run(fa.Fa2FwdRequest(*(info.source.array for info in (message.request.q, message.request.k, message.request.v))))
     np.testing.assert_array_equal(output.out.array, host.out)
     np.testing.assert_array_equal(output.lse.array, host.lse)
-    assert kinds(cuda) == ["stream", "record", "wait", "launch", "record", "synchronize", "destroy"]
-    _, record, wait, launch, done, synchronize, _ = (entry for entry in cuda.log if entry[0] not in {"push", "context"})
+    assert kinds(cuda) == ["stream", "record", "wait", "launch", "record", "destroy"]
+    _, record, wait, launch, done, _ = enqueued(cuda)
     assert record[2] == 1, "the caller's stream: the legacy default one, for arrays of a library without streams"
     assert wait == ("wait", record[1], 500)
     assert launch[1] == done[2] == 500
-    assert synchronize[1] == done[1]
+    assert {entry[1] for entry in cuda.log if entry[0] in QUESTIONS} == {done[1]}
     assert cuda.live_events == 0
     assert cuda.log.count(("context", 90)) == 2
 
@@ -56,7 +64,7 @@ def test_on_the_callers_own_stream_there_is_nothing_to_wait_for(cuda: FakeDriver
     for stream in (0, 1):
         with FlashAttnActor.start(FlashAttnProps(device="cuda:0", stream=stream)) as actor:
             actor.ask(sent()).result(PATIENCE)
-        assert kinds(cuda) == ["launch", "record", "synchronize"]
+        assert kinds(cuda) == ["launch", "record"]
         cuda.log.clear()
 
 
@@ -97,9 +105,9 @@ def test_a_sticky_error_fails_all_and_stops_the_actor(cuda: FakeDriver, monkeypa
 
 def test_events_that_wait_are_those_that_were_recorded_last(cuda: FakeDriver):
     events = gpu.CudaEvents(3)
-    first = events.record(7)
+    first = events.take(7, in_context=False)
     events.give_back(first)
-    assert events.record(0) == first
+    assert events.take(0, in_context=False) == first
     assert cuda.log == [("push", 3), ("record", first, 7), ("push", 3), ("record", first, 0)]
 
 
@@ -121,7 +129,7 @@ def test_a_caller_whom_a_stop_overtakes_records_no_destroyed_event_and_leaves_no
 
 def test_an_event_that_comes_back_after_the_end_is_destroyed(cuda: FakeDriver):
     events = gpu.CudaEvents(0)
-    late = events.record(7)
+    late = events.take(7, in_context=False)
     events.close()
     assert cuda.alive == {late}, "somebody may still ask about it"
     events.give_back(late)
@@ -134,12 +142,12 @@ def test_an_event_that_could_not_be_recorded_is_used_again(cuda: FakeDriver, mon
         patch.setattr(cuda, "cuEventRecord", lambda *_: (1,))
         patch.setattr(driver_module, "cuda_error", lambda code, what, *_: fa.LaunchError(f"{what}: {code}", kernel_name=""))
         with pytest.raises(fa.LaunchError, match="cuEventRecord: 1"):
-            events.record(7)
-    events.record(7)
+            events.take(7, in_context=False)
+    events.take(7, in_context=False)
     assert cuda.live_events == 1
 
 
-def test_the_mark_that_a_launch_waits_for_becomes_that_of_its_end(cuda: FakeDriver):
+def test_the_event_that_a_launch_waits_for_becomes_that_of_its_end(cuda: FakeDriver):
     with FlashAttnActor.start(FlashAttnProps(device="cuda:0")) as actor:
         actor.ask(sent()).result(PATIENCE)
         (_, ready, theirs), (_, waited, _), (_, ended, ours) = (entry for entry in cuda.log if entry[0] in {"record", "wait"})
@@ -147,36 +155,23 @@ def test_the_mark_that_a_launch_waits_for_becomes_that_of_its_end(cuda: FakeDriv
     assert (theirs, ours) == (1, 500)
 
 
-def test_a_launch_that_fails_after_its_wait_leaves_a_mark_to_wait_for_again(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
+def test_a_launch_that_fails_after_its_wait_leaves_an_event_to_wait_for_again(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
     inner = gpu.GpuInner(0)
     job = inner.accept(sent())
     with monkeypatch.context() as patch:
-        patch.setattr(gpu, "fill", lambda *_, **__: 1 // 0)
+        patch.setattr(inner_module, "fill", lambda *_, **__: 1 // 0)
         with pytest.raises(ZeroDivisionError):
-            inner.launch([job])
-    flight = inner.launch([job])
+            inner.launch(job)
+    launch = inner.launch(job)
     assert [entry[0] for entry in cuda.log if entry[0] in {"wait", "launch"}] == ["wait", "wait", "launch"]
     assert job.ready is None
-    assert flight.poll()
-    del flight
+    assert launch.poll()
+    del launch
     inner.close()
     assert cuda.live_events == 0
 
 
-def test_fused_jobs_wait_for_all_their_marks_and_the_last_becomes_that_of_the_end(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
-    inner = gpu.GpuInner(0)
-    monkeypatch.setattr(gpu, "launch_fused", lambda _, stream: cuda.log.append(("launch", stream)) or "alive")
-    jobs = [inner.accept(sent(seed)) for seed in range(3)]
-    marks = [job.ready.event for job in jobs]
-    cuda.log.clear()
-    flight = inner.launch(jobs)
-    assert cuda.log == [*(("wait", mark, 500) for mark in marks), ("launch", 500), ("record", marks[-1], 500)]
-    assert flight.alive == "alive"
-    assert [job.ready for job in jobs] == [None] * 3
-    assert inner._events._free.qsize() == 2
-
-
-def test_a_default_stream_is_marked_in_the_context_of_its_device(cuda: FakeDriver):
+def test_an_event_of_a_default_stream_is_recorded_in_the_context_of_its_device(cuda: FakeDriver):
     inner = gpu.GpuInner(0)
     cuda.current = 70
     cuda.log.clear()
@@ -189,27 +184,26 @@ def test_an_error_of_the_driver_is_told_by_the_call_that_met_it(
     cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch, call: str, answer: tuple[int, ...]
 ):
     monkeypatch.setattr(driver_module, "cuda_error", lambda code, what, *_: fa.LaunchError(f"{what}: {code}", kernel_name=""))
-    events = gpu.CudaEvents(0)
-    event = events.record(7)
+    event = gpu.StreamEvent(gpu.CudaEvents(0), 7)
     monkeypatch.setattr(cuda, call, lambda *_: answer)
     asked = {
-        "cuCtxGetCurrent": events.current_context,
-        "cuStreamWaitEvent": lambda: events.make_wait(500, event),
-        "cuEventQuery": lambda: events.is_reached(event),
+        "cuCtxGetCurrent": event._events.current_context,
+        "cuStreamWaitEvent": lambda: event.make_wait(500),
+        "cuEventQuery": event.poll,
     }
     with pytest.raises(fa.LaunchError, match=": 201"):
         asked[call]()
 
 
 def test_a_gpu_array_that_changed_in_flight_fails_its_own_request(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(freshness._readers, FakeArray, freshness._Readers(address=lambda array: array.array.ctypes.data))
+    monkeypatch.setitem(staleness._readers, FakeArray, (lambda array: array.array.ctypes.data, None))
     with FlashAttnActor.start(FlashAttnProps(device="cuda:0")) as actor:
-        cuda.landed.clear()
+        cuda.completed.clear()
         moved, kept = sent(1), sent(2)
         replies = [actor.ask(moved), actor.ask(kept)]
         until(lambda: len(cuda.launchers) == 2)
         moved.request.k.source.array = moved.request.k.source.array.copy()
-        cuda.landed.set()
+        cuda.completed.set()
         with pytest.raises(fa.StaleArrayError, match="k: its memory changed between ask and reply"):
             replies[0].result(PATIENCE)
         assert replies[1].result(PATIENCE).out is not None
@@ -219,17 +213,17 @@ def test_a_gpu_array_that_changed_in_flight_fails_its_own_request(cuda: FakeDriv
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_gpu_array_is_looked_at_and_told_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str):
-    monkeypatch.setitem(freshness._readers, FakeArray, freshness._Readers(address=lambda array: array.array.ctypes.data))
+    monkeypatch.setitem(staleness._readers, FakeArray, (lambda array: array.array.ctypes.data, None))
     infos = {each: FakeArray(np.zeros(4, np.float32)).info() for each in NAMES}
     problem = SimpleNamespace(**infos, dropout=SimpleNamespace(rng=infos["rng"]))
     request: Any = SimpleNamespace(problem=problem, out_array=infos["out"])
-    fingerprint = freshness.Fingerprint.of(request)
+    fingerprint = staleness.Fingerprint.of(request)
     fingerprint.check()
     infos[name].source.array = infos[name].source.array.copy()
     with pytest.raises(fa.StaleArrayError, match=f"^{name}: its memory changed between ask and reply"):
         fingerprint.check()
     with pytest.raises(fa.StaleArrayError, match=f"^{name}: its memory changed since the request was made"):
-        freshness.Fingerprint.of(request)
+        staleness.Fingerprint.of(request)
 
 
 def test_a_stream_that_every_thread_has_its_own_of_is_refused(cuda: FakeDriver):

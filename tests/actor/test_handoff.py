@@ -1,9 +1,8 @@
-"""Who launches, and who finds a launch finished: callers, the actor's thread, the completion thread; each request once, whoever it is."""
+"""Who launches, and who finds a launch finished: each request once, whichever thread it is."""
 
 from __future__ import annotations
 
 import asyncio
-import cProfile
 import random
 import threading
 import time
@@ -16,15 +15,15 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnProps
-from atomr_accel_flashattn.actor import Reply, flights
+from atomr_accel_flashattn.actor import Reply, in_flight
 from atomr_accel_flashattn.actor.engine import Engine
 from atomr_accel_flashattn.launch import driver as driver_module
-from atomr_accel_flashattn.runtime import request_plans
+from atomr_accel_flashattn.runtime import plan as plan_store
 from tests.actor.devices import PATIENCE, until
 from tests.actor.fake_gpu import FakeDriver, expected, hold, sent, start
 
 if TYPE_CHECKING:
-    from atomr_accel_flashattn.actor.flights import Launched
+    from atomr_accel_flashattn.actor.reply import Ticket
 
 ACTOR, COMPLETIONS = "FlashAttnActor-", "flash-attn-completions"
 
@@ -77,7 +76,7 @@ def test_launches_in_flight_are_no_more_than_allowed_and_the_rest_waits_in_order
         replies = [actor.ask(each) for each in messages]
         until(lambda: actor.waiting == 3)  # one is with the actor, which waits for a place
         assert sum(entry[0] == "launch" for entry in cuda.log) == 2
-        cuda.landed.set()
+        cuda.completed.set()
         for reply, each in zip(replies, messages, strict=True):
             np.testing.assert_array_equal(reply.result(PATIENCE).out.array, expected(each))
         launched = [entry[2] for entry in cuda.log if entry[0] == "launch"]
@@ -93,10 +92,17 @@ def test_a_place_is_taken_over_from_a_launch_that_has_finished(cuda: FakeDriver)
         assert all(reply.is_over() for reply in replies[:-1])
 
 
+def test_the_completion_thread_does_not_have_to_be_woken_for_every_launch(cuda: FakeDriver):
+    with start() as actor:
+        in_flight = actor._engine.in_flight
+        until(lambda: in_flight._asleep, "a completion thread that has nothing to do")
+        until(lambda: actor.ask(sent()).result(PATIENCE) and in_flight._resting and not in_flight._asleep, "one that looks by itself")
+
+
 @pytest.fixture
 def nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """The completion thread does not look by itself while the test runs."""
-    monkeypatch.setattr(flights, "_NAP_SECONDS", PATIENCE)
+    monkeypatch.setattr(in_flight, "_LOOK_SECONDS", PATIENCE)
 
 
 @pytest.mark.usefixtures("nobody_else")
@@ -109,7 +115,7 @@ def test_one_question_is_enough_when_all_have_finished(cuda: FakeDriver):
         assert replies[0].done()
         assert all(reply.is_over() for reply in replies)
         assert [entry[0] for entry in cuda.log] == ["query"]
-        cuda.landed.set()
+        cuda.completed.set()
 
 
 @pytest.mark.usefixtures("nobody_else")
@@ -121,7 +127,7 @@ def test_those_that_have_finished_are_answered_when_the_newest_has_not(cuda: Fak
         monkeypatch.setattr(cuda, "cuEventQuery", lambda event: (0 if event in ends[:2] else 600,))
         assert not replies[3].done()
         assert [reply.is_over() for reply in replies] == [True, True, False, False]
-        cuda.landed.set()
+        cuda.completed.set()
 
 
 @pytest.mark.usefixtures("nobody_else")
@@ -133,28 +139,7 @@ def test_a_newest_that_cannot_be_asked_keeps_none_of_the_others_from_being_answe
         monkeypatch.setattr(cuda, "cuEventQuery", lambda event: (0,) if event != newest else 1 // 0)
         replies[0].done()
         assert [reply.is_over() for reply in replies] == [True, True, False]
-        cuda.landed.set()
-
-
-def calls_of_a_message(asks: int = 80) -> float:
-    """Python functions of the actor, and of the modules of Python that it stands on, that a message costs its caller."""
-    messages = [sent(seed) for seed in range(asks)]
-    with start(max_in_flight=8) as actor:
-        profile = cProfile.Profile()
-        profile.enable()
-        replies = [actor.ask(each) for each in messages]
-        assert all(reply.result(PATIENCE).out is not None for reply in replies)
-        profile.disable()
-    parts = ("/actor/", "/concurrent/futures/", "/threading.py", "/queue.py")
-    counts = {entry.code: entry.callcount for entry in profile.getstats() if not isinstance(entry.code, str)}
-    ours = {code: count for code, count in counts.items() if any(part in code.co_filename for part in parts)}
-    return sum(count for code, count in ours.items() if "/tests/" not in code.co_filename) / asks
-
-
-@pytest.mark.usefixtures("nobody_else")
-def test_a_message_that_repeats_a_launch_costs_few_calls(cuda: FakeDriver):
-    assert calls_of_a_message() < 58
-    assert len(set(cuda.launchers[1:])) == 1
+        cuda.completed.set()
 
 
 class Settlements:
@@ -163,16 +148,14 @@ class Settlements:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.numbers: Counter[int] = Counter()
         self.ways: Counter[str] = Counter()
-        for name in ("_landed", "_landed_well"):
+        for name in ("_decide", "_resolve"):
             monkeypatch.setattr(Engine, name, self.counted(name, getattr(Engine, name)))
 
     def counted(self, name: str, way: Any) -> Any:
-        def settle(engine: Engine, launched: Launched, *error: Any) -> Any:
-            done = way(engine, launched, *error)
-            if done is not False:
-                self.numbers[launched.number] += 1
-                self.ways[name] += 1
-            return done
+        def settle(engine: Engine, ticket: Ticket, *error: Any) -> Any:
+            way(engine, ticket, *error)
+            self.numbers[ticket.number] += 1
+            self.ways[name] += 1
 
         return settle
 
@@ -214,8 +197,8 @@ def test_every_launch_is_settled_once_whoever_finds_it_finished(cuda: FakeDriver
     assert actor.unanswered == 0
     assert len(settled.numbers) == 1601
     assert set(settled.numbers.values()) == {1}
-    assert set(settled.ways) == {"_landed", "_landed_well"}
-    assert len(actor._engine.flights.flying) == 0
+    assert set(settled.ways) == {"_decide", "_resolve"}
+    assert len(actor._engine.in_flight.launches) == 0
     assert cuda.live_events == 0
 
 
@@ -229,30 +212,16 @@ def test_a_timeout_of_result_and_an_answer_later(cuda: FakeDriver):
             with pytest.raises(TimeoutError):
                 reply.exception(0)
         assert reply.running()
-        cuda.landed.set()
+        cuda.completed.set()
         assert reply.result(PATIENCE).out is not None
 
 
 def test_a_request_whose_time_is_over_wakes_who_waits_for_it(cuda: FakeDriver):
     with start() as actor:
         hold(cuda)
-        reply = actor.ask(sent(), timeout=0.05)
         with pytest.raises(fa.RequestTimeoutError):
-            reply.result()
-        cuda.landed.set()
-
-
-def test_a_cancel_comes_too_late_for_a_launch_and_in_time_for_what_waits(cuda: FakeDriver):
-    with start(max_in_flight=1) as actor:
-        hold(cuda)
-        cuda.launchers.clear()
-        flying, next_one, waiting = (actor.ask(sent(seed)) for seed in range(3))
-        assert not flying.cancel()
-        assert waiting.cancel()
-        cuda.landed.set()
-        assert flying.result(PATIENCE).out is not None
-        assert next_one.result(PATIENCE).out is not None
-    assert len(cuda.launchers) == 2
+            actor.ask(sent(), timeout=0.05).result()
+        cuda.completed.set()
 
 
 def test_a_sticky_error_that_a_waiter_sees_first_is_told_to_all(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
@@ -267,7 +236,7 @@ def test_a_sticky_error_that_a_waiter_sees_first_is_told_to_all(cuda: FakeDriver
     waiter = threading.Thread(target=replies[0].exception)
     waiter.start()
     until(lambda: any(entry[0] == "synchronize" for entry in cuda.log))
-    cuda.landed.set()
+    cuda.completed.set()
     waiter.join(PATIENCE)
     errors = [reply.exception(PATIENCE) for reply in replies]
     assert all(isinstance(error, fa.DeviceLostError) for error in errors)
@@ -291,7 +260,7 @@ def test_a_stop_that_gives_up_wakes_who_waits(cuda: FakeDriver):
         waiter.join(PATIENCE)
     assert [type(error) for error in found] == [fa.ActorStoppedError] * 3
     assert actor.unanswered == 0
-    cuda.landed.set()
+    cuda.completed.set()
 
 
 def test_a_stop_that_drains_waits_for_launches_of_callers(cuda: FakeDriver):
@@ -302,7 +271,7 @@ def test_a_stop_that_drains_waits_for_launches_of_callers(cuda: FakeDriver):
     stopping.start()
     time.sleep(0.02)
     assert not any(reply.done() for reply in replies)
-    cuda.landed.set()
+    cuda.completed.set()
     stopping.join(PATIENCE)
     assert all(reply.is_over() and reply.result(0).out is not None for reply in replies)
     assert cuda.live_events == 0
@@ -317,7 +286,7 @@ def test_callbacks_run_in_the_completion_thread_whoever_waits(cuda: FakeDriver):
         cuda.busy = False
         for _ in range(20):
             actor.ask(sent())
-        cuda.landed.set()
+        cuda.completed.set()
         reply.result(PATIENCE)
         until(lambda: ran)
     assert ran == [COMPLETIONS]
@@ -332,26 +301,26 @@ def test_who_only_looks_or_waits_in_other_ways_is_served_too(cuda: FakeDriver):
         hold(cuda)
         reply = actor.ask(sent())
         assert wait([reply], 0.01, FIRST_COMPLETED).done == set()
-        assert actor._engine.flights._wanted == actor._engine.flights._last, "the completion thread was not called"
-        cuda.landed.set()
+        cuda.completed.set()
+        assert wait([reply], PATIENCE, FIRST_COMPLETED).done == {reply}
 
 
 def test_a_launch_that_fails_in_its_callers_thread_is_tried_again_and_fails_alone(cuda: FakeDriver):
     with start() as actor:
-        (plan,) = request_plans._plans.values()
-        plan.launch.fail = fa.LaunchError("no", kernel_name="k")
+        (plan,) = plan_store._plans.values()
+        plan.launches[0].fail = fa.LaunchError("no", kernel_name="k")
         reply = actor.ask(sent())
         with pytest.raises(fa.LaunchError, match="no"):
             reply.result(PATIENCE)
         assert cuda.launchers[1] == threading.current_thread().name
         assert cuda.launchers[2].startswith(ACTOR)
-        plan.launch.fail = None
+        plan.launches[0].fail = None
         until(lambda: actor.unanswered == 0)
         assert actor.ask(sent()).result(PATIENCE).out is not None
-        plan.launch.fail = KeyboardInterrupt()
+        plan.launches[0].fail = KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
             actor.ask(sent())
-        plan.launch.fail = None
+        plan.launches[0].fail = None
         until(lambda: actor.unanswered == 0)
 
 
@@ -363,12 +332,3 @@ def test_an_event_loop_launches_nothing_itself(cuda: FakeDriver):
 
     asyncio.run(main())
     assert all(name.startswith(ACTOR) for name in cuda.launchers)
-
-
-def test_the_failure_of_what_was_told_is_logged_once(cuda: FakeDriver, caplog: pytest.LogCaptureFixture):
-    with start() as actor:
-        (plan,) = request_plans._plans.values()
-        plan.launch.fail = OSError("gone")
-        actor.tell(sent())
-        until(lambda: actor.unanswered == 0)
-    assert ["gone" in record.message for record in caplog.records] == [True]

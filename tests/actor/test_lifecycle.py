@@ -1,3 +1,5 @@
+"""From ask to the answer, and from start to stop, above a device whose launches the test completes."""
+
 from __future__ import annotations
 
 import asyncio
@@ -13,7 +15,7 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnMsg
-from tests.actor.devices import PATIENCE, HeldDevice, message, start, until
+from tests.actor.devices import PATIENCE, HeldDevice, expire, message, start, until
 
 
 def expected(sent: FlashAttnMsg.Forward) -> np.ndarray:
@@ -27,7 +29,7 @@ def test_the_reply_comes_when_the_device_is_done_and_not_before(device: HeldDevi
         assert reply.running()
         time.sleep(0.02)
         assert not reply.done()
-        device.flights[0].land()
+        device.launches[0].complete()
         output = reply.result(PATIENCE)
     np.testing.assert_array_equal(output.out, expected(message()))
     assert output.lse.shape == (1, 2, 2)
@@ -39,14 +41,14 @@ def test_the_mailbox_does_not_wait_for_the_device_but_no_more_than_max_in_flight
         replies = [actor.ask(message(seed)) for seed in range(5)]
         device.wait_for(3)
         time.sleep(0.05)
-        assert len(device.flights) == 3
-        device.flights[0].land()
+        assert len(device.launches) == 3
+        device.launches[0].complete()
         device.wait_for(4)
-        assert len(device.flights) == 4
-        for flight in device.flights[1:]:
-            flight.land()
+        assert len(device.launches) == 4
+        for launch in device.launches[1:]:
+            launch.complete()
         device.wait_for(5)
-        device.land_all()
+        device.complete_all()
         for seed, reply in enumerate(replies):
             np.testing.assert_array_equal(reply.result(PATIENCE).out, expected(message(seed)))
 
@@ -56,9 +58,9 @@ def test_launches_that_finish_out_of_order_are_each_answered_with_their_own(devi
         replies = [actor.ask(message(seed)) for seed in range(4)]
         device.wait_for(4)
         for index in (2, 3, 1):
-            device.flights[index].land()
+            device.launches[index].complete()
         assert not any(reply.done() for reply in replies)
-        device.flights[0].land()
+        device.launches[0].complete()
         for seed, reply in enumerate(replies):
             np.testing.assert_array_equal(reply.result(PATIENCE).out, expected(message(seed)))
 
@@ -67,9 +69,9 @@ def test_a_request_that_fails_fails_alone(device: HeldDevice):
     with start(device) as actor:
         first, second, third = (actor.ask(message(seed)) for seed in range(3))
         device.wait_for(3)
-        device.flights[0].land()
-        device.flights[1].land(fa.LaunchError("no", kernel_name="k"))
-        device.flights[2].land()
+        device.launches[0].complete()
+        device.launches[1].complete(fa.LaunchError("no", kernel_name="k"))
+        device.launches[2].complete()
         assert first.result(PATIENCE).out.shape == third.result(PATIENCE).out.shape
         with pytest.raises(fa.LaunchError, match="no"):
             second.result(PATIENCE)
@@ -79,21 +81,21 @@ def test_a_request_that_fails_fails_alone(device: HeldDevice):
         device.refuse = None
         last = actor.ask(message())
         device.wait_for(4)
-        device.flights[3].land()
+        device.launches[3].complete()
         assert last.result(PATIENCE).out is not None
 
 
 def test_cancel_works_until_the_launch(device: HeldDevice):
     with start(device, max_in_flight=1) as actor:
-        flying, waiting = actor.ask(message()), actor.ask(message(1))
+        first, waiting = actor.ask(message()), actor.ask(message(1))
         device.wait_for(1)
-        assert not flying.cancel()
+        assert not first.cancel()
         assert waiting.cancel()
-        device.flights[0].land()
-        assert flying.result(PATIENCE).out is not None
+        device.launches[0].complete()
+        assert first.result(PATIENCE).out is not None
         with pytest.raises(CancelledError):
             waiting.result(PATIENCE)
-    assert len(device.flights) == 1
+    assert len(device.launches) == 1
 
 
 def test_those_who_wait_for_a_cancelled_reply_are_told(device: HeldDevice):
@@ -101,9 +103,9 @@ def test_those_who_wait_for_a_cancelled_reply_are_told(device: HeldDevice):
         replies = [actor.ask(message(seed)) for seed in range(3)]
         device.wait_for(1)
         assert replies[1].cancel()
-        device.flights[0].land()
+        device.launches[0].complete()
         device.wait_for(2)
-        device.land_all()
+        device.complete_all()
         done, not_done = wait(replies, PATIENCE)
         assert (len(done), len(not_done)) == (3, 0)
 
@@ -112,14 +114,15 @@ def test_inputs_live_until_the_device_is_done_even_when_nobody_waits_any_more(de
     actor = start(device)
     sent = message()
     inputs = weakref.ref(sent.request.q)
-    reply = actor.ask(sent, timeout=0.02)
+    reply = actor.ask(sent)
     del sent
     device.wait_for(1)
+    expire(actor, reply)
     with pytest.raises(fa.RequestTimeoutError):
         reply.result(PATIENCE)
     gc.collect()
     assert inputs() is not None
-    device.flights.pop().land()
+    device.launches.pop().complete()
     actor.stop()
     gc.collect()
     assert inputs() is None
@@ -132,13 +135,9 @@ def test_nothing_of_a_request_lives_after_its_reply(device: HeldDevice):
         reply = actor.ask(sent)
         del sent
         device.wait_for(1)
-        device.flights.pop().land()
+        device.launches.pop().complete()
         reply.result(PATIENCE)
-        deadline = time.monotonic() + PATIENCE
-        while inputs() is not None and time.monotonic() < deadline:
-            gc.collect()
-            time.sleep(0.01)
-        assert inputs() is None
+        until(lambda: gc.collect() is not None and inputs() is None, "the end of the inputs")
 
 
 def test_stop_drains(device: HeldDevice):
@@ -149,7 +148,7 @@ def test_stop_drains(device: HeldDevice):
     stopping.start()
     for count in (1, 2, 3):
         device.wait_for(count)
-        device.flights[-1].land()
+        device.launches[-1].complete()
     stopping.join(PATIENCE)
     assert [reply.result(0).out.shape for reply in replies] == [(1, 2, 2, 8)] * 3
     assert actor.unanswered == 0
@@ -157,20 +156,20 @@ def test_stop_drains(device: HeldDevice):
     actor.stop()
 
 
-def test_stop_without_drain_fails_what_waits_and_answers_what_flies(device: HeldDevice):
+def test_stop_without_drain_fails_what_waits_and_answers_what_is_in_flight(device: HeldDevice):
     actor = start(device, max_in_flight=1)
     replies = [actor.ask(message(seed)) for seed in range(4)]
     device.wait_for(1)
     stopping = threading.Thread(target=actor.stop, kwargs={"drain": False})
     stopping.start()
     time.sleep(0.02)
-    device.flights[0].land()
+    device.launches[0].complete()
     stopping.join(PATIENCE)
     assert replies[0].result(0).out is not None
     for reply in replies[1:]:
         with pytest.raises(fa.ActorStoppedError):
             reply.result(0)
-    assert len(device.flights) == 1
+    assert len(device.launches) == 1
 
 
 def test_stop_with_a_timeout_fails_what_a_hung_device_keeps(device: HeldDevice):
@@ -214,9 +213,9 @@ def test_a_callback_may_stop_the_actor_and_send_to_it(device: HeldDevice):
 
     actor.ask(message()).add_done_callback(callback)
     device.wait_for(1)
-    device.flights[0].land()
+    device.launches[0].complete()
     assert done.wait(PATIENCE)
-    device.land_all()
+    device.complete_all()
     actor.stop(timeout=PATIENCE)
     assert refused
     assert actor.unanswered == 0
@@ -231,23 +230,23 @@ def test_await_never_blocks_the_event_loop(device: HeldDevice):
             ticks += 1
             await asyncio.sleep(0.002)
 
-    async def land() -> None:
+    async def complete() -> None:
         while True:
             await asyncio.sleep(0.001)
-            device.land_all()
+            device.complete_all()
 
     async def main() -> list[fa.Output]:
         async with start(device, max_in_flight=1, mailbox_limit=2) as actor:
             ticking = asyncio.create_task(tick())
-            landing = asyncio.create_task(land())
+            completing = asyncio.create_task(complete())
             with pytest.raises(fa.MailboxFullError):  # noqa: PT012 - ask() in a loop refuses where it would have to wait
                 crowd = [actor.ask(message(99)) for _ in range(6)]
                 assert not crowd
             outputs = await asyncio.gather(*(actor.ask_async(message(seed)) for seed in range(12)))
             outputs.append(await actor.ask(message(12)))
-            landing.cancel()
+            completing.cancel()
             ticking.cancel()
-            device.land_all()
+            device.complete_all()
             return list(outputs)
 
     threads = threading.active_count()
@@ -272,11 +271,11 @@ def test_cancelling_a_task_cancels_its_request(device: HeldDevice):
             late = asyncio.create_task(actor.ask_async(message(5), timeout=0.03))
             with pytest.raises(fa.RequestTimeoutError):
                 await late
-            device.flights[0].land()
+            device.launches[0].complete()
             assert (await first).out is not None
 
     asyncio.run(main())
-    assert len(device.flights) == 1
+    assert len(device.launches) == 1
 
 
 def test_tell_writes_into_out_and_logs_what_goes_wrong(device: HeldDevice, caplog: pytest.LogCaptureFixture):
@@ -287,8 +286,8 @@ def test_tell_writes_into_out_and_logs_what_goes_wrong(device: HeldDevice, caplo
         actor.tell(FlashAttnMsg.Forward(request))
         actor.tell(message(1))
         device.wait_for(2)
-        device.flights[0].land()
-        device.flights[1].land(OSError("gone"))
+        device.launches[0].complete()
+        device.launches[1].complete(OSError("gone"))
     np.testing.assert_array_equal(out, expected(sent))
     assert ["gone" in record.message for record in caplog.records] == [True]
 
@@ -297,13 +296,13 @@ def test_a_block_that_raises_stops_without_draining(device: HeldDevice):
     with pytest.raises(ZeroDivisionError), start(device, max_in_flight=1) as actor:  # noqa: PT012
         replies = [actor.ask(message(seed)) for seed in range(3)]
         device.wait_for(1)
-        device.flights[0].land()
+        device.launches[0].complete()
         replies[0].result(PATIENCE)
         device.wait_for(2)
-        device.flights[1].land()
+        device.launches[1].complete()
         replies[1].result(PATIENCE)
         device.wait_for(3)
-        device.flights[2].land()
+        device.launches[2].complete()
         raise ZeroDivisionError
     assert all(reply.done() for reply in replies)
 

@@ -92,7 +92,7 @@ def test_every_future_resolves_exactly_once_and_memory_is_flat(kind: str, reques
     sizes = []
     for part in range(ROUNDS):
         inner = FlashAttnInner.mock(arch=SmArch.SM_90) if kind == "mock" else FlashAttnInner.reference()
-        props = FlashAttnProps(device="cpu", max_in_flight=4, mailbox_limit=256, fuse_decodes=part % 2 == 1)
+        props = FlashAttnProps(device="cpu", max_in_flight=4, mailbox_limit=256)
         actor = FlashAttnActor.start(props, FaultyDevice(inner, seed=part))
         each = requests // ROUNDS
         load(actor, tally, numbers, each, stop_after=None if part == ROUNDS - 1 else each * 3 // 4)

@@ -19,10 +19,10 @@ def test_a_lost_device_fails_every_future_and_stops_the_actor(where: str):
     device.wait_for(2)
     if where == "launch":
         device.refuse = LOST
-        device.flights[0].land()
+        device.launches[0].complete()
         failed = replies[1:]
     else:
-        device.flights[0].land(LOST)
+        device.launches[0].complete(LOST)
         failed = replies
     causes = []
     for reply in failed:
@@ -32,7 +32,7 @@ def test_a_lost_device_fails_every_future_and_stops_the_actor(where: str):
     assert len(set(map(str, causes))) == 1
     assert len(set(map(id, causes))) == len(causes), "each future has an exception of its own"
     assert all(cause is LOST or cause.__cause__ is LOST for cause in causes)
-    device.land_all()
+    device.complete_all()
     actor.stop(timeout=PATIENCE)
     assert actor.unanswered == 0
     with pytest.raises(fa.ActorStoppedError, match="only a new process") as late:
@@ -58,7 +58,7 @@ def test_a_caller_who_waits_for_a_place_is_told_that_the_device_is_lost():
     senders = [threading.Thread(target=send) for _ in range(5)]
     for sender in senders:
         sender.start()
-    device.flights[0].land(LOST)
+    device.launches[0].complete(LOST)
     for sender in senders:
         sender.join(PATIENCE)
     assert isinstance(first.exception(0), fa.DeviceLostError)

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import heapq
 import threading
-import time
 import weakref
 
 import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import Overflow
-from atomr_accel_flashattn.actor import Job
-from atomr_accel_flashattn.actor.reply import Ticket
-from tests.actor.devices import PATIENCE, HeldDevice, message, start, until
+from atomr_accel_flashattn.actor import deadlines
+from tests.actor.devices import PATIENCE, HeldDevice, expire, message, start, until
 
 
-def test_a_timeout_fails_what_waits_and_what_flies(device: HeldDevice):
+def test_a_timeout_fails_what_waits_and_what_is_in_flight(device: HeldDevice):
     with start(device, max_in_flight=1) as actor:
-        flying, waiting, patient = actor.ask(message(), timeout=0.05), actor.ask(message(1), timeout=0.05), actor.ask(message(2))
+        first, waiting, patient = (actor.ask(message(seed)) for seed in range(3))
         device.wait_for(1)
-        for reply in (flying, waiting):
+        for reply in (first, waiting):
+            expire(actor, reply)
             with pytest.raises(fa.RequestTimeoutError, match=r"within 0\.05 s"):
                 reply.result(PATIENCE)
         assert issubclass(fa.RequestTimeoutError, TimeoutError)
-        device.flights[0].land()
+        device.launches[0].complete()
         device.wait_for(2)
-        device.land_all()
+        device.complete_all()
         assert patient.result(PATIENCE).out is not None
-    assert len(device.flights) == 2, "what timed out while it waited is not launched"
+    assert len(device.launches) == 2, "what timed out while it waited is not launched"
 
 
 def test_stop_gets_into_a_full_mailbox(device: HeldDevice):
@@ -52,17 +50,15 @@ def test_back_pressure_waits_for_a_place_in_order(device: HeldDevice):
         for count, each in enumerate(messages[1:], 2):
             senders.append(threading.Thread(target=lambda each=each: replies.append(actor.ask(each))))
             senders[-1].start()
-            deadline = time.monotonic() + PATIENCE
-            while actor._mailbox.unsettled + len(actor._mailbox._outside) < count and time.monotonic() < deadline:
-                time.sleep(0.001)
+            until(lambda count=count: actor._mailbox.unsettled + len(actor._mailbox._outside) == count, "the next sender")
         assert len(actor._mailbox._outside) >= 2  # one is in the mailbox, one with the actor, which waits for a launch to finish
         assert len(replies) <= 3
         for count in range(1, 6):
             device.wait_for(count)
-            device.flights[count - 1].land()
+            device.launches[count - 1].complete()
         for sender in senders:
             sender.join(PATIENCE)
-        assert [flight.jobs[0].message for flight in device.flights] == messages
+        assert [launch.job.message for launch in device.launches] == messages
         assert all(reply.result(PATIENCE).out is not None for reply in replies)
 
 
@@ -80,14 +76,15 @@ def test_a_callback_of_a_request_whose_time_is_over_never_waits(device: HeldDevi
             except fa.MailboxFullError as error:
                 told.append(error)
 
-        late = actor.ask(message(), timeout=0.01)
+        late = actor.ask(message())
         late.add_done_callback(again)
+        expire(actor, late)
         with pytest.raises(fa.RequestTimeoutError):
             late.result(PATIENCE)
         until(lambda: told)
-        device.land_all()
+        device.complete_all()
         device.wait_for(2)
-        device.land_all()
+        device.complete_all()
         assert all(reply.result(PATIENCE).out is not None for reply in (first, second))
 
 
@@ -118,20 +115,23 @@ def test_who_gave_up_queueing_is_not_kept(device: HeldDevice):
     given_up.clear()
     gc.collect()
     assert [array() for array in arrays] == [None] * 3
-    device.land_all()
+    until(lambda: device.complete_all() or actor.unanswered == 0, "the end of those that were accepted")
     actor.stop(timeout=PATIENCE)
 
 
-def test_a_deadline_does_not_hang_on_one_whose_sender_was_interrupted(device: HeldDevice):
-    with start(device) as actor:
-        far = actor.ask(message(), timeout=10 * PATIENCE)
-        until(lambda: actor._deadlines._sleeps_until < float("inf"))
-        lost = Ticket(Job(message()))
-        heapq.heappush(actor._deadlines._heap, (time.monotonic(), -1, 0.0, weakref.ref(lost)))  # and then came the Ctrl-C
-        with pytest.raises(fa.RequestTimeoutError):
-            actor.ask(message(), timeout=0.05).result(PATIENCE)
-        device.land_all()
-        assert far.result(PATIENCE).out is not None
+def test_deadlines_of_answered_requests_are_swept_and_the_others_stay(device: HeldDevice, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(deadlines, "_SWEEP_AT", 4)
+    with start(device, max_in_flight=1) as actor:
+        for count in range(1, 9):
+            reply = actor.ask(message(), timeout=PATIENCE)
+            device.wait_for(count)
+            device.complete_all()
+            reply.result(PATIENCE)
+        late = actor.ask(message())
+        device.wait_for(9)
+        expire(actor, late)
+        assert isinstance(late.exception(PATIENCE), fa.RequestTimeoutError)
+        device.complete_all()
 
 
 def test_the_wait_for_a_place_is_part_of_the_timeout(device: HeldDevice):
@@ -141,6 +141,4 @@ def test_the_wait_for_a_place_is_part_of_the_timeout(device: HeldDevice):
             accepted.extend(actor.ask(message(seed), timeout=0.05) for seed in range(10))
         assert actor.waiting <= 2
         assert len(accepted) <= 3
-        for _ in range(len(accepted)):
-            device.land_all()
-            time.sleep(0.02)
+        until(lambda: device.complete_all() or actor.unanswered == 0, "the end of those that were accepted")

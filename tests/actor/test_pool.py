@@ -1,298 +1,215 @@
-"""The pool on a local Ray cluster without GPUs: two workers, one of them killed. One cluster for the whole file."""
+"""The pool above a Ray made of Python: whatever Ray refuses, and whoever is interrupted, everybody is answered and no worker is left."""
 
 from __future__ import annotations
 
-import asyncio
-import os
+import gc
 import pickle
-import runpy
-import signal
+import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import CancelledError, wait
-from pathlib import Path
+import weakref
+from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn import FlashAttnMsg, FlashAttnPool, FlashAttnProps, Overflow
-from atomr_accel_flashattn.actor.parcel import Parcel
-from tests.actor.devices import message, until
+from atomr_accel_flashattn import FlashAttnMsg, FlashAttnPool, Overflow
+from atomr_accel_flashattn.actor.ray.wire import WireRequest
+from tests.actor.devices import PATIENCE, expire, message, until
+from tests.actor.fake_ray import FakeRay, FakeWorker, RayError, RayTaskError, start_pool
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'atomr-accel-flashattn[ray]'")
-
-# Its warnings about its own future, and sockets and files that it closes when the interpreter ends.
-pytestmark = [
-    pytest.mark.timeout(90),
-    *(pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "ResourceWarning", "DeprecationWarning")),
-]
-
-PATIENCE = 30.0
-SLOW = 2500  # tokens that keep a worker busy for a good part of a second
+Start = Callable[..., FlashAttnPool]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        num_cpus=4,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        object_store_memory=128 << 20,
-        runtime_env={"env_vars": {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}},
-    )
-    yield
-    ray.shutdown()
+@pytest.fixture
+def ray() -> FakeRay:
+    return FakeRay()
 
 
-@pytest.fixture(scope="module")
-def pool(cluster: None) -> Iterator[FlashAttnPool]:
-    with FlashAttnPool.start(2, FlashAttnProps(device="cpu", label="pool")) as made:
-        yield made
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, ray: FakeRay) -> Start:
+    return lambda *workers, **options: start_pool(monkeypatch, ray, *workers, **options)
 
 
-def kill_one(pool: FlashAttnPool) -> None:
-    os.kill(min(pool.processes().items())[1], signal.SIGKILL)
+def called(worker: FakeWorker, count: int = 1) -> None:
+    until(lambda: len(worker.calls) == count)
 
 
-def slow(seed: int = 0) -> FlashAttnMsg.Forward:
-    return message(seed, seqlen_q=SLOW, seqlen_k=SLOW)
+def refuse() -> None:
+    raise ValueError("no more of these")
 
 
-def check_equal(got: Any, expected: Any) -> None:
-    """Up to rounding: BLAS sums in another order with another number of threads, and workers have one."""
-    assert got.dtype == expected.dtype
-    tolerance = 1e-2 if expected.dtype == ml_dtypes.bfloat16 else 1e-4
-    np.testing.assert_allclose(got.astype(np.float64), expected.astype(np.float64), rtol=tolerance, atol=tolerance)
+def leave(_: object) -> None:
+    raise SystemExit
 
 
-def test_answers_are_those_of_direct_calls(pool: FlashAttnPool):
-    rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((3, 2, 300, 2, 64)).astype(np.float32)  # 300 KB each: through the object store
-    packed = rng.standard_normal((3, 9, 2, 8)).astype(np.float16)
-    offsets = fa.CumulativeSeqlens.from_lengths([4, 5])
-    options = fa.AttentionOptions(dropout_p=0.5, rng=np.array([1, 2]), softcap=2.0, learned_sink=np.ones(2, np.float32))
-    requests = [
-        message(1).request,
-        fa.DenseFwdRequest(q, k, v),
-        fa.Fa2FwdRequest(q, k, v, mask=fa.MaskKind.sliding_causal(20), sink_tokens=2, bias=fa.PositionBias.alibi(np.ones(2, np.float32))),
-        fa.Fa2FwdRequest(*(array.astype(ml_dtypes.bfloat16) for array in (q, k, v)), options=options),
-        fa.VarlenFwdRequest(*packed, cu_seqlens_q=offsets, mask=fa.MaskKind.causal()),
-    ]
-    replies = [pool.ask(FlashAttnMsg.Forward(request, dropout_mask=True)) for request in requests]
-    for request, reply in zip(requests, replies, strict=True):
-        direct, output = fa.run(request, dropout_mask=True), reply.result(PATIENCE)
-        for name in ("out", "lse", "dropout_mask"):
-            expected, got = getattr(direct, name), getattr(output, name)
-            assert (got is None) == (expected is None)
-            if expected is not None:
-                check_equal(got, expected)
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
-@pytest.mark.torch
-def test_torch_tensors_come_back_as_torch_tensors(pool: FlashAttnPool):
-    import torch
-
-    q, k, v = (torch.randn(1, 6, 2, 16, dtype=torch.bfloat16) for _ in range(3))
-    out = torch.empty_like(q)
-    direct = fa.run(fa.Fa2FwdRequest(q, k, v))
-    output = pool.ask(FlashAttnMsg.Forward(fa.Fa2FwdRequest(q, k, v))).result(PATIENCE)
-    assert torch.equal(output.out, direct.out)
-    assert torch.equal(output.lse, direct.lse)
-    output = pool.ask(FlashAttnMsg.Forward(fa.Fa2FwdRequest(q, k, v, out=out))).result(PATIENCE)
-    assert output.out is out
-    assert torch.equal(out, direct.out)
-
-
-def test_what_is_sent_is_a_copy(pool: FlashAttnPool):
-    sent = message(4)
-    expected = fa.run(sent.request).out
-    reply = pool.ask(sent)
-    sent.request.q.fill(np.nan)
-    np.testing.assert_array_equal(reply.result(PATIENCE).out, expected)
-
-
-def test_a_request_that_is_wrong_fails_alone_with_its_own_error(pool: FlashAttnPool):
-    with pytest.raises(fa.FeatureNotBuiltError) as caught:
-        pool.ask(FlashAttnMsg.Backward(message().request)).result(PATIENCE)
-    assert caught.value.feature == "backward"
-    with pytest.raises(fa.UnknownMessageError):
-        pool.ask(3)  # type: ignore[arg-type]
-    with pytest.raises(fa.UnknownMessageError):
-        pool.ask(FlashAttnMsg.Forward("q"))
-    sent = message()
-    sent.request.q.resize((3,), refcheck=False)
-    with pytest.raises(fa.StaleArrayError):
-        pool.ask(sent)
-    assert pool.ask(message()).result(PATIENCE).out is not None
-
-
-def test_a_tensor_that_is_gone_when_the_answer_comes(pool: FlashAttnPool):
-    sent = slow()
-    out = np.empty_like(sent.request.q)
-    request = fa.Fa2FwdRequest(sent.request.q, sent.request.k, sent.request.v, out=out)
-    reply = pool.ask(FlashAttnMsg.Forward(request))
-    out.resize((1,), refcheck=False)
-    with pytest.raises(fa.StaleArrayError, match="out"):
-        reply.result(PATIENCE)
-
-
-def test_requests_go_to_the_least_loaded_worker(pool: FlashAttnPool):
-    replies = [pool.ask(slow(seed)) for seed in range(4)]
-    until(lambda: sum(pool.loads.values()) == 4)
-    assert sorted(pool.loads.values()) == [2, 2]
-    small = [pool.ask(message(seed)) for seed in range(4)]
-    assert all(reply.result(PATIENCE).out is not None for reply in replies + small)
-    assert sorted(pool.loads.values()) == [0, 0]
-
-
-def test_await(pool: FlashAttnPool):
-    async def main() -> list[Any]:
-        return [await pool.ask(message()), *await asyncio.gather(*(pool.ask_async(message(seed)) for seed in range(20)))]
-
-    assert len(asyncio.run(main())) == 21
-
-
-def test_a_lost_worker_loses_no_request_and_is_replaced():
-    with FlashAttnPool.start(2, FlashAttnProps(device="cpu", label="loss"), window=4) as pool:
-        sent = [message(seed) if seed % 3 else slow(seed) for seed in range(30)]
-        replies = [pool.ask(each) for each in sent]
-        before = set(pool.loads)
-        kill_one(pool)
-        for each, reply in zip(sent, replies, strict=True):
-            check_equal(reply.result(PATIENCE).out, fa.run(each.request).out)
-        assert len(pool.loads) == 2
-        assert set(pool.loads) != before
-        assert pool.unanswered == 0
-
-
-def test_without_retries_the_requests_of_a_lost_worker_fail_by_name_and_only_those():
-    with FlashAttnPool.start(2, FlashAttnProps(device="cpu", label="strict"), window=2, retries=0, replacements=0) as pool:
-        replies = [pool.ask(slow(seed)) for seed in range(8)]
-        kill_one(pool)
-        errors = [reply.exception(PATIENCE) for reply in replies]
-        lost = [error for error in errors if error is not None]
-        assert 1 <= len(lost) <= 2
-        assert all(isinstance(error, fa.WorkerLostError) for error in lost)
-        assert len(pool.loads) == 1
-        kill_one(pool)
-        last = pool.ask(message())
-        with pytest.raises(fa.WorkerLostError, match="lost"):
-            last.result(PATIENCE)
-        until(lambda: not pool.is_alive)
-        with pytest.raises(fa.ActorStoppedError, match="all workers are lost"):
-            pool.ask(message())
-
-
-def test_cancel_timeout_back_pressure_and_stop():
-    props = FlashAttnProps(device="cpu", label="small", mailbox_limit=2, overflow=Overflow.REFUSE)
-    pool = FlashAttnPool.start(1, props, window=1)
-    replies = [pool.ask(slow(0))]
-    until(lambda: pool.waiting == 0)
-    replies += [pool.ask(slow(seed)) for seed in (1, 2)]
-    with pytest.raises(fa.MailboxFullError):
-        pool.ask(message())
-    assert replies[2].cancel()
-    with pytest.raises(fa.RequestTimeoutError):
-        pool.ask(message(), timeout=0.01, overflow=Overflow.WAIT).result(PATIENCE)
-    stopping = threading.Thread(target=pool.stop)
-    stopping.start()
-    stopping.join(PATIENCE)
-    assert [reply.cancelled() for reply in replies] == [False, False, True]
-    assert all(reply.result(0).out is not None for reply in replies[:2])
-    with pytest.raises(CancelledError):
-        replies[2].result(0)
-    with pytest.raises(fa.ActorStoppedError):
-        pool.ask(message())
-
-
-def test_a_worker_that_loses_its_gpu_is_replaced_and_its_request_sent_again(monkeypatch: pytest.MonkeyPatch):
-    from atomr_accel_flashattn.actor import ray_pool
-    from atomr_accel_flashattn.actor.parcel import Bits
-
-    class FirstOneLosesItsGpu:
-        def __init__(self, start: Any) -> None:
-            self.first = start.label.endswith("-1")
-
-        async def ready(self) -> int:
-            return 0
-
-        async def forward(self, _: object, q: np.ndarray, *__: object) -> Any:
-            return (
-                fa.DeviceLostError("sticky", cuda_error="CUDA_ERROR_LAUNCH_FAILED") if self.first else [Bits(q + 1, "float32"), None, None]
-            )
-
-    monkeypatch.setattr(ray_pool, "Worker", FirstOneLosesItsGpu)
-    with FlashAttnPool.start(1, FlashAttnProps(device="cpu", label="gpu")) as pool:
-        sent = message()
-        np.testing.assert_array_equal(pool.ask(sent).result(PATIENCE).out, sent.request.q + 1)
-        assert list(pool.loads) == [2]
-
-
-def test_a_callback_may_stop_the_pool():
-    pool = FlashAttnPool.start(1, FlashAttnProps(device="cpu", label="callback"))
-    stopped = threading.Event()
-    pool.ask(message()).add_done_callback(lambda _: (pool.stop(), stopped.set()))
-    assert stopped.wait(PATIENCE)
+def test_a_worker_that_cannot_be_replaced_leaves_its_requests_to_the_others(ray: FakeRay, start: Start):
+    pool = start(2)
+    replies = [pool.ask(message(seed)) for seed in range(2)]
+    for worker in ray.workers:
+        called(worker)
+    ray.start_worker = refuse
+    ray.workers[0].calls[0].set_exception(RayError("dead"))
+    called(ray.workers[1], 2)
+    assert ray.killed == ray.workers[:1]
+    ray.workers[1].answer(0)
+    ray.workers[1].answer(1)
+    assert all(reply.result(PATIENCE).out is not None for reply in replies)
     pool.stop(timeout=PATIENCE)
 
 
-def test_the_example(capsys: pytest.CaptureFixture[str]):
-    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "actor_pool.py"))
-    example["one_actor"]()
-    example["a_pool"]()
-    said = capsys.readouterr().out
-    assert "16 answers to a thread, 8 to an event loop" in said
-    assert "32 answers to 32 requests" in said
+def test_the_last_worker_that_cannot_be_replaced_fails_all(ray: FakeRay, start: Start):
+    pool = start(window=1)
+    replies = [pool.ask(message(seed)) for seed in range(3)]
+    called(ray.workers[0])
+    ray.start_worker = refuse
+    ray.workers[0].calls[0].set_exception(RayError("dead"))
+    for reply in replies:
+        assert isinstance(reply.exception(PATIENCE), fa.WorkerLostError)
+    with pytest.raises(fa.ActorStoppedError, match="all workers are lost"):
+        pool.ask(message())
+    pool.stop(timeout=PATIENCE)
 
 
-def test_stop_without_drain_fails_what_waits():
-    pool = FlashAttnPool.start(1, FlashAttnProps(device="cpu", label="quick"), window=1)
-    replies = [pool.ask(slow(seed)) for seed in range(4)]
-    pool.stop(drain=False, timeout=0.0)
-    assert not wait(replies, PATIENCE).not_done
-    assert all(isinstance(reply.exception(), fa.ActorStoppedError) for reply in replies[1:])
-    assert pool.unanswered == 0
+def test_a_worker_that_cannot_say_its_answer_is_not_lost(ray: FakeRay, start: Start):
+    pool = start()
+    failing, other = pool.ask(message()), pool.ask(message())
+    called(ray.workers[0], 2)
+    ray.workers[0].calls[0].set_exception(RayTaskError("not to be pickled"))
+    ray.workers[0].answer(1)
+    assert isinstance(failing.exception(PATIENCE), RayTaskError)
+    assert other.result(PATIENCE).out is not None
+    assert ray.killed == []
+    pool.stop(timeout=PATIENCE)
 
 
-BAD_NUMBERS = [{"workers": 0}, {"workers": 1, "window": 0}, {"workers": 1, "retries": -1}, {"workers": 1, "replacements": 1.5}]
+def test_a_request_whose_time_is_over_is_not_sent_again(ray: FakeRay, start: Start):
+    pool = start(2)
+    late = pool.ask(message())
+    until(lambda: any(worker.calls for worker in ray.workers), "the call of a worker")
+    (worker,) = [worker for worker in ray.workers if worker.calls]
+    expire(pool, late)
+    assert isinstance(late.exception(PATIENCE), fa.RequestTimeoutError)
+    worker.calls[0].set_exception(RayError("dead"))
+    until(lambda: pool.unanswered == 0)
+    assert sum(len(worker.calls) for worker in ray.workers) == 1
+    pool.stop(timeout=PATIENCE)
 
 
-@pytest.mark.parametrize("bad", BAD_NUMBERS)
-def test_numbers_that_are_not_allowed(bad: dict[str, Any]):
+def test_a_call_that_ray_refuses_is_the_answer_to_its_request(ray: FakeRay, start: Start):
+    pool = start()
+    ray.workers[0].forward.remote = lambda *_: refuse()
+    assert isinstance(pool.ask(message()).exception(PATIENCE), ValueError)
+    assert pool.loads == {1: 0}
+    pool.stop(timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("where", ["start_worker", "wait"])
+def test_a_start_that_is_interrupted_leaves_no_worker_and_no_thread(ray: FakeRay, start: Start, where: str):
+    setattr(ray, where, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        start(2)
+    assert ray.killed == ray.workers
+    until(lambda: "fake-pool" not in {thread.name for thread in threading.enumerate()})
+
+
+def test_a_worker_that_cannot_be_ended_does_not_keep_the_others(ray: FakeRay, start: Start, monkeypatch: pytest.MonkeyPatch):
+    pool = start(2)
+    kill = ray.kill
+    monkeypatch.setattr(ray, "kill", lambda worker: kill(worker) or refuse())
+    pool.stop(timeout=PATIENCE)
+    assert ray.killed == ray.workers
+
+
+def test_who_waits_in_a_stop_is_released_by_a_shorter_one(ray: FakeRay, start: Start):
+    pool = start()
+    reply = pool.ask(message())
+    called(ray.workers[0])
+    patient = threading.Thread(target=pool.stop, daemon=True)
+    patient.start()
+    until(lambda: not pool.is_alive)
+    pool.stop(timeout=0.01)
+    assert isinstance(reply.exception(PATIENCE), fa.ActorStoppedError)
+    patient.join(PATIENCE)
+    assert not patient.is_alive()
+
+
+def test_a_callback_that_exits_in_a_stop_keeps_nobody_from_being_answered(ray: FakeRay, start: Start):
+    pool = start(window=1)
+    replies = [pool.ask(message(seed)) for seed in range(3)]
+    called(ray.workers[0])
+    replies[1].add_done_callback(leave)
+    stopping = threading.Thread(target=pool.stop, kwargs={"drain": False})
+    stopping.start()
+    assert [type(reply.exception(PATIENCE)) for reply in replies[1:]] == [fa.ActorStoppedError] * 2
+    ray.workers[0].answer()
+    stopping.join(PATIENCE)
+    assert replies[0].exception(0) is None
+
+
+def test_who_gave_up_queueing_is_not_kept(ray: FakeRay, start: Start):
+    pool = start(window=1, props={"mailbox_limit": 1})
+    kept = [pool.ask(message())]
+    called(ray.workers[0])
+    kept.append(pool.ask(message()))
+    request = message()
+    array = weakref.ref(request.request.q)
+    with pytest.raises(fa.RequestTimeoutError, match="no place in the mailbox"):
+        pool.ask(request, timeout=0.01, overflow=Overflow.WAIT)
+    del request
+    gc.collect()
+    assert array() is None
+    assert pool.waiting == 1
+    pool.stop(timeout=0.01)
+
+
+def test_a_callback_may_stop_the_pool(ray: FakeRay, start: Start):
+    pool = start()
+    stopped = threading.Event()
+    reply = pool.ask(message())
+    reply.add_done_callback(lambda _: (pool.stop(), stopped.set()))
+    called(ray.workers[0])
+    ray.workers[0].answer()
+    assert stopped.wait(PATIENCE)
+    pool.stop(timeout=PATIENCE)
+    assert ray.killed == ray.workers
+
+
+@pytest.mark.parametrize(
+    "bad", [{"workers": 0}, {"window": 0}, {"retries": -1}, {"replacements": 1.5}, {"props": {"device": "cuda:0", "stream": 1}}]
+)
+def test_options_that_are_not_allowed(ray: FakeRay, start: Start, bad: dict[str, Any]):
     with pytest.raises(fa.PropsError, match="got"):
-        FlashAttnPool.start(**{"props": FlashAttnProps(device="cpu"), **bad})
-
-
-def test_workers_that_cannot_start_are_told(monkeypatch: pytest.MonkeyPatch):
-    from atomr_accel_flashattn.actor import ray_pool
-
-    monkeypatch.setattr(ray_pool, "_START_SECONDS", 0.5)
-    with pytest.raises(fa.WorkerLostError, match="did not start"):
-        FlashAttnPool.start(1, FlashAttnProps(device="cuda:0"))
+        start(**bad)
 
 
 def test_without_ray_there_is_a_named_error(monkeypatch: pytest.MonkeyPatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(fa.RayMissingError, match="pip install") as caught:
         FlashAttnPool.start(1)
     assert isinstance(caught.value, ImportError)
 
 
-@pytest.mark.parametrize("request_of", [fa.DenseFwdRequest, fa.Fa2FwdRequest, fa.Fa3FwdRequest])
-def test_a_request_keeps_its_kind_on_the_way(request_of: type[fa.DenseFwdRequest]):
-    q = np.ones((1, 4, 2, 8), np.float16)
-    schedule = {"persistent": fa.PersistentMode.Persistent(7)} if request_of is fa.Fa3FwdRequest else {}
-    sent = request_of(q, q, q, **schedule)
-    parcel, arrays = pickle.loads(pickle.dumps(Parcel.pack(FlashAttnMsg.Forward(sent))))  # noqa: S301 - our own bytes
-    came = parcel.unpack(tuple(arrays), fa.Device("cpu", 0)).request
-    assert type(came) is request_of
-    assert getattr(came, "persistent", None) == getattr(sent, "persistent", None)
+@pytest.mark.parametrize("request_of", [fa.DenseFwdRequest, fa.Fa2FwdRequest, fa.Fa3FwdRequest, fa.VarlenFwdRequest])
+def test_a_request_is_the_same_after_its_way_over_the_wire(request_of: type[fa.DenseFwdRequest]):
+    packed = request_of is fa.VarlenFwdRequest
+    q = np.arange(64, dtype=np.float16).reshape((4, 2, 8) if packed else (1, 4, 2, 8))
+    given: dict[str, Any] = {"mask": fa.MaskKind.causal(), "options": fa.AttentionOptions(softcap=2.0, dropout_p=0.5, rng=np.array([1, 2]))}
+    if packed:
+        given["cu_seqlens_q"] = fa.CumulativeSeqlens.from_lengths([1, 3])
+    if request_of is fa.Fa3FwdRequest:
+        given["persistent"] = fa.PersistentMode.Persistent(7)
+    sent = request_of(q, q, q, **given)
+    wire, arrays = pickle.loads(pickle.dumps(WireRequest.pack(FlashAttnMsg.Forward(sent, lse=False, dropout_mask=True))))  # noqa: S301 - our own bytes
+    came = wire.unpack(tuple(arrays), fa.Device("cpu", 0))
+    assert (came.lse, came.dropout_mask) == (False, True)
+    assert type(came.request) is request_of
+    assert getattr(came.request, "persistent", None) == getattr(sent, "persistent", None)
+    direct, output = (fa.run(each, dropout_mask=True) for each in (sent, came.request))
+    np.testing.assert_array_equal(output.out, direct.out)
+    np.testing.assert_array_equal(output.dropout_mask, direct.dropout_mask)

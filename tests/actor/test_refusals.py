@@ -23,7 +23,6 @@ from tests.actor.devices import PATIENCE, HeldDevice, message
         ({"mailbox_limit": 0}, "mailbox_limit: got 0"),
         ({"overflow": "wait"}, "overflow: got 'wait'"),
         ({"label": 5}, "label: got 5"),
-        ({"fuse_decodes": "no"}, "fuse_decodes: got 'no'"),
         ({"device": "tpu"}, "device: got 'tpu'; allowed are 'cpu', 'cuda'"),
         ({"device": "cuda:x"}, "device: got 'cuda:x'"),
         ({"device": "cpu", "stream": 7}, "stream: got 7 with device cpu"),
@@ -98,11 +97,11 @@ def test_an_actor_that_pykka_stopped_behind_our_back():
     actor = FlashAttnActor.start(FlashAttnProps(device="cpu", max_in_flight=1), device)
     replies = [actor.ask(message(seed)) for seed in range(3)]
     device.wait_for(1)
-    device.flights[0].land()
+    device.launches[0].complete()
     pykka.ActorRegistry.stop_all(block=False)
     for count in (2, 3):
         device.wait_for(count)
-        device.land_all()
+        device.complete_all()
     assert [reply.result(PATIENCE).out is not None for reply in replies] == [True] * 3
     actor.stop(timeout=PATIENCE)
     with pytest.raises(fa.ActorStoppedError):
@@ -155,43 +154,42 @@ def numpy_resize(array: np.ndarray) -> None:
     array.resize((64,), refcheck=False)
 
 
-def held_back(sent: FlashAttnMsg.Forward, spoil: object, *, flying: bool) -> None:
-    """Spoil an array of a request that waits, or that flies."""
+def held_back(sent: FlashAttnMsg.Forward, spoil: object, *, in_flight: bool) -> None:
+    """Spoil an array of a request that waits, or that is in flight."""
     device = HeldDevice()
     with FlashAttnActor.start(FlashAttnProps(device="cpu", max_in_flight=1), device) as actor:
         before = actor.ask(message(7))
         device.wait_for(1)
-        if flying:
-            device.flights[0].land()
+        if in_flight:
+            device.launches[0].complete()
         reply = actor.ask(sent)
-        if flying:
+        if in_flight:
             device.wait_for(2)
-            device.flights[1].jobs = ()  # the device has read its inputs
+            device.launches[1].computes = False  # the device has read its inputs
         spoil()  # type: ignore[operator]
-        device.land_all()
+        device.complete_all()
         with pytest.raises(fa.StaleArrayError, match=r"its memory changed between ask and reply.*keep them as they are"):
             reply.result(PATIENCE)
         assert before.result(PATIENCE).out is not None
         after = actor.ask(message(8))
-        device.wait_for(2)
-        device.wait_for(3 if flying else 2)
-        device.land_all()
+        device.wait_for(3 if in_flight else 2)
+        device.complete_all()
         assert after.result(PATIENCE).out is not None
 
 
-@pytest.mark.parametrize("flying", [False, True])
+@pytest.mark.parametrize("in_flight", [False, True])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_a_numpy_array_resized_early(name: str, flying: bool):
+def test_a_numpy_array_resized_early(name: str, in_flight: bool):
     sent = message()
     arrays = {each: getattr(sent.request, each).copy() for each in "qkv"}
     request = fa.Fa2FwdRequest(**arrays)
-    held_back(FlashAttnMsg.Forward(request), lambda: numpy_resize(arrays[name]), flying=flying)
+    held_back(FlashAttnMsg.Forward(request), lambda: numpy_resize(arrays[name]), in_flight=in_flight)
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("flying", [False, True])
+@pytest.mark.parametrize("in_flight", [False, True])
 @pytest.mark.parametrize("how", ["freed", "resized", "shrunk"])
-def test_a_torch_tensor_freed_or_resized_early(how: str, flying: bool):
+def test_a_torch_tensor_freed_or_resized_early(how: str, in_flight: bool):
     import torch
 
     q, k, v = (torch.randn(1, 4, 2, 8) for _ in range(3))
@@ -201,7 +199,7 @@ def test_a_torch_tensor_freed_or_resized_early(how: str, flying: bool):
         "resized": lambda: k.resize_(1, 8, 2, 8),
         "shrunk": lambda: k.untyped_storage().resize_(64),
     }[how]
-    held_back(FlashAttnMsg.Forward(request), spoil, flying=flying)
+    held_back(FlashAttnMsg.Forward(request), spoil, in_flight=in_flight)
 
 
 @pytest.mark.torch

@@ -18,7 +18,7 @@ from atomr_accel_flashattn.bench.inputs import make_inputs  # noqa: E402
 from atomr_accel_flashattn.bench.peers import Refused  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.launch import launcher as launch  # noqa: E402
-from atomr_accel_flashattn.runtime import request_plans  # noqa: E402
+from atomr_accel_flashattn.runtime import plan as store  # noqa: E402
 from tests.emulator.running import flat_tensor  # noqa: E402
 from tests.host.fake_gpu import STREAM, FakeCuda, FakeGpu, fake, fresh_hooks  # noqa: E402
 
@@ -59,7 +59,7 @@ def test_a_steady_call_repeats_the_plan_of_its_family(gpu: FakeGpu, cell: Cell, 
     for _ in range(3):
         call()
     assert {launch[0].family for launch in gpu.launches} == {family}
-    assert gpu.planned == [False, True, True, True]
+    assert gpu.repeated == [False, True, True, True]
 
 
 @pytest.mark.parametrize("family", Family, ids=str)
@@ -84,13 +84,13 @@ def test_what_is_timed_as_recognition_recognises(gpu: FakeGpu, guarded: bool):
 @pytest.mark.parametrize("family", Family, ids=str)
 def test_launches_are_timed_with_counters_and_without(gpu: FakeGpu, family: Family):
     few, many = held(DENSE, family), held(MANY, family)
-    assert not few.made.kernel.spec.tile.persistent
-    assert many.made.kernel.spec.tile.persistent == (family is Family.FA3)
+    assert not few.launch.kernel.spec.tile.persistent
+    assert many.launch.kernel.spec.tile.persistent == (family is Family.FA3)
     found = launch_costs(few, many, 1, 1)
     assert len(found) == (9 if family is Family.FA3 else 7)
     assert {launch[2] for launch in gpu.launches} == {0, STREAM, STREAM + 1}
     kind = fa.Fa3FwdRequest if family is Family.FA3 else fa.Fa2FwdRequest
-    assert {key[0] for key in request_plans._plans} == {kind}, "run(request) repeated nothing"
+    assert {key[0] for key, _ in store._plans} == {kind}, "run(request) repeated nothing"
 
 
 def test_a_family_that_the_device_does_not_have_is_refused():

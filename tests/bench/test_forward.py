@@ -249,7 +249,7 @@ def test_a_chosen_family_does_what_the_cell_says(cell: Cell, family: Family, mon
     for _ in range(2):
         assert check_rows(cell, made, call().as_subclass(torch.Tensor)) < 5e-3
     assert {launch[0].family for launch in gpu.launches} == {family}
-    assert gpu.planned == [False, True, True]
+    assert gpu.repeated == [False, True, True]
 
 
 def test_a_family_that_the_device_does_not_have_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ from atomr_accel_flashattn.env import settings
 
 Invoke = Callable[..., Result]
 Ask = Callable[..., Any]
+
+
+def _runner() -> CliRunner:
+    """One that keeps standard error apart; click before 8.2 has to be asked for it."""
+    return CliRunner(mix_stderr=False) if "mix_stderr" in signature(CliRunner).parameters else CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables in their wide form: pytest-xdist tells its workers how wide the terminal is."""
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture
@@ -32,7 +44,7 @@ def invoke() -> Invoke:
     """Run a command: ``invoke("cache", "size")``. Exceptions other than a clean exit are raised."""
 
     def call(*arguments: object) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        result = _runner().invoke(app, [str(argument) for argument in arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result

@@ -1,18 +1,28 @@
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn.cli import info as info_module
+from atomr_accel_flashattn.cli import compile_ahead as compile_module, info as info_module
 from atomr_accel_flashattn.cli.compile_ahead import GPU_ARCHS, MASKS, all_specs, specs_for
-from atomr_accel_flashattn.cli.output import size_text, time_text
-from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
+from atomr_accel_flashattn.cli.output import print_rows, size_text, time_text
+from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup, with_features
+from atomr_accel_flashattn.env import VARIABLES, settings
+from atomr_accel_flashattn.jit.cache import KernelCache
+from atomr_accel_flashattn.kernels.forward import ForwardSpec
+from atomr_accel_flashattn.kernels.spec import KernelSpec
+from atomr_accel_flashattn.kernels.used import forget_recorded, read_kernels, record_kernel
+from atomr_accel_flashattn.launch import launcher
 from atomr_accel_flashattn.launch.driver import DeviceProperties, device_count
 from tests.cli.conftest import Ask, Invoke
 
@@ -28,6 +38,14 @@ def test_help_lists_every_command(invoke: Invoke) -> None:
         assert command in result.stdout
 
 
+@pytest.mark.parametrize("command", ["demo", "info", "matrix", "compile", "cache", "bench", "tune"])
+def test_every_command_has_its_help(invoke: Invoke, command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage: ")
+    assert ("--json" in result.stdout) == (command != "cache")
+
+
 def test_module_is_the_same_command() -> None:
     done = subprocess.run([sys.executable, "-m", "atomr_accel_flashattn", "cache", "--help"], capture_output=True, text=True, check=True)
     assert "verify" in done.stdout
@@ -37,19 +55,109 @@ def test_version(invoke: Invoke) -> None:
     assert invoke("--version").stdout == f"atomr-flashattn {fa.__version__}\n"
 
 
-def test_a_file_that_cannot_be_written_is_one_line_too(invoke: Invoke, tmp_path: Path) -> None:
-    result = invoke("matrix", "--write", tmp_path / "missing.md")
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: FileNotFoundError: ")
-    assert len(result.stderr.splitlines()) == 1
+def test_short_options_and_completion_are_there(invoke: Invoke) -> None:
+    assert invoke("-V").stdout == invoke("--version").stdout
+    text = invoke("-h").stdout
+    assert "--install-completion" in text
+    assert "--show-completion" in text
 
 
-def test_error_is_one_line_and_no_traceback(invoke: Invoke) -> None:
-    result = invoke("compile", "--arch", "sm_75")
-    assert result.exit_code == 1
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("comp", "compile"), ("compile --mask sliding_f", "sliding_full"), ("compile --arch sm_1", "sm_120")]
+)
+def test_the_shell_completes_commands_and_values(typed: str, offered: str) -> None:
+    words = f"atomr-flashattn {typed}"
+    environ = {"_ATOMR_FLASHATTN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    assert offered in run_module(environ=environ).stdout.split()
+
+
+def run_module(*arguments: str, environ: dict[str, str] | None = None, stdout: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "atomr_accel_flashattn", *arguments]
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=os.environ | (environ or {}), timeout=120, check=False
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", [("--version",), ("matrix", "--json"), ("compile", "--arch", "sm_80", "--dry-run"), ("info",)])
+def test_output_into_a_full_device_is_one_line_and_status_1(arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run_module(*arguments, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: OSError: ")
+    assert "No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        done = run_module("matrix", stdout=pipe)
+    assert "Traceback" not in done.stderr
+    assert "error" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("no-such-command",),
+        ("matrix", "--write", "missing.md"),
+        ("matrix", "--record", "missing.json"),
+        ("compile", "--arch", "sm_75"),
+        ("compile", "--arch", "all", "--arch", "sm_75"),
+        ("compile", "--all", "--dtype", "f16"),
+        ("compile", "--like", "missing.jsonl"),
+        ("compile", "--jobs", 0),
+        ("compile", "--out", __file__),
+        ("cache", "list", "--dir", "missing"),
+        ("cache", "clear", "--dir", __file__),
+        ("bench", "--cells", "no such cell"),
+        ("bench", "--peers", "no_such_peer"),
+        ("bench", "--families", "fa9"),
+        ("demo", "--device", "tpu"),
+        ("demo", "--tokens", 1),
+        ("tune",),
+        ("tune", "--seqlen", 64, "--out", __file__),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_with_status_2(invoke: Invoke, arguments: tuple[object, ...]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("error: DispatchError: arch: got sm_75; allowed are sm_80, ")
-    assert len(result.stderr.splitlines()) == 1
+    assert "Error: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["x[v1]", "[bold]y[end]", ":smile:", "[/red]"])
+def test_names_of_folders_are_printed_as_they_are(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    folder = tmp_path / name
+    monkeypatch.setenv("ATOMR_FLASHATTN_CACHE_DIR", str(folder))
+    settings.cache_clear()
+    try:
+        for command in (("info",), ("cache", "size"), ("cache", "list"), ("cache", "verify"), ("cache", "clear"), ONE_KERNEL):
+            result = invoke(*command)
+            assert result.exit_code == 0, result.output
+            assert str(folder) in result.stdout
+        (folder / "mine.cu").touch()
+        assert f"error: CacheError: {folder} is no kernel cache" in invoke("cache", "clear").stderr
+        assert str(folder / "mine.cu") in invoke("matrix", "--record", folder / "mine.cu").stderr
+        assert f"'{folder / 'no'}'" in invoke("matrix", "--record", folder / "no").stderr
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
+
+
+def test_a_variable_that_is_none_is_a_warning_of_every_command(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOMR_FLASHATTN_CACHE_DIRR", "x")
+    settings.cache_clear()
+    try:
+        told = invoke("cache", "size").stderr
+        assert told.startswith("warning: SettingsWarning: ATOMR_FLASHATTN_CACHE_DIRR: ")
+        assert told.endswith("the nearest one is ATOMR_FLASHATTN_CACHE_DIR\n")
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
 
 
 # --- info -------------------------------------------------------------------------------------------------------------------------------
@@ -59,7 +167,7 @@ def test_error_is_one_line_and_no_traceback(invoke: Invoke) -> None:
 def test_info_shows_versions_settings_and_cache(invoke: Invoke) -> None:
     result = invoke("info")
     assert result.exit_code == 0
-    for word in ("atomr-accel-flashattn", "cuda-bindings", "NVRTC", "backend", "0 kernels"):
+    for word in ("atomr-accel-flashattn", "cuda-bindings", "NVRTC", "0 kernels", *VARIABLES.values()):
         assert word in result.stdout
 
 
@@ -67,7 +175,7 @@ def test_info_json(ask: Ask, cache_dir: Path) -> None:
     found = ask("info")
     assert found["versions"]["atomr-accel-flashattn"] == fa.__version__
     assert found["versions"]["NVRTC"].startswith("13.")
-    assert found["settings"]["cache_dir"] == found["cache"]["directory"] == str(cache_dir)
+    assert found["settings"]["ATOMR_FLASHATTN_CACHE_DIR"] == found["cache"]["directory"] == str(cache_dir)
     assert len(found["devices"]) == device_count()
 
 
@@ -111,11 +219,94 @@ def test_compile_fills_a_cache_to_ship_and_hits_it_the_second_time(ask: Ask, inv
     assert [record["name"] for record in ask("cache", "list", "--dir", out)["kernels"]] == [kernel["kernel"]]
 
 
-def test_dry_run_names_the_kernels_and_makes_none(ask: Ask, invoke: Invoke, cache_dir: Path) -> None:
-    names = invoke(*ONE_KERNEL, "--feature", "alibi", "--feature", "varlen", "--dry-run").stdout.split()
+def test_dry_run_counts_and_names_the_kernels_and_makes_none(ask: Ask, invoke: Invoke, cache_dir: Path) -> None:
+    count, *names = invoke(*ONE_KERNEL, "--feature", "alibi", "--feature", "varlen", "--dry-run").stdout.splitlines()
+    assert count == "4 kernels: 4 for sm_80"
     assert [name.partition("b2")[2] for name in names] == ["", "_varlen", "_alibi", "_alibi_varlen"]
-    assert [kernel["kernel"] for kernel in ask(*ONE_KERNEL, "--dry-run")["kernels"]] == names[:1]
+    found = ask(*ONE_KERNEL, "--dry-run")
+    assert found["count"] == 1
+    assert [kernel["kernel"] for kernel in found["kernels"]] == names[:1]
     assert not cache_dir.exists()
+
+
+def test_a_dry_run_of_all_counts_and_lists_nothing(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_module, "_COMBINABLE", ("varlen", "alibi"))
+    result = invoke("compile", "--all", "--dry-run")
+    first, second = result.stdout.splitlines()
+    total = int(first.split()[0].replace(",", ""))
+    assert total > 1000
+    assert total == sum(int(each.split()[0].replace(",", "")) for each in first.partition(": ")[2].split(", "))
+    assert second == "--json names them"
+    assert result.stderr.strip() == "counting the kernels ..."
+
+
+def test_at_80_columns_a_kernel_is_a_line(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    asked = (*ONE_KERNEL, "--feature", "varlen", "--out", tmp_path / "k")
+    result = invoke(*asked)
+    names = [record.name for record in KernelCache(tmp_path / "k").list()]
+    assert len(names) == 2
+    for text in (result.stdout, invoke("cache", "list", "--dir", tmp_path / "k").stdout):
+        table = text.splitlines()
+        assert sorted(line.split()[0] for line in table if line.strip().startswith("fa2_fwd")) == names
+        assert len(table) < 10
+    long = (*ONE_KERNEL, *(word for each in compile_module._COMBINABLE[1:8] for word in ("--feature", each)), "--dry-run")
+    rows = [
+        [spec["kernel"], "sm_80", "1", "2", "-", "3", "4", "hit"] for spec in json.loads(invoke(*long, "--json").stdout)["kernels"][:60]
+    ]
+    assert max(len(row[0]) for row in rows) > 60
+    columns = ("kernel", "arch", "registers", "shared", "spills", "cubin", "time", "cache")
+    screen = Console(file=io.StringIO(), width=80, markup=False)
+    print_rows(screen, "", columns, rows, spare=("arch", "cubin", "shared", "cache", "spills", "registers", "time"))
+    lines = [line for line in screen.file.getvalue().splitlines() if "fa2_fwd" in line]
+    assert [line.split()[0] for line in lines] == [row[0] for row in rows]
+
+
+def test_a_run_records_the_kernels_it_used_and_compile_makes_those(
+    ask: Ask, invoke: Invoke, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "run" / "kernels.jsonl"
+    monkeypatch.setenv("ATOMR_FLASHATTN_RECORD_KERNELS", str(record))
+    settings.cache_clear()
+    grouped = DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 128, causal=True, gqa_ratio=4)
+    used = [lookup(grouped), lookup(replace(grouped, arch=fa.SmArch.SM_80, dtype=fa.DType.F16, gqa_ratio=1))]
+    used.append(lookup(with_features(DispatchKey(fa.SmArch.SM_90, fa.DType.F16, 64), ["dropout_mask"])))
+    assert used[0].pack_gqa
+    monkeypatch.setattr(launcher, "_load", lambda spec, _device, _cache: spec)
+    monkeypatch.setattr(launcher, "_loaded", {})
+    for spec in (*used, used[0]):
+        launcher.load_kernel(spec, 0)
+    forget_recorded()  # as another process
+    launcher._loaded.clear()
+    launcher.load_kernel(used[1], 1)
+    monkeypatch.delenv("ATOMR_FLASHATTN_RECORD_KERNELS")
+    settings.cache_clear()
+
+    assert len(record.read_text().splitlines()) == len(used)
+    assert read_kernels(record) == used
+    assert [kernel["kernel"] for kernel in ask("compile", "--like", record, "--dry-run")["kernels"]] == [spec.kernel_name for spec in used]
+    assert lookup(grouped) not in specs_for([fa.SmArch.SM_90A], [fa.DType.BF16], [128], ["causal"], [])
+    assert [kernel["kernel"] for kernel in ask("compile", "--like", record)["kernels"]] == [spec.kernel_name for spec in used]
+    assert len(list(cache_dir.glob("*.cubin"))) == len(used)
+    assert "--like" in invoke("compile", "--like", record, "--mask", "full").stderr
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"header": "fa9_fwd"}', '{"header": "dropout_mask", "arch": "sm_90", "varlen": 1}'])
+def test_a_record_of_kernels_that_is_none_names_its_line(invoke: Invoke, tmp_path: Path, line: str) -> None:
+    (tmp_path / "kernels.jsonl").write_text(line + "\n")
+    result = invoke("compile", "--like", tmp_path / "kernels.jsonl")
+    assert result.exit_code == 1
+    assert "kernels.jsonl, line 1: no kernel of this version" in result.stderr
+
+
+def test_a_record_of_kernels_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ATOMR_FLASHATTN_RECORD_KERNELS", str(tmp_path / "file" / "kernels.jsonl"))
+    settings.cache_clear()
+    with pytest.warns(fa.CacheWarning, match="cannot record kernels in "):
+        record_kernel(lookup(DispatchKey(fa.SmArch.SM_90, fa.DType.F16, 64)))
+    monkeypatch.undo()
+    settings.cache_clear()
 
 
 def test_archs_default_to_those_of_the_machine(ask: Ask) -> None:
@@ -136,12 +327,12 @@ def test_archs_default_to_those_of_the_machine(ask: Ask) -> None:
 )
 def test_compile_refuses_by_name(invoke: Invoke, option: str, value: str, named: str) -> None:
     result = invoke("compile", "--arch", "sm_80", option, value)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert named in result.stderr
 
 
 def test_compile_ends_with_the_compilers_log(invoke: Invoke, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atomr_accel_flashattn.kernels.source.kernel_source", lambda _spec: "this is no CUDA")
+    monkeypatch.setattr(KernelSpec, "source", lambda _spec: "this is no CUDA")
     result = invoke(*ONE_KERNEL)
     assert result.exit_code == 1
     assert "1 failed" in result.stdout
@@ -154,7 +345,7 @@ def test_compile_ends_with_the_compilers_log(invoke: Invoke, cache_dir: Path, mo
 @pytest.mark.usefixtures("cache_dir")
 def test_kernels_that_cannot_be_kept_are_an_error(invoke: Invoke, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    result = invoke(*ONE_KERNEL, "--out", tmp_path / "file")
+    result = invoke(*ONE_KERNEL, "--out", tmp_path / "file" / "kernels")
     assert result.exit_code == 1
     assert "CacheError: cannot " in result.stderr
     assert "compiled" not in result.stdout
@@ -181,9 +372,9 @@ def test_sinks_are_compiled_only_where_a_window_has_a_left_bound() -> None:
 
 def test_short_sequences_have_their_kernels_too_where_those_are_others() -> None:
     specs = specs_for([fa.SmArch.SM_90A, fa.SmArch.SM_90], [fa.DType.F16], [128, 256], ["causal"], ["varlen"])
-    few_rows = DispatchKey(fa.SmArch.SM_90A, fa.DType.F16, 128, causal=True, varlen=True, extras=Extras(few_rows=True))
-    assert lookup(few_rows) in specs
-    assert lookup(replace(few_rows, extras=Extras())) in specs
+    short_q = DispatchKey(fa.SmArch.SM_90A, fa.DType.F16, 128, causal=True, varlen=True, extras=Extras(short_q=True))
+    assert lookup(short_q) in specs
+    assert lookup(replace(short_q, extras=Extras())) in specs
     assert len(specs) == len(set(specs)) == 2 * (3 + 2)  # packed or not: sm_90a has two tiles at 128, else there is one
 
 
@@ -194,13 +385,15 @@ def test_grouped_heads_have_their_kernels_where_they_are_packed() -> None:
     assert len(specs) == len(set(specs)) == 5  # ALiBi or not on each arch, and the packed one
 
 
-def test_all_is_the_full_product_each_kernel_once() -> None:
+def test_all_is_the_full_product_each_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = (64, 192)  # of six, which would take twelve seconds
+    monkeypatch.setattr(compile_module, "HEAD_DIM_WIDTHS", widths)
     specs = all_specs([fa.SmArch.SM_90])
     assert len(specs) == len(set(specs))
-    bools = 2**7  # varlen, alibi, softcap, learned sink, dropout, alignment, prescale
+    bools = 2**7  # varlen, alibi, softcap, learned sink, dropout, alignment, scale_first
     masks = 6  # bounds on the right, on the left, on both, on none; with sinks where there is one on the left
-    tiles = 6  # one a width
-    assert len(specs) == 2 * tiles * 2 * masks * bools + 2  # types, tiles, exact or padded; and the two keep patterns
+    assert {spec.head_dim for spec in specs if isinstance(spec, ForwardSpec)} == set(widths)
+    assert len(specs) == 2 * len(widths) * 2 * masks * bools + 2  # types, tiles, exact or padded; and the two keep patterns
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------------------------
@@ -214,7 +407,7 @@ def test_cache_commands(ask: Ask, invoke: Invoke, cache_dir: Path) -> None:
     assert held["bytes"] > 1000
     assert ITS_NAME in invoke("cache", "list").stdout
     assert "1 kernels" in invoke("cache", "size").stdout
-    assert ask("cache", "verify") == {"directory": str(cache_dir), "good": 1, "removed": []}
+    assert ask("cache", "verify") == {"directory": str(cache_dir), "good": 1, "removed": [], "problems": []}
     cleared = ask("cache", "clear")
     assert (cleared["removed"], cleared["freed_bytes"]) == (1, held["bytes"])
     assert "removed 0 kernels" in invoke("cache", "clear").stdout
@@ -228,6 +421,37 @@ def test_verify_removes_a_damaged_kernel_and_says_so(ask: Ask, invoke: Invoke, c
     assert result.exit_code == 1
     assert json.loads(result.stdout)["removed"] == [cubin.stem]
     assert invoke("cache", "verify").exit_code == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_verify_names_what_somebody_else_can_have_written_and_leaves_it(ask: Ask, invoke: Invoke, cache_dir: Path) -> None:
+    ask(*ONE_KERNEL)
+    cubin = next(cache_dir.glob("*.cubin"))
+    cubin.chmod(0o666)
+    (cache_dir / "tuned_tiles.json").touch()
+    (cache_dir / "tuned_tiles.json").chmod(0o660)
+    result = invoke("cache", "verify", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == {
+        "directory": str(cache_dir),
+        "good": 0,
+        "removed": [],
+        "problems": [
+            f"{cubin.name}: it is writable by others (mode 0666)",
+            "tuned_tiles.json: it is writable by others (mode 0660)",
+        ],
+    }
+    text = invoke("cache", "verify").stdout
+    assert "0 good, 0 damaged and removed, 2 not loaded because others can have written them" in text
+    assert f"  {cubin.name}: it is writable by others" in text
+    cache_dir.chmod(0o777)
+    result = invoke("cache", "verify")
+    assert result.exit_code == 1
+    assert f"  {cache_dir}: it is writable by others (mode 0777)" in result.stdout
+    assert invoke("cache", "list").exit_code == 0
+    assert invoke("cache", "size").exit_code == 0
+    assert (cubin.exists(), cache_dir.stat().st_mode & 0o777) == (True, 0o777), "commands that look change nothing"
+    assert invoke("cache", "clear").exit_code == 0
 
 
 def test_cache_without_any_folder_is_a_named_error(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,12 +469,6 @@ def test_files_of_others_are_never_removed(invoke: Invoke, tmp_path: Path, comma
     assert result.exit_code == 1
     assert "mine.cu; nothing was removed" in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"package.json", "mine.cu"}
-
-
-def test_a_folder_that_is_named_and_not_there_is_a_named_error(invoke: Invoke, tmp_path: Path) -> None:
-    result = invoke("cache", "verify", "--dir", tmp_path / "typo")
-    assert result.exit_code == 1
-    assert "CacheError: no folder" in result.stderr
 
 
 # --- bench ------------------------------------------------------------------------------------------------------------------------------

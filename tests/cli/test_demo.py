@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from atomr_accel_flashattn.cli import demo as demo_module
 from atomr_accel_flashattn.cli.compile_ahead import GPU_ARCHS
 from atomr_accel_flashattn.cli.demo import PICTURE
 from atomr_accel_flashattn.demo import Backend, choose_backend, kernels_of, load_cases, run_case, runner
@@ -35,6 +37,41 @@ def test_demo_on_the_cpu_backend_runs_compiles_and_draws(invoke: Invoke, cache_d
     assert "What is supported" in result.stdout
     assert (tmp_path / "out" / PICTURE).read_bytes().startswith(PNG)
     assert len(list(cache_dir.glob("*.cubin"))) == 2 * len(GPU_ARCHS)
+
+
+def test_demo_says_what_it_does_before_it_does_it(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: dict[str, str] = {}
+
+    def heard(name: str) -> None:
+        """Keep what a reader of both streams has by now."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        said[name] = "".join(stream.buffer.getvalue().decode() for stream in (sys.stderr, sys.stdout))
+
+    for name in ("choose_backend", "load_cases", "run_case"):
+        real = getattr(demo_module, name)
+        monkeypatch.setattr(demo_module, name, lambda *given, name=name, real=real: (heard(name), real(*given))[1])
+    assert invoke("demo", "--device", "cpu", "--tokens", SHORT, "--out", tmp_path, "--no-compile").exit_code == 0
+    assert said["choose_backend"] == "looking for a GPU ...\n"
+    assert "computing in float64 what is expected ..." in said["load_cases"]
+    assert "Running on the CPU backend" in said["load_cases"]
+    assert "running a long causal context ..." in said["run_case"]
+
+
+def test_demo_at_80_columns_breaks_no_word(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    wide = invoke("demo", "--device", "cpu", "--tokens", SHORT)
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = invoke("demo", "--device", "cpu", "--tokens", SHORT)
+    assert narrow.exit_code == wide.exit_code == 0
+    lines = narrow.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 65
+    kernels = [line.split()[0] for line in lines if re.match(r" +fa[23]_fwd", line)]
+    assert kernels == re.findall(r"fa[23]_fwd\w+", wide.stdout)
+    known = {word.strip(":,();") for word in wide.stdout.split()} | {"error", "refused", "sm_80", "90a"}
+    words = {word.strip(":,();.") for word in narrow.stdout.split() if re.search("[A-Za-z]{3}", word)}
+    assert words - known == set()
 
 
 def test_demo_json(invoke: Invoke, tmp_path: Path) -> None:

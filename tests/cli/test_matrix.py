@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 import pytest
 
-from atomr_accel_flashattn.cli.matrix import END_MARK, START_MARK, Runs, markdown, rendered_readme, support_matrix
+from atomr_accel_flashattn.cli.gpu_record import record_text, summarised
+from atomr_accel_flashattn.cli.matrix import END_MARK, START_MARK, Runs, collapsed, markdown, rendered_readme, support_matrix
 from atomr_accel_flashattn.dispatch import DISPATCH_TABLE, FEATURES
 from atomr_accel_flashattn.errors import CacheError
 from atomr_accel_flashattn.types import DType, SmArch
@@ -13,9 +14,10 @@ from tests.cli.conftest import Ask, Invoke
 
 
 def write_record(path: Path, *tests: str, failed: int = 0, device: str = "NVIDIA H100 80GB HBM3") -> Path:
-    cells = [{"test": test, "outcome": "passed"} for test in tests]
+    outcomes = [*((test, "passed") for test in tests), *((f"broken[{number}]", "failed") for number in range(failed))]
+    summary = summarised({"test": test, "outcome": outcome, "seconds": 1.0} for test, outcome in outcomes)
     card = {"name": device, "compute_capability": "9.0"}
-    path.write_text(json.dumps({"commit": "abc1234", "device": card, "outcomes": {"failed": failed}, "cells": cells}))
+    path.write_text(record_text({"commit": "abc1234", "device": card} | summary))
     return path
 
 
@@ -57,7 +59,7 @@ def test_nothing_is_said_to_have_run_without_a_record() -> None:
 def test_a_record_names_the_card_for_what_its_tests_named(tmp_path: Path) -> None:
     record = write_record(tmp_path / "gpu_tests.json", "test_grid.py::test[bf16-b1-q70-k90-h8kv2-d64-causal-alibi]")
     found = states(record)
-    assert found["bf16"] == found["causal"] == found["ALiBi"] == found["MQA / GQA, any ratio"] == "ran on H100"
+    assert found["bf16"] == found["causal"] == found["ALiBi"] == found["MQA / GQA at any ratio"] == "ran on H100"
     assert found["f16"] == found["softcap"] == found["full"] == "compiles"
     assert states(record, "sm_80")["bf16"] == "compiles"
 
@@ -97,22 +99,22 @@ def test_short_sequences_at_the_head_dim_of_the_matrix_count_for_their_tile(tmp_
     said = {"q70-k90-h8kv2-d128": "ran on H100", "q70-k90-h8kv2-d64": "compiles", "q4096-k90-h8kv2-d128": "compiles"}
     for test, text in said.items():
         record = write_record(tmp_path / f"{test}.json", f"test_grid.py::test[fa3-bf16-b1-{test}-causal]")
-        assert states(record, "sm_90a")["short sequences of q, with their own tile"] == text
+        assert states(record, "sm_90a")["short sequences of q (own tile)"] == text
 
 
 def test_the_newest_record_of_a_folder_counts(tmp_path: Path) -> None:
     assert Runs.read(tmp_path) == Runs()
-    write_record(tmp_path / "gpu_tests_1.json", "old")
-    write_record(tmp_path / "gpu_tests_2.json", "new")
-    assert Runs.read(tmp_path).passed == ("new",)
+    write_record(tmp_path / "gpu_tests_1.json", "softcap")
+    write_record(tmp_path / "gpu_tests_2.json", "alibi")
+    assert Runs.read(tmp_path).passed == {"fa2": {"alibi": 1}, "fa3": {}}
 
 
 def test_a_file_that_is_no_record_is_a_named_error(tmp_path: Path, invoke: Invoke) -> None:
     (tmp_path / "other.json").write_text("[]")
     for path in (tmp_path / "other.json", tmp_path / "missing.json"):
         result = invoke("matrix", "--record", path)
-        assert result.exit_code == 1
-        assert "no record of a GPU test run" in result.stderr
+        assert result.exit_code == (1 if path.exists() else 2)
+        assert ("no record of a GPU test run" if path.exists() else "--record") in result.stderr
 
 
 def test_write_replaces_what_is_between_the_markers(tmp_path: Path, invoke: Invoke) -> None:
@@ -128,8 +130,39 @@ def test_a_page_without_markers_is_a_named_error() -> None:
         rendered_readme("# title", support_matrix())
 
 
-def test_a_record_that_is_not_there_is_a_named_error(tmp_path: Path, invoke: Invoke) -> None:
-    result = invoke("matrix", "--record", str(tmp_path / "nowhere"))
-    assert result.exit_code == 1
-    assert "CacheError" in result.stderr
-    assert "nowhere" in result.stderr
+def test_rows_of_equal_cells_are_one_row() -> None:
+    table = support_matrix()
+    short = collapsed(table)
+    assert len(short.rows) == len({tuple(entry.text for entry in entries) for entries in table.rows.values()}) < 6
+    assert ", ".join(table.rows) != ", ".join(short.rows), "rows that differ from their neighbours stay apart"
+    assert sorted(", ".join(short.rows).split(", ")) == sorted(table.rows), "no feature is lost"
+    for names, entries in short.rows.items():
+        for name in names.split(", "):
+            assert [entry.text for entry in table.rows[name]] == [entry.text for entry in entries]
+
+
+def test_every_refusal_of_the_short_table_has_its_reason() -> None:
+    table = support_matrix()
+    text = markdown(table)
+    assert text.count("\n- ") == len(table.reasons)
+    assert all(reason in text for reason in table.reasons)
+
+
+def test_the_matrix_at_80_columns_has_short_marks_and_whole_labels(tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = write_record(tmp_path / "gpu_tests.json", "test_grid.py::test[fa3-f16-b1-causal]")
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = invoke("matrix", "--record", record).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 60
+    table = support_matrix(record)
+    for name, entries in table.rows.items():
+        (line,) = (line for line in lines if re.match(rf" {re.escape(name.replace('`', ''))} +[-+c]", line))
+        marks = line.removeprefix(f" {name.replace('`', '')}").split()
+        assert len(marks) == len(entries)
+        for mark, entry in zip(marks, entries, strict=True):
+            number = str(table.reasons.index(entry.reason) + 1) if entry.reason else ""
+            assert mark == {"runs": "+", "ran": "+", "compiles": "c", "refused": f"-{number}"}[entry.state]
+    assert any(line.startswith("+ runs, or ran on H100; c compiles") for line in lines)
+    monkeypatch.setenv("COLUMNS", "140")
+    wide = invoke("matrix", "--record", record).stdout.split()
+    assert set(" ".join(lines[-10:]).split()) <= {*wide, "+", "runs,", "or"}, "no word of the reasons is broken"

@@ -37,5 +37,6 @@ def _disassemble(cubin: bytes, folder: Path) -> str:
     assert program is not None, "nvdisasm is not installed: pip install nvidia-cuda-nvdisasm==13.*"
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    done = subprocess.run([program, "-c", str(path)], capture_output=True, text=True, check=True)
+    # -ndf: without analysing where branches lead, which takes a quarter of the time and changes nothing in this text.
+    done = subprocess.run([program, "-c", "-ndf", str(path)], capture_output=True, text=True, check=True)
     return done.stdout

@@ -1,11 +1,13 @@
 """The kernels that are compiled without a GPU: every arch, type and tile width plain, and all features in pairs.
 
-The features of the mma.sync family meet at head dim 128, those of the wgmma family at every pair of widths that has a tile of its own.
+The features of the mma.sync family meet at head dim 128, those of the wgmma family at every pair of widths that has a tile of its own. The
+full product is ``make compile-all``.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
@@ -16,15 +18,16 @@ from tests.pairwise import covering_rows
 
 ARCHS = (SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90, SmArch.SM_100, SmArch.SM_120)
 DTYPES = (DType.F16, DType.BF16)
+# (sliding_window, sink): all that a kernel knows of a mask is on which sides it has a bound, and whether sinks lift the left one.
+MASKS = ((None, 0), ((-1, 0), 0), ((64, -1), 0), ((64, 32), 0), ((64, 0), 4))
 AXES: dict[str, tuple[Any, ...]] = {
     "arch": ARCHS,
     "dtype": DTYPES,
-    "head_dim": (128, 104),  # 104 needs column tests in a 128 wide tile
-    "window": (None, (-1, 0), (-1, 5), (64, -1), (64, 0), (64, 32)),
-    "sink": (0, 4),
+    "exact": (True, False),  # 128, and 120, which needs column tests in a 128 wide tile
+    "mask": MASKS,
     "alibi": (False, True),
     "softcap": (0.0, 30.0),
-    "prescale": (False, True),
+    "scale_first": (False, True),
     "learned_sink": (False, True),
     "dropout": (False, True),
     "varlen": (False, True),
@@ -35,38 +38,48 @@ WGMMA_WIDTHS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (64, 256),
 WGMMA_AXES: dict[str, tuple[Any, ...]] = {
     "arch": (SmArch.SM_90A,),
     "dtype": DTYPES,
-    "widths": (*WGMMA_WIDTHS, (56, 56), (104, 104)),
-    **{axis: AXES[axis] for axis in ("window", "sink", "softcap", "prescale", "learned_sink", "varlen")},
+    "widths": WGMMA_WIDTHS,
+    **{axis: AXES[axis] for axis in ("exact", "mask", "softcap", "scale_first", "learned_sink", "varlen")},
     # Query heads that share K and V are packed unless slopes or dropout tell them apart: one axis, so that packing meets all the others.
     "heads": tuple(
         {"gqa_ratio": ratio, "alibi": alibi, "dropout": dropout}
         for ratio, alibi, dropout in ((1, False, False), (4, False, False), (1, True, False), (1, False, True), (1, True, True))
     ),
     "persistent": (False, True),
-    "few_rows": (False, True),
+    "short_q": (False, True),
 }
+# Where registers are scarcest: all features at once that the tiles of three and four computing warpgroups are given.
+CROWDED_AXES: dict[str, tuple[Any, ...]] = {
+    "dtype": DTYPES,
+    "widths": tuple((width, width) for width in (24, 56, 64, 96, 128)),
+    "scores": tuple({"alibi": alibi, "softcap": softcap} for alibi, softcap in ((False, 30.0), (True, 0.0), (True, 30.0))),
+    "dropout": (False, True),
+    "short_q": (False, True),
+    "gqa_ratio": (1, 4),
+}
+CROWDED = {"arch": SmArch.SM_90A, "mask": ((64, 32), 4), "scale_first": True, "learned_sink": True, "varlen": True}
 
 
 def plain_specs() -> list[KernelSpec]:
-    """Every arch, type and tile width, without any feature and causal, for few rows and for many."""
+    """Every arch, type and tile width without any feature; of each arch and width one type causal, the other with all keys."""
     return [
-        _spec(DispatchKey(arch, dtype, width, causal=causal, extras=Extras(few_rows=few_rows)))
-        for arch, dtype, width, causal, few_rows in itertools.product(ARCHS, DTYPES, HEAD_DIM_WIDTHS, (False, True), (False, True))
+        _spec(DispatchKey(arch, dtype, width, causal=sum(at) % 2 == 0, extras=Extras(short_q=short_q)))
+        for *at, arch, dtype, width in _numbered(ARCHS, DTYPES, HEAD_DIM_WIDTHS)
+        for short_q in (False, True)
     ]
 
 
 def feature_specs() -> list[KernelSpec]:
     """A pairwise covering array over arch, type and every feature of the forward kernel."""
-    return [_spec(_feature_key(row)) for row in covering_rows(AXES)]
+    return [_spec(_feature_key({"widths": (128, 128), **row})) for row in covering_rows(AXES)]
 
 
 def wgmma_plain_specs() -> list[KernelSpec]:
-    """Every type and pair of tile widths of the wgmma family, without any feature, query heads packed and not."""
+    """Every type and pair of tile widths of the wgmma family; of each pair one type causal, and one with query heads packed."""
     return [
-        _spec(DispatchKey(SmArch.SM_90A, dtype, d, gqa_ratio=ratio, extras=Extras(v_head_dim=dv, few_rows=few_rows)))
-        for dtype, (d, dv), few_rows, ratio in itertools.product(
-            DTYPES, [*WGMMA_WIDTHS, *((width, width) for width in HEAD_DIM_WIDTHS)], (False, True), (1, 4)
-        )
+        _spec(DispatchKey(SmArch.SM_90A, dtype, d, causal=(t + w // 2) % 2 == 0, gqa_ratio=1 if (t + w) % 2 else 4, extras=extras))
+        for t, w, dtype, (d, dv) in _numbered(DTYPES, WGMMA_WIDTHS)
+        for extras in (Extras(v_head_dim=dv, short_q=short_q) for short_q in (False, True))
     ]
 
 
@@ -76,27 +89,8 @@ def wgmma_feature_specs() -> list[KernelSpec]:
 
 
 def wgmma_crowded_specs() -> list[KernelSpec]:
-    """Tiles of three and four computing warpgroups, whose registers are the scarcest, with all features at once that they are given."""
-    everything = {"window": (64, 32), "sink": 4, "prescale": True, "learned_sink": True, "varlen": True}
-    rows = [
-        {
-            **everything,
-            "arch": SmArch.SM_90A,
-            "dtype": DType.BF16,
-            "widths": (width, width),
-            "alibi": alibi,
-            "softcap": softcap,
-            "dropout": dropout,
-            "few_rows": few_rows,
-            "gqa_ratio": ratio,
-        }
-        for width in (24, 56, 64, 96, 128)
-        for alibi, softcap in ((False, 30.0), (True, 0.0), (True, 30.0))
-        for dropout in (False, True)
-        for few_rows in (False, True)
-        for ratio in (1, 4)
-    ]
-    return [_spec(_feature_key(row)) for row in rows]
+    """Pairs of what makes registers scarce, beside all features that always do."""
+    return [_spec(_feature_key(CROWDED | row | row["scores"])) for row in covering_rows(CROWDED_AXES)]
 
 
 def dropout_mask_specs() -> list[KernelSpec]:
@@ -111,10 +105,16 @@ def all_specs() -> list[KernelSpec]:
     return list(dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs()]))
 
 
+def _numbered(*axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """The product of the axes, each combination behind the numbers of its values."""
+    for chosen in itertools.product(*map(enumerate, axes)):
+        numbers, values = zip(*chosen, strict=True)
+        yield (*numbers, *values)
+
+
 def _feature_key(row: dict[str, Any]) -> DispatchKey:
-    window = row["window"]
-    head_dim, v_head_dim = row["widths"] if "widths" in row else (row["head_dim"],) * 2
-    bounded = window is not None and window[0] >= 0
+    window, sink = row["mask"]
+    head_dim, v_head_dim = (width if row.get("exact", True) else width - 8 for width in row["widths"])
     return DispatchKey(
         row["arch"],
         row["dtype"],
@@ -123,17 +123,17 @@ def _feature_key(row: dict[str, Any]) -> DispatchKey:
         varlen=row["varlen"],
         sliding_window=window,
         alibi=row["alibi"],
-        sink=row["sink"] if bounded else 0,  # without a left bound a sink is refused
+        sink=sink,
         gqa_ratio=row.get("gqa_ratio", 1),
         extras=Extras(
             softcap=row["softcap"],
             dropout=row["dropout"],
             learned_sink=row["learned_sink"],
             load_align=row.get("load_align", 16),
-            prescale=row["prescale"],
+            scale_first=row["scale_first"],
             v_head_dim=v_head_dim,
             persistent=row.get("persistent"),
-            few_rows=row.get("few_rows", False),
+            short_q=row.get("short_q", False),
         ),
     )
 

@@ -52,7 +52,7 @@ KNOWN_SPILLS = (
         for widths in ("d192v128", "d192", "d64v256", "d256")
         for feature in ("softcap", "dropout")
     ),
-    Spill("fa3_fwd_*_d64_m256n64w20s4*_softcap_prescale_learnedsink_varlen*", 80, _CROWDED),
+    Spill("fa3_fwd_*_d64_m256n64w20s4*_softcap_scalefirst_learnedsink_varlen*", 80, _CROWDED),
 )
 
 

@@ -14,6 +14,7 @@ import pytest
 from atomr_accel_flashattn.dispatch import lookup
 from atomr_accel_flashattn.dispatch.key import DispatchKey, Extras
 from atomr_accel_flashattn.jit.compile import compile_kernel
+from atomr_accel_flashattn.kernels.forward import ForwardSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import DType, SmArch
@@ -60,7 +61,7 @@ def test_kernel_compiles_with_its_instructions_and_without_new_spills(spec: Kern
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_two_warpgroups_find_their_maxima_before_they_wait_for_the_product_with_v(causal: bool, tmp_path: Path) -> None:
-    key = DispatchKey(SmArch.SM_90A, DType.BF16, 128, causal=causal, extras=Extras(few_rows=True))
+    key = DispatchKey(SmArch.SM_90A, DType.BF16, 128, causal=causal, extras=Extras(short_q=True))
     spec = lookup(key)
     assert isinstance(spec, KernelSpec)
     code = sequence(compile_kernel(spec).cubin, tmp_path)
@@ -81,7 +82,7 @@ def test_every_arch_type_and_width_is_compiled() -> None:
 
 def test_every_feature_is_compiled_on_and_off_with_every_arch() -> None:
     specs = feature_specs()
-    flags = [field.name for field in fields(KernelSpec) if field.type == "bool" and field.name != "pack_gqa"]
+    flags = [field.name for field in fields(ForwardSpec) if field.type == "bool" and field.name != "pack_gqa"]
     for arch in ARCHS:
         of_arch = [spec for spec in specs if spec.arch is arch]
         for flag in flags:
@@ -97,7 +98,7 @@ def test_the_wgmma_family_is_compiled_with_every_type_and_width_and_every_featur
     }
     assert {spec.family for spec in (*plain, *featured)} == {Family.FA3}
     assert {spec.tile.persistent for spec in featured} == {False, True}
-    flags = [field.name for field in fields(KernelSpec) if field.type == "bool" and field.name != "aligned"]
+    flags = [field.name for field in fields(ForwardSpec) if field.type == "bool" and field.name != "aligned"]
     for flag in flags:
         assert {getattr(spec, flag) for spec in featured} == {False, True}, flag
 

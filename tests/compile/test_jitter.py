@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from atomr_accel_flashattn.kernels.source import kernel_source
 
 from atomr_accel_flashattn.dispatch import DispatchKey, lookup
 from atomr_accel_flashattn.jit.nvrtc import compile_source
@@ -27,4 +26,4 @@ def test_a_kernel_with_naps_compiles(tmp_path: Path, arch: SmArch, width: int, f
     assert isinstance(spec, KernelSpec)
     assert spec.family is (Family.FA3 if arch is SmArch.SM_90A else Family.FA2)
     headers = headers_with_naps(tmp_path / "cuda", FLAWS[spec.family] if flawed else None)
-    assert compile_source(spec.kernel_name, kernel_source(spec), arch.value, [headers]).cubin
+    assert compile_source(spec.kernel_name, spec.source(), arch.value, [headers]).cubin

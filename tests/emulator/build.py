@@ -23,15 +23,26 @@ __all__ = ["compiler", "run"]
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parents[1] / "build" / "emulator"
-LEAVES = sorted(f"ptx/{path.name}" for path in (HERE / "ptx").glob("*.cuh"))
-REPLACED = ("emulator.h", *LEAVES)  # what takes the place of the GPU
+LEAVES = sorted(f"ptx/{path.name}" for path in (HERE / "ptx").glob("*.cuh"))  # what takes the place of the GPU
+RUNTIME = "emulator.h"  # which they, and kernels, are compiled on top of
 _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 
-_RUN = """
-extern "C" int run(const {params}* p, unsigned grid, unsigned threads, unsigned seed, char* message, size_t size) {{
-  return emulator::launch(grid, threads, seed, message, size, [=] {{ {name}(*p); }});
+_ENTRY = """
+int run_blocks(void (*kernel)(const void*), const void* p, unsigned grid, unsigned threads, unsigned seed, char* message, size_t size)"""
+# Compiled once for all kernels: four tenths of a second that each would take.
+_SCHEDULER = f"""#include "emulator.h"
+{_ENTRY} {{
+  return emulator::launch(grid, threads, seed, message, size, [=] {{ kernel(p); }});
 }}
 """
+_RUN = (
+    _ENTRY
+    + """;
+extern "C" int run(const void* p, unsigned grid, unsigned threads, unsigned seed, char* message, size_t size) {{
+  return run_blocks([](const void* p) {{ {name}(*static_cast<const {params}*>(p)); }}, p, grid, threads, seed, message, size);
+}}
+"""
+)
 
 
 def compiler() -> str | None:
@@ -50,13 +61,13 @@ def run(spec: KernelSpec, params: ctypes.Structure, grid: int, *, seed: int = 0)
 def _library(spec: KernelSpec) -> ctypes.CDLL:
     """Shared library of one kernel, compiled once per source."""
     text = '#include "emulator.h"\n' + spec.body() + _RUN.format(params=_params(spec), name=spec.kernel_name)
-    headers = _headers()
+    headers, runtime = _headers(), _runtime()
     stem = headers / hashlib.sha256(text.encode()).hexdigest()[:24]
     library = stem.with_suffix(".so")
     if not library.exists():
         source, partial = stem.with_suffix(".cpp"), stem.with_suffix(f".{os.getpid()}")
         source.write_text(text)
-        _compile(headers, "-shared", "-o", str(partial), str(source))
+        _compile("-I", str(runtime), "-I", str(headers), "-shared", "-o", str(partial), str(runtime / "scheduler.o"), str(source))
         partial.replace(library)
     return ctypes.CDLL(str(library))
 
@@ -70,16 +81,14 @@ def _params(spec: KernelSpec) -> str:
 
 @cache
 def _headers() -> Path:
-    """A folder with the project's headers, the emulator's in the place of the GPU's, and emulator.h precompiled."""
-    contents = _contents(headers_dir()) + _contents(HERE) + str(_FLAGS).encode()
-    folder = FOLDER / hashlib.sha256(contents).hexdigest()[:24]
-    folder.mkdir(parents=True, exist_ok=True)
+    """A folder with the project's headers, the emulator's in the place of the GPU's."""
+    folder = _folder(_contents(headers_dir()) + _contents(HERE))
     with FileLock(folder / "lock"):
-        if not (folder / "emulator.h.gch").exists():
+        if not (folder / "complete").exists():
             shutil.copytree(headers_dir(), folder, dirs_exist_ok=True)
-            for name in REPLACED:
+            for name in LEAVES:
                 shutil.copy(HERE / name, folder / name)
-            _compile(folder, "-x", "c++-header", "-o", str(folder / "emulator.h.gch"), str(folder / "emulator.h"))
+            (folder / "complete").touch()
     return folder
 
 
@@ -89,7 +98,27 @@ def _contents(folder: Path) -> bytes:
     return b"".join(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() for path in paths)
 
 
-def _compile(headers: Path, *arguments: str) -> None:
-    done = subprocess.run([str(compiler()), *_FLAGS, "-I", str(headers), *arguments], capture_output=True, text=True, check=False)
+@cache
+def _runtime() -> Path:
+    """A folder with emulator.h precompiled, and the object that runs the threads."""
+    folder = _folder((HERE / RUNTIME).read_bytes() + _SCHEDULER.encode())
+    with FileLock(folder / "lock"):
+        if not (folder / "scheduler.o").exists():
+            header, scheduler = folder / RUNTIME, folder / "scheduler.cpp"
+            shutil.copy(HERE / RUNTIME, header)
+            _compile("-x", "c++-header", "-o", f"{header}.gch", str(header))
+            scheduler.write_text(_SCHEDULER)
+            _compile("-c", "-o", f"{folder}/scheduler.o", str(scheduler))
+    return folder
+
+
+def _folder(content: bytes) -> Path:
+    folder = FOLDER / hashlib.sha256(content + str(_FLAGS).encode()).hexdigest()[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _compile(*arguments: str) -> None:
+    done = subprocess.run([str(compiler()), *_FLAGS, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the emulator could not compile {arguments[-1]}:\n{done.stderr[:4000]}")

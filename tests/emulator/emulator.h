@@ -1,6 +1,6 @@
 // Runs a CUDA kernel of this project on the CPU, thread by thread: every thread is a fiber, a
 // warp-wide instruction (mma, ldmatrix, shfl, vote) waits for its 32 lanes, __syncthreads waits for
-// the block. All device asm lives in cuda/ptx/ and jit/wgmma.py, so replacing those is enough.
+// the block. All device asm lives in cuda/ptx/ and kernels/wgmma.py, so replacing those is enough.
 //
 // Things are made worse than on a GPU, on purpose. The order in which threads run is drawn from a
 // seed, and tensor copies finish in an order drawn from it too: a missing barrier shows as a result

@@ -16,13 +16,16 @@ from atomr_accel_flashattn.kernels.params import TensorMapSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec, Tile
 from atomr_accel_flashattn.runtime.plan import Outputs, addresses_of, slots_of
 from atomr_accel_flashattn.types import SmArch
-from tests.check import Run
+from tests.cases import Case
+from tests.check import Run, check_case
 from tests.inputs import Inputs, Layout, Poisoned
 from tests.reference.running import problem_of
 
 from .build import run
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from atomr_accel_flashattn.dispatch.key import DispatchKey
     from atomr_accel_flashattn.problem import AttentionProblem
 
@@ -48,6 +51,20 @@ def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = 
     _launch(spec, problem, outputs, seed)
     out.check()
     return Run(out.view, lse, _keep_pattern(problem, key, outputs, inputs, seed) if inputs.dropout_p else None)
+
+
+def check_orders(case: Case, seeds: Iterable[int], **options: Any) -> None:
+    """The answer is right, and has the same bits in every order of threads and copies that ``seeds`` draw."""
+    runs: list[Run] = []
+
+    def run_all(inputs: Inputs) -> Run:
+        runs.extend(emulate(inputs, seed=seed, **options) for seed in seeds)
+        return runs[0]
+
+    check_case(case, run_all)
+    for seed, other in zip(seeds, runs, strict=True):
+        for what, one, another in zip(("out", "lse"), runs[0], other, strict=False):
+            assert one.tobytes() == another.tobytes(), f"seed {seed} gives other bits of {what}"
 
 
 def _launch(spec: KernelSpec, problem: AttentionProblem, outputs: Outputs, seed: int) -> None:

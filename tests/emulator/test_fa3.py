@@ -1,4 +1,4 @@
-"""The wgmma family on the emulator: tensor copies, mbarrier rings, asynchronous products, the persistent scheduler."""
+"""The wgmma family on the emulator: TMA, mbarrier pipelines, asynchronous products, the persistent scheduler."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import pytest
 from atomr_accel_flashattn.dispatch import key_of_problem
 from atomr_accel_flashattn.kernels.spec import Family, Tile
 from atomr_accel_flashattn.types import DType, SmArch
-from tests.case_lists import hazard_cases, head_dim_cases, pairwise_cases
+from tests.case_lists import emulated_cases, hazard_cases, head_dim_cases
 from tests.cases import GPU_DTYPES, Case, build
-from tests.check import Run, check_case
-from tests.inputs import Inputs, Layout
+from tests.check import check_case
+from tests.inputs import Layout
 from tests.reference.running import problem_of
 
 from .build import compiler
-from .running import emulate
-from .test_kernels import EVERYTHING, RAGGED
+from .running import check_orders, emulate
+from .test_kernels import EVERYTHING, RAGGED, case_id
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
 
@@ -54,10 +54,12 @@ PACKED_TILES = (
     Tile(block_m=64, block_n=32, warps=8, stages=3),
 )
 NO_DROPOUT_TILES = (Tile(block_m=128, block_n=80, warps=12, stages=2), Tile(block_m=128, block_n=176, warps=12, stages=2))
+# Every tile with all features, and every second also with one.
+TILED = [*((EVERYTHING, tile) for tile in TILES), *((RAGGED, tile) for tile in TILES[1::2] + NO_DROPOUT_TILES)]
 
 
 def _aligned(cases: list[Case]) -> list[Case]:
-    """Odd strides take another load path than tensor copies."""
+    """Odd strides take another load path than TMA."""
     return [case for case in cases if case.layout is not Layout.ODD]
 
 
@@ -72,7 +74,7 @@ def test_hazard(case: Case):
     check_case(case, lambda inputs: emulate(inputs, tile=_tile(case), family=Family.FA3))
 
 
-@pytest.mark.parametrize("case", _aligned(pairwise_cases(GPU_DTYPES)), ids=str)
+@pytest.mark.parametrize("case", emulated_cases(GPU_DTYPES, [layout for layout in Layout if layout is not Layout.ODD]), ids=str)
 def test_every_pair_of_features(case: Case):
     check_case(case, lambda inputs: emulate(inputs, tile=_tile(case), family=Family.FA3, seed=1))
 
@@ -82,14 +84,9 @@ def test_head_dim(case: Case):
     check_case(case, lambda inputs: emulate(inputs, tile=_tile(case), family=Family.FA3))
 
 
-@pytest.mark.parametrize("tile", TILES + NO_DROPOUT_TILES, ids=str)
-def test_tile(tile: Tile):
-    check_case(RAGGED, lambda inputs: emulate(inputs, tile=tile, family=Family.FA3, seed=1))
-
-
-@pytest.mark.parametrize("tile", TILES, ids=str)
-def test_tile_with_every_feature(tile: Tile):
-    check_case(EVERYTHING, lambda inputs: emulate(inputs, tile=tile, family=Family.FA3))
+@pytest.mark.parametrize(("case", "tile"), TILED, ids=case_id)
+def test_a_tile_is_right_and_its_bits_do_not_depend_on_the_order_of_threads_and_copies(case: Case, tile: Tile):
+    check_orders(case, range(4), tile=tile, family=Family.FA3)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
@@ -106,32 +103,10 @@ def test_bits_of_a_sequence_do_not_depend_on_the_next_one_or_on_keys_that_it_doe
     assert first.lse[:, 400:700].tobytes() == other.lse[:, 400:700].tobytes()
 
 
-@pytest.mark.parametrize("tile", TILES[:9], ids=str)
-@pytest.mark.parametrize("case", [RAGGED, EVERYTHING], ids=["causal", "everything"])
-def test_bits_do_not_depend_on_the_order_of_threads_and_copies(case: Case, tile: Tile):
-    inputs: Inputs = build(case)
-    first = emulate(inputs, tile=tile, family=Family.FA3)
-    for seed in range(1, 12):
-        other = emulate(inputs, tile=tile, family=Family.FA3, seed=seed)
-        assert np.array_equal(first.out.view(np.uint16), other.out.view(np.uint16)), f"seed {seed} gives other bits"
-
-
 @pytest.mark.parametrize(("case", "tile"), list(zip(PACKED, cycle(PACKED_TILES), strict=False)), ids=str)
 def test_heads_that_share_keys_are_rows_of_one_tile_and_bits_do_not_depend_on_order(case: Case, tile: Tile):
-    inputs = build(case)
-    assert key_of_problem(problem_of(inputs), SmArch.SM_90A).packs_heads
-    runs: list[Run] = []
-
-    def run(inputs: Inputs, seed: int = 0) -> Run:
-        runs.append(emulate(inputs, tile=tile, family=Family.FA3, seed=seed))
-        return runs[-1]
-
-    check_case(case, run)
-    for seed in range(1, 5):
-        again = run(inputs, seed)
-        assert np.array_equal(runs[0].out.view(np.uint16), again.out.view(np.uint16)), f"seed {seed} gives other bits"
-        assert runs[0].lse is not None
-        assert np.array_equal(runs[0].lse, again.lse), f"seed {seed} gives another LSE"
+    assert key_of_problem(problem_of(build(case)), SmArch.SM_90A).packs_heads
+    check_orders(case, range(4), tile=tile, family=Family.FA3)
 
 
 @pytest.mark.parametrize("family", [Family.FA2, Family.FA3], ids=lambda family: family.value)

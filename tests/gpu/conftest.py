@@ -1,14 +1,14 @@
-"""Each test with each kernel family of the card. A record: device, versions, commit, and for each cell its outcome and share of the bound.
+"""Each test with each kernel family of the card, and the record of a run.
 
-``ATOMR_FLASHATTN_TEST_RECORD=path.json`` writes it at the end of the
-session; ``ATOMR_FLASHATTN_COMMIT`` names the code where there is no git.
+``ATOMR_FLASHATTN_TEST_RECORD=path.json`` writes a summary at the end of the session (``cli/gpu_record.py``), and beside it, as
+``path.jsonl``, a line for each test: its outcome, seconds, and share of the allowed error. ``ATOMR_FLASHATTN_COMMIT`` names the code where
+there is no git.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,37 +25,42 @@ class Recorder:
     """Gathers reports, those of xdist workers too, and writes them at the end."""
 
     def __init__(self, path: Path) -> None:
+        from atomr_accel_flashattn.cli import gpu_record  # now: what is missing should not cost a run its record
+
+        self.format = gpu_record
         self.path = path
-        self.cells: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.load_before = os.getloadavg()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if "tests/gpu" not in report.nodeid:
             return
         if report.when == "call" or report.outcome in {"skipped", "failed"}:
-            name = report.nodeid.removeprefix("tests/gpu/")
-            cell: dict[str, Any] = {
-                "test": name,
+            row: dict[str, Any] = {
+                "test": report.nodeid.removeprefix("tests/gpu/"),
                 "outcome": report.outcome,
                 "seconds": round(report.duration, 3),
                 **dict(report.user_properties),
             }
             if report.outcome == "failed":
-                cell["message"] = str(report.longrepr)[-1500:]
-            self.cells.append(cell)
+                row["message"] = str(report.longrepr)[-1500:]
+            if report.outcome == "skipped":
+                row["reason"] = _reason(report.longrepr)
+            self.rows.append(row)
 
     def pytest_sessionfinish(self) -> None:
         from atomr_accel_flashattn.bench.record import make_record
 
-        body = {
-            "outcomes": dict(Counter(cell["outcome"] for cell in self.cells)),
-            "worst_ratio": max((cell["ratio"] for cell in self.cells if "ratio" in cell), default=None),
-            "worst_share": max((cell["share"] for cell in self.cells if "share" in cell), default=None),
-        }
-        record = make_record("gpu_tests", body)
+        load = {"load_average": {"before": self.load_before, "after": os.getloadavg()}}
+        record = make_record("gpu_tests", load | self.format.summarised(self.rows))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        head = json.dumps(record, indent=1).removesuffix("\n}")
-        lines = ",\n  ".join(json.dumps(cell) for cell in sorted(self.cells, key=lambda cell: cell["test"]))
-        self.path.write_text(f'{head},\n "cells": [\n  {lines}\n ]\n}}\n')
+        self.path.write_text(self.format.record_text(record))
+        self.path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def _reason(skipped: Any) -> str:
+    """Why a test was skipped: the last of (file, line, "Skipped: why")."""
+    return str(skipped[-1] if isinstance(skipped, (tuple, list)) else skipped).removeprefix("Skipped: ")
 
 
 def pytest_configure(config: pytest.Config) -> None:

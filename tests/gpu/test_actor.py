@@ -1,4 +1,4 @@
-"""The actor on a card: streams, memory, errors, fusing. Everything that needs no card is in tests/actor."""
+"""The actor on a card: streams, memory, errors. Everything that needs no card is in tests/actor."""
 
 from __future__ import annotations
 
@@ -115,19 +115,6 @@ def test_memory_that_callers_drop_is_never_overwritten_too_early_and_none_is_kep
         assert torch.cuda.memory_allocated(DEVICE) <= before + (1 << 20)
 
 
-def test_fused_decodes_agree_within_tolerance() -> None:
-    made = [request(seed, queries=1, keys=5 + 9 * seed, batch=1 + seed % 2, kind=fa.Fa2FwdRequest) for seed in range(24)]
-    expected = [fa.run(each) for each in made]
-    synchronize()
-    with FlashAttnActor.start(FlashAttnProps(device=DEVICE, fuse_decodes=True)) as actor:
-        for _ in range(5):
-            replies = [actor.ask(FlashAttnMsg.Forward(each)) for each in made]
-            for reply, each in zip(replies, expected, strict=True):
-                output = reply.result(PATIENCE)
-                torch.testing.assert_close(output.out, each.out, rtol=2e-3, atol=2e-3)
-                torch.testing.assert_close(output.lse, each.lse, rtol=0, atol=1e-3)
-
-
 @needs_cuda
 def test_a_tensor_freed_early_fails_alone() -> None:
     with FlashAttnActor.start(FlashAttnProps(device=DEVICE, stream=(stream := torch.cuda.Stream(DEVICE)))) as actor:
@@ -147,7 +134,7 @@ LOSE_THE_DEVICE = """
 from dataclasses import replace
 import torch
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn.arrays import read_array
+from atomr_accel_flashattn.arrays.read import read_array
 q, k, v = (torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.float16) for _ in range(3))
 good = fa.FlashAttnMsg.Forward(fa.Fa2FwdRequest(q, k, v))
 nowhere = replace(read_array(k, "k"), ptr=16, source=None)

@@ -233,7 +233,7 @@ def _decode(spec: ForwardSpec, p: FwdParams) -> tuple[AttentionProblem, ArrayInf
     scale = p.scale_log2 * math.log(2)
     slopes_shape = (p.batch, p.heads) if p.alibi_batch_stride else (p.heads,)
     slopes_strides = (p.alibi_batch_stride, 1)[-len(slopes_shape) :]
-    assert spec.prescale == (scale <= 0)
+    assert spec.scale_first == (scale <= 0)
     problem = AttentionProblem(
         q=q,
         k=k,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn.arrays import read as arrays
+from atomr_accel_flashattn.arrays import new, read as arrays, streams
 from atomr_accel_flashattn.arrays.new import empty_like_framework, unbind
 from atomr_accel_flashattn.arrays.read import as_numpy, read_array
 from atomr_accel_flashattn.problem import ArrayInfo
@@ -166,8 +166,8 @@ class TestCupy:
         made = empty_like_framework(info, (3, 4), "float32")
         assert isinstance(made.source, cupy.ndarray)
         assert (made.shape, made.dtype_name, made.device) == ((3, 4), "float32", info.device)
-        assert arrays.current_stream(info) == 91
-        assert arrays.draw_seed_and_offset(info).shape == (2,)
+        assert streams.current_stream(info) == 91
+        assert new.draw_seed_and_offset(info).shape == (2,)
         assert [part.shape for part in unbind(info, 1)] == [(2, 4)] * 3
 
     def test_offsets_of_lengths(self, cupy: FakeCupy):
@@ -190,8 +190,8 @@ class TestCudaArrayInterface:
     def test_read(self):
         info = read_array(self.Holder(stream=5), "q")
         assert (info.shape, info.dtype_name, info.device) == ((2, 0, 4), "float16", fa.Device("cuda", 0))
-        assert arrays.current_stream(info) == 5
-        assert arrays.current_stream(read_array(self.Holder(), "q")) == arrays.LEGACY_DEFAULT_STREAM
+        assert streams.current_stream(info) == 5
+        assert streams.current_stream(read_array(self.Holder(), "q")) == streams.LEGACY_DEFAULT_STREAM
 
     def test_a_mask_is_refused(self):
         with pytest.raises(fa.ArrayTypeError, match="with a mask, which would be ignored; allowed are plain arrays"):

@@ -40,6 +40,27 @@ def test_make_fx_is_refused_by_name():
     assert caught.value.feature == "tracing"
 
 
+def test_make_fx_before_dispatch_is_refused_by_name():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with pytest.raises(fa.FeatureNotBuiltError, match="recorded by make_fx"):
+        make_fx(lambda q, k, v: fa.flash_attn_func(q.sin(), k, v) * 2, pre_dispatch=True)(*qkv())
+
+
+def test_a_call_is_not_repeated_inside_of_a_dispatch_mode():
+    """A tensor guard made outside of make_fx does not see it."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from atomr_accel_flashattn.arrays.torch_hooks import guard_of, hooks, meet_torch
+
+    meet_torch()
+    x, seen = torch.zeros(2, 3), []
+    same = guard_of(hooks.guard, (x,))
+    make_fx(lambda y: seen.append((same(x), hooks.count_modes())) or y * 2)(x)
+    assert hooks.count_modes() == 0
+    assert seen[0][1] > 0, "nothing tells repeat() that it is being recorded"
+
+
 def test_jit_trace_is_refused_by_name():
     with pytest.raises(fa.FeatureNotBuiltError, match=r"recorded by torch\.jit\.trace"):
         torch.jit.trace(fa.flash_attn_func, tuple(qkv()))
@@ -67,9 +88,25 @@ def test_compile_breaks_its_graph_before_a_call(name: str):
         torch.compile(model, backend="eager", fullgraph=True)(*arrays)
 
 
+def test_compile_breaks_its_graph_where_torch_was_imported_after_us():
+    code = (
+        "from atomr_accel_flashattn import flash_attn_func as f; import sys; assert 'torch' not in sys.modules; import torch; "
+        "x = torch.ones(1, 4, 2, 16); g = torch.compile(lambda x: f(x.sin(), x, x) * 2, backend='eager'); "
+        "assert torch.equal(g(x), f(x.sin(), x, x) * 2)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
 def test_to_be_kept_out_of_graphs_imports_no_compiler():
     code = "import sys, torch, atomr_accel_flashattn as fa; fa.flash_attn_func; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_a_padded_out_counts_as_written_too():
+    q, k, v = (torch.randn(1, 8, 2, 5) for _ in range(3))
+    out = torch.empty(1, 8, 2, 5)
+    fa.flash_attn_func(q, k, v, out=out)
+    assert out._version > 0
 
 
 @pytest.mark.parametrize("run", [False, True], ids=["function", "request"])

@@ -5,14 +5,17 @@ import pickle
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn.dispatch import arch_of_capability
+from atomr_accel_flashattn.dispatch import Cell, arch_of_capability, cells
 from atomr_accel_flashattn.errors import ArchUnsupportedError, DispatchError, FeatureNotBuiltError
-from atomr_accel_flashattn.kernels.spec import Direction
+from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
+from atomr_accel_flashattn.kernels.forward import ForwardSpec
+from atomr_accel_flashattn.kernels.spec import Tile
 from atomr_accel_flashattn.launch.driver import device_count
 from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import Device, DType, SmArch
@@ -20,37 +23,79 @@ from atomr_accel_flashattn.types import Device, DType, SmArch
 GPU_ARCHS = [arch for arch in SmArch if arch is not SmArch.CPU]
 MMA_ARCHS = [arch for arch in GPU_ARCHS if arch is not SmArch.SM_90A]
 sides = st.integers(-3, 10_000)
-extras = st.builds(
-    fa.Extras,
-    v_head_dim=st.none() | st.integers(-8, 300),
-    v_dtype=st.none() | st.sampled_from(DType),
-    out_dtype=st.none() | st.sampled_from(DType),
-    softcap=st.floats() | st.just(0.0),
-    dropout=st.booleans(),
-    learned_sink=st.booleans(),
-    direction=st.sampled_from(["fwd", "bwd", "dropout_mask"]),
-    split=st.booleans(),
-    kv_layout=st.sampled_from(["NHD", "HND", "VLLM_V1"]),
-    left_pad=st.booleans(),
-    load_align=st.integers(-1, 32),
-    prescale=st.booleans(),
-    few_rows=st.booleans(),
-    family=st.none() | st.sampled_from(fa.Family),
-    tiles_for=st.none() | st.sampled_from(SmArch),
+TILE = Tile(block_m=128, block_n=64, warps=4, min_blocks=2)
+# What a key is made of, right or wrong; what is not built and tiles that do not fit are among it.
+any_extras = st.fixed_dictionaries(
+    {},
+    optional={
+        "v_head_dim": st.none() | st.integers(-8, 300),
+        "v_dtype": st.none() | st.sampled_from(DType),
+        "out_dtype": st.none() | st.sampled_from(DType),
+        "softcap": st.floats() | st.just(0.0),
+        "dropout": st.booleans(),
+        "learned_sink": st.booleans(),
+        "direction": st.sampled_from(["fwd", "bwd", "dropout_mask"]),
+        "split": st.booleans(),
+        "kv_layout": st.sampled_from(["NHD", "HND", "VLLM_V1"]),
+        "left_pad": st.booleans(),
+        "load_align": st.integers(-1, 32),
+        "scale_first": st.booleans(),
+        "short_q": st.booleans(),
+        "family": st.none() | st.sampled_from(fa.Family),
+        "pack_gqa": st.booleans(),
+        "persistent": st.sampled_from([None, False, True]),
+        "persistent_blocks": st.none() | st.integers(0, 9),
+        "tiles_for": st.none() | st.sampled_from(SmArch),
+        "tile": st.none() | st.sampled_from([TILE, Tile(block_m=128, block_n=128, warps=12, stages=2), replace(TILE, warps=0)]),
+    },
 )
+parts_of_keys = st.fixed_dictionaries(
+    {
+        "arch": st.sampled_from(SmArch),
+        "dtype": st.sampled_from(DType),
+        "head_dim": st.integers(-8, 300) | st.sampled_from(HEAD_DIM_WIDTHS),
+    },
+    optional={
+        "causal": st.booleans(),
+        "varlen": st.booleans(),
+        "sliding_window": st.none() | st.tuples(sides, sides),
+        "alibi": st.booleans(),
+        "sink": st.integers(-1, 8),
+        "paged": st.booleans(),
+        "gqa_ratio": st.integers(-1, 16),
+        "extras": any_extras,
+    },
+)
+# Keys that can be made: one thing at a time beside what is built.
 keys = st.builds(
     fa.DispatchKey,
     arch=st.sampled_from(SmArch),
     dtype=st.sampled_from(DType),
-    head_dim=st.integers(-8, 300) | st.sampled_from(HEAD_DIM_WIDTHS),
+    head_dim=st.integers(1, 32).map(lambda n: 8 * n),
     causal=st.booleans(),
     varlen=st.booleans(),
-    sliding_window=st.none() | st.tuples(sides, sides),
+    sliding_window=st.none() | st.tuples(st.integers(-1, 9000), st.integers(-1, 9000)),
     alibi=st.booleans(),
-    sink=st.integers(-1, 8),
-    paged=st.booleans(),
-    gqa_ratio=st.integers(-1, 16),
-    extras=extras | st.just(fa.Extras()),
+    paged=st.sampled_from([False] * 9 + [True]),
+    gqa_ratio=st.integers(1, 16),
+    extras=st.builds(
+        fa.Extras,
+        v_head_dim=st.none() | st.integers(1, 32).map(lambda n: 8 * n),
+        v_dtype=st.none() | st.sampled_from([None, None, *DType]),
+        out_dtype=st.none() | st.sampled_from([None, None, *DType]),
+        softcap=st.floats(0, 100),
+        dropout=st.booleans(),
+        direction=st.sampled_from(["fwd"] * 6 + ["bwd", "dropout_mask"]),
+        split=st.sampled_from([False] * 9 + [True]),
+        kv_layout=st.sampled_from(["NHD"] * 8 + ["HND", "VLLM_V1"]),
+        left_pad=st.sampled_from([False] * 9 + [True]),
+        load_align=st.sampled_from([2, 8, 16]),
+        short_q=st.booleans(),
+        family=st.none() | st.sampled_from(fa.Family),
+        pack_gqa=st.booleans(),
+        persistent=st.sampled_from([None, False, True]),
+        tiles_for=st.sampled_from([None] * 6 + [*SmArch]),
+    ),
 )
 built_keys = st.builds(
     fa.DispatchKey,
@@ -70,8 +115,8 @@ built_keys = st.builds(
         dropout=st.booleans(),
         learned_sink=st.booleans(),
         load_align=st.sampled_from([2, 4, 8, 16]),
-        prescale=st.booleans(),
-        few_rows=st.booleans(),
+        scale_first=st.booleans(),
+        short_q=st.booleans(),
     ),
 )
 
@@ -84,28 +129,141 @@ def outcome(key: fa.DispatchKey) -> object:
         return str(refusal)
 
 
-@given(keys)
+def made_of(parts: dict[str, Any]) -> fa.DispatchKey | str:
+    """The key, or the text of the refusal."""
+    try:
+        return fa.DispatchKey(**{**parts, "extras": fa.Extras(**parts.get("extras", {}))})
+    except DispatchError as refusal:
+        return str(refusal)
+
+
+@given(parts_of_keys)
 @settings(max_examples=1000, deadline=None)
-def test_lookup_gives_a_spec_or_a_dispatch_error_and_says_the_same_twice(key: fa.DispatchKey):
+def test_what_a_key_is_made_of_gives_a_spec_or_a_dispatch_error_and_the_same_twice(parts: dict[str, Any]):
+    key = made_of(parts)
+    if isinstance(key, str):
+        assert made_of(parts) == key
+        return
     first = outcome(key)
     assert isinstance(first, fa.KernelSpec | fa.CpuSpec | str)
     assert outcome(replace(key)) == first
 
 
+@given(keys)
+@settings(max_examples=500, deadline=None)
+def test_a_key_is_in_the_table_if_and_only_if_lookup_succeeds(key: fa.DispatchKey):
+    found = outcome(key)
+    cell = Cell.of(key)
+    assert (key in fa.DISPATCH_TABLE) == (not isinstance(found, str)) == cell.built
+    assert fa.DISPATCH_TABLE.get(key) == cell.spec == (None if isinstance(found, str) else found)
+    if isinstance(found, str):
+        with pytest.raises(KeyError) as caught:
+            fa.DISPATCH_TABLE[key]
+        assert isinstance(caught.value.__cause__, DispatchError)
+        assert str(caught.value.__cause__) == str(cell.refusal) == found
+    else:
+        assert fa.DISPATCH_TABLE[key] == found
+        assert cell.refusal is None
+
+
+@pytest.mark.parametrize("thing", [None, "cell", 3, (), [], {}, fa.Extras()])
+def test_what_is_no_key_is_not_in_the_table(thing: Any):
+    assert thing not in fa.DISPATCH_TABLE
+    with pytest.raises((KeyError, TypeError)):
+        fa.DISPATCH_TABLE[thing]
+
+
+# No st.text: its table of all characters is a file that processes race for.
 junk = (
     st.none()
-    | st.sampled_from(["", "0", "fa2", "sm_90", "é\n"])  # no st.text: its table of all characters is a file that processes race for
+    | st.sampled_from(["", "0", "fa2", "sm_90", "é\n", "fwd", "NHD", np.True_, np.float32(2), np.int64(8), np.zeros(()), np.zeros(2)])
     | st.floats()
+    | st.integers()
+    | st.booleans()
+    | st.complex_numbers()
     | st.lists(st.integers(), max_size=3)
+    | st.tuples(st.lists(st.integers(), max_size=1), st.integers())
     | st.binary(max_size=2)
     | st.dictionaries(st.sampled_from(["", "a", "arch"]), st.sampled_from(["", "b"]))
+    | st.builds(lambda size, flag: replace(TILE, block_m=size, persistent=flag), st.lists(st.integers()) | st.text("1x"), st.none())
 )
 
 
-@given(built_keys, st.sampled_from(fa.DispatchKey.__slots__), junk)
-@settings(max_examples=500, deadline=None)
-def test_lookup_of_values_of_any_type_raises_nothing_else(key: fa.DispatchKey, name: str, value: Any):
-    assert isinstance(outcome(replace(key, **{name: value})), fa.KernelSpec | str)
+def changed(key: fa.DispatchKey, name: str, value: Any) -> fa.DispatchKey:
+    """``key`` with another value of a field of its own, or of its extras."""
+    of_extras = name in fa.Extras.__slots__
+    return replace(key, extras=replace(key.extras, **{name: value})) if of_extras else replace(key, **{name: value})
+
+
+@given(built_keys, st.sampled_from([*fa.DispatchKey.__slots__, *fa.Extras.__slots__]), junk)
+@settings(max_examples=1000, deadline=None)
+def test_a_value_of_any_type_is_looked_up_or_refused_and_raises_nothing_else(key: fa.DispatchKey, name: str, value: Any):
+    try:
+        key = changed(key, name, value)
+    except DispatchError:
+        return
+    assert isinstance(outcome(key), fa.KernelSpec | str)
+    assert hash(key) == hash(replace(key))
+
+
+WRONG: dict[str, tuple[Any, ...]] = {
+    "arch": (None, "sm_90", fa.Family.FA2),
+    "dtype": (None, "f16", np.float16),
+    "head_dim": (None, 0, -8, 12, 264, 64.0, True, "64"),
+    "causal": (None, 1, "False", np.True_),
+    "varlen": (None, 0, "yes"),
+    "sliding_window": (5, (), (1,), (1, 2, 3), [3, 0], (-2, 0), (0.5, 0), (None, 0), (True, 0)),
+    "alibi": (None, 1.0, np.ones(4)),
+    "sink": (None, -1, 1.0, True),
+    "paged": (None, "no"),
+    "gqa_ratio": (None, 0, -1, 2.0, True),
+    "extras": (None, {}, fa.DispatchKey(SmArch.CPU, DType.F16, 8)),
+    "v_head_dim": (0, -8, 12, 264, 64.0, True),
+    "v_dtype": ("f16", 3),
+    "out_dtype": ("f16", 3),
+    "softcap": (None, -1.0, math.nan, math.inf, True, "3", 3 + 0j),
+    "dropout": (None, 0.1, 1),
+    "learned_sink": (None, np.zeros(4)),
+    "direction": (None, "sideways", 3),
+    "split": (None, 2),
+    "kv_layout": (None, 3),
+    "left_pad": (None, "left"),
+    "load_align": (None, 0, -16, 16.0, True),
+    "scale_first": (None, -1),
+    "family": ("fa2", 3),
+    "pack_gqa": (None, 1, "yes"),
+    "persistent": (1, "yes", np.False_),
+    "persistent_blocks": (0, -1, 3, 1.5, True),
+    "tiles_for": ("sm_80", 86),
+    "short_q": (None, 8),
+    "tile": ("m128n64w4s1b2", 128, replace(TILE, block_m="128"), replace(TILE, stages=[1]), replace(TILE, persistent=1)),
+}
+
+
+@pytest.mark.parametrize("name", [*fa.DispatchKey.__slots__, *fa.Extras.__slots__])
+def test_a_key_with_a_wrong_value_cannot_be_made_and_the_refusal_names_the_field(name: str):
+    for value in WRONG[name]:
+        with pytest.raises(DispatchError, match=f"^{name}: got .*; allowed"):
+            changed(replace(PLAIN, arch=SmArch.SM_90), name, value)
+
+
+def test_values_that_contradict_each_other_make_no_key():
+    for extras in ({"persistent_blocks": 3}, {"persistent_blocks": 3, "persistent": False}, {"tile": TILE, "tiles_for": SmArch.SM_80}):
+        with pytest.raises(DispatchError):
+            fa.Extras(**extras)
+    assert fa.Extras(persistent_blocks=3, persistent=True).persistent_blocks == 3
+    for window in (None, (-1, 0), (-1, 9)):
+        with pytest.raises(DispatchError, match="sink: got 4 with sliding_window"):
+            replace(PLAIN, sliding_window=window, sink=4)
+
+
+def test_a_key_moves_to_another_arch():
+    """What may be packed on one is not where nothing packs."""
+    packed = replace(PLAIN, arch=SmArch.SM_90A, gqa_ratio=4)
+    assert packed.packs_heads
+    for change in ({"arch": SmArch.SM_90}, {"gqa_ratio": 3}, {"gqa_ratio": 1}, {"alibi": True}):
+        assert not replace(packed, **change).packs_heads
+        fa.lookup(replace(packed, **change))
 
 
 @pytest.mark.parametrize("value", [None, "fa2", ("sm_90", "f16", 64), fa.Extras()])
@@ -163,13 +321,15 @@ def test_query_heads_are_packed_where_their_number_divides_the_rows_of_a_warpgro
     ("changes", "extras", "packed"),
     [
         pytest.param({"causal": True, "varlen": True}, {}, True, id="causal varlen"),
-        pytest.param({"sliding_window": (64, 0), "sink": 4}, {"learned_sink": True, "softcap": 30.0, "prescale": True}, True, id="scores"),
-        pytest.param({"head_dim": 192}, {"v_head_dim": 128, "few_rows": True, "persistent": False}, True, id="tiles"),
+        pytest.param(
+            {"sliding_window": (64, 0), "sink": 4}, {"learned_sink": True, "softcap": 30.0, "scale_first": True}, True, id="scores"
+        ),
+        pytest.param({"head_dim": 192}, {"v_head_dim": 128, "short_q": True, "persistent": False}, True, id="tiles"),
         pytest.param({"alibi": True}, {}, False, id="a slope per head"),
         pytest.param({}, {"dropout": True}, False, id="a pattern per head"),
         pytest.param({}, {"family": fa.Family.FA2}, False, id="mma.sync demanded"),
-        pytest.param({}, {"load_align": 8}, False, id="no tensor copies: odd address"),
-        pytest.param({}, {"tensor_copies": False}, False, id="no tensor copies: odd strides"),
+        pytest.param({}, {"load_align": 8}, False, id="no TMA: odd address"),
+        pytest.param({}, {"pack_gqa": False}, False, id="not packed, on demand"),
         pytest.param({}, {"tiles_for": SmArch.SM_80}, False, id="tiles of mma.sync"),
     ],
 )
@@ -182,7 +342,7 @@ def test_query_heads_are_packed_in_the_wgmma_family_unless_something_differs_bet
     assert packs(key) == (packed and arch is SmArch.SM_90A)
 
 
-@given(built_keys, st.sampled_from(["alibi", "varlen", "dropout", "learned_sink", "prescale", "aligned", "softcap", "sink_tokens"]))
+@given(built_keys, st.sampled_from(["alibi", "varlen", "dropout", "learned_sink", "scale_first", "aligned", "softcap", "sink_tokens"]))
 @settings(max_examples=300, deadline=None)
 def test_presence_changes_the_kernel(key: fa.DispatchKey, feature: str):
     spec = fa.lookup(key)
@@ -193,7 +353,7 @@ def test_presence_changes_the_kernel(key: fa.DispatchKey, feature: str):
         "sink_tokens": {"sink": 0 if present else 1},
         "dropout": {"extras": replace(key.extras, dropout=not present)},
         "learned_sink": {"extras": replace(key.extras, learned_sink=not present)},
-        "prescale": {"extras": replace(key.extras, prescale=not present)},
+        "scale_first": {"extras": replace(key.extras, scale_first=not present)},
         "aligned": {"extras": replace(key.extras, load_align=8 if present else 16)},
         "softcap": {"extras": replace(key.extras, softcap=0.0 if present else 1.0)},
     }
@@ -204,7 +364,6 @@ def test_presence_changes_the_kernel(key: fa.DispatchKey, feature: str):
 
 @given(keys)
 def test_keys_and_specs_survive_pickling(key: fa.DispatchKey):
-    assume(not math.isnan(key.extras.softcap))
     assert pickle.loads(pickle.dumps(key)) == key  # noqa: S301 - our own bytes
     spec = outcome(key)
     assert pickle.loads(pickle.dumps(spec)) == spec  # noqa: S301
@@ -242,33 +401,33 @@ def test_wide_types_are_refused_on_gpus(arch: Any, dtype: Any):
 
 
 @pytest.mark.parametrize(
-    ("key", "message"),
+    ("changes", "message"),
     [
-        (replace(PLAIN, head_dim=12), "head_dim: got 12; allowed is a multiple of 8 up to 256"),
-        (replace(PLAIN, head_dim=264), "head_dim: got 264"),
-        (replace(PLAIN, extras=fa.Extras(v_head_dim=0)), "v_head_dim: got 0"),
-        (replace(PLAIN, arch=SmArch.CPU, head_dim=257), "1..256 on the CPU"),
-        (replace(PLAIN, sliding_window=(-2, 0)), "sliding_window: got (-2, 0)"),
-        (replace(PLAIN, sliding_window=5), "sliding_window: got 5; allowed is None or (left, right)"),
-        (replace(PLAIN, causal="False"), "causal: got 'False'; allowed is True or False"),
-        (replace(PLAIN, extras=fa.Extras(dropout=0.1)), "dropout: got 0.1; allowed is True or False"),
-        (replace(PLAIN, gqa_ratio=0), "gqa_ratio: got 0; allowed is an integer >= 1"),
-        (replace(PLAIN, sink=-1), "sink: got -1"),
-        (replace(PLAIN, sink=4), "sink: got 4 with sliding_window=None"),
-        (replace(PLAIN, extras=fa.Extras(softcap=float("nan"))), "softcap: got nan"),
-        (replace(PLAIN, extras=fa.Extras(load_align=0)), "load_align: got 0"),
-        (replace(PLAIN, extras=fa.Extras(persistent="yes")), "persistent: got 'yes'"),  # type: ignore[arg-type]
-        (replace(PLAIN, extras=fa.Extras(persistent=True, persistent_blocks=0)), "persistent_blocks: got 0"),
-        (
-            replace(PLAIN, extras=fa.Extras(persistent_blocks=3)),
-            "persistent_blocks: got 3; allowed is None, or an integer >= 1 with persistent",
-        ),
-        (replace(PLAIN, extras=fa.Extras(direction="sideways")), "direction: got 'sideways'"),
+        ({"head_dim": 12}, "head_dim: got 12; allowed is a multiple of 8 up to 256"),
+        ({"head_dim": 264}, "head_dim: got 264"),
+        ({"v_head_dim": 0}, "v_head_dim: got 0"),
+        ({"arch": SmArch.CPU, "head_dim": 257}, "1..256 on the CPU"),
+        ({"sliding_window": (-2, 0)}, "sliding_window: got (-2, 0)"),
+        ({"sliding_window": 5}, "sliding_window: got 5; allowed is None or (left, right)"),
+        ({"causal": "False"}, "causal: got 'False'; allowed is True or False"),
+        ({"dropout": 0.1}, "dropout: got 0.1; allowed is True or False"),
+        ({"gqa_ratio": 0}, "gqa_ratio: got 0; allowed is an integer >= 1"),
+        ({"sink": 4}, "sink: got 4 with sliding_window=None"),
+        ({"softcap": math.nan}, "softcap: got nan"),
+        ({"load_align": 0}, "load_align: got 0"),
+        ({"persistent": "yes"}, "persistent: got 'yes'; allowed is None, True or False"),
+        ({"persistent_blocks": 3}, "persistent_blocks: got 3; allowed is None, or an integer >= 1 with persistent"),
+        ({"direction": "sideways"}, "direction: got 'sideways'; allowed is 'fwd', 'bwd' or 'dropout_mask'"),
     ],
+    ids=str,
 )
-def test_values_outside_their_range_are_refused(key: fa.DispatchKey, message: str):
+def test_the_refusal_of_a_key_says_what_is_allowed(changes: dict[str, Any], message: str):
     with pytest.raises(DispatchError) as raised:
-        fa.lookup(key)
+        fa.DispatchKey(
+            **{"arch": SmArch.SM_90, "dtype": DType.F16, "head_dim": 128}
+            | {name: value for name, value in changes.items() if name in fa.DispatchKey.__slots__},
+            extras=fa.Extras(**{name: value for name, value in changes.items() if name in fa.Extras.__slots__}),
+        )
     assert message in str(raised.value)
 
 
@@ -302,27 +461,32 @@ def test_the_dropout_mask_is_one_kernel_for_all_types_and_head_dims():
         fa.lookup(fa.DispatchKey(SmArch.SM_90, dtype, width, extras=mask)) for dtype in (DType.F16, DType.BF16) for width in (8, 64, 256)
     }
     assert len(specs) == 1
-    assert specs.pop().direction is Direction.DROPOUT_MASK
+    assert specs.pop() == DropoutMaskSpec(arch=SmArch.SM_90)
+    assert fa.lookup(fa.DispatchKey(SmArch.SM_90A, DType.F16, 64, varlen=True, extras=mask)).kernel_name == "dropout_mask_sm90_varlen"
 
 
 class TestTable:
-    def test_iterating_visits_every_feature_of_every_arch_and_only_once(self):
+    def test_iterating_visits_what_is_built_of_every_feature_and_arch_and_only_once(self):
         keys = list(fa.DISPATCH_TABLE)
         assert len(keys) == len(set(keys)) == len(fa.DISPATCH_TABLE)
         assert {key.arch for key in keys} == set(SmArch)
-        assert {key.dtype for key in keys} == set(DType)
+        assert {key.dtype for key in keys} == {DType.F16, DType.BF16, DType.F32, DType.F64}
+        assert all(isinstance(spec, fa.KernelSpec | fa.CpuSpec) for spec in fa.DISPATCH_TABLE.values())
+        assert all(key in fa.DISPATCH_TABLE for key in keys)
 
     def test_a_cell_is_built_or_refused_with_a_reason(self):
-        for cell in fa.DISPATCH_TABLE.values():
+        every = cells()
+        assert {cell.key.dtype for cell in every} == set(DType)
+        for cell in every:
             assert cell.built == (cell.refusal is None) == (cell.spec is not None)
             assert cell.built or len(str(cell.refusal)) > 20
+        assert [cell.key for cell in every if cell.built] == list(fa.DISPATCH_TABLE)
 
     def test_features_combine(self):
         cell = fa.DISPATCH_TABLE.cell(SmArch.SM_80, DType.BF16, 64, ["sliding_full", "sink_tokens", "alibi", "varlen", "dropout"])
         assert cell.spec is not None
         assert cell.spec.kernel_name.endswith("leftbound_rightbound_sinktokens_alibi_dropout_varlen")
         assert cell.key in fa.DISPATCH_TABLE
-        assert "cell" not in fa.DISPATCH_TABLE
 
     def test_an_unknown_feature_is_refused_with_the_list(self):
         with pytest.raises(DispatchError, match="got 'flash'; allowed are full, causal"):
@@ -408,15 +572,15 @@ class TestKeyOfRequest:
         assert key.alibi
         assert key.extras.learned_sink
         assert key.extras.dropout
-        assert key.extras.prescale
+        assert key.extras.scale_first
         assert key.extras.softcap == 5.0
 
     @pytest.mark.parametrize("scale", [0.0, 1e-50, 1e-30])
-    def test_scales_that_are_not_or_hardly_positive_need_prescale(self, scale: float):
-        assert self.key(options=fa.AttentionOptions(softmax_scale=scale)).extras.prescale
+    def test_scales_that_are_not_or_hardly_positive_need_scale_first(self, scale: float):
+        assert self.key(options=fa.AttentionOptions(softmax_scale=scale)).extras.scale_first
 
     def test_other_positive_scales_do_not(self):
-        assert not self.key(options=fa.AttentionOptions(softmax_scale=1e-9)).extras.prescale
+        assert not self.key(options=fa.AttentionOptions(softmax_scale=1e-9)).extras.scale_first
 
 
 @pytest.mark.parametrize(("offset", "align"), [(0, 16), (1, 2), (2, 4), (4, 8), (8, 16)])
@@ -455,7 +619,7 @@ FEATURES_OF_REGISTERS = {
     "varlen": {"varlen": True},
     "alibi": {"alibi": True},
     "softcap": {"extras": fa.Extras(softcap=30.0)},
-    "prescale": {"extras": fa.Extras(prescale=True)},
+    "scale_first": {"extras": fa.Extras(scale_first=True)},
     "dropout": {"extras": fa.Extras(dropout=True)},
     "unaligned": {"extras": fa.Extras(load_align=8)},
     "padded": {"head_dim": 56},
@@ -476,7 +640,7 @@ def test_a_plain_kernel_of_width_64_has_the_registers_for_more_keys(arch: SmArch
 def test_width_256_takes_two_blocks_where_a_multiprocessor_has_the_memory(arch: SmArch, dropout: bool):
     key = replace(PLAIN, arch=arch, head_dim=256, extras=fa.Extras(dropout=dropout))
     assert fa.lookup(key).tile.min_blocks == (2 if arch.shared_memory_per_sm >= 228 * 1024 else 1)
-    assert fa.lookup(key) == fa.lookup(replace(key, extras=replace(key.extras, few_rows=True)))
+    assert fa.lookup(key) == fa.lookup(replace(key, extras=replace(key.extras, short_q=True)))
 
 
 @given(built_keys)
@@ -496,8 +660,8 @@ def test_hopper_resolves_to_wgmma():
 
 @pytest.mark.parametrize(
     "extras",
-    [fa.Extras(family=fa.Family.FA2), fa.Extras(load_align=8), fa.Extras(tensor_copies=False)],
-    ids=["asked_for", "unaligned", "strides"],
+    [fa.Extras(family=fa.Family.FA2), fa.Extras(load_align=8), fa.Extras(tiles_for=SmArch.SM_86)],
+    ids=["asked_for", "unaligned", "borrowed tiles"],
 )
 def test_hopper_takes_the_other_family_where_tensor_copies_cannot_or_shall_not(extras: fa.Extras):
     spec = fa.lookup(replace(WGMMA, extras=extras))
@@ -560,10 +724,24 @@ def test_blocks_without_persistence_are_refused():
     [(lambda x: x, True), (lambda x: x[:, ::-1], False), (lambda x: np.broadcast_to(x[:1], (3, *x.shape[1:])), True)],
     ids=["plain", "reversed", "expanded"],
 )
-def test_a_key_knows_whether_tensor_copies_can_step_through_the_arrays(view: Any, copied: bool):
+@pytest.mark.parametrize("request_of", [fa.DenseFwdRequest, fa.Fa3FwdRequest])
+def test_a_key_names_the_family_that_can_step_through_the_arrays(view: Any, copied: bool, request_of: Any):
     q = np.zeros((3, 8, 2, 64), np.float16)
-    key = fa.Fa3FwdRequest(q, view(q), q).dispatch_key(SmArch.SM_90A)
-    assert key.extras.tensor_copies == copied
+    key = request_of(q, view(q), q).dispatch_key(SmArch.SM_90A)
+    family = fa.Family.FA3 if copied else fa.Family.FA2
+    assert key.extras.family is key.family is fa.lookup(key).family is family
+
+
+@pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
+@pytest.mark.parametrize("arch", GPU_ARCHS)
+def test_the_key_of_a_request_makes_every_choice(arch: SmArch, dtype: DType):
+    """But persistence, where the SMs of the card are not known: then it is what the tile says."""
+    q = np.zeros((2, 9, 8, 128), ml_dtypes.bfloat16 if dtype is DType.BF16 else np.float16)
+    key = fa.DenseFwdRequest(q, q[:, :, :2], q[:, :, :2]).dispatch_key(arch)
+    wgmma = arch is SmArch.SM_90A
+    extras = key.extras
+    assert (extras.family, key.packs_heads, extras.persistent) == (fa.Family.FA3 if wgmma else fa.Family.FA2, wgmma, None)
+    assert (extras.short_q, extras.load_align, extras.tile) == (True, 16, None)
     spec = fa.lookup(key)
-    assert isinstance(spec, fa.KernelSpec)
-    assert spec.family is (fa.Family.FA3 if copied else fa.Family.FA2)
+    assert isinstance(spec, ForwardSpec)
+    assert (spec.family, spec.pack_gqa, spec.persistent) == (extras.family, wgmma, wgmma)

@@ -18,7 +18,7 @@ from atomr_accel_flashattn.errors import ArchUnsupportedError, ScheduleError  # 
 from atomr_accel_flashattn.fa3 import Fa3FwdRequest, PersistentMode  # noqa: E402
 from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
-from atomr_accel_flashattn.tiles.tables import has_few_rows  # noqa: E402
+from atomr_accel_flashattn.tiles.tables import is_short_q  # noqa: E402
 from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 
 from .calls import Call, host  # noqa: E402
@@ -159,7 +159,7 @@ def test_short_sequences_have_a_tile_of_their_own(head_dim: int, v_head_dim: int
         assert isinstance(found, ForwardSpec)
         return found
 
-    longest = max((rows for rows in range(1, 8192) if has_few_rows(head_dim, v_head_dim, rows)), default=1)
+    longest = max((rows for rows in range(1, 8192) if is_short_q(head_dim, v_head_dim, rows)), default=1)
     short, long = spec(longest), spec(longest + 1)
     assert (short.tile != long.tile) == told_apart
     assert short == spec(1)
@@ -173,7 +173,7 @@ def test_the_longest_of_packed_sequences_decides():
     for lengths in ([200, 1000], [1200], [600, 600]):
         packed = fa.CumulativeSeqlens.from_lengths(lengths, like=q)
         key = fa.VarlenFwdRequest(q, q, q, cu_seqlens_q=packed).dispatch_key(SmArch.SM_90A)
-        assert key.extras.few_rows == has_few_rows(128, 128, max(lengths))
+        assert key.extras.short_q == is_short_q(128, 128, max(lengths))
         tiles.append(dispatch.lookup(key).tile)  # type: ignore[union-attr]
     assert tiles[0] == tiles[2] != tiles[1]
 
@@ -188,17 +188,17 @@ def test_the_longest_of_packed_sequences_decides():
     ],
 )
 def test_heads_that_are_packed_count_as_rows(ratio: int, bias: Any, rows_of_a_query: int):
-    longest = max(rows for rows in range(1, 8192) if has_few_rows(128, 128, rows))
+    longest = max(rows for rows in range(1, 8192) if is_short_q(128, 128, rows))
 
-    def few_rows(rows: int, request: Any = fa.DenseFwdRequest, arch: SmArch = SmArch.SM_90A) -> bool:
+    def short_q(rows: int, request: Any = fa.DenseFwdRequest, arch: SmArch = SmArch.SM_90A) -> bool:
         q, k = np.zeros((1, rows, ratio, 128), np.float16), np.zeros((1, 9, 1, 128), np.float16)
         key = request(q, k, k, bias=bias or fa.PositionBias()).dispatch_key(arch)
-        return bool(key.extras.few_rows)
+        return bool(key.extras.short_q)
 
     for request in (fa.DenseFwdRequest, Fa3FwdRequest):
-        assert few_rows(longest // rows_of_a_query, request)
-        assert not few_rows(longest // rows_of_a_query + 1, request)
-    assert few_rows(longest, fa.Fa2FwdRequest) == few_rows(longest, arch=SmArch.SM_90), "the other family packs nothing"
+        assert short_q(longest // rows_of_a_query, request)
+        assert not short_q(longest // rows_of_a_query + 1, request)
+    assert short_q(longest, fa.Fa2FwdRequest) == short_q(longest, arch=SmArch.SM_90), "the other family packs nothing"
 
 
 @pytest.mark.parametrize(("heads", "heads_kv", "packed"), [(8, 4, True), (8, 1, True), (64, 1, True), (6, 2, False), (5, 5, False)])

@@ -109,7 +109,7 @@ def test_what_holds_arrays_names_them_and_does_not_print_them():
     assert shown.startswith("FlashAttnMsg.Forward(request=Fa2FwdRequest(q=float16[1, 4, 2, 16]")
     assert "slopes=float32[2]" in shown
     assert "softcap=5.0" in shown
-    assert repr(fa.Output(Unprintable())) == "Output(out=float16[2, 3] on cuda:1, lse=None, dropout_mask=None)"
+    assert repr(fa.Output(Unprintable())) == "Output(out=float16[2, 3] on cuda:1, lse=None, dropout_mask=None, rng=None)"
     packed = fa.CumulativeSeqlens(np.array([0, 1, 4], np.int32))
     assert repr(fa.VarlenFwdRequest(q[0], q[0], q[0], cu_seqlens_q=packed)).count("[4, 2, 16]") == 3
     assert "int32[3]" in repr(packed)

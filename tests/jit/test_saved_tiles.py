@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ import pytest
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, forget_lookups, lookup
 from atomr_accel_flashattn.env import settings
 from atomr_accel_flashattn.errors import CacheError, CacheWarning
-from atomr_accel_flashattn.jit.cache import KernelCache
+from atomr_accel_flashattn.jit.cache import CacheKey, KernelCache
 from atomr_accel_flashattn.kernels.spec import KernelSpec, Tile
 from atomr_accel_flashattn.launch.driver import DeviceProperties
 from atomr_accel_flashattn.tiles import saved as saved_tiles
@@ -27,6 +29,7 @@ from atomr_accel_flashattn.tiles.saved import (
     read_saved_tiles,
     remove_saved_tiles,
     save_tiles,
+    saved_tiles_problem,
 )
 from atomr_accel_flashattn.types import DType, SmArch
 
@@ -88,12 +91,12 @@ def test_the_name_of_a_kernel_without_its_tile(folder: Path) -> None:
 
 def test_short_and_long_sequences_have_a_saved_tile_each(folder: Path) -> None:
     before = spec_of()
-    few_rows = replace(KEY, extras=Extras(few_rows=True))
-    assert kernel_without_tile(before, few_rows=True) == f"{entry().kernel}_fewrows"
+    short_q = replace(KEY, extras=Extras(short_q=True))
+    assert kernel_without_tile(before, short_q=True) == f"{entry().kernel}_shortq"
     keep(entry(), folder=folder)
-    assert (spec_of().tile, spec_of(few_rows).tile) == (TUNED, before.tile)
-    keep(entry(kernel=f"{entry().kernel}_fewrows", tile=replace(TUNED, stages=1)), folder=folder)
-    assert (spec_of().tile, spec_of(few_rows).tile) == (TUNED, replace(TUNED, stages=1))
+    assert (spec_of().tile, spec_of(short_q).tile) == (TUNED, before.tile)
+    keep(entry(kernel=f"{entry().kernel}_shortq", tile=replace(TUNED, stages=1)), folder=folder)
+    assert (spec_of().tile, spec_of(short_q).tile) == (TUNED, replace(TUNED, stages=1))
 
 
 def test_calls_take_the_saved_tile_of_their_kernel_and_no_other_kernel_does(folder: Path) -> None:
@@ -175,6 +178,7 @@ def test_a_folder_without_the_file_asks_for_no_device(folder: Path, monkeypatch:
 def test_a_damaged_or_foreign_file_is_a_warning_and_is_ignored(folder: Path, text: str, said: str) -> None:
     before = spec_of()
     (folder / SAVED_TILES).write_bytes(text.encode("latin-1"))
+    (folder / SAVED_TILES).chmod(0o644)  # whatever the umask
     forget_lookups()
     with pytest.warns(CacheWarning, match=said):
         assert spec_of() == before
@@ -231,6 +235,7 @@ def test_a_new_winner_takes_the_place_of_the_old_one_and_leaves_the_others(folde
 
 def test_a_damaged_file_is_written_over_and_one_of_another_format_is_not(folder: Path) -> None:
     (folder / SAVED_TILES).write_text("{")
+    (folder / SAVED_TILES).chmod(0o644)
     with pytest.warns(CacheWarning, match="cannot read"):
         keep(entry(), folder=folder)
     assert read_saved_tiles(folder) == (entry(),)
@@ -245,6 +250,74 @@ def test_a_folder_that_cannot_be_written_is_an_error_for_who_saves(tmp_path: Pat
     (tmp_path / "file").touch()
     with pytest.raises(CacheError, match=r"cannot keep tiles in .*--no-save"):
         save_tiles([entry()], tmp_path / "file")
+
+
+@pytest.mark.parametrize("planted", ["writable", "link", "by somebody else"])
+def test_a_file_that_somebody_else_can_have_written_is_not_used_and_is_replaced(folder: Path, tmp_path: Path, planted: str) -> None:
+    before, path = spec_of(), folder / SAVED_TILES
+    keep(entry(), folder=folder)
+    match planted:
+        case "writable":
+            path.chmod(0o646)
+            said = "it is writable by others (mode 0646)"
+        case "link":
+            path.rename(folder / "elsewhere")
+            path.symlink_to(folder / "elsewhere")
+            said = "it is a symbolic link"
+        case _:
+            if os.geteuid() != 0:
+                pytest.skip("only root can give files away")
+            os.chown(path, 12345, 12345)
+            said = "it belongs to user 12345"
+    forget_lookups()
+    with pytest.warns(CacheWarning, match=f"{SAVED_TILES} is not read: {re.escape(said)}") as caught:
+        assert spec_of() == before
+    assert len(caught) == 1
+    assert saved_tiles_problem(folder) == f"{SAVED_TILES}: {said}"
+    keep(entry(speedup=2.0), folder=folder)
+    assert read_saved_tiles(folder) == (entry(speedup=2.0),)
+    assert (saved_tiles_problem(folder), path.is_symlink(), path.stat().st_mode & 0o777) == ("", False, 0o644)
+
+
+def test_tiles_of_a_folder_that_others_could_write_are_set_aside(folder: Path) -> None:
+    before = spec_of()
+    keep(entry(), folder=folder)
+    folder.chmod(0o777)
+    with pytest.warns(CacheWarning, match=r"tuned tiles, where there were any, are kept in a file \*\.untrusted"):
+        assert spec_of() == before
+    assert (folder.stat().st_mode & 0o777, (folder / f"{SAVED_TILES}.untrusted").exists()) == (0o700, True)
+    keep(entry(), folder=folder)
+    assert spec_of().tile == TUNED
+    remove_saved_tiles(folder)
+    assert not list(folder.glob(f"{SAVED_TILES}*"))
+
+
+def test_a_folder_that_others_can_write_is_one_warning_and_an_error_for_who_saves(folder: Path) -> None:
+    before = spec_of()
+    keep(entry(), folder=folder)
+    folder.chmod(0o1777)
+    with pytest.warns(CacheWarning, match="nothing is loaded from the cache folder .* tuned tiles are not used") as caught:
+        assert spec_of() == before
+    assert len(caught) == 1
+    assert KernelCache(folder).get(CacheKey("k", "ab" * 32)) is None
+    assert saved_tiles_problem(folder) == "", "the folder has that problem"
+    with pytest.raises(CacheError, match="nothing is loaded from its folder: it is writable by others"):
+        save_tiles([entry()], folder)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
+def test_tiles_of_an_administrator_are_used_where_the_cache_is_declared_read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = spec_of()
+    keep(entry(), folder=folder)
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 12345, 12345)
+    forget_lookups()
+    with pytest.warns(CacheWarning, match="it belongs to user 12345"):
+        assert spec_of() == before
+    monkeypatch.setenv("ATOMR_FLASHATTN_CACHE_READONLY", "1")
+    settings.cache_clear()
+    forget_lookups()
+    assert spec_of().tile == TUNED
 
 
 def test_many_writers_lose_nothing(folder: Path) -> None:

@@ -43,7 +43,7 @@ def test_large_on_sampled_rows(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=lambda dtype: dtype.value)
 def test_random(dtype: DType) -> None:
-    examples = 30 if dtype is DType.F64 else 120  # the oracle of float64 is long double, without BLAS
+    examples = 10 if dtype is DType.F64 else 30  # the oracle of float64 is long double, without BLAS; hazards and pairs are tested above
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(random_cases([dtype]))
@@ -138,12 +138,12 @@ def test_memory_does_not_grow_with_the_heads_that_share_a_kv_head() -> None:
     assert many < 1.5 * one
 
 
-def test_4k_causal_takes_seconds() -> None:
+def test_4k_causal_takes_seconds_of_a_processor() -> None:
     inputs = build(Case(dtype=DType.F32, heads=8, heads_kv=8, seqlen_q=4096, seqlen_k=4096, right=0))
     problem, out = problem_of(inputs), np.empty(inputs.out_shape, np.float32)
-    start = time.perf_counter()
+    start = time.process_time()
     forward(problem, out, None, None)
-    assert time.perf_counter() - start < 30  # 0.4 s on two idle cores
+    assert time.process_time() - start < 30  # 0.7
 
 
 def test_a_window_costs_its_width_not_the_length() -> None:

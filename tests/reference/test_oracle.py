@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 from atomr_accel_flashattn.types import DType
-from tests.case_lists import FEATURE_AXES, hazard_cases, head_dim_cases, large_cases, pairwise_cases
+from tests.case_lists import (
+    EMULATED_WIDTHS,
+    FEATURE_AXES,
+    emulated_cases,
+    hazard_cases,
+    head_dim_cases,
+    large_cases,
+    pairwise_cases,
+)
 from tests.cases import ALL_DTYPES, GPU_DTYPES, Alibi, Case, Values, build
 from tests.check import Run, check_arrays, check_case
 from tests.inputs import NUMPY_DTYPE, Inputs, Layout, Poisoned, place, storage_of
@@ -223,9 +231,11 @@ def test_case_names_are_unique_and_inputs_repeat() -> None:
     np.testing.assert_array_equal(first.q, second.q)
 
 
-def test_pairwise_cases_cover_every_pair_in_few_rows() -> None:
-    cases = pairwise_cases(GPU_DTYPES)
-    options = {name: [tuple(value.items()) for value in values] for name, values in FEATURE_AXES.items()}
+@pytest.mark.parametrize(("cases", "widths"), [(pairwise_cases, FEATURE_AXES["width"]), (emulated_cases, EMULATED_WIDTHS)])
+def test_pairwise_cases_cover_every_pair_in_few_rows(cases: Callable[..., list[Case]], widths: tuple[dict[str, int], ...]) -> None:
+    found = cases(GPU_DTYPES)
+    axes = {**FEATURE_AXES, "width": widths}
+    options = {name: [tuple(value.items()) for value in values] for name, values in axes.items()}
     defaults = Case()
 
     def has(case: Case, axis: str, value: tuple[tuple[str, object], ...]) -> bool:
@@ -235,5 +245,5 @@ def test_pairwise_cases_cover_every_pair_in_few_rows() -> None:
 
     for (a, xs), (b, ys) in itertools.combinations(options.items(), 2):
         for x, y in itertools.product(xs, ys):
-            assert any(has(case, a, x) and has(case, b, y) for case in cases), f"{a} {x} never meets {b} {y}"
-    assert len(cases) < 120
+            assert any(has(case, a, x) and has(case, b, y) for case in found), f"{a} {x} never meets {b} {y}"
+    assert len(found) < 120

@@ -20,9 +20,11 @@ from atomr_accel_flashattn.dispatch import forget_lookups  # noqa: E402
 from atomr_accel_flashattn.env import settings  # noqa: E402
 from atomr_accel_flashattn.errors import CompileError  # noqa: E402
 from atomr_accel_flashattn.jit.compile import CompiledKernel  # noqa: E402
-from atomr_accel_flashattn.kernels.spec import KernelSpec, Tile  # noqa: E402
+from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Tile  # noqa: E402
+from atomr_accel_flashattn.launch.driver import DeviceProperties  # noqa: E402
 from atomr_accel_flashattn.tiles import saved as saved_tiles  # noqa: E402
-from atomr_accel_flashattn.torch_ops import plans  # noqa: E402 - after the skip
+from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
 from atomr_accel_flashattn.tuning import search, trial  # noqa: E402
 from atomr_accel_flashattn.types import SmArch  # noqa: E402
 from tests.cli.conftest import ask, invoke  # noqa: E402, F401 - fixtures
@@ -43,7 +45,7 @@ class Card(FakeGpu):
     spills: Callable[[Tile], int] = lambda _tile: 0
     fails: Callable[[Tile], bool] = lambda _tile: False
     ms: Callable[[Tile], float] = _ms
-    compiled: list[KernelSpec] = field(default_factory=list)
+    compiled: list[ForwardSpec] = field(default_factory=list)
     turns: list[tuple[str, ...]] = field(default_factory=list)
 
     def on_launch(self, *arguments: Any) -> int:
@@ -53,14 +55,16 @@ class Card(FakeGpu):
             ctypes.memset(p.o, 0xFF if self.silent(spec.tile) else 0, p.seqlen_q * p.heads * p.v_head_dim * 2)
         return code
 
-    def compile_many(self, specs: Iterable[KernelSpec], progress: Callable[[KernelSpec, Any], None]) -> list[CompiledKernel | CompileError]:
+    def compile_many(
+        self, specs: Iterable[ForwardSpec], progress: Callable[[ForwardSpec, Any], None]
+    ) -> list[CompiledKernel | CompileError]:
         """Stands in for the function of that name."""
         made = [self._compile(spec) for spec in specs]
         for result in made:
             progress(result.spec, result)  # type: ignore[arg-type]
         return made
 
-    def _compile(self, spec: KernelSpec) -> CompiledKernel | CompileError:
+    def _compile(self, spec: ForwardSpec) -> CompiledKernel | CompileError:
         self.compiled.append(spec)
         if self.fails(spec.tile):
             return CompileError("ptxas gave up", spec=spec)
@@ -82,8 +86,8 @@ class Card(FakeGpu):
 
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    """This machine has a :class:`Card` without wgmma, and an empty cache folder."""
-    made = Card()
+    """This machine has a :class:`Card` without wgmma, and an empty cache folder. Any shape has more tiles than its one multiprocessor."""
+    made = Card(DeviceProperties("Fake", (8, 0), 1, 1 << 30))
     made.install(monkeypatch, SmArch.SM_80)
     monkeypatch.setenv("ATOMR_FLASHATTN_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _index: STREAM, raising=False)
@@ -96,17 +100,21 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     monkeypatch.setattr(trial, "check_rows", _check_plain)
     settings.cache_clear()
     forget_lookups()
-    plans.clear()
+    repeat.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # shapes are so small that threads only wait for each other
     yield made
+    torch.set_num_threads(threads)
     monkeypatch.undo()
     settings.cache_clear()
     forget_lookups()
-    plans.clear()
+    repeat.clear()
 
 
 @pytest.fixture
 def hopper(card: Card, monkeypatch: pytest.MonkeyPatch) -> Card:
-    """The same with wgmma."""
+    """The same with wgmma, and more multiprocessors than most shapes have tiles."""
+    card.properties = FakeGpu().properties
     card.install(monkeypatch, SmArch.SM_90A)
     return card
 

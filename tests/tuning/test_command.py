@@ -41,7 +41,7 @@ def test_tune_checks_times_and_keeps_the_winner(ask: Ask, small_cells: list[Cell
     (winner,) = found["winners"]
     assert (winner["tile"], winner["shapes"]) == ("m128n48w4s1pb2", [str(cell) for cell in small_cells])
     assert winner["speedup"] > 1.1
-    assert winner["few_rows"] is found["shapes"][0]["few_rows"] is True
+    assert winner["short_q"] is found["shapes"][0]["short_q"] is True
     assert found["table"] == [
         f"64: Tile(block_m=128, block_n=48, warps=4, min_blocks=2),  # fa2 sm_80, {winner['speedup']:.3f}x over 2 shapes"
     ]
@@ -53,7 +53,7 @@ def test_tune_checks_times_and_keeps_the_winner(ask: Ask, small_cells: list[Cell
     (entry,) = read_saved_tiles(tmp_path / "kernels")
     assert str(entry.tile) == winner["tile"]
     (listed,) = ask("cache", "list")["tiles"]
-    assert (listed["kernel"], listed["tile"], listed["current"]) == ("fa2_fwd_sm80_bf16_d64_rightbound_fewrows", winner["tile"], True)
+    assert (listed["kernel"], listed["tile"], listed["current"]) == ("fa2_fwd_sm80_bf16_d64_rightbound_shortq", winner["tile"], True)
 
 
 @pytest.mark.usefixtures("small_cells")

@@ -18,10 +18,10 @@ from atomr_accel_flashattn.bench.families import request_of  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import check_rows, make_inputs  # noqa: E402
 from atomr_accel_flashattn.dispatch import lookup  # noqa: E402
 from atomr_accel_flashattn.errors import DeviceLostError, DispatchError  # noqa: E402
-from atomr_accel_flashattn.kernels.spec import Family, KernelSpec, Tile  # noqa: E402
+from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family, Tile  # noqa: E402
 from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
 from atomr_accel_flashattn.tiles.saved import read_saved_tiles  # noqa: E402
-from atomr_accel_flashattn.torch_ops import plans  # noqa: E402
 from atomr_accel_flashattn.tuning import (  # noqa: E402
     Options,
     ShapeResult,
@@ -221,7 +221,8 @@ def test_the_finalists_of_shapes_that_share_a_kernel_are_the_same_on_all_of_them
         return (2.0 if tile.block_n == bad_keys else 1.0 + tile.block_m / 1e5) * (good_schedule if tile.persistent != short else 1.0)
 
     card.ms = ms
-    results = tune_all([CELL, replace(CELL, lengths=(160,)), replace(CELL, causal=False)], Options(rounds=2))
+    options = Options(tiles=("m64n*w4s1*", "m128n*w4s1*b2"), rounds=2)
+    results = tune_all([CELL, replace(CELL, lengths=(160,)), replace(CELL, causal=False)], options)
     short, long, other = ({trial.tile for trial in result.trials if trial.finalist} for result in results)
     assert short == long != other
     found, _ = winners(results, by_kernel)
@@ -232,7 +233,8 @@ def test_the_finalists_of_shapes_that_share_a_kernel_are_the_same_on_all_of_them
 def test_a_schedule_that_a_short_shape_does_not_tell_apart_can_still_win(hopper: Card) -> None:
     hopper.properties = hopper.properties._replace(multiprocessors=4)
     hopper.ms = lambda tile: 1.0 if tile.persistent else 0.5
-    results = tune_all([replace(CELL, lengths=(80,)), replace(CELL, lengths=(500,) * 4)], Options(rounds=1))
+    options = Options(tiles=("m128n*w12s2*", "m192n64w16s2*"), rounds=1)
+    results = tune_all([replace(CELL, lengths=(80,)), replace(CELL, lengths=(300,) * 4)], options)
     assert any(trial.same_as for trial in results[0].trials)
     (found,) = winners(results, by_kernel)
     assert not found.tile.persistent
@@ -253,15 +255,15 @@ def short_and_long(card: Card, options: Options) -> list[ShapeResult]:
 def test_a_short_and_a_long_shape_of_one_kernel_have_a_winner_each(hopper: Card, tmp_path: Path) -> None:
     results = short_and_long(hopper, Options(tiles=("m128n64w12s2*", "m128n96w12s2*"), rounds=1))
     found = winners(results, by_kernel)
-    assert [(each.few_rows, each.tile.block_n) for each in found] == [(True, 64), (False, 96)]
+    assert [(each.short_q, each.tile.block_n) for each in found] == [(True, 64), (False, 96)]
     for result, other in zip(results, (96, 64), strict=True):
         assert other not in {trial.tile.block_n for trial in result.trials if trial.finalist}, "they share no finalists either"
     keep(found, tmp_path / "kernels", 0)
     saved = {entry.kernel: entry.tile for entry in read_saved_tiles(tmp_path / "kernels")}
     kernel = "fa3_fwd_sm90a_bf16_d128_rightbound_packgqa"
-    assert saved == {f"{kernel}_fewrows": found[0].tile, kernel: found[1].tile}
+    assert saved == {f"{kernel}_shortq": found[0].tile, kernel: found[1].tile}
     for winner in found:
-        extras = fa.Extras(few_rows=winner.few_rows)
+        extras = fa.Extras(short_q=winner.short_q)
         key = fa.DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 128, causal=True, gqa_ratio=2, extras=extras)
         assert lookup(key) == replace(winner.spec, tile=winner.tile)
     q, k = (fake(torch.zeros(1, 1100, heads, 128).bfloat16()) for heads in (2, 1))
@@ -274,7 +276,7 @@ def test_a_short_and_a_long_shape_have_a_row_each_where_there_is_a_table_for_few
     results = short_and_long(hopper, Options(tiles=("m128n64w12s2*", "m128n96w12s2*"), rounds=1, group=by_table_row))
     short, long = map(table_row, winners(results, by_table_row))
     assert short.startswith("(128, 128): Tile(block_m=128, block_n=64, ")
-    assert "  # fa3 sm_90a, few rows, 2.000x over 1 shapes" in short
+    assert "  # fa3 sm_90a, short q, 2.000x over 1 shapes" in short
     assert long.startswith("(128, 128): Tile(block_m=128, block_n=96, ")
     assert "  # fa3 sm_90a, 2.000x over 1 shapes" in long
 
@@ -283,8 +285,8 @@ def test_the_other_family_has_one_row_for_both_and_a_saved_tile_for_each(card: C
     results = short_and_long(card, Options(tiles=("m128n64w4s1b2", "m128n96w4s1b1"), rounds=1, group=by_table_row))
     (row,) = winners(results, by_table_row)
     assert len(row.shapes) == 2
-    assert "few rows" not in table_row(row)
-    assert [winner.few_rows for winner in winners(results, by_kernel)] == [True, False]
+    assert "short q" not in table_row(row)
+    assert [winner.short_q for winner in winners(results, by_kernel)] == [True, False]
 
 
 def test_rows_for_few_rows_are_of_the_widths_and_architectures_that_have_some(card: Card) -> None:
@@ -296,11 +298,12 @@ def test_rows_for_few_rows_are_of_the_widths_and_architectures_that_have_some(ca
         (fa.SmArch.SM_90, 256, "256: Tile("),
     ):
         family = fa.Family.FA3 if arch is fa.SmArch.SM_90A else fa.Family.FA2
-        spec = replace(short.spec, family=family, arch=arch, head_dim=head_dim, v_head_dim=head_dim)
+        spec = lookup(fa.DispatchKey(arch, fa.DType.BF16, head_dim, causal=True, extras=fa.Extras(family=family)))
+        assert isinstance(spec, ForwardSpec)
         row = table_row(replace(short, spec=spec))
         assert row.startswith(start)
-        told_apart = by_table_row(spec, few_rows=True) != by_table_row(spec, few_rows=False)
-        assert told_apart == ("few rows" in row) == (arch is fa.SmArch.SM_90A and head_dim == 128)
+        told_apart = by_table_row(spec, short_q=True) != by_table_row(spec, short_q=False)
+        assert told_apart == ("short q" in row) == (arch is fa.SmArch.SM_90A and head_dim == 128)
 
 
 def test_less_than_a_percent_is_noise(card: Card) -> None:
@@ -310,21 +313,19 @@ def test_less_than_a_percent_is_noise(card: Card) -> None:
     assert (found.tile, found.speedup) == (result.spec.tile, 1.0)
 
 
-def test_later_calls_use_what_was_kept(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_calls_use_what_was_kept(card: Card, tmp_path: Path) -> None:
+    """Plans hold the kernels that they were made with: none of before is left."""
     q = fake(torch.randn(2, 80, 2, 64).bfloat16())
     k, v = (fake(torch.randn(2, 80, 1, 64).bfloat16()) for _ in range(2))
     for _ in range(2):
         fa.flash_attn_func(q, k, v, causal=True)
     before = card.launches[-1][0]
     found = winners([tune()], by_kernel)
-    cleared: list[bool] = []
-    monkeypatch.setattr(plans, "clear", lambda: cleared.append(True))
     path = keep(found, tmp_path / "kernels", 0)
     (entry,) = read_saved_tiles(path.parent)
     assert (entry.tile, entry.device, entry.shapes) == (found[0].tile, "Fake", (str(CELL),))
     expected = replace(before, tile=found[0].tile)
     assert expected != before
-    assert cleared, "plans hold the kernels that they were made with"
     for _ in range(2):
         fa.flash_attn_func(q, k, v, causal=True)
         assert card.launches[-1][0] == expected
@@ -338,5 +339,5 @@ def test_a_winner_is_a_row_of_its_table(card: Card) -> None:
     row = table_row(replace(found, tile=Tile(block_m=128, block_n=48, warps=4, stages=2, min_blocks=2, persistent=True)))
     assert row.startswith("64: Tile(block_m=128, block_n=48, warps=4, stages=2, min_blocks=2),  # fa2 sm_80, ")
     spec = lookup(fa.DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 192, extras=fa.Extras(v_head_dim=128, family=Family.FA3)))
-    assert isinstance(spec, KernelSpec)
+    assert isinstance(spec, ForwardSpec)
     assert table_row(replace(found, spec=spec, tile=spec.tile)).startswith("(192, 128): Tile(block_m=128, ")

@@ -1,9 +1,10 @@
-"""FlashAttnActor: the Pykka actor. It lets its engine work when it is called, and nothing that happens there reaches it."""
+"""FlashAttnActor: the Pykka actor. It has its engine work; nothing raised there ends it."""
 
 from __future__ import annotations
 
 import atexit
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -12,31 +13,23 @@ from typing import Any, ClassVar, Final
 import pykka
 
 from ..errors import DeviceMismatchError, PropsError
-from ..types import Device
 from .engine import Engine, stopped_error
 from .handle import FlashAttnHandle
 from .inner import FlashAttnInner
-from .locks import Event
-from .mailbox import Mailbox
 from .props import FlashAttnProps
 
 __all__ = ["FlashAttnActor"]
 
 _log = logging.getLogger(__name__)
 _handles: weakref.WeakSet[FlashAttnHandle] = weakref.WeakSet()
-
-
-class _Call:
-    """What the engine sends to its actor: there is work. Tickets lie in the mailbox, as Pykka keeps the last message until the next."""
-
-
-_CALL: Final = _Call()
+_WORK: Final = object()  # tickets lie in the mailbox: Pykka keeps its last message until the next
 
 
 class FlashAttnActor(pykka.ThreadingActor):
-    """One mailbox for one device and one stream. Start one with :meth:`start`, talk to it through the handle that this returns.
+    """One mailbox for one device and one stream. :meth:`start` returns the handle to talk to it.
 
-    Its thread is a daemon: a script that forgets to stop it ends all the same, and what waits then fails.
+    Its thread is a daemon: a script that forgets to stop it ends all the same, and what waits
+        fails.
     """
 
     use_daemon_thread: ClassVar[bool] = True
@@ -44,9 +37,8 @@ class FlashAttnActor(pykka.ThreadingActor):
     def __init__(self, props: FlashAttnProps, inner: FlashAttnInner, born: Callable[[FlashAttnActor], None]) -> None:
         super().__init__()
         born(self)
-        self.mailbox = Mailbox(props.label, props.mailbox_limit, self._call_engine)
-        self.engine = Engine(props, inner, self.mailbox, self._call, self._stop_softly)
-        self.finished = Event()
+        self.engine = Engine(props, inner, self._wake, lambda: self.actor_ref.stop(block=False))
+        self.finished = threading.Event()
         self._label = props.label
 
     @classmethod
@@ -54,7 +46,8 @@ class FlashAttnActor(pykka.ThreadingActor):
         """Start an actor.
 
         Args:
-            props: its properties; None is one for the first GPU, or for the CPU where there is none.
+            props: its properties; None is one for the first GPU, or for the CPU where there is
+                none.
             inner: who does the work; None is the GPU or the CPU backend, as the device says.
 
         Returns:
@@ -71,10 +64,10 @@ class FlashAttnActor(pykka.ThreadingActor):
         inner = _inner_for(props) if inner is None else inner
         if inner.device != props.place:
             raise DeviceMismatchError(f"inner: got one for {inner.device} with device {props.place} in props; allowed is the same device")
-        made: list[FlashAttnActor] = []  # Pykka hands out references only; mailbox and engine are thread-safe, and for the handle too
+        made: list[FlashAttnActor] = []  # Pykka hands out references only
         reference = super().start(props, inner, made.append)
         (actor,) = made
-        handle = FlashAttnHandle(props, inner, reference, actor.mailbox, actor.engine, actor.finished)
+        handle = FlashAttnHandle(props, actor.engine, reference, actor.finished)
         _handles.add(handle)
         return handle
 
@@ -83,25 +76,19 @@ class FlashAttnActor(pykka.ThreadingActor):
         """A queue in C: 0.1 us a message where the default one, in Python, takes 3."""
         return SimpleQueue()
 
-    def _call_engine(self) -> None:
-        self.engine.call()
-
-    def _call(self) -> None:
+    def _wake(self) -> None:
         try:
-            self.actor_ref.tell(_CALL)
+            self.actor_ref.tell(_WORK)
         except pykka.ActorDeadError as error:
             raise stopped_error(self._label) from error
 
-    def _stop_softly(self) -> None:
-        self.actor_ref.stop(block=False)
-
     def on_start(self) -> None:
-        """Prepare the thread; where that fails, every request fails with the reason."""
+        """Prepare the thread."""
         self.engine.enter_thread()
 
     def on_receive(self, message: Any) -> None:
-        """Work. Other objects come past the handle, from a broadcast over Pykka's registry, and are left alone."""
-        if message is _CALL:
+        """Work. Other objects come from a broadcast over Pykka's registry, and are left alone."""
+        if message is _WORK:
             self.engine.work()
         else:
             _log.warning("%s: ignored a %s, which did not come through the handle", self._label, type(message).__qualname__)
@@ -119,13 +106,13 @@ class FlashAttnActor(pykka.ThreadingActor):
 
 
 def _inner_for(props: FlashAttnProps) -> FlashAttnInner:
-    device: Device = props.place
-    return FlashAttnInner.reference() if device.kind == "cpu" else FlashAttnInner.gpu(device.index, stream=props.stream)
+    place = props.place
+    return FlashAttnInner.reference() if place.kind == "cpu" else FlashAttnInner.gpu(place.index, stream=props.stream)
 
 
 @atexit.register
 def _stop_all() -> None:
     """No thread of ours may call CUDA while the interpreter goes down."""
-    for handle in list(_handles):
+    for handle in [each for each in _handles if not each._is_in_fork()]:  # noqa: SLF001 - a forked child has none of their threads
         handle._close(drain=False)  # noqa: SLF001 - a stop starts a thread, which an interpreter that ends may refuse
         handle._end(timeout=1.0)  # noqa: SLF001

@@ -1,4 +1,4 @@
-"""Timeouts of requests: one thread and a heap, started by the first request that has one."""
+"""Timeouts of requests: one thread and its heap, started by the first request that has one."""
 
 from __future__ import annotations
 
@@ -7,75 +7,72 @@ import threading
 import time
 import weakref
 from itertools import count
+from queue import Empty, SimpleQueue
+from typing import Final, TypeAlias
 
 from ..errors import RequestTimeoutError
-from .locks import Condition
 from .reply import Ticket
 
-__all__ = ["Deadlines"]
+__all__ = ["Deadlines", "timed_out"]
 
-_SWEEP_AT = 4096  # entries; requests that were answered in time leave theirs behind until then, or until their time
+_SWEEP_AT: Final = 4096  # entries; those of answered requests stay until then
+
+_Entry: TypeAlias = tuple[float, int, float, weakref.ref[Ticket]]
 
 
 class Deadlines:
-    """Fails what is not answered in time. Thread-safe."""
+    """Fails what is not answered in time. Callers put into a queue, so a Ctrl-C tears nothing."""
 
     def __init__(self, label: str) -> None:
         self._label = label
-        self._heap: list[tuple[float, int, float, weakref.ref[Ticket]]] = []
-        self._numbers = count()
-        self._changed = Condition()
-        self._sweep_at = _SWEEP_AT
-        self._thread: threading.Thread | None = None
-        self._sleeps_until = float("inf")
-        self._over = False
+        self._added: SimpleQueue[_Entry | None] = SimpleQueue()
+        self._numbers = count()  # of entries: tickets have no order
+        self._starting = threading.RLock()
+        self._threads: set[threading.Thread] = set()  # two after a Ctrl-C in the start of one
 
     def is_current(self) -> bool:
-        """Whether the caller runs in the thread of deadlines, as callbacks of replies whose time is over do."""
-        return threading.current_thread() is self._thread
+        """Whether the caller runs in this thread, as callbacks of replies whose time is over do."""
+        return threading.current_thread() in self._threads
 
     def add(self, ticket: Ticket, timeout: float, began: float) -> None:
         """Fail ``ticket`` ``timeout`` seconds after ``began`` (of ``time.monotonic``)."""
-        entry = (began + timeout, next(self._numbers), timeout, weakref.ref(ticket))
-        with self._changed:
-            if self._over:
-                return
-            heapq.heappush(self._heap, entry)
-            if len(self._heap) >= self._sweep_at:
-                self._heap = [each for each in self._heap if _is_open(each[3]())]
-                heapq.heapify(self._heap)
-                self._sweep_at = max(_SWEEP_AT, 2 * len(self._heap))
-            if self._thread is None:
+        self._added.put((began + timeout, next(self._numbers), timeout, weakref.ref(ticket)))
+        with self._starting:
+            if not self._threads:
                 thread = threading.Thread(target=self._run, name=f"{self._label}-deadlines", daemon=True)
                 thread.start()
-                self._thread = thread  # after a Ctrl-C in between there are two, which is one more than needed
-            elif self._heap[0][0] < self._sleeps_until:  # this one, or one before whose sender was interrupted
-                self._changed.notify_all()
+                self._threads.add(thread)
 
     def close(self) -> None:
-        """End the thread; deadlines that are left are forgotten, as every request has its answer by then."""
-        with self._changed:
-            self._over = True
-            self._heap.clear()
-            self._changed.notify_all()
+        """End the thread. Every request has its answer by then."""
+        self._added.put(None)
 
     def _run(self) -> None:
+        self._threads.add(threading.current_thread())
+        heap: list[_Entry] = []
+        sweep_at = _SWEEP_AT
         while True:
-            with self._changed:
-                while not self._over and (not self._heap or self._heap[0][0] > time.monotonic()):
-                    self._sleeps_until = self._heap[0][0] if self._heap else float("inf")
-                    self._changed.wait(self._sleeps_until - time.monotonic() if self._heap else None)
-                if self._over:
-                    return
-                _, _, timeout, reference = heapq.heappop(self._heap)
-            ticket = reference()
-            if ticket is not None:
-                ticket.reply.fail(timed_out(self._label, timeout, "not answered"))
-            del ticket
+            try:
+                entry = self._added.get(timeout=max(0.0, heap[0][0] - time.monotonic()) if heap else None)
+            except Empty:
+                _, _, timeout, reference = heapq.heappop(heap)
+                ticket = reference()
+                if ticket is not None:
+                    ticket.reply.resolve(timed_out(self._label, timeout, "not answered"))
+                del ticket  # its arrays must not live until the next one
+                continue
+            if entry is None:
+                self._added.put(None)  # for another thread, should there be one
+                return
+            heapq.heappush(heap, entry)
+            if len(heap) >= sweep_at:
+                heap = [each for each in heap if _is_open(each[3]())]
+                heapq.heapify(heap)
+                sweep_at = max(_SWEEP_AT, 2 * len(heap))
 
 
 def _is_open(ticket: Ticket | None) -> bool:
-    return ticket is not None and not ticket.reply.is_over()  # done() would ask the device, thousands of times under the lock
+    return ticket is not None and not ticket.reply.is_over()
 
 
 def timed_out(label: str, timeout: float, what: str) -> RequestTimeoutError:

@@ -1,12 +1,15 @@
-"""Engine: from a ticket to its answer. Used by the actor's thread, the completion thread, and by callers for what takes no time.
+"""Engine: from a ticket to its answer. Used by the threads of the actor and by callers.
 
-Who launches. What needs a compiler or a place that is not free waits, and the actor's thread launches it. A launch that only repeats one
-of before takes less time than waking that thread: the caller's thread makes it, provided that nobody waits and nobody launches. One lock
-is held by whoever launches, so the order and the number of launches in flight are the same either way.
+Who launches. A launch that only repeats one of before takes less time than waking another thread:
+the caller's thread makes it, provided that nobody waits, nobody launches, and there is a place. The
+actor's thread makes all others. A caller holds the lock while he launches; the actor's thread takes
+it to say that it works, and from then on callers go through the mailbox. So launches are made in
+the order of the messages, and never more than ``max_in_flight`` are unfinished.
 
-What can end a request, and who settles it: an answer (any thread that finds its launch finished), an error of its launch (completion
-thread), an error before it or a stop (actor thread), a timeout (deadline thread), a cancel (the caller), a lost device (whoever sees it
-first). The future itself lets only the first of them through; the mailbox forgets the ticket once its outcome is certain.
+What can end a request, and who decides it: an answer (any thread that finds its launch finished),
+an error of its launch (completion thread), an error before it or a stop (actor's thread), a timeout
+(deadline thread), a cancel (the caller), a lost device (whoever sees it first). A reply lets only
+the first of them through; the mailbox forgets the ticket once its outcome is certain.
 """
 
 from __future__ import annotations
@@ -20,241 +23,143 @@ from typing import Final
 
 from ..errors import ActorStoppedError, DeviceLostError
 from ..runtime.plan import Output
-from .flights import Flights, Launched
-from .fusion import MAX_FUSED
+from .in_flight import InFlight
 from .inner import FlashAttnInner
-from .locks import run_if_free
 from .mailbox import Mailbox
 from .messages import refusal
 from .props import FlashAttnProps
 from .reply import Ticket, own_error
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "stopped_error"]
 
-_PATIENCE: Final = 3e-5  # seconds that a launch waits for a place where it is: about what it costs to hand it to another thread
-
-_MANY: Final = 256  # launches in flight: CUDA queues about 1024 kernels, events and waits, and blocks who adds another
+_PLACE_SECONDS: Final = 3e-5  # how long a launch asks for a place: what a hand-over costs
+_MANY: Final = 256  # launches in flight: CUDA queues about 1024, and blocks who adds another
 
 
 class Engine:
     """What an actor does with its messages.
 
-    Args:
-        props: of the actor.
-        inner: who does the work.
-        mailbox: whose tickets these are; it calls :meth:`call`.
-        wake: has :meth:`work` called in the actor's thread; raises ActorStoppedError when that has ended.
-        stop_actor: ends the actor when the device is lost.
-
-    Attributes:
-        flights: the launches that are not finished.
+    ``wake`` has :meth:`work` called in the actor's thread, and raises ActorStoppedError when that
+    has ended. ``stop_actor`` ends the actor when the device is lost.
     """
 
-    def __init__(
-        self,
-        props: FlashAttnProps,
-        inner: FlashAttnInner,
-        mailbox: Mailbox,
-        wake: Callable[[], None],
-        stop_actor: Callable[[], None],
-    ) -> None:
+    def __init__(self, props: FlashAttnProps, inner: FlashAttnInner, wake: Callable[[], None], stop_actor: Callable[[], object]) -> None:
         self._props = props
-        self._inner = inner
-        self._mailbox = mailbox
+        self.inner = inner
+        self.mailbox = Mailbox(props.label, props.mailbox_limit, wake)
         self._wake = wake
         self._stop_actor = stop_actor
         self._launching = threading.RLock()
-        self._again: deque[Ticket] = deque()  # launches of callers that failed, older than all that wait
-        self._called = False  # work() will be called, and will find what comes in before
-        self._group: list[Ticket] = []
+        self._busy = False  # somebody launches; the lock is held to set it
+        self._retries: deque[Ticket] = deque()  # failed in callers, older than all that wait
         self._refusing: Callable[[], BaseException] | None = None
         self._thread: threading.Thread | None = None
         self._gave_up = False
-        self.flights = Flights(f"{props.label}-completions", inner.attach, self._landed, self._landed_well)
+        self.in_flight = InFlight(f"{props.label}-completions", inner.attach, self._decide, self._resolve)
 
     def enter_thread(self) -> None:
-        """Called first, in the actor's thread. Where the inner cannot work in it, everything fails with the reason and the actor stops."""
+        """Called first, in the actor's thread. If the inner cannot work in it, everything fails."""
         self._thread = threading.current_thread()
         try:
-            self._inner.attach()
+            self.inner.attach()
         except Exception as error:  # noqa: BLE001 - the answer to every request
             self._end_with(error, "it could not start")
 
     def is_own_thread(self) -> bool:
         """Whether the caller is one of the actor's two threads, as callbacks of replies are."""
-        return threading.current_thread() is self._thread or self.flights.is_current()
-
-    def call(self) -> None:
-        """One more waits in the mailbox. Calls do not overlap.
-
-        Raises:
-            ActorStoppedError: it is not launched any more.
-        """
-        if not self._called:
-            self._called = True
-            try:
-                self._wake()
-            except BaseException:  # a Ctrl-C, too: who comes next calls again
-                self._called = False
-                raise
+        return threading.current_thread() is self._thread or self.in_flight.is_current()
 
     def work(self) -> None:
         """Launch everything that waits, in the actor's thread."""
-        self._called = False
         with self._launching:
-            while self._again or self._mailbox.inside:
-                if self._again:
-                    self._depart([self._again.popleft()])
-                    continue
-                self._take_out()
-                if not (self._props.fuse_decodes and self._mailbox.inside and len(self._group) < MAX_FUSED):
-                    self._flush()
-            self._flush()
-
-    def _take_out(self) -> None:
-        """Take the oldest that waits to where it waits for a launch to finish."""
-        ticket = self._mailbox.take()
-        if ticket is None:  # its sender took it back
-            return
-        if self._props.fuse_decodes:
-            ticket.job.fuse_key = self._inner.fuse_key(ticket.job)
-        self._group.append(ticket)
+            self._busy = True
+        try:
+            while (ticket := self._retries.popleft() if self._retries else self.mailbox.take()) is not None:
+                self._launch(ticket)
+        finally:
+            self._busy = False  # who put a ticket into the mailbox meanwhile had this called again
 
     def launch_at_once(self, ticket: Ticket) -> bool:
-        """Launch in the caller's thread, if that takes no time and is fair to all who wait. Whether the ticket came in.
-
-        Raises:
-            ActorStoppedError: too late.
-        """
-        if len(self.flights.flying) >= _MANY or not ticket.job.quick:
+        """Launch in the caller's thread, if that is quick and fair. Whether the ticket came in."""
+        if not ticket.job.quick or not self.mailbox.is_empty or len(self.in_flight.launches) >= _MANY:
             return False
-        return run_if_free(self._launching, self._enter_and_launch, ticket) or False
+        with self._launching:
+            if self._busy or self._retries:
+                return False
+            self._busy = True  # for a signal handler that sends, too
+            try:
+                if not (self._has_place() and self.mailbox.enter_begun(ticket)):
+                    return False
+                self.in_flight.add(ticket, self.inner.launch(ticket.job))
+            except BaseException as error:
+                self._retry(ticket)
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                self._busy = False
+        return True
 
-    def _enter_and_launch(self, ticket: Ticket) -> bool:
-        if self._again or not self._mailbox.is_empty or not self._has_place():
-            return False
-        try:
-            entered = self._mailbox.enter_begun(ticket)
-            if entered:
-                self._launch_quickly(ticket)
-        except BaseException:
-            self._mailbox.settle(ticket)  # nobody gets its reply
-            raise
-        return entered
+    def _retry(self, ticket: Ticket) -> None:
+        """Have the actor's thread launch again, and fail what fails.
 
-    def _launch_quickly(self, ticket: Ticket) -> None:
-        """Launch a ticket that has begun. What fails is left to the actor's thread, where everything else fails too.
-
-        After a Ctrl-C it may be in flight already: the second launch writes the same, and keeps the arrays until both are done.
+        After a Ctrl-C it may be in flight already: the second launch writes the same, and keeps the
+        arrays until both are done.
         """
-        try:
-            self.flights.add((ticket,), self._inner.launch([ticket.job]))
-        except BaseException as error:
-            ticket.tried = True
-            self._again.append(ticket)
-            with contextlib.suppress(ActorStoppedError):  # the end of the actor finds it, too
-                self._wake()
-            if not isinstance(error, Exception):
-                raise
+        ticket.tried = True
+        self._retries.append(ticket)
+        with contextlib.suppress(ActorStoppedError):  # the end of the actor finds it, too
+            self._wake()
 
     def _has_place(self) -> bool:
-        """Whether one more launch may be made, perhaps in the place of one that finishes right now. True until who launches does."""
-        flying, limit = self.flights.flying, self._props.max_in_flight
-        if len(flying) < limit:
+        """Whether one more launch may be made, perhaps in the place of one that just finishes."""
+        launches, limit = self.in_flight.launches, self._props.max_in_flight
+        if len(launches) < limit:
             return True
-        until = time.perf_counter() + _PATIENCE
+        until = time.perf_counter() + _PLACE_SECONDS
         while True:
-            self.flights.take_finished()
-            if len(flying) < limit:
+            self.in_flight.take_finished()
+            if len(launches) < limit:
                 return True
             if time.perf_counter() >= until:
                 return False
 
-    def _wait_for_place(self) -> None:
+    def _launch(self, ticket: Ticket) -> None:
+        """Launch as soon as there is a place, in the actor's thread; or settle the ticket."""
         while not (self._has_place() or self._gave_up):
-            self.flights.wait_for_room(self._props.max_in_flight)
-
-    def _flush(self) -> None:
-        """Launch what was gathered, in order; neighbours with equal fuse keys together."""
-        group, self._group = self._group, []
-        batch: list[Ticket] = []
-        batch_key = None
-        for ticket in group:
-            key = ticket.job.fuse_key
-            if batch and (key is None or key != batch_key):
-                self._depart(batch)
-                batch = []
-            batch.append(ticket)
-            batch_key = key
-        if batch:
-            self._depart(batch)
-
-    def _depart(self, tickets: list[Ticket]) -> None:
-        """Launch tickets as one, as soon as a launch may be made; each alone where that fails, because one of them may be at fault."""
-        self._wait_for_place()
-        live = [ticket for ticket in tickets if self._is_cleared(ticket)]
-        if live and not self._launch(live) and len(live) > 1:
-            for ticket in live:
-                self._wait_for_place()
-                self._launch([ticket])
-
-    def _is_cleared(self, ticket: Ticket) -> bool:
-        """Whether a ticket is to be launched; it has begun then. Else it is settled."""
+            self.in_flight.wait_for_room(self._props.max_in_flight)
         error = self._refusing() if self._refusing else refusal(ticket.job.message) or _staleness(ticket)
-        if error is not None:
-            self._fail(ticket, error)
-            return False
-        begun = not ticket.reply.is_over() if ticket.tried else ticket.reply.begin()
-        if not begun:
-            self._mailbox.settle(ticket)
-        return begun
+        if error is None and (not ticket.reply.is_over() if ticket.tried else ticket.reply.begin()):
+            try:
+                self.in_flight.add(ticket, self.inner.launch(ticket.job))
+            except DeviceLostError as lost:
+                self.lose_device(lost)
+            except BaseException as failed:  # noqa: BLE001 - this request's answer
+                self._answer(ticket, failed)
+        else:
+            self._answer(ticket, error)
 
-    def _launch(self, tickets: list[Ticket]) -> bool:
-        """Launch tickets that have begun. False: nothing was launched; a single ticket has failed then."""
-        if self._gave_up:
-            for ticket in tickets:
-                self._fail(ticket, stopped_error(self._props.label))
-            return False
-        try:
-            flight = self._inner.launch([ticket.job for ticket in tickets])
-        except DeviceLostError as error:
-            self.lose_device(error)
-            return False
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it is this request's answer and must not end the actor
-            if len(tickets) == 1:
-                self._fail(tickets[0], error)
-            return False
-        self.flights.add(tickets, flight)
-        return True
+    def _decide(self, ticket: Ticket) -> None:
+        """The launch went well: set the outcome, in any thread. Raises if an array changed."""
+        job = ticket.job
+        job.fingerprint.check()
+        output = job.answer()
+        self.mailbox.settle(ticket)
+        ticket.reply.decide(output)
 
-    def _landed(self, launched: Launched, error: BaseException | None) -> None:
+    def _resolve(self, ticket: Ticket, error: BaseException | None) -> None:
         """The device is done with a launch. In the completion thread."""
         if isinstance(error, DeviceLostError):
             self.lose_device(error)
-        for ticket in launched.tickets:
-            own = error if error is None or len(launched.tickets) == 1 else own_error(error)
-            verdict = own or _verdict(ticket)
-            self._mailbox.settle(ticket)
-            if isinstance(verdict, BaseException):
-                ticket.reply.fail(verdict)
-            else:
-                ticket.reply.answer(verdict)
+        error = error or _staleness(ticket)
+        self._answer(ticket, ticket.job.answer() if error is None else error)
 
-    def _landed_well(self, launched: Launched) -> bool:
-        """The device is done with a launch of one request. In any thread; False: nothing was settled, for want of an answer or quiet."""
-        (ticket,) = launched.tickets
-        verdict = _verdict(ticket)
-        if isinstance(verdict, KeyboardInterrupt):  # the user's, who waits here
-            raise verdict
-        return not isinstance(verdict, BaseException) and ticket.reply.answer_quietly(verdict, self._mailbox.settle, ticket)
-
-    def _fail(self, ticket: Ticket, error: BaseException) -> None:
-        ticket.reply.begin()  # no cancel from here on; who waits for one that was cancelled is told
-        ticket.reply.fail(error)
-        self._mailbox.settle(ticket)
+    def _answer(self, ticket: Ticket, outcome: Output | BaseException | None) -> None:
+        self.mailbox.settle(ticket)
+        if outcome is not None:  # else it was cancelled, or its time is over
+            ticket.reply.resolve(outcome)
 
     def lose_device(self, cause: DeviceLostError) -> None:
-        """Nothing works any more: everything that waits or flies fails with ``cause``, and the actor stops."""
+        """Nothing works any more: everything fails with ``cause``, and the actor stops."""
         self._end_with(cause, "its device was lost, and only a new process can use it again")
 
     def _end_with(self, cause: Exception, why: str) -> None:
@@ -265,51 +170,43 @@ class Engine:
             error.__cause__ = cause
             return error
 
-        self._mailbox.close(stopped)
+        self.mailbox.close(stopped)
         self._refusing = lambda: own_error(cause)
         self.fail_unsettled(self._refusing)
         self._stop_actor()
 
     def refuse(self, why: Callable[[], ActorStoppedError]) -> None:
-        """Let nobody in and launch nothing any more; what is flying still gets its answer."""
-        self._mailbox.close(why)
+        """Let nobody in and launch nothing any more; what is in flight still gets its answer."""
+        self.mailbox.close(why)
         self._refusing = self._refusing or why
 
     def fail_unsettled(self, error: Callable[[], BaseException]) -> None:
-        """Answer everything that has no answer yet, flying or not. Arrays in flight live on until the device is done with them."""
-        for ticket in self._mailbox.all_unsettled():
-            self._fail(ticket, error())
+        """Fail all that has no answer yet. Arrays in flight live until the device is done."""
+        for ticket in self.mailbox.all_unsettled():
+            self._answer(ticket, error())
 
-    def give_up(self) -> None:
-        """Nobody waits for the device any more; the actor's thread, should it wait for a launch to finish, notices soon."""
+    def give_up(self, why: Callable[[], ActorStoppedError]) -> None:
+        """Fail everything, and wait for the device no more. The actor's thread notices soon."""
+        self.refuse(why)
+        self.fail_unsettled(why)
         self._gave_up = True
 
     def shut_down(self) -> None:
-        """End everything, in the actor's thread: answer what is left, wait for what is flying."""
-        self._mailbox.close(lambda: stopped_error(self._props.label))
+        """End, in the actor's thread: answer what is left, wait for what is in flight."""
+        self.mailbox.close(lambda: stopped_error(self._props.label))
         self.work()
-        self.flights.finish(lambda: self._gave_up)
+        self.in_flight.finish(lambda: self._gave_up)
         self.fail_unsettled(lambda: stopped_error(self._props.label))
         if not self._gave_up:
-            self._inner.close()
+            self.inner.close()
 
 
 def _staleness(ticket: Ticket) -> BaseException | None:
     try:
         ticket.job.fingerprint.check()
-    except BaseException as error:  # noqa: BLE001 - arrays of others may raise anything; it is this request's answer
+    except BaseException as error:  # noqa: BLE001 - this request's answer, whatever it is
         return error
     return None
-
-
-def _verdict(ticket: Ticket) -> Output | BaseException:
-    """The answer of a launch that went well, if its arrays are still the same."""
-    try:
-        job = ticket.job
-        job.fingerprint.check()
-        return job.answer()
-    except BaseException as error:  # noqa: BLE001 - the same
-        return error
 
 
 def stopped_error(label: str) -> ActorStoppedError:

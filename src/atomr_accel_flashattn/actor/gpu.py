@@ -1,90 +1,66 @@
-"""The real inner: kernels on one GPU and one stream.
+"""The GPU inner: kernels on one GPU and one stream.
 
-Streams. Outputs are made in the caller's thread, so a caching allocator counts them as the caller's, and frees and reuses them in the
-order of the caller's stream. The launch goes to the actor's stream and waits there, on the device, for an event that was recorded in the
-caller's stream at ask: inputs are ready, and nothing of the caller still uses the memory of the outputs. The reply comes when the device
-is done, so the caller may use the answer on any stream. When both are the same stream there is no event to wait for.
+Streams. Outputs are made in the caller's thread, so a caching allocator counts them as the
+caller's, and frees and reuses them in the order of the caller's stream. The launch goes to the
+actor's stream and waits there, on the device, for an event that was recorded in the caller's stream
+at ask: inputs are ready, and nothing of the caller still uses the memory of the outputs. The reply
+comes when the device is done, so the answer may be used on any stream. When both are the same
+stream there is no event to wait for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from ..arrays.streams import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
 from ..errors import PropsError
 from ..launch.driver import check, current_context, driver, primary_context
-from ..runtime.execute import fill, make_outputs
+from ..runtime.execute import make_outputs
 from ..runtime.plan import find
 from ..types import Device
-from .fusion import launch_fused
-from .inner import FlashAttnInner, Flight, Job
+from .inner import FlashAttnInner, Job, PendingLaunch
 from .messages import FlashAttnMsg, Message
 
-__all__ = ["CudaEvents", "GpuInner"]
+__all__ = ["CudaEvents", "GpuInner", "StreamEvent"]
 
 _DEFAULT_STREAMS: Final = frozenset({0, LEGACY_DEFAULT_STREAM})
 _PER_THREAD: Final = 2  # CU_STREAM_PER_THREAD
 _NOT_READY: Final = 600  # CUDA_ERROR_NOT_READY
+_WAITING: Final = "waiting for a launch of the actor"
 
 
 class CudaEvents:
-    """Events of one device without timing, made once and used again. Thread-safe. ``context`` is the device's primary one.
+    """Events of one device without timing, made once and used again. Thread-safe.
 
-    Waiting spins inside the driver, as torch.cuda.synchronize() does: an event that sleeps wakes 20 us or more after its kernel.
+    Waiting spins inside the driver, as torch.cuda.synchronize() does: an event that sleeps wakes 20
+    us or more after its kernel.
+
+    Attributes:
+        cuda: the driver; events may come back when the interpreter is going down.
+        context: the device's primary one.
     """
 
     def __init__(self, index: int) -> None:
         self._index = index
-        self._cuda = driver()  # events may come back when the interpreter is going down
+        self.cuda = driver()
         self.context = int(primary_context(index))
         self._free: SimpleQueue[Any] = SimpleQueue()
         self._closed = False
 
-    def record(self, stream: int, *, at_home: bool = False) -> Any:
-        """An event at the end of ``stream``. After :meth:`close` it is a new one. ``at_home``: see :meth:`record_again`."""
+    def take(self, stream: int, *, in_context: bool) -> Any:
+        """A free event, or a new one, at the end of ``stream``; see :meth:`record`."""
         try:
             event = self._free.get_nowait()
         except Empty:
-            event = self._new()
+            with current_context(self._index):
+                event = check(self.cuda.cuEventCreate(self.cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING), "cuEventCreate")
         try:
-            self.record_again(event, stream, at_home=at_home)
+            self.record(event, stream, in_context=in_context)
         except BaseException:
             self.give_back(event)
             raise
         return event
-
-    def record_again(self, event: Any, stream: int, *, at_home: bool) -> None:
-        """Let ``event`` be at the end of ``stream`` from now on; the default stream is that of this device. Who waits already is not moved.
-
-        ``at_home``: the thread is known to work in the device's context, which says whose the default stream is.
-        """
-        if at_home or stream not in _DEFAULT_STREAMS or self.current_context() == self.context:
-            result = self._cuda.cuEventRecord(event, stream)
-        else:
-            with current_context(self._index):
-                result = self._cuda.cuEventRecord(event, stream)
-        if result[0]:
-            check(result, "cuEventRecord")
-
-    def _new(self) -> Any:
-        cuda = self._cuda
-        with current_context(self._index):
-            return check(cuda.cuEventCreate(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING), "cuEventCreate")
-
-    def current_context(self) -> int:
-        """The context that the thread works in, 0 for none: one question instead of a push and a pop."""
-        status, context = self._cuda.cuCtxGetCurrent()
-        if status:
-            check((status,), "cuCtxGetCurrent")
-        return int(context)
-
-    def make_wait(self, stream: int, event: Any) -> None:
-        """Whatever is enqueued on ``stream`` from now on waits for ``event`` as it was recorded last."""
-        result = self._cuda.cuStreamWaitEvent(stream, event, 0)
-        if result[0]:
-            check(result, "cuStreamWaitEvent")
 
     def give_back(self, event: Any) -> None:
         """It may be used again: nobody asks about it any more."""
@@ -92,29 +68,29 @@ class CudaEvents:
         if self._closed:  # after the put: either this or close() finds the event
             self._destroy_free()
 
-    def is_reached(self, event: Any) -> bool:
-        """Whether the device has reached ``event``.
+    def record(self, event: Any, stream: int, *, in_context: bool) -> None:
+        """Let ``event`` be at the end of ``stream`` from now on. Earlier waits stay as they are.
 
-        Raises:
-            DeviceLostError: it never will.
+        ``in_context``: the device's context is known to be current, which says whose the default
+        stream is.
         """
-        (status,) = self._cuda.cuEventQuery(event)
-        if status == _NOT_READY:
-            return False
+        if in_context or stream not in _DEFAULT_STREAMS or self.current_context() == self.context:
+            result = self.cuda.cuEventRecord(event, stream)
+        else:
+            with current_context(self._index):
+                result = self.cuda.cuEventRecord(event, stream)
+        if result[0]:
+            check(result, "cuEventRecord")
+
+    def current_context(self) -> int:
+        """The context that is current in this thread, 0 for none: cheaper than a push and a pop."""
+        status, context = self.cuda.cuCtxGetCurrent()
         if status:
-            check((status,), "waiting for a launch of the actor")
-        return True
-
-    def wait(self, event: Any) -> None:
-        """Block until the device has reached ``event``; the interpreter lock is free meanwhile.
-
-        Raises:
-            DeviceLostError: the device does not reach it any more.
-        """
-        check(self._cuda.cuEventSynchronize(event), "waiting for a launch of the actor")
+            check((status,), "cuCtxGetCurrent")
+        return int(context)
 
     def close(self) -> None:
-        """Destroy those that are free now, and the others when they come back: a caller whom a stop overtook may still be using some."""
+        """Destroy those that are free now, and the others when they come back."""
         self._closed = True
         self._destroy_free()
 
@@ -124,27 +100,41 @@ class CudaEvents:
                 event = self._free.get_nowait()
             except Empty:
                 return
-            self._cuda.cuEventDestroy(event)
+            self.cuda.cuEventDestroy(event)
 
 
-class _Mark:
-    """A place in a stream: where a launch begins that waits for it, and then, moved to the actor's stream, where that launch ends.
+class StreamEvent:
+    """A place in a stream: what a launch waits for; recorded anew, where that launch ends.
 
-    Its event goes back when nobody asks about it any more. ``alive``: what the launch needs besides the jobs.
+    Its event goes back when nobody asks about it any more.
     """
 
-    __slots__ = ("_events", "alive", "event")
+    __slots__ = ("_events", "event")
 
-    def __init__(self, events: CudaEvents, stream: int, *, at_home: bool = False) -> None:
+    def __init__(self, events: CudaEvents, stream: int, *, in_context: bool = False) -> None:
         self._events = events
-        self.alive: object = None
-        self.event = events.record(stream, at_home=at_home)
+        self.event = events.take(stream, in_context=in_context)
+
+    def make_wait(self, stream: int) -> None:
+        """Whatever is enqueued on ``stream`` from now on waits for this place."""
+        result = self._events.cuda.cuStreamWaitEvent(stream, self.event, 0)
+        if result[0]:
+            check(result, "cuStreamWaitEvent")
+
+    def record_again(self, stream: int) -> None:
+        """This place is the end of ``stream`` from now on."""
+        self._events.record(self.event, stream, in_context=False)
 
     def poll(self) -> bool:
-        return self._events.is_reached(self.event)
+        """Whether the device has reached it. Raises DeviceLostError where it never will."""
+        (status,) = self._events.cuda.cuEventQuery(self.event)
+        if status and status != _NOT_READY:
+            check((status,), _WAITING)
+        return not status
 
     def wait(self) -> None:
-        self._events.wait(self.event)
+        """Block until the device has reached it, without the GIL. Raises as :meth:`poll`."""
+        check(self._events.cuda.cuEventSynchronize(self.event), _WAITING)
 
     def __del__(self) -> None:
         try:
@@ -177,12 +167,12 @@ class GpuInner(FlashAttnInner):
         check(driver().cuCtxSetCurrent(primary_context(self.device.index)), "cuCtxSetCurrent")
 
     def accept(self, message: Message) -> Job:
-        """As every inner; besides, mark where the caller's stream is now, if it is another than the actor's."""
+        """As every inner; and record where the caller's stream is now, if it is another one."""
         job = super().accept(message)
         if job.outputs is not None:
             theirs = current_stream(message.request.problem.q)
             if theirs != self._stream and not (self._on_default and theirs in _DEFAULT_STREAMS):
-                job.ready = _Mark(self._events, theirs, at_home=job.quick)
+                job.ready = StreamEvent(self._events, theirs, in_context=job.quick)
         return job
 
     def prepare(self, message: FlashAttnMsg.Forward) -> Job:
@@ -194,41 +184,28 @@ class GpuInner(FlashAttnInner):
         outputs = make_outputs(request, plan, lse=message.lse)
         if outputs.out.strides != plan.out_strides:
             return Job(message, outputs)
-        return Job(message, outputs, plan=plan, quick=self._is_at_home())
+        return Job(message, outputs, plan=plan, quick=self._context_is_current())
 
-    def _is_at_home(self) -> bool:
-        """Whether this thread works in the device's context, as launches that are repeated want it."""
+    def _context_is_current(self) -> bool:
+        """Whether the device's context is current in this thread, as repeated launches want it."""
         current = self._events.current_context()
-        if current == 0 and self.device.index == 0:  # what the CUDA runtime would make current here; let it stay
+        if current == 0 and self.device.index == 0:  # the CUDA runtime would do the same
             self.attach()
             return True
         return current == self._events.context
 
-    def launch(self, jobs: Sequence[Job]) -> Flight:
-        """Enqueue on the actor's stream. The mark that one of the jobs waited for becomes that of the end."""
-        mark: _Mark | None = None
-        for job in jobs:
-            if job.ready is not None:
-                mark = job.ready
-                self._events.make_wait(self._stream, mark.event)
-        alive: object = None
-        if len(jobs) > 1:
-            alive = launch_fused([(job.message, job.outputs) for job in jobs if job.outputs is not None], stream=self._stream)
+    def launch(self, job: Job) -> PendingLaunch:
+        """Enqueue on the actor's stream. The event that it waits for becomes that of its end."""
+        place: StreamEvent | None = job.ready
+        if place is not None:
+            place.make_wait(self._stream)
+        job.fill(stream=self._stream)
+        if place is None:
+            place = StreamEvent(self._events, self._stream)
         else:
-            self._launch_one(jobs[0])
-        if mark is None:
-            mark = _Mark(self._events, self._stream)
-        else:
-            self._events.record_again(mark.event, self._stream, at_home=False)
-        mark.alive = alive
-        for job in jobs:
-            job.ready = None
-        return mark
-
-    def _launch_one(self, job: Job) -> None:
-        request, outputs, plan = job.message.request, job.outputs, job.plan
-        assert outputs is not None  # noqa: S101 - only forward messages are launched
-        fill(request, outputs, plan, stream=self._stream)
+            place.record_again(self._stream)
+        job.ready = None
+        return place
 
     def close(self) -> None:
         """Give back events and the stream."""

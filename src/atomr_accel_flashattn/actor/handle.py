@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
-from .door import Door
+from ..errors import ActorStoppedError
+from .client import Client
 from .engine import Engine, stopped_error
-from .inner import FlashAttnInner
-from .locks import Event
-from .mailbox import Mailbox
 from .messages import Message
 from .props import FlashAttnProps
 from .reply import Reply, Ticket
@@ -19,46 +18,32 @@ if TYPE_CHECKING:
 __all__ = ["FlashAttnHandle"]
 
 
-class FlashAttnHandle(Door):
-    """The way to one actor. Made by :meth:`FlashAttnActor.start`.
+class FlashAttnHandle(Client):
+    """The way to one actor. Made by :meth:`FlashAttnActor.start`."""
 
-    Attributes:
-        props: what the actor was started with.
-    """
-
-    def __init__(
-        self,
-        props: FlashAttnProps,
-        inner: FlashAttnInner,
-        reference: pykka.ActorRef[Any],
-        mailbox: Mailbox,
-        engine: Engine,
-        finished: Event,
-    ) -> None:
-        super().__init__(props, mailbox, engine.launch_at_once)
-        self._inner = inner
-        self._reference = reference
+    def __init__(self, props: FlashAttnProps, engine: Engine, reference: pykka.ActorRef[Any], finished: threading.Event) -> None:
+        super().__init__(props, engine.mailbox, engine.launch_at_once)
         self._engine = engine
+        self._reference = reference
         self._finished = finished
 
     def _close(self, *, drain: bool) -> None:
-        label = self.props.label
         if drain:
-            self._mailbox.close(lambda: stopped_error(label))
+            self._mailbox.close(self._stopped)
         else:
-            self._engine.refuse(lambda: stopped_error(label))
+            self._engine.refuse(self._stopped)
         self._reference.stop(block=False)
 
     def _end(self, timeout: float | None) -> None:
-        label = self.props.label
         if not self._finished.wait(timeout):
-            self._engine.refuse(lambda: stopped_error(label))
-            self._engine.fail_unsettled(lambda: stopped_error(label))
-            self._engine.give_up()
+            self._engine.give_up(self._stopped)
         self._deadlines.close()
 
+    def _stopped(self) -> ActorStoppedError:
+        return stopped_error(self.props.label)
+
     def _accept(self, message: Message) -> Ticket:
-        return Ticket(self._inner.accept(message), Reply(self._engine.flights))
+        return Ticket(self._engine.inner.accept(message), Reply(self._engine.in_flight))
 
     def _is_own_thread(self) -> bool:
         return super()._is_own_thread() or self._engine.is_own_thread()

@@ -1,15 +1,15 @@
-"""FlashAttnInner: what does the work behind a mailbox, in three forms: the GPU, the CPU backend, and a mock.
+"""FlashAttnInner: what does the work behind a mailbox: the GPU, the CPU backend, or a mock.
 
-An inner is asked three things: to look a request over and make its outputs (in the caller's thread, so new arrays belong to the
-caller's stream), to launch (in the actor's thread; what is quick, in the caller's), and, through the :class:`Flight` that a launch
-returns, to wait until the device is done (in the completion thread). Another device, or a test that wants a late or failing one, derives
-from FlashAttnInner.
+An inner is asked three things: to look a request over and make its outputs (in the caller's thread,
+so new arrays belong to the caller's stream), to launch (in the actor's thread; what is quick, in
+the caller's), and, through the :class:`PendingLaunch` that a launch returns, to wait until the
+device is done (in the completion thread). Another device, or a test that wants a late or failing
+one, derives from FlashAttnInner.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -22,11 +22,10 @@ from ..runtime.execute import fill, make_outputs
 from ..runtime.plan import Output, Outputs, Plan
 from ..types import Device, SmArch
 from ..varlen import VarlenFwdRequest
-from .freshness import NO_ARRAYS, Fingerprint
-from .fusion import fuse_key, launch_fused
 from .messages import FlashAttnMsg, Message
+from .staleness import NO_ARRAYS, Fingerprint
 
-__all__ = ["FlashAttnInner", "Flight", "Job"]
+__all__ = ["FlashAttnInner", "Job", "PendingLaunch"]
 
 _OWN_REQUESTS: Final = frozenset({DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest})  # checked when made
 
@@ -39,10 +38,11 @@ class Job:
         message: what was sent; keeps the inputs alive.
         outputs: the arrays to be written, None for a message without.
         fingerprint: the arrays as they were at ask.
-        ready: what the launch has to wait for on the device: the work that the caller had enqueued before.
+        ready: what the launch waits for on the device: the work that the caller had enqueued
+            before.
         plan: what the launch repeats, if there was one like it before.
-        quick: whether its launch alone takes a few microseconds in the thread that asks: then it may be made there.
-        fuse_key: jobs that wait together and have equal keys may be launched as one; None: alone.
+        quick: whether the launch takes a few microseconds in the caller's thread, and may be made
+            there.
     """
 
     message: Message
@@ -51,7 +51,6 @@ class Job:
     ready: Any = None
     plan: Plan | None = None
     quick: bool = False
-    fuse_key: Hashable | None = None
 
     @property
     def request(self) -> FaFwdDispatch:
@@ -59,22 +58,27 @@ class Job:
         request: FaFwdDispatch = self.message.request
         return request
 
+    def fill(self, *, stream: int | None = None) -> None:
+        """Do the work into the outputs."""
+        assert self.outputs is not None  # noqa: S101 - only forward messages are launched
+        fill(self.request, self.outputs, self.plan, stream=stream)
+
     def answer(self) -> Output:
         """What the caller gets."""
         assert self.outputs is not None  # noqa: S101 - only forward messages are launched
         return self.outputs.for_user(self.message.request)
 
 
-class Flight(Protocol):
+class PendingLaunch(Protocol):
     """A launch that the device has not finished.
 
-    One that can be asked has a second method, ``poll() -> bool``: whether the device is done with this launch and all before, without
-    waiting. It is called in any thread, by one at a time, raises what ``wait`` would, and once it has returned True, neither may ever be
-    called, of those before either.
+    One that can be asked has a second method, ``poll() -> bool``: whether the device is done with
+    this launch and all before, without waiting. It is called in any thread, while another one may
+    be in ``wait``, and raises what ``wait`` would.
     """
 
     def wait(self) -> None:
-        """Return when the device is done. Called at most once, in the completion thread, in the order of the launches.
+        """Return when the device is done. In the completion thread, in the order of the launches.
 
         Raises:
             DeviceLostError: nothing works any more; every request fails and the actor stops.
@@ -84,7 +88,7 @@ class Flight(Protocol):
 
 
 class FlashAttnInner(ABC):
-    """The work behind a mailbox. Make one with :meth:`gpu`, :meth:`reference` or :meth:`mock`; each serves one actor.
+    """The work behind one mailbox. Made by :meth:`gpu`, :meth:`reference` or :meth:`mock`.
 
     Attributes:
         device: where the arrays of requests have to live.
@@ -107,19 +111,19 @@ class FlashAttnInner(ABC):
 
     @staticmethod
     def reference() -> FlashAttnInner:
-        """The CPU backend. It computes in the completion thread, so that launches return at once, as on a GPU."""
+        """The CPU backend. It computes in the completion thread, so launches return at once."""
         return _ReferenceInner()
 
     @staticmethod
     def mock(device: Device = Device("cpu", 0), *, arch: SmArch = SmArch.CPU) -> FlashAttnInner:  # noqa: B008 - a named tuple
-        """No compute: checks a request, resolves its kernel for ``arch``, and answers with a MockAnswerError that names it."""
+        """No compute: checks, and answers with a MockAnswerError that names the kernel."""
         return _MockInner(device, arch)
 
     def attach(self) -> None:  # noqa: B027 - a hook
         """Called once in each thread of the actor, before anything else there."""
 
     def accept(self, message: Message) -> Job:
-        """Look a message over, in the caller's thread, and make its outputs. Does not wait for the device.
+        """Look a message over, in the caller's thread, and make its outputs. Waits for nothing.
 
         Raises:
             UnknownMessageError: a Forward without a forward request.
@@ -148,19 +152,15 @@ class FlashAttnInner(ABC):
         """A job with the arrays that the call writes."""
         return Job(message, make_outputs(message.request, lse=message.lse, dropout_mask=message.dropout_mask))
 
-    def fuse_key(self, job: Job) -> Hashable | None:
-        """Jobs that wait together and have equal keys may be launched as one; None: alone."""
-        return fuse_key(job.message)
-
     @abstractmethod
-    def launch(self, jobs: Sequence[Job]) -> Flight:
-        """Enqueue one job, or several with equal fuse keys as one, in the actor's thread; one that is quick, perhaps in its caller's.
+    def launch(self, job: Job) -> PendingLaunch:
+        """Enqueue a job, in the actor's thread; one that is quick, perhaps in its caller's.
 
         Calls do not overlap. What fails in a caller's thread is launched again in the actor's.
 
         Raises:
             DeviceLostError: nothing works any more.
-            Exception: anything else is the answer to these jobs alone.
+            Exception: anything else is the answer to this job alone.
         """
 
     def close(self) -> None:  # noqa: B027 - a hook
@@ -169,33 +169,26 @@ class FlashAttnInner(ABC):
 
 @dataclass(slots=True, eq=False)
 class _Calculation:
-    """A flight that is computed by whoever waits for it: the CPU as a device with one stream."""
+    """A launch that is computed by whoever waits for it: the CPU as a device with one stream."""
 
-    jobs: Sequence[Job]
+    job: Job
 
     def wait(self) -> None:
-        for job in self.jobs:
-            job.fingerprint.check()
-        if len(self.jobs) > 1:
-            launch_fused([(job.message, job.outputs) for job in self.jobs if job.outputs is not None], stream=None)
-            return
-        (job,) = self.jobs
-        assert job.outputs is not None  # noqa: S101 - only forward messages are launched
-        fill(job.request, job.outputs)
+        self.job.fingerprint.check()
+        self.job.fill()
 
 
 class _ReferenceInner(FlashAttnInner):
     def __init__(self) -> None:
         super().__init__(Device("cpu", 0))
 
-    def launch(self, jobs: Sequence[Job]) -> Flight:
-        for job in jobs:
-            lookup(job.request.dispatch_key(best_arch(self.device)))
-        return _Calculation(jobs)
+    def launch(self, job: Job) -> PendingLaunch:
+        lookup(job.request.dispatch_key(best_arch(self.device)))
+        return _Calculation(job)
 
 
 @dataclass(slots=True, eq=False)
-class _MockFlight:
+class _MockLaunch:
     error: MockAnswerError
 
     def wait(self) -> None:
@@ -212,11 +205,7 @@ class _MockInner(FlashAttnInner):
         """Nothing will be written."""
         return Job(message)
 
-    def fuse_key(self, job: Job) -> None:  # noqa: ARG002 - nothing will be launched
-        return None
-
-    def launch(self, jobs: Sequence[Job]) -> Flight:
-        (job,) = jobs
+    def launch(self, job: Job) -> PendingLaunch:
         spec = lookup(job.request.dispatch_key(self.arch))
         name = self._names.get(spec) or self._names.setdefault(spec, spec.kernel_name)
-        return _MockFlight(MockAnswerError(name))
+        return _MockLaunch(MockAnswerError(name))

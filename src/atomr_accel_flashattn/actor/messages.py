@@ -30,13 +30,13 @@ class FlashAttnMsg:
 
     @dataclass(frozen=True, slots=True, eq=False)
     class Backward:
-        """The gradients of a forward call. Not built in this version: answered with FeatureNotBuiltError ``"backward"``."""
+        """The gradients of a forward call. Not built yet: answered with FeatureNotBuiltError."""
 
         request: Any
 
     @dataclass(frozen=True, slots=True, eq=False)
     class PagedForward:
-        """A forward call on a paged KV cache. Not built in this version: answered with FeatureNotBuiltError ``"paged"``."""
+        """A forward call on a paged KV cache. Not built yet: answered with FeatureNotBuiltError."""
 
         request: Any
 

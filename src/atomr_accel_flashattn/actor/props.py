@@ -27,12 +27,13 @@ class FlashAttnProps:
 
     Attributes:
         label: names its threads, its log lines and its errors.
-        device: ``"cuda:1"``, ``"cuda"``, ``"cpu"`` or a Device; None is ``cuda:0``, or the CPU where there is no GPU.
-        stream: the CUDA stream to launch on (a raw handle, or a stream of torch, CuPy or cuda.core); None is a stream of its own.
+        device: ``"cuda:1"``, ``"cuda"``, ``"cpu"`` or a Device; None is ``cuda:0``, or the CPU
+            where there is no GPU.
+        stream: the CUDA stream to launch on (a raw handle, or a stream of torch, CuPy or
+            cuda.core); None is a stream of its own.
         max_in_flight: launches that may be unfinished at a time, 1..1000 (CUDA queues about 1024).
         mailbox_limit: requests that may wait to be launched, at least 1.
         overflow: what happens to one more; each call may choose for itself.
-        fuse_decodes: whether small decodes that wait together are launched as one (docs/actor.md says which).
 
     Raises:
         PropsError: a value that is not allowed.
@@ -44,7 +45,6 @@ class FlashAttnProps:
     max_in_flight: int = 8
     mailbox_limit: int = 1024
     overflow: Overflow = Overflow.WAIT
-    fuse_decodes: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", _read_device(self.device))
@@ -54,8 +54,6 @@ class FlashAttnProps:
                 raise PropsError(f"{name}: got {value!r}; allowed is an integer in 1..{most}")
         if not isinstance(self.label, str):
             raise PropsError(f"label: got {self.label!r}; allowed is a string")
-        if not isinstance(self.fuse_decodes, bool):
-            raise PropsError(f"fuse_decodes: got {self.fuse_decodes!r}; allowed are True and False")
         if not isinstance(self.overflow, Overflow):
             raise PropsError(f"overflow: got {self.overflow!r}; allowed are Overflow.WAIT and Overflow.REFUSE")
         if self.stream is not None and self.place.kind == "cpu":

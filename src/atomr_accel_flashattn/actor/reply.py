@@ -1,232 +1,262 @@
-"""Reply: the future of one request. Ticket: the request on its way through the actor."""
+"""Reply: the future of one request. Ticket: the request on its way through the actor.
+
+A reply is resolved in two steps. Any thread may set its outcome, which is one store: from then on
+``result()``, ``exception()`` and ``done()`` have it. :meth:`Reply.finish` tells callbacks,
+sleepers, and those in ``concurrent.futures.wait``, if there are any. That is done by a thread of
+the actor, which receives no signals, so a Ctrl-C tears nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import logging
 import threading
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable, Generator
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from ..runtime.plan import Output
-from .inner import Job
-from .locks import Condition
+from .inner import Job, PendingLaunch
 
 __all__ = ["Reply", "Ticket", "Watch", "own_error"]
 
+_Outcome: TypeAlias = Output | BaseException
+_Callback: TypeAlias = Callable[[Future[Output]], object]
 
 _log = logging.getLogger(__name__)
-
-# States of a Future; its methods that tell them take its lock, four times in the way of an answer.
-_PENDING: Final = "PENDING"
-_RUNNING: Final = "RUNNING"
-_FINISHED: Final = "FINISHED"
-_OPEN: Final = frozenset({_PENDING, _RUNNING})
-_making: Final = threading.RLock()  # held, without a call, by who gives a reply its condition, and by who answers one that has none
+_CANCELLED: Final = CancelledError()  # an outcome; a new one is raised
+_deciding: Final = threading.RLock()  # held for a few stores: launched or cancelled, first outcome
 
 
 class Watch(Protocol):
-    """Who looks after replies that have begun: :class:`Flights`."""
+    """Who looks after replies whose launch was made: :class:`InFlight`."""
 
-    def watch(self, reply: Reply, timeout: float | None) -> None:
+    def poll_until_over(self, reply: Reply, timeout: float | None) -> None:
         """Ask the device for a moment."""
 
     def take_finished(self) -> None:
-        """Answer what has finished."""
+        """Decide what has finished."""
 
     def hurry(self) -> None:
-        """Somebody is about to sleep until a reply is there."""
+        """Let the completion thread wait for the launches in flight: somebody sleeps."""
 
-
-class _Waiters(list[Any]):
-    """The list that ``wait`` and ``as_completed`` of concurrent.futures write themselves into before they sleep."""
-
-    __slots__ = ("_watch",)
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def append(self, waiter: Any) -> None:
-        """One more. Without this they would be told a millisecond later."""
-        super().append(waiter)
-        self._watch.hurry()
+    def finish_soon(self, reply: Reply) -> None:
+        """Let the completion thread call :meth:`Reply.finish`."""
 
 
 class Reply(Future[Output]):
-    """A ``concurrent.futures.Future`` that can be awaited too. It resolves when the device is done, not when the kernel is queued.
+    """A ``concurrent.futures.Future`` that can be awaited. It resolves when the device is done.
 
-    ``cancel()`` works until the request is launched. Callbacks run in a thread of the actor: they should be quick.
-
-    The base class makes a condition for each future, which costs more than a launch. Few replies need one: what a future has is here, for
-    the class, until somebody asks for the condition, and then nobody has been answered without it (``_making``).
+    ``cancel()`` works until the request is launched. Callbacks run in a thread of the actor: they
+    should be quick.
 
     Args:
         watch: who looks after it once it has begun; None where somebody always does.
     """
 
-    # Of the base class:
-    _state: str = _PENDING
-    _result: Output | None = None
-    _exception: BaseException | None = None
-    _waiters: Sequence[Any] = ()  # type: ignore[assignment]
-    _done_callbacks: Sequence[Any] = ()
-    # Ours:
-    _made: Condition | None = None
-    _begun = False
-    _slept_for = False
-    on_error: Callable[[BaseException], None] | None = None
+    begun = False  # launched, or about to be: too late to cancel
+    is_wanted = False  # somebody sleeps until it is resolved, or is to be called then
+    _outcome: _Outcome | None = None
+    _callbacks: tuple[_Callback, ...] = ()
+    _is_finished = False
+    _has_base = False
+    _base_is_told = False
 
     def __init__(self, watch: Watch | None = None) -> None:
         self._watch = watch
 
-    @property
-    def _condition(self) -> Condition:  # type: ignore[override]
-        """Made by the first who waits, wants to be called, cancels, or is not alone with an outcome."""
-        made = self._made
-        if made is None:
-            waiters: list[Any] = [] if self._watch is None else _Waiters(self._watch)
-            callbacks: list[Any] = []
-            condition = Condition()
-            with _making:  # no call in here: neither a signal handler nor a finalizer of this thread comes between
-                if self._made is None:
-                    self._waiters = waiters
-                    self._done_callbacks = callbacks
-                    self._made = condition
-                made = self._made
-        return made
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Set up the base class when it is asked for, as concurrent.futures.wait() does.
+
+            Its condition costs more than everything else that a reply does, and few replies need
+            it.
+            """
+            with _deciding:
+                is_first = not self._has_base and not name.startswith("__")
+                if is_first:
+                    super().__init__()
+                    self._has_base = True
+            if is_first:
+                self._want()
+            return super().__getattribute__(name)
+
+    def __repr__(self) -> str:
+        state = "cancelled" if self.cancelled() else "finished" if self.is_over() else "running" if self.begun else "pending"
+        return f"<{type(self).__name__} at {id(self):#x} {state}>"
 
     def __await__(self) -> Generator[Any, None, Output]:
         return asyncio.wrap_future(self).__await__()
 
     def result(self, timeout: float | None = None) -> Output:
         """The answer; see concurrent.futures."""
-        if self._state in _OPEN:
-            self._before_sleep(timeout)
-        if self._state == _FINISHED and self._exception is None:
-            return self._result  # type: ignore[return-value]  # set before the state
-        return super().result(timeout)
+        outcome = self._outcome
+        if outcome is None:
+            outcome = self._wait(timeout)
+        if not isinstance(outcome, BaseException):
+            return outcome
+        try:
+            raise CancelledError if outcome is _CANCELLED else outcome
+        finally:
+            del outcome, self  # the traceback must not keep the error alive
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What went wrong; see concurrent.futures."""
-        if self._state in _OPEN:
-            self._before_sleep(timeout)
-        return super().exception(timeout)
+        outcome = self._wait(timeout) if self._outcome is None else self._outcome
+        if outcome is _CANCELLED:
+            raise CancelledError
+        return outcome if isinstance(outcome, BaseException) else None
 
     def done(self) -> bool:
         """Whether there is an answer, an error or a cancel."""
-        if self._begun and self._watch is not None and self._state in _OPEN:
+        if self._outcome is None and self.begun and self._watch is not None:
             self._watch.take_finished()
-        return self._state not in _OPEN
+        return self._outcome is not None
 
     def is_over(self) -> bool:
         """:meth:`done` as far as is known, without a question to the device."""
-        return self._state not in _OPEN
+        return self._outcome is not None
 
-    def add_done_callback(self, fn: Callable[[Future[Output]], object]) -> None:
-        """See concurrent.futures."""
-        super().add_done_callback(fn)
-        if self._begun and self._watch is not None and self._state in _OPEN:
-            self._watch.hurry()
+    def running(self) -> bool:
+        """Whether it was launched, and is not done."""
+        return self.begun and self._outcome is None
 
-    def _invoke_callbacks(self) -> None:
-        """As the base class does; but not even a SystemExit of one callback ends an actor's thread, or keeps the next from being called."""
-        for callback in self._done_callbacks:
-            try:
-                callback(self)
-            except BaseException as error:
-                if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
-                    raise  # the caller's own exit or Ctrl-C, in a cancel
-                _log.exception("a callback of a Reply failed")
+    def cancelled(self) -> bool:
+        """Whether it was cancelled in time."""
+        return self._outcome is _CANCELLED
 
-    def _before_sleep(self, timeout: float | None) -> None:
-        """Look for the answer here, and call the completion thread where it is not there soon."""
-        if self._watch is None:
-            return
-        if self._begun:
-            self._watch.watch(self, timeout)
-        if self._state in _OPEN:
-            self._slept_for = True  # before the look at _begun: who launches sets that first and then asks is_wanted()
-            if self._begun:
-                self._watch.hurry()
-
-    def is_wanted(self) -> bool:
-        """Whether somebody sleeps until it is resolved, or is to be called then."""
-        return self._slept_for or bool(self._waiters) or bool(self._done_callbacks)
-
-    def begin(self) -> bool:
-        """Called right before the launch; from then on it cannot be cancelled. False when it was cancelled or answered, or has begun."""
-        with self._condition:  # reentrant, and shared with cancel() and set_exception(): the answer to "is it still wanted" stays true
-            if self._begun:
-                return False
-            self._begun = True
-            if self.cancelled():
-                self._condition.notify_all()  # a Ctrl-C in the cancel may have come before
-            return (self.cancelled() or self._state in _OPEN) and self.set_running_or_notify_cancel()
-
-    def begin_unseen(self) -> None:
-        """:meth:`begin` for a reply that no other thread knows of yet."""
-        self._begun = True
-        self._state = _RUNNING
-
-    def answer(self, output: Output) -> None:
-        """Resolve, unless a timeout or a stop came first, or a Ctrl-C after the first answer, and before those who sleep were woken."""
-        try:
-            self.set_result(output)
-        except InvalidStateError:
-            with self._condition:
-                self._condition.notify_all()
-
-    def answer_quietly(self, output: Output, settle: Callable[[Ticket], None], ticket: Ticket) -> bool:
-        """:meth:`answer` after ``settle(ticket)``, for any thread; whether it was done.
-
-        Not where there are callbacks, which are for the actor's threads, or waiters of concurrent.futures: a Ctrl-C between two of them
-        would have the first told again.
-
-        Where somebody comes meanwhile, ``settle`` is called again.
-        """
-        if self._made is None:
-            settle(ticket)
-            with _making:  # no call in here either
-                if self._made is None:
-                    if self._state in _OPEN:
-                        self._result = output
-                        self._state = _FINISHED
-                    return True
-        with self._condition:
-            if self._done_callbacks or self._waiters:
-                return False
-            settle(ticket)
-            self.answer(output)
+    def cancel(self) -> bool:
+        """See concurrent.futures. False once the request is launched."""
+        with _deciding:
+            if not self.begun:
+                self.decide(_CANCELLED)
+        if self._outcome is not _CANCELLED:
+            return False
+        self._finish_soon()
         return True
 
-    def fail(self, error: BaseException) -> None:
-        """Fail, unless it is resolved or cancelled already. ``on_error`` is told of a failure that counts."""
+    def add_done_callback(self, fn: _Callback) -> None:
+        """See concurrent.futures; what a callback raises is logged, a SystemExit too."""
+        self.listen(fn, hurry=True)
+
+    def listen(self, fn: _Callback, *, hurry: bool = False) -> None:
+        """Add a callback that is in no hurry, as that of a log."""
+        with _deciding:
+            is_late = self._is_finished
+            if not is_late:
+                self._callbacks = (*self._callbacks, fn)
+        if is_late:
+            self._call(fn)
+        else:
+            self._want(hurry=hurry)
+
+    def _want(self, *, hurry: bool = True) -> None:
+        """Somebody has to be told. Who launches or decides looks at ``is_wanted`` after that."""
+        self.is_wanted = True
+        if self._outcome is not None:
+            self._finish_soon()
+        elif hurry and self.begun and self._watch is not None:
+            self._watch.hurry()
+
+    def _finish_soon(self) -> None:
+        if self._watch is None:
+            self.finish()
+        else:
+            self._watch.finish_soon(self)
+
+    def _wait(self, timeout: float | None) -> _Outcome:
+        """Look for the outcome here, then sleep in a queue, which a Ctrl-C leaves as it was."""
+        if self.begun and self._watch is not None:
+            self._watch.poll_until_over(self, timeout)
+        if self._outcome is None:
+            woken: SimpleQueue[Any] = SimpleQueue()
+            wake_up = woken.put
+            with _deciding:
+                self._callbacks = (wake_up, *self._callbacks)  # before callbacks, which may be slow
+            self._want()
+            if self._outcome is None:  # after saying so
+                with contextlib.suppress(Empty):
+                    woken.get(timeout=None if timeout is None else max(0.0, timeout))
+        if self._outcome is not None:
+            return self._outcome
+        with _deciding:
+            self._callbacks = tuple(each for each in self._callbacks if each is not wake_up)
+        raise TimeoutError
+
+    def begin(self) -> bool:
+        """Called right before the launch: it cannot be cancelled any more. False: it is over."""
+        with _deciding:
+            if self._outcome is None:
+                self.begun = True
+                return True
+        self.finish()  # who cancelled may have been interrupted
+        return False
+
+    def decide(self, outcome: _Outcome) -> bool:
+        """Set the outcome, in any thread, unless there is one. Whether it was set."""
+        return vars(self).setdefault("_outcome", outcome) is outcome  # one call of C
+
+    def finish(self) -> None:
+        """Tell everybody of the outcome who was not told yet, in a thread of the actor."""
+        with _deciding:
+            outcome = self._outcome
+            if outcome is None:
+                return
+            self._is_finished = True
+            callbacks, self._callbacks = self._callbacks, ()
+            tells_base = self._has_base and not self._base_is_told
+            self._base_is_told = self._has_base
+        if tells_base:
+            if outcome is _CANCELLED:
+                super().cancel()
+                self.set_running_or_notify_cancel()
+            elif isinstance(outcome, BaseException):
+                self.set_exception(outcome)
+            else:
+                self.set_result(outcome)
+        for fn in callbacks:
+            self._call(fn)
+
+    def resolve(self, outcome: _Outcome) -> None:
+        """Decide and finish."""
+        self.decide(outcome)
+        self.finish()
+
+    def _call(self, fn: _Callback) -> None:
         try:
-            self.set_exception(error)
-        except InvalidStateError:
-            return
-        if self.on_error is not None:
-            self.on_error(error)
+            fn(self)
+        except BaseException as error:
+            if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                raise  # the caller's own exit or Ctrl-C
+            _log.exception("a callback of a Reply failed")
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Ticket:
     """A request between ask and reply. It holds the job, and so the arrays, until it is settled.
 
-    ``tried``: its launch in the caller's thread failed, and the actor's thread tries again.
+    Attributes:
+        tried: its launch in the caller's thread failed, and the actor's thread tries again.
+        launch: once it was made.
+        poll: of the launch; None where it can only be waited for.
+        number: of the launch, counted by the actor.
     """
 
     job: Job
     reply: Reply = field(default_factory=Reply)
     tried: bool = False
+    launch: PendingLaunch | None = None
+    poll: Callable[[], bool] | None = None
+    number: int = 0
 
 
 def own_error(error: BaseException) -> BaseException:
-    """A copy of ``error`` for one future: exceptions that several threads raise would share, and pile up, one traceback."""
+    """A copy of ``error`` for one future: threads that raise the same one share its traceback."""
     try:
         own = copy.copy(error)
     except Exception:  # noqa: BLE001 - exceptions of others may take any arguments

@@ -13,6 +13,7 @@ from ..errors import HeadDimError, OutputError, StrideError
 from ..problem import ArrayInfo
 from .device_array import DeviceArray
 from .read import as_numpy, is_cupy, jax_array_of, numpy_dtype, read_array, user_array
+from .torch_hooks import tell_written
 
 __all__ = [
     "check_can_copy",
@@ -164,6 +165,7 @@ def copy_into(target: ArrayInfo, values: Any, user_array: Any) -> Any:
     """Write ``values`` (of a library that we can slice) into the caller's array and return that."""
     if target.device.kind == "cpu":
         as_numpy(target)[...] = as_numpy(read_array(values, "values"))
+        tell_written(target.source)
     else:
         target.source[...] = values
     return user_array

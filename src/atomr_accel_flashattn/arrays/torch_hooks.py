@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import wrapt
+
 __all__ = [
     "Hooks",
     "NewTensor",
@@ -56,6 +58,7 @@ class Hooks:
     device_count: Any = None
     forward_ad: Any = _NoForwardMode
     increment_version: Any = None
+    count_modes: Any = int  # dispatch modes of torch that are active in this thread
 
 
 hooks = Hooks()
@@ -69,6 +72,7 @@ def meet_torch() -> None:
     private = torch._C  # the public call costs 8 us for the stream, 1.5 us more for an output
     guards: Any = getattr(getattr(private, "_dynamo", None), "guards", None)
     hooks.is_grad_enabled, hooks.int64 = torch.is_grad_enabled, torch.int64
+    hooks.count_modes = getattr(private, "_len_torch_dispatch_stack", int)
     hooks.forward_ad, hooks.increment_version = torch.autograd.forward_ad, torch.autograd.graph.increment_version
     hooks.raw_stream = getattr(private, "_cuda_getCurrentRawStream", None)
     hooks.guard = _trusted(torch, getattr(guards, "TensorGuards", None))
@@ -132,22 +136,27 @@ def recorder() -> str:
     private = sys.modules["torch"]._C
     if private._get_tracing_state() is not None:
         return "torch.jit.trace"
-    proxy = private._len_torch_dispatch_stack() and private._get_dispatch_mode(private._TorchDispatchModeKey.PROXY)
-    return "make_fx" if proxy else ""
+    if private._len_torch_dispatch_stack() and private._get_dispatch_mode(private._TorchDispatchModeKey.PROXY) is not None:
+        return "make_fx"
+    return "make_fx" if private._dispatch_tls_is_dispatch_key_included(private.DispatchKey.PreDispatch) else ""
 
 
 def keep_out_of_graphs(functions: tuple[Callable[..., Any], ...]) -> None:
     """Have torch.compile break its graph before calls of ``functions``, and not look into what they call.
 
     This is what ``torch.compiler.disable`` does, without its wrapper and without the import of torch's compiler, which takes seconds.
-    Where torch is not there yet, nothing is done.
+    It is done once torch is there, as many import it after us. A torch without the private names is left as it is.
     """
-    torch = sys.modules.get("torch")
-    frames: Any = getattr(getattr(getattr(torch, "_C", None), "_dynamo", None), "eval_frame", None)
-    for function in functions:
-        described: Any = function
-        described._torchdynamo_disable = True
-        described._torchdynamo_disable_msg = "the kernels of atomr_accel_flashattn are no operators of torch yet"
-        if hasattr(frames, "set_code_exec_strategy"):
-            skip = frames._FrameAction.SKIP
-            frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+
+    def mark(torch: Any) -> None:
+        frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+        if not hasattr(frames, "set_code_exec_strategy"):
+            return
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+        for function in functions:
+            described: Any = function
+            described._torchdynamo_disable = True
+            described._torchdynamo_disable_msg = "the kernels of atomr_accel_flashattn are no operators of torch yet"
+            frames.set_code_exec_strategy(function.__code__, skip)
+
+    wrapt.register_post_import_hook(mark, "torch")

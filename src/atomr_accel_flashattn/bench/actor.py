@@ -1,4 +1,4 @@
-"""What the mailbox costs: a round trip, a message in a pipeline, throughput beside direct calls, decodes fused, and Ray's object store.
+"""What the mailbox costs: a round trip, a message in a pipeline, throughput beside direct calls, and Ray's object store.
 
 ``python -m atomr_accel_flashattn.bench.actor`` on a machine with a GPU and torch; ``--device cpu`` runs the same on the CPU backend, where
 only the differences to the direct calls mean something. ``--ray`` adds a local pool. Writes ``actor_<device>_<time>.json`` and a picture.
@@ -30,9 +30,6 @@ MESSAGE_BAR_US: Final = 30.0  # per message of a pipeline
 WINDOW: Final = 8
 SIZES: Final = ((1, 1024), (128, 128), (512, 512), (2048, 2048), (4096, 4096))  # (queries, keys) of the throughput part
 CPU_SIZES: Final = ((1, 64), (32, 32), (64, 256))
-# (keys, KV heads, head dim) of decodes that may be fused: one that a GPU does faster than a caller sends it, one that it does not.
-DECODE: Final = (256, 4, 128)
-LONG_DECODE: Final = (4096, 1, 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +46,7 @@ def run_actor(options: ActorOptions, say: Say = print) -> dict[str, Any]:
     """All parts, on one GPU or on the CPU backend.
 
     Returns:
-        ``round_trip_us``, ``pipelined_us``, ``throughput`` rows, ``fused_us``, ``fused_long_us`` and, when asked for, ``ray``.
+        ``round_trip_us``, ``pipelined_us``, ``throughput`` rows and, when asked for, ``ray``.
     """
     body: dict[str, Any] = {"bars_us": {"round_trip_over_direct": ROUND_TRIP_BAR_US, "pipelined_message": MESSAGE_BAR_US}}
     for part, found in _parts(options):
@@ -67,19 +64,17 @@ def _parts(options: ActorOptions) -> Iterator[tuple[str, Any]]:
         yield "pipelined_us", _pipelined(actor, small, options)
         sizes = SIZES if options.device.startswith("cuda") else CPU_SIZES
         yield "throughput", [_throughput(actor, _message(options, *size), size, options) for size in sizes]
-    for part, decode in (("fused_us", DECODE), ("fused_long_us", LONG_DECODE)):
-        yield part, {str(fuse): _decodes(options, decode, fuse=fuse) for fuse in (False, True)}
     if options.ray:
         yield "ray", _ray(options)
 
 
-def _message(options: ActorOptions, queries: int, keys: int, heads_kv: int = 4, head_dim: int = 128) -> FlashAttnMsg.Forward:
-    """16 heads, causal; bf16 on a GPU, float32 on the CPU."""
+def _message(options: ActorOptions, queries: int, keys: int) -> FlashAttnMsg.Forward:
+    """16 heads over 4, head dim 128, causal; bf16 on a GPU, float32 on the CPU."""
     import torch
 
     dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
-    shapes = ((queries, 16), (keys, heads_kv), (keys, heads_kv))
-    q, k, v = (torch.randn(1, length, heads, head_dim, dtype=dtype, device=options.device) for length, heads in shapes)
+    shapes = ((queries, 16), (keys, 4), (keys, 4))
+    q, k, v = (torch.randn(1, length, heads, 128, dtype=dtype, device=options.device) for length, heads in shapes)
     return FlashAttnMsg.Forward(Fa2FwdRequest(q, k, v, mask=MaskKind.causal()), lse=False)
 
 
@@ -182,21 +177,6 @@ def _marker(options: ActorOptions) -> Callable[[], Any]:
     return wait
 
 
-def _decodes(options: ActorOptions, decode: tuple[int, int, int], *, fuse: bool) -> float:
-    """Microseconds per decode of one token, 32 of them sent together."""
-    messages = [_message(options, 1, *decode) for _ in range(32)]
-    props = FlashAttnProps(device=options.device, max_in_flight=WINDOW, fuse_decodes=fuse)
-    rounds = max(1, options.requests // len(messages))
-    with FlashAttnActor.start(props) as actor:
-
-        def call() -> None:
-            for _ in range(rounds):
-                for reply in [actor.ask(message) for message in messages]:
-                    reply.result()
-
-        return _per_call(call, options) * options.requests / (rounds * len(messages))
-
-
 def _ray(options: ActorOptions) -> dict[str, Any]:
     """Milliseconds to put and get arrays, and of a round trip through a pool of one worker, by MiB of q, k and v."""
     import numpy as np
@@ -238,14 +218,10 @@ def _lines(part: str, found: Any) -> list[str]:
             f"{row['queries']} x {row['keys']}: direct {row['direct']:.0f}/s, actor {row['actor']:.0f}/s, ratio {row['ratio']:.3f}"
             for row in found
         ]
-    if part == "ray":
-        return [
-            f"ray, {row['mib']:.2f} MiB: put {row['put_ms']:.2f} ms, get {row['get_ms']:.2f} ms, round trip {row['round_trip_ms']:.2f} ms"
-            for row in found["rows"]
-        ]
-    keys, heads_kv, _ = DECODE if part == "fused_us" else LONG_DECODE
-    times = ", ".join(f"fused {fuse}: {us:.1f} us" for fuse, us in found.items())
-    return [f"decodes over {keys} keys of {heads_kv} heads, 32 together: {times}"]
+    return [
+        f"ray, {row['mib']:.2f} MiB: put {row['put_ms']:.2f} ms, get {row['get_ms']:.2f} ms, round trip {row['round_trip_ms']:.2f} ms"
+        for row in found["rows"]
+    ]
 
 
 def draw_actor(record: Mapping[str, Any], path: Path) -> Path:

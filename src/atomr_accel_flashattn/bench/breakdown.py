@@ -18,7 +18,7 @@ from ..launch.driver import launch_function
 from ..launch.launcher import Launch
 from ..launch.tensor_map import TENSOR_MAP_ALIGNMENT, TENSOR_MAP_BYTES, encode, move
 from ..runtime.execute import execute, make_outputs, run
-from ..runtime.plan import Plan, addresses_of
+from ..runtime.plan import Outputs, Plan, addresses_of
 from ..torch_ops import repeat as plans
 from .families import request_of
 from .peers import Call, Ours, Refused
@@ -43,7 +43,12 @@ class Steady:
     request: FaFwdDispatch
     call: Call
     plan: Plan
-    addresses: tuple[int, ...]  # what the call brings, into an output that is there
+    outputs: Outputs
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """What the call brings, into ``outputs``."""
+        return addresses_of(self.request.problem, self.outputs)
 
     @property
     def launch(self) -> Launch:
@@ -69,8 +74,7 @@ def steady(cell: Cell, inputs: Inputs, family: Family) -> Steady:
     if key is None or plan is None or not plan.launches:
         raise Refused("a call that leaves no plan")
     plans.remember(key, plan, output, _OTHERS)
-    addresses = addresses_of(request.problem, make_outputs(request, lse=False))
-    return Steady(inputs, request, Ours().prepare(cell, inputs), plan, addresses)
+    return Steady(inputs, request, Ours().prepare(cell, inputs), plan, make_outputs(request, lse=False))
 
 
 def call_breakdown(held: Steady, calls: int, repeats: int) -> dict[str, float]:
@@ -95,7 +99,7 @@ def call_breakdown(held: Steady, calls: int, repeats: int) -> dict[str, float]:
     found = {"whole call": cost_us(held.call, calls, repeats)}
     found |= {name: cost_us(step, calls, repeats) for name, step in parts.items()}
     found["rest"] = found["whole call"] - sum(found[name] for name in parts)
-    found["of the launch: cuLaunchKernelEx"] = cost_us(_bare_launch(held.launch), calls, repeats)
+    found["of the launch: cuLaunchKernelEx"] = cost_us(_bare_launch(held, stream), calls, repeats)
     return found
 
 
@@ -151,14 +155,15 @@ def _allocate(q: Any) -> Step:
     return (lambda: q.new_empty_strided(shape, strides)) if make is None else (lambda: make(shape, strides, dtype))
 
 
-def _bare_launch(made: Launch) -> Step:
-    """The driver's part of a launch: cuLaunchKernelEx on the addresses of the first call, with arguments that exist already."""
-    arguments, function = made.arguments(), launch_function()
+def _bare_launch(held: Steady, stream: int) -> Step:
+    """The driver's part of a launch: cuLaunchKernelEx into an output that is there, with arguments that exist already."""
+    held.launch.launch(stream, held.addresses)
+    arguments, function = held.launch.arguments(), launch_function()
     return lambda: function(*arguments)
 
 
 def _recognise(tensors: tuple[Any, ...]) -> Step:
-    """What plans.py does before it knows the plan: a guard in a dict, or a key where this torch has no guards."""
+    """What torch_ops/repeat.py does before it knows the plan: a guard in a dict, or a key where this torch has no guards."""
     numbers = (0.0, None, False, (-1, -1), 0.0, 0, False)
     if hooks.guard is None:
         keys = {numbers: 0}

@@ -22,12 +22,12 @@ from .forward import Options, chosen_peers
 from .inputs import make_inputs
 from .peers import Peer, Refused
 
-__all__ = ["HostOptions", "enqueue_us", "run_host"]
+__all__ = ["HostOptions", "enqueue_us", "import_seconds", "run_host"]
 
 Say = Callable[[str], None]
 SMALL = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64,), causal=False)
 SMALL_PACKED = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64, 32), causal=True, packed=True)
-MANY_TILES = Cell(group="host", head_dim=64, heads=512, heads_kv=512, lengths=(64,), causal=False)  # more than any GPU has multiprocessors
+MANY_TILES = Cell(group="host", head_dim=64, heads=512, heads_kv=512, lengths=(64,), causal=False)  # more than any GPU has SMs
 MEMORY_LENGTHS = (4096, 8192, 16384, 32768)
 
 
@@ -161,20 +161,21 @@ def memory_growth(say: Say) -> dict[str, Any]:
 
 
 def startup(say: Say) -> dict[str, float]:
-    """Seconds to import without torch (best of five processes, less a bare one), cold compile seconds, disk-cache hit milliseconds."""
-    bare = min(_process_seconds("pass") for _ in range(5))
-    imported = min(_process_seconds("import atomr_accel_flashattn as fa; fa.flash_attn_func, fa.run") for _ in range(5))
-    found = {"import_s": imported - bare} | _compile_times()
+    """Seconds to import without torch (best of five processes), cold compile seconds, disk-cache hit milliseconds."""
+    found = {"import_s": min(import_seconds() for _ in range(5))} | _compile_times()
     say(", ".join(f"{name} {value:.3f}" for name, value in found.items()))
     return found
 
 
-def _process_seconds(code: str) -> float:
-    """Of a process without what a machine's site may import at every start, NumPy for one: it would hide what we import."""
+def import_seconds(code: str = "import atomr_accel_flashattn as fa; fa.flash_attn_func, fa.run") -> float:
+    """Of a process of its own, by its own clock around the import: a difference of two processes is noise, and can be negative.
+
+    The process is without what a machine's site may import at every start, NumPy for one: it would hide what we import.
+    """
     environment: Mapping[str, str] = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-S", "-c", code], check=True, env=environment)  # noqa: S603 - our own interpreter
-    return time.perf_counter() - began
+    timed = f"import sys, time; began = time.perf_counter(); {code}; sys.stdout.write(str(time.perf_counter() - began))"
+    done = subprocess.run([sys.executable, "-S", "-c", timed], check=True, env=environment, capture_output=True, text=True)  # noqa: S603 - our own interpreter
+    return float(done.stdout)
 
 
 def _compile_times() -> dict[str, float]:

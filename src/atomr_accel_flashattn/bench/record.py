@@ -7,20 +7,28 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..env import settings
 
-__all__ = ["commit_id", "device_facts", "make_record", "versions", "write_record"]
+__all__ = ["commit_id", "device_facts", "load_average", "make_record", "versions", "write_record"]
 
-PACKAGES = (
-    *("atomr-accel-flashattn", "torch", "numpy", "ml_dtypes", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc"),
-    *("nvidia-cudnn-cu13", "nvidia-cudnn-frontend", "flash-attn-3", "flash-attn-4", "xformers"),
-)
+PACKAGES = ("atomr-accel-flashattn", "torch", "numpy", "ml_dtypes", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cudnn-cu13")
+# Distribution of each peer, and what is imported of it: some are on the path without being installed.
+PEERS = {
+    "nvidia-cudnn-frontend": "cudnn",
+    "flash-attn": "flash_attn",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn-4": "flash_attn.cute",
+    "xformers": "xformers",
+}
+_VERSION = re.compile(r"""^(?:__version__|version)\s*(?::\s*\w+\s*)?=\s*(?:__version__\s*=\s*)?["']([^"']+)["']""", re.MULTILINE)
 
 
 def commit_id(given: str | None = None) -> str:
@@ -81,18 +89,49 @@ def _cuda_of_driver() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that matter here, those that are installed."""
+    """Python and the packages that matter here, those that are there; a peer without its metadata by its own word, else ``unknown``."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    for package in (*PACKAGES, *PEERS):
+        number = _installed_version(package) or _own_version(PEERS.get(package, ""))
+        if number:
+            found[package] = number
     return found
 
 
+def _installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _own_version(module: str) -> str:
+    """What a package on the path says in its source, without importing it; empty when it is not there."""
+    try:
+        spec = find_spec(module) if module else None
+    except (ImportError, ValueError):  # the package around it is missing or does not import
+        spec = None
+    if spec is None:
+        return ""
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = [folder / name for folder in folders for name in ("version.py", "_version.py", "__init__.py")]
+    for file in (*files, *([Path(spec.origin)] if spec.origin else [])):
+        said = _VERSION.search(file.read_text(encoding="utf-8", errors="replace")) if file.suffix == ".py" and file.is_file() else None
+        if said:
+            return said[1]
+    return "unknown"
+
+
+def load_average() -> list[float] | None:
+    """Processes that ran or waited for a core, over the last 1, 5 and 15 minutes; None where the system does not count them."""
+    try:
+        return [round(value, 2) for value in os.getloadavg()]
+    except (OSError, AttributeError):
+        return None
+
+
 def make_record(kind: str, body: dict[str, Any], *, commit: str | None = None) -> dict[str, Any]:
-    """A record of one run: kind, time (UTC), commit, command (of absolute paths the last part), device, versions, then ``body``."""
+    """A record of one run: kind, time (UTC), commit, command (of absolute paths the last part), device, versions, load, then ``body``."""
     now = dt.datetime.now(dt.UTC).replace(microsecond=0)
     head: dict[str, Any] = {
         "kind": kind,
@@ -101,6 +140,7 @@ def make_record(kind: str, body: dict[str, Any], *, commit: str | None = None) -
         "command": shlex.join(Path(word).name if Path(word).is_absolute() else word for word in (Path(sys.argv[0]).name, *sys.argv[1:])),
         "device": device_facts(),
         "versions": versions(),
+        "load_average": load_average(),
     }
     return head | body
 

@@ -41,11 +41,12 @@ def bench(
     if list_cells:
         _list(cells, as_json=as_json)
         return
+    chosen = _names(peers) or None
+    _refuse_unknown(cells, chosen, _names(families))
     _require()
     from ..bench import HostOptions, Options, main, main_host
 
     say = (lambda _line: None) if as_json else typer.echo
-    chosen = _names(peers) or None
     with redirect_stdout(io.StringIO() if as_json else sys.stdout):
         try:
             if host:
@@ -65,6 +66,23 @@ def bench(
 
 def _names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",")) if text else ()
+
+
+def _refuse_unknown(cells: str | None, peers: tuple[str, ...] | None, families: tuple[str, ...]) -> None:
+    """Names that are none are told before a GPU is looked for.
+
+    Raises:
+        typer.BadParameter: a cell, peer or family that there is not.
+    """
+    from ..bench import Options
+    from ..bench.cells import select
+    from ..bench.forward import chosen_peers
+
+    try:
+        select(cells)
+        chosen_peers(Options(peers=peers, families=families))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _list(patterns: str | None, *, as_json: bool) -> None:

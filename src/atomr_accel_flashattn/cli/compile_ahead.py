@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import chain, combinations, product
 from pathlib import Path
@@ -15,12 +16,13 @@ from ..env import settings
 from ..errors import CacheError, CompileError, DispatchError
 from ..jit.cache import KernelCache
 from ..jit.compile import CompiledKernel, compile_many
-from ..kernels.spec import KernelSpec
+from ..kernels.spec import Family, KernelSpec
+from ..kernels.used import read_kernels
 from ..launch.driver import device_count, device_properties
 from ..limits import HEAD_DIM_WIDTHS
 from ..tiles.saved import read_saved_tiles, save_tiles
 from ..types import DType, SmArch
-from .output import Json, console, make_table, print_json, progress_bar, size_text, time_text
+from .output import Json, console, print_json, print_rows, progress_bar, size_text, time_text
 
 __all__ = ["GPU_ARCHS", "MASKS", "all_specs", "compile_ahead", "outcome_row", "specs_for"]
 
@@ -28,44 +30,109 @@ GPU_ARCHS = tuple(arch for arch in SmArch if arch is not SmArch.CPU)
 _LEFT_BOUND = ("sliding_causal", "sliding_full", "left_window")  # the last: window_size=(n, -1)
 MASKS = ("full", "causal", *_LEFT_BOUND)
 _DTYPES = (DType.F16, DType.BF16)
-_COMBINABLE = ("sink_tokens", "varlen", "gqa", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "prescale")
+_COMBINABLE = ("sink_tokens", "varlen", "gqa", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "scale_first")
 _PADDED = -8  # a head dim just below a width: the kernel that tests columns
 _SHOWN = 60
 
 
+def _names(values: Iterable[str]) -> Callable[[str], list[str]]:
+    """Completion of an option that takes one of ``values``."""
+    known = list(values)
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in known if value.startswith(incomplete)]
+
+    return complete
+
+
+_ARCH_NAMES = (*(arch.value for arch in GPU_ARCHS), "all")
+_DTYPE_NAMES = tuple(dtype.value for dtype in _DTYPES)
+
+
 def compile_ahead(
-    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, ... or 'all'; default: the GPUs of this machine, else all.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="f16, bf16; default: both.")] = None,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help="sm_80, sm_90, ... or 'all'; default: the GPUs of this machine, else all.", autocompletion=_names(_ARCH_NAMES)),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="f16, bf16; default: both.", autocompletion=_names(_DTYPE_NAMES))] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="Head dims, 8 to 256; default: 64 and 128.")] = None,
-    mask: Annotated[list[str] | None, typer.Option(help=f"{', '.join(MASKS)}; default: full and causal.")] = None,
+    mask: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(MASKS)}; default: full and causal.", autocompletion=_names(MASKS))
+    ] = None,
     feature: Annotated[
-        list[str] | None, typer.Option(help=f"Each is compiled on and off, in all combinations: {', '.join(_COMBINABLE)}.")
+        list[str] | None,
+        typer.Option(
+            help=f"Each is compiled on and off, in all combinations: {', '.join(_COMBINABLE)}.", autocompletion=_names(_COMBINABLE)
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All archs, types, widths, masks and combinations: many hours.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A folder to make a cache in, for ATOMR_FLASHATTN_CACHE_DIR elsewhere.")] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="The kernels that a run used: the file that ATOMR_FLASHATTN_RECORD_KERNELS named for it."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="A folder to make a cache in, for ATOMR_FLASHATTN_CACHE_DIR elsewhere.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Kernels at a time; default: one per core.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which kernels.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only count the kernels, and name them where they are few (--json: all).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compile kernels ahead of time into the cache. Needs no GPU. Status 1 when one does not compile."""
-    if everything:
-        specs = all_specs(_archs(arch or ["all"]))
+    narrowed = [name for name, given in (("--dtype", dtype), ("--head-dim", head_dim), ("--mask", mask), ("--feature", feature)) if given]
+    if like is not None and (narrowed or arch or everything):
+        beside = ", ".join([*narrowed, *(["--arch"] if arch else []), *(["--all"] if everything else [])])
+        raise typer.BadParameter(f"got it beside {beside}; a record names its kernels whole, so leave those out", param_hint="--like")
+    if everything and narrowed:
+        raise typer.BadParameter(f"got it beside {', '.join(narrowed)}; it takes all of them; --arch may stay", param_hint="--all")
+    if like is not None:
+        specs = read_kernels(like)
+    elif everything:
+        specs = _count_all(_archs(arch or ["all"]), hidden=as_json)
     else:
-        specs = specs_for(
-            _archs(arch), [_dtype(name) for name in dtype] if dtype else _DTYPES, head_dim or (64, 128), mask or MASKS[:2], feature or ()
-        )
+        specs = _asked_for(arch, dtype, head_dim or (64, 128), mask or MASKS[:2], feature or ())
     if dry_run:
         _show_plan(specs, as_json=as_json)
         return
     cache = _cache_to_fill(out)
-    with progress_bar(hidden=as_json) as bar:
-        task = bar.add_task(f"compiling {len(specs)} kernels", total=len(specs))
+    what = f"compiling {len(specs):,} kernels"
+    with progress_bar(what, hidden=as_json) as bar:
+        task = bar.add_task(what, total=len(specs))
         results = compile_many(specs, jobs, lambda _spec, _result: bar.advance(task), cache)
     _take_tiles_along(out)
     failures = [result for result in results if isinstance(result, CompileError)]
     _report(specs, results, cache, as_json=as_json)
     if failures:
         raise failures[0]
+
+
+def _asked_for(
+    arch: list[str] | None, dtype: list[str] | None, head_dims: Iterable[int], masks: Iterable[str], features: Iterable[str]
+) -> list[KernelSpec]:
+    """The kernels of the options.
+
+    Raises:
+        typer.BadParameter: a value that no kernel is made for.
+    """
+    try:
+        return specs_for(_archs(arch), [_dtype(name) for name in dtype] if dtype else _DTYPES, head_dims, masks, features)
+    except DispatchError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _count_all(archs: Sequence[SmArch], *, hidden: bool) -> list[KernelSpec]:
+    """:func:`all_specs`, which takes a minute or more, with what it has found so far on standard error."""
+    parts = len(archs) * len(_DTYPES) * 2 * len(HEAD_DIM_WIDTHS)
+    with progress_bar("counting the kernels", hidden=hidden) as bar:
+        task = bar.add_task("counting the kernels", total=parts)
+
+        def found(count: int) -> None:
+            bar.update(task, advance=1, description=f"counting the kernels: {count:,}")
+
+        return all_specs(archs, found)
 
 
 def _take_tiles_along(out: Path | None) -> None:
@@ -117,19 +184,26 @@ def specs_for(
     chosen = [(mask, *subset) for mask in masks for subset in _subsets(features) if mask in _LEFT_BOUND or "sink_tokens" not in subset]
     keys = (
         with_features(_masked(DispatchKey(arch, dtype, head_dim), mask), [*subset, *few])
-        for arch, dtype, head_dim, (mask, *subset), few in product(list(archs), list(dtypes), list(head_dims), chosen, ([], ["few_rows"]))
+        for arch, dtype, head_dim, (mask, *subset), few in product(list(archs), list(dtypes), list(head_dims), chosen, ([], ["short_q"]))
     )
     return list(dict.fromkeys(_kernels(keys)))
 
 
-def all_specs(archs: Iterable[SmArch]) -> list[KernelSpec]:
-    """The full product on ``archs``: exact and padded head dims of every width, both types, every mask and combination, dropout masks."""
+def all_specs(archs: Iterable[SmArch], found: Callable[[int], None] = lambda _count: None) -> list[KernelSpec]:
+    """The full product on ``archs``: exact and padded head dims of every width, both types, every mask and combination, dropout masks.
+
+    ``found`` is called after each arch, type and head dim, with the number of kernels so far.
+    """
     archs = list(archs)
     head_dims = [width + change for width in HEAD_DIM_WIDTHS for change in (0, _PADDED)]
+    specs: dict[KernelSpec, None] = {}
+    for arch, dtype, head_dim in product(archs, _DTYPES, head_dims):
+        specs.update(dict.fromkeys(specs_for([arch], [dtype], [head_dim], MASKS, _COMBINABLE)))
+        found(len(specs))
     patterns = (
         with_features(DispatchKey(arch, DType.F16, 64, varlen=varlen), ["dropout_mask"]) for arch in archs for varlen in (False, True)
     )
-    return list(dict.fromkeys([*specs_for(archs, _DTYPES, head_dims, MASKS, _COMBINABLE), *_kernels(patterns)]))
+    return list(dict.fromkeys([*specs, *_kernels(patterns)]))
 
 
 def _masked(key: DispatchKey, mask: str) -> DispatchKey:
@@ -138,9 +212,17 @@ def _masked(key: DispatchKey, mask: str) -> DispatchKey:
 
 def _kernels(keys: Iterable[DispatchKey]) -> Iterator[KernelSpec]:
     for key in keys:
-        spec = lookup(key)
-        if isinstance(spec, KernelSpec):
-            yield spec
+        for spec in map(lookup, _as_calls_ask(key)):
+            if isinstance(spec, KernelSpec):
+                yield spec
+
+
+def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
+    """A key in the forms that calls give it, which choose by lengths and strides: with few tiles a block each, heads packed or not."""
+    for persistent, pack_gqa in product(
+        (None, False) if key.family is Family.FA3 else (None,), (True, False) if key.packs_heads else (True,)
+    ):
+        yield replace(key, extras=replace(key.extras, persistent=persistent, pack_gqa=pack_gqa))
 
 
 def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
@@ -152,13 +234,11 @@ def _archs(names: list[str] | None) -> list[SmArch]:
     if names is None:
         here = [arch_of_capability(*device_properties(index).compute_capability) for index in range(device_count())]
         return list(dict.fromkeys(here)) or list(GPU_ARCHS)
-    if "all" in names:
-        return list(GPU_ARCHS)
-    known = {arch.value: arch for arch in SmArch if arch is not SmArch.CPU}
-    wrong = [name for name in names if name not in known]
+    known = {arch.value: arch for arch in GPU_ARCHS}
+    wrong = [name for name in names if name not in {*known, "all"}]
     if wrong:
-        raise DispatchError(f"arch: got {', '.join(wrong)}; allowed are {', '.join(arch.value for arch in GPU_ARCHS)} and all")
-    return [known[name] for name in names]
+        raise typer.BadParameter(f"arch: got {', '.join(wrong)}; allowed are {', '.join(known)} and all")
+    return list(GPU_ARCHS) if "all" in names else [known[name] for name in names]
 
 
 def _dtype(name: str) -> DType:
@@ -187,7 +267,12 @@ def outcome_row(result: CompiledKernel | CompileError) -> dict[str, Any]:
 
 def _show_plan(specs: list[KernelSpec], *, as_json: bool) -> None:
     if as_json:
-        print_json({"kernels": [{"kernel": spec.kernel_name, **asdict(spec)} for spec in specs]})
+        print_json({"count": len(specs), "kernels": [{"kernel": spec.kernel_name, **asdict(spec)} for spec in specs]})
+        return
+    per_arch = Counter(spec.arch.value for spec in specs)
+    typer.echo(f"{len(specs):,} kernels: {', '.join(f'{count:,} for {arch}' for arch, count in per_arch.items())}")
+    if len(specs) > _SHOWN:
+        typer.echo("--json names them")
         return
     for spec in specs:
         typer.echo(spec.kernel_name)
@@ -201,11 +286,9 @@ def _report(specs: list[KernelSpec], results: list[CompiledKernel | CompileError
         return
     made = [row for row in rows if "error" not in row]
     screen = console()
-    if len(made) <= _SHOWN:
-        numeric = ("registers", "shared", "spills", "cubin", "time")
-        table = make_table("", ("kernel", "arch", *numeric, "cache"), numeric=numeric)
-        for row in made:
-            table.add_row(
+    if made and len(made) <= _SHOWN:
+        cells = [
+            (
                 row["kernel"],
                 row["arch"],
                 str(row["registers"]),
@@ -215,10 +298,15 @@ def _report(specs: list[KernelSpec], results: list[CompiledKernel | CompileError
                 time_text(row["seconds"]),
                 "hit" if row["cache_hit"] else "miss",
             )
-        screen.print(table)
+            for row in made
+        ]
+        numeric = ("registers", "shared", "spills", "cubin", "time")
+        spare = ("arch", "cubin", "shared", "cache", "spills", "registers", "time")
+        print_rows(screen, "", ("kernel", "arch", *numeric, "cache"), cells, numeric=numeric, spare=spare)
     hits = sum(row["cache_hit"] for row in made)
     total = size_text(sum(row["cubin_bytes"] for row in made))
     screen.print(
-        f"{len(specs)} kernels: {len(made) - hits} compiled, {hits} from the cache, {len(specs) - len(made)} failed; {total} in {where}",
+        f"{len(specs):,} kernels: {len(made) - hits:,} compiled, {hits:,} from the cache, {len(specs) - len(made):,} failed; "
+        f"{total} in {where}",
         soft_wrap=True,
     )

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from ..demo import Backend, Case, CaseResult, choose_backend, draw, kernels_of, load_cases, run_case
 from ..errors import CompileError
 from ..jit.compile import CompiledKernel, compile_many
 from .compile_ahead import GPU_ARCHS, outcome_row
-from .matrix import render_matrix, support_matrix
-from .output import Json, console, make_table, print_json, progress_bar, size_text, time_text
+from .matrix import collapsed, render_matrix, support_matrix
+from .output import Json, console, is_narrow, make_table, print_json, print_rows, progress_bar, size_text, step, time_text
 
 __all__ = ["PICTURE", "demo"]
 
@@ -37,21 +38,30 @@ def demo(
     if draws:
         _make_folder(out)
     screen = Console(quiet=True) if as_json else console()
-    backend = choose_backend(device)
+    with step("looking for a GPU", hidden=as_json):
+        backend = choose_backend(device)
     _greet(screen, backend)
 
-    cases = load_cases(tokens)
-    results = [run_case(case, backend) for case in cases]
+    with step("computing in float64 what is expected", hidden=as_json):
+        cases = load_cases(tokens)
+    results = []
+    for case in cases:
+        with step(f"running {case.title}", hidden=as_json):
+            results.append(run_case(case, backend))
     _show_results(screen, cases, results)
 
     compiled = _compile(cases, hidden=as_json) if compile_kernels else []
     if compiled:
         _show_kernels(screen, compiled)
     table = support_matrix()
-    screen.print(render_matrix(table))
+    screen.print(render_matrix(collapsed(table), narrow=is_narrow(screen), reasons=False))
+    screen.print("atomr-flashattn matrix has a row for each feature, and the reasons of refusals\n")
 
-    picture = _draw(out, cases, results, backend) if draws else None
-    screen.print(f"picture: {picture or 'none, matplotlib is not installed (the extra [demo] brings it)'}", soft_wrap=True, markup=False)
+    picture = None
+    if draws:
+        with step("drawing", hidden=as_json):
+            picture = _draw(out, cases, results, backend)
+    screen.print(f"picture: {picture or 'none, matplotlib is not installed (the extra [demo] brings it)'}", soft_wrap=True)
     if as_json:
         print_json(
             {
@@ -70,57 +80,81 @@ def demo(
 
 
 def _greet(screen: Console, backend: Backend) -> None:
-    where = f"[bold]{backend.name}[/]"
+    where = [(backend.name, "bold")]
     if backend.device.kind == "cpu":
-        where = f"the [bold]CPU backend[/] ({backend.why}): the same semantics, kernels are compiled and not run"
-    screen.print(f"Running on {where}\n", soft_wrap=True)
+        where = [("the CPU backend", "bold"), (f" ({backend.why}): the same semantics, kernels are compiled and not run", "")]
+    screen.print(Text.assemble("Running on ", *where, "\n"))
 
 
 def _show_results(screen: Console, cases: Sequence[Case], results: Sequence[CaseResult]) -> None:
+    title = f"Attention on {results[0].backend}, compared with what is known"
+    if is_narrow(screen):
+        screen.print(title, style="bold")
+        for case, result in zip(cases, results, strict=True):
+            screen.print(
+                Text.assemble(
+                    f"{case.title}: {case.shape}\n",
+                    f"  kernel  {result.kernel}\n",
+                    f"  error   {result.error:.2e}, allowed {result.allowed:.2e} ({case.origin}): ",
+                    _verdict(result),
+                    f"\n  time    {time_text(result.seconds)}, first call {time_text(result.first_seconds)}\n",
+                ),
+                soft_wrap=True,
+            )
+        return
     numeric = ("error", "allowed", "first call", "time")
-    table = make_table(
-        f"Attention on {results[0].backend}, compared with what is known",
-        ("case", "kernel", "compared with", *numeric, ""),
-        numeric=numeric,
-    )
+    table = make_table(title, ("case", "kernel", "compared with", *numeric, ""), numeric=numeric)
     for case, result in zip(cases, results, strict=True):
         table.add_row(
-            f"{case.title}\n[dim]{case.shape}[/]",
+            Text.assemble(f"{case.title}\n", (case.shape, "dim")),
             result.kernel,
             case.origin,
             f"{result.error:.2e}",
             f"{result.allowed:.2e}",
             time_text(result.first_seconds),
             time_text(result.seconds),
-            "[green]ok[/]" if result.passed else "[bold red]WRONG[/]",
+            _verdict(result),
         )
     screen.print(table)
+
+
+def _verdict(result: CaseResult) -> Text:
+    return Text("ok", "green") if result.passed else Text("WRONG", "bold red")
 
 
 def _compile(cases: Sequence[Case], *, hidden: bool) -> list[CompiledKernel | CompileError]:
     specs = kernels_of(cases, GPU_ARCHS)
-    with progress_bar(hidden=hidden) as bar:
-        task = bar.add_task("compiling for every arch", total=len(specs))
+    what = f"compiling {len(specs)} kernels, for every arch"
+    with progress_bar(what, hidden=hidden) as bar:
+        task = bar.add_task(what, total=len(specs))
         return compile_many(specs, progress=lambda _spec, _result: bar.advance(task))
 
 
 def _show_kernels(screen: Console, results: Sequence[CompiledKernel | CompileError]) -> None:
+    rows = [_kernel_row(row) for row in map(outcome_row, results)]
     numeric = ("registers", "shared", "spills", "time")
-    table = make_table("Their kernels, for every supported arch", ("arch", "kernel", *numeric, "cache"), numeric=numeric)
-    for row in map(outcome_row, results):
-        if "error" in row:
-            table.add_row("", row["kernel"], "", "", "", "", "[bold red]failed[/]")
-            continue
-        table.add_row(
-            row["arch"],
-            row["kernel"],
-            str(row["registers"]),
-            size_text(row["shared_bytes"]),
-            f"{row['spill_bytes']} B" if row["spill_bytes"] else "none",
-            time_text(row["seconds"]),
-            "hit" if row["cache_hit"] else "miss",
-        )
-    screen.print(table)
+    print_rows(
+        screen,
+        "Their kernels, for every supported arch",
+        ("kernel", "arch", *numeric, "cache"),
+        rows,
+        numeric=numeric,
+        spare=("arch", "shared", "cache", "spills", "registers", "time"),
+    )
+
+
+def _kernel_row(row: Mapping[str, Any]) -> tuple[str | Text, ...]:
+    if "error" in row:
+        return (Text(f"{row['kernel']}: failed", "bold red"), "", "", "", "", "", "")
+    return (
+        row["kernel"],
+        row["arch"],
+        str(row["registers"]),
+        size_text(row["shared_bytes"]),
+        f"{row['spill_bytes']} B" if row["spill_bytes"] else "none",
+        time_text(row["seconds"]),
+        "hit" if row["cache_hit"] else "miss",
+    )
 
 
 def _make_folder(out: Path) -> None:

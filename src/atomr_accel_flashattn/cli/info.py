@@ -8,13 +8,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from ..dispatch import arch_of_capability
-from ..env import settings
+from ..env import VARIABLES, settings
 from ..errors import ArchUnsupportedError, CacheError, FlashAttnError
 from ..jit.cache import KernelCache
 from ..jit.nvrtc import nvrtc_version
 from ..launch.driver import MINIMUM_DRIVER, device_count, device_properties, driver_version
-from .output import Json, console, make_table, print_json, size_text
+from .output import Json, console, make_table, print_json, print_rows, size_text
 
 __all__ = ["gather", "info"]
 
@@ -39,7 +41,7 @@ def info(as_json: Json = False) -> None:
     screen = console()
     versions = make_table("Versions", ("what", "version"))
     for name, number in found["versions"].items():
-        versions.add_row(name, number or "[dim]not installed[/]")
+        versions.add_row(name, number or Text("not installed", "dim"))
     screen.print(versions)
 
     if found["devices"]:
@@ -49,21 +51,19 @@ def info(as_json: Json = False) -> None:
                 f"cuda:{device['index']}",
                 device["name"],
                 device["compute_capability"],
-                device["arch"] or f"[red]{device['refused']}[/]",
+                device["arch"] or Text(device["refused"], "red"),
                 str(device["multiprocessors"]),
                 size_text(device["memory_bytes"]),
             )
         screen.print(devices)
     else:
-        screen.print(f"[bold]Devices[/]\nno GPU: {found['no_device']}", soft_wrap=True)
+        screen.print(Text.assemble(("Devices", "bold"), f"\nno GPU: {found['no_device']}\n"), soft_wrap=True)
 
-    environment = make_table("Settings (ATOMR_FLASHATTN_*)", ("setting", "value"))
-    for name, value in found["settings"].items():
-        environment.add_row(name, "-" if value is None else str(value))
-    screen.print(environment)
+    rows = [(name, "-" if value in {None, ""} else str(value)) for name, value in found["settings"].items()]
+    print_rows(screen, "Settings", ("environment variable", "value"), rows)
     held = found["cache"]
     contents = held["refused"] or f"{held['kernels']} kernels, {size_text(held['bytes'])}, in {held['directory']}"
-    screen.print(f"[bold]Cache[/]\n{contents}", soft_wrap=True)
+    screen.print(Text.assemble(("Cache", "bold"), f"\n{contents}"), soft_wrap=True)
 
 
 def gather() -> dict[str, Any]:
@@ -73,7 +73,7 @@ def gather() -> dict[str, Any]:
         "versions": _versions(),
         "devices": devices,
         "no_device": reason,
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings()).items()},
+        "settings": {VARIABLES[name]: str(value) if isinstance(value, Path) else value for name, value in asdict(settings()).items()},
         "cache": _cache(),
     }
 

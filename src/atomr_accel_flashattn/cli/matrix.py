@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
-from rich.markup import escape
+from rich.text import Text
 
 from ..dispatch import DISPATCH_TABLE, FEATURES, Cell, arch_of_capability
 from ..errors import CacheError, FeatureNotBuiltError
 from ..types import DType, SmArch
-from .output import Json, console, make_table, print_json
+from .gpu_record import MATRIX_HEAD_DIM, wgmma_or_mma
+from .output import Json, console, is_narrow, make_table, print_json
 
-__all__ = ["END_MARK", "START_MARK", "Matrix", "markdown", "matrix", "render_matrix", "rendered_readme", "support_matrix"]
+__all__ = ["END_MARK", "START_MARK", "Matrix", "collapsed", "markdown", "matrix", "render_matrix", "rendered_readme", "support_matrix"]
 
 START_MARK = "<!-- matrix: start -->"
 END_MARK = "<!-- matrix: end -->"
@@ -27,18 +28,18 @@ _LABELS = {
     "full": "full",
     "causal": "causal",
     "sliding_causal": "sliding causal",
-    "sliding_full": "sliding full, `window_size`",
+    "sliding_full": "sliding full (`window_size`)",
     "sink_tokens": "sink tokens",
     "varlen": "varlen (`cu_seqlens`)",
-    "gqa": "MQA / GQA, any ratio",
+    "gqa": "MQA / GQA at any ratio",
     "alibi": "ALiBi",
     "softcap": "softcap",
     "learned_sink": "learned sink",
     "dropout": "dropout",
     "dropout_mask": "dropout pattern out",
     "unaligned": "any alignment",
-    "prescale": "zero or negative scale",
-    "few_rows": "short sequences of q, with their own tile",
+    "scale_first": "zero or negative scale",
+    "short_q": "short sequences of q (own tile)",
     "backward": "backward",
     "paged": "paged KV cache",
     "split": "split KV",
@@ -53,22 +54,7 @@ _DTYPE_LABELS = {
     DType.F8E4M3: "fp8 e4m3",
     DType.F8E5M2: "fp8 e5m2",
 }
-_HEAD_DIM = 128
 _SHORT_NAME = re.compile(r"^NVIDIA (GeForce |Tesla )?| (\d+ ?GB|PCIe|SXM\d?|HBM\d\w?|NVL).*$")
-# How the ids of the GPU tests name what they exercise, where that is not the feature's own name.
-_TEST_MARKS = {
-    "f16": r"(?<!b)f16",
-    "full": r"-full\b",
-    "causal": r"-causal\b",
-    "sliding_causal": r"band\(\d+,0\)",
-    "sliding_full": r"band\(\d+,[1-9]",
-    "sink_tokens": r"\dsink",
-    "gqa": r"h\d+kv\d",
-    "dropout_mask": "dropout",
-    "unaligned": "odd",
-    "prescale": r"scale(-|0(?!\.))",
-    "few_rows": rf"\bq\d{{1,3}}-.*d{_HEAD_DIM}\b",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +81,18 @@ class Matrix:
 
 
 def matrix(
-    record: Annotated[Path | None, typer.Option(help="A record of a GPU test run (benchmarks/results/gpu_tests.json).")] = None,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
-    write: Annotated[Path | None, typer.Option(help="Replace the table between the markers of this file.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(exists=True, help="A record of a GPU test run (benchmarks/results/gpu_tests.json), or its folder.")
+    ] = None,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of the README, where rows of equal cells are one.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Replace the table between the markers of this file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show which feature runs, compiles or is refused on which architecture."""
+    """Show which feature runs, compiles or is refused on which architecture, a row a feature."""
     table = support_matrix(record)
     if write is not None:
         write.write_text(rendered_readme(write.read_text(encoding="utf-8"), table), encoding="utf-8")
@@ -109,7 +101,8 @@ def matrix(
     elif as_markdown:
         typer.echo(markdown(table))
     else:
-        console().print(render_matrix(table))
+        screen = console()
+        screen.print(render_matrix(table, narrow=is_narrow(screen)))
 
 
 def support_matrix(record: Path | None = None) -> Matrix:
@@ -129,11 +122,11 @@ def support_matrix(record: Path | None = None) -> Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """What a card has been seen to do: its short name, its architecture, the ids of the tests that passed on it, and the code's commit."""
+    """What a card has been seen to do: its short name and architecture, the tests that passed by family and feature, the code's commit."""
 
     card: str = ""
     arch: SmArch | None = None
-    passed: tuple[str, ...] = ()
+    passed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     commit: str = ""
 
     @classmethod
@@ -151,7 +144,7 @@ class Runs:
             found = json.loads(newest.read_text(encoding="utf-8"))
             failed = found["outcomes"].get("failed", 0)
             major, minor = map(int, found["device"]["compute_capability"].split("."))
-            passed = tuple(cell["test"] for cell in found["cells"] if cell["outcome"] == "passed")
+            passed = {str(group): dict(counts) for group, counts in found["passed"].items()}
             card, commit = _SHORT_NAME.sub("", found["device"]["name"]), str(found["commit"] or "")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(f"{newest}: no record of a GPU test run ({error!r}); make one with make gpu-test") from error
@@ -162,13 +155,12 @@ class Runs:
 
         Hopper, whose calls compile for sm_90a, runs the kernels of sm_90 too.
         """
-        mark, wgmma = _TEST_MARKS.get(feature, feature), arch is SmArch.SM_90A
         on_this_card = self.arch in ({arch, SmArch.SM_90A} if arch is SmArch.SM_90 else {arch})
-        return on_this_card and any(re.search(mark, test) for test in self.passed if ("fa3" in test) == wgmma)
+        return on_this_card and self.passed.get(wgmma_or_mma(wgmma=arch is SmArch.SM_90A), {}).get(feature, 0) > 0
 
 
 def _row(runs: Runs, mark: str, dtype: DType, features: Sequence[str] = ()) -> tuple[Entry, ...]:
-    return tuple(_entry(DISPATCH_TABLE.cell(arch, dtype, _HEAD_DIM, features), runs, mark) for arch in SmArch)
+    return tuple(_entry(DISPATCH_TABLE.cell(arch, dtype, MATRIX_HEAD_DIM, features), runs, mark) for arch in SmArch)
 
 
 def _entry(cell: Cell, runs: Runs, feature: str) -> Entry:
@@ -180,31 +172,56 @@ def _entry(cell: Cell, runs: Runs, feature: str) -> Entry:
     return Entry("ran", f"ran on {runs.card}") if runs.did(cell.key.arch, feature) else Entry("compiles", "compiles")
 
 
-def render_matrix(table: Matrix) -> RenderableType:
-    """For a terminal: the table, and below it the reasons of refusals, numbered."""
-    screen = make_table("What is supported", ("", *table.archs))
+def collapsed(table: Matrix) -> Matrix:
+    """The table with rows of equal cells as one, their names joined; cells that are refused are equal whatever the reason."""
+    rows: dict[tuple[str, ...], list[str]] = {}
     for name, entries in table.rows.items():
-        screen.add_row(name.replace("`", ""), *(_coloured(entry, table) for entry in entries))
-    notes = "\n".join(f"[dim]{number}[/] {escape(reason)}" for number, reason in enumerate(table.reasons, 1))
-    return Group(screen, f"[dim]- is a refusal; its reason:[/]\n{notes}\n")
+        rows.setdefault(tuple(entry.text for entry in entries), []).append(name)
+    return Matrix(table.archs, {", ".join(names): table.rows[names[0]] for names in rows.values()}, table.commit)
 
 
-def _coloured(entry: Entry, table: Matrix) -> str:
+def render_matrix(table: Matrix, *, narrow: bool = False, reasons: bool = True) -> RenderableType:
+    """For a terminal: the table, and below it the reasons of refusals, numbered.
+
+    Args:
+        table: all rows, or those of :func:`collapsed`, which needs ``reasons=False``.
+        narrow: marks of one or two letters, and architectures without ``sm_``; fits 80 columns.
+        reasons: number the refusals and list why.
+    """
+    archs = [arch.removeprefix("sm_") for arch in table.archs] if narrow else table.archs
+    screen = make_table("What is supported", ("", *archs), padding=0 if narrow else (0, 1))
+    for column in screen.columns[1:]:
+        column.no_wrap = True
+    for name, entries in table.rows.items():
+        screen.add_row(name.replace("`", ""), *(_mark(entry, table, narrow=narrow, numbered=reasons) for entry in entries))
+    legend = [_legend(table)] if narrow else []
+    notes = [f"{number}. {reason}" for number, reason in enumerate(table.reasons, 1)] if reasons else []
+    head = ["- is a refusal; its reason:"] if reasons else []
+    return Group(screen, *legend, *head, *notes, "")
+
+
+def _mark(entry: Entry, table: Matrix, *, narrow: bool, numbered: bool) -> Text:
     colour = {"runs": "green", "ran": "green", "compiles": "cyan", "refused": "dim"}[entry.state]
-    return f"[{colour}]{f'- {table.reasons.index(entry.reason) + 1}' if entry.reason else entry.text}[/]"
+    if entry.reason:
+        number = str(table.reasons.index(entry.reason) + 1) if numbered else ""
+        return Text(f"-{number}" if narrow else f"- {number}".rstrip(), colour)
+    return Text({"runs": "+", "ran": "+", "compiles": "c"}[entry.state] if narrow else entry.text, colour)
 
 
-def _cell(entry: Entry, table: Matrix) -> str:
-    return f"{entry.text} {table.reasons.index(entry.reason) + 1}" if entry.reason else entry.text
+def _legend(table: Matrix) -> str:
+    entries = [entry for row in table.rows.values() for entry in row]
+    ran = list(dict.fromkeys(entry.text for entry in entries if entry.state == "ran"))
+    return f"+ runs{', or ' + ran[0] if ran else ''}; c compiles; - is refused. 80 to 120 are sm_80 to sm_120."
 
 
 def markdown(table: Matrix) -> str:
-    """For the README: the same table, with refusals as numbers and the reasons as a list."""
-    lines = [f"| | {' | '.join(table.archs)} |", f"|---|{'---|' * len(table.archs)}"]
-    lines += [f"| {name} | {' | '.join(_cell(entry, table) for entry in entries)} |" for name, entries in table.rows.items()]
-    reasons = [f"{number}. {reason}" for number, reason in enumerate(table.reasons, 1)]
+    """For the README: a row for all features whose cells are equal, and the reasons of refusals as a list."""
+    short = collapsed(table)
+    lines = [f"| | {' | '.join(short.archs)} |", f"|---|{'---|' * len(short.archs)}"]
+    lines += [f"| {name} | {' | '.join(entry.text for entry in entries)} |" for name, entries in short.rows.items()]
     ran = [f"What ran on a card is commit {table.commit}.", ""] if table.commit else []
-    return "\n".join([*lines, "", *ran, "A number is a refusal, by name and with this reason:", "", *reasons])
+    reasons = [f"- {reason}" for reason in table.reasons]
+    return "\n".join([*lines, "", *ran, "What is refused, by name and with its reason:", "", *reasons])
 
 
 def rendered_readme(text: str, table: Matrix) -> str:

@@ -15,7 +15,7 @@ from ..errors import CacheError, DeviceMismatchError, RuntimeFlashAttnError
 from ..kernels.spec import Family
 from ..launch.driver import device_count
 from ..types import DType
-from .output import Json, console, make_table, print_json, progress_bar, time_text
+from .output import Json, console, make_table, print_json, print_rows, progress_bar, time_text
 from .tune_shapes import Shape, shapes_of
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def tune(
     budget: Annotated[float, typer.Option(min=1, help="Seconds after which nothing more is begun.")] = 600.0,
     max_spill: Annotated[int, typer.Option(min=0, help="Bytes per thread above which a tile is not timed.")] = 64,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Keep the winners in the cache folder.")] = True,
-    table: Annotated[bool, typer.Option("--table", help="Also print the winners as rows of jit/tiles.py.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A folder that gets a record of the run.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Also print the winners as rows of tiles/tables.py.")] = False,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="A folder that gets a record of the run.")] = None,
     as_json: Json = False,
 ) -> None:
     """Search tiles, stages and scheduler for a shape on this card; later calls use the winners. Needs a GPU and torch.
@@ -180,7 +180,7 @@ def _document(
             {
                 "shape": str(result.cell),
                 "kernel": result.spec.kernel_name,
-                "few_rows": result.few_rows,
+                "short_q": result.short_q,
                 "seconds": result.seconds,
                 "complete": result.complete,
                 "tiles": [
@@ -211,7 +211,7 @@ def _document(
 def _winner(winner: Winner) -> dict[str, Any]:
     return {
         "kernel": winner.spec.kernel_name,
-        "few_rows": winner.few_rows,
+        "short_q": winner.short_q,
         "tile": str(winner.tile),
         "speedup": winner.speedup,
         "shapes": winner.shapes,
@@ -229,10 +229,8 @@ def _record(document: dict[str, Any], folder: Path | None) -> Path | None:
 
 def _conclude(found: Sequence[Winner], rows: Sequence[str], left: Sequence[str], path: Path | None, record: Path | None) -> None:
     numeric = ("speed",)
-    winners_table = make_table("winners", ("kernel", "tile", *numeric, "shapes"), numeric=numeric)
-    for winner in found:
-        winners_table.add_row(winner.kernel, str(winner.tile), f"{winner.speedup:.3f}", str(len(winner.shapes)))
-    console().print(winners_table)
+    cells = [(winner.kernel, str(winner.tile), f"{winner.speedup:.3f}", str(len(winner.shapes))) for winner in found]
+    print_rows(console(), "winners", ("kernel", "tile", *numeric, "shapes"), cells, numeric=numeric, spare=("shapes", "speed"))
     lines = [
         *rows,
         *([f"the budget did not last for {', '.join(left)}"] if left else []),
@@ -240,4 +238,4 @@ def _conclude(found: Sequence[Winner], rows: Sequence[str], left: Sequence[str],
         *([f"record: {record}"] if record is not None else []),
     ]
     for line in lines:
-        console().print(line, soft_wrap=True, markup=False)
+        console().print(line, soft_wrap=True)

@@ -9,7 +9,7 @@ from ..kernels.spec import Family, KernelSpec, Tile
 from ..launch.driver import device_properties
 from ..limits import MAX_GRID, VECTOR_BYTES
 from ..problem import ArrayInfo, AttentionProblem
-from ..tiles.tables import has_few_rows
+from ..tiles.tables import is_short_q
 from ..types import Device, SmArch
 from .arch import best_arch
 from .key import DispatchKey, Extras
@@ -49,9 +49,10 @@ def key_of_problem(
     key = _asked(problem, arch, out, family)
     if arch is SmArch.CPU:
         return key
-    packs = key.packs_heads and _rows_can_be_packed(problem, key)
-    few_rows = has_few_rows(problem.head_dim, problem.v_head_dim, problem.seqlen_q * (key.gqa_ratio if packs else 1))
-    choices = replace(key.extras, pack_gqa=packs, few_rows=few_rows, tile=tile)
+    may_pack = _rows_can_be_packed(problem, key)
+    packs = key.packs_heads and may_pack
+    short_q = is_short_q(problem.head_dim, problem.v_head_dim, problem.seqlen_q * (key.gqa_ratio if packs else 1))
+    choices = replace(key.extras, pack_gqa=may_pack, short_q=short_q, tile=tile)
     choices = replace(choices, persistent=persistent, persistent_blocks=persistent_blocks)
     key = replace(key, extras=choices)
     if persistent is None and _runs_here(problem.q.device, arch):
@@ -86,7 +87,7 @@ def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, famil
             dropout=problem.dropout is not None,
             learned_sink=problem.learned_sink is not None,
             load_align=align,
-            prescale=problem.softmax_scale < _SMALL_SCALE,
+            scale_first=problem.softmax_scale < _SMALL_SCALE,
             family=family or (Family.FA3 if arch is SmArch.SM_90A else Family.FA2 if arch is not SmArch.CPU else None),
         ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import inf
 from typing import Any, Final, Literal
 
@@ -15,8 +15,7 @@ from ..types import DType, SmArch
 __all__ = ["DispatchKey", "Extras"]
 
 _FLAGS: Final = ("causal", "varlen", "alibi", "paged")  # of a key: any other object would count as True
-_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "prescale", "few_rows")
-_YES_NO_OPEN: Final = ("persistent", "pack_gqa")
+_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "scale_first", "short_q", "pack_gqa")
 
 
 def _check_all(*checks: tuple[str, object, bool, str]) -> None:
@@ -45,6 +44,11 @@ def _is_head_dim(value: Any, step: int) -> bool:
     return _is_at_least(1, value) and value <= MAX_HEAD_DIM and value % step == 0
 
 
+def _is_tile(value: Any) -> bool:
+    """A Tile of integers and flags; whether there is a kernel with it is for ``lookup`` to say."""
+    return isinstance(value, Tile) and all(type(getattr(value, each.name)).__name__ == each.type for each in fields(Tile))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extras:
     """The rest of a key; everything has a default.
@@ -61,14 +65,14 @@ class Extras:
         kv_layout: layout of a paged cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
         left_pad: whether sequences are padded on the left.
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads, and TMA needs it.
-        prescale: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
+        scale_first: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
         family: the family that is wanted, None is the best one of the arch.
-        pack_gqa: whether the query heads that share K and V are rows of one tile; None leaves it to ``DispatchKey.packs_heads``.
+        pack_gqa: whether the query heads that share K and V may be rows of one tile; ``DispatchKey.packs_heads`` says whether they are.
         persistent: whether blocks take tile after tile; None is what the tile says: yes in the wgmma family, no in the mma.sync family,
             unless the tile that is used was tuned with the other answer.
         persistent_blocks: how many persistent blocks, None is as many as the SMs hold.
         tiles_for: the arch whose tiles are borrowed (tests run them on the card at hand).
-        few_rows: whether no sequence has more rows than the tile for short q is meant for (tiles/tables.py), where there is one. Rows are
+        short_q: whether no sequence has more rows than the tile for short q is meant for (tiles/tables.py), where there is one. Rows are
             queries, times the query heads of a KV head where the kernel packs those.
         tile: how the work is cut; None is the tile that was tuned for this kernel on this machine, or else that of the package.
 
@@ -87,13 +91,13 @@ class Extras:
     kv_layout: str = "NHD"
     left_pad: bool = False
     load_align: int = VECTOR_BYTES
-    prescale: bool = False
+    scale_first: bool = False
     family: Family | None = None
-    pack_gqa: bool | None = None
+    pack_gqa: bool = True
     persistent: bool | None = None
     persistent_blocks: int | None = None
     tiles_for: SmArch | None = None
-    few_rows: bool = False
+    short_q: bool = False
     tile: Tile | None = None
 
     def __post_init__(self) -> None:
@@ -110,8 +114,8 @@ class Extras:
             ("family", self.family, self.family is None or isinstance(self.family, Family), "None or a Family"),
             ("tiles_for", self.tiles_for, self.tiles_for is None or isinstance(self.tiles_for, SmArch), "None or an SmArch"),
             ("persistent_blocks", blocks, blocks is None or asked_blocks, "None, or an integer >= 1 with persistent=True"),
-            ("tile", tile, tile is None or (isinstance(tile, Tile) and not self.tiles_for), "None, or a Tile without tiles_for"),
-            *(_one_of(name, getattr(self, name), None, True, False) for name in _YES_NO_OPEN),
+            ("tile", tile, tile is None or (_is_tile(tile) and not self.tiles_for), "None, or a Tile without tiles_for"),
+            _one_of("persistent", self.persistent, None, True, False),
             *(_one_of(name, getattr(self, name), True, False) for name in _EXTRA_FLAGS),
         )
 
@@ -172,11 +176,6 @@ class DispatchKey:
                 f"sink: got {self.sink} with sliding_window={window}; "
                 "allowed with a window whose left side is >= 0, because it lifts that bound"
             )
-        if self.extras.pack_gqa and not self._may_pack_heads:
-            raise DispatchError(
-                f"pack_gqa: got True with gqa_ratio {self.gqa_ratio}, alibi {self.alibi}, dropout {self.extras.dropout} and the "
-                f"{self.family.value} family; allowed in the fa3 family with ratios that divide 64, without what differs between heads"
-            )
 
     @property
     def v_head_dim(self) -> int:
@@ -207,10 +206,6 @@ class DispatchKey:
 
     @property
     def packs_heads(self) -> bool:
-        """Whether the query heads that share K and V are rows of one tile: where they can be, unless the key says otherwise."""
-        return self._may_pack_heads and self.extras.pack_gqa is not False
-
-    @property
-    def _may_pack_heads(self) -> bool:
-        """Not with what differs between heads, slopes and dropout."""
-        return self.family is Family.FA3 and fits_warpgroup(self.gqa_ratio) and not (self.alibi or self.extras.dropout)
+        """Whether the query heads that share K and V are rows of one tile: not with what differs between heads, slopes and dropout."""
+        fits = self.family is Family.FA3 and fits_warpgroup(self.gqa_ratio) and not (self.alibi or self.extras.dropout)
+        return fits and self.extras.pack_gqa

@@ -98,7 +98,7 @@ def _forward(key: DispatchKey) -> ForwardSpec:
         sink_tokens=key.sink > 0,
         alibi=key.alibi,
         softcap=extras.softcap > 0,
-        prescale=extras.prescale,
+        scale_first=extras.scale_first,
         learned_sink=extras.learned_sink,
         dropout=extras.dropout,
         varlen=key.varlen,
@@ -113,7 +113,7 @@ def _arch_of_mma(arch: SmArch) -> SmArch:
 
 def _with_chosen_tile(spec: ForwardSpec, extras: Extras) -> ForwardSpec:
     """``spec`` with the tile that the key names, else the one that was tuned for it on this machine, else its own."""
-    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec, few_rows=extras.few_rows))
+    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec, short_q=extras.short_q))
     if tile is None:
         return spec
     chosen = replace(spec, tile=tile if extras.persistent is None else replace(tile, persistent=extras.persistent))
@@ -125,7 +125,7 @@ def _with_chosen_tile(spec: ForwardSpec, extras: Extras) -> ForwardSpec:
 
 def _wgmma_tile(key: DispatchKey, width: int, v_width: int) -> Tile:
     extras = key.extras
-    tile = wgmma_tile_for(width, v_width, dropout=extras.dropout, alibi=key.alibi, softcap=extras.softcap > 0, few_rows=extras.few_rows)
+    tile = wgmma_tile_for(width, v_width, dropout=extras.dropout, alibi=key.alibi, softcap=extras.softcap > 0, short_q=extras.short_q)
     return replace(tile, persistent=extras.persistent is not False)
 
 
@@ -140,7 +140,7 @@ def _is_plain(key: DispatchKey, width: int, v_width: int) -> bool:
     """What :func:`~..tiles.tables.tile_for` calls plain: nothing needs registers beside the products and the softmax."""
     extras = key.extras
     masked = key.left_bound or key.right_bound or extras.dropout
-    scored = key.alibi or extras.softcap > 0 or extras.prescale
+    scored = key.alibi or extras.softcap > 0 or extras.scale_first
     whole = (key.head_dim, key.v_head_dim) == (width, v_width) and key.aligned
     return whole and not (masked or scored or key.varlen)
 

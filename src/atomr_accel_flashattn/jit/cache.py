@@ -8,8 +8,9 @@ An entry is three files with one stem, ``<kernel name>-<16 hex digits of its key
   not hold is not an entry: torn, truncated and half-written files are misses.
 
 ``cuda.core.utils`` has a file cache too. This one differs where it counts here: a hit loads neither cuda.core (0.15 s to import) nor NVRTC
-(0.01-0.18 s to load) into a process that only wants to launch; no path of the building machine is part of a key and files follow the
-umask instead of being private to their owner, so a cache can be shipped; it verifies what it reads, and keeps registers and spills.
+(0.01-0.18 s to load) into a process that only wants to launch; no path of the building machine is part of a key and files can be
+read by all, so a cache can be shipped; it verifies what it reads, and keeps registers and spills. What somebody else can have written is
+not loaded (:mod:`.trust`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from typing import Any
 
 from ..env import settings
 from ..errors import CacheError, CacheWarning
+from . import trust
+from .trust import Trust, UntrustedError
 
 __all__ = ["CacheEntry", "CacheKey", "KernelCache", "Record", "default_cache"]
 
@@ -77,11 +80,12 @@ class CacheEntry:
 
 
 class KernelCache:
-    """One folder of compiled kernels, safe to share between threads, processes and users.
+    """One folder of compiled kernels, safe to share between threads and processes; between users, as SECURITY.md says.
 
     What fails while a kernel is looked up or kept is no error: the caller gets a miss, and a :class:`CacheWarning` once per folder and
-    operation. What fails when it was asked for (:meth:`list`, :meth:`verify`, :meth:`clear`) raises :class:`CacheError`; so does
-    everything with ``strict``, for a cache that is being made to be shipped.
+    operation. A folder or file that somebody else can have written is such a miss. What fails when it was asked for (:meth:`list`,
+    :meth:`verify`, :meth:`clear`) raises :class:`CacheError`; so does everything with ``strict``, for a cache that is being made to be
+    shipped. Folders are made with mode 0700, and with 0755 where they are to be shipped.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, readonly: bool = False, strict: bool = False) -> None:
@@ -99,11 +103,15 @@ class KernelCache:
         """The entry of ``key``; None when there is none, or none that is whole."""
         base = os.path.join(self.directory, key.stem)  # noqa: PTH118 - pathlib costs 20 us here
         try:
-            with open(base + ".json", "rb") as file:  # noqa: PTH123
-                text = file.read()
-            with open(base + ".cubin", "rb") as file:  # noqa: PTH123
-                cubin = file.read()
+            folder = self._trusted()
+            if folder is None:
+                return None
+            text = trust.read_trusted(base + ".json", folder)
+            cubin = trust.read_trusted(base + ".cubin", folder)
         except FileNotFoundError:
+            return None
+        except UntrustedError as error:
+            self._leave_out(error)
             return None
         except OSError as error:
             self._warn("read", error)
@@ -119,10 +127,11 @@ class KernelCache:
             return False
         whole = {**asdict(record), "cubin_sha256": hashlib.sha256(cubin).hexdigest(), "cubin_bytes": len(cubin)}
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._write(key.stem + ".cu", source.encode())
-            self._write(key.stem + ".cubin", cubin)
-            self._write(key.stem + ".json", json.dumps(whole, indent=1).encode())
+            if not self._made():
+                return False
+            trust.write_file(self.directory / (key.stem + ".cu"), source.encode())
+            trust.write_file(self.directory / (key.stem + ".cubin"), cubin)
+            trust.write_file(self.directory / (key.stem + ".json"), json.dumps(whole, indent=1).encode())
         except OSError as error:
             self._warn("write", error)
             return False
@@ -130,13 +139,14 @@ class KernelCache:
 
     def save_source(self, key: CacheKey, source: str) -> Path | None:
         """Keep the text of a kernel that did not compile, for its error message; None when it cannot be kept."""
-        if self.readonly:
-            return None
+        path = self.directory / (key.stem + ".cu")
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            return self._write(key.stem + ".cu", source.encode())
+            if self.readonly or not self._made():
+                return None
+            trust.write_file(path, source.encode())
         except OSError:
             return None
+        return path
 
     @contextlib.contextmanager
     def single_flight(self, key: CacheKey) -> Iterator[None]:
@@ -157,18 +167,20 @@ class KernelCache:
             return
         import filelock
 
-        path = self.directory / "locks" / f"{key.digest[:16]}.lock"
-        lock = filelock.FileLock(path, timeout=_LOCK_SECONDS, thread_local=False)
+        lock = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(poll_interval=_LOCK_POLL_SECONDS)
+            if self._made():
+                path = trust.lock_folder(self.directory) / f"{key.digest[:16]}.lock"
+                lock = filelock.FileLock(path, timeout=_LOCK_SECONDS, thread_local=False)
+                lock.acquire(poll_interval=_LOCK_POLL_SECONDS)
         except (OSError, NotImplementedError):  # filelock.Timeout is an OSError
             yield
             return
         try:
             yield
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
 
     def list(self) -> tuple[Record, ...]:
         """The records of all whole-looking entries, by name. Cubins are not read: :meth:`verify` does that."""
@@ -178,11 +190,17 @@ class KernelCache:
     def verify(self) -> tuple[int, tuple[str, ...]]:
         """Read every entry and remove what is not whole. Returns the number of good entries and the stems of the removed ones.
 
+        Entries that :meth:`problems` names are neither: they are not loaded, and stay for people to look at.
+
         Raises:
             CacheError: the folder cannot be read, or a bad entry cannot be removed.
         """
         good, bad = 0, []
-        for stem in self._stems():
+        folder = self._examined()
+        stems = () if folder.problem else self._stems()
+        for stem in stems:
+            if any(self._problems_of(stem, folder)):
+                continue
             record = _parse(self._read(stem + ".json"))
             if record is not None and record.cubin_sha256 == hashlib.sha256(self._read(stem + ".cubin")).hexdigest():
                 good += 1
@@ -191,6 +209,17 @@ class KernelCache:
         for stem in bad:
             self._remove(stem)
         return good, tuple(bad)
+
+    def problems(self) -> tuple[str, ...]:
+        """What is not loaded because somebody else can have written it, with the reason: the whole folder, or entries in it.
+
+        Raises:
+            CacheError: the folder cannot be read.
+        """
+        folder = self._examined()
+        if folder.problem:
+            return (f"{self.directory}: {folder.problem}",)
+        return tuple(problem for stem in self._stems() for problem in self._problems_of(stem, folder))
 
     def clear(self) -> int:
         """Remove every entry, saved source and lock. Returns the number of entries removed; files of others in the folder stay.
@@ -242,18 +271,51 @@ class KernelCache:
             except OSError as error:
                 raise CacheError(f"cannot remove {self.directory / (stem + suffix)}: {error.strerror or error}") from error
 
-    def _write(self, name: str, data: bytes) -> Path:
-        """Write through a temporary name in the same folder, so that no reader ever sees half a file. Mode: the user's umask."""
-        target = self.directory / name
-        temporary = self.directory / f".new-{os.getpid()}-{threading.get_ident()}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    def _made(self) -> bool:
+        """Whether the folder may be written, which is made where it is missing.
+
+        Raises:
+            OSError: it cannot be made.
+            CacheError: with ``strict``, a folder that others can write.
+        """
+        trust.make_folder(self.directory, mode=0o755 if self.strict else 0o700)
+        return self._trusted() is not None
+
+    def _trusted(self) -> Trust | None:
+        """Whose files are loaded from the folder; None, with a warning, when nothing is.
+
+        Raises:
+            OSError: it cannot be looked at.
+            CacheError: with ``strict``, instead of the warning.
+        """
+        folder = trust.check_folder(os.fspath(self.directory), readonly=self.readonly)
+        if not folder.problem:
+            return folder
+        if self.strict:
+            raise CacheError(f"cannot use the kernel cache {self.directory}: {folder.problem}")
+        trust.warn_folder(str(self.directory), folder.problem)
+        return None
+
+    def _leave_out(self, error: UntrustedError) -> None:
+        trust.warn_once(
+            f"entry {self.directory}",
+            f"{error.filename} is not loaded: {error.strerror}; it is compiled again. atomr-flashattn cache verify names all such files",
+        )
+
+    def _examined(self) -> Trust:
         try:
-            temporary.write_bytes(data)
-            temporary.replace(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        return target
+            return trust.examine_folder(os.fspath(self.directory), readonly=self.readonly)
+        except FileNotFoundError:
+            return Trust()
+        except OSError as error:
+            raise CacheError(f"cannot read the kernel cache {self.directory}: {error.strerror or error}") from error
+
+    def _problems_of(self, stem: str, folder: Trust) -> Iterator[str]:
+        for suffix in (".json", ".cubin"):
+            with contextlib.suppress(FileNotFoundError):
+                problem = trust.file_problem((self.directory / (stem + suffix)).lstat(), folder.owners)
+                if problem:
+                    yield f"{stem}{suffix}: {problem}"
 
     def _warn(self, operation: str, error: OSError) -> None:
         if self.strict:

@@ -59,7 +59,7 @@ class ForwardSpec(KernelSpec):
     sink_tokens: bool = False
     alibi: bool = False
     softcap: bool = False
-    prescale: bool = False  # scale before the maximum: needed when softmax_scale <= 0
+    scale_first: bool = False  # scale before the maximum: needed when softmax_scale <= 0
     learned_sink: bool = False
     dropout: bool = False
     varlen: bool = False
@@ -100,7 +100,7 @@ class ForwardSpec(KernelSpec):
             "sink_tokens": self.sink_tokens,
             "alibi": self.alibi,
             "softcap": self.softcap,
-            "scale_first": self.prescale,
+            "scale_first": self.scale_first,
             "learned_sink": self.learned_sink,
             "dropout": self.dropout,
             "varlen": self.varlen,

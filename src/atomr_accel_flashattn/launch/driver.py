@@ -131,7 +131,7 @@ def device_count() -> int:
 
 @cache
 def device_properties(index: int) -> DeviceProperties:
-    """Name, compute capability, multiprocessors and memory of GPU ``index``."""
+    """Name, compute capability, SMs and memory of GPU ``index``."""
     cuda = driver()
     device = _device(index)
     attribute = cuda.CUdevice_attribute

@@ -20,6 +20,7 @@ from ..jit.cache import KernelCache
 from ..jit.compile import CompiledKernel, compile_kernel
 from ..kernels.params import KernelParams
 from ..kernels.spec import KernelSpec
+from ..kernels.used import record_kernel
 from .counters import LEGACY_STREAMS, counters_for
 from .driver import LaunchConfig, check, cuda_error, current_context, device_properties, driver, launch_function, primary_context
 from .tensor_map import TENSOR_MAP_ALIGNMENT, encode, move, move_function
@@ -251,6 +252,7 @@ def load_kernel(spec: KernelSpec, device_index: int, cache: KernelCache | None =
             kernel = _loaded.get(key)
             if kernel is None:
                 kernel = _loaded[key] = _load(spec, device_index, cache)
+                record_kernel(spec)
     return kernel
 
 

@@ -125,7 +125,7 @@ def _key(request: FaFwdDispatch, tiles_for: SmArch | None) -> DispatchKey:
     key = request.dispatch_key()
     if tiles_for is None:
         return key
-    choices = replace(key.extras, tiles_for=tiles_for, family=None, pack_gqa=None, few_rows=False)
+    choices = replace(key.extras, tiles_for=tiles_for, family=None, short_q=False)
     choices = replace(choices, persistent=None, persistent_blocks=None)
     return replace(key, extras=choices)
 

@@ -153,18 +153,22 @@ def _layout(info: ArrayInfo) -> tuple[Any, ...]:
 _plans: dict[Key, Plan] = {}
 
 
+def _key_of(request: FaFwdDispatch) -> Key | None:
+    """A request's own key, not that of another which it forwards attributes to."""
+    key: Key | None = getattr(request, "plan_key", None)
+    return None if key is None or key[0] is not type(request) or settings().debug else key
+
+
 def find(request: FaFwdDispatch, *, dropout_mask: bool = False) -> Plan | None:
     """The plan of requests like this one, if there is one. In debug mode there is none, so that every launch is waited for."""
-    key: Key | None = getattr(request, "plan_key", None)
-    if key is None or settings().debug:
-        return None
-    return _plans.get((key, dropout_mask))
+    key = _key_of(request)
+    return None if key is None else _plans.get((key, dropout_mask))
 
 
 def keep(request: FaFwdDispatch, plan: Plan, *, dropout_mask: bool = False) -> None:
     """Let further requests like this one go by ``plan``."""
-    key: Key | None = getattr(request, "plan_key", None)
-    if key is None or settings().debug:
+    key = _key_of(request)
+    if key is None:
         return
     if len(_plans) >= MAX_PLANS:
         clear()

@@ -2,7 +2,8 @@
 
 An entry belongs to one kernel in all but its tile, on one kind of device, compiled from one state of the headers that it includes. It is
 found by what is asked, never by the data. The file is read once per process; a folder without one costs an attempt to open it. What is
-wrong with the file, or with one entry, is a :class:`CacheWarning` during a call, and an error only while tiles are being saved.
+wrong with the file, or with one entry, is a :class:`CacheWarning` during a call, and an error only while tiles are being saved. A file
+that somebody else can have written is not read (:mod:`..jit.trust`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Final
 
 from ..env import settings
 from ..errors import CacheError, CacheWarning, CompileError
+from ..jit import trust
 from ..jit.headers import closure_digest
 from ..kernels.forward import ForwardSpec
 from ..kernels.spec import Tile
@@ -36,6 +38,7 @@ __all__ = [
     "remove_saved_tiles",
     "save_tiles",
     "saved_tile",
+    "saved_tiles_problem",
 ]
 
 SAVED_TILES: Final = "tuned_tiles.json"
@@ -97,17 +100,17 @@ def device_identity(index: int) -> tuple[str, str]:
     return found.name, "{}.{}".format(*found.compute_capability)
 
 
-def kernel_without_tile(spec: ForwardSpec, *, few_rows: bool = False) -> str:
-    """The canonical name of a kernel but for its tile, and whether it has few rows: equal for the kernels that a search compares."""
-    return "_".join(part for part in (*spec.kernel_name.split("_"), *(["fewrows"] if few_rows else [])) if part != str(spec.tile))
+def kernel_without_tile(spec: ForwardSpec, *, short_q: bool = False) -> str:
+    """The canonical name of a kernel but for its tile, and whether it has short q: equal for the kernels that a search compares."""
+    return "_".join(part for part in (*spec.kernel_name.split("_"), *(["shortq"] if short_q else [])) if part != str(spec.tile))
 
 
-def saved_tile(spec: ForwardSpec, *, few_rows: bool = False) -> Tile | None:
+def saved_tile(spec: ForwardSpec, *, short_q: bool = False) -> Tile | None:
     """The tile that was saved for this kernel on the first visible GPU that has one; None where none was, or none that fits any more."""
     here = settings()
     if here.tuned_tiles_disabled or here.cache_disabled or here.cache_dir is None:
         return None
-    name = kernel_without_tile(spec, few_rows=few_rows)
+    name = kernel_without_tile(spec, short_q=short_q)
     kept = _tiles_by_kernel(here.cache_dir).get(name)
     if not kept:
         return None
@@ -122,12 +125,21 @@ def saved_tile(spec: ForwardSpec, *, few_rows: bool = False) -> Tile | None:
 
 
 def read_saved_tiles(folder: Path) -> tuple[SavedTile, ...]:
-    """All entries of the file in ``folder``, current or not; empty, with a warning, when it is damaged or of another format."""
+    """All entries of the file in ``folder``, current or not; empty, with a warning, when it is damaged, of another format, or others'."""
     path = os.path.join(folder, SAVED_TILES)  # noqa: PTH118 - pathlib costs 20 us here
     try:
-        with open(path, "rb") as file:  # noqa: PTH123
-            document = json.loads(file.read())
+        os.lstat(path)
+        found = trust.examine_folder(str(folder), readonly=settings().cache_readonly)
+        if found.problem:
+            trust.warn_folder(str(folder), found.problem)
+            return ()
+        document = json.loads(trust.read_trusted(path, found))
     except FileNotFoundError:
+        return ()
+    except trust.UntrustedError as error:
+        trust.warn_once(
+            f"tiles {path}", f"{path} is not read: {error.strerror}. The tiles that come with the package are used; see SECURITY.md"
+        )
         return ()
     except (OSError, ValueError) as error:
         _warn(f"cannot read {path} ({error}); the tiles that come with the package are used. Remove it, or run atomr-flashattn tune")
@@ -142,6 +154,15 @@ def read_saved_tiles(folder: Path) -> tuple[SavedTile, ...]:
     return tuple(entry for entry in entries if entry is not None)
 
 
+def saved_tiles_problem(folder: Path) -> str:
+    """Name and reason of the file in a good ``folder`` that is not read, for somebody else can have written it; else empty."""
+    with contextlib.suppress(FileNotFoundError):
+        known = trust.examine_folder(str(folder), readonly=settings().cache_readonly)
+        problem = "" if known.problem else trust.file_problem((folder / SAVED_TILES).lstat(), known.owners)
+        return f"{SAVED_TILES}: {problem}" if problem else ""
+    return ""
+
+
 def save_tiles(tiles: Iterable[SavedTile], folder: Path) -> Path:
     """Add entries to the file in ``folder``, in the place of older ones for the same kernel, device and headers; returns its path.
 
@@ -154,12 +175,15 @@ def save_tiles(tiles: Iterable[SavedTile], folder: Path) -> Path:
 
     path = folder / SAVED_TILES
     try:
-        (folder / "locks").mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / "locks" / "tuned_tiles.lock", timeout=_LOCK_SECONDS):
+        trust.make_folder(folder)
+        found = trust.check_folder(str(folder))
+        if found.problem:
+            raise CacheError(f"cannot keep tiles in {path}: nothing is loaded from its folder: {found.problem}")
+        with filelock.FileLock(trust.lock_folder(folder) / "tuned_tiles.lock", timeout=_LOCK_SECONDS):
             _refuse_other_format(path)
             merged = {entry.identity: entry for entry in (*read_saved_tiles(folder), *tiles)}
             document = {"format": _FORMAT, "tiles": [asdict(merged[identity]) for identity in sorted(merged)]}
-            _replace(path, json.dumps(document, indent=1) + "\n")
+            trust.write_file(path, (json.dumps(document, indent=1) + "\n").encode())
     except (OSError, NotImplementedError) as error:  # filelock.Timeout is an OSError
         raise CacheError(f"cannot keep tiles in {path}: {error}; name a folder that can be written, or tune with --no-save") from error
     forget_saved_tiles()
@@ -174,7 +198,8 @@ def remove_saved_tiles(folder: Path) -> int:
     """
     count = len(read_saved_tiles(folder))
     try:
-        (folder / SAVED_TILES).unlink(missing_ok=True)
+        for name in (SAVED_TILES, SAVED_TILES + trust.SET_ASIDE):
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise CacheError(f"cannot remove {folder / SAVED_TILES}: {error.strerror or error}") from error
     forget_saved_tiles()
@@ -189,6 +214,8 @@ def forget_saved_tiles() -> None:
 @cache
 def _tiles_by_kernel(folder: Path) -> Mapping[str, Mapping[tuple[str, str], Tile]]:
     """Kernel -> device -> tile, of the entries that count with these headers."""
+    with contextlib.suppress(OSError):
+        trust.check_folder(str(folder), readonly=settings().cache_readonly)  # which narrows one of our own
     found: dict[str, dict[tuple[str, str], Tile]] = {}
     for entry in read_saved_tiles(folder):
         if entry.current:
@@ -216,17 +243,6 @@ def _refuse_other_format(path: Path) -> None:
             raise CacheError(
                 f"{path} is no file of saved tiles of format {_FORMAT}; it is left as it is: move it away, or name another folder"
             )
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".new-{os.getpid()}-{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def _warn(text: str) -> None:

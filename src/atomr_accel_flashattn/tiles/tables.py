@@ -9,7 +9,7 @@ from ..kernels.spec import Family, Tile
 from ..limits import HEAD_DIM_WIDTHS, PHILOX_KEYS
 from ..types import SmArch
 
-__all__ = ["has_few_rows", "has_row_for_few_rows", "head_dim_width", "row_of", "tile_for", "wgmma_tile_for"]
+__all__ = ["has_row_for_short_q", "head_dim_width", "is_short_q", "row_of", "tile_for", "wgmma_tile_for"]
 
 # Architectures with at least 163 KB of shared memory per block.
 _LARGE = {
@@ -63,8 +63,8 @@ _WGMMA = {
     (256, 256): Tile(block_m=128, block_n=64, warps=12, stages=2, ping_pong=True),
 }
 # Up to so many rows of Q, multiples of 192 waste more than three warpgroups win, and the fixed cost of a tile counts more.
-_FEW_ROWS = {(64, 64): 2048, (128, 128): 1024}
-_WGMMA_FEW_ROWS = {
+_SHORT_Q = {(64, 64): 2048, (128, 128): 1024}
+_WGMMA_SHORT_Q = {
     (64, 64): Tile(block_m=256, block_n=64, warps=20, stages=4, ping_pong=True),
     (128, 128): Tile(block_m=128, block_n=128, warps=12, stages=3, ping_pong=True),
 }
@@ -81,15 +81,15 @@ def head_dim_width(head_dim: int) -> int:
     return next(width for width in HEAD_DIM_WIDTHS if width >= head_dim)
 
 
-def has_few_rows(head_dim: int, v_head_dim: int, rows: int) -> bool:
-    """Whether sequences of up to ``rows`` rows take the tile for few rows of :func:`wgmma_tile_for`, where these head dims have one."""
-    return rows <= _FEW_ROWS.get((head_dim_width(head_dim), head_dim_width(v_head_dim)), 0)
+def is_short_q(head_dim: int, v_head_dim: int, rows: int) -> bool:
+    """Whether sequences of up to ``rows`` rows take the tile for short q of :func:`wgmma_tile_for`, where these head dims have one."""
+    return rows <= _SHORT_Q.get((head_dim_width(head_dim), head_dim_width(v_head_dim)), 0)
 
 
-def has_row_for_few_rows(spec: ForwardSpec) -> bool:
-    """Whether the table of its family has a tile for few rows at the widths of ``spec``."""
+def has_row_for_short_q(spec: ForwardSpec) -> bool:
+    """Whether the table of its family has a tile for short q at the widths of ``spec``."""
     widths = (spec.head_dim, spec.v_head_dim)
-    return spec.family is Family.FA3 and widths in _WGMMA_FEW_ROWS and not (spec.softcap and widths in _WITH_SOFTCAP)
+    return spec.family is Family.FA3 and widths in _WGMMA_SHORT_Q and not (spec.softcap and widths in _WITH_SOFTCAP)
 
 
 def row_of(spec: ForwardSpec) -> str:
@@ -104,7 +104,7 @@ def wgmma_tile_for(
     dropout: bool = False,
     alibi: bool = False,
     softcap: bool = False,
-    few_rows: bool = False,
+    short_q: bool = False,
 ) -> Tile:
     """The tile of the wgmma family for two widths.
 
@@ -114,7 +114,7 @@ def wgmma_tile_for(
         dropout: whether the Philox generator needs registers, and key tiles of whole calls of it.
         alibi: whether slopes need registers.
         softcap: whether a cap does.
-        few_rows: what :func:`has_few_rows` says.
+        short_q: what :func:`is_short_q` says.
     """
     widths, wider = (head_dim, v_head_dim), max(head_dim, v_head_dim)
     tile = _WGMMA.get(widths) or _WGMMA[wider, wider]
@@ -122,8 +122,8 @@ def wgmma_tile_for(
         return _WITH_DROPOUT if dropout else _WITH_ALIBI_AND_SOFTCAP
     if softcap and widths in _WITH_SOFTCAP:
         tile = _WITH_SOFTCAP[widths]
-    elif few_rows and widths in _WGMMA_FEW_ROWS:
-        tile = _WGMMA_FEW_ROWS[widths]
+    elif short_q and widths in _WGMMA_SHORT_Q:
+        tile = _WGMMA_SHORT_Q[widths]
     if dropout:
         keys = 64 if tile.warps == _THREE_WARPGROUPS else _DROPOUT_KEYS
         tile = replace(tile, block_n=min(tile.block_n, keys) // PHILOX_KEYS * PHILOX_KEYS)

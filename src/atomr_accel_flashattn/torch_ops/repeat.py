@@ -87,7 +87,10 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
     slopes, learned_sink, out = others
     plain = numbers if _are_plain(numbers) else _told_apart(numbers)
     if (
-        plain is None or (packing is not None and not type(packing[2]) is type(packing[3]) is int) or hooks.forward_ad._current_level >= 0  # noqa: SLF001 - a tensor may have a tangent, which the guard does not see
+        plain is None
+        or (packing is not None and not type(packing[2]) is type(packing[3]) is int)
+        or hooks.forward_ad._current_level >= 0  # noqa: SLF001 - a tensor may have a tangent, which the guard does not see
+        or hooks.count_modes()  # make_fx may be recording
     ):
         return None, None
     if slopes is not None or learned_sink is not None or out is not None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ..kernels.forward import ForwardSpec
 from ..tiles.saved import kernel_without_tile
-from ..tiles.tables import has_row_for_few_rows
+from ..tiles.tables import has_row_for_short_q
 
 __all__ = ["Group", "by_kernel", "by_table_row"]
 
@@ -15,21 +15,21 @@ __all__ = ["Group", "by_kernel", "by_table_row"]
 class Group(Protocol):
     """What a group of shapes has in common."""
 
-    def __call__(self, spec: ForwardSpec, *, few_rows: bool) -> Hashable:
+    def __call__(self, spec: ForwardSpec, *, short_q: bool) -> Hashable:
         """Equal for shapes that share a winner.
 
         Args:
             spec: the kernel of a shape.
-            few_rows: whether the key of the shape says so (``Extras.few_rows``).
+            short_q: whether the key of the shape says so (``Extras.short_q``).
         """
         ...
 
 
-def by_kernel(spec: ForwardSpec, *, few_rows: bool) -> Hashable:
+def by_kernel(spec: ForwardSpec, *, short_q: bool) -> Hashable:
     """Those that one kernel serves with one tile: what is saved in the user's cache."""
-    return kernel_without_tile(spec, few_rows=few_rows)
+    return kernel_without_tile(spec, short_q=short_q)
 
 
-def by_table_row(spec: ForwardSpec, *, few_rows: bool) -> Hashable:
-    """Those that share a row of the tables in tiles/tables.py, of which there is another for few rows at some widths."""
-    return (spec.family, spec.arch, spec.head_dim, spec.v_head_dim, few_rows and has_row_for_few_rows(spec))
+def by_table_row(spec: ForwardSpec, *, short_q: bool) -> Hashable:
+    """Those that share a row of the tables in tiles/tables.py, of which there is another for short q at some widths."""
+    return (spec.family, spec.arch, spec.head_dim, spec.v_head_dim, short_q and has_row_for_short_q(spec))

@@ -74,7 +74,7 @@ class ShapeResult:
 
     cell: Cell
     spec: ForwardSpec  # with the tile in use
-    few_rows: bool  # whether the shape's key says so (Extras.few_rows)
+    short_q: bool  # whether the shape's key says so (Extras.short_q)
     trials: list[Trial]
     seconds: float
     complete: bool  # whether the budget lasted for every candidate and round
@@ -91,7 +91,7 @@ class _Search:
     def __init__(self, cell: Cell, options: Options, watch: Watch) -> None:
         self.cell, self.options, self.watch = cell, options, watch
         self.stand = _stand(cell, options)
-        self.spec, self.few_rows = self.stand.spec, self.stand.few_rows
+        self.spec, self.short_q = self.stand.spec, self.stand.short_q
         self.trials: dict[Tile, Trial] = {}
         self.contestants: dict[Tile, Contestant] = {}
         self.cut_short = False
@@ -151,7 +151,7 @@ class _Search:
         return ShapeResult(
             cell=self.cell,
             spec=self.spec,
-            few_rows=self.few_rows,
+            short_q=self.short_q,
             trials=trials,
             seconds=self.seconds,
             complete=not self.cut_short,
@@ -215,7 +215,7 @@ def tune_shapes(
             searches.append(_screened(cell, options, began + _SCREENING * options.budget, watch(cell)))
         groups: dict[Hashable, list[_Search]] = {}
         for search in searches:
-            groups.setdefault(options.group(search.spec, few_rows=search.few_rows), []).append(search)
+            groups.setdefault(options.group(search.spec, short_q=search.short_q), []).append(search)
         for members in groups.values():
             finalists = _finalists(members)
             for search in members:
@@ -290,7 +290,7 @@ def _stand(cell: Cell, options: Options) -> Stand:
     if not isinstance(spec, ForwardSpec) or (options.family is not None and spec.family is not options.family):
         wanted = "a GPU kernel" if options.family is None else options.family.value
         raise DispatchError(f"family: got {wanted} for {cell}, which resolves to {spec.kernel_name} here; leave --family out")
-    return Stand(cell, sets, spec, few_rows=key.extras.few_rows)
+    return Stand(cell, sets, spec, short_q=key.extras.short_q)
 
 
 def _card() -> tuple[torch.device, int]:

@@ -76,13 +76,13 @@ class Stand:
         cell: the shape.
         sets: inputs, together more than the L2 cache holds.
         spec: the kernel whose tiles are compared.
-        few_rows: whether the key of the shape says so.
+        short_q: whether the key of the shape says so.
     """
 
-    def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: ForwardSpec, *, few_rows: bool) -> None:
+    def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: ForwardSpec, *, short_q: bool) -> None:
         self.cell = cell
         self.sets: Sequence[Inputs] = sets
-        self.spec, self.few_rows = spec, few_rows
+        self.spec, self.short_q = spec, short_q
         self._outs = [_output(cell, inputs) for inputs in sets]
         self._launched: dict[tuple[KernelSpec, int], Tile] = {}
 

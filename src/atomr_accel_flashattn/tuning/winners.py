@@ -13,7 +13,7 @@ from ..dispatch import forget_lookups
 from ..kernels.forward import ForwardSpec
 from ..kernels.spec import Tile
 from ..tiles.saved import SavedTile, device_identity, headers_identity, kernel_without_tile, save_tiles
-from ..tiles.tables import has_row_for_few_rows, row_of
+from ..tiles.tables import has_row_for_short_q, row_of
 from ..torch_ops import repeat as plans
 from .groups import Group
 from .search import ShapeResult
@@ -30,14 +30,14 @@ class Winner:
 
     Attributes:
         spec: a kernel of the group, with the tile in use.
-        few_rows: whether the keys of the group say so (``Extras.few_rows``); of a group of both, what the first shape's says.
+        short_q: whether the keys of the group say so (``Extras.short_q``); of a group of both, what the first shape's says.
         tile: the winner; the tile in use where nothing was faster by one percent.
         speedup: geometric mean over the shapes, over the tile in use.
         shapes: their names.
     """
 
     spec: ForwardSpec
-    few_rows: bool
+    short_q: bool
     tile: Tile
     speedup: float
     shapes: tuple[str, ...]
@@ -45,7 +45,7 @@ class Winner:
     @property
     def kernel(self) -> str:
         """The name that a winner of :func:`~.groups.by_kernel` is saved under."""
-        return kernel_without_tile(self.spec, few_rows=self.few_rows)
+        return kernel_without_tile(self.spec, short_q=self.short_q)
 
 
 def winners(results: Sequence[ShapeResult], group: Group) -> list[Winner]:
@@ -53,7 +53,7 @@ def winners(results: Sequence[ShapeResult], group: Group) -> list[Winner]:
     groups: dict[Hashable, list[ShapeResult]] = {}
     for result in results:
         if result.in_use.ms is not None:
-            groups.setdefault(group(result.spec, few_rows=result.few_rows), []).append(result)
+            groups.setdefault(group(result.spec, short_q=result.short_q), []).append(result)
     return [_winner(members) for members in groups.values()]
 
 
@@ -67,7 +67,7 @@ def _winner(results: Sequence[ShapeResult]) -> Winner:
         best = spec.tile
     return Winner(
         spec=spec,
-        few_rows=results[0].few_rows,
+        short_q=results[0].short_q,
         tile=best,
         speedup=1 / scores.get(best, 1.0),
         shapes=tuple(str(result.cell) for result in results),
@@ -110,10 +110,10 @@ def keep(found: Sequence[Winner], folder: Path, device_index: int) -> Path:
 
 
 def table_row(winner: Winner) -> str:
-    """A winner of :func:`~.groups.by_table_row` as a row of its table in tiles/tables.py; its comment says when that is for few rows."""
-    spec, tile, few_rows = winner.spec, winner.tile, winner.few_rows and has_row_for_few_rows(winner.spec)
+    """A winner of :func:`~.groups.by_table_row` as a row of its table in tiles/tables.py; its comment says when that is for short q."""
+    spec, tile, short_q = winner.spec, winner.tile, winner.short_q and has_row_for_short_q(winner.spec)
     row = row_of(spec)
-    table = f"{spec.family.value} {spec.arch.value}{', few rows' if few_rows else ''}"
+    table = f"{spec.family.value} {spec.arch.value}{', short q' if short_q else ''}"
     told = [
         f"{f.name}={getattr(tile, f.name)}" for f in fields(Tile) if f.name not in _NOT_IN_TABLES and getattr(tile, f.name) != f.default
     ]

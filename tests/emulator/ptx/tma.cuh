@@ -24,8 +24,8 @@ inline void load_box(uint32_t dst, const TensorMap* map, uint32_t barrier, int r
   FlatTensor tensor;
   std::memcpy(&tensor, map->bytes, sizeof tensor);
   const int row_bytes = tensor.box[0] * 2;
-  if (dst % (8 * row_bytes) != 0) throw std::runtime_error("tensor copy: the target is not on a swizzle period");
-  if (rank != tensor.rank) throw std::runtime_error("tensor copy: the tensor map has another rank");
+  if (dst % (8 * row_bytes) != 0) throw std::runtime_error("TMA: the target is not on a swizzle period");
+  if (rank != tensor.rank) throw std::runtime_error("TMA: the tensor map has another rank");
   emulator::machine->engine.push_back([=] {
     const int rows = tensor.box[1] * tensor.box[2] * tensor.box[3] * tensor.box[4];
     for (int r = 0; r < rows; ++r) {

@@ -1,4 +1,5 @@
-// Config, the one template parameter of a kernel. jit/source.py writes it from a KernelSpec with
+// SPDX-License-Identifier: Apache-2.0
+// Config, the one template parameter of a kernel. kernels/forward.py writes it from a KernelSpec with
 // designated initialisers.
 #pragma once
 

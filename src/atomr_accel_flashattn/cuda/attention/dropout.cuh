@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Dropout pattern from Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy
 // as 1, 2, 3, SC 2011). Counter words and byte map: docs/semantics.md, Dropout.
 #pragma once

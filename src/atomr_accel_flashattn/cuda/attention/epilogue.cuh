@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Epilogue: denominator, log-sum-exp, and stores of O.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Head packing (pack_gqa): which query of which head a row of a tile is.
 #pragma once
 

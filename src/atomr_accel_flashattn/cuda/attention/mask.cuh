@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Mask policy. Every mask is a band p - left <= j <= p + right (docs/semantics.md), from whose left
 // bound sink tokens are exempt. The band owns both the range of K / V tiles to visit and the
 // element test, so that the two cannot disagree.

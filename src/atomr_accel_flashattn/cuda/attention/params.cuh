@@ -1,4 +1,5 @@
-// Launch parameters: all run-time numbers of a kernel. jit/params.py mirrors these structs field by
+// SPDX-License-Identifier: Apache-2.0
+// Launch parameters: all run-time numbers of a kernel. kernels/forward.py mirrors these structs field by
 // field; a test compares the offsets.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Persistent tile scheduler of the FA3 family: a block computes one work tile, or (persistent)
 // takes one after the other from a counter that all blocks share.
 #pragma once

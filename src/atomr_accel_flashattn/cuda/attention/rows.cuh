@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows of one warp: softmax state and output in registers, and everything between the two products
 // (bias, mask, softmax, dropout) and after them (normalise, store). mma.sync and wgmma have the
 // same accumulator layout, so both kernel families use this.
@@ -79,7 +80,7 @@ struct WarpRows {
     if (Score<C>::kHasPolynomial && use_polynomial) {
       softmax.template accumulate<false>(rS, row_bias, false, [this](float s, float reference) { return score.polynomial(s, reference); });
     } else {
-      grew = softmax.template update<kFoldsBias>(rS, row_bias, rescale, score.factor);
+      grew = softmax.template update<kFoldsBias>(rS, row_bias, rescale, score.factor, [this](int b, int r) { return decides(b, r); });
       if constexpr (Score<C>::kHasPolynomial) update_polynomial_limit();
     }
     if constexpr (C.dropout) apply_dropout(rS, n);

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tile scheduler: which rows of which head a block computes.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Score policy: from the raw product q.k to the argument of exp2.
 #pragma once
 

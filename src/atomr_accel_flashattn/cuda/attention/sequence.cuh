@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Lengths and first rows of one sequence, in dense tensors or in packed ones (varlen).
 #pragma once
 

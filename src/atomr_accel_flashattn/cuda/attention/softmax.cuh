@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Online softmax (FlashAttention-2, arXiv 2307.08691, section 3.1) with lazy rescaling of the
 // output.
 #pragma once
@@ -51,9 +52,10 @@ struct OnlineSoftmax {
   // maximum changed; `rescale` is then the factor of the output accumulated so far. With
   // kHasRowBias, `row_bias` is a per-row bias not yet added to the scores; it is folded into the
   // maximum and the exponent.
-  template <bool kHasRowBias, int kTiles>
+  // `decides` says of a row whether it is the sequence's own.
+  template <bool kHasRowBias, int kTiles, class Decides>
   __device__ __forceinline__ bool update(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2], float (&rescale)[kBlocks][2],
-                                         float factor) {
+                                         float factor, Decides decides) {
     float top[kBlocks][2];  // of this lane
     bool look = false, grew = false, differences = false;
 #pragma unroll
@@ -65,7 +67,7 @@ struct OnlineSoftmax {
       }
     if (__any_sync(0xffffffffu, look)) {
       grew = raise_max(top, rescale, factor);
-      differences = any_huge(factor);
+      differences = any_huge(factor, decides);
       look_above = differences ? negative_infinity() : kRescaleThreshold;
       if (differences) subtract_reference<kHasRowBias>(s, row_bias);
     }
@@ -98,13 +100,14 @@ struct OnlineSoftmax {
   }
 
  private:
-  // Whether the warp has a reference beyond the limit; -inf is none yet.
-  __device__ __forceinline__ bool any_huge(float factor) const {
+  // Whether a row of the warp that decides has a reference beyond the limit; -inf is none yet.
+  template <class Decides>
+  __device__ __forceinline__ bool any_huge(float factor, Decides decides) const {
     bool huge = false;
 #pragma unroll
     for (int i = 0; i < kBlocks * 2; ++i) {
       const float reference = max[i / 2][i % 2];
-      huge |= fabsf(reference * factor) > kLargestFused && reference != negative_infinity();
+      huge |= fabsf(reference * factor) > kLargestFused && reference != negative_infinity() && decides(i / 2, i % 2);
     }
     return __any_sync(0xffffffffu, huge);
   }

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Writes the dropout pattern as a bool array (batch, heads, seqlen_q, seqlen_k), True where kept,
 // False past the lengths of a packed sequence. One thread makes one Philox call: 2 rows and 8 keys
 // of a 16 x 32 patch.

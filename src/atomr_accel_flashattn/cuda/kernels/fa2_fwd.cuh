@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Forward attention with mma.sync: FlashAttention-2 (arXiv 2307.08691), Algorithm 1, for sm_80 and
 // every later architecture.
 //
@@ -100,9 +101,13 @@ struct Fa2Forward {
       const uint32_t tile_v = pipe_v.consumer_wait();
       ahead = band.next_tile(ahead);
       fetch_k(ahead);
-      if (seen) accumulate(rS, n, tile_v);
+      if (seen) {
+        rows.apply_bias_and_mask(rS, n);
+        if (rows.online_softmax(rS, n)) rows.rescale_output();
+        multiply_pv(rS, tile_v);
+      }
       pipe_v.consumer_release();
-      n = C.stages == 1 ? ahead : band.next_tile(n);
+      n = C.stages == 1 ? ahead : band.next_tile(n);  // one stage: `ahead` is the next tile
     }
     ptx::cp_async_wait<0>();
   }
@@ -130,10 +135,8 @@ struct Fa2Forward {
     }
   }
 
-  // Bias, mask, softmax, O += P V
-  __device__ __forceinline__ void accumulate(Scores& rS, int n, uint32_t tile_v) {
-    rows.apply_bias_and_mask(rS, n);
-    if (rows.online_softmax(rS, n)) rows.rescale_output();
+  // O += P V
+  __device__ __forceinline__ void multiply_pv(const Scores& rS, uint32_t tile_v) {
     const auto read_v = FragmentReader<C.block_n, C.v_head_dim>::rows_then_chunks(tile_v);
 #pragma unroll
     for (int k = 0; k < Rows::kKeyTiles / 2; ++k) {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Forward attention on Hopper: FlashAttention-3 (arXiv 2407.08608).
 //
 // Warp specialisation: three producer warps load tiles of Q, K and V by TMA; one to four consumer
@@ -39,7 +40,7 @@ struct Fa3Forward {
   static constexpr int kBarriersK = kBarriersQ + kConsumers * TmaPipeline<1>::kBytes,
                        kBarriersV = kBarriersK + TmaPipeline<C.stages>::kBytes;
   static constexpr int kZeroFill = kBarriersV + TmaPipeline<C.stages>::kBytes, kScheduler = kZeroFill + TmaPipeline<1>::kBytes;
-  static_assert(kScheduler + Scheduler::kBytes <= kBarriersQ + 512, "jit/spec.py leaves 512 bytes for barriers");
+  static_assert(kScheduler + Scheduler::kBytes <= kBarriersQ + 512, "kernels/fa3_fwd.py leaves 512 bytes for barriers");
 
   // Registers per thread after setmaxnreg, which moves them from the producer warpgroup to the
   // consumers; 64 Ki in all.

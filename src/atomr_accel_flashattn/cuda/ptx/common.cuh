@@ -1,5 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // PTX of every architecture: shared memory, conversion, special functions. One instruction a
-// function (PTX ISA 9.0). Only the headers in ptx/ and jit/wgmma.py write asm.
+// function (PTX ISA 9.0). Only the headers in ptx/ and kernels/wgmma.py write asm.
 #pragma once
 
 #include "ptx/types.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // cp.async: asynchronous copies by a thread, sm_80 (PTX ISA, "cp.async").
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // mbarrier: barriers in shared memory that also count bytes, sm_90 (PTX ISA, "mbarrier").
 #pragma once
 

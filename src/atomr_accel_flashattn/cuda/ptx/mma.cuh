@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // mma.sync, and ldmatrix that loads its operands, sm_80 (PTX ISA, "mma", "ldmatrix").
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Named barriers of a block (PTX ISA, "bar").
 #pragma once
 

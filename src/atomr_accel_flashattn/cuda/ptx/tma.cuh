@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // TMA, the tensor memory accelerator, sm_90 (PTX ISA, "cp.async.bulk.tensor").
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // cp.async pipeline: shared-memory buffers that all threads of a block fill ahead of their use.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Fragments of mma.sync, read from shared memory with ldmatrix.
 #pragma once
 

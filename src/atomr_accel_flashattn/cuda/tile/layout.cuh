@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Layout of a tile in shared memory, and which of its rows are valid.
 #pragma once
 

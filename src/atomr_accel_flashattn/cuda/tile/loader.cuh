@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Loads a tile from global to shared memory with cp.async.
 #pragma once
 

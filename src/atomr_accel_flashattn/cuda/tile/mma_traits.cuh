@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // MMA traits of an element type: the mma instruction, and packing of its operands.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Ping-pong barrier of the consumer warpgroups.
 #pragma once
 

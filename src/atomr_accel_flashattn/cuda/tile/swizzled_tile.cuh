@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Swizzled tile, the layout of TMA and wgmma: panels of 64 (or 32) columns, whose rows of 128 (64)
 // bytes the hardware swizzles over 8 (4) rows.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Pipelines between TMA producer warps and consumer warpgroups. Stage and phase stay in here.
 #pragma once
 

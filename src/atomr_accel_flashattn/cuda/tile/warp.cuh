@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Warp-uniform indices. The compiler sees that a branch on them does not diverge: shuffles and
 // votes behind it need no reconvergence code, and do not end the region that it schedules as one.
 #pragma once

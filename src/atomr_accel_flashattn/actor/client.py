@@ -1,51 +1,51 @@
-"""Door: how requests come in, to one actor or to a pool of them. ask, tell, ask_async; from any thread and any event loop."""
+"""Client: how requests come in, to one actor or a pool, from any thread and any event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
-from ..errors import PropsError, UnknownMessageError
+from ..errors import ActorStoppedError, PropsError, UnknownMessageError
 from ..runtime.plan import Output
 from .deadlines import Deadlines, timed_out
-from .locks import Event
 from .mailbox import Mailbox
 from .messages import FlashAttnMsg, Message
 from .props import FlashAttnProps, Overflow
 from .reply import Reply, Ticket
 
-__all__ = ["Door"]
+__all__ = ["Client"]
 
 _log = logging.getLogger(__name__)
 _MESSAGES = (FlashAttnMsg.Forward, FlashAttnMsg.Backward, FlashAttnMsg.PagedForward)
 
 
-class Door(ABC):
+class Client(ABC):
     """What callers hold. Thread-safe; stops what is behind it at the end of a ``with`` block.
 
-    What is not accepted raises, here and now; what is accepted is answered, exactly once, through its Reply.
+    What is not accepted raises, here and now; what is accepted is answered once, through its Reply.
 
     Attributes:
         props: what was started.
     """
 
     def __init__(self, props: FlashAttnProps, mailbox: Mailbox, at_once: Callable[[Ticket], bool] | None = None) -> None:
-        """``at_once`` lets a ticket in without a place in the mailbox, if it takes no time here, and says whether it is in.
-
-        None: every ticket takes a place.
-        """
+        """``at_once`` lets a ticket in that takes no place, and says so. None: all take one."""
         self.props = props
         self._mailbox = mailbox
         self._at_once = at_once
         self._waits = props.overflow is Overflow.WAIT
         self._deadlines = Deadlines(props.label)
+        self._process = os.getpid()
         self._stops: set[threading.Thread] = set()
 
     @abstractmethod
@@ -58,13 +58,13 @@ class Door(ABC):
 
     @abstractmethod
     def _end(self, timeout: float | None) -> None:
-        """Wait until everything is answered, for ``timeout`` seconds at most, fail what is not, and end."""
+        """Wait for the answers, ``timeout`` seconds at most, fail what has none, and end."""
 
     async def _ticket_async(self, message: Message, timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
         return self._ticket(message, timeout)
 
     def _is_own_thread(self) -> bool:
-        """Whether the caller's thread is one that answers requests, as callbacks of replies are called in: it must not wait for others."""
+        """Whether callbacks of replies run in the caller's thread: it must not wait for others."""
         return self._deadlines.is_current() or threading.current_thread() in self._stops
 
     def ask(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> Reply:
@@ -72,12 +72,16 @@ class Door(ABC):
 
         Args:
             message: a FlashAttnMsg.
-            timeout: seconds from now in which it has to be answered; None is no limit. The time that it waits for a place counts.
-            overflow: what happens when the mailbox is full; None is as the props say. A thread that must not wait (one that runs an
-                event loop, or one of the actor's own, as callbacks do) is refused instead.
+            timeout: seconds from now in which it has to be answered, the wait for a place included;
+                None is no limit.
+            overflow: what happens when the mailbox is full; None is as the props say. A thread that
+                must not wait (one that runs an event loop, or one of the actor's own, as callbacks
+                do) is refused instead.
 
         Returns:
-            the Reply: a concurrent.futures.Future of an Output that can be awaited. It fails with what went wrong with this request.
+            the Reply: a concurrent.futures.Future of an Output that can be awaited. It fails with
+                what
+            went wrong with this request.
 
         Raises:
             UnknownMessageError: no FlashAttnMsg.
@@ -89,91 +93,112 @@ class Door(ABC):
             MailboxFullError: no place, and not to wait for one.
             RequestTimeoutError: no place in time.
         """
-        return self._send(message, timeout, overflow, None)
-
-    def _send(
-        self, message: Message, timeout: float | None, overflow: Overflow | None, on_error: Callable[[BaseException], None] | None
-    ) -> Reply:
         began = 0.0 if timeout is None else time.monotonic()
         ticket = self._ticket(message, timeout)
-        ticket.reply.on_error = on_error
-        wait = self._waits if overflow is None else _is_wait(overflow)
+        waits = self._waits if overflow is None else _is_wait(overflow)
         in_event_loop = asyncio._get_running_loop() is not None  # noqa: SLF001 - the public call raises where there is none
         if in_event_loop or self._at_once is None or not self._at_once(ticket):
-            place = self._mailbox.enter(ticket, wait=wait and not in_event_loop and not self._is_own_thread())
-            if place is not None:
-                self._wait_for(place, timeout, began)
+            told: SimpleQueue[ActorStoppedError | None] = SimpleQueue()
+            if not self._mailbox.enter(ticket, told.put if waits and not in_event_loop and not self._is_own_thread() else None):
+                self._wait_for_place(ticket, told, timeout, began)
         if timeout is not None:
             self._deadlines.add(ticket, timeout, began)
         return ticket.reply
 
+    def _wait_for_place(self, ticket: Ticket, told: SimpleQueue[ActorStoppedError | None], timeout: float | None, began: float) -> None:
+        try:
+            error = told.get(timeout=None if timeout is None else max(0.0, began + timeout - time.monotonic()))
+        except Empty:
+            if self._mailbox.withdraw(ticket):
+                raise timed_out(self.props.label, timeout or 0.0, "no place in the mailbox") from None
+            error = told.get()  # it came at the last moment, or the actor stopped
+        except KeyboardInterrupt:
+            self._mailbox.withdraw(ticket)
+            raise
+        if error is not None:
+            raise error
+
     def tell(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> None:
-        """Send a request whose answer lies in its ``out``; what goes wrong after it was accepted is logged.
+        """Send a request whose answer lies in its ``out``; what goes wrong later is logged.
 
         Arguments and errors: :meth:`ask`.
         """
-        self._send(message, timeout, overflow, self._log_failure)
+        self.ask(message, timeout=timeout, overflow=overflow).listen(self._log_failure)
 
     async def ask_async(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> Output:  # noqa: ASYNC109 - of the request
-        """Send a request and await its answer; a full mailbox is awaited too. Cancelling the task cancels the request until its launch.
+        """Send a request and await its answer; a full mailbox is awaited too.
 
-        Arguments and errors: :meth:`ask`, and those of the request itself.
+        Cancelling the task cancels the request until its launch. Arguments and errors: :meth:`ask`,
+        and those of the request itself.
         """
         began = time.monotonic()
         ticket = await self._ticket_async(message, timeout)
-        wait = self._waits if overflow is None else _is_wait(overflow)
-        place = self._mailbox.enter(ticket, wait=wait)
-        try:
-            if place is not None:
-                left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
-                await asyncio.wait_for(asyncio.wrap_future(place), left)
-        except (TimeoutError, asyncio.CancelledError) as given_up:
-            if place is not None:
-                self._mailbox.withdraw(place)
-            ticket.reply.cancel()  # it may have been let in meanwhile
-            if isinstance(given_up, TimeoutError):
-                raise timed_out(self.props.label, timeout or 0.0, "no place in the mailbox") from None
-            raise
+        waits = self._waits if overflow is None else _is_wait(overflow)
+        loop = asyncio.get_running_loop()
+        place: asyncio.Future[ActorStoppedError | None] = loop.create_future()
+
+        def resolve(error: ActorStoppedError | None) -> None:
+            if not place.done():
+                place.set_result(error)
+
+        def told(error: ActorStoppedError | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(resolve, error)
+
+        if not self._mailbox.enter(ticket, told if waits else None):
+            left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
+            try:
+                error = await asyncio.wait_for(place, left)
+            except (TimeoutError, asyncio.CancelledError) as given_up:
+                self._mailbox.withdraw(ticket)
+                ticket.reply.cancel()  # it may have been let in meanwhile
+                if isinstance(given_up, TimeoutError):
+                    raise timed_out(self.props.label, timeout or 0.0, "no place in the mailbox") from None
+                raise
+            if error is not None:
+                raise error
         if timeout is not None:
             self._deadlines.add(ticket, timeout, began)
         return await ticket.reply
 
     def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Let nothing in any more, answer what is there, and end. Can be called again, as with ``drain=False`` for more haste.
+        """Let nothing in any more, answer what is there, and end. Another call may make haste.
 
-        Returns when everything is answered; at once when called by a callback of a Reply, whose thread has others to answer. A Ctrl-C
-        ends the caller's wait, and the stop goes on: a thread of its own does it, where none comes between.
+        Returns when everything is answered; at once when called by a callback of a Reply, whose
+        thread has others to answer. A Ctrl-C ends the caller's wait, and the stop goes on in a
+        thread of its own.
 
         Args:
-            drain: whether requests that wait are still launched; else they fail with ActorStoppedError. Launches in flight are
-                answered either way.
-            timeout: seconds after which everything without an answer fails with ActorStoppedError, in flight or not; None is no limit.
+            drain: whether requests that wait are still launched; else they fail with
+                ActorStoppedError. Launches in flight are answered either way.
+            timeout: seconds after which everything without an answer fails with ActorStoppedError,
+                in flight or not; None is no limit.
         """
-        over, errors = Event(), list[BaseException]()
+        if self._is_in_fork():
+            return  # the parent's to stop
+        over: SimpleQueue[BaseException | None] = SimpleQueue()
         is_own = self._is_own_thread()
         if is_own:
             self._close(drain=drain)
 
         def stop() -> None:
+            error = None
             try:
                 if not is_own:
                     self._close(drain=drain)
                 self._end(timeout)
-            except BaseException as error:  # noqa: BLE001 - the caller's, where he waits
-                errors.append(error)
+            except BaseException as failed:  # noqa: BLE001 - the caller's, where he waits
+                error = failed
                 if is_own:
                     _log.exception("%s: the stop failed", self.props.label)
-            finally:
-                over.set()
-                self._stops.discard(threading.current_thread())
+            self._stops.discard(threading.current_thread())
+            over.put(error)
 
         thread = threading.Thread(target=stop, name=f"{self.props.label}-stop", daemon=True)
         self._stops.add(thread)
         thread.start()
-        if not is_own:
-            over.wait()
-            if errors:
-                raise errors[0]
+        if not is_own and (error := over.get()) is not None:
+            raise error
 
     async def stop_async(self, *, drain: bool = True, timeout: float | None = None) -> None:  # noqa: ASYNC109 - of the stop
         """:meth:`stop` for event loops."""
@@ -181,8 +206,8 @@ class Door(ABC):
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests are accepted."""
-        return not self._mailbox.closed
+        """Whether requests are let in."""
+        return not (self._is_in_fork() or self._mailbox.closed)
 
     @property
     def waiting(self) -> int:
@@ -215,22 +240,21 @@ class Door(ABC):
         given: Any = timeout
         if given is not None and not (isinstance(given, int | float) and given > 0):
             raise PropsError(f"timeout: got {timeout!r}; allowed is an int or float of seconds > 0, or None for no limit")
+        if self._is_in_fork():
+            raise ActorStoppedError(
+                f"{self.props.label}: this process was forked, and the actor's threads are in its parent; start an actor here"
+            )
         self._mailbox.check_open()
         return self._accept(message)
 
-    def _wait_for(self, place: Future[None], timeout: float | None, began: float) -> None:
-        try:
-            place.result(None if timeout is None else max(0.0, began + timeout - time.monotonic()))
-        except TimeoutError:
-            if self._mailbox.withdraw(place):
-                raise timed_out(self.props.label, timeout or 0.0, "no place in the mailbox") from None
-            place.result()  # it came at the last moment, or the actor stopped
-        except KeyboardInterrupt:
-            self._mailbox.withdraw(place)
-            raise
+    def _is_in_fork(self) -> bool:
+        """Whether this is a forked child of the process that started the actor: its threads are not here, its locks may be taken."""
+        return os.getpid() != self._process
 
-    def _log_failure(self, error: BaseException) -> None:
-        _log.error("%s: a request that was told failed: %s", self.props.label, error, exc_info=error)
+    def _log_failure(self, reply: Future[Output]) -> None:
+        error = reply.exception()
+        if error is not None:
+            _log.error("%s: a request that was told failed: %s", self.props.label, error, exc_info=error)
 
 
 def _is_wait(overflow: Overflow) -> bool:
