@@ -30,7 +30,7 @@
      │   ├─ ActorStoppedError              it stopped, or had stopped, before the request was launched
      │   ├─ MailboxFullError               no place in the mailbox, and the caller did not want to wait for one
      │   ├─ RequestTimeoutError (TimeoutError)  the time that the caller gave a request is over
-     │   ├─ StaleArrayError                an array was freed, resized or moved between ask and reply
+     │   ├─ StaleArrayError                an array was freed, resized or moved since its request was made; `run` raises it too
      │   ├─ MockAnswerError                what the mock inner answers to a request that is right; names the kernel
      │   └─ WorkerLostError                a Ray worker died with the request, and no retry was left
      └─ RuntimeFlashAttnError (RuntimeError)
@@ -228,7 +228,7 @@ class RequestTimeoutError(ActorError, TimeoutError):
 
 
 class StaleArrayError(ActorError):
-    """An array of a request was freed, resized or moved between ask and reply, so its answer would mean nothing."""
+    """An array of a request was freed, resized or moved since the request was made, or until the reply: an answer would mean nothing."""
 
 
 class MockAnswerError(ActorError):

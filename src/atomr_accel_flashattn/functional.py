@@ -1,26 +1,27 @@
 """The functional calls of the ``flash_attn`` package (2.8), name for name, position for position, default for default.
 
-On top of those signatures every call takes, by keyword only, ``out`` (an array to be written), ``learned_sink`` and ``sink_tokens``.
-Differences, all of them on purpose: v may have its own head dim; softcap goes together with dropout; NumPy, CuPy and DLPack arrays are
-as welcome as torch tensors, on the CPU too; the third value of ``return_attn_probs=True`` is the dropout pattern (bool, True where
-kept) or None, because probabilities are never stored; the LSE of a query that sees no key is -inf, as it is of an empty sum, where
-flash-attn has +inf. An argument that is not supported raises; none is ignored. ``deterministic`` asks for gradients that are bitwise equal
-from run to run, which the forward always is. Autograd of torch records the calls on the CPU: q, k, v and the learned sink get gradients,
-through o and through the LSE.
+On top of those signatures every call takes, by keyword only, ``out`` (an array to be written), ``learned_sink`` and ``sink_tokens``. An
+argument that is not supported raises; none is ignored. ``deterministic`` asks for gradients that are bitwise equal from run to run, which
+the forward always is. What differs from flash-attn is in docs/flash-attn-differences.md, argument by argument. Autograd of torch records
+the calls on the CPU: q, k, v and the learned sink get gradients, through o and through the LSE.
+
+A call returns arrays of the library of q: torch, NumPy, CuPy, JAX, DeviceArray; for others, a NumPy array in host memory and a DeviceArray
+on a GPU; or the caller's ``out``. Half of this file is overloads that say so to type checkers.
 """
 
 from __future__ import annotations
 
-from numbers import Real
-from typing import Any
+from collections.abc import Sequence
+from math import inf
+from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar, overload
 
 import numpy as np
 
-from .arrays.new import copy_into, pad_last, unbind
-from .arrays.read import read_array
+from .arrays.new import check_can_copy, copy_into, in_library_of, pad_last, row_major, unbind
+from .arrays.read import jax_array_of, read_array
 from .arrays.torch_hooks import keep_out_of_graphs
 from .errors import ShapeError, UnsupportedArgumentError, WindowError
-from .limits import HEAD_DIM_STEP, MAX_HEAD_DIM, is_integer, not_built
+from .limits import HEAD_DIM_STEP, MAX_HEAD_DIM, as_integer, as_real, is_integer, not_built
 from .problem import ArrayInfo
 from .requests.checks import check_out
 from .requests.dense import DenseFwdRequest
@@ -30,6 +31,19 @@ from .runtime.plan import Key
 from .torch_ops.autograd import attend, is_recorded, without_history
 from .torch_ops.repeat import Numbers, Others, Packing, remember, repeat
 from .varlen import CumulativeSeqlens, VarlenFwdRequest
+
+ArrayT = TypeVar("ArrayT")
+# o, the LSE and the dropout pattern or None. The LSE is float32 whatever o is, so of an array type with elements it is another one.
+Probs: TypeAlias = tuple[ArrayT, Any, Any]
+
+
+class _Listed(Protocol):
+    """A tensor or an array."""
+
+    def tolist(self) -> Any: ...
+
+
+Window: TypeAlias = Sequence[SupportsIndex] | _Listed
 
 __all__ = [
     "flash_attn_func",
@@ -41,20 +55,40 @@ __all__ = [
 ]
 
 
+# fmt: off
+@overload
 def flash_attn_func(
-    q: Any,
+    q: ArrayT, k: Any, v: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ...,
+    return_attn_probs: Literal[False] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT: ...
+@overload
+def flash_attn_func(
+    q: ArrayT, k: Any, v: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ...,
+    return_attn_probs: Literal[True] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> Probs[ArrayT]: ...
+@overload
+def flash_attn_func(
+    q: ArrayT, k: Any, v: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: bool = ...,
+    *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT | Probs[ArrayT]: ...
+# fmt: on
+def flash_attn_func(
+    q: ArrayT,
     k: Any,
     v: Any,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
-    out: Any = None,
+    out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
 ) -> Any:
@@ -62,15 +96,17 @@ def flash_attn_func(
 
     Args:
         q: (B, Sq, Hq, D), float16 or bfloat16; on the CPU float32 and float64 too. D up to 256; no multiple of 8 is padded, with a copy.
+            q, k and v whose last stride is another than 1 are copied too; other strides are free.
         k: (B, Sk, Hkv, D), Hq a multiple of Hkv: query head h reads KV head h // (Hq / Hkv).
         v: (B, Sk, Hkv, Dv).
         dropout_p: probability in [0, 1) that an attention weight is dropped.
         softmax_scale: factor on q.k, None is 1 / sqrt(D).
         causal: hide keys after the query's own position, aligned to the last key.
-        window_size: (left, right) keys around the query's position, negative is unbounded.
+        window_size: (left, right) keys around the query's position, negative is unbounded. May be a tensor, or of tensors without
+            dimensions; those on a GPU are waited for.
         softcap: c of c * tanh(s / c); 0 or less is none.
         alibi_slopes: float32 (Hq,) or (B, Hq).
-        deterministic: whether gradients are to be bitwise equal from run to run; the forward always is.
+        deterministic: True or False, whether gradients are to be bitwise equal from run to run; the forward always is.
         return_attn_probs: also return the LSE and the dropout pattern.
         out: (B, Sq, Hq, Dv) to be written.
         learned_sink: float32 (Hq,), exp(sink[h]) joins the denominator.
@@ -88,21 +124,41 @@ def flash_attn_func(
     return _attention(q, k, v, None, numbers, (alibi_slopes, learned_sink, out), deterministic)
 
 
+# fmt: off
+@overload
 def flash_attn_qkvpacked_func(
-    qkv: Any,
+    qkv: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
+    softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT: ...
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
+    softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[True] = ..., *,
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> Probs[ArrayT]: ...
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
+    softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: bool = ..., *,
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT | Probs[ArrayT]: ...
+# fmt: on
+def flash_attn_qkvpacked_func(
+    qkv: ArrayT,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
-    out: Any = None,
+    out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
-) -> Any:
+) -> ArrayT | Probs[ArrayT]:
     """:func:`flash_attn_func` on qkv (B, S, 3, H, D), read in place."""
     q, k, v = _unpack(qkv, "qkv", axis=2, parts=3)
     return flash_attn_func(
@@ -123,22 +179,42 @@ def flash_attn_qkvpacked_func(
     )
 
 
+# fmt: off
+@overload
 def flash_attn_kvpacked_func(
-    q: Any,
+    q: ArrayT, kv: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
+    softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT: ...
+@overload
+def flash_attn_kvpacked_func(
+    q: ArrayT, kv: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
+    softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[True] = ..., *,
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> Probs[ArrayT]: ...
+@overload
+def flash_attn_kvpacked_func(
+    q: ArrayT, kv: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
+    softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: bool = ..., *,
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT | Probs[ArrayT]: ...
+# fmt: on
+def flash_attn_kvpacked_func(
+    q: ArrayT,
     kv: Any,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
-    out: Any = None,
+    out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
-) -> Any:
+) -> ArrayT | Probs[ArrayT]:
     """:func:`flash_attn_func` on q (B, Sq, Hq, D) and kv (B, Sk, 2, Hkv, D), read in place."""
     k, v = _unpack(kv, "kv", axis=2, parts=2)
     return flash_attn_func(
@@ -159,25 +235,48 @@ def flash_attn_kvpacked_func(
     )
 
 
+# fmt: off
+@overload
 def flash_attn_varlen_func(
-    q: Any,
+    q: ArrayT, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
+    alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., block_table: Any = ..., *,
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT: ...
+@overload
+def flash_attn_varlen_func(
+    q: ArrayT, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
+    alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[True] = ..., block_table: Any = ..., *,
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> Probs[ArrayT]: ...
+@overload
+def flash_attn_varlen_func(
+    q: ArrayT, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
+    alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: bool = ..., block_table: Any = ..., *,
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT | Probs[ArrayT]: ...
+# fmt: on
+def flash_attn_varlen_func(
+    q: ArrayT,
     k: Any,
     v: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: SupportsIndex,
+    max_seqlen_k: SupportsIndex,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Any = None,
     *,
-    out: Any = None,
+    out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
 ) -> Any:
@@ -187,10 +286,11 @@ def flash_attn_varlen_func(
         q: (total_q, Hq, D).
         k: (total_k, Hkv, D).
         v: (total_k, Hkv, Dv).
-        cu_seqlens_q: int32 (B + 1,), where the sequences of q begin; starts at 0, ends at total_q. Values on a GPU are not looked at,
-            except with ATOMR_FLASHATTN_DEBUG set.
+        cu_seqlens_q: int32 (B + 1,), where the sequences of q begin; starts at 0, ends at or before total_q. Rows of q past the end get
+            o = 0 and an LSE of -inf. Values on a GPU are not looked at, except with ATOMR_FLASHATTN_DEBUG set.
         cu_seqlens_k: the same for k and v.
-        max_seqlen_q: length of the longest sequence of q, or an upper bound.
+        max_seqlen_q: length of the longest sequence of q, or an upper bound; may be a tensor without dimensions, and is waited for when
+            that is on a GPU.
         max_seqlen_k: the same for k and v.
         dropout_p: as in :func:`flash_attn_func`, and so are the ones that follow.
         softmax_scale: factor on q.k.
@@ -219,23 +319,43 @@ def flash_attn_varlen_func(
     return _attention(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out), deterministic)
 
 
+# fmt: off
+@overload
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Any,
+    qkv: ArrayT, cu_seqlens: Any, max_seqlen: SupportsIndex, dropout_p: float = ..., softmax_scale: float | None = ...,
+    causal: bool = ..., window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ...,
+    return_attn_probs: Literal[False] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT: ...
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: ArrayT, cu_seqlens: Any, max_seqlen: SupportsIndex, dropout_p: float = ..., softmax_scale: float | None = ...,
+    causal: bool = ..., window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ...,
+    return_attn_probs: Literal[True] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> Probs[ArrayT]: ...
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: ArrayT, cu_seqlens: Any, max_seqlen: SupportsIndex, dropout_p: float = ..., softmax_scale: float | None = ...,
+    causal: bool = ..., window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ...,
+    return_attn_probs: bool = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT | Probs[ArrayT]: ...
+# fmt: on
+def flash_attn_varlen_qkvpacked_func(
+    qkv: ArrayT,
     cu_seqlens: Any,
-    max_seqlen: int,
+    max_seqlen: SupportsIndex,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
-    out: Any = None,
+    out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
-) -> Any:
+) -> ArrayT | Probs[ArrayT]:
     """:func:`flash_attn_varlen_func` on qkv (total, 3, H, D), read in place."""
     q, k, v = _unpack(qkv, "qkv", axis=1, parts=3)
     return flash_attn_varlen_func(
@@ -260,26 +380,49 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
+# fmt: off
+@overload
 def flash_attn_varlen_kvpacked_func(
-    q: Any,
+    q: ArrayT, kv: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
+    alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, out: ArrayT | None = ...,
+    learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT: ...
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayT, kv: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
+    alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[True] = ..., *, out: ArrayT | None = ...,
+    learned_sink: Any = ..., sink_tokens: int = ...
+) -> Probs[ArrayT]: ...
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayT, kv: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
+    alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: bool = ..., *, out: ArrayT | None = ...,
+    learned_sink: Any = ..., sink_tokens: int = ...
+) -> ArrayT | Probs[ArrayT]: ...
+# fmt: on
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayT,
     kv: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: SupportsIndex,
+    max_seqlen_k: SupportsIndex,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
-    out: Any = None,
+    out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
-) -> Any:
+) -> ArrayT | Probs[ArrayT]:
     """:func:`flash_attn_varlen_func` on q (total_q, Hq, D) and kv (total_k, 2, Hkv, D), read in place."""
     k, v = _unpack(kv, "kv", axis=1, parts=2)
     return flash_attn_varlen_func(
@@ -306,6 +449,8 @@ def flash_attn_varlen_kvpacked_func(
 
 def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, deterministic: bool) -> Any:
     """Every functional call: as one like it was answered before, or through a request."""
+    if deterministic is not False:
+        deterministic = _flag(deterministic, "deterministic")
     key, result = repeat(q, k, v, packing, numbers, others)
     return _first(_Call(q, k, v, numbers, others, deterministic), packing, key) if result is None else result
 
@@ -324,7 +469,10 @@ def _first(call: _Call, packing: Packing | None, key: Key | None) -> Any:
 
 
 class _Call:
-    """A functional call on its way to a request: arguments in our terms, head dims padded to multiples of 8 as flash-attn does."""
+    """A functional call on its way to a request: arguments in our terms, and the copies of arrays that flash-attn makes too.
+
+    Those are of arrays whose last stride is another than 1, and, padded with zeros, of head dims that are no multiple of 8.
+    """
 
     def __init__(self, q: Any, k: Any, v: Any, numbers: Numbers, others: Others, deterministic: bool) -> None:
         dropout_p, softmax_scale, causal, window_size, softcap, self.sink_tokens, return_attn_probs = numbers
@@ -335,15 +483,18 @@ class _Call:
         self.bias = PositionBias(slopes)
         infos = read_array(q, "q"), read_array(k, "k"), read_array(v, "v")
         self.arrays: tuple[Any, ...] = (q, k, v)
+        self.q = infos[0]
         self.recorded = is_recorded(q, k, v, others)
         self.deterministic = deterministic
-        self.padded = False
-        self.copy_to: Any = None
+        self.copied = False
+        self.copy_to: ArrayInfo | None = None
         self.v_head_dim = 0
-        if all(info.shape for info in infos) and _needs_padding(*(info.shape[-1] for info in infos)):
-            self._pad(infos)
-            head_dim = infos[0].shape[-1]
-            softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        if all(info.shape for info in infos):
+            pads = _needs_padding(*(info.shape[-1] for info in infos))
+            if pads and softmax_scale is None:
+                softmax_scale = self.q.shape[-1] ** -0.5
+            if pads or any(info.shape[-1] > 1 and info.strides[-1] != 1 for info in infos):
+                self._copy(infos, pads=pads)
         self.inputs = (*self.arrays, learned_sink)
         if self.recorded:
             *arrays, learned_sink = without_history(self.inputs)
@@ -352,16 +503,22 @@ class _Call:
             softmax_scale=softmax_scale, softcap=_softcap(softcap), learned_sink=learned_sink, dropout_p=dropout_p
         )
 
-    def _pad(self, infos: tuple[ArrayInfo, ArrayInfo, ArrayInfo]) -> None:
+    def _copy(self, infos: tuple[ArrayInfo, ArrayInfo, ArrayInfo], *, pads: bool) -> None:
         """Zero columns change no product; those of v make columns of o that are cut off again."""
-        self.padded = True
-        self.arrays = tuple(pad_last(info, _round_up(info.shape[-1]), name) for info, name in zip(infos, "qkv", strict=True))
-        q, v_head_dim = infos[0], infos[2].shape[-1]
-        if v_head_dim % HEAD_DIM_STEP:
+        self.copied = True
+        q, v_head_dim = self.q, infos[2].shape[-1]
+        if pads and v_head_dim % HEAD_DIM_STEP:
             self.v_head_dim = v_head_dim
             if self.out is not None:
                 self.copy_to = check_out(self.out, (*q.shape[:-1], v_head_dim), infos)
                 self.out = None
+        if self.copy_to is not None:
+            check_can_copy(self.copy_to, q)
+        arrays: list[Any] = []
+        for info, name in zip(infos, "qkv", strict=True):
+            padded = pad_last(info, _round_up(info.shape[-1]), name) if pads else info
+            arrays.append(row_major(read_array(padded, name), name))
+        self.arrays = tuple(arrays)
 
     def finish(self, request: DenseFwdRequest | VarlenFwdRequest, key: Key | None) -> Any:
         """Run the request, leave a shortcut for calls like it, and give the results the form that flash-attn gives them."""
@@ -370,19 +527,23 @@ class _Call:
             output = attend(request, self.inputs, dropout_mask=self.return_attn_probs, deterministic=self.deterministic)
         else:
             output, plan = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
-        if key is not None and plan is not None and not self.padded:
+        if key is not None and plan is not None and not self.copied:
             remember(key, plan, output, self.others)
-        out = output.out
+        results: tuple[Any, ...] = (output.out, output.lse, output.dropout_mask)
         if self.v_head_dim:
-            out = out[..., : self.v_head_dim]
-            if self.copy_to is not None:
-                out = copy_into(self.copy_to, out, self.others[2])
-        return (out, output.lse, output.dropout_mask) if self.return_attn_probs else out
+            out = output.out[..., : self.v_head_dim]
+            results = (out if self.copy_to is None else copy_into(self.copy_to, out, self.others[2]), *results[1:])
+        if self.copied and self.others[2] is None and jax_array_of(self.q) is not None:  # copies of its arrays are NumPy's
+            results = tuple(each if each is None else in_library_of(self.q, read_array(each, "out")) for each in results)
+        return results if self.return_attn_probs else results[0]
 
 
 def _plain_length(length: Any) -> Any:
-    """A length of NumPy as an int of Python; what is no integer stays what it is, for the checks to name."""
-    return int(length) if type(length) is not int and is_integer(length) else length
+    """A length of NumPy, or an array without dimensions, as an int of Python; what is no integer stays, for the checks to name."""
+    if type(length) is int:
+        return length
+    number = as_integer(length)
+    return length if number is None else number
 
 
 def _needs_padding(*head_dims: int) -> bool:
@@ -397,7 +558,8 @@ def _round_up(size: int) -> int:
 
 def _softcap(softcap: Any) -> Any:
     """flash-attn takes every cap of 0 or less for none."""
-    return 0.0 if isinstance(softcap, Real) and softcap <= 0 else softcap
+    number = as_real(softcap)
+    return 0.0 if number is not None and -inf < number <= 0 else softcap
 
 
 def _flag(value: Any, name: str) -> bool:
@@ -409,10 +571,10 @@ def _flag(value: Any, name: str) -> bool:
 
 def _mask(window_size: Any, *, causal: bool) -> MaskKind:
     try:
-        left, right = window_size
+        left, right = window_size.tolist() if hasattr(window_size, "tolist") else window_size  # a tensor is waited for once
     except (TypeError, ValueError) as error:
         raise WindowError(f"window_size: got {window_size!r}; allowed is (left, right), negative for no bound") from error
-    return MaskKind.window(left, 0 if causal and is_integer(right) else right)
+    return MaskKind.window(left, 0 if causal and as_integer(right) is not None else right)
 
 
 def _unpack(x: Any, name: str, *, axis: int, parts: int) -> tuple[Any, ...]:

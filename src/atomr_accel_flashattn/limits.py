@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from math import log2
+from math import inf
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, Final
@@ -24,6 +25,8 @@ __all__ = [
     "PHILOX_KEYS",
     "UNBOUNDED",
     "VECTOR_BYTES",
+    "as_integer",
+    "as_real",
     "dtypes_of",
     "is_integer",
     "is_real",
@@ -40,8 +43,7 @@ PHILOX_KEYS: Final = 32  # one call of the generator covers 32 keys, so no tile 
 UNBOUNDED: Final = 1 << 30  # a window without a bound: kUnbounded of cuda/attention/params.cuh
 MAX_LENGTH: Final = UNBOUNDED - 1  # tokens of one sequence
 MAX_GRID: Final = (1 << 31) - 1  # blocks of a launch, in x
-_FLOAT32_MAX: Final = float.fromhex("0x1.fffffep127")
-LARGEST_SCORE_FACTOR: Final = _FLOAT32_MAX / log2(2.718281828459045)  # of softmax_scale and softcap: kernels multiply by log2(e)
+LARGEST_SCORE_FACTOR: Final = 2.358e38  # of softmax_scale and softcap: times log2(e), as kernels need it, it is a float32
 
 # Features of the design that this version refuses, and why. Building one removes its line here.
 NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
@@ -82,5 +84,33 @@ def is_integer(value: Any) -> bool:
 
 
 def is_real(value: Any) -> bool:
-    """Whether a value is a real number of Python or NumPy (arrays and tensors are none: reading them may wait for a GPU)."""
-    return isinstance(value, Real)
+    """Whether a value is a real number of Python or NumPy, and no bool (arrays and tensors are none: reading them may wait for a GPU)."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def as_real(value: Any) -> float | None:
+    """A real number of Python or NumPy as a float, to be compared as one: None where it is none, as a bool or an array.
+
+    NumPy compares a float16 with limits that were rounded to float16, where the infinite one is not above them.
+    """
+    if not is_real(value):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer or a fraction beyond every float
+        return inf if value > 0 else -inf
+
+
+def as_integer(value: Any) -> int | None:
+    """An integer of Python or NumPy, or of an array without dimensions, as an int: None where it is none, as a bool or a float.
+
+    An array on a GPU is waited for.
+    """
+    if is_integer(value):
+        return int(value)
+    if getattr(value, "shape", None) != () or "bool" in str(getattr(value, "dtype", "bool")):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

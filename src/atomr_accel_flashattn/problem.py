@@ -8,8 +8,9 @@ docs/semantics.md.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+from .errors import ArrayTypeError
 from .types import Device, DType
 
 __all__ = ["ArrayInfo", "AttentionProblem", "BackwardProblem", "Band", "Dropout", "GradientArrays", "Strides"]
@@ -45,6 +46,12 @@ class ArrayInfo:
     dtype_name: str
     device: Device
     source: Any = field(repr=False, compare=False)  # keeps the memory alive; what the user handed in
+
+    def __reduce__(self) -> NoReturn:
+        raise ArrayTypeError(
+            "ArrayInfo: got a request to copy or pickle it, and its address would be that of the original; "
+            "allowed is to copy the array, or the request, which is made anew from its arrays"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,14 @@ from .arrays.streams import copy_to_host
 from .dispatch import DispatchKey, best_arch, key_of_backward, key_of_problem
 from .env import settings
 from .errors import ArrayTypeError, CuSeqlensError, DeviceMismatchError, DTypeError, ShapeError
-from .limits import MAX_LENGTH, is_integer
+from .limits import MAX_LENGTH, as_integer
 from .problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays, Strides
 from .requests.backward import check_backward, check_before_forward
 from .requests.checks import check_out, check_qkv, is_contiguous, read_dropout, read_learned_sink, read_qkv, read_slopes, steps
+from .requests.copies import MadeAnew
 from .requests.options import AttentionOptions, MaskKind, PositionBias, check_kinds
 from .runtime.plan import Key, key_of_request
+from .runtime.staleness import check_array
 from .short_repr import ShortRepr
 from .types import SmArch
 
@@ -31,15 +33,16 @@ __all__ = ["CumulativeSeqlens", "VarlenBwdRequest", "VarlenFwdRequest"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class CumulativeSeqlens(ShortRepr):
+class CumulativeSeqlens(MadeAnew, ShortRepr):
     """Where each of B packed sequences begins: sequence b is rows ``offsets[b]`` to ``offsets[b + 1]``.
 
     Values in host memory are checked here. Values on a GPU are checked only with ATOMR_FLASHATTN_DEBUG set, because reading them waits
     for the GPU.
 
     Attributes:
-        offsets: int32 (B + 1,), starting at 0, never decreasing, ending at the number of rows.
-        max_seqlen: length of the longest sequence (an upper bound will do); may be None for offsets in host memory.
+        offsets: int32 (B + 1,), starting at 0, never decreasing, ending at or before the number of rows.
+        max_seqlen: length of the longest sequence (an upper bound will do); may be None for offsets in host memory. An array without
+            dimensions is taken for its value; one on a GPU is waited for.
         array: the description of ``offsets`` (made, not given).
 
     Raises:
@@ -82,15 +85,16 @@ class CumulativeSeqlens(ShortRepr):
         given: Any = self.max_seqlen
         if given is None and longest is not None:
             return longest
-        if not is_integer(given) or not 0 <= given <= MAX_LENGTH:
+        most = as_integer(given)
+        if most is None or not 0 <= most <= MAX_LENGTH:
             raise CuSeqlensError(
                 f"max_seqlen of {self.name}: got {given!r}; allowed is an integer in 0..{MAX_LENGTH} (None only for offsets in host memory)"
             )
-        if longest is not None and longest > given:
+        if longest is not None and longest > most:
             raise CuSeqlensError(
-                f"max_seqlen of {self.name}: got {given}, and a sequence has {longest} rows; allowed is at least the longest length"
+                f"max_seqlen of {self.name}: got {most}, and a sequence has {longest} rows; allowed is at least the longest length"
             )
-        return int(given)
+        return most
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int] | np.ndarray[Any, Any], *, like: Any = None) -> CumulativeSeqlens:
@@ -125,13 +129,13 @@ class CumulativeSeqlens(ShortRepr):
         return self.max_seqlen
 
     def check_total(self, rows: int) -> None:
-        """The last offset has to be the number of rows; looked at only where the values may be read."""
+        """The last offset is at most the number of rows; looked at only where the values may be read."""
         if self.array.device.kind != "cpu" and not settings().debug:
             return
         last = int(copy_to_host(self.array)[-1])
-        if last != rows:
+        if last > rows:
             raise CuSeqlensError(
-                f"{self.name}: got {last} as its last value with {rows} rows in the packed array; allowed is the number of rows"
+                f"{self.name}: got {last} as its last value with {rows} rows in the packed array; allowed is at most the number of rows"
             )
 
 
@@ -151,8 +155,10 @@ def _offsets_like(offsets: np.ndarray[Any, Any], like: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class VarlenFwdRequest(ShortRepr):
+class VarlenFwdRequest(MadeAnew, ShortRepr):
     """Attention over packed sequences, forward; each query sees keys of its own sequence only. Meaning: docs/semantics.md.
+
+    Rows of q past the last sequence get o = 0 and an LSE of -inf; those of k and v are not read.
 
     Attributes:
         q: (total_q, Hq, D).
@@ -169,6 +175,7 @@ class VarlenFwdRequest(ShortRepr):
     Raises:
         ConstructionError: the subclass says which argument is wrong; nothing has been written.
         FeatureNotBuiltError: fp8, or torch tensors that want gradients.
+        StaleArrayError: offsets that were freed, resized or given other data since their CumulativeSeqlens was made.
     """
 
     PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()  # what its plan depends on beside problem and out
@@ -240,11 +247,10 @@ def _check_seqlens(q: ArrayInfo, k: ArrayInfo, seqlens_q: CumulativeSeqlens, seq
             raise DeviceMismatchError(
                 f"{name}: got an array on {seqlens.array.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
             )
-        if seqlens.longest == 0 and seqlens.batch and array.shape[0]:
-            raise CuSeqlensError(
-                f"{name}: got max_seqlen 0 with {array.shape[0]} rows in the packed array; allowed is the length of the longest sequence"
-            )
+        check_array(seqlens.array, name)
         seqlens.check_total(array.shape[0])
+    if seqlens_q.batch == 0 and q.shape[0]:
+        raise CuSeqlensError(f"cu_seqlens_q: got no sequences with {q.shape[0]} rows in q; allowed is one sequence at least")
     if seqlens_k.batch != seqlens_q.batch:
         raise CuSeqlensError(
             f"cu_seqlens_k: got {seqlens_k.batch} sequences with {seqlens_q.batch} in cu_seqlens_q; allowed are equal numbers of sequences"
@@ -252,7 +258,7 @@ def _check_seqlens(q: ArrayInfo, k: ArrayInfo, seqlens_q: CumulativeSeqlens, seq
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class VarlenBwdRequest(ShortRepr):
+class VarlenBwdRequest(MadeAnew, ShortRepr):
     """Gradients of attention over packed sequences. Meaning: docs/semantics.md, Gradients.
 
     Rows that no sequence owns are not read, and their gradients are 0.

@@ -104,7 +104,13 @@ ARRAYS = [
     dense("head_dim_zero", fa.HeadDimError, "head dim 0", "1..256", q=make(B, SQ, HQ, 0), k=make(B, SK, HKV, 0)),
     dense("head_dim_large", fa.HeadDimError, "head dim 257", "1..256", q=make(B, SQ, HQ, 257), k=make(B, SK, HKV, 257)),
     dense("v_head_dim_large", fa.HeadDimError, "v: got head dim 264", "1..256", v=make(B, SK, HKV, 264)),
-    dense("last_stride", fa.StrideError, "q: got strides", "last stride of 1", q=make(B, SQ, HQ, 2 * D)[..., ::2]),
+    Refusal(
+        "last_stride",
+        lambda: fa.DenseFwdRequest(**qkv(q=make(B, SQ, HQ, 2 * D)[..., ::2])),
+        fa.StrideError,
+        "q: got strides",
+        "last stride of 1",
+    ),
     Refusal(
         "packed_rank",
         lambda: fa.flash_attn_qkvpacked_func(make(B, SQ, HQ, D)),
@@ -285,10 +291,14 @@ PACKED = [
     varlen(
         "end",
         fa.CuSeqlensError,
-        "cu_seqlens_k: got 6 as its last value with 7 rows",
-        "the number of rows",
-        cu_seqlens_k=np.array([0, 3, 6], np.int32),
+        "cu_seqlens_k: got 8 as its last value with 7 rows",
+        "at most the number of rows",
+        cu_seqlens_k=np.array([0, 3, 8], np.int32),
+        max_seqlen_k=8,
     ),
+    varlen("no_sequences", fa.CuSeqlensError, "no sequences with 5 rows", "one", cu_seqlens_q=make(1, dtype="int32"), max_seqlen_q=0),
+    varlen("max_of_a_bool_array", fa.CuSeqlensError, "got array(True)", "an integer", max_seqlen_q=np.array(True)),
+    varlen("max_of_a_list", fa.CuSeqlensError, "got [5]", "an integer", max_seqlen_q=[5]),
     varlen("type", fa.DTypeError, "int64", "int32", cu_seqlens_q=np.array([0, 2, SQ])),
     varlen("rank", fa.CuSeqlensError, "shape (1, 3)", "(batch + 1,)", cu_seqlens_q=np.array([[0, 2, SQ]], np.int32)),
     varlen("empty_offsets", fa.CuSeqlensError, "shape (0,)", "(batch + 1,)", cu_seqlens_q=np.array([], np.int32)),
@@ -350,7 +360,7 @@ def test_a_refusal_leaves_the_output_alone():
     with pytest.raises(fa.DropoutError):
         fa.flash_attn_func(**qkv(), dropout_p=2.0, out=out)
     with pytest.raises(fa.CuSeqlensError):
-        fa.flash_attn_varlen_func(**packed(cu_seqlens_k=np.array([0, 3, 6], np.int32)), out=out[0])
+        fa.flash_attn_varlen_func(**packed(cu_seqlens_k=np.array([0, 3, 8], np.int32), max_seqlen_k=8), out=out[0])
     assert (out == 7.0).all()
 
 

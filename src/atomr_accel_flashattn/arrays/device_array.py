@@ -28,6 +28,7 @@ class DeviceArray:
     """A row-major array in the memory of one GPU.
 
     Make one with :meth:`empty` or :meth:`from_numpy`; read it with :meth:`numpy`. Memory is freed when the last reference goes.
+    ``copy.copy`` shares memory; deepcopying and unpickling copy the elements, by way of the host, to a GPU of the same number.
 
     Attributes:
         ptr: address on the device.
@@ -113,6 +114,12 @@ class DeviceArray:
             "strides": None,
             "stream": _LEGACY_DEFAULT_STREAM,
         }
+
+    def __copy__(self) -> DeviceArray:
+        return DeviceArray(self.ptr, self.shape, self.dtype_name, self.device_index, owner=self._owner)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DeviceArray.from_numpy, (self.numpy(), self.device_index)
 
     def __repr__(self) -> str:
         return f"DeviceArray(shape={self.shape}, dtype={self.dtype_name}, device=cuda:{self.device_index})"

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import Any
+from math import prod
+from typing import Any, Final
 
 import numpy as np
 
-from ..errors import HeadDimError, OutputError
+from ..errors import HeadDimError, OutputError, StrideError
 from ..problem import ArrayInfo
 from .device_array import DeviceArray
-from .dlpack import BorrowedTensor
-from .read import as_numpy, is_cupy, numpy_dtype, read_array
+from .read import as_numpy, is_cupy, jax_array_of, numpy_dtype, read_array, user_array
 from .torch_hooks import tell_written
 
-__all__ = ["copy_into", "draw_seed_and_offset", "empty_like_framework", "pad_last", "unbind"]
+__all__ = [
+    "check_can_copy",
+    "copy_into",
+    "draw_seed_and_offset",
+    "empty_like_framework",
+    "in_library_of",
+    "pad_last",
+    "row_major",
+    "unbind",
+]
+
+_ALIGNMENT: Final = 64  # of host memory that JAX takes over without a copy
 
 
-def empty_like_framework(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None = None, *, fallback: bool = False) -> ArrayInfo:
-    """A new uninitialised array in the library and on the device of ``like``.
+def empty_like_framework(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None = None) -> ArrayInfo:
+    """A new uninitialised array in the library and on the device of ``like``: torch, NumPy, CuPy, DeviceArray.
 
+    For a library that we cannot allocate with it is a NumPy array in host memory, and a DeviceArray on a GPU; see :func:`in_library_of`.
     It is row-major, except that a torch tensor of the same shape and type keeps the order of its dimensions, as ``torch.empty_like`` does.
-
-    Args:
-        like: whose library and device.
-        shape: sizes.
-        dtype_name: element type, None is that of ``like``.
-        fallback: whether a library that we cannot allocate with gets a NumPy array or a DeviceArray.
-
-    Raises:
-        OutputError: such a library without ``fallback``; the caller has to give ``out=``.
     """
     source, name = like.source, dtype_name or like.dtype_name
     torch = sys.modules.get("torch")
@@ -45,15 +48,33 @@ def empty_like_framework(like: ArrayInfo, shape: tuple[int, ...], dtype_name: st
         cupy = sys.modules["cupy"]
         with cupy.cuda.Device(like.device.index):
             array = cupy.empty(shape, numpy_dtype(name))
-    elif fallback:
-        array = np.empty(shape, numpy_dtype(name)) if like.device.kind == "cpu" else DeviceArray.empty(shape, name, like.device.index)
+    elif like.device.kind == "cpu":
+        array = _empty_aligned(shape, numpy_dtype(name))
     else:
-        owner = source.owner if isinstance(source, BorrowedTensor) else source
-        raise OutputError(
-            f"out: got None, and an array of {type(owner).__module__}.{type(owner).__qualname__} cannot be made here; "
-            f"allowed is out= of shape {shape} and type {name}, or inputs of torch, NumPy, CuPy or DeviceArray"
-        )
+        array = DeviceArray.empty(shape, name, like.device.index)
     return read_array(array, "out")
+
+
+def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    size = prod(shape) * dtype.itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def in_library_of(like: ArrayInfo, made: ArrayInfo) -> Any:
+    """An array that :func:`empty_like_framework` made, for the user: one of JAX where ``like`` is.
+
+    JAX takes over host memory as it is, and GPU memory too, except that bfloat16 there is copied once on the device.
+    """
+    theirs = jax_array_of(like)
+    jax = None if theirs is None else sys.modules.get("jax")
+    if jax is None or not isinstance(made.source, (np.ndarray, DeviceArray)):
+        return user_array(made)
+    if made.device.kind == "cpu":
+        return jax.device_put(made.source, next(iter(theirs.devices())) if getattr(theirs, "committed", True) else None)
+    array = jax.numpy.asarray(made.source)
+    return array if array.dtype.name == made.dtype_name else array.view(made.dtype_name)
 
 
 def _empty_torch(torch: Any, like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -100,6 +121,44 @@ def pad_last(info: ArrayInfo, size: int, name: str) -> Any:
         f"{name}: got head dim {info.shape[-1]} on {info.device}; allowed are multiples of 8, "
         "because this library cannot pad for us; pad with zeros"
     )
+
+
+def row_major(info: ArrayInfo, name: str) -> Any:
+    """A row-major copy of an array whose last stride is another than 1; the array itself when it is 1.
+
+    Raises:
+        StrideError: GPU memory of a library that we cannot copy with.
+    """
+    source = info.source
+    torch = sys.modules.get("torch")
+    if info.shape[-1] <= 1 or info.strides[-1] == 1:
+        return info
+    if torch is not None and isinstance(source, torch.Tensor):
+        return source.contiguous()
+    if is_cupy(source):
+        return sys.modules["cupy"].ascontiguousarray(source)
+    if info.device.kind == "cpu":
+        return np.ascontiguousarray(as_numpy(info))
+    raise StrideError(
+        f"{name}: got strides {info.strides} on {info.device}; allowed is a last stride of 1, because this library cannot copy for us"
+    )
+
+
+def check_can_copy(target: ArrayInfo, like: ArrayInfo) -> None:
+    """Whether :func:`copy_into` can write an array that is made in the library of ``like``.
+
+    Raises:
+        OutputError: GPU memory of another library.
+    """
+    torch = sys.modules.get("torch")
+    same = type(target.source) is type(like.source) or (
+        torch is not None and isinstance(target.source, torch.Tensor) and isinstance(like.source, torch.Tensor)
+    )
+    if target.device.kind != "cpu" and not same:
+        raise OutputError(
+            f"out: got {type(target.source).__qualname__} with q of {type(like.source).__qualname__}, and a head dim that is padded; "
+            "allowed is an array of q's library, or head dims that are multiples of 8"
+        )
 
 
 def copy_into(target: ArrayInfo, values: Any, user_array: Any) -> Any:

@@ -16,7 +16,7 @@ from ..limits import not_built
 from ..problem import ArrayInfo
 from ..types import Device, DType
 from .device_array import DeviceArray
-from .dlpack import read_dlpack
+from .dlpack import BorrowedTensor, read_dlpack
 from .torch_hooks import recorder
 
 if TYPE_CHECKING:
@@ -27,9 +27,12 @@ __all__ = [
     "contiguous_strides",
     "dtype_name_of",
     "is_cupy",
+    "jax_array_of",
     "numpy_dtype",
     "read_array",
     "share_memory",
+    "user_array",
+    "why_not_written",
 ]
 
 _DTYPES: Final = {
@@ -40,7 +43,9 @@ _DTYPES: Final = {
     "float32": DType.F32,
     "float64": DType.F64,
 }
+_JAX: Final = frozenset({"jax", "jaxlib"})
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
+_IMMUTABLE: Final = frozenset({"jax", "jaxlib", "tensorflow"})  # packages whose arrays never change, whatever they say of their memory
 _OVERLAP_WORK: Final[Any] = 10_000  # candidates that NumPy looks at; views of one packed buffer need fewer than ten
 _BIT_TYPES: Final = {"bfloat16": "<u2", "float8_e4m3fn": "|u1", "float8_e5m2": "|u1"}  # how NumPy's array interface can carry them
 
@@ -103,11 +108,47 @@ def _read_protocol(x: Any, name: str) -> ArrayInfo:
         return _info(view.ptr, view.shape, view.strides, view.dtype_name, view.device, view.borrowed)
     if hasattr(x, "__cuda_array_interface__"):
         return _read_cuda_array_interface(x, name)
-    advice = "; call numpy.asarray" if isinstance(x, (list, tuple)) else ""
+    advice = "; call numpy.asarray" if isinstance(x, (list, tuple)) else "; call it outside of jax.jit" if _packages(x) & _JAX else ""
     raise ArrayTypeError(
         f"{name}: got {type(x).__module__}.{type(x).__qualname__}, which is no array; allowed are torch tensors, NumPy and CuPy arrays, "
         f"DeviceArray, and objects with __dlpack__ or __cuda_array_interface__{advice}"
     )
+
+
+def why_not_written(info: ArrayInfo) -> str:
+    """Why elements of an array may not be written, as "a read-only NumPy array"; empty where its library says nothing against it."""
+    source = info.source
+    if isinstance(source, np.ndarray):
+        return "" if source.flags.writeable else "a read-only NumPy array"
+    if type(source) is BorrowedTensor and source.why_not_written:
+        return source.why_not_written
+    owner = user_array(info)
+    if _packages(owner) & _IMMUTABLE:
+        return f"an array of {type(owner).__module__}, which is immutable and so read-only"
+    interface: Any = None if _is_torch(owner) else getattr(owner, "__cuda_array_interface__", None)
+    return "an array that __cuda_array_interface__ calls read-only" if interface is not None and interface["data"][1] else ""
+
+
+def jax_array_of(info: ArrayInfo) -> Any:
+    """The array of JAX that was read; None where it was another library's."""
+    source = info.source
+    return source.owner if type(source) is BorrowedTensor and _packages(source.owner) & _JAX else None
+
+
+def user_array(info: ArrayInfo) -> Any:
+    """The object that was read."""
+    source = info.source
+    return source.owner if type(source) is BorrowedTensor else source
+
+
+def _packages(x: Any) -> frozenset[str]:
+    """The packages that the class of ``x`` and its bases come from."""
+    return frozenset(kind.__module__.partition(".")[0] for kind in type(x).__mro__)
+
+
+def _is_torch(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
 
 
 def _info(ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype_name: str, device: Device, source: Any) -> ArrayInfo:

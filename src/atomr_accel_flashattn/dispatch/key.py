@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 from ..errors import DispatchError
 from ..kernels.fa3_fwd import fits_warpgroup
 from ..kernels.spec import Family, Tile
-from ..limits import HEAD_DIM_STEP, MAX_HEAD_DIM, VECTOR_BYTES, is_integer, is_real
+from ..limits import HEAD_DIM_STEP, MAX_HEAD_DIM, VECTOR_BYTES, as_real, is_integer
 from ..types import DType, SmArch
 
 __all__ = ["DispatchKey", "Extras"]
@@ -32,7 +32,8 @@ def _one_of(name: str, value: object, *allowed: object) -> tuple[str, object, bo
 
 
 def _is_number_below(limit: float, value: Any) -> bool:
-    return is_real(value) and not isinstance(value, bool) and 0 <= value < limit
+    number = as_real(value)
+    return number is not None and 0 <= number < limit
 
 
 def _is_at_least(least: int, value: Any) -> bool:

@@ -133,7 +133,8 @@ class ForwardSpec(KernelSpec):
         return problem.heads // problem.heads_kv if self.pack_gqa else 1
 
     def _row_blocks(self, problem: AttentionProblem) -> int:
-        return -(-problem.seqlen_q * self.packed_heads(problem) // self.tile.block_m)
+        """One at least, also where no sequence has a row: there may be rows of q that none owns."""
+        return -(-max(1, problem.seqlen_q) * self.packed_heads(problem) // self.tile.block_m)
 
     def pack_forward(self, problem: AttentionProblem, out: ArrayInfo) -> FwdParams:
         """``fa::FwdParams`` of one call without addresses; ``out``: where o goes, shaped like ``problem.out_shape``, any strides.

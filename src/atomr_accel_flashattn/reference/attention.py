@@ -13,7 +13,7 @@ import numpy as np
 
 from ..arrays.read import as_numpy
 from .mask import BandMask
-from .scores import TILE_COLS, TILE_ROWS, Call, Pattern, bias_and_mask, blocks, cap, products, read_call, read_head, rows_of_a_tile
+from .scores import TILE_COLS, TILE_ROWS, Call, Pattern, bias_and_mask, blocks, cap, offsets, products, read_call, read_head, rows_of_a_tile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +100,11 @@ def _sequences(problem: AttentionProblem, out: Array, lse: Array | None) -> Iter
         for index in range(problem.batch):
             yield _Sequence(index, q[index], k[index], v[index], out[index], None if lse is None else lse[index])
         return
-    ends_q, ends_k = as_numpy(problem.cu_seqlens_q).tolist(), as_numpy(problem.cu_seqlens_k).tolist()
+    ends_q = offsets(problem.cu_seqlens_q, "cu_seqlens_q", len(q), problem.seqlen_q)
+    ends_k = offsets(problem.cu_seqlens_k, "cu_seqlens_k", len(k), problem.seqlen_k)
+    out[ends_q[-1] :] = 0  # rows that no sequence owns
+    if lse is not None:
+        lse[:, ends_q[-1] :] = -np.inf
     for index in range(problem.batch):
         rows, keys = slice(ends_q[index], ends_q[index + 1]), slice(ends_k[index], ends_k[index + 1])
         yield _Sequence(index, q[rows], k[keys], v[keys], out[rows], None if lse is None else lse[:, rows])

@@ -15,7 +15,7 @@ import numpy as np
 from ..arrays.read import as_numpy
 from .attention import forward
 from .mask import BandMask
-from .scores import TILE_COLS, Call, bias_and_mask, blocks, cap, products, read_call, read_head, rows_of_a_tile
+from .scores import TILE_COLS, Call, bias_and_mask, blocks, cap, offsets, products, read_call, read_head, rows_of_a_tile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,8 +80,10 @@ def _sequences(problem: BackwardProblem, call: Call, gradients: tuple[Array, Arr
     of_keys = (as_numpy(known.k), as_numpy(known.v), *gradients[1:])
     out, lse = _out_and_lse(problem, call)
     dlse = _or_zeros(problem.dlse, known.lse_shape)
-    ends_q = None if known.cu_seqlens_q is None else as_numpy(known.cu_seqlens_q).tolist()
-    ends_k = None if known.cu_seqlens_k is None else as_numpy(known.cu_seqlens_k).tolist()
+    ends_q = ends_k = None
+    if known.cu_seqlens_q is not None and known.cu_seqlens_k is not None:
+        ends_q = offsets(known.cu_seqlens_q, "cu_seqlens_q", len(of_rows[0]), known.seqlen_q)
+        ends_k = offsets(known.cu_seqlens_k, "cu_seqlens_k", len(of_keys[0]), known.seqlen_k)
     for index in range(known.batch):
         rows = index if ends_q is None else slice(ends_q[index], ends_q[index + 1])
         keys = index if ends_k is None else slice(ends_k[index], ends_k[index + 1])

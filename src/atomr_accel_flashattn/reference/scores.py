@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arrays.read import as_numpy
+from ..errors import CuSeqlensError
 from ..types import DType
 from .philox import keep_mask
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ..problem import AttentionProblem
+    from ..problem import ArrayInfo, AttentionProblem
     from .mask import BandMask
 
     Array = NDArray[Any]
@@ -29,6 +31,7 @@ __all__ = [
     "bias_and_mask",
     "blocks",
     "cap",
+    "offsets",
     "products",
     "read_call",
     "read_head",
@@ -86,6 +89,17 @@ def blocks(span: range, size: int) -> Iterator[range]:
     """Cut a range into pieces of at most ``size``."""
     for start in range(span.start, span.stop, size):
         yield range(start, min(start + size, span.stop))
+
+
+def offsets(array: ArrayInfo, name: str, rows: int, longest: int) -> list[int]:
+    """Where sequences begin and end. They were checked when the request was made, and may have been written to since."""
+    ends: list[int] = as_numpy(array).tolist()
+    if ends[0] != 0 or ends[-1] > rows or not all(0 <= end - start <= longest for start, end in pairwise(ends)):
+        raise CuSeqlensError(
+            f"{name}: got {ends}, other values than were checked; allowed are values that start at 0, never decrease, end at {rows} or "
+            f"before, and make no sequence longer than {longest}"
+        )
+    return ends
 
 
 def rows_of_a_tile(ratio: int) -> int:

@@ -27,6 +27,7 @@ from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArra
 from ..short_repr import ShortRepr
 from ..types import DType, SmArch
 from .checks import check_out, is_contiguous, refuse_gradients
+from .copies import MadeAnew
 from .dense import DenseFwdRequest
 from .options import AttentionOptions, MaskKind, PositionBias
 
@@ -37,7 +38,7 @@ _WRITTEN = ("dq", "dk", "dv")
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class DenseBwdRequest(ShortRepr):
+class DenseBwdRequest(MadeAnew, ShortRepr):
     """Gradients of attention by the kernel family that calls on the device take. Meaning: docs/semantics.md, Gradients.
 
     ``run`` gives the gradients of sum(o * dout) + sum(lse * dlse). Arrays as in DenseFwdRequest.

@@ -8,10 +8,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..arrays.new import draw_seed_and_offset
-from ..arrays.read import contiguous_strides, dtype_name_of, read_array, share_memory
+from ..arrays.read import contiguous_strides, dtype_name_of, read_array, share_memory, why_not_written
 from ..arrays.torch_hooks import tangent_of
 from ..errors import (
     DeviceMismatchError,
@@ -205,8 +203,9 @@ def check_out(
             f"{name}: got {info.dtype_name} of shape {info.shape} on {info.device}; "
             f"allowed is {q.dtype_name} of shape {shape} on {q.device}"
         )
-    if isinstance(info.source, np.ndarray) and not info.source.flags.writeable:
-        raise OutputError(f"{name}: got a read-only NumPy array; allowed is a writeable one; pass a copy")
+    reason = why_not_written(info)
+    if reason:
+        raise OutputError(f"{name}: got {reason}; allowed is a writeable array; pass a copy")
     if info.shape[-1] > 1 and info.strides[-1] != 1:
         raise OutputError(f"{name}: got strides {info.strides}; allowed is a last stride of 1; pass a contiguous array")
     if _overlaps_itself(info):

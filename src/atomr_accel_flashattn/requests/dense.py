@@ -13,13 +13,14 @@ from ..runtime.plan import Key, key_of_request
 from ..short_repr import ShortRepr
 from ..types import SmArch
 from .checks import check_out, check_qkv, read_dropout, read_learned_sink, read_qkv, read_slopes, steps
+from .copies import MadeAnew
 from .options import AttentionOptions, MaskKind, PositionBias, check_kinds
 
 __all__ = ["DenseFwdRequest"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class DenseFwdRequest(ShortRepr):
+class DenseFwdRequest(MadeAnew, ShortRepr):
     """Attention of q over k and v, forward, by the kernel family that calls on the device take. Meaning: docs/semantics.md.
 
     Arrays of any library that :func:`~atomr_accel_flashattn.arrays.read_array` knows, on one device, last dimension contiguous, other

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..errors import ArrayTypeError, DropoutError, ScaleError, SinkWithoutMaskError, SoftcapError, WindowError
-from ..limits import LARGEST_SCORE_FACTOR, MAX_LENGTH, is_integer, is_real
+from ..limits import LARGEST_SCORE_FACTOR, MAX_LENGTH, as_integer, as_real
 from ..problem import Band
 from ..short_repr import ShortRepr
 
@@ -33,9 +33,11 @@ class MaskKind:
     right: int | None = None
 
     def __post_init__(self) -> None:
-        for name, side in (("left", self.left), ("right", self.right)):
-            if side is not None and (not is_integer(side) or side < 0):
-                raise WindowError(f"{name}: got {side!r}; allowed is an integer >= 0, or None for no bound")
+        for name, given in (("left", self.left), ("right", self.right)):
+            side = None if given is None else as_integer(given)
+            if given is not None and (side is None or side < 0):
+                raise WindowError(f"{name}: got {given!r}; allowed is an integer >= 0, or None for no bound")
+            object.__setattr__(self, name, side)
 
     @classmethod
     def full(cls) -> MaskKind:
@@ -72,9 +74,10 @@ class MaskKind:
         Raises:
             WindowError: an entry is no integer.
         """
-        if not (is_integer(left) and is_integer(right)):
+        sides = as_integer(left), as_integer(right)
+        if None in sides:
             raise WindowError(f"window_size: got ({left!r}, {right!r}); allowed are two integers, negative for no bound")
-        return cls(None if left < 0 else int(left), None if right < 0 else int(right))
+        return cls(*(None if side is None or side < 0 else side for side in sides))
 
     def band(self, sink_tokens: int = 0) -> Band:
         """The mask with sink tokens, as kernels take it: bounds that exceed every length are cut to ``MAX_LENGTH``.
@@ -83,21 +86,23 @@ class MaskKind:
             WindowError: ``sink_tokens`` is no integer >= 0.
             SinkWithoutMaskError: sink tokens without a left bound.
         """
-        if not is_integer(sink_tokens) or sink_tokens < 0:
+        count = as_integer(sink_tokens)
+        if count is None or count < 0:
             raise WindowError(f"sink_tokens: got {sink_tokens!r}; allowed is an integer >= 0")
-        if sink_tokens > 0 and self.left is None:
+        if count > 0 and self.left is None:
             raise SinkWithoutMaskError(
                 f"sink_tokens: got {sink_tokens} with a mask that has no left bound ({self}), where it would change nothing; "
                 "allowed is 0, or a sliding window, as MaskKind.sliding_causal(4096) or window_size=(4095, 0)"
             )
-        left, right = (None if side is None else min(int(side), MAX_LENGTH) for side in (self.left, self.right))
-        return Band(left, right, min(int(sink_tokens), MAX_LENGTH))
+        left, right = (None if side is None else min(side, MAX_LENGTH) for side in (self.left, self.right))
+        return Band(left, right, min(count, MAX_LENGTH))
 
 
 def _window(window: int) -> int:
-    if not is_integer(window) or window < 1:
+    length = as_integer(window)
+    if length is None or length < 1:
         raise WindowError(f"window: got {window!r}; allowed is an integer >= 1 (a window of 1 is the query's own key)")
-    return int(window)
+    return length
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -143,21 +148,30 @@ class AttentionOptions(ShortRepr):
     rng: Any = None
 
     def __post_init__(self) -> None:
-        scale, cap, p = self.softmax_scale, self.softcap, self.dropout_p
-        if scale is not None and not (is_real(scale) and abs(scale) <= LARGEST_SCORE_FACTOR):
-            raise ScaleError(f"softmax_scale: got {scale!r}; allowed is a finite float32 number, or None for 1 / sqrt(head dim)")
-        if not (is_real(cap) and 0 <= cap <= LARGEST_SCORE_FACTOR):
-            raise SoftcapError(f"softcap: got {cap!r}; allowed is a finite float32 number >= 0, 0 for none")
-        if cap > 0 and abs(scale if scale is not None else 1.0) / cap > _FLOAT32_MAX:
-            raise SoftcapError(
-                f"softcap: got {cap!r}, too small for softmax_scale {scale!r}; allowed is a cap with softmax_scale / softcap below 3.4e38"
+        given: Any = self.softmax_scale
+        scale, cap, p = as_real(given), as_real(self.softcap), as_real(self.dropout_p)
+        if given is not None and (scale is None or not abs(scale) <= LARGEST_SCORE_FACTOR):
+            raise ScaleError(
+                f"softmax_scale: got {given!r}; allowed is a finite float32 number up to {LARGEST_SCORE_FACTOR} either way, "
+                "or None for 1 / sqrt(head dim)"
             )
-        if not (is_real(p) and 0 <= p < 1):
-            raise DropoutError(f"dropout_p: got {p!r}; allowed is 0 <= p < 1 (p = 1 would drop everything)")
+        if cap is None or not 0 <= cap <= LARGEST_SCORE_FACTOR:
+            raise SoftcapError(
+                f"softcap: got {self.softcap!r}; allowed is a finite float32 number >= 0, at most {LARGEST_SCORE_FACTOR}; 0 is none"
+            )
+        if cap > 0 and abs(1.0 if scale is None else scale) / cap > _FLOAT32_MAX:
+            raise SoftcapError(
+                f"softcap: got {self.softcap!r}, too small for softmax_scale {given!r}; "
+                "allowed is a cap with softmax_scale / softcap below 3.4e38"
+            )
+        if p is None or not 0 <= p < 1:
+            raise DropoutError(f"dropout_p: got {self.dropout_p!r}; allowed is 0 <= p < 1 (p = 1 would drop everything)")
+        for name, value in (("softmax_scale", scale), ("softcap", cap), ("dropout_p", p)):
+            object.__setattr__(self, name, value)
 
     def scale_for(self, head_dim: int) -> float:
         """The factor on q.k."""
-        return 1.0 / sqrt(head_dim) if self.softmax_scale is None else float(self.softmax_scale)
+        return 1.0 / sqrt(head_dim) if self.softmax_scale is None else self.softmax_scale
 
 
 def check_kinds(mask: Any, bias: Any, options: Any) -> None:

@@ -25,6 +25,7 @@ from ..reference import attention as reference
 from ..types import Device, DType, SmArch
 from .gradients import Gradients, differentiate
 from .plan import Output, Outputs, Plan, addresses_of, find, keep, slots_of
+from .staleness import Fingerprint
 
 __all__ = ["execute", "fill", "make_outputs", "run"]
 
@@ -61,6 +62,7 @@ def run(
 
     Raises:
         DispatchError: no kernel does this.
+        StaleArrayError: an array was freed, resized or given other data since the request was made.
         DeviceMismatchError: the arrays are not where ATOMR_FLASHATTN_BACKEND wants them.
         RuntimeFlashAttnError: no driver, no compiler, a kernel that does not compile or launch.
     """
@@ -82,6 +84,7 @@ def execute(
             f"request: got {type(request).__qualname__}; allowed is a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or "
             "VarlenFwdRequest, and of backward ones a DenseBwdRequest, Fa2BwdRequest or VarlenBwdRequest"
         )
+    Fingerprint.of(request)
     dropout_mask = dropout_mask and request.problem.dropout is not None
     plan = None if tiles_for is not None else find(request, dropout_mask=dropout_mask)
     key = None
@@ -104,11 +107,11 @@ def make_outputs(request: FaFwdDispatch, plan: Plan | None = None, *, lse: bool,
         meet_torch()
     if plan is not None and not dropout_mask and request.out_array is None and type(problem.q.source) in hooks.plain_types:
         return _tensors_again(problem, plan.out_strides, lse=lse)
-    out = request.out_array or empty_like_framework(problem.q, problem.out_shape)
+    like = request.out_array or problem.q
     return Outputs(
-        out,
-        _beside(out, problem.lse_shape, "float32") if lse else None,
-        _beside(out, problem.dropout_mask_shape, "bool") if dropout_mask and problem.dropout is not None else None,
+        request.out_array or empty_like_framework(like, problem.out_shape),
+        empty_like_framework(like, problem.lse_shape, "float32") if lse else None,
+        empty_like_framework(like, problem.dropout_mask_shape, "bool") if dropout_mask and problem.dropout is not None else None,
     )
 
 
@@ -128,7 +131,7 @@ def fill(
         key = key or _key(request, None)
         spec = lookup(key)
         if not isinstance(spec, KernelSpec):
-            _compute_on_cpu(problem, outputs)
+            _compute_on_cpu(request, outputs)
             _tell_written(request)
             return None
         plan = _make_plan(problem, key, spec, outputs)
@@ -182,9 +185,14 @@ def _launch_of(spec: KernelSpec, problem: AttentionProblem, outputs: Outputs, bl
     return load_kernel(spec, index).launch_of(spec.pack(problem, outputs.out), grid, slots_of(outputs))
 
 
-def _compute_on_cpu(problem: AttentionProblem, outputs: Outputs) -> None:
+def _compute_on_cpu(request: FaFwdDispatch, outputs: Outputs) -> None:
     lse, mask = outputs.lse, outputs.dropout_mask
-    reference.forward(problem, as_numpy(outputs.out), None if lse is None else as_numpy(lse), None if mask is None else as_numpy(mask))
+    arrays = Fingerprint.of(request)
+    held = arrays.hold()  # other threads run while BLAS does
+    reference.forward(
+        request.problem, as_numpy(outputs.out), None if lse is None else as_numpy(lse), None if mask is None else as_numpy(mask)
+    )
+    del held
 
 
 def _check_backend(device: Device) -> None:
@@ -194,11 +202,6 @@ def _check_backend(device: Device) -> None:
             f"q: got an array on {device} with ATOMR_FLASHATTN_BACKEND={backend}; allowed are arrays on the {backend}; "
             "move them, or unset the variable"
         )
-
-
-def _beside(out: ArrayInfo, shape: tuple[int, ...], dtype_name: str) -> ArrayInfo:
-    """A second output in the library of ``out``; NumPy or DeviceArray where that library cannot be allocated with."""
-    return empty_like_framework(out, shape, dtype_name, fallback=True)
 
 
 def _tensors_again(problem: AttentionProblem, out_strides: tuple[int, ...], *, lse: bool) -> Outputs:

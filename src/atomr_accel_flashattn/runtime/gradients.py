@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..arrays.new import empty_like_framework
+from ..arrays.new import empty_like_framework, in_library_of
 from ..arrays.read import as_numpy
 from ..arrays.torch_hooks import tell_written
 from ..dispatch import FaBwdDispatch, lookup
@@ -14,6 +14,7 @@ from ..limits import not_built
 from ..problem import ArrayInfo
 from ..reference.backward import backward
 from ..short_repr import ShortRepr
+from .staleness import Fingerprint
 
 __all__ = ["Gradients", "differentiate"]
 
@@ -46,15 +47,17 @@ def differentiate(request: FaBwdDispatch) -> Gradients:
     made = [array or empty_like_framework(like, like.shape) for array, like in zip(given, inputs, strict=True)]
     dsink = None if forward.learned_sink is None else empty_like_framework(forward.q, (forward.heads,), "float32")
     dq, dk, dv = (as_numpy(array) for array in made)
+    held = Fingerprint.of_backward(request).hold()  # other threads run while BLAS does
     backward(problem, dq, dk, dv, None if dsink is None else as_numpy(dsink))
+    del held
     for array in given:
         if array is not None:
             tell_written(array.source)
-    mine = [_for_user(request, name, array) for name, array in zip(given._fields, made, strict=True)]
-    return Gradients(mine[0], mine[1], mine[2], dsink and dsink.source)
+    mine = [_for_user(request, name, like, array) for name, like, array in zip(given._fields, inputs, made, strict=True)]
+    return Gradients(mine[0], mine[1], mine[2], dsink and in_library_of(forward.q, dsink))
 
 
-def _for_user(request: FaBwdDispatch, name: str, array: ArrayInfo) -> Any:
+def _for_user(request: FaBwdDispatch, name: str, like: ArrayInfo, array: ArrayInfo) -> Any:
     """The caller's own array where there was one."""
     own = getattr(request, name, None)
-    return array.source if own is None else own
+    return in_library_of(like, array) if own is None else own

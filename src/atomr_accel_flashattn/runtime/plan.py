@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+from ..arrays.new import in_library_of
+from ..arrays.read import user_array
 from ..dispatch import FaFwdDispatch
 from ..env import settings
 from ..kernels.forward import FwdParams
@@ -63,21 +65,15 @@ class Outputs:
     dropout_mask: ArrayInfo | None = None
 
     def for_user(self, request: FaFwdDispatch) -> Output:
-        """The arrays themselves: the caller's own ``out`` where there was one."""
-        out = self.out.source if request.out_array is None else getattr(request, "out", self.out.source)
-        dropout = request.problem.dropout
+        """The arrays themselves: the caller's own ``out`` where there was one, and what was made in the library of that, or of q."""
+        out_array, dropout = request.out_array, request.problem.dropout
+        like = out_array or request.problem.q
         return Output(
-            out,
-            self.lse and self.lse.source,
-            self.dropout_mask and self.dropout_mask.source,
-            dropout and _given_rng(request, dropout.rng),
+            in_library_of(like, self.out) if out_array is None else getattr(request, "out", self.out.source),
+            self.lse and in_library_of(like, self.lse),
+            self.dropout_mask and in_library_of(like, self.dropout_mask),
+            dropout and user_array(dropout.rng),
         )
-
-
-def _given_rng(request: FaFwdDispatch, rng: ArrayInfo) -> Any:
-    """The caller's own array, where he gave one."""
-    given = getattr(getattr(request, "options", None), "rng", None)
-    return rng.source if given is None else given
 
 
 class Plan:
