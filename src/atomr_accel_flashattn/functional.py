@@ -1,8 +1,8 @@
 """The functional calls of the ``flash_attn`` package (2.8), name for name, position for position, default for default.
 
 On top of those signatures every call takes, by keyword only, ``out`` (an array to be written), ``learned_sink`` and ``sink_tokens``. An
-argument that is not supported raises; none is ignored, and ``deterministic`` asks for what forward always is. What differs from flash-attn
-is in docs/flash-attn-differences.md, argument by argument.
+argument that is not supported raises; none is ignored. What differs from flash-attn is in docs/flash-attn-differences.md, argument by
+argument. Autograd of torch records the calls on the CPU: q, k, v and the learned sink get gradients, through o and through the LSE.
 
 A call returns arrays of the library of q: torch, NumPy, CuPy, JAX, DeviceArray; for others, a NumPy array in host memory and a DeviceArray
 on a GPU; or the caller's ``out``. Half of this file is overloads that say so to type checkers.
@@ -22,11 +22,12 @@ from .arrays.torch_hooks import keep_out_of_graphs
 from .errors import ShapeError, UnsupportedArgumentError, WindowError
 from .limits import HEAD_DIM_STEP, MAX_HEAD_DIM, as_integer, as_real, is_integer, not_built
 from .problem import ArrayInfo
-from .requests.checks import check_out, refuse_gradients
+from .requests.checks import check_out
 from .requests.dense import DenseFwdRequest
 from .requests.options import AttentionOptions, MaskKind, PositionBias
 from .runtime.execute import execute
 from .runtime.plan import Key
+from .torch_ops.autograd import attend, is_recorded, without_history
 from .torch_ops.repeat import Numbers, Others, Packing, remember, repeat
 from .varlen import CumulativeSeqlens, VarlenFwdRequest
 
@@ -104,7 +105,7 @@ def flash_attn_func(
             dimensions; those on a GPU are waited for.
         softcap: c of c * tanh(s / c); 0 or less is none.
         alibi_slopes: float32 (Hq,) or (B, Hq).
-        deterministic: True or False; forward always is.
+        deterministic: True or False, whether gradients are to be bitwise equal from run to run; the forward always is.
         return_attn_probs: also return the LSE and the dropout pattern.
         out: (B, Sq, Hq, Dv) to be written.
         learned_sink: float32 (Hq,), exp(sink[h]) joins the denominator.
@@ -115,13 +116,13 @@ def flash_attn_func(
 
     Raises:
         ConstructionError: the subclass and the message say which argument is wrong.
-        FeatureNotBuiltError: torch tensors that want gradients, fp8.
+        FeatureNotBuiltError: torch tensors that want gradients on a GPU, or second ones, or of slopes; fp8.
         RuntimeFlashAttnError: the GPU, the driver or the compiler failed.
     """
     if deterministic is not False:
         _flag(deterministic, "deterministic")
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    return _attention(q, k, v, None, numbers, (alibi_slopes, learned_sink, out))
+    return _attention(q, k, v, None, numbers, (alibi_slopes, learned_sink, out), deterministic)
 
 
 # fmt: off
@@ -298,7 +299,7 @@ def flash_attn_varlen_func(
         window_size: (left, right).
         softcap: c of c * tanh(s / c).
         alibi_slopes: float32 (Hq,) or (B, Hq).
-        deterministic: True or False.
+        deterministic: as in :func:`flash_attn_func`.
         return_attn_probs: also return LSE and dropout pattern.
         block_table: refused; paged K and V are not built.
         out: (total_q, Hq, Dv) to be written.
@@ -318,7 +319,7 @@ def flash_attn_varlen_func(
         raise not_built("block_table", "got a block_table; allowed is None")
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
     packing = (cu_seqlens_q, cu_seqlens_k, _plain_length(max_seqlen_q), _plain_length(max_seqlen_k))
-    return _attention(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out))
+    return _attention(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out), deterministic)
 
 
 # fmt: off
@@ -449,15 +450,14 @@ def flash_attn_varlen_kvpacked_func(
     )
 
 
-def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> Any:
+def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, deterministic: bool) -> Any:
     """Every functional call: as one like it was answered before, or through a request."""
     key, result = repeat(q, k, v, packing, numbers, others)
-    return _first(q, k, v, packing, numbers, others, key) if result is None else result
+    return _first(_Call(q, k, v, numbers, others, deterministic), packing, key) if result is None else result
 
 
-def _first(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, key: Key | None) -> Any:
+def _first(call: _Call, packing: Packing | None, key: Key | None) -> Any:
     """The way of a call that nothing is known of; ``key`` is for the shortcut that it leaves."""
-    call = _Call(q, k, v, numbers, others)
     asked = {"mask": call.mask, "bias": call.bias, "sink_tokens": call.sink_tokens, "options": call.options, "out": call.out}
     request: DenseFwdRequest | VarlenFwdRequest
     if packing is None:
@@ -475,7 +475,7 @@ class _Call:
     Those are of arrays whose last stride is another than 1, and, padded with zeros, of head dims that are no multiple of 8.
     """
 
-    def __init__(self, q: Any, k: Any, v: Any, numbers: Numbers, others: Others) -> None:
+    def __init__(self, q: Any, k: Any, v: Any, numbers: Numbers, others: Others, deterministic: bool) -> None:
         dropout_p, softmax_scale, causal, window_size, softcap, self.sink_tokens, return_attn_probs = numbers
         self.others = others
         slopes, learned_sink, self.out = others
@@ -485,6 +485,8 @@ class _Call:
         infos = read_array(q, "q"), read_array(k, "k"), read_array(v, "v")
         self.arrays: tuple[Any, ...] = (q, k, v)
         self.q = infos[0]
+        self.recorded = is_recorded(q, k, v, others)
+        self.deterministic = _flag(deterministic, "deterministic")
         self.copied = False
         self.copy_to: ArrayInfo | None = None
         self.v_head_dim = 0
@@ -494,14 +496,16 @@ class _Call:
                 softmax_scale = self.q.shape[-1] ** -0.5
             if pads or any(info.shape[-1] > 1 and info.strides[-1] != 1 for info in infos):
                 self._copy(infos, pads=pads)
+        self.inputs = (*self.arrays, learned_sink)
+        if self.recorded:
+            *arrays, learned_sink = without_history(self.inputs)
+            self.arrays = tuple(arrays)
         self.options = AttentionOptions(
             softmax_scale=softmax_scale, softcap=_softcap(softcap), learned_sink=learned_sink, dropout_p=dropout_p
         )
 
     def _copy(self, infos: tuple[ArrayInfo, ArrayInfo, ArrayInfo], *, pads: bool) -> None:
         """Zero columns change no product; those of v make columns of o that are cut off again."""
-        for info, name in zip(infos, "qkv", strict=True):
-            refuse_gradients(info, name)
         self.copied = True
         q, v_head_dim = self.q, infos[2].shape[-1]
         if pads and v_head_dim % HEAD_DIM_STEP:
@@ -519,7 +523,11 @@ class _Call:
 
     def finish(self, request: DenseFwdRequest | VarlenFwdRequest, key: Key | None) -> Any:
         """Run the request, leave a shortcut for calls like it, and give the results the form that flash-attn gives them."""
-        output, plan = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
+        plan = None
+        if self.recorded:
+            output = attend(request, self.inputs, dropout_mask=self.return_attn_probs, deterministic=self.deterministic)
+        else:
+            output, plan = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
         if key is not None and plan is not None and not self.copied:
             remember(key, plan, output, self.others)
         results: tuple[Any, ...] = (output.out, output.lse, output.dropout_mask)

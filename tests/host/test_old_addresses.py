@@ -342,3 +342,59 @@ def test_a_fingerprint_is_of_a_moment():
         found.check()
     with pytest.raises(fa.StaleArrayError, match="k: its memory changed since the request was made"):
         Fingerprint.of(request)
+
+
+def backward_of(kind: str, wrap: Callable[[np.ndarray], Any] = lambda array: array) -> Any:
+    """The gradients of :func:`request_of` without its ``out``, with arrays to write them to."""
+    forward = request_of(kind, wrap, dropout_p=0.5, rng=wrap(np.array([1, 2])))
+    made = fa.run(forward)
+    shape = (9, 2, 8) if kind == "varlen" else (2, 5, 2, 8)
+    more = {"cu_seqlens_q": forward.cu_seqlens_q} if kind == "varlen" else {}
+    classes = {"dense": fa.DenseBwdRequest, "fa2": fa.Fa2BwdRequest, "varlen": fa.VarlenBwdRequest}
+    return classes[kind](
+        *(forward.q, forward.k, forward.v, made.out, wrap(numbers(*shape, seed=7)), made.lse),
+        mask=forward.mask,
+        bias=forward.bias,
+        sink_tokens=forward.sink_tokens,
+        options=forward.options,
+        dq=wrap(numbers(*shape)),
+        dk=wrap(numbers(*shape)),
+        dv=wrap(numbers(*shape)),
+        **more,
+    )
+
+
+class TestBackward:
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("kind", ["dense", "fa2", "varlen"])
+    def test_a_copy_has_its_own_arrays_and_gives_the_same_gradients(self, kind: str, way: str):
+        request = backward_of(kind)
+        made = WAYS[way](request)
+        for name in ("out", "lse", "dout"):
+            info = getattr(made.problem, name)
+            assert info == read_array(getattr(made, name), name)
+            assert (info.ptr == getattr(request.problem, name).ptr) is (way == "copy")
+        first, second = (fa.run(each) for each in (request, made))
+        for name in ("dq", "dk", "dv", "dsink"):
+            np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+
+    @pytest.mark.parametrize("name", ["q", "k", "v", "out", "lse", "dout", "dq", "dk", "dv"])
+    def test_an_array_that_was_resized_is_named(self, name: str):
+        request = backward_of("dense")
+        fa.run(request)
+        resize(getattr(request, name))
+        with pytest.raises(fa.StaleArrayError, match=f"{name}: its memory changed since the request was made"):
+            fa.run(request)
+
+    def test_offsets_that_were_written_to_are_refused(self):
+        request = backward_of("varlen")
+        request.cu_seqlens_q.offsets[-1] = 1000
+        with pytest.raises(fa.CuSeqlensError, match="other values than were checked"):
+            fa.run(request)
+
+    @pytest.mark.parametrize("name", ["dq", "dk", "dv"])
+    def test_gradients_are_not_written_to_read_only_memory(self, name: str):
+        array = numbers(1, 5, 2, 8)
+        array.flags.writeable = False
+        with pytest.raises(fa.OutputError, match=f"{name}: got a read-only NumPy array"):
+            fa.DenseBwdRequest(*[array] * 3, dout=array, recompute=True, **{name: array})
