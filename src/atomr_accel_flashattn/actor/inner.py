@@ -20,10 +20,10 @@ from ..fa3 import Fa3FwdRequest
 from ..requests.dense import DenseFwdRequest
 from ..runtime.execute import fill, make_outputs
 from ..runtime.plan import Output, Outputs, Plan
+from ..runtime.staleness import NO_ARRAYS, Fingerprint
 from ..types import Device, SmArch
 from ..varlen import VarlenFwdRequest
 from .messages import FlashAttnMsg, Message
-from .staleness import NO_ARRAYS, Fingerprint
 
 __all__ = ["FlashAttnInner", "Job", "PendingLaunch"]
 

@@ -22,6 +22,7 @@ from typing import Any, Final
 from ...errors import ActorStoppedError, DeviceLostError, PropsError, RayMissingError, UnknownMessageError, WorkerLostError
 from ...limits import is_integer
 from ...requests.dense import DenseFwdRequest
+from ...runtime.staleness import NO_ARRAYS, Fingerprint
 from ...varlen import VarlenFwdRequest
 from ..client import Client
 from ..engine import stopped_error
@@ -30,7 +31,6 @@ from ..mailbox import Mailbox
 from ..messages import FlashAttnMsg, Message, refusal
 from ..props import FlashAttnProps
 from ..reply import Ticket, own_error
-from ..staleness import NO_ARRAYS, Fingerprint
 from .wire import WireRequest, from_wire
 from .worker import Worker
 
