@@ -183,5 +183,5 @@ def _span(ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], unit: int,
 def _stale(name: str, info: ArrayInfo, when: str) -> StaleArrayError:
     return StaleArrayError(
         f"{name}: its memory changed {when}: an array of shape {info.shape} at address {info.ptr:#x} is there no more; "
-        "allowed are arrays that are neither freed nor resized nor given other data; make the request anew, or hand it a copy"
+        "allowed are arrays that are neither freed nor resized nor given other data; keep them as they are, or make the request anew"
     )
