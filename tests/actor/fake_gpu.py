@@ -156,9 +156,9 @@ def install(monkeypatch: Any, *, plans: bool = False) -> FakeDriver:
             launch: Any = FakeLaunch(fake, request.problem, outputs.out)
             plan_store.keep(request, plan_store.Plan((launch,), outputs.out.strides))
 
-    def empty(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None = None, *, fallback: bool = False) -> ArrayInfo:
+    def empty(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None = None) -> ArrayInfo:
         if like.device.kind == "cpu":
-            return new.empty_like_framework(like, shape, dtype_name, fallback=fallback)
+            return new.empty_like_framework(like, shape, dtype_name)
         return FakeArray(np.empty(shape, arrays.numpy_dtype(dtype_name or like.dtype_name)), like.device.index).info()
 
     monkeypatch.setattr(gpu, "driver", lambda: fake)

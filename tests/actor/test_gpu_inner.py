@@ -10,8 +10,9 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnInner, FlashAttnMsg, FlashAttnProps
-from atomr_accel_flashattn.actor import gpu, inner as inner_module, staleness
+from atomr_accel_flashattn.actor import gpu, inner as inner_module
 from atomr_accel_flashattn.launch import driver as driver_module
+from atomr_accel_flashattn.runtime import staleness
 from tests.actor.devices import PATIENCE, until
 from tests.actor.fake_gpu import FakeArray, FakeDriver, install
 
@@ -196,7 +197,7 @@ def test_an_error_of_the_driver_is_told_by_the_call_that_met_it(
 
 
 def test_a_gpu_array_that_changed_in_flight_fails_its_own_request(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(staleness._readers, FakeArray, (lambda array: array.array.ctypes.data, None))
+    monkeypatch.setitem(staleness._readers, FakeArray, lambda array: (array.array.ctypes.data, array.array.shape))
     with FlashAttnActor.start(FlashAttnProps(device="cuda:0")) as actor:
         cuda.completed.clear()
         moved, kept = sent(1), sent(2)
@@ -213,7 +214,7 @@ def test_a_gpu_array_that_changed_in_flight_fails_its_own_request(cuda: FakeDriv
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_gpu_array_is_looked_at_and_told_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str):
-    monkeypatch.setitem(staleness._readers, FakeArray, (lambda array: array.array.ctypes.data, None))
+    monkeypatch.setitem(staleness._readers, FakeArray, lambda array: (array.array.ctypes.data, array.array.shape))
     infos = {each: FakeArray(np.zeros(4, np.float32)).info() for each in NAMES}
     problem = SimpleNamespace(**infos, dropout=SimpleNamespace(rng=infos["rng"]))
     request: Any = SimpleNamespace(problem=problem, out_array=infos["out"])

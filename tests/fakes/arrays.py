@@ -34,8 +34,8 @@ class FakeArray:
         return ArrayInfo(host.ptr, host.shape, host.strides, host.dtype, host.dtype_name, Device("cuda", self.index), self)
 
 
-def empty_like(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None = None, *, fallback: bool = False) -> ArrayInfo:
+def empty_like(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None = None) -> ArrayInfo:
     """``empty_like_framework`` that also knows :class:`FakeArray`."""
     if not isinstance(like.source, FakeArray):
-        return empty_like_framework(like, shape, dtype_name, fallback=fallback)
+        return empty_like_framework(like, shape, dtype_name)
     return FakeArray(np.empty(shape, numpy_dtype(dtype_name or like.dtype_name)), like.device.index).info()

@@ -43,7 +43,7 @@ def run_kernel(spec: KernelSpec, params: Any, address: int, *, grid: int, counte
         return
     assert isinstance(spec, ForwardSpec)
     packed = _packed_heads(spec, params)
-    tiles = -(-params.seqlen_q * packed // spec.tile.block_m) * params.batch * (params.heads // packed)
+    tiles = -(-max(1, params.seqlen_q) * packed // spec.tile.block_m) * params.batch * (params.heads // packed)
     assert (params.work_heads, 1 << params.packed_shift) == (params.heads // packed, packed)
     if spec.family is Family.FA3:
         fa3 = Fa3FwdParams.from_buffer_copy(Fa3FwdParams.from_address(address))
@@ -66,8 +66,9 @@ def move_map(tensor_map: int, ptr: int) -> int:
 def _check_maps(spec: ForwardSpec, params: Fa3FwdParams) -> None:
     """The maps are those of the addresses, sizes and strides that the rest of the parameters tells (tests/emulator, ``flat_tensor``)."""
     p, keys = params.fwd, spec.tile.block_n
-    totals = [int(as_numpy(_at(ptr, (p.batch + 1,), "int32"))[-1]) if spec.varlen else 0 for ptr in (p.cu_seqlens_q, p.cu_seqlens_k)]
-    rows_q, rows_k = (rows if spec.varlen else length for rows, length in zip(totals, (p.seqlen_q, p.seqlen_k), strict=True))
+    rows_q, rows_k = (p.lse_head_stride, _rows_of(params.k_map)) if spec.varlen else (p.seqlen_q, p.seqlen_k)
+    if spec.varlen:
+        assert rows_k >= int(as_numpy(_at(p.cu_seqlens_k, (p.batch + 1,), "int32"))[-1]), "a tensor map ends before the last sequence"
     heads_kv, batch = p.heads // p.heads_per_kv, 1 if spec.varlen else p.batch
     q, k, v = p.q_stride, p.k_stride, p.v_stride
     group = _packed_heads(spec, p)
@@ -79,6 +80,11 @@ def _check_maps(spec: ForwardSpec, params: Fa3FwdParams) -> None:
     _check_map(spec, params.q_map, p.q, (p.head_dim, spec.head_dim), *q_map)
     _check_map(spec, params.k_map, p.k, (p.head_dim, spec.head_dim), *kv_maps[0])
     _check_map(spec, params.v_map, p.v, (p.v_head_dim, spec.v_head_dim), *kv_maps[1])
+
+
+def _rows_of(tensor_map: Any) -> int:
+    """Rows that a map of k has: only the host knows how many there are past the last sequence."""
+    return int(_FLAT_TENSOR.unpack(bytes(tensor_map.bytes)[: _FLAT_TENSOR.size])[6])
 
 
 def _check_map(
@@ -129,7 +135,7 @@ def _decode(spec: ForwardSpec, p: FwdParams) -> tuple[AttentionProblem, ArrayInf
     lead_q, lead_k = (p.batch, p.seqlen_q), (p.batch, p.seqlen_k)
     if spec.varlen:
         offsets = [_at(ptr, (p.batch + 1,), "int32") for ptr in (p.cu_seqlens_q, p.cu_seqlens_k)]
-        lead_q, lead_k = ((int(as_numpy(array)[-1]),) for array in offsets)
+        lead_q, lead_k = (p.lse_head_stride,), (int(as_numpy(offsets[1])[-1]),)  # of q all rows, owned or not
     q = _strided(spec, p.q, p.q_stride, (*lead_q, p.heads, p.head_dim))
     k = _strided(spec, p.k, p.k_stride, (*lead_k, heads_kv, p.head_dim))
     v = _strided(spec, p.v, p.v_stride, (*lead_k, heads_kv, p.v_head_dim))

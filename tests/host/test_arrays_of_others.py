@@ -295,6 +295,13 @@ class TestStandInForJax:
         assert type(made) is jax.kind
         np.testing.assert_array_equal(made.array, fa.flash_attn_varlen_func(Q[0], Q[0], Q[0], ENDS, ENDS, 5, 5))
 
+    def test_so_do_gradients(self, jax: FakeJax):
+        made = fa.run(fa.DenseBwdRequest(*[jax.kind(Q, None)] * 3, dout=Q, recompute=True))
+        expected = fa.run(fa.DenseBwdRequest(Q, Q, Q, dout=Q, recompute=True))
+        for name in ("dq", "dk", "dv"):
+            assert type(getattr(made, name)) is jax.kind
+            np.testing.assert_array_equal(getattr(made, name).array, getattr(expected, name))
+
     def test_an_out_decides_what_comes_out(self, jax: FakeJax):
         out = np.empty_like(Q)
         made, lse, _ = fa.flash_attn_func(*[jax.kind(Q, None)] * 3, out=out, return_attn_probs=True)

@@ -133,14 +133,54 @@ def test_a_copy_that_is_padded_in_channels_last_is_made_row_major():
     torch.testing.assert_close(fa.flash_attn_func(q, q, q), expected)
 
 
-def test_gradients_and_tangents_of_copied_inputs_are_refused():
+@pytest.mark.parametrize("head_dim", [16, 13])
+@pytest.mark.parametrize("which", ["q", "k", "v", "qkv"])
+def test_gradients_go_through_the_copies(which: str, head_dim: int):
+    arrays = [x.view(2, 9, 4, 16)[..., :head_dim].float() for x in flat()]
+    gradients = []
+    for turn in (False, True):
+        leaves = [turned(x) if turn and name in which else x.contiguous() for name, x in zip("qkv", arrays, strict=True)]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        fa.flash_attn_func(*leaves, causal=True).square().sum().backward()
+        gradients.append([x.grad for x in leaves])
+    for ours, expected in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_tangents_of_copied_inputs_are_refused():
     q = turned(torch.randn(2, 9, 4, 16))
-    with pytest.raises(fa.FeatureNotBuiltError, match="q requires grad"):
-        fa.flash_attn_func(q.clone(memory_format=torch.preserve_format).requires_grad_(), q, q)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
         with pytest.raises(fa.FeatureNotBuiltError, match="forward_mode"):
             fa.flash_attn_func(q, dual, q)
+
+
+def test_gradients_on_a_gpu_are_refused_though_the_input_would_be_copied(gpu: FakeGpu):
+    q, k, v = (fake(turned(x.view(2, 9, 4, 16))) for x in flat())
+    for _ in range(2):
+        fa.flash_attn_func(q, k, v)
+        with pytest.raises(fa.FeatureNotBuiltError, match="k requires grad"):
+            fa.flash_attn_func(q, fake(turned(k.as_subclass(torch.Tensor)).requires_grad_()), v)
+
+
+def test_a_library_without_gradients_goes_along_with_one_that_has_them():
+    class Lent:
+        def __init__(self, array: Any) -> None:
+            self.array = array
+
+        def __dlpack__(self, **more: Any) -> Any:
+            return self.array.__dlpack__(**more)
+
+        def __dlpack_device__(self) -> Any:
+            return self.array.__dlpack_device__()
+
+    kv = torch.randn(2, 9, 2, 4, 16)
+    gradients = []
+    for each in (kv, Lent(kv)):
+        q = torch.ones(2, 9, 4, 16, requires_grad=True)
+        fa.flash_attn_kvpacked_func(q, each).square().sum().backward()
+        gradients.append(q.grad)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("split", [0, 5, 11, 18])

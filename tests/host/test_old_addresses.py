@@ -344,36 +344,57 @@ def test_a_fingerprint_is_of_a_moment():
         Fingerprint.of(request)
 
 
+def backward_of(kind: str, wrap: Callable[[np.ndarray], Any] = lambda array: array) -> Any:
+    """The gradients of :func:`request_of` without its ``out``, with arrays to write them to."""
+    forward = request_of(kind, wrap, dropout_p=0.5, rng=wrap(np.array([1, 2])))
+    made = fa.run(forward)
+    shape = (9, 2, 8) if kind == "varlen" else (2, 5, 2, 8)
+    more = {"cu_seqlens_q": forward.cu_seqlens_q} if kind == "varlen" else {}
+    classes = {"dense": fa.DenseBwdRequest, "fa2": fa.Fa2BwdRequest, "varlen": fa.VarlenBwdRequest}
+    return classes[kind](
+        *(forward.q, forward.k, forward.v, made.out, wrap(numbers(*shape, seed=7)), made.lse),
+        mask=forward.mask,
+        bias=forward.bias,
+        sink_tokens=forward.sink_tokens,
+        options=forward.options,
+        dq=wrap(numbers(*shape)),
+        dk=wrap(numbers(*shape)),
+        dv=wrap(numbers(*shape)),
+        **more,
+    )
+
+
 class TestBackward:
-    """The gradients of a copy are those of its original, and a request whose arrays moved is refused."""
-
-    @staticmethod
-    def request(**options: Any) -> fa.Fa2BwdRequest:
-        q, k, v, dout, dlse = (numbers(2, 5, 2, 8, seed=seed) for seed in range(5))
-        output = fa.run(fa.Fa2FwdRequest(q, k, v), lse=True)
-        out, lse = output.out, output.lse
-        return fa.Fa2BwdRequest(q, k, v, out, dout, lse, dlse=dlse[:, :, :, 0].transpose(0, 2, 1).copy(), **options)
-
     @pytest.mark.parametrize("way", WAYS)
-    def test_a_copy_gives_the_same_gradients(self, way: str):
-        request = self.request()
-        made, expected = fa.run(WAYS[way](request)), fa.run(request)
-        for name in ("dq", "dk", "dv"):
-            np.testing.assert_array_equal(getattr(made, name), getattr(expected, name))
+    @pytest.mark.parametrize("kind", ["dense", "fa2", "varlen"])
+    def test_a_copy_has_its_own_arrays_and_gives_the_same_gradients(self, kind: str, way: str):
+        request = backward_of(kind)
+        made = WAYS[way](request)
+        for name in ("out", "lse", "dout"):
+            info = getattr(made.problem, name)
+            assert info == read_array(getattr(made, name), name)
+            assert (info.ptr == getattr(request.problem, name).ptr) is (way == "copy")
+        first, second = (fa.run(each) for each in (request, made))
+        for name in ("dq", "dk", "dv", "dsink"):
+            np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
-    @pytest.mark.parametrize("name", ["q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv"])
+    @pytest.mark.parametrize("name", ["q", "k", "v", "out", "lse", "dout", "dq", "dk", "dv"])
     def test_an_array_that_was_resized_is_named(self, name: str):
-        request = self.request(**{each: np.zeros((2, 5, 2, 8), np.float32) for each in ("dq", "dk", "dv")})
+        request = backward_of("dense")
         fa.run(request)
         resize(getattr(request, name))
-        with pytest.raises(fa.StaleArrayError, match=f"^{name}: its memory changed since the request was made"):
+        with pytest.raises(fa.StaleArrayError, match=f"{name}: its memory changed since the request was made"):
             fa.run(request)
 
-    def test_offsets_written_to_since_are_not_followed(self):
-        ends = np.array([0, 2, 5], np.int32)
-        q, k, v, dout = (numbers(5, 2, 8, seed=seed) for seed in range(4))
-        request = fa.VarlenBwdRequest(q, k, v, dout=dout, cu_seqlens_q=fa.CumulativeSeqlens(ends), recompute=True)
-        fa.run(request)
-        ends[1] = 1000
-        with pytest.raises(fa.CuSeqlensError, match=r"cu_seqlens_q: got .*, other values than were checked"):
+    def test_offsets_that_were_written_to_are_refused(self):
+        request = backward_of("varlen")
+        request.cu_seqlens_q.offsets[-1] = 1000
+        with pytest.raises(fa.CuSeqlensError, match="other values than were checked"):
             fa.run(request)
+
+    @pytest.mark.parametrize("name", ["dq", "dk", "dv"])
+    def test_gradients_are_not_written_to_read_only_memory(self, name: str):
+        array = numbers(1, 5, 2, 8)
+        array.flags.writeable = False
+        with pytest.raises(fa.OutputError, match=f"{name}: got a read-only NumPy array"):
+            fa.DenseBwdRequest(*[array] * 3, dout=array, recompute=True, **{name: array})

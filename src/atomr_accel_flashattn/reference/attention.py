@@ -13,7 +13,20 @@ import numpy as np
 
 from ..arrays.read import as_numpy
 from .mask import BandMask
-from .scores import TILE_COLS, TILE_ROWS, Call, Pattern, bias_and_mask, blocks, cap, offsets, products, read_call, read_head, rows_of_a_tile
+from .scores import (
+    TILE_COLS,
+    TILE_ROWS,
+    Call,
+    Pattern,
+    bias_and_mask,
+    blocks,
+    cap,
+    products,
+    read_call,
+    read_head,
+    read_offsets,
+    rows_of_a_tile,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,8 +113,8 @@ def _sequences(problem: AttentionProblem, out: Array, lse: Array | None) -> Iter
         for index in range(problem.batch):
             yield _Sequence(index, q[index], k[index], v[index], out[index], None if lse is None else lse[index])
         return
-    ends_q = offsets(problem.cu_seqlens_q, "cu_seqlens_q", len(q), problem.seqlen_q)
-    ends_k = offsets(problem.cu_seqlens_k, "cu_seqlens_k", len(k), problem.seqlen_k)
+    ends_q = read_offsets(problem.cu_seqlens_q, "cu_seqlens_q", len(q), problem.seqlen_q)
+    ends_k = read_offsets(problem.cu_seqlens_k, "cu_seqlens_k", len(k), problem.seqlen_k)
     out[ends_q[-1] :] = 0  # rows that no sequence owns
     if lse is not None:
         lse[:, ends_q[-1] :] = -np.inf

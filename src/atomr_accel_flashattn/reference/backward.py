@@ -15,7 +15,7 @@ import numpy as np
 from ..arrays.read import as_numpy
 from .attention import forward
 from .mask import BandMask
-from .scores import TILE_COLS, Call, bias_and_mask, blocks, cap, offsets, products, read_call, read_head, rows_of_a_tile
+from .scores import TILE_COLS, Call, bias_and_mask, blocks, cap, products, read_call, read_head, read_offsets, rows_of_a_tile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,8 +82,8 @@ def _sequences(problem: BackwardProblem, call: Call, gradients: tuple[Array, Arr
     dlse = _or_zeros(problem.dlse, known.lse_shape)
     ends_q = ends_k = None
     if known.cu_seqlens_q is not None and known.cu_seqlens_k is not None:
-        ends_q = offsets(known.cu_seqlens_q, "cu_seqlens_q", len(of_rows[0]), known.seqlen_q)
-        ends_k = offsets(known.cu_seqlens_k, "cu_seqlens_k", len(of_keys[0]), known.seqlen_k)
+        ends_q = read_offsets(known.cu_seqlens_q, "cu_seqlens_q", len(of_rows[0]), known.seqlen_q)
+        ends_k = read_offsets(known.cu_seqlens_k, "cu_seqlens_k", len(of_keys[0]), known.seqlen_k)
     for index in range(known.batch):
         rows = index if ends_q is None else slice(ends_q[index], ends_q[index + 1])
         keys = index if ends_k is None else slice(ends_k[index], ends_k[index + 1])

@@ -31,10 +31,10 @@ __all__ = [
     "bias_and_mask",
     "blocks",
     "cap",
-    "offsets",
     "products",
     "read_call",
     "read_head",
+    "read_offsets",
     "rows_of_a_tile",
 ]
 
@@ -91,17 +91,6 @@ def blocks(span: range, size: int) -> Iterator[range]:
         yield range(start, min(start + size, span.stop))
 
 
-def offsets(array: ArrayInfo, name: str, rows: int, longest: int) -> list[int]:
-    """Where sequences begin and end. They were checked when the request was made, and may have been written to since."""
-    ends: list[int] = as_numpy(array).tolist()
-    if ends[0] != 0 or ends[-1] > rows or not all(0 <= end - start <= longest for start, end in pairwise(ends)):
-        raise CuSeqlensError(
-            f"{name}: got {ends}, other values than were checked; allowed are values that start at 0, never decrease, end at {rows} or "
-            f"before, and make no sequence longer than {longest}"
-        )
-    return ends
-
-
 def rows_of_a_tile(ratio: int) -> int:
     """How many queries a tile has when each brings ``ratio`` heads."""
     return max(_MIN_QUERIES, TILE_ROWS // ratio)
@@ -113,6 +102,17 @@ def read_head(array: Array, head: int, ranges: tuple[range, ...], dtype: np.dtyp
     for seen in ranges:
         rows[seen.start : seen.stop] = array[seen.start : seen.stop, head]
     return rows
+
+
+def read_offsets(array: ArrayInfo, name: str, rows: int, longest: int) -> list[int]:
+    """Where sequences begin and end. They were checked when the request was made, and may have been written to since."""
+    ends: list[int] = as_numpy(array).tolist()
+    if ends[0] != 0 or ends[-1] > rows or not all(0 <= end - start <= longest for start, end in pairwise(ends)):
+        raise CuSeqlensError(
+            f"{name}: got {ends}, other values than were checked; allowed are values that start at 0, never decrease, end at {rows} or "
+            f"before, and make no sequence longer than {longest}"
+        )
+    return ends
 
 
 def products(q: Array, k: Array) -> Array:

@@ -41,23 +41,24 @@ def differentiate(request: FaBwdDispatch) -> Gradients:
     spec = lookup(request.dispatch_key())  # what is refused is refused before anything is allocated
     if isinstance(spec, KernelSpec):
         raise not_built("backward", f"got {spec.kernel_name}")
+    arrays = Fingerprint.of_backward(request)
+    held = arrays.hold()  # other threads run while BLAS does
     problem, given = request.problem, request.gradient_arrays
     forward = problem.forward
     inputs = (forward.q, forward.k, forward.v)
     made = [array or empty_like_framework(like, like.shape) for array, like in zip(given, inputs, strict=True)]
     dsink = None if forward.learned_sink is None else empty_like_framework(forward.q, (forward.heads,), "float32")
     dq, dk, dv = (as_numpy(array) for array in made)
-    held = Fingerprint.of_backward(request).hold()  # other threads run while BLAS does
     backward(problem, dq, dk, dv, None if dsink is None else as_numpy(dsink))
     del held
     for array in given:
         if array is not None:
             tell_written(array.source)
-    mine = [_for_user(request, name, like, array) for name, like, array in zip(given._fields, inputs, made, strict=True)]
+    mine = [_for_user(request, name, array) for name, array in zip(given._fields, made, strict=True)]
     return Gradients(mine[0], mine[1], mine[2], dsink and in_library_of(forward.q, dsink))
 
 
-def _for_user(request: FaBwdDispatch, name: str, like: ArrayInfo, array: ArrayInfo) -> Any:
+def _for_user(request: FaBwdDispatch, name: str, array: ArrayInfo) -> Any:
     """The caller's own array where there was one."""
     own = getattr(request, name, None)
-    return in_library_of(like, array) if own is None else own
+    return in_library_of(request.problem.forward.q, array) if own is None else own

@@ -26,23 +26,9 @@ from ..problem import ArrayInfo, AttentionProblem
 
 __all__ = ["NO_ARRAYS", "Fingerprint", "check_array"]
 
-_NAMES: Final = (
-    "q",
-    "k",
-    "v",
-    "alibi_slopes",
-    "learned_sink",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "rng",
-    "out",
-    "lse",
-    "dout",
-    "dlse",
-    "dq",
-    "dk",
-    "dv",
-)
+_INPUTS: Final = ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k", "rng")
+_NAMES: Final = (*_INPUTS, "out")
+_BACKWARD_NAMES: Final = (*_INPUTS, "out", "lse", "dout", "dlse", "dq", "dk", "dv")
 _SINCE_MADE: Final = "since the request was made"
 _SINCE_ASK: Final = "between ask and reply"
 
@@ -51,27 +37,33 @@ _readers: dict[type, _Read | None] = {}  # by class, how address and shape of a 
 
 
 class Fingerprint:
-    """The arrays of a call: the inputs, and what the caller gave to be written, looked at as often as :meth:`check` is called."""
+    """The arrays of a call, inputs and what the caller wants written, looked at as often as :meth:`check` is called."""
 
-    __slots__ = ("_arrays",)
+    __slots__ = ("_arrays", "_names")
 
-    def __init__(self, arrays: tuple[ArrayInfo | None, ...] = ()) -> None:
-        self._arrays = arrays  # in the order of _NAMES
+    def __init__(self, arrays: tuple[ArrayInfo | None, ...] = (), names: tuple[str, ...] = ()) -> None:
+        self._arrays = arrays
+        self._names = names
 
     @staticmethod
     def of(request: FaFwdDispatch) -> Fingerprint:
-        """Looked at once, now.
+        """Of a forward request, looked at once, now.
 
         Raises:
             StaleArrayError: an array is not what it was when the request was made.
         """
-        return _first_look(request.problem, request.out_array)
+        found = Fingerprint((*_inputs(request.problem), request.out_array), _NAMES)
+        found.check(_SINCE_MADE)
+        return found
 
     @staticmethod
     def of_backward(request: FaBwdDispatch) -> Fingerprint:
-        """Likewise, of a request for gradients."""
+        """The same of a backward request."""
         problem = request.problem
-        return _first_look(problem.forward, problem.out, problem.lse, problem.dout, problem.dlse, *request.gradient_arrays)
+        arrays = (*_inputs(problem.forward), problem.out, problem.lse, problem.dout, problem.dlse, *request.gradient_arrays)
+        found = Fingerprint(arrays, _BACKWARD_NAMES)
+        found.check(_SINCE_MADE)
+        return found
 
     def check(self, when: str = _SINCE_ASK) -> None:
         """Raise StaleArrayError where an array was freed, resized or moved. ``when``: for the message."""
@@ -82,11 +74,11 @@ class Fingerprint:
                 continue
             source = info.source
             if (source.data_ptr() != info.ptr or source.shape != info.shape) if type(source) in plain else _moved(info):
-                name = next(name for name, each in zip(_NAMES, arrays, strict=False) if each is info)
+                name = next(name for name, each in zip(self._names, arrays, strict=True) if each is info)
                 raise _stale(name, info, when)
 
     def hold(self) -> list[Any]:
-        """What keeps host memory in its place while it lives, as far as libraries let us.
+        """What keeps host memory in its place while it lives, as far as libraries let us. Then looks once more.
 
         NumPy resizes no array that there is a weak reference to. torch leaves memory alone that a second tensor has, except where the
         storage itself is resized, which torch's own operations do not survive in another thread either.
@@ -99,24 +91,23 @@ class Fingerprint:
                 held += [weakref.ref(source), weakref.ref(_owner(source))]
             elif torch is not None and isinstance(source, torch.Tensor):
                 held.append(source.detach())
+        self.check(_SINCE_MADE)
         return held
 
 
 NO_ARRAYS: Final = Fingerprint()
 
 
-def _first_look(problem: AttentionProblem, *more: ArrayInfo | None) -> Fingerprint:
-    q, k, v, sink, slopes = problem.q, problem.k, problem.v, problem.learned_sink, problem.alibi_slopes
-    rng = None if problem.dropout is None else problem.dropout.rng
-    found = Fingerprint((q, k, v, slopes, sink, problem.cu_seqlens_q, problem.cu_seqlens_k, rng, *more))
-    found.check(_SINCE_MADE)
-    return found
-
-
 def check_array(info: ArrayInfo, name: str) -> None:
     """Raise StaleArrayError unless an array lies where it lay when ``info`` was read."""
     if _moved(info):
         raise _stale(name, info, "since it was read")
+
+
+def _inputs(problem: AttentionProblem) -> tuple[ArrayInfo | None, ...]:
+    """In the order of _INPUTS."""
+    p, rng = problem, None if problem.dropout is None else problem.dropout.rng
+    return p.q, p.k, p.v, p.alibi_slopes, p.learned_sink, p.cu_seqlens_q, p.cu_seqlens_k, rng
 
 
 def _moved(info: ArrayInfo) -> bool:
@@ -192,5 +183,5 @@ def _span(ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], unit: int,
 def _stale(name: str, info: ArrayInfo, when: str) -> StaleArrayError:
     return StaleArrayError(
         f"{name}: its memory changed {when}: an array of shape {info.shape} at address {info.ptr:#x} is there no more; "
-        "allowed are arrays that are neither freed nor resized nor given other data; make the request anew, or hand it a copy"
+        "allowed are arrays that are neither freed nor resized nor given other data; keep them as they are, or make the request anew"
     )

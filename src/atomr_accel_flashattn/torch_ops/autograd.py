@@ -54,9 +54,14 @@ def is_recorded(q: Any, k: Any, v: Any, others: tuple[Any, Any, Any]) -> bool:
 def without_history(inputs: Differentiable) -> Differentiable:
     """The same arrays, none of which requires grad: a request takes those."""
     torch = sys.modules["torch"]
-    sources = (each.source if isinstance(each, ArrayInfo) else each for each in inputs)
-    q, k, v, learned_sink = (each.detach() if isinstance(each, torch.Tensor) else each for each in sources)
+    q, k, v, learned_sink = (each.detach() if isinstance(each, torch.Tensor) else each for each in map(_tensor_of, inputs))
     return q, k, v, learned_sink
+
+
+def _tensor_of(array: Any) -> Any:
+    """The tensor that was described; any other array as it is."""
+    torch = sys.modules["torch"]
+    return array.source if isinstance(array, ArrayInfo) and isinstance(array.source, torch.Tensor) else array
 
 
 def attend(
@@ -72,6 +77,5 @@ def attend(
     """
     from .attention_function import Attention
 
-    sources = (each.source if isinstance(each, ArrayInfo) else each for each in inputs)
-    out, lse, pattern = Attention.apply(request, (dropout_mask, bool(deterministic)), *sources)
+    out, lse, pattern = Attention.apply(request, (dropout_mask, deterministic), *map(_tensor_of, inputs))
     return Output(out, lse, pattern)
