@@ -321,8 +321,8 @@ def test_later_calls_use_what_was_kept(card: Card, tmp_path: Path, monkeypatch: 
         fa.flash_attn_func(q, k, v, causal=True)
     before = card.launches[-1][0]
     found = winners([tune()], by_kernel)
-    cleared: list[bool] = []
-    monkeypatch.setattr(repeat, "clear", lambda: cleared.append(True))
+    clear, cleared = repeat.clear, []
+    monkeypatch.setattr(repeat, "clear", lambda: cleared.append(clear()))
     path = keep(found, tmp_path / "kernels", 0)
     (entry,) = read_saved_tiles(path.parent)
     assert (entry.tile, entry.device, entry.shapes) == (found[0].tile, "Fake", (str(CELL),))
