@@ -7,9 +7,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from atomr_accel_flashattn.types import DType
+
 from .cases import build
 from .inputs import NUMPY_DTYPE
-from .oracle import LSE_TOLERANCE, Rows, Tolerance, keep_pattern, oracle, same_dtype, sample_rows
+from .oracle import (
+    LSE_TOLERANCE,
+    Gradients,
+    Rows,
+    Tolerance,
+    cancellation_floor,
+    keep_pattern,
+    oracle,
+    oracle_gradients,
+    same_dtype,
+    same_dtype_gradients,
+    sample_rows,
+)
+from .upstream import build_upstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,12 +33,14 @@ if TYPE_CHECKING:
 
     from .cases import Case
     from .inputs import Inputs
+    from .oracle import Upstream
 
     Array = NDArray[Any]
 
-__all__ = ["Report", "Run", "check_arrays", "check_case"]
+__all__ = ["Report", "Run", "check_arrays", "check_case", "check_gradient_arrays", "check_gradients"]
 
 SAMPLE_ABOVE = 1 << 25  # score elements; above, 64 sampled rows are judged
+GRADIENT_FACTOR = 3.0  # of the error of the plain evaluation
 
 
 class Run(NamedTuple):
@@ -84,6 +101,49 @@ def check_arrays(name: str, inputs: Inputs, run: Run, rows: Rows | None = None) 
     if run.keep is not None:
         _check_keep(name, inputs, run.keep, rows)
     return Report(name, error, tolerance.plain_error, tolerance.bound, lse_error)
+
+
+def check_gradients(case: Case, run: Callable[[Inputs, Upstream], Gradients | tuple[Array, Array, Array, Array | None]]) -> list[Report]:
+    """Build the inputs of a case and what comes down to it, run its backward, and compare with the oracle.
+
+    ``run`` returns (dq, dk, dv, dsink) in NumPy, shaped as q, k, v and the learned sink.
+    """
+    inputs = build(case)
+    upstream = build_upstream(case, inputs)
+    return check_gradient_arrays(str(case), inputs, upstream, Gradients(*run(inputs, upstream)))
+
+
+def check_gradient_arrays(name: str, inputs: Inputs, upstream: Upstream, run: Gradients) -> list[Report]:
+    """Compare the gradients of one call with the oracle, each with a bound of its own."""
+    exact, plain = oracle_gradients(inputs, upstream), same_dtype_gradients(inputs, upstream)
+    floors: tuple[float, ...] | None = None
+    reports = []
+    for index, (field, like) in enumerate(zip(exact._fields, (inputs.q, inputs.k, inputs.v, inputs.learned_sink), strict=True)):
+        got, expected = run[index], exact[index]
+        assert (got is None) == (expected is None), f"{name}: {field} is {got}, the oracle's is {expected}"
+        if got is None or like is None:
+            continue
+        assert got.shape == like.shape, f"{name}: {field} has shape {got.shape}, expected {like.shape}"
+        assert got.dtype == like.dtype, f"{name}: {field} has type {got.dtype}, expected {like.dtype}"
+        dtype = DType.F32 if field == "dsink" else inputs.dtype
+        tolerance = Tolerance.of_output(dtype, expected, [each[index] for each in plain], GRADIENT_FACTOR)
+        with np.errstate(over="ignore"):
+            rounded = expected.astype(like.dtype)
+        _same_pattern(f"{name}: {field}", got, rounded)
+        bound, floor = tolerance.bound, tolerance.floor
+        if _largest(got, expected) > bound:  # seldom: where plain evaluations are right by luck
+            floors = floors or cancellation_floor(inputs, upstream)
+            bound, floor = bound + floors[index], floor + floors[index]
+        origin = f"{GRADIENT_FACTOR:g} x {tolerance.plain_error:.3e} (plain evaluation) + {floor:.3e} (floor)"
+        error = _within(f"{name}: {field}", got, expected, bound, origin)
+        reports.append(Report(f"{name}: {field}", error, tolerance.plain_error, bound, 0.0))
+    return reports
+
+
+def _largest(got: Array, exact: Array) -> float:
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(got.astype(exact.dtype) - exact)
+    return float(error[np.isfinite(error)].max(initial=0))
 
 
 def _same_pattern(name: str, got: Array, expected: Array) -> None:

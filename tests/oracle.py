@@ -1,4 +1,4 @@
-"""The oracle: attention in float64, written straight from docs/semantics.md with whole matrices and no tricks.
+"""The oracle: attention and its gradients in float64, written straight from docs/semantics.md with whole matrices and no tricks.
 
 It shares no code with the package's CPU backend. float64 inputs are evaluated in the platform's long double, so that the rounding of a
 float64 result can be judged too.
@@ -6,7 +6,7 @@ float64 result can be judged too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from atomr_accel_flashattn.types import DType
 from .inputs import NUMPY_DTYPE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -26,15 +26,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LSE_TOLERANCE",
+    "Gradients",
     "Precision",
     "Result",
     "Rows",
     "Tolerance",
+    "Upstream",
+    "cancellation_floor",
+    "differentiate",
     "evaluate",
     "keep_pattern",
     "keep_threshold",
     "oracle",
+    "oracle_gradients",
     "same_dtype",
+    "same_dtype_gradients",
     "sample_rows",
 ]
 
@@ -57,6 +63,36 @@ class Result(NamedTuple):
     lse: Array
 
 
+class Upstream(NamedTuple):
+    """What a backward call is given: the gradients of o (shaped like it) and of the LSE (float32, like it); None is zero."""
+
+    dout: Array | None
+    dlse: Array | None = None
+
+
+class Gradients(NamedTuple):
+    """What a backward call gives, shaped like q, k, v and the learned sink; None without one."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dsink: Array | None = None
+
+
+class _Softmax(NamedTuple):
+    """A forward evaluation up to the product with v, for some heads and queries of a sequence: matrices are (heads, queries, keys)."""
+
+    q: Array
+    k: Array  # (heads, keys, D), 0 where nobody looks; so is v
+    v: Array
+    visible: NDArray[np.bool_]  # (queries, keys)
+    cap_slope: Array  # derivative of the softcap; a scalar 1 without one
+    sink: Array  # (heads,), -inf without one
+    lse: Array
+    probability: Array
+    factor: Array  # of dropout: 0 or 256 / T; a scalar 1 without
+
+
 @dataclass(frozen=True, slots=True)
 class Precision:
     """Types of an evaluation: of the arithmetic, and what probabilities and o are rounded to; and where it scales."""
@@ -65,12 +101,17 @@ class Precision:
     rounded: np.dtype[Any]
     scale_first: bool = False  # scale q instead of the products
     reverse: bool = False  # sum q.k from the last term to the first
+    mean_by_output: bool = False  # in a backward: rowsum(dO * O) for rowsum(P * dP), as kernels do, which do not hold a row of P
 
 
 def oracle(inputs: Inputs, rows: Rows | None = None) -> Result:
     """The right answer, unrounded: float64, or long double for float64 inputs."""
-    exact = np.dtype(np.longdouble if inputs.dtype is DType.F64 else np.float64)
-    return evaluate(inputs, Precision(exact, exact), rows)
+    return evaluate(inputs, _exact(inputs.dtype), rows)
+
+
+def _exact(dtype: DType) -> Precision:
+    wide = np.dtype(np.longdouble if dtype is DType.F64 else np.float64)
+    return Precision(wide, wide)
 
 
 def same_dtype(inputs: Inputs, rows: Rows | None = None) -> tuple[Result, ...]:
@@ -79,11 +120,14 @@ def same_dtype(inputs: Inputs, rows: Rows | None = None) -> tuple[Result, ...]:
     One for 16-bit types. Four for float32 and float64, scaling the products or scaling q, summing q.k forwards or backwards: there the
     error is only that of one order of operations, and one evaluation can be right by luck.
     """
-    rounded = NUMPY_DTYPE[inputs.dtype]
-    compute = np.dtype(np.float64 if inputs.dtype is DType.F64 else np.float32)
+    return tuple(evaluate(inputs, precision, rows) for precision in _precisions(inputs.dtype))
+
+
+def _precisions(dtype: DType) -> list[Precision]:
+    rounded = NUMPY_DTYPE[dtype]
+    compute = np.dtype(np.float64 if dtype is DType.F64 else np.float32)
     choices = (False, True) if rounded == compute else (False,)
-    precisions = [Precision(compute, rounded, scale_first, reverse) for scale_first in choices for reverse in choices]
-    return tuple(evaluate(inputs, precision, rows) for precision in precisions)
+    return [Precision(compute, rounded, scale_first, reverse) for scale_first in choices for reverse in choices]
 
 
 def evaluate(inputs: Inputs, precision: Precision, rows: Rows | None = None) -> Result:
@@ -108,14 +152,19 @@ def evaluate(inputs: Inputs, precision: Precision, rows: Rows | None = None) -> 
 
 def _attend(inputs: Inputs, sequence: InputSequence, head: NDArray[np.int64], query: NDArray[np.int64], precision: Precision) -> Result:
     """o (len(head), len(query), Dv) and LSE (len(head), len(query)) of some heads and queries of a sequence."""
+    made = _softmax(inputs, sequence, head, query, precision)
+    out = (made.probability * made.factor).astype(precision.rounded).astype(precision.compute) @ made.v
+    return Result(out.astype(precision.rounded), made.lse)
+
+
+def _softmax(inputs: Inputs, sequence: InputSequence, head: NDArray[np.int64], query: NDArray[np.int64], precision: Precision) -> _Softmax:
+    """Scores, LSE and probabilities of some heads and queries of a sequence."""
     seqlen_q, seqlen_k = len(sequence.q), len(sequence.k)
     kv_head = head // (inputs.heads // inputs.heads_kv)
     kind = precision.compute
     q = sequence.q[query][:, head].transpose(1, 0, 2).astype(kind)
     k = sequence.k[:, kv_head].transpose(1, 0, 2).astype(kind)
     v = sequence.v[:, kv_head].transpose(1, 0, 2).astype(kind)
-    if precision.reverse:
-        q, k = q[..., ::-1].copy(), k[..., ::-1].copy()
     unseen = ~_seen_by_any(inputs, seqlen_q, seqlen_k)
     k[:, unseen] = 0
     v[:, unseen] = 0
@@ -123,23 +172,119 @@ def _attend(inputs: Inputs, sequence: InputSequence, head: NDArray[np.int64], qu
     key = np.arange(seqlen_k)
     p = query[:, None] + seqlen_k - seqlen_q
     scale = kind.type(inputs.softmax_scale)
-    score = (q * scale) @ k.transpose(0, 2, 1) if precision.scale_first else scale * (q @ k.transpose(0, 2, 1))
+    left, right = (q[..., ::-1].copy(), k[..., ::-1].copy()) if precision.reverse else (q, k)
+    score = (left * scale) @ right.transpose(0, 2, 1) if precision.scale_first else scale * (left @ right.transpose(0, 2, 1))
+    cap_slope = np.ones((), kind)
     if inputs.softcap:
-        score = kind.type(inputs.softcap) * np.tanh(score / kind.type(inputs.softcap))
+        tanh = np.tanh(score / kind.type(inputs.softcap))
+        score, cap_slope = kind.type(inputs.softcap) * tanh, 1 - tanh * tanh
     if inputs.alibi_slopes is not None:
         slope = inputs.alibi_slopes if inputs.alibi_slopes.ndim == 1 else inputs.alibi_slopes[sequence.index]
         score = score - slope[head].astype(kind)[:, None, None] * np.abs(p - key).astype(kind)
-    score = np.where(_visible(inputs, p, key), score, -np.inf)
+    visible = _visible(inputs, p, key)
+    score = np.where(visible, score, -np.inf)
 
     sink = np.full(len(head), -np.inf, kind) if inputs.learned_sink is None else inputs.learned_sink[head].astype(kind)
     top = np.maximum(score.max(axis=-1, initial=-np.inf), sink[:, None])
     lse = np.where(np.isneginf(top), top, top + np.log(np.exp(score - top[..., None]).sum(axis=-1) + np.exp(sink[:, None] - top)))
     probability = np.where(np.isneginf(score), 0, np.exp(score - lse[..., None]))
+    factor = np.ones((), kind)
     if inputs.dropout_p:
         keep = keep_pattern(inputs, sequence.index, head, query, key)
-        probability = probability * keep * kind.type(256 / keep_threshold(inputs.dropout_p))
-    out = probability.astype(precision.rounded).astype(kind) @ v
-    return Result(out.astype(precision.rounded), lse)
+        factor = keep * kind.type(256 / keep_threshold(inputs.dropout_p))
+    return _Softmax(q, k, v, visible, cap_slope, sink, lse, probability, factor)
+
+
+def oracle_gradients(inputs: Inputs, upstream: Upstream) -> Gradients:
+    """The right gradients, unrounded: float64, or long double for float64 inputs."""
+    return differentiate(inputs, upstream, _exact(inputs.dtype))
+
+
+def same_dtype_gradients(inputs: Inputs, upstream: Upstream) -> tuple[Gradients, ...]:
+    """Plain NumPy gradients in the input's type: P, dP, dS, o and the results are rounded to it, the gradient of the sink to float32.
+
+    That is what autograd of PyTorch does in this type, except that scores are not rounded. Of two evaluations one takes the mean of dP
+    from o. There are four for float32 and float64, as in :func:`same_dtype`.
+    """
+    plain = _precisions(inputs.dtype)
+    plain = (
+        [replace(each, mean_by_output=each.reverse) for each in plain]
+        if len(plain) > 1
+        else [*plain, replace(plain[0], mean_by_output=True)]
+    )
+    every = [differentiate(inputs, upstream, precision) for precision in plain]
+    return tuple(each._replace(dsink=None if each.dsink is None else each.dsink.astype(np.float32)) for each in every)
+
+
+def differentiate(inputs: Inputs, upstream: Upstream, precision: Precision) -> Gradients:
+    """The gradients of sum(o * dout) + sum(lse * dlse), one head after the other, by the Jacobian of the softmax."""
+    kind, rounded = precision.compute, precision.rounded
+    dq, dk, dv = (np.zeros(array.shape, kind) for array in (inputs.q, inputs.k, inputs.v))
+    dsink = np.zeros(inputs.heads, kind)
+    with np.errstate(all="ignore"):
+        for sequence, head, made, dout, dlse in _heads(inputs, upstream, precision):
+            kv_head, keys = head // (inputs.heads // inputs.heads_kv), _key_rows(inputs, sequence)
+            dropped = (made.probability * made.factor).astype(rounded).astype(kind)
+            probability = made.probability.astype(rounded).astype(kind)
+            dprobability = ((dout @ made.v.transpose(0, 2, 1)).astype(rounded).astype(kind) * made.factor).astype(rounded).astype(kind)
+            if precision.mean_by_output:
+                mean = (dout * (dropped @ made.v).astype(rounded).astype(kind)).sum(axis=-1)
+            else:
+                mean = np.where(made.visible, probability * dprobability, 0).sum(axis=-1)
+            dscore = probability * (dprobability - mean[..., None] + dlse[..., None])
+            dscore = np.where(made.visible, dscore, 0).astype(rounded).astype(kind)
+            dproduct = kind.type(inputs.softmax_scale) * (dscore * made.cap_slope)
+            dq[sequence.out_rows][:, head] = (dproduct @ made.k)[0]
+            dk[keys][:, kv_head] += (dproduct.transpose(0, 2, 1) @ made.q)[0]
+            dv[keys][:, kv_head] += (dropped.transpose(0, 2, 1) @ dout)[0]
+            weight = np.where(np.isneginf(made.sink[:, None]), 0, np.exp(made.sink[:, None] - made.lse))
+            dsink[head] += (weight * (dlse - mean)).sum()
+    made_sink = None if inputs.learned_sink is None else dsink
+    return Gradients(dq.astype(rounded), dk.astype(rounded), dv.astype(rounded), made_sink)
+
+
+def cancellation_floor(inputs: Inputs, upstream: Upstream) -> tuple[float, float, float, float]:
+    """What two roundings of dP and of its mean may do to dq, dk, dv and dsink where the two cancel, as in a row that sees one key.
+
+    There a plain evaluation may be right by luck. Roundings are those of the accumulator: float32, float64 for float64 inputs.
+    """
+    unit = float(np.finfo(np.float64 if inputs.dtype is DType.F64 else np.float32).eps)
+    dq, dk, dv = (np.zeros(array.shape) for array in (inputs.q, inputs.k, inputs.v))
+    dsink = np.zeros(inputs.heads)
+    wide = Precision(np.dtype(np.float64), np.dtype(np.float64))
+    with np.errstate(all="ignore"):
+        for sequence, head, made, dout, _ in _heads(inputs, upstream, wide):
+            kv_head, keys = head // (inputs.heads // inputs.heads_kv), _key_rows(inputs, sequence)
+            dprobability = (np.abs(dout) @ np.abs(made.v).transpose(0, 2, 1)) * made.factor
+            mean = (made.probability * dprobability).sum(axis=-1)
+            dproduct = 2 * unit * abs(inputs.softmax_scale) * made.probability * (dprobability + mean[..., None]) * made.cap_slope
+            dq[sequence.out_rows][:, head] = (dproduct @ np.abs(made.k))[0]
+            dk[keys][:, kv_head] += (dproduct.transpose(0, 2, 1) @ np.abs(made.q))[0]
+            dsink[head] += 2 * unit * mean.sum()
+    return _largest_finite(dq), _largest_finite(dk), _largest_finite(dv), _largest_finite(dsink)
+
+
+def _heads(inputs: Inputs, upstream: Upstream, precision: Precision) -> Iterator[tuple[InputSequence, int, _Softmax, Array, Array]]:
+    """Each head of each sequence: forward evaluation, dout (1, Sq, Dv) and dlse (1, Sq). Rows without keys have q and dout 0."""
+    kind = precision.compute
+    for sequence in inputs.sequences():
+        query = np.arange(len(sequence.q))
+        for head in range(inputs.heads):
+            made = _softmax(inputs, sequence, np.array([head]), query, precision)
+            has_keys = made.visible.any(axis=-1)[:, None]
+            dout, dlse = np.zeros((1, len(query), inputs.v.shape[-1]), kind), np.zeros((1, len(query)), kind)
+            if upstream.dout is not None:
+                dout[0] = np.where(has_keys, upstream.dout[sequence.out_rows][:, head], 0)
+            if upstream.dlse is not None:
+                dlse[0] = upstream.dlse[sequence.lse_rows][head]
+            yield sequence, head, made._replace(q=np.where(has_keys, made.q, 0)), dout, dlse
+
+
+def _key_rows(inputs: Inputs, sequence: InputSequence) -> tuple[int | slice, ...]:
+    """Where the rows of a sequence lie in k and v."""
+    if inputs.cu_seqlens_k is None:
+        return (sequence.index,)
+    return (slice(int(inputs.cu_seqlens_k[sequence.index]), int(inputs.cu_seqlens_k[sequence.index + 1])),)
 
 
 def _visible(inputs: Inputs, p: NDArray[np.int64], key: NDArray[np.int64]) -> NDArray[np.bool_]:

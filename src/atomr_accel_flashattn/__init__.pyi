@@ -90,7 +90,10 @@ from .errors import (
     WindowError as WindowError,
     WorkerLostError as WorkerLostError,
 )
-from .fa2 import Fa2FwdRequest as Fa2FwdRequest
+from .fa2 import (
+    Fa2BwdRequest as Fa2BwdRequest,
+    Fa2FwdRequest as Fa2FwdRequest,
+)
 from .fa3 import (
     Fa3FwdRequest as Fa3FwdRequest,
     PersistentMode as PersistentMode,
@@ -108,6 +111,7 @@ from .kernels.spec import (
     KernelSpec as KernelSpec,
     Tile as Tile,
 )
+from .requests.backward import DenseBwdRequest as DenseBwdRequest
 from .requests.dense import DenseFwdRequest as DenseFwdRequest
 from .requests.options import (
     AttentionOptions as AttentionOptions,
@@ -115,6 +119,7 @@ from .requests.options import (
     PositionBias as PositionBias,
 )
 from .runtime.execute import run as run
+from .runtime.gradients import Gradients as Gradients
 from .runtime.plan import Output as Output
 from .types import (
     Device as Device,
@@ -123,6 +128,7 @@ from .types import (
 )
 from .varlen import (
     CumulativeSeqlens as CumulativeSeqlens,
+    VarlenBwdRequest as VarlenBwdRequest,
     VarlenFwdRequest as VarlenFwdRequest,
 )
 

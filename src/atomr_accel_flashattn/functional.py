@@ -4,7 +4,9 @@ On top of those signatures every call takes, by keyword only, ``out`` (an array 
 Differences, all of them on purpose: v may have its own head dim; softcap goes together with dropout; NumPy, CuPy and DLPack arrays are
 as welcome as torch tensors, on the CPU too; the third value of ``return_attn_probs=True`` is the dropout pattern (bool, True where
 kept) or None, because probabilities are never stored; the LSE of a query that sees no key is -inf, as it is of an empty sum, where
-flash-attn has +inf. An argument that is not supported raises; none is ignored, and ``deterministic`` asks for what forward always is.
+flash-attn has +inf. An argument that is not supported raises; none is ignored. ``deterministic`` asks for gradients that are bitwise equal
+from run to run, which the forward always is. Autograd of torch records the calls on the CPU: q, k, v and the learned sink get gradients,
+through o and through the LSE.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from .arrays.torch_hooks import keep_out_of_graphs
 from .errors import ShapeError, UnsupportedArgumentError, WindowError
 from .limits import HEAD_DIM_STEP, MAX_HEAD_DIM, is_integer, not_built
 from .problem import ArrayInfo
-from .requests.checks import check_out, refuse_gradients
+from .requests.checks import check_out
 from .requests.dense import DenseFwdRequest
 from .requests.options import AttentionOptions, MaskKind, PositionBias
 from .runtime.execute import execute
 from .runtime.plan import Key
+from .torch_ops.autograd import attend, is_recorded, without_history
 from .torch_ops.repeat import Numbers, Others, Packing, remember, repeat
 from .varlen import CumulativeSeqlens, VarlenFwdRequest
 
@@ -67,7 +70,7 @@ def flash_attn_func(
         window_size: (left, right) keys around the query's position, negative is unbounded.
         softcap: c of c * tanh(s / c); 0 or less is none.
         alibi_slopes: float32 (Hq,) or (B, Hq).
-        deterministic: accepted; forward always is.
+        deterministic: whether gradients are to be bitwise equal from run to run; the forward always is.
         return_attn_probs: also return the LSE and the dropout pattern.
         out: (B, Sq, Hq, Dv) to be written.
         learned_sink: float32 (Hq,), exp(sink[h]) joins the denominator.
@@ -78,12 +81,11 @@ def flash_attn_func(
 
     Raises:
         ConstructionError: the subclass and the message say which argument is wrong.
-        FeatureNotBuiltError: torch tensors that want gradients, fp8.
+        FeatureNotBuiltError: torch tensors that want gradients on a GPU, or second ones, or of slopes; fp8.
         RuntimeFlashAttnError: the GPU, the driver or the compiler failed.
     """
-    del deterministic
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    return _attention(q, k, v, None, numbers, (alibi_slopes, learned_sink, out))
+    return _attention(q, k, v, None, numbers, (alibi_slopes, learned_sink, out), deterministic)
 
 
 def flash_attn_qkvpacked_func(
@@ -196,7 +198,7 @@ def flash_attn_varlen_func(
         window_size: (left, right).
         softcap: c of c * tanh(s / c).
         alibi_slopes: float32 (Hq,) or (B, Hq).
-        deterministic: accepted.
+        deterministic: as in :func:`flash_attn_func`.
         return_attn_probs: also return LSE and dropout pattern.
         block_table: refused; paged K and V are not built.
         out: (total_q, Hq, Dv) to be written.
@@ -210,12 +212,11 @@ def flash_attn_varlen_func(
     Raises:
         FeatureNotBuiltError: ``block_table`` is given, and all of :func:`flash_attn_func`.
     """
-    del deterministic
     if block_table is not None:
         raise not_built("block_table", "got a block_table; allowed is None")
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
     packing = (cu_seqlens_q, cu_seqlens_k, _plain_length(max_seqlen_q), _plain_length(max_seqlen_k))
-    return _attention(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out))
+    return _attention(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out), deterministic)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -303,15 +304,14 @@ def flash_attn_varlen_kvpacked_func(
     )
 
 
-def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> Any:
+def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, deterministic: bool) -> Any:
     """Every functional call: as one like it was answered before, or through a request."""
     key, result = repeat(q, k, v, packing, numbers, others)
-    return _first(q, k, v, packing, numbers, others, key) if result is None else result
+    return _first(_Call(q, k, v, numbers, others, deterministic), packing, key) if result is None else result
 
 
-def _first(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, key: Key | None) -> Any:
+def _first(call: _Call, packing: Packing | None, key: Key | None) -> Any:
     """The way of a call that nothing is known of; ``key`` is for the shortcut that it leaves."""
-    call = _Call(q, k, v, numbers, others)
     asked = {"mask": call.mask, "bias": call.bias, "sink_tokens": call.sink_tokens, "options": call.options, "out": call.out}
     request: DenseFwdRequest | VarlenFwdRequest
     if packing is None:
@@ -326,7 +326,7 @@ def _first(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
 class _Call:
     """A functional call on its way to a request: arguments in our terms, head dims padded to multiples of 8 as flash-attn does."""
 
-    def __init__(self, q: Any, k: Any, v: Any, numbers: Numbers, others: Others) -> None:
+    def __init__(self, q: Any, k: Any, v: Any, numbers: Numbers, others: Others, deterministic: bool) -> None:
         dropout_p, softmax_scale, causal, window_size, softcap, self.sink_tokens, return_attn_probs = numbers
         self.others = others
         slopes, learned_sink, self.out = others
@@ -334,7 +334,9 @@ class _Call:
         self.mask = _mask(window_size, causal=_flag(causal, "causal"))
         self.bias = PositionBias(slopes)
         infos = read_array(q, "q"), read_array(k, "k"), read_array(v, "v")
-        self.arrays = (q, k, v)
+        self.arrays: tuple[Any, ...] = (q, k, v)
+        self.recorded = is_recorded(q, k, v, others)
+        self.deterministic = deterministic
         self.padded = False
         self.copy_to: Any = None
         self.v_head_dim = 0
@@ -342,14 +344,16 @@ class _Call:
             self._pad(infos)
             head_dim = infos[0].shape[-1]
             softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        self.inputs = (*self.arrays, learned_sink)
+        if self.recorded:
+            *arrays, learned_sink = without_history(self.inputs)
+            self.arrays = tuple(arrays)
         self.options = AttentionOptions(
             softmax_scale=softmax_scale, softcap=_softcap(softcap), learned_sink=learned_sink, dropout_p=dropout_p
         )
 
     def _pad(self, infos: tuple[ArrayInfo, ArrayInfo, ArrayInfo]) -> None:
         """Zero columns change no product; those of v make columns of o that are cut off again."""
-        for info, name in zip(infos, "qkv", strict=True):
-            refuse_gradients(info, name)
         self.padded = True
         self.arrays = tuple(pad_last(info, _round_up(info.shape[-1]), name) for info, name in zip(infos, "qkv", strict=True))
         q, v_head_dim = infos[0], infos[2].shape[-1]
@@ -361,7 +365,11 @@ class _Call:
 
     def finish(self, request: DenseFwdRequest | VarlenFwdRequest, key: Key | None) -> Any:
         """Run the request, leave a shortcut for calls like it, and give the results the form that flash-attn gives them."""
-        output, plan = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
+        plan = None
+        if self.recorded:
+            output = attend(request, self.inputs, dropout_mask=self.return_attn_probs, deterministic=self.deterministic)
+        else:
+            output, plan = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
         if key is not None and plan is not None and not self.padded:
             remember(key, plan, output, self.others)
         out = output.out

@@ -46,8 +46,10 @@ LARGEST_SCORE_FACTOR: Final = _FLOAT32_MAX / log2(2.718281828459045)  # of softm
 # Features of the design that this version refuses, and why. Building one removes its line here.
 NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "backward": "forward is built",
+        "autograd": "autograd records flash_attn_func and its forms, and no requests; a Fa2BwdRequest gives gradients without it",
+        "backward": "forward is built; the CPU backend has the gradients too",
         "block_table": "K and V are plain or packed arrays: with flash_attn_varlen_func packed one sequence after the other",
+        "double_backward": "first derivatives are built; for second ones write the attention in operations of torch",
         "flash_attn_with_kvcache": "a KV cache is not built in this version; flash_attn_varlen_func takes packed K and V of any length",
         "forward_mode": "forward-mode derivatives are not built; use the primal, as forward_ad.unpack_dual(x).primal",
         "fp8": "f16 and bf16 are built",
@@ -55,6 +57,7 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "left_pad": "pack the sequences with cu_seqlens",
         "out_dtype": "o has the type of q",
         "paged": "K and V have to be plain or packed arrays",
+        "slopes_gradient": "ALiBi slopes are constants: pass slopes.detach()",
         "split": "one block visits all keys of its rows",
         "tracing": "its kernels are no operators of torch yet; record the model around this call, or wrap it in a torch.library.custom_op",
         "v_dtype": "q, k and v share one type",

@@ -1,7 +1,8 @@
-"""A forward attention problem in its one normal form.
+"""A forward attention problem in its one normal form, and a backward one.
 
-Every request lowers to an :class:`AttentionProblem`; the GPU parameter packer and the CPU backend read nothing else. It is made by
-requests that have already checked their arguments, so nothing here validates. Meaning: docs/semantics.md.
+Every request lowers to an :class:`AttentionProblem`, or to a :class:`BackwardProblem`, which holds one; the GPU parameter packer and the
+CPU backend read nothing else. They are made by requests that have already checked their arguments, so nothing here validates. Meaning:
+docs/semantics.md.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .types import Device, DType
 
-__all__ = ["ArrayInfo", "AttentionProblem", "Band", "Dropout", "Strides"]
+__all__ = ["ArrayInfo", "AttentionProblem", "BackwardProblem", "Band", "Dropout", "GradientArrays", "Strides"]
 
 
 class Strides(NamedTuple):
@@ -113,3 +114,23 @@ class AttentionProblem:
     def dropout_mask_shape(self) -> tuple[int, ...]:
         """Shape of the bool keep pattern."""
         return (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardProblem:
+    """The gradients of one forward call, of o and of the LSE together; one of ``dout`` and ``dlse`` is there."""
+
+    forward: AttentionProblem
+    out: ArrayInfo | None  # o and LSE of the forward; both None: it runs first
+    lse: ArrayInfo | None  # float32, row-major, ``forward.lse_shape``
+    dout: ArrayInfo | None  # like o, the last stride is 1; None is zero
+    dlse: ArrayInfo | None = None  # like the LSE; None is zero
+    deterministic: bool = False
+
+
+class GradientArrays(NamedTuple):
+    """Where the gradients of q, k and v go, of their shapes and types; None is a new array."""
+
+    dq: ArrayInfo | None = None
+    dk: ArrayInfo | None = None
+    dv: ArrayInfo | None = None

@@ -1,4 +1,7 @@
-"""Packed sequences of different lengths: CumulativeSeqlens says where each begins, VarlenFwdRequest is one forward call on them."""
+"""Packed sequences of different lengths: CumulativeSeqlens says where each begins.
+
+VarlenFwdRequest is one forward call on them, VarlenBwdRequest the gradients of one.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,19 @@ import numpy as np
 from .arrays.device_array import DeviceArray
 from .arrays.read import read_array
 from .arrays.streams import copy_to_host
-from .dispatch import DispatchKey, best_arch, key_of_problem
+from .dispatch import DispatchKey, best_arch, key_of_backward, key_of_problem
 from .env import settings
 from .errors import ArrayTypeError, CuSeqlensError, DeviceMismatchError, DTypeError, ShapeError
 from .limits import MAX_LENGTH, is_integer
-from .problem import ArrayInfo, AttentionProblem, Strides
+from .problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays, Strides
+from .requests.backward import check_backward, check_before_forward
 from .requests.checks import check_out, check_qkv, is_contiguous, read_dropout, read_learned_sink, read_qkv, read_slopes, steps
 from .requests.options import AttentionOptions, MaskKind, PositionBias, check_kinds
 from .runtime.plan import Key, key_of_request
 from .short_repr import ShortRepr
 from .types import SmArch
 
-__all__ = ["CumulativeSeqlens", "VarlenFwdRequest"]
+__all__ = ["CumulativeSeqlens", "VarlenBwdRequest", "VarlenFwdRequest"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -245,3 +249,70 @@ def _check_seqlens(q: ArrayInfo, k: ArrayInfo, seqlens_q: CumulativeSeqlens, seq
         raise CuSeqlensError(
             f"cu_seqlens_k: got {seqlens_k.batch} sequences with {seqlens_q.batch} in cu_seqlens_q; allowed are equal numbers of sequences"
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class VarlenBwdRequest(ShortRepr):
+    """Gradients of attention over packed sequences. Meaning: docs/semantics.md, Gradients.
+
+    Rows that no sequence owns are not read, and their gradients are 0.
+
+    Attributes:
+        q: (total_q, Hq, D).
+        k: (total_k, Hkv, D).
+        v: (total_k, Hkv, Dv).
+        out: (total_q, Hq, Dv), o of the forward call.
+        dout: (total_q, Hq, Dv), gradient of o; None is zero, with a ``dlse``.
+        lse: float32 (Hq, total_q), row-major, LSE of the forward call.
+        dlse: float32 (Hq, total_q), row-major, gradient of the LSE; None is zero.
+        cu_seqlens_q: where the sequences of q begin.
+        cu_seqlens_k: where those of k and v begin, None is as q.
+        mask, bias, sink_tokens, options, recompute, deterministic: as in Fa2BwdRequest.
+        dq, dk, dv: arrays like q, k and v to be written, None for new ones.
+        problem: the request in its normal form (made, not given).
+        gradient_arrays: the descriptions of dq, dk and dv (made, not given).
+
+    Raises:
+        ConstructionError: the subclass says which argument is wrong; nothing has been written.
+        FeatureNotBuiltError: fp8, torch tensors that want second derivatives, or forward-mode ones.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any = None
+    dout: Any = None
+    lse: Any = None
+    dlse: Any = field(default=None, kw_only=True)
+    cu_seqlens_q: CumulativeSeqlens = field(kw_only=True)
+    cu_seqlens_k: CumulativeSeqlens | None = field(default=None, kw_only=True)
+    mask: MaskKind = field(default=MaskKind.full(), kw_only=True)
+    bias: PositionBias = field(default=PositionBias.none(), kw_only=True)
+    sink_tokens: int = field(default=0, kw_only=True)
+    options: AttentionOptions = field(default=AttentionOptions(), kw_only=True)
+    recompute: bool = field(default=False, kw_only=True)
+    deterministic: bool = field(default=False, kw_only=True)
+    dq: Any = field(default=None, kw_only=True)
+    dk: Any = field(default=None, kw_only=True)
+    dv: Any = field(default=None, kw_only=True)
+    problem: BackwardProblem = field(init=False, repr=False)
+    gradient_arrays: GradientArrays = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_before_forward(self)
+        forward = VarlenFwdRequest(
+            self.q,
+            self.k,
+            self.v,
+            cu_seqlens_q=self.cu_seqlens_q,
+            cu_seqlens_k=self.cu_seqlens_k,
+            mask=self.mask,
+            bias=self.bias,
+            sink_tokens=self.sink_tokens,
+            options=self.options,
+        )
+        check_backward(self, forward.problem)
+
+    def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
+        """The key of this request on ``arch``; None is the best one for the device of q."""
+        return key_of_backward(self.problem, self.gradient_arrays, arch or best_arch(self.problem.forward.q.device))

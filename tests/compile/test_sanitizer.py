@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from atomr_accel_flashattn.dispatch import cells
 from atomr_accel_flashattn.jit.nvrtc import compile_source
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
+from atomr_accel_flashattn.runtime import plan as store
 from tools import sanitizer, sanitizer_faults
 
 CLEAN = "========= ERROR SUMMARY: 0 errors\n"
@@ -48,3 +51,34 @@ def test_a_tool_is_believed_once_it_has_found_the_fault(
     verdict, said = sanitizer.examine(family, tool, 1.0)
     assert verdict.fine is fine
     assert planted[1] in said
+
+
+def test_every_kernel_is_one_that_the_tools_look_at() -> None:
+    names = {cell.spec.kernel_name for cell in cells() if isinstance(cell.spec, KernelSpec)}
+    assert names
+    assert all(name.startswith(sanitizer.NAMES) for name in names)
+    assert {begin for begin in sanitizer.NAMES if any(name.startswith(begin) for name in names)} == {*sanitizer.NAMES}
+
+
+@pytest.mark.torch
+def test_the_kernels_that_cases_need_are_found_without_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # what the tool sets for its whole process ends with this test
+    from tests.gpu import harness
+    from tests.host.fake_gpu import STREAM, FakeGpu, fake
+    from tools import sanitizer_cases
+
+    gpu = FakeGpu()
+    gpu.install(monkeypatch)
+    to_host = harness._flat_tensor
+    monkeypatch.setattr(harness, "_flat_tensor", lambda storage, _device: fake(to_host(storage, "cpu")))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _index: STREAM, raising=False)
+    cases = sanitizer_cases.cases()
+    assert len(cases) > 100
+    chosen = [next(case for case in cases if case.dropout_p and case.is_varlen is varlen) for varlen in (False, True)]
+    monkeypatch.setattr(sanitizer_cases, "cases", lambda: [*chosen, chosen[0]])
+    specs = sanitizer_cases.needed_specs(Family.FA2)
+    assert [spec.kernel_name.split("_sm")[0] in {"fa2_fwd", "fa3_fwd"} for spec in specs] == [True, False] * 3
+    assert [spec.kernel_name for spec in specs[1::2]] == ["dropout_mask_sm90", "dropout_mask_sm90_varlen", "dropout_mask_sm90"]
+    assert gpu.launches == gpu.specs == []
+    assert not store._plans

@@ -397,26 +397,6 @@ class TestTorch:
 
         return [torch.zeros(1, 2, 2, 8, **kwargs) for _ in "qkv"]
 
-    @pytest.mark.parametrize("which", [0, 1, 2])
-    def test_gradients_are_refused_by_name(self, which: int):
-        import torch
-
-        tensors = self.tensors()
-        tensors[which].requires_grad_()
-        with pytest.raises(fa.FeatureNotBuiltError, match=f"'backward' is not built.*{'qkv'[which]} requires grad.*no_grad"):
-            fa.flash_attn_func(*tensors)
-        with torch.no_grad():
-            assert fa.flash_attn_func(*tensors).shape == (1, 2, 2, 8)
-
-    def test_gradients_of_a_padded_call_and_of_a_learned_sink_are_refused(self):
-        import torch
-
-        odd = [torch.zeros(1, 2, 2, 7, requires_grad=True) for _ in "qkv"]
-        with pytest.raises(fa.FeatureNotBuiltError, match="q requires grad"):
-            fa.flash_attn_func(*odd)
-        with pytest.raises(fa.FeatureNotBuiltError, match="learned_sink requires grad"):
-            fa.flash_attn_func(*self.tensors(), learned_sink=torch.zeros(2, requires_grad=True))
-
     def test_a_meta_tensor_has_no_memory(self):
         with pytest.raises(fa.DeviceMismatchError, match="torch tensor on meta; allowed are cpu and cuda"):
             fa.flash_attn_func(*self.tensors(device="meta"))

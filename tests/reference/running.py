@@ -1,4 +1,4 @@
-"""Run the CPU backend directly on the inputs of a case."""
+"""Run the CPU backend directly on the inputs of a case, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atomr_accel_flashattn.arrays.read import read_array
-from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
+from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, BackwardProblem, Band, Dropout, Strides
 from atomr_accel_flashattn.reference import forward
+from atomr_accel_flashattn.reference.backward import backward
 from tests.check import Run
 from tests.inputs import NUMPY_DTYPE, Inputs, Layout, Poisoned
+from tests.oracle import Gradients, Upstream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["problem_of", "run_reference"]
+__all__ = ["backward_problem_of", "problem_of", "run_backward", "run_reference"]
 
 
 def problem_of(inputs: Inputs) -> AttentionProblem:
@@ -56,6 +58,35 @@ def run_reference(inputs: Inputs, layout: Layout = Layout.PADDED) -> Run:
     out.check()
     assert before == [array.tobytes() for array in (inputs.q, inputs.k, inputs.v)], "an input was changed"
     return Run(out.view, lse, keep)
+
+
+def backward_problem_of(inputs: Inputs, upstream: Upstream, *, recompute: bool = False) -> BackwardProblem:
+    """The normal form of a backward call, with o and the LSE of a forward that runs now unless ``recompute``."""
+    problem, out, lse = problem_of(inputs), None, None
+    if not recompute:
+        out, lse = np.zeros(inputs.out_shape, NUMPY_DTYPE[inputs.dtype]), np.full(inputs.lse_shape, -np.inf, np.float32)
+        forward(problem, out, lse, None)
+    return BackwardProblem(
+        forward=problem,
+        out=_optional(out, "out"),
+        lse=_optional(lse, "lse"),
+        dout=_optional(upstream.dout, "dout"),
+        dlse=_optional(upstream.dlse, "dlse"),
+    )
+
+
+def run_backward(inputs: Inputs, upstream: Upstream, layout: Layout = Layout.PADDED, *, recompute: bool = False) -> Gradients:
+    """Gradients start as NaN and lie inside guarded memory; nothing else may change."""
+    given = [array for array in (inputs.q, inputs.k, inputs.v, upstream.dout, upstream.dlse) if array is not None]
+    before = [array.tobytes() for array in given]
+    made = [Poisoned.empty(array.shape, NUMPY_DTYPE[inputs.dtype], layout) for array in (inputs.q, inputs.k, inputs.v)]
+    dsink = None if inputs.learned_sink is None else np.full(inputs.heads, np.nan, np.float32)
+    dq, dk, dv = (each.view for each in made)
+    backward(backward_problem_of(inputs, upstream, recompute=recompute), dq, dk, dv, dsink)
+    for each in made:
+        each.check()
+    assert before == [array.tobytes() for array in given], "an input was changed"
+    return Gradients(dq, dk, dv, dsink)
 
 
 def _strides(info: ArrayInfo) -> Strides:

@@ -8,14 +8,14 @@ from typing import Final
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..launch.driver import device_properties
 from ..limits import MAX_GRID, VECTOR_BYTES
-from ..problem import ArrayInfo, AttentionProblem
+from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
 from ..tiles.tables import is_short_q
 from ..types import Device, SmArch
 from .arch import best_arch
 from .key import DispatchKey, Extras
 from .resolve import lookup
 
-__all__ = ["key_of_problem"]
+__all__ = ["key_of_backward", "key_of_problem"]
 
 # Kernels that take the maximum of raw scores divide slopes by the scale and multiply infinity by it: in float32 the scale must be neither 0
 # nor so small that a slope overflows.
@@ -60,6 +60,18 @@ def key_of_problem(
         if isinstance(spec, KernelSpec):
             key = replace(key, extras=replace(choices, persistent=_is_persistent(spec, problem)))
     return key
+
+
+def key_of_backward(problem: BackwardProblem, gradients: GradientArrays, arch: SmArch) -> DispatchKey:
+    """The key of a backward problem on ``arch``: that of the mma.sync family, which has the only backward, on every GPU.
+
+    Every array that has strides of its own counts for the alignment. ``gradients``: where the caller wants them.
+    """
+    key = _asked(problem.forward, arch, None, None if arch is SmArch.CPU else Family.FA2)
+    known = problem.forward
+    arrays = (known.q, known.k, known.v, problem.out, problem.dout, *gradients)
+    align = _load_align([array for array in arrays if array is not None])
+    return replace(key, extras=replace(key.extras, direction="bwd", load_align=align))
 
 
 def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, family: Family | None) -> DispatchKey:

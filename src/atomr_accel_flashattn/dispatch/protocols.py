@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 from ..types import DType, SmArch
 
 if TYPE_CHECKING:
-    from ..problem import ArrayInfo, AttentionProblem
+    from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
     from .key import DispatchKey
 
 __all__ = ["F16", "Bf16", "F8E4m3", "F8E5m2", "FaBwdDispatch", "FaFwdDispatch", "FaPagedFwdDispatch", "GemmSupported"]
@@ -65,16 +65,16 @@ class FaFwdDispatch(Protocol):
 
 @runtime_checkable
 class FaBwdDispatch(Protocol):
-    """A backward request."""
+    """A backward request: what ``run`` gives the gradients of."""
 
     @property
-    def forward(self) -> FaFwdDispatch:
-        """The forward request whose gradients are wanted."""
+    def problem(self) -> BackwardProblem:
+        """The request in its normal form; its ``forward`` is the call whose gradients are wanted."""
         ...
 
     @property
-    def dout(self) -> ArrayInfo:
-        """Gradient of o."""
+    def gradient_arrays(self) -> GradientArrays:
+        """Where the caller wants the gradients of q, k and v, None for new arrays."""
         ...
 
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..arrays.read import as_numpy
-from ..types import DType
 from .mask import BandMask
-from .philox import keep_mask
+from .scores import TILE_COLS, TILE_ROWS, Call, Pattern, bias_and_mask, blocks, cap, products, read_call, read_head, rows_of_a_tile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,38 +25,6 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 __all__ = ["forward"]
-
-# Tile sizes: scores of 256 x 256 floats are 256 KiB and stay in a core's L2 through the dozen passes over them.
-_TILE_ROWS = 256  # rows of the score tile: queries times the query heads that share a KV head
-_TILE_COLS = 256
-_SUM_LENGTH = 32  # terms of q.k that BLAS sums in one go: half the float32 error at head dim 128, for no measurable time
-_MIN_QUERIES = 16  # so that a large GQA ratio does not cut the queries into single rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Pattern:
-    """The dropout of a call, with its generator state read."""
-
-    seed: int
-    offset: int
-    threshold: int
-    rescale: float
-
-    def keep(self, sequence: int, heads: int, group: range, rows: range, cols: range) -> NDArray[np.bool_]:
-        """Kept elements, bool (len(group), len(rows), len(cols)), for the query heads of ``group``."""
-        streams = [sequence * heads + head for head in group]
-        return keep_mask(self.seed, self.offset, streams=streams, rows=rows, cols=cols, threshold=self.threshold)
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What all sequences of a call share, as NumPy values; `compute` is the type of the accumulators."""
-
-    problem: AttentionProblem
-    compute: np.dtype[Any]
-    slopes: Array | None  # (B, Hq)
-    sink: Array | None  # (Hq,)
-    pattern: _Pattern | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +82,7 @@ def forward(problem: AttentionProblem, out: Array, lse: Array | None, dropout_ma
 
     Shapes are ``problem.out_shape``, ``lse_shape`` and ``dropout_mask_shape``; strides are free. NaN and infinity follow docs/semantics.md.
     """
-    call = _read_call(problem)
+    call = read_call(problem)
     if dropout_mask is not None and call.pattern is not None:
         dropout_mask[...] = False
     with np.errstate(invalid="ignore", over="ignore", divide="ignore", under="ignore"):
@@ -124,20 +91,6 @@ def forward(problem: AttentionProblem, out: Array, lse: Array | None, dropout_ma
                 _attend_kv_head(call, sequence, kv_head)
             if dropout_mask is not None and call.pattern is not None:
                 _write_pattern(call, call.pattern, sequence, dropout_mask[sequence.index])
-
-
-def _read_call(problem: AttentionProblem) -> _Call:
-    """Convert what is not q, k or v."""
-    compute = np.dtype(np.float64 if problem.q.dtype is DType.F64 else np.float32)
-    slopes = sink = pattern = None
-    if problem.alibi_slopes is not None:
-        slopes = np.broadcast_to(as_numpy(problem.alibi_slopes).astype(compute), (problem.batch, problem.heads))
-    if problem.learned_sink is not None:
-        sink = as_numpy(problem.learned_sink).astype(compute)
-    if problem.dropout is not None:
-        seed, offset = (int(word) for word in as_numpy(problem.dropout.rng))
-        pattern = _Pattern(seed, offset, problem.dropout.keep_threshold, problem.dropout.rescale)
-    return _Call(problem, compute, slopes, sink, pattern)
 
 
 def _sequences(problem: AttentionProblem, out: Array, lse: Array | None) -> Iterator[_Sequence]:
@@ -153,28 +106,19 @@ def _sequences(problem: AttentionProblem, out: Array, lse: Array | None) -> Iter
         yield _Sequence(index, q[rows], k[keys], v[keys], out[rows], None if lse is None else lse[:, rows])
 
 
-def _blocks(span: range, size: int) -> Iterator[range]:
-    """Cut a range into pieces of at most ``size``."""
-    for start in range(span.start, span.stop, size):
-        yield range(start, min(start + size, span.stop))
-
-
-def _attend_kv_head(call: _Call, sequence: _Sequence, kv_head: int) -> None:
+def _attend_kv_head(call: Call, sequence: _Sequence, kv_head: int) -> None:
     """All query heads that read one KV head of one sequence."""
     problem, ratio = call.problem, call.problem.heads // call.problem.heads_kv
     group = range(kv_head * ratio, (kv_head + 1) * ratio)
     queries = range(len(sequence.q))
     mask = BandMask(len(sequence.q), len(sequence.k), problem.band)
-    keys = np.zeros((len(sequence.k), problem.head_dim), call.compute)
-    values = np.zeros((len(sequence.k), problem.v_head_dim), call.compute)
-    for seen in mask.key_ranges(queries):  # the rest stays zero: NaN in a key that nobody sees is never read
-        span = slice(seen.start, seen.stop)
-        keys[span], values[span] = sequence.k[span, kv_head], sequence.v[span, kv_head]
-    for rows in _blocks(queries, max(_MIN_QUERIES, _TILE_ROWS // ratio)):
+    seen = mask.key_ranges(queries)
+    keys, values = (read_head(array, kv_head, seen, call.compute) for array in (sequence.k, sequence.v))
+    for rows in blocks(queries, rows_of_a_tile(ratio)):
         _attend_rows(call, sequence, mask, group, rows, keys, values)
 
 
-def _attend_rows(call: _Call, sequence: _Sequence, mask: BandMask, group: range, rows: range, keys: Array, values: Array) -> None:
+def _attend_rows(call: Call, sequence: _Sequence, mask: BandMask, group: range, rows: range, keys: Array, values: Array) -> None:
     """One block of queries, for every head of ``group``, against all the keys that it sees."""
     problem, round_to = call.problem, sequence.v.dtype
     heads, span = slice(group.start, group.stop), slice(rows.start, rows.stop)
@@ -182,10 +126,11 @@ def _attend_rows(call: _Call, sequence: _Sequence, mask: BandMask, group: range,
     q = q.reshape(len(group) * len(rows), problem.head_dim)
     state = _OnlineSoftmax(len(group), len(rows), problem.v_head_dim, call.compute)
     for seen in mask.key_ranges(rows):
-        for cols in _blocks(seen, _TILE_COLS):
+        for cols in blocks(seen, TILE_COLS):
             tile = slice(cols.start, cols.stop)
-            scores = _products(q, keys[tile]).reshape(len(group), len(rows), len(cols))
-            _scale_bias_and_mask(call, sequence.index, mask, group, rows, cols, scores)
+            scores = products(q, keys[tile]).reshape(len(group), len(rows), len(cols))
+            cap(call, scores)
+            bias_and_mask(call, sequence.index, mask, group, rows, cols, scores)
             keep = call.pattern.keep(sequence.index, problem.heads, group, rows, cols) if call.pattern else None
             state.update(scores, values[tile], keep, round_to)
     output, lse = state.finish(None if call.sink is None else call.sink[heads], call.pattern.rescale if call.pattern else 1.0)
@@ -211,34 +156,10 @@ def _rounded(probabilities: Array, to: np.dtype[Any]) -> Array:
     return probabilities
 
 
-def _products(q: Array, k: Array) -> Array:
-    """``q @ k.T``, summed in pieces: BLAS adds term after term, so its error grows with the number of terms it is given."""
-    products: Array = q[:, :_SUM_LENGTH] @ k[:, :_SUM_LENGTH].T
-    for start in range(_SUM_LENGTH, q.shape[1], _SUM_LENGTH):
-        products += q[:, start : start + _SUM_LENGTH] @ k[:, start : start + _SUM_LENGTH].T
-    return products
-
-
-def _scale_bias_and_mask(call: _Call, index: int, mask: BandMask, group: range, rows: range, cols: range, scores: Array) -> None:
-    """From products to scores (heads, queries, keys), in place: scale, softcap, ALiBi, and -inf where hidden."""
-    problem = call.problem
-    scores *= call.compute.type(problem.softmax_scale / (problem.softcap or 1))
-    if problem.softcap:
-        np.tanh(scores, out=scores)
-        scores *= call.compute.type(problem.softcap)
-    if call.slopes is not None:
-        p = mask.positions(rows)
-        distance = np.abs(np.arange(p.start, p.stop)[:, None] - np.arange(cols.start, cols.stop)).astype(call.compute)
-        scores -= call.slopes[index, group.start : group.stop, None, None] * distance
-    hidden = mask.hidden(rows, cols)
-    if hidden is not None:
-        np.copyto(scores, -np.inf, where=hidden)
-
-
-def _write_pattern(call: _Call, pattern: _Pattern, sequence: _Sequence, keep: NDArray[np.bool_]) -> None:
+def _write_pattern(call: Call, pattern: Pattern, sequence: _Sequence, keep: NDArray[np.bool_]) -> None:
     """Fill keep (Hq, max Sq, max Sk) inside the sequence's own lengths, a tile at a time."""
     for head in range(call.problem.heads):
-        for rows in _blocks(range(len(sequence.q)), _TILE_ROWS):
-            for cols in _blocks(range(len(sequence.k)), 16 * _TILE_COLS):
+        for rows in blocks(range(len(sequence.q)), TILE_ROWS):
+            for cols in blocks(range(len(sequence.k)), 16 * TILE_COLS):
                 tile = pattern.keep(sequence.index, call.problem.heads, range(head, head + 1), rows, cols)
                 keep[head, rows.start : rows.stop, cols.start : cols.stop] = tile[0]

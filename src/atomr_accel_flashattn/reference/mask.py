@@ -39,6 +39,12 @@ class BandMask:
         ranges = (range(stop),) if sink_tokens >= start else (range(sink_tokens), range(start, stop))
         return tuple(keys for keys in ranges if keys)
 
+    def rows_with_keys(self) -> range:
+        """The queries that see a key: all but the first ones where a right bound meets more queries than keys."""
+        right = self.band.right
+        first = 0 if right is None else max(0, self.seqlen_q - self.seqlen_k - right)
+        return range(min(first, self.seqlen_q) if self.seqlen_k else self.seqlen_q, self.seqlen_q)
+
     def hidden(self, rows: range, cols: range) -> NDArray[np.bool_] | None:
         """Elements of the tile that do not count, bool (len(rows), len(cols)), or None when every element counts."""
         left, right, sink_tokens = self.band

@@ -57,12 +57,13 @@ def read_qkv(q: Any, k: Any, v: Any, *, layout: str) -> tuple[ArrayInfo, ArrayIn
 
 
 def refuse_gradients(info: ArrayInfo, name: str) -> None:
-    """A torch tensor that requires grad, or has a tangent, would silently get no derivative."""
+    """A torch tensor that requires grad, or has a tangent, would silently get no derivative from a request."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(info.source, torch.Tensor):
         return
     if info.source.requires_grad and torch.is_grad_enabled():
-        raise not_built("backward", f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()")
+        feature = "autograd" if info.device.kind == "cpu" else "backward"
+        raise not_built(feature, f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()")
     if tangent_of(info.source) is not None:
         raise not_built("forward_mode", f"{name} is a dual tensor")
 
@@ -180,36 +181,41 @@ def read_dropout(options: AttentionOptions, q: ArrayInfo) -> Dropout | None:
     return Dropout(float(options.dropout_p), rng)
 
 
-def check_out(out: Any, shape: tuple[int, ...], inputs: tuple[ArrayInfo, ArrayInfo, ArrayInfo]) -> ArrayInfo | None:
+def check_out(
+    out: Any, shape: tuple[int, ...], inputs: tuple[ArrayInfo, ...], *, name: str = "out", taken: str = "q, k or v"
+) -> ArrayInfo | None:
     """The caller's output array, fit to be written; None when a new one is to be made.
 
     Args:
         out: what the caller gave.
         shape: what o has.
-        inputs: q, k and v.
+        inputs: q, whose type it has, k, v, and what else may not be its memory.
+        name: what messages call it.
+        taken: what they call the inputs.
 
     Raises:
-        OutputError: wrong shape, type, device or strides, read-only, overlapping itself, or the memory of q, k or v.
+        OutputError: wrong shape, type, device or strides, read-only, overlapping itself, or the memory of an input.
     """
     if out is None:
         return None
-    info, q = read_array(out, "out"), inputs[0]
-    refuse_gradients(info, "out")
+    info, q = read_array(out, name), inputs[0]
+    refuse_gradients(info, name)
     if (info.shape, info.dtype, info.device) != (shape, q.dtype, q.device):
         raise OutputError(
-            f"out: got {info.dtype_name} of shape {info.shape} on {info.device}; allowed is {q.dtype_name} of shape {shape} on {q.device}"
+            f"{name}: got {info.dtype_name} of shape {info.shape} on {info.device}; "
+            f"allowed is {q.dtype_name} of shape {shape} on {q.device}"
         )
     if isinstance(info.source, np.ndarray) and not info.source.flags.writeable:
-        raise OutputError("out: got a read-only NumPy array; allowed is a writeable one; pass a copy")
+        raise OutputError(f"{name}: got a read-only NumPy array; allowed is a writeable one; pass a copy")
     if info.shape[-1] > 1 and info.strides[-1] != 1:
-        raise OutputError(f"out: got strides {info.strides}; allowed is a last stride of 1; pass a contiguous array")
+        raise OutputError(f"{name}: got strides {info.strides}; allowed is a last stride of 1; pass a contiguous array")
     if _overlaps_itself(info):
         raise OutputError(
-            f"out: got strides {info.strides} for shape {info.shape}, where elements share memory; "
+            f"{name}: got strides {info.strides} for shape {info.shape}, where elements share memory; "
             "allowed is an array of its own; pass a copy"
         )
     if any(share_memory(info, array) for array in inputs):
-        raise OutputError("out: got the memory of q, k or v, which other blocks still read; allowed is an array of its own; pass a copy")
+        raise OutputError(f"{name}: got the memory of {taken}, which other blocks still read; allowed is an array of its own; pass a copy")
     return info
 
 

@@ -1,18 +1,21 @@
-"""run: from a request to its answer. A plan, from the store or made here, and the arrays it writes; in host memory, the CPU backend."""
+"""run: from a request to its answer. A plan, from the store or made here, and the arrays it writes; in host memory, the CPU backend.
+
+Backward requests go on to :mod:`.gradients`.
+"""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 from ..arrays.new import empty_like_framework
 from ..arrays.read import as_numpy, contiguous_strides
 from ..arrays.streams import current_stream, raw_stream
 from ..arrays.torch_hooks import empty_on, hooks, meet_torch, tell_written
-from ..dispatch import CpuSpec, DispatchKey, Extras, FaFwdDispatch, lookup
+from ..dispatch import CpuSpec, DispatchKey, Extras, FaBwdDispatch, FaFwdDispatch, lookup
 from ..env import settings
-from ..errors import ArrayTypeError, DeviceMismatchError, ShapeError
+from ..errors import ArrayTypeError, DeviceMismatchError, ShapeError, UnsupportedArgumentError
 from ..kernels.spec import KernelSpec
 from ..launch.driver import device_properties
 from ..launch.launcher import Launch, load_kernel
@@ -20,23 +23,40 @@ from ..limits import MAX_GRID
 from ..problem import ArrayInfo, AttentionProblem
 from ..reference import attention as reference
 from ..types import Device, DType, SmArch
+from .gradients import Gradients, differentiate
 from .plan import Output, Outputs, Plan, addresses_of, find, keep, slots_of
 
 __all__ = ["execute", "fill", "make_outputs", "run"]
 
 
+@overload
 def run(
     request: FaFwdDispatch, *, stream: Any = None, lse: bool = True, dropout_mask: bool = False, tiles_for: SmArch | None = None
-) -> Output:
+) -> Output: ...
+
+
+@overload
+def run(request: FaBwdDispatch, *, stream: Any = None) -> Gradients: ...
+
+
+def run(
+    request: FaFwdDispatch | FaBwdDispatch,
+    *,
+    stream: Any = None,
+    lse: bool = True,
+    dropout_mask: bool = False,
+    tiles_for: SmArch | None = None,
+) -> Output | Gradients:
     """Do what a request asks. On a GPU, a request that is like one of before, or the same one, costs little (runtime/plan.py).
 
     Args:
-        request: a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest, or anything that satisfies FaFwdDispatch.
+        request: a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest, or anything that satisfies FaFwdDispatch, for an
+            Output; a DenseBwdRequest, Fa2BwdRequest or VarlenBwdRequest, or anything that satisfies FaBwdDispatch, for Gradients.
         stream: the CUDA stream to enqueue on (a raw handle, or a stream of torch, CuPy or cuda.core); None is the current stream of q's
             library. New outputs, and a dropout seed that is drawn, belong to that library's current stream, as ever: a caller who names
             another stream orders the two, and so does one whose k or v come from another library than q.
-        lse: whether the log-sum-exp is wanted.
-        dropout_mask: whether the dropout pattern is wanted; it takes O(Sq Sk) memory.
+        lse: whether the log-sum-exp is wanted, of a forward request.
+        dropout_mask: whether the dropout pattern is wanted, of a forward request; it takes O(Sq Sk) memory.
         tiles_for: the arch whose tiles are borrowed, for tests.
 
     Raises:
@@ -44,7 +64,13 @@ def run(
         DeviceMismatchError: the arrays are not where ATOMR_FLASHATTN_BACKEND wants them.
         RuntimeFlashAttnError: no driver, no compiler, a kernel that does not compile or launch.
     """
-    return execute(request, stream=stream, lse=lse, dropout_mask=dropout_mask, tiles_for=tiles_for)[0]
+    if hasattr(request, "gradient_arrays") and isinstance(request, FaBwdDispatch) and not isinstance(request, type):
+        if not lse or dropout_mask or tiles_for is not None:
+            raise UnsupportedArgumentError("run: got lse, dropout_mask or tiles_for with a backward request; allowed is stream")
+        _check_backend(request.problem.forward.q.device)
+        return differentiate(request)
+    forward: Any = request
+    return execute(forward, stream=stream, lse=lse, dropout_mask=dropout_mask, tiles_for=tiles_for)[0]
 
 
 def execute(
@@ -53,7 +79,8 @@ def execute(
     """:func:`run`, and the plan that it went by; None from the CPU backend."""
     if isinstance(request, type) or not isinstance(request, FaFwdDispatch):
         raise ArrayTypeError(
-            f"request: got {type(request).__qualname__}; allowed is a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest"
+            f"request: got {type(request).__qualname__}; allowed is a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or "
+            "VarlenFwdRequest, and of backward ones a DenseBwdRequest, Fa2BwdRequest or VarlenBwdRequest"
         )
     dropout_mask = dropout_mask and request.problem.dropout is not None
     plan = None if tiles_for is not None else find(request, dropout_mask=dropout_mask)

@@ -1,0 +1,77 @@
+"""Which functional calls autograd records, and the way of those that it does. torch is imported by the first of them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+from ..arrays.read import read_array
+from ..arrays.torch_hooks import tangent_of
+from ..errors import OutputError
+from ..limits import not_built
+from ..problem import ArrayInfo
+from ..requests.dense import DenseFwdRequest
+from ..runtime.plan import Output
+from ..varlen import VarlenFwdRequest
+
+__all__ = ["Differentiable", "attend", "is_recorded", "without_history"]
+
+# q, k, v and the learned sink, or None: what has gradients
+Differentiable: TypeAlias = tuple[Any, Any, Any, Any]
+
+
+def is_recorded(q: Any, k: Any, v: Any, others: tuple[Any, Any, Any]) -> bool:
+    """Whether autograd is to record a call; ``others`` are its slopes, learned sink and out.
+
+    Raises:
+        FeatureNotBuiltError: it cannot be: on a GPU, gradients of slopes, forward mode, q of another library.
+        OutputError: it cannot be, because the caller brought ``out``.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
+        return False
+    slopes, learned_sink, out = others
+    named = {"q": q, "k": k, "v": v, "alibi_slopes": slopes, "learned_sink": learned_sink, "out": out}
+    tensors = {name: array for name, array in named.items() if isinstance(array, torch.Tensor)}
+    wanting = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    if not wanting:
+        return False
+    name = wanting[0]
+    got = f"{name} requires grad and gradients are enabled"
+    if read_array(q, "q").device.kind != "cpu":
+        raise not_built("backward", f"{got}; use torch.no_grad() or {name}.detach()")
+    if "alibi_slopes" in wanting:
+        raise not_built("slopes_gradient", "alibi_slopes requires grad and gradients are enabled")
+    if "q" not in tensors:
+        raise not_built("autograd", f"{got}, and q, in whose library o is made, is a {type(q).__qualname__}; use a torch tensor as q")
+    if out is not None:
+        raise OutputError(f"out: got an array, and {got}; allowed is None, because autograd cannot record a call into an array of before")
+    for dual in (each for each, tensor in tensors.items() if tangent_of(tensor) is not None):
+        raise not_built("forward_mode", f"{dual} is a dual tensor")
+    return True
+
+
+def without_history(inputs: Differentiable) -> Differentiable:
+    """The same arrays, none of which requires grad: a request takes those."""
+    torch = sys.modules["torch"]
+    sources = (each.source if isinstance(each, ArrayInfo) else each for each in inputs)
+    q, k, v, learned_sink = (each.detach() if isinstance(each, torch.Tensor) else each for each in sources)
+    return q, k, v, learned_sink
+
+
+def attend(
+    request: DenseFwdRequest | VarlenFwdRequest, inputs: Differentiable, *, dropout_mask: bool = False, deterministic: bool = False
+) -> Output:
+    """Run a request, whose arrays have no history, as one operation of autograd on ``inputs``, which have one.
+
+    Args:
+        request: the forward call.
+        inputs: the same q, k, v and learned sink, as the caller gave them.
+        dropout_mask: whether the dropout pattern is wanted.
+        deterministic: whether gradients are to be bitwise equal from run to run; torch.use_deterministic_algorithms asks for it as well.
+    """
+    from .attention_function import Attention
+
+    sources = (each.source if isinstance(each, ArrayInfo) else each for each in inputs)
+    out, lse, pattern = Attention.apply(request, (dropout_mask, bool(deterministic)), *sources)
+    return Output(out, lse, pattern)
