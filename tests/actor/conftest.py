@@ -6,15 +6,23 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.actor.devices import HeldDevice
-from tests.actor.fake_gpu import FakeDriver, install
+from tests.fakes.driver import FakeDriver
+from tests.fakes.gpu import FakeGpu
+from tests.fakes.inner import HeldDevice
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    fake = install(monkeypatch, plans=True)
-    yield fake
-    fake.completed.set()
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    made = FakeGpu()
+    made.install(monkeypatch)
+    yield made
+    made.driver.complete()
+
+
+@pytest.fixture
+def cuda(gpu: FakeGpu) -> FakeDriver:
+    """The driver of the fake GPU."""
+    return gpu.driver
 
 
 @pytest.fixture

@@ -14,12 +14,14 @@ import threading
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import pytest
 
 from atomr_accel_flashattn import FlashAttnHandle, Overflow
 from atomr_accel_flashattn.actor import Reply
-from tests.actor.fake_gpu import FakeDriver, hold, install, sent, start
+from tests.actor.calls import sent, start_and_launch
+from tests.fakes.gpu import FakeGpu
 
 SIGNALS = 200
 SECONDS = 10.0  # in which everything has to be as before; it takes milliseconds
@@ -28,12 +30,14 @@ ELSEWHERE = 70  # a context in which callers launch nothing: requests go through
 
 
 class Program:
-    """An actor above a driver made of Python, and the replies that the main thread has of it."""
+    """An actor on a fake GPU, and the replies that the main thread has of it."""
 
     def __init__(self, seed: int) -> None:
-        self.cuda: FakeDriver = install(pytest.MonkeyPatch(), plans=True)
+        gpu = FakeGpu(launches=Nowhere(), repeated=Nowhere(), grids=Nowhere())
+        gpu.install(pytest.MonkeyPatch())
+        self.cuda = gpu.driver
         self.cuda.log = Nowhere()
-        self.actor: FlashAttnHandle = start(max_in_flight=LIMIT, mailbox_limit=LIMIT)
+        self.actor: FlashAttnHandle = start_and_launch(max_in_flight=LIMIT, mailbox_limit=LIMIT)
         self.dice = random.Random(seed)
         self.message = sent()
         self.replies: list[Reply] = []
@@ -73,13 +77,12 @@ class Program:
             self.ask(overflow=Overflow.WAIT)
 
     def hold_for_a_moment(self) -> None:
-        hold(self.cuda)
+        self.cuda.hold()
         time.sleep(0.001)
         self.let_go()
 
     def let_go(self) -> None:
-        self.cuda.busy = False
-        self.cuda.completed.set()
+        self.cuda.complete()
 
     def send_ctrl_c(self) -> None:
         time.sleep(self.dice.random() * 0.004)
@@ -124,7 +127,7 @@ class Program:
         self.cuda.current = 0
         wait_for(self.launches_here)
         done("a request was launched here")
-        hold(self.cuda)
+        self.cuda.hold()
         self.cuda.launchers.clear()
         replies = [self.actor.ask(self.message) for _ in range(2 * LIMIT)]  # as many as are launched here, and places
         wait_for(lambda: self.actor.waiting == LIMIT - 1)  # the actor's thread has taken one
@@ -145,7 +148,7 @@ class Program:
         raise KeyboardInterrupt
 
 
-class Nowhere(list[object]):
+class Nowhere(list[Any]):
     """A log that keeps nothing."""
 
     def append(self, _: object) -> None:

@@ -38,7 +38,7 @@ class FakeWorker:
         return SimpleNamespace(future=lambda call=self.calls[-1]: call)
 
     def answer(self, call: int = -1) -> None:
-        """Zeros, for a message of tests/actor/devices.py."""
+        """Zeros, for a message of tests/actor/calls.py."""
         self.calls[call].set_result([WireArray(np.zeros((1, 2, 2, 8), np.float32), "float32"), None, None])
 
 

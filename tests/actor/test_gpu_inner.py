@@ -1,4 +1,4 @@
-"""The real inner above a driver made of Python: which stream waits for what, what is repeated, what is given back, what a lost GPU does."""
+"""The real inner on a fake GPU: which stream waits for what, what is repeated, what is given back, what a lost GPU does."""
 
 from __future__ import annotations
 
@@ -10,26 +10,18 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnInner, FlashAttnMsg, FlashAttnProps
-from atomr_accel_flashattn.actor import gpu, inner as inner_module
-from atomr_accel_flashattn.launch import driver as driver_module
+from atomr_accel_flashattn.actor.gpu import CudaEvents, GpuInner, StreamEvent
 from atomr_accel_flashattn.runtime import staleness
-from tests.actor.devices import PATIENCE, until
-from tests.actor.fake_gpu import FakeArray, FakeDriver, install
+from tests.actor.calls import expected, sent
+from tests.fakes.arrays import FakeArray
+from tests.fakes.driver import FakeDriver
+from tests.fakes.gpu import FakeGpu
+from tests.fakes.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
     from atomr_accel_flashattn.actor import Job
 
 NAMES = ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k", "rng", "out")
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    return install(monkeypatch)
-
-
-def sent(seed: int = 0, seqlen: int = 4, index: int = 0) -> FlashAttnMsg.Forward:
-    q, k, v = np.random.default_rng(seed).standard_normal((3, 1, seqlen, 2, 16)).astype(np.float16)
-    return FlashAttnMsg.Forward(fa.Fa2FwdRequest(*(FakeArray(array, index).info() for array in (q, k, v))))
 
 
 QUESTIONS = {"query", "synchronize"}  # by the caller who waits, or by the completion thread for him
@@ -46,9 +38,9 @@ def kinds(cuda: FakeDriver) -> list[str]:
 
 def test_a_launch_waits_for_the_callers_stream_and_the_reply_for_the_launch(cuda: FakeDriver):
     with FlashAttnActor.start(FlashAttnProps(device="cuda:0")) as actor:
-        message = sent()
+        message = sent(lse=True)
         output = actor.ask(message).result(PATIENCE)
-    host = fa.run(fa.Fa2FwdRequest(*(info.source.array for info in (message.request.q, message.request.k, message.request.v))))
+    host = expected(message)
     np.testing.assert_array_equal(output.out.array, host.out)
     np.testing.assert_array_equal(output.lse.array, host.lse)
     assert kinds(cuda) == ["stream", "record", "wait", "launch", "record", "destroy"]
@@ -64,7 +56,7 @@ def test_a_launch_waits_for_the_callers_stream_and_the_reply_for_the_launch(cuda
 def test_on_the_callers_own_stream_there_is_nothing_to_wait_for(cuda: FakeDriver):
     for stream in (0, 1):
         with FlashAttnActor.start(FlashAttnProps(device="cuda:0", stream=stream)) as actor:
-            actor.ask(sent()).result(PATIENCE)
+            actor.ask(sent(seqlen=4 + stream)).result(PATIENCE)  # repeats none
         assert kinds(cuda) == ["launch", "record"]
         cuda.log.clear()
 
@@ -83,29 +75,26 @@ def test_a_request_for_another_gpu(cuda: FakeDriver):
         actor.ask(sent(index=1))
 
 
-def test_a_sticky_error_fails_all_and_stops_the_actor(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
-    def cuda_error(code: int, what: str, kernel_name: str = "") -> fa.LaunchError:
-        return fa.DeviceLostError(f"{what} failed", kernel_name=kernel_name, cuda_error=f"CUDA_ERROR_{code}")
-
-    monkeypatch.setattr(driver_module, "cuda_error", cuda_error)
+def test_a_sticky_error_fails_all_and_stops_the_actor(cuda: FakeDriver):
     actor = FlashAttnActor.start(FlashAttnProps(device="cuda:0"))
     actor.ask(sent()).result(PATIENCE)
     cuda.sticky = True
-    for _ in range(3):
+    for seqlen in range(5, 8):  # repeat none
         try:
-            reply = actor.ask(sent())
+            reply = actor.ask(sent(seqlen=seqlen))
         except fa.ActorStoppedError as error:
             assert isinstance(error.__cause__, fa.DeviceLostError)  # noqa: PT017 - whether the next one still gets in is a race
         else:
-            with pytest.raises(fa.DeviceLostError, match="CUDA_ERROR_700"):
+            with pytest.raises(fa.DeviceLostError) as lost:
                 reply.result(PATIENCE)
+            assert lost.value.cuda_error == "CUDA_ERROR_ILLEGAL_ADDRESS"
     actor.stop(timeout=PATIENCE)
     with pytest.raises(fa.ActorStoppedError, match="device was lost"):
         actor.ask(sent())
 
 
 def test_events_that_wait_are_those_that_were_recorded_last(cuda: FakeDriver):
-    events = gpu.CudaEvents(3)
+    events = CudaEvents(3)
     first = events.take(7, in_context=False)
     events.give_back(first)
     assert events.take(0, in_context=False) == first
@@ -113,23 +102,23 @@ def test_events_that_wait_are_those_that_were_recorded_last(cuda: FakeDriver):
 
 
 def test_a_caller_whom_a_stop_overtakes_records_no_destroyed_event_and_leaves_none(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
-    prepare = gpu.GpuInner.prepare
+    prepare = GpuInner.prepare
     actor = FlashAttnActor.start(FlashAttnProps(device="cuda:0"))
     actor.ask(sent()).result(PATIENCE)  # leaves events to be used again
 
-    def overtaken(inner: gpu.GpuInner, message: FlashAttnMsg.Forward) -> Job:
+    def overtaken(inner: GpuInner, message: FlashAttnMsg.Forward) -> Job:
         actor.stop()
         return prepare(inner, message)
 
-    monkeypatch.setattr(gpu.GpuInner, "prepare", overtaken)
+    monkeypatch.setattr(GpuInner, "prepare", overtaken)
     with pytest.raises(fa.ActorStoppedError):
-        actor.ask(sent())
+        actor.ask(sent(seqlen=5))  # repeats none
     assert kinds(cuda)[-2:] == ["destroy", "record"]
     assert cuda.live_events == 0
 
 
 def test_an_event_that_comes_back_after_the_end_is_destroyed(cuda: FakeDriver):
-    events = gpu.CudaEvents(0)
+    events = CudaEvents(0)
     late = events.take(7, in_context=False)
     events.close()
     assert cuda.alive == {late}, "somebody may still ask about it"
@@ -138,11 +127,10 @@ def test_an_event_that_comes_back_after_the_end_is_destroyed(cuda: FakeDriver):
 
 
 def test_an_event_that_could_not_be_recorded_is_used_again(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
-    events = gpu.CudaEvents(0)
+    events = CudaEvents(0)
     with monkeypatch.context() as patch:
         patch.setattr(cuda, "cuEventRecord", lambda *_: (1,))
-        patch.setattr(driver_module, "cuda_error", lambda code, what, *_: fa.LaunchError(f"{what}: {code}", kernel_name=""))
-        with pytest.raises(fa.LaunchError, match="cuEventRecord: 1"):
+        with pytest.raises(fa.LaunchError, match="cuEventRecord failed: error 1"):
             events.take(7, in_context=False)
     events.take(7, in_context=False)
     assert cuda.live_events == 1
@@ -156,13 +144,13 @@ def test_the_event_that_a_launch_waits_for_becomes_that_of_its_end(cuda: FakeDri
     assert (theirs, ours) == (1, 500)
 
 
-def test_a_launch_that_fails_after_its_wait_leaves_an_event_to_wait_for_again(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
-    inner = gpu.GpuInner(0)
+def test_a_launch_that_fails_after_its_wait_leaves_an_event_to_wait_for_again(gpu: FakeGpu, cuda: FakeDriver):
+    inner = GpuInner(0)
     job = inner.accept(sent())
-    with monkeypatch.context() as patch:
-        patch.setattr(inner_module, "fill", lambda *_, **__: 1 // 0)
-        with pytest.raises(ZeroDivisionError):
-            inner.launch(job)
+    gpu.status = 701
+    with pytest.raises(fa.LaunchError):
+        inner.launch(job)
+    gpu.status = 0
     launch = inner.launch(job)
     assert [entry[0] for entry in cuda.log if entry[0] in {"wait", "launch"}] == ["wait", "wait", "launch"]
     assert job.ready is None
@@ -173,7 +161,7 @@ def test_a_launch_that_fails_after_its_wait_leaves_an_event_to_wait_for_again(cu
 
 
 def test_an_event_of_a_default_stream_is_recorded_in_the_context_of_its_device(cuda: FakeDriver):
-    inner = gpu.GpuInner(0)
+    inner = GpuInner(0)
     cuda.current = 70
     cuda.log.clear()
     inner.accept(sent())
@@ -184,27 +172,26 @@ def test_an_event_of_a_default_stream_is_recorded_in_the_context_of_its_device(c
 def test_an_error_of_the_driver_is_told_by_the_call_that_met_it(
     cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch, call: str, answer: tuple[int, ...]
 ):
-    monkeypatch.setattr(driver_module, "cuda_error", lambda code, what, *_: fa.LaunchError(f"{what}: {code}", kernel_name=""))
-    event = gpu.StreamEvent(gpu.CudaEvents(0), 7)
+    event = StreamEvent(CudaEvents(0), 7)
     monkeypatch.setattr(cuda, call, lambda *_: answer)
     asked = {
         "cuCtxGetCurrent": event._events.current_context,
         "cuStreamWaitEvent": lambda: event.make_wait(500),
         "cuEventQuery": event.poll,
     }
-    with pytest.raises(fa.LaunchError, match=": 201"):
+    with pytest.raises(fa.LaunchError, match="failed: error 201"):
         asked[call]()
 
 
 def test_a_gpu_array_that_changed_in_flight_fails_its_own_request(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(staleness._readers, FakeArray, lambda array: (array.array.ctypes.data, array.array.shape))
     with FlashAttnActor.start(FlashAttnProps(device="cuda:0")) as actor:
-        cuda.completed.clear()
-        moved, kept = sent(1), sent(2)
+        cuda.hold()
+        moved, kept = sent(1, seqlen=4), sent(2, seqlen=5)  # neither repeats the other
         replies = [actor.ask(moved), actor.ask(kept)]
         until(lambda: len(cuda.launchers) == 2)
         moved.request.k.source.array = moved.request.k.source.array.copy()
-        cuda.completed.set()
+        cuda.complete()
         with pytest.raises(fa.StaleArrayError, match="k: its memory changed between ask and reply"):
             replies[0].result(PATIENCE)
         assert replies[1].result(PATIENCE).out is not None

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn import FlashAttnActor, FlashAttnProps
 from atomr_accel_flashattn.actor import Reply, in_flight
 from atomr_accel_flashattn.actor.engine import Engine
-from atomr_accel_flashattn.launch import driver as driver_module
-from atomr_accel_flashattn.runtime import plan as plan_store
-from tests.actor.devices import PATIENCE, until
-from tests.actor.fake_gpu import FakeDriver, expected, hold, sent, start
+from tests.actor.calls import expected, sent, start_and_launch
+from tests.fakes.driver import FakeDriver
+from tests.fakes.gpu import FakeGpu
+from tests.fakes.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
     from atomr_accel_flashattn.actor.reply import Ticket
@@ -29,20 +28,20 @@ ACTOR, COMPLETIONS = "FlashAttnActor-", "flash-attn-completions"
 
 
 def test_the_first_launch_is_the_actors_and_those_that_repeat_it_are_their_callers(cuda: FakeDriver):
-    with start() as actor:
+    with start_and_launch() as actor:
         assert cuda.launchers[0].startswith(ACTOR)
         cuda.log.clear()
         message = sent(1)
         reply = actor.ask(message)
         assert reply.running()
         assert [entry[0] for entry in cuda.log if entry[0] not in {"push", "context"}] == ["record", "wait", "launch", "record"]
-        np.testing.assert_array_equal(reply.result(PATIENCE).out.array, expected(message))
+        np.testing.assert_array_equal(reply.result(PATIENCE).out.array, expected(message).out)
     assert cuda.launchers[1] == threading.current_thread().name
     assert cuda.live_events == 0
 
 
 def test_a_context_that_is_current_is_not_pushed(cuda: FakeDriver):
-    with start() as actor:
+    with start_and_launch() as actor:
         cuda.current = 90
         cuda.log.clear()
         actor.ask(sent()).result(PATIENCE)
@@ -51,16 +50,15 @@ def test_a_context_that_is_current_is_not_pushed(cuda: FakeDriver):
 
 @pytest.mark.parametrize(("index", "current", "callers"), [(0, 0, True), (1, 0, False), (0, 70, False), (1, 91, True)])
 def test_callers_launch_in_the_context_of_the_device_only(cuda: FakeDriver, index: int, current: int, callers: bool):
-    with FlashAttnActor.start(FlashAttnProps(device=f"cuda:{index}")) as actor:
-        actor.ask(sent(index=index)).result(PATIENCE)
+    with start_and_launch(index) as actor:
         cuda.current = current
         message = sent(1, index)
-        np.testing.assert_array_equal(actor.ask(message).result(PATIENCE).out.array, expected(message))
+        np.testing.assert_array_equal(actor.ask(message).result(PATIENCE).out.array, expected(message).out)
     assert (cuda.launchers[1] == threading.current_thread().name) is callers
 
 
 def test_who_waits_finds_the_launch_finished_without_being_woken(cuda: FakeDriver):
-    with start() as actor:
+    with start_and_launch() as actor:
         cuda.log.clear()
         for seed in range(5):
             actor.ask(sent(seed)).result(PATIENCE)
@@ -69,8 +67,8 @@ def test_who_waits_finds_the_launch_finished_without_being_woken(cuda: FakeDrive
 
 
 def test_launches_in_flight_are_no_more_than_allowed_and_the_rest_waits_in_order(cuda: FakeDriver):
-    with start(max_in_flight=2) as actor:
-        hold(cuda)
+    with start_and_launch(max_in_flight=2) as actor:
+        cuda.hold()
         cuda.log.clear()
         messages = [sent(seed) for seed in range(6)]
         replies = [actor.ask(each) for each in messages]
@@ -78,7 +76,7 @@ def test_launches_in_flight_are_no_more_than_allowed_and_the_rest_waits_in_order
         assert sum(entry[0] == "launch" for entry in cuda.log) == 2
         cuda.completed.set()
         for reply, each in zip(replies, messages, strict=True):
-            np.testing.assert_array_equal(reply.result(PATIENCE).out.array, expected(each))
+            np.testing.assert_array_equal(reply.result(PATIENCE).out.array, expected(each).out)
         launched = [entry[2] for entry in cuda.log if entry[0] == "launch"]
         assert launched == [tuple(getattr(each.request.problem, name).ptr for name in "qkv") for each in messages]
         assert cuda.launchers[1] == cuda.launchers[2] == threading.current_thread().name
@@ -86,14 +84,14 @@ def test_launches_in_flight_are_no_more_than_allowed_and_the_rest_waits_in_order
 
 
 def test_a_place_is_taken_over_from_a_launch_that_has_finished(cuda: FakeDriver):
-    with start(max_in_flight=1) as actor:
+    with start_and_launch(max_in_flight=1) as actor:
         replies = [actor.ask(sent(seed)) for seed in range(20)]
         assert set(cuda.launchers[1:]) == {threading.current_thread().name}
         assert all(reply.is_over() for reply in replies[:-1])
 
 
 def test_the_completion_thread_does_not_have_to_be_woken_for_every_launch(cuda: FakeDriver):
-    with start() as actor:
+    with start_and_launch() as actor:
         in_flight = actor._engine.in_flight
         until(lambda: in_flight._asleep, "a completion thread that has nothing to do")
         until(lambda: actor.ask(sent()).result(PATIENCE) and in_flight._resting and not in_flight._asleep, "one that looks by itself")
@@ -107,8 +105,8 @@ def nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nobody_else")
 def test_one_question_is_enough_when_all_have_finished(cuda: FakeDriver):
-    with start(max_in_flight=8) as actor:
-        hold(cuda)
+    with start_and_launch(max_in_flight=8) as actor:
+        cuda.hold()
         replies = [actor.ask(sent(seed)) for seed in range(8)]
         cuda.busy = False
         cuda.log.clear()
@@ -120,8 +118,8 @@ def test_one_question_is_enough_when_all_have_finished(cuda: FakeDriver):
 
 @pytest.mark.usefixtures("nobody_else")
 def test_those_that_have_finished_are_answered_when_the_newest_has_not(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
-    with start(max_in_flight=4) as actor:
-        hold(cuda)
+    with start_and_launch(max_in_flight=4) as actor:
+        cuda.hold()
         replies = [actor.ask(sent(seed)) for seed in range(4)]
         ends = [entry[1] for entry in cuda.log if entry[0] == "record" and entry[2] == 500][-4:]
         monkeypatch.setattr(cuda, "cuEventQuery", lambda event: (0 if event in ends[:2] else 600,))
@@ -132,8 +130,8 @@ def test_those_that_have_finished_are_answered_when_the_newest_has_not(cuda: Fak
 
 @pytest.mark.usefixtures("nobody_else")
 def test_a_newest_that_cannot_be_asked_keeps_none_of_the_others_from_being_answered(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
-    with start(max_in_flight=4) as actor:
-        hold(cuda)
+    with start_and_launch(max_in_flight=4) as actor:
+        cuda.hold()
         replies = [actor.ask(sent(seed)) for seed in range(3)]
         newest = [entry[1] for entry in cuda.log if entry[0] == "record" and entry[2] == 500][-1]
         monkeypatch.setattr(cuda, "cuEventQuery", lambda event: (0,) if event != newest else 1 // 0)
@@ -175,7 +173,7 @@ def test_every_launch_is_settled_once_whoever_finds_it_finished(cuda: FakeDriver
     dice = random.Random(0)
     monkeypatch.setattr(cuda, "cuEventQuery", lambda _: (600 if dice.random() < 0.5 else 0,))
     messages = [sent(seed) for seed in range(8)]
-    answers = [expected(each) for each in messages]
+    answers = [expected(each).out for each in messages]
     wrong: list[int] = []
 
     def client(seed: int) -> None:
@@ -187,7 +185,7 @@ def test_every_launch_is_settled_once_whoever_finds_it_finished(cuda: FakeDriver
             if way != 4 and not np.array_equal(reply.result(PATIENCE).out.array, answers[number]):
                 wrong.append(number)
 
-    with start(max_in_flight=3) as actor:
+    with start_and_launch(max_in_flight=3) as actor:
         threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
         for thread in threads:
             thread.start()
@@ -203,8 +201,8 @@ def test_every_launch_is_settled_once_whoever_finds_it_finished(cuda: FakeDriver
 
 
 def test_a_timeout_of_result_and_an_answer_later(cuda: FakeDriver):
-    with start() as actor:
-        hold(cuda)
+    with start_and_launch() as actor:
+        cuda.hold()
         reply = actor.ask(sent())
         for _ in range(2):
             with pytest.raises(TimeoutError):
@@ -217,20 +215,16 @@ def test_a_timeout_of_result_and_an_answer_later(cuda: FakeDriver):
 
 
 def test_a_request_whose_time_is_over_wakes_who_waits_for_it(cuda: FakeDriver):
-    with start() as actor:
-        hold(cuda)
+    with start_and_launch() as actor:
+        cuda.hold()
         with pytest.raises(fa.RequestTimeoutError):
             actor.ask(sent(), timeout=0.05).result()
         cuda.completed.set()
 
 
-def test_a_sticky_error_that_a_waiter_sees_first_is_told_to_all(cuda: FakeDriver, monkeypatch: pytest.MonkeyPatch):
-    def cuda_error(code: int, what: str, kernel_name: str = "") -> fa.LaunchError:
-        return fa.DeviceLostError(f"{what} failed", kernel_name=kernel_name, cuda_error=f"CUDA_ERROR_{code}")
-
-    monkeypatch.setattr(driver_module, "cuda_error", cuda_error)
-    actor = start(max_in_flight=2)
-    hold(cuda)
+def test_a_sticky_error_that_a_waiter_sees_first_is_told_to_all(cuda: FakeDriver):
+    actor = start_and_launch(max_in_flight=2)
+    cuda.hold()
     replies = [actor.ask(sent(seed)) for seed in range(4)]
     cuda.sticky = True
     waiter = threading.Thread(target=replies[0].exception)
@@ -248,8 +242,8 @@ def test_a_sticky_error_that_a_waiter_sees_first_is_told_to_all(cuda: FakeDriver
 
 
 def test_a_stop_that_gives_up_wakes_who_waits(cuda: FakeDriver):
-    actor = start(max_in_flight=1)
-    hold(cuda)
+    actor = start_and_launch(max_in_flight=1)
+    cuda.hold()
     replies = [actor.ask(sent(seed)) for seed in range(3)]
     found: list[BaseException | None] = []
     waiters = [threading.Thread(target=lambda each=each: found.append(each.exception())) for each in replies]
@@ -264,8 +258,8 @@ def test_a_stop_that_gives_up_wakes_who_waits(cuda: FakeDriver):
 
 
 def test_a_stop_that_drains_waits_for_launches_of_callers(cuda: FakeDriver):
-    actor = start()
-    hold(cuda)
+    actor = start_and_launch()
+    cuda.hold()
     replies = [actor.ask(sent(seed)) for seed in range(3)]
     stopping = threading.Thread(target=actor.stop)
     stopping.start()
@@ -278,8 +272,8 @@ def test_a_stop_that_drains_waits_for_launches_of_callers(cuda: FakeDriver):
 
 
 def test_callbacks_run_in_the_completion_thread_whoever_waits(cuda: FakeDriver):
-    with start() as actor:
-        hold(cuda)
+    with start_and_launch() as actor:
+        cuda.hold()
         reply = actor.ask(sent())
         ran: list[str] = []
         reply.add_done_callback(lambda _: ran.append(threading.current_thread().name))
@@ -293,40 +287,39 @@ def test_callbacks_run_in_the_completion_thread_whoever_waits(cuda: FakeDriver):
 
 
 def test_who_only_looks_or_waits_in_other_ways_is_served_too(cuda: FakeDriver):
-    with start() as actor:
+    with start_and_launch() as actor:
         until(actor.ask(sent()).done)
         until(actor.ask(sent()).is_over)  # nobody asks the device
         assert wait([actor.ask(sent()) for _ in range(3)], PATIENCE).not_done == set()
         assert len(list(as_completed([actor.ask(sent()) for _ in range(3)], PATIENCE))) == 3
-        hold(cuda)
+        cuda.hold()
         reply = actor.ask(sent())
         assert wait([reply], 0.01, FIRST_COMPLETED).done == set()
         cuda.completed.set()
         assert wait([reply], PATIENCE, FIRST_COMPLETED).done == {reply}
 
 
-def test_a_launch_that_fails_in_its_callers_thread_is_tried_again_and_fails_alone(cuda: FakeDriver):
-    with start() as actor:
-        (plan,) = plan_store._plans.values()
-        plan.launches[0].fail = fa.LaunchError("no", kernel_name="k")
+def test_a_launch_that_fails_in_its_callers_thread_is_tried_again_and_fails_alone(gpu: FakeGpu, cuda: FakeDriver):
+    with start_and_launch() as actor:
+        gpu.raises = fa.LaunchError("no", kernel_name="k")
         reply = actor.ask(sent())
         with pytest.raises(fa.LaunchError, match="no"):
             reply.result(PATIENCE)
         assert cuda.launchers[1] == threading.current_thread().name
         assert cuda.launchers[2].startswith(ACTOR)
-        plan.launches[0].fail = None
+        gpu.raises = None
         until(lambda: actor.unanswered == 0)
         assert actor.ask(sent()).result(PATIENCE).out is not None
-        plan.launches[0].fail = KeyboardInterrupt()
+        gpu.raises = KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
             actor.ask(sent())
-        plan.launches[0].fail = None
+        gpu.raises = None
         until(lambda: actor.unanswered == 0)
 
 
 def test_an_event_loop_launches_nothing_itself(cuda: FakeDriver):
     async def main() -> None:
-        async with start() as actor:
+        async with start_and_launch() as actor:
             await actor.ask_async(sent())
             assert (await actor.ask(sent())).out is not None
 

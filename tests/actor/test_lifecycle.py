@@ -15,7 +15,9 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnMsg
-from tests.actor.devices import PATIENCE, HeldDevice, expire, message, start, until
+from tests.actor.calls import expire, message, start
+from tests.fakes.inner import HeldDevice
+from tests.fakes.waiting import PATIENCE, until
 
 
 def expected(sent: FlashAttnMsg.Forward) -> np.ndarray:

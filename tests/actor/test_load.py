@@ -17,7 +17,9 @@ import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnHandle, FlashAttnInner, FlashAttnProps, Overflow, SmArch
 from atomr_accel_flashattn.actor.inner import Job
 from atomr_accel_flashattn.actor.reply import Reply, Ticket
-from tests.actor.devices import PATIENCE, FaultyDevice, message
+from tests.actor.calls import message
+from tests.fakes.inner import FaultyDevice
+from tests.fakes.waiting import PATIENCE
 
 THREADS = 32
 ROUNDS = 4  # actors one after the other; each but the last is stopped in the middle of its load

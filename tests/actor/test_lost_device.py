@@ -6,7 +6,9 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnProps
-from tests.actor.devices import PATIENCE, HeldDevice, message
+from tests.actor.calls import message
+from tests.fakes.inner import HeldDevice
+from tests.fakes.waiting import PATIENCE
 
 LOST = fa.DeviceLostError("running the kernel failed", kernel_name="k", cuda_error="CUDA_ERROR_ILLEGAL_ADDRESS")
 

@@ -12,7 +12,9 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import Overflow
 from atomr_accel_flashattn.actor import deadlines
-from tests.actor.devices import PATIENCE, HeldDevice, expire, message, start, until
+from tests.actor.calls import expire, message, start
+from tests.fakes.inner import HeldDevice
+from tests.fakes.waiting import PATIENCE, until
 
 
 def test_a_timeout_fails_what_waits_and_what_is_in_flight(device: HeldDevice):

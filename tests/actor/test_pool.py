@@ -16,8 +16,9 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnMsg, FlashAttnPool, Overflow
 from atomr_accel_flashattn.actor.ray.wire import WireRequest
-from tests.actor.devices import PATIENCE, expire, message, until
+from tests.actor.calls import expire, message
 from tests.actor.fake_ray import FakeRay, FakeWorker, RayError, RayTaskError, start_pool
+from tests.fakes.waiting import PATIENCE, until
 
 Start = Callable[..., FlashAttnPool]
 

@@ -20,7 +20,8 @@ import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnMsg, FlashAttnPool, FlashAttnProps, Overflow
 from atomr_accel_flashattn.actor.ray import pool as pool_module
 from atomr_accel_flashattn.actor.ray.wire import WireArray
-from tests.actor.devices import message, until
+from tests.actor.calls import message
+from tests.fakes.waiting import until
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'atomr-accel-flashattn[ray]'")
 

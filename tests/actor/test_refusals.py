@@ -11,7 +11,9 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnInner, FlashAttnMsg, FlashAttnProps, SmArch
 from atomr_accel_flashattn.types import Device
-from tests.actor.devices import PATIENCE, HeldDevice, message
+from tests.actor.calls import message
+from tests.fakes.inner import HeldDevice
+from tests.fakes.waiting import PATIENCE
 
 
 @pytest.mark.parametrize(

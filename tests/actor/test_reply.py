@@ -12,7 +12,9 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.actor import Reply
-from tests.actor.devices import PATIENCE, HeldDevice, message, start, until
+from tests.actor.calls import message, start
+from tests.fakes.inner import HeldDevice
+from tests.fakes.waiting import PATIENCE, until
 
 OUTPUT = fa.Output(None)
 

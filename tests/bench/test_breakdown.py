@@ -20,7 +20,8 @@ from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.launch import launcher as launch  # noqa: E402
 from atomr_accel_flashattn.runtime import plan as store  # noqa: E402
 from tests.emulator.running import flat_tensor  # noqa: E402
-from tests.host.fake_gpu import STREAM, FakeCuda, FakeGpu, fake, fresh_hooks  # noqa: E402
+from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
+from tests.fakes.tensors import FakeCuda, fake, fresh_hooks  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -28,7 +28,8 @@ from atomr_accel_flashattn.bench.peers import CudnnPeer, Ours, Refused, TorchFa2
 from atomr_accel_flashattn.bench.report import header, markdown  # noqa: E402
 from atomr_accel_flashattn.bench.timing import Contestant, Timing, measure_in_turns  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
-from tests.host.fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
+from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
+from tests.fakes.tensors import fake  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -32,7 +32,7 @@ TORCH_BLOCKS = [block for block in BLOCKS if "import torch" in block]
 
 
 def run_block(block: str) -> None:
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for said in re.findall(r"print\(.*\)  # (.*)", block):
         assert said in done.stdout or said.startswith("plan ")
@@ -70,7 +70,7 @@ def test_the_imports_that_readme_tells_to_change_are_there() -> None:
     lines = block.splitlines()
     new = [line[1:] for line in lines if line.startswith("+")]
     assert [line[1:].replace("flash_attn", "atomr_accel_flashattn", 1) for line in lines if line.startswith("-")] == new
-    subprocess.run([sys.executable, "-c", "\n".join(new)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", "\n".join(new)], check=True)
 
 
 def test_readme_speed_is_that_of_its_record() -> None:
@@ -133,7 +133,7 @@ def test_wheel_is_under_a_megabyte_and_whole(tmp_path: Path) -> None:
         str(tmp_path),
         str(ROOT),
     ]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert wheel.stat().st_size < 1_000_000
@@ -152,7 +152,7 @@ def test_wheel_is_under_a_megabyte_and_whole(tmp_path: Path) -> None:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source distribution."""
     folder = tmp_path_factory.mktemp("sdist")
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder)], check=True, timeout=120, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder)], check=True, cwd=ROOT)
     (packed,) = folder.glob("*.tar.gz")
     with tarfile.open(packed) as archive:
         archive.extractall(folder, filter="data")
@@ -171,7 +171,7 @@ def test_the_tests_that_read_other_files_pass_in_the_sdist(sdist: Path) -> None:
     chosen = ["-k", "files_that_are_named or matrix_is_current or links_lead or of_its_record"]
     environ = os.environ | {"PYTHONPATH": str(sdist / "src")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests, *chosen]
-    done = subprocess.run(command, cwd=sdist, env=environ, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=sdist, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout
 
@@ -185,7 +185,7 @@ def test_metadata_names_authors_licence_and_a_typer_that_works() -> None:
 
 
 def test_every_dependency_has_a_lowest_version_to_test_with() -> None:
-    done = subprocess.run([sys.executable, ROOT / "tools" / "lowest_versions.py"], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, ROOT / "tools" / "lowest_versions.py"], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert {"typer==0.15.4", "cuda-toolkit==13.0.0"} <= set(lines)
     assert all(re.fullmatch(r"[\w.-]+==\d+(\.\d+)*", line) for line in lines)
@@ -201,7 +201,7 @@ def test_a_wheel_of_nvrtc_has_the_size_that_readme_tells() -> None:
 
 
 def test_every_cuda_header_names_its_licence() -> None:
-    done = subprocess.run([sys.executable, ROOT / "tools" / "spdx.py", "--check"], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, ROOT / "tools" / "spdx.py", "--check"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), "run: python tools/spdx.py"
 
 
@@ -241,9 +241,7 @@ def test_import_brings_neither_torch_nor_cuda_nor_rich() -> None:
 
 def test_a_setting_that_is_no_value_is_one_line() -> None:
     environ = os.environ | {"ATOMR_FLASHATTN_CACHE_READONLY": "maybe"}
-    done = subprocess.run(
-        [sys.executable, "-m", "atomr_accel_flashattn", "info"], capture_output=True, text=True, env=environ, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "atomr_accel_flashattn", "info"], capture_output=True, text=True, env=environ, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ConstructionError: ATOMR_FLASHATTN_CACHE_READONLY='maybe'")
     assert "Traceback" not in done.stderr

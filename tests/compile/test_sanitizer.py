@@ -64,8 +64,9 @@ def test_every_kernel_is_one_that_the_tools_look_at() -> None:
 def test_the_kernels_that_cases_need_are_found_without_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # what the tool sets for its whole process ends with this test
+    from tests.fakes.gpu import STREAM, FakeGpu
+    from tests.fakes.tensors import fake
     from tests.gpu import harness
-    from tests.host.fake_gpu import STREAM, FakeGpu, fake
     from tools import sanitizer_cases
 
     gpu = FakeGpu()

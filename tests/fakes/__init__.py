@@ -9,6 +9,8 @@ module         takes the place of                                below it is rea
                parameters (``kernel``)
 ``driver``     ``driver()``: streams, events and contexts that   part of ``gpu``: events end when the test says so
                note what was asked of them
+``inner``      a FlashAttnInner whose launches the test          nothing of a GPU; above it the actor, on arrays of the CPU
+               completes, or that fails at random
 ============== ================================================= ==========================================================
 
 ``arrays`` and ``tensors`` are host memory that says it is on a GPU, without a framework and in torch.

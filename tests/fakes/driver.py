@@ -28,10 +28,10 @@ class _Flags:
 
 @dataclass
 class FakeDriver:
-    """What ``driver()`` returns; ``log`` is what happened, in order: (what, handle, ...)."""
+    """What ``driver()`` returns; ``log`` is what happened, in order: (what, handle, ...). The fake card notes its launches here."""
 
     log: list[tuple[Any, ...]] = field(default_factory=list)
-    launchers: list[str] = field(default_factory=list)  # names of the threads that launched
+    launchers: list[str] = field(default_factory=list)  # names of the threads that launched, or tried to
     alive: set[int] = field(default_factory=set)  # events that are not destroyed
     current: int = 0  # the context of every thread
     sticky: bool = False  # an earlier kernel left the context unusable
@@ -71,11 +71,6 @@ class FakeDriver:
     def primary_context(index: int) -> int:
         """Stands in for ``primary_context``."""
         return 90 + index
-
-    def note_launch(self, stream: int, addresses: tuple[int, ...]) -> None:
-        """Of the fake card: a kernel goes to ``stream``."""
-        self.launchers.append(threading.current_thread().name)
-        self.log.append(("launch", stream, addresses))
 
     def cuStreamCreate(self, flags: int) -> tuple[int, int]:  # noqa: N802 - CUDA's name
         self.log.append(("stream", flags))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -94,6 +95,7 @@ class FakeGpu:
         number, config, address = ctypes.addressof(function._obj), config._obj, arguments._obj[0]
         spec, grid, stream = self.specs[number - 1], config.grid[0], config.stream or 0
         params = read_parameters(spec, address)
+        self.driver.launchers.append(threading.current_thread().name)
         if self.raises is not None:
             raise self.raises
         if self.status:
@@ -102,6 +104,6 @@ class FakeGpu:
         self.launches.append((spec, params, stream))
         self.repeated.append(number in self._numbers)
         self._numbers.add(number)
-        self.driver.note_launch(stream, tuple(getattr(params, name, 0) or 0 for name in "qkv"))
+        self.driver.log.append(("launch", stream, tuple(getattr(params, name, 0) or 0 for name in "qkv")))
         run_kernel(spec, params, address, grid=grid, counters=self.counters.get(stream))
         return 0

@@ -23,7 +23,7 @@ from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dro
 from atomr_accel_flashattn.reference import attention
 from atomr_accel_flashattn.types import Device, DType
 
-__all__ = ["move_map", "read_parameters", "run_kernel"]
+__all__ = ["move_map", "read_parameters", "run_kernel", "scale_as_read"]
 
 _WARPGROUP_ROWS = 64  # of q in a box, whatever the tile
 _FLAT_TENSOR = struct.Struct("<Q4q5i5ii")  # what ``tests.emulator.running.flat_tensor`` writes
@@ -54,6 +54,11 @@ def run_kernel(spec: KernelSpec, params: Any, address: int, *, grid: int, counte
     _check_alignment(spec, params)
     problem, out, lse = _decode(spec, params)
     attention.forward(problem, as_numpy(out), None if lse is None else as_numpy(lse), None)
+
+
+def scale_as_read(scale: float) -> float:
+    """A softmax scale as kernels read it: to base 2, in float32."""
+    return ctypes.c_float(scale * math.log2(math.e)).value * math.log(2)
 
 
 def move_map(tensor_map: int, ptr: int) -> int:

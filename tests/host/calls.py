@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 import atomr_accel_flashattn as fa
-
-from .fake_gpu import fake
+from tests.fakes.tensors import fake
 
 
 @dataclass(frozen=True)

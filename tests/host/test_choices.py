@@ -18,9 +18,10 @@ from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.launch.driver import DeviceProperties  # noqa: E402
 from atomr_accel_flashattn.requests.dense import DenseFwdRequest  # noqa: E402
+from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
+from tests.fakes.tensors import fake  # noqa: E402
 
 from .calls import Call, host  # noqa: E402
-from .fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -29,13 +29,14 @@ from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec  # noqa: 
 from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
 from atomr_accel_flashattn.runtime import plan as store  # noqa: E402
 from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
+from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
+from tests.fakes.tensors import FakeCuda, fake, fresh_hooks  # noqa: E402
 
 from .calls import (  # noqa: E402
     CHANGES as CHANGES_OF_NUMBERS,
     Call,
     host,
 )
-from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake, fresh_hooks  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

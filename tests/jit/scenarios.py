@@ -1,4 +1,4 @@
-"""What launch/launcher.py does with a driver: each function is a scenario of test_launch.py, whose libcuda is fake_driver.c."""
+"""What launch/launcher.py does with a driver: each function is a scenario of test_launch.py, whose libcuda is tests/fakes/libcuda.c."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -19,14 +18,10 @@ from atomr_accel_flashattn.kernels.forward import FwdParams
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.launch import driver as driver_module
 from atomr_accel_flashattn.launch.launcher import Launch, LoadedKernel, load_kernel
+from tests.fakes.libcuda import value as fake
 from tests.jit.kernels import FORWARD
 
-_FAKE = ctypes.CDLL("libcuda.so.1")
 _GRID = 7
-
-
-def fake(name: str) -> Any:
-    return ctypes.c_int.in_dll(_FAKE, f"fake_{name}")
 
 
 def pointers(stream: int, step: int = 1) -> tuple[int, ...]:
@@ -59,8 +54,8 @@ def a_launch_reaches_the_driver_as_it_was_made() -> None:
     made.launch(128, pointers(128))
     made.launch(0, pointers(0))
     assert (fake("launches").value, fake("torn").value, fake("loads").value, fake("retains").value) == (3, 0, 1, 1)
-    assert list((ctypes.c_uint * 3).in_dll(_FAKE, "fake_grid")) == [_GRID, 1, 1]
-    assert list((ctypes.c_uint * 3).in_dll(_FAKE, "fake_block")) == [FORWARD.tile.threads, 1, 1]
+    assert list(fake("grid", ctypes.c_uint * 3)) == [_GRID, 1, 1]
+    assert list(fake("block", ctypes.c_uint * 3)) == [FORWARD.tile.threads, 1, 1]
     assert fake("launch_shared").value == FORWARD.shared_memory
 
 

@@ -17,8 +17,9 @@ from atomr_accel_flashattn.launch.counters import counters_for
 from atomr_accel_flashattn.launch.launcher import Launch
 from atomr_accel_flashattn.launch.tensor_map import encode, move
 from atomr_accel_flashattn.types import DType
+from tests.fakes.libcuda import Map, value as fake
 from tests.jit.kernels import WGMMA
-from tests.jit.scenarios import fake, in_threads, loaded, pointers
+from tests.jit.scenarios import in_threads, loaded, pointers
 
 _GRID, _STEP = 7, 64
 _PER_THREAD = 2  # CU_STREAM_PER_THREAD
@@ -26,23 +27,12 @@ _SPEC = TensorMapSpec(DType.BF16, 4096, (64, 300, 8, 2), (1024, 128, 307200), (6
 _PACKED = TensorMapSpec(DType.BF16, 4096, (64, 4, 300, 2, 2), (128, 1024, 512, 307200), (64, 4, 16, 1, 1))
 
 
-class _Map(ctypes.Structure):
-    """What fake_driver.c makes of a tensor map."""
-
-    _fields_ = (
-        ("address", ctypes.c_uint64),
-        ("strides", ctypes.c_uint64 * 4),
-        *((name, ctypes.c_uint * 5) for name in ("sizes", "box", "steps")),
-        *((name, ctypes.c_uint) for name in ("type", "rank", "interleave", "swizzle", "promotion", "fill")),
-    )
-
-
 def _at(stream: int) -> tuple[int, ...]:
     return pointers(stream, _STEP)
 
 
 def _params(stream: int = 4096) -> Fa3FwdParams:
-    """Parameters whose maps read what a launch into ``stream`` brings, and which fake_driver.c looks through."""
+    """Parameters whose maps read what a launch into ``stream`` brings, and which libcuda.c looks through."""
     fake("step").value, fake("maps_at").value = _STEP, Fa3FwdParams.q_map.offset
     fake("counters_at").value = Fa3FwdParams.counters.offset
     params = Fa3FwdParams(tiles=5)
@@ -67,7 +57,7 @@ def a_map_is_encoded_as_it_is_described() -> None:
     _use_device(0)
     for dtype, element in ((DType.F16, 6), (DType.BF16, 9)):
         for columns, swizzle in ((64, 3), (32, 2)):
-            made = _Map.from_buffer_copy(encode(replace(_SPEC, dtype=dtype, box=(columns, 128, 1, 1)), 0))
+            made = Map.from_buffer_copy(encode(replace(_SPEC, dtype=dtype, box=(columns, 128, 1, 1)), 0))
             assert (made.address, list(made.sizes), list(made.strides)) == (4096, [64, 300, 8, 2, 0], [1024, 128, 307200, 0])
             assert (list(made.box), list(made.steps)) == ([columns, 128, 1, 1, 0], [1, 1, 1, 1, 0])
             assert (made.type, made.rank, made.interleave, made.swizzle, made.promotion, made.fill) == (element, 4, 0, swizzle, 3, 0)
@@ -75,7 +65,7 @@ def a_map_is_encoded_as_it_is_described() -> None:
 
 def a_map_of_packed_heads_has_five_dimensions() -> None:
     _use_device(0)
-    made = _Map.from_buffer_copy(encode(_PACKED, 0))
+    made = Map.from_buffer_copy(encode(_PACKED, 0))
     assert (made.address, made.rank, list(made.sizes), list(made.strides)) == (4096, 5, [64, 4, 300, 2, 2], [128, 1024, 512, 307200])
     assert (list(made.box), list(made.steps)) == ([64, 4, 16, 1, 1], [1] * 5)
 
@@ -235,7 +225,7 @@ def captured_launches_have_counters_of_their_own() -> None:
     captured = set()
     for _ in range(5):
         made.launch(4096, _at(4096))
-        captured.add(ctypes.c_uint64.in_dll(ctypes.CDLL("libcuda.so.1"), "fake_counters").value)
+        captured.add(fake("counters", ctypes.c_uint64).value)
     fake("capturing").value = 0
     made.launch(4096, _at(4096))
     assert _ran(7)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import ast
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,11 @@ import pytest
 from atomr_accel_flashattn.errors import NoDriverError
 from atomr_accel_flashattn.launch import driver
 from atomr_accel_flashattn.launch.launcher import load_kernel
+from tests.fakes import libcuda
 from tests.jit.kernels import MASK
 
 _HERE = Path(__file__).parent
-_HELPERS = {"fake", "pointers", "loaded", "prepared", "current", "in_threads"}
+_HELPERS = {"pointers", "loaded", "prepared", "current", "in_threads"}
 _SCENARIOS = [
     pytest.param(module, node.name, id=node.name)
     for module in ("scenarios", "scenarios_fa3")
@@ -26,12 +26,7 @@ _SCENARIOS = [
 
 @pytest.fixture(scope="session")
 def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("the fake driver needs a C compiler")
-    folder = tmp_path_factory.mktemp("driver")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", folder / "libcuda.so.1", _HERE / "fake_driver.c", "-ldl"], check=True)
-    return folder
+    return libcuda.build(tmp_path_factory.mktemp("driver")) or pytest.skip("the fake driver needs a C compiler")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,8 @@ from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
 from atomr_accel_flashattn.tuning import search, trial  # noqa: E402
 from atomr_accel_flashattn.types import SmArch  # noqa: E402
 from tests.cli.conftest import ask, invoke  # noqa: E402, F401 - fixtures
-from tests.host.fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
+from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
+from tests.fakes.tensors import fake  # noqa: E402
 
 
 def _ms(tile: Tile) -> float:

@@ -34,7 +34,7 @@ from atomr_accel_flashattn.tuning import (  # noqa: E402
     winners,
 )
 from atomr_accel_flashattn.tuning.search import Watch  # noqa: E402
-from tests.host.fake_gpu import fake  # noqa: E402
+from tests.fakes.tensors import fake  # noqa: E402
 
 from .conftest import Card  # noqa: E402
 

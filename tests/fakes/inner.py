@@ -1,46 +1,17 @@
-"""Devices for tests: launches that complete when the test says so, late, out of order, with errors, or at random."""
+"""Inners of an actor: launches that complete when the test says so, late, out of order, with errors, or at random."""
 
 from __future__ import annotations
 
 import random
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-
-from atomr_accel_flashattn.actor import (
-    FlashAttnActor,
-    FlashAttnHandle,
-    FlashAttnInner,
-    FlashAttnMsg,
-    FlashAttnProps,
-    Job,
-    PendingLaunch,
-    Reply,
-)
-from atomr_accel_flashattn.fa2 import Fa2FwdRequest, MaskKind
+from atomr_accel_flashattn.actor import FlashAttnInner, FlashAttnMsg, Job, PendingLaunch
 from atomr_accel_flashattn.types import Device
 
-PATIENCE = 60.0  # seconds that a test waits for what has to happen
+from .waiting import PATIENCE
 
-
-def until(fact: Callable[[], object], what: str = "what the test waits for") -> None:
-    """Wait until ``fact`` holds; ``what`` says in words what that is."""
-    deadline = time.monotonic() + PATIENCE
-    while not fact():
-        assert time.monotonic() < deadline, f"{what} did not happen within {PATIENCE:g} s"
-        time.sleep(0.001)
-
-
-def message(seed: int = 0, *, seqlen_q: int = 2, seqlen_k: int = 5, dtype: str = "float32") -> FlashAttnMsg.Forward:
-    """A forward call of a few elements."""
-    rng = np.random.default_rng(seed)
-    q = rng.standard_normal((1, seqlen_q, 2, 8)).astype(dtype)
-    k, v = rng.standard_normal((2, 1, seqlen_k, 1, 8)).astype(dtype)
-    return FlashAttnMsg.Forward(Fa2FwdRequest(q, k, v, mask=MaskKind.causal()))
+__all__ = ["FaultyDevice", "FaultyLaunch", "HeldDevice", "HeldLaunch"]
 
 
 @dataclass(eq=False)
@@ -129,14 +100,3 @@ class FaultyDevice(FlashAttnInner):
         if self.random.random() < self.rate:
             raise OSError("a random fault of a launch")
         return FaultyLaunch(self.inner.launch(job), self.random.random() < self.rate)
-
-
-def start(device: FlashAttnInner, **props: Any) -> FlashAttnHandle:
-    """An actor above ``device``."""
-    return FlashAttnActor.start(FlashAttnProps(device="cpu", **props), device)
-
-
-def expire(actor: FlashAttnHandle, reply: Reply) -> None:
-    """The time of a request that was accepted is over now."""
-    (ticket,) = (each for each in actor._mailbox.all_unsettled() if each.reply is reply)
-    actor._deadlines.add(ticket, 0.05, time.monotonic() - 1)

@@ -1,0 +1,56 @@
+"""What tests of the actor send, to whom, and what they expect."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+import atomr_accel_flashattn as fa
+from atomr_accel_flashattn import FlashAttnActor, FlashAttnHandle, FlashAttnInner, FlashAttnMsg, FlashAttnProps
+from atomr_accel_flashattn.actor import Reply
+from atomr_accel_flashattn.runtime.plan import Output
+from tests.fakes.arrays import FakeArray
+from tests.fakes.kernel import scale_as_read
+from tests.fakes.waiting import PATIENCE, until
+
+
+def message(seed: int = 0, *, seqlen_q: int = 2, seqlen_k: int = 5, dtype: str = "float32") -> FlashAttnMsg.Forward:
+    """A forward call of a few elements."""
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((1, seqlen_q, 2, 8)).astype(dtype)
+    k, v = rng.standard_normal((2, 1, seqlen_k, 1, 8)).astype(dtype)
+    return FlashAttnMsg.Forward(fa.Fa2FwdRequest(q, k, v, mask=fa.MaskKind.causal()))
+
+
+def sent(seed: int = 0, index: int = 0, *, seqlen: int = 4, lse: bool = False) -> FlashAttnMsg.Forward:
+    """A forward call of a few elements on GPU ``index``."""
+    q, k, v = np.random.default_rng(seed).standard_normal((3, 1, seqlen, 2, 16)).astype(np.float16)
+    return FlashAttnMsg.Forward(fa.Fa2FwdRequest(*(FakeArray(array, index).info() for array in (q, k, v))), lse=lse)
+
+
+def expected(message: FlashAttnMsg.Forward) -> Output:
+    """The answer to what was :func:`sent`, by the CPU backend, to the last bit."""
+    q, k, v = (info.source.array for info in (message.request.q, message.request.k, message.request.v))
+    options = fa.AttentionOptions(softmax_scale=scale_as_read(message.request.problem.softmax_scale))
+    return fa.run(fa.Fa2FwdRequest(q, k, v, options=options))
+
+
+def start(inner: FlashAttnInner, **props: Any) -> FlashAttnHandle:
+    """An actor above ``inner``."""
+    return FlashAttnActor.start(FlashAttnProps(device="cpu", **props), inner)
+
+
+def start_and_launch(index: int = 0, **props: Any) -> FlashAttnHandle:
+    """An actor on the fake GPU that has launched once, and rests: callers launch what is :func:`sent` to it alike, which repeats that."""
+    actor = FlashAttnActor.start(FlashAttnProps(device=f"cuda:{index}", **props))
+    actor.ask(sent(index=index)).result(PATIENCE)
+    until(lambda: not actor._engine._busy, "an actor's thread that has nothing to do")
+    return actor
+
+
+def expire(actor: FlashAttnHandle, reply: Reply) -> None:
+    """The time of a request that was accepted is over now."""
+    (ticket,) = (each for each in actor._mailbox.all_unsettled() if each.reply is reply)
+    actor._deadlines.add(ticket, 0.05, time.monotonic() - 1)
