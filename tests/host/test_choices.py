@@ -172,6 +172,7 @@ def test_all_six_functions_go_by_one_funnel(monkeypatch: pytest.MonkeyPatch):
         "softcap": 3.0,
         "return_attn_probs": True,
         "sink_tokens": 2,
+        "deterministic": True,
     }
     others = {"alibi_slopes": "slopes", "learned_sink": "sink", "out": "out"}
     qkv, packed = torch.randn(2, 5, 3, 4, 16), torch.randn(10, 3, 4, 16)
@@ -188,13 +189,13 @@ def test_all_six_functions_go_by_one_funnel(monkeypatch: pytest.MonkeyPatch):
     for function, arrays, lengths in calls:
         assert function(*arrays, *lengths, **numbers, **others) == "answer"
     assert len(gone) == 6
-    for (*arrays, packing, asked, more), (_, _, lengths) in zip(gone, calls, strict=True):
+    for (*arrays, packing, asked, more, deterministic), (_, _, lengths) in zip(gone, calls, strict=True):
         for array, part in zip(arrays, total if lengths else dense, strict=True):
             assert (array.data_ptr(), array.shape, array.stride()) == (part.data_ptr(), part.shape, part.stride())
         whole = lengths if len(lengths) == 4 else (lengths[0], lengths[0], lengths[1], lengths[1]) if lengths else None
         assert packing is None if whole is None else all(map(lambda a, b: a is b, packing, whole))
         assert asked == (0.25, 0.5, True, (7, 0), 3.0, 2, True)
-        assert more == ("slopes", "sink", "out")
+        assert (more, deterministic) == (("slopes", "sink", "out"), True)
 
 
 def test_packed_forms_are_repeated_as_the_others_are(monkeypatch: pytest.MonkeyPatch):

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention/rows.cuh"
+#include "attention/unowned_rows.cuh"
 #include "tile/cp_async_pipeline.cuh"
 #include "tile/fragment.cuh"
 #include "tile/loader.cuh"
@@ -163,6 +164,10 @@ __device__ __forceinline__ void fa2_forward(const FwdParams& p) {
   auto compute = [&](int tile) {
     const WorkTile work = decode_work_tile(p, tile);
     const Sequence seq = read_sequence<C.varlen>(p, work.batch);
+    if (C.varlen && work.batch == p.batch - 1) {
+      const int tiles = p.blocks_m * p.heads;  // of this sequence
+      write_unowned_rows<C>(p, work.block_m * p.heads + work.head, tiles, threadIdx.x, Fa2Forward<C>::kThreads);
+    }
     if (work.block_m * C.block_m < seq.length_q) Fa2Forward<C>(p, work, seq, ptx::shared_address(shared)).run();
   };
   if constexpr (C.persistent) {

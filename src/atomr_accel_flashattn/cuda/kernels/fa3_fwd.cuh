@@ -9,6 +9,7 @@
 
 #include "attention/persistent_scheduler.cuh"
 #include "attention/rows.cuh"
+#include "attention/unowned_rows.cuh"
 #include "ptx/named_barrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
@@ -387,6 +388,7 @@ __device__ __forceinline__ void fa3_forward(const Fa3FwdParams& p) {
     if (warp == 0) kernel.produce_k();
     if (warp == 1) kernel.produce_v();
     if (warp == 2) kernel.produce_q();
+    if (warp == 3) write_unowned_rows<C>(p.fwd, blockIdx.x, gridDim.x, threadIdx.x % 32, 32);
   } else {
     if constexpr (Kernel::kConsumers > 1) ptx::setmaxnreg_inc<Kernel::kConsumerRegisters>();
     kernel.consume(warpgroup - 1);
