@@ -570,10 +570,10 @@ def _flag(value: Any, name: str) -> bool:
 
 
 def _mask(window_size: Any, *, causal: bool) -> MaskKind:
-    try:
-        left, right = window_size.tolist() if hasattr(window_size, "tolist") else window_size  # a tensor is waited for once
-    except (TypeError, ValueError) as error:
-        raise WindowError(f"window_size: got {window_size!r}; allowed is (left, right), negative for no bound") from error
+    pair = window_size.tolist() if hasattr(window_size, "tolist") else window_size  # a tensor is waited for once
+    if not isinstance(pair, Sequence) or len(pair) != 2:  # a set has no left one
+        raise WindowError(f"window_size: got {window_size!r}; allowed is (left, right), negative for no bound")
+    left, right = pair
     return MaskKind.window(left, 0 if causal and as_integer(right) is not None else right)
 
 

@@ -189,7 +189,7 @@ def edge_cases() -> Iterator[Case]:
             yield Case(dtype=dtype, heads=heads, heads_kv=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=d, v_head_dim=dv, **mask)
 
 
-@pytest.mark.parametrize("case", edge_cases() if HAS_WGMMA else (), ids=str)
+@pytest.mark.parametrize("case", [*edge_cases()] if HAS_WGMMA else [], ids=str)
 def test_lengths_around_every_tile_edge(case: Case) -> None:
     check_case(case, run_inputs)
 

@@ -67,7 +67,20 @@ class TestWindow:
 
     @pytest.mark.parametrize(
         "wrong",
-        [np.array([True, False]), np.array([3.0, 1.0]), np.array([3, 1, 0]), np.array(3), np.array([[3, 1]]), (np.True_, 1), 3, None, "31"],
+        [
+            np.array([True, False]),
+            np.array([3.0, 1.0]),
+            np.array([3, 1, 0]),
+            np.array(3),
+            np.array([[3, 1]]),
+            (np.True_, 1),
+            3,
+            None,
+            "31",
+            {3, 1},
+            {3: 1, 1: 3},
+            (3,),
+        ],
         ids=repr,
     )
     def test_others_are_refused(self, wrong: Any):

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+from ..arrays.dlpack import BorrowedTensor
 from ..arrays.new import in_library_of
 from ..arrays.read import user_array
 from ..dispatch import FaFwdDispatch
@@ -68,12 +69,12 @@ class Outputs:
         """The arrays themselves: the caller's own ``out`` where there was one, and what was made in the library of that, or of q."""
         out_array, dropout = request.out_array, request.problem.dropout
         like = out_array or request.problem.q
-        return Output(
-            in_library_of(like, self.out) if out_array is None else getattr(request, "out", self.out.source),
-            self.lse and in_library_of(like, self.lse),
-            self.dropout_mask and in_library_of(like, self.dropout_mask),
-            dropout and user_array(dropout.rng),
-        )
+        rng = dropout and user_array(dropout.rng)
+        if type(like.source) is BorrowedTensor:
+            out, lse, pattern = (each and in_library_of(like, each) for each in (self.out, self.lse, self.dropout_mask))
+        else:
+            out, lse, pattern = self.out.source, self.lse and self.lse.source, self.dropout_mask and self.dropout_mask.source
+        return Output(out if out_array is None else getattr(request, "out", out), lse, pattern, rng)
 
 
 class Plan:
