@@ -28,11 +28,13 @@ def check_unowned(case: Case, run: Callable[[Inputs], Run], rows: int = 300) -> 
     inputs = build(case)
     owned = run(inputs)
     found = run(replace(inputs, q=_longer(inputs.q, rows), k=_longer(inputs.k, rows), v=_longer(inputs.v, rows)))
-    assert owned.lse is not None and found.lse is not None
+    assert owned.lse is not None
+    assert found.lse is not None
     total = len(inputs.q)
     np.testing.assert_array_equal(found.out[:total], owned.out)
     np.testing.assert_array_equal(found.lse[:, :total], owned.lse)
-    assert found.out[total:].shape[0] == rows and not found.out[total:].any()
+    assert found.out[total:].shape[0] == rows
+    assert not found.out[total:].any()
     assert np.isneginf(found.lse[:, total:]).all()
 
 
