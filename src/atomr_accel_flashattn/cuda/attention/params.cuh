@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launch parameters: all run-time numbers of a kernel. kernels/forward.py mirrors these structs field by
-// field; a test compares the offsets.
+// Launch parameters: all run-time numbers of a kernel. kernels/forward.py mirrors these structs
+// field by field; a test compares the offsets.
 #pragma once
 
 #include "ptx/types.cuh"
