@@ -375,14 +375,16 @@ def test_short_sequences_have_their_kernels_too_where_those_are_others() -> None
     short_q = DispatchKey(fa.SmArch.SM_90A, fa.DType.F16, 128, causal=True, varlen=True, extras=Extras(short_q=True))
     assert lookup(short_q) in specs
     assert lookup(replace(short_q, extras=Extras())) in specs
-    assert len(specs) == len(set(specs)) == 2 * (3 + 2)  # packed or not: sm_90a has two tiles at 128, else there is one
+    # Packed or not: sm_90a has two tiles at 128, else there is one; and a block for each tile there, or persistent ones.
+    assert len(specs) == len(set(specs)) == 2 * (3 * 2 + 2)
 
 
 def test_grouped_heads_have_their_kernels_where_they_are_packed() -> None:
     specs = specs_for([fa.SmArch.SM_90A, fa.SmArch.SM_90], [fa.DType.F16], [96], ["full"], ["gqa", "alibi"])
     packed = [spec for spec in specs if spec.pack_gqa]
-    assert [(spec.arch, spec.alibi) for spec in packed] == [(fa.SmArch.SM_90A, False)]
-    assert len(specs) == len(set(specs)) == 5  # ALiBi or not on each arch, and the packed one
+    assert {(spec.arch, spec.alibi) for spec in packed} == {(fa.SmArch.SM_90A, False)}
+    assert [spec.persistent for spec in packed] == [True, False]
+    assert len(specs) == len(set(specs)) == 2 + 2 * 3  # ALiBi or not on each arch, and the packed one; persistent or not on sm_90a
 
 
 def test_all_is_the_full_product_each_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:

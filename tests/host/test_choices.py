@@ -13,15 +13,15 @@ torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn import functional  # noqa: E402
+from atomr_accel_flashattn.cli.compile_ahead import specs_for  # noqa: E402
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.launch.driver import DeviceProperties  # noqa: E402
 from atomr_accel_flashattn.requests.dense import DenseFwdRequest  # noqa: E402
-from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
-from tests.fakes.tensors import fake  # noqa: E402
 
 from .calls import Call, host  # noqa: E402
+from .fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -139,6 +139,18 @@ def test_functional_calls_launch_what_their_request_is_said_to_take(monkeypatch:
         assert [spec for spec, *_ in gpu.launches] == [expected] * 2
 
 
+@pytest.mark.parametrize("multiprocessors", [3, 132])
+@pytest.mark.parametrize(
+    "shape", ["small", "many tiles", "packed heads, few tiles", "packed heads, many tiles", "long", "heads first", "varlen"]
+)
+def test_what_calls_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch, multiprocessors: int, shape: str):
+    gpu, call = card(monkeypatch, fa.SmArch.SM_90A, multiprocessors), replace(BASE, **SHAPES[shape])
+    fa.run(request_of(call, DenseFwdRequest))
+    fa.run(request_of(replace(call, causal=True), DenseFwdRequest))
+    ready = specs_for([fa.SmArch.SM_90A], [fa.DType.F16], [64], ["full", "causal"], ["gqa", "varlen"])
+    assert {spec for spec, *_ in gpu.launches} <= set(ready)
+
+
 def test_the_dropout_pattern_is_written_by_the_kernel_that_lookup_names(monkeypatch: pytest.MonkeyPatch):
     for arch, packed in itertools.product((fa.SmArch.SM_90A, fa.SmArch.SM_80), (False, True)):
         gpu, request = card(monkeypatch, arch, 3), request_of(replace(BASE, packed=packed), DenseFwdRequest, dropout=0.5)
@@ -195,7 +207,8 @@ def test_all_six_functions_go_by_one_funnel(monkeypatch: pytest.MonkeyPatch):
         whole = lengths if len(lengths) == 4 else (lengths[0], lengths[0], lengths[1], lengths[1]) if lengths else None
         assert packing is None if whole is None else all(map(lambda a, b: a is b, packing, whole))
         assert asked == (0.25, 0.5, True, (7, 0), 3.0, 2, True)
-        assert (more, deterministic) == (("slopes", "sink", "out"), True)
+        assert more == ("slopes", "sink", "out")
+        assert deterministic is True
 
 
 def test_packed_forms_are_repeated_as_the_others_are(monkeypatch: pytest.MonkeyPatch):
