@@ -16,8 +16,8 @@
 
 namespace fa {
 
-// kBlocks blocks of 16 queries, kKeys keys. This lane holds rows lane / 4 and lane / 4 + 8 of each
-// block, columns 2 * (lane % 4) and + 1 of each 8-column tile. `first_key` is the first of the keys.
+// kBlocks blocks of 16 queries, kKeys keys from `first_key` on. This lane holds rows lane / 4 and
+// lane / 4 + 8 of each block, columns 2 * (lane % 4) and + 1 of each 8-column tile.
 // kMayFold: the caller adds row_bias where apply_scale_and_bias() left it out.
 template <Config C, int kBlocks, int kKeys = C.block_n, bool kMayFold = true>
 struct ScoreTile {

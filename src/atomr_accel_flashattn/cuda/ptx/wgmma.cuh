@@ -34,7 +34,8 @@ __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[kTiles][4]) {
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[t][e])::"memory");
 }
 
-// wgmma.mma_async m64nNk16: d (+)= a b. kernels/wgmma.py writes out the sizes N that a kernel needs.
+// wgmma.mma_async m64nNk16: d (+)= a b. kernels/wgmma.py writes out the sizes N that a kernel
+// needs.
 //   ss(d, a, b, accumulate): a and b from shared memory, both K-major: S = Q K^T
 //   rs(d, a, b): a from registers, b from shared memory, MN-major: O += P V
 template <int kN, DType kDType>
