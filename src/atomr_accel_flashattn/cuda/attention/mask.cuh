@@ -57,12 +57,13 @@ struct Band {
     if (C.left_bound) seen &= j + C.block_n > p_first - left || j < sinks;
     return seen;
   }
-  // Whether some row does not see some key of tile n, so that elements need the mask.
-  __device__ __forceinline__ bool needs_mask(int n) const { return needs_mask(n * C.block_n, C.block_n); }
-  // The same of keys [j, j + count).
-  __device__ __forceinline__ bool needs_mask(int j, int count) const {
-    bool cut = j + count > length_k;
-    if (C.right_bound) cut |= j + count - 1 > p_first + right;
+  // Whether some row does not see some key of tile n (of kKeys keys), so that elements need the
+  // mask.
+  template <int kKeys = C.block_n>
+  __device__ __forceinline__ bool needs_mask(int n) const {
+    const int j = n * kKeys;
+    bool cut = j + kKeys > length_k;
+    if (C.right_bound) cut |= j + kKeys - 1 > p_first + right;
     if (C.left_bound) cut |= j < p_last - left;
     return cut;
   }

@@ -37,8 +37,8 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   __device__ __forceinline__ void apply_bias_and_mask(Scores& rS, int n) {
     if constexpr (Score<C>::kHasPolynomial)
       use_polynomial = !band.needs_mask(n) && !__any_sync(0xffffffffu, largest_magnitude(rS) > polynomial_limit);
-    if (!use_polynomial) apply_scale_and_bias(rS, n * C.block_n);
-    if (band.needs_mask(n)) apply_mask(rS, n * C.block_n);
+    if (!use_polynomial) apply_scale_and_bias(rS, n);
+    if (band.needs_mask(n)) apply_mask(rS, n);
   }
 
   // Scores of tile n to unnormalised probabilities, with dropout. Returns whether rescale_output()
@@ -51,7 +51,7 @@ struct WarpRows : ScoreTile<C, kBlocks> {
       grew = softmax.template update<kFoldsBias>(rS, row_bias, rescale, score.factor, [this](int b, int r) { return decides(b, r); });
       if constexpr (Score<C>::kHasPolynomial) update_polynomial_limit();
     }
-    if constexpr (C.dropout) apply_dropout(rS, n * C.block_n);
+    if constexpr (C.dropout) apply_dropout(rS, n);
     return grew;
   }
 

@@ -16,7 +16,7 @@
 
 namespace fa {
 
-// kBlocks blocks of 16 queries, kKeys keys from `first_key` on. This lane holds rows lane / 4 and
+// kBlocks blocks of 16 queries, kKeys keys: tile n of that width. This lane holds rows lane / 4 and
 // lane / 4 + 8 of each block, columns 2 * (lane % 4) and + 1 of each 8-column tile.
 // kMayFold: the caller adds row_bias where apply_scale_and_bias() left it out.
 template <Config C, int kBlocks, int kKeys = C.block_n, bool kMayFold = true>
@@ -66,23 +66,23 @@ struct ScoreTile {
     return C.pack_gqa ? query_of<C>(p, row_at(b, r)) + (seq.length_k - seq.length_q) : band.p_first + 16 * b + 8 * r + lane_row();
   }
 
-  // j - p from a row to this lane's key of 8 that start at first_key.
-  __device__ __forceinline__ float distance(int b, int r, int first_key) const {
-    return static_cast<float>(first_key + lane_col() - position(b, r));
+  // j - p from a row to this lane's first key of tile n.
+  __device__ __forceinline__ float distance(int b, int r, int n) const {
+    return static_cast<float>(n * kKeys + lane_col() - position(b, r));
   }
 
-  __device__ __forceinline__ void apply_scale_and_bias(Scores& rS, int first_key) {
+  __device__ __forceinline__ void apply_scale_and_bias(Scores& rS, int n) {
     if constexpr (kFoldsBias) {
-      const bool before = first_key + kKeys - 1 <= band.p_first || (C.right_bound && p.window_right <= 0);
-      const bool after = first_key >= band.p_last;
-      if (before || after) return apply_linear_bias(rS, first_key, before ? score.slope : -score.slope);
+      const bool before = n * kKeys + kKeys - 1 <= band.p_first || (C.right_bound && p.window_right <= 0);
+      const bool after = n * kKeys >= band.p_last;
+      if (before || after) return apply_linear_bias(rS, n, before ? score.slope : -score.slope);
     }
     if constexpr (C.alibi || Score<C>::kInLog2) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float first = distance(b, r, first_key);
+          const float first = distance(b, r, n);
           row_bias[b][r] = 0.f;
 #pragma unroll
           for (int t = 0; t < kKeyTiles; ++t)
@@ -96,12 +96,12 @@ struct ScoreTile {
 
   // ALiBi with all visible keys on one side of the diagonal: one instruction an element instead of
   // two.
-  __device__ __forceinline__ void apply_linear_bias(Scores& rS, int first_key, float slope) {
+  __device__ __forceinline__ void apply_linear_bias(Scores& rS, int n, float slope) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        row_bias[b][r] = slope * distance(b, r, first_key);
+        row_bias[b][r] = slope * distance(b, r, n);
 #pragma unroll
         for (int t = 0; t < kKeyTiles; ++t)
 #pragma unroll
@@ -112,12 +112,12 @@ struct ScoreTile {
   // In packed sequences, rows past the end belong to the next sequence and must have no influence.
   __device__ __forceinline__ bool decides(int b, int r) const { return !C.varlen || row_at(b, r) < row_count<C>(p, seq); }
 
-  __device__ __forceinline__ void apply_mask(Scores& rS, int first_key) {
+  __device__ __forceinline__ void apply_mask(Scores& rS, int n) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const auto row = band.row(position(b, r), first_key + lane_col());
+        const auto row = band.row(position(b, r), n * kKeys + lane_col());
 #pragma unroll
         for (int t = 0; t < kKeyTiles; ++t)
 #pragma unroll
@@ -129,16 +129,16 @@ struct ScoreTile {
 
   // Calls drop(b, t, e) for every element that dropout drops.
   template <class Drop>
-  __device__ __forceinline__ void for_each_dropped(int first_key, Drop drop) const {
+  __device__ __forceinline__ void for_each_dropped(int n, Drop drop) const {
     constexpr int kTilesOfCall = kKeyTiles % 4 == 0 ? 4 : 2;  // of the four that one call covers
-    const int first_tile = kTilesOfCall == 4 ? 0 : first_key / 8 % 4;
+    const int first_tile = kTilesOfCall == 4 ? 0 : n * kKeys / 8 % 4;
     const Philox philox(p.rng);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int t = 0; t < kKeyTiles; t += kTilesOfCall) {
         const uint32_t row_group = (first_row / 16 + b) * 8 + lane_row();
-        const uint32_t key_group = (first_key / 32 + t / 4) * 4 + threadIdx.x % 4;
+        const uint32_t key_group = (n * kKeys / 32 + t / 4) * 4 + threadIdx.x % 4;
         const DropoutBytes bytes = {philox(row_group, key_group, work.batch * p.heads + work.head)};
 #pragma unroll
         for (int i = 0; i < 4 * kTilesOfCall; ++i) {
@@ -148,8 +148,8 @@ struct ScoreTile {
       }
   }
 
-  __device__ __forceinline__ void apply_dropout(Scores& rS, int first_key) const {
-    for_each_dropped(first_key, [&](int b, int t, int e) { rS[b][t][e] = 0.f; });
+  __device__ __forceinline__ void apply_dropout(Scores& rS, int n) const {
+    for_each_dropped(n, [&](int b, int t, int e) { rS[b][t][e] = 0.f; });
   }
 };
 

@@ -115,14 +115,14 @@ struct Fa2Backward {
 
   // S = Q K^T, P = exp(S - LSE), dP = dO V^T, dS = P (dP - delta), times the slope of the softcap.
   __device__ __forceinline__ void compute_p_and_ds(int head, int m, RowRange rows) {
-    const int row = m * C.block_m + ProductS::row(), key = first_key + ProductS::col();
+    const int row = m * C.block_m + ProductS::row(), n = (first_key + ProductS::col()) / ProductS::kWarpCols;
     Scores tile(p.fwd, {m, head, batch}, seq, row);
     typename ProductS::Accumulator rP, rS, slope;  // rP: S, then P; rS: dP, then dS
     ProductS::clear(rP);
     ProductS::template multiply<C.head_dim / 16>(rP, Operand<C.block_m, C.head_dim>::a(sQ), Operand<C.block_n, C.head_dim>::b(sK));
     if constexpr (C.softcap) for_each([&](int b, int t, int e) { slope[b][t][e] = tile.score.cap_slope(rP[b][t][e]); });
-    tile.apply_scale_and_bias(rP, key);
-    if (tile.band.needs_mask(key, ProductS::kWarpCols)) tile.apply_mask(rP, key);
+    tile.apply_scale_and_bias(rP, n);
+    if (tile.band.template needs_mask<ProductS::kWarpCols>(n)) tile.apply_mask(rP, n);
 
     float lse_log2[kBlocks][2], delta[kBlocks][2];
     read_rows(head, row, rows, lse_log2, delta);
@@ -137,7 +137,7 @@ struct Fa2Backward {
     if constexpr (C.dropout) {
       for_each([&](int b, int t, int e) { rS[b][t][e] *= p.fwd.dropout_rescale; });
       // The sign of a probability says that it is dropped.
-      tile.for_each_dropped(key, [&](int b, int t, int e) { rP[b][t][e] = -rP[b][t][e], rS[b][t][e] = 0.f; });
+      tile.for_each_dropped(n, [&](int b, int t, int e) { rP[b][t][e] = -rP[b][t][e], rS[b][t][e] = 0.f; });
     }
     for_each([&](int b, int t, int e) {
       float& probability = rP[b][t][e];
