@@ -19,7 +19,7 @@ from atomr_accel_flashattn.jit.headers import headers_dir
 if TYPE_CHECKING:
     from atomr_accel_flashattn.kernels.spec import KernelSpec
 
-__all__ = ["compiler", "run"]
+__all__ = ["compiler", "load", "run"]
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parents[1] / "build" / "emulator"
@@ -60,14 +60,20 @@ def run(spec: KernelSpec, params: ctypes.Structure, grid: int, *, seed: int = 0)
 @cache
 def _library(spec: KernelSpec) -> ctypes.CDLL:
     """Shared library of one kernel, compiled once per source."""
-    text = '#include "emulator.h"\n' + spec.body() + _RUN.format(params=_params(spec), name=spec.kernel_name)
+    return load(spec.body() + _RUN.format(params=_params(spec), name=spec.kernel_name))
+
+
+@cache
+def load(source: str) -> ctypes.CDLL:
+    """Shared library of what may include the project's headers."""
+    text = '#include "emulator.h"\n' + source
     headers, runtime = _headers(), _runtime()
     stem = headers / hashlib.sha256(text.encode()).hexdigest()[:24]
     library = stem.with_suffix(".so")
     if not library.exists():
-        source, partial = stem.with_suffix(".cpp"), stem.with_suffix(f".{os.getpid()}")
-        source.write_text(text)
-        _compile("-I", str(runtime), "-I", str(headers), "-shared", "-o", str(partial), str(runtime / "scheduler.o"), str(source))
+        cpp, partial = stem.with_suffix(".cpp"), stem.with_suffix(f".{os.getpid()}")
+        cpp.write_text(text)
+        _compile("-I", str(runtime), "-I", str(headers), "-shared", "-o", str(partial), str(runtime / "scheduler.o"), str(cpp))
         partial.replace(library)
     return ctypes.CDLL(str(library))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
+from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
 from atomr_accel_flashattn.kernels.fa2_fwd import Fa2ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3ForwardSpec
 from atomr_accel_flashattn.kernels.spec import Tile
@@ -10,6 +11,7 @@ from atomr_accel_flashattn.types import DType, SmArch
 
 MASK = DropoutMaskSpec(arch=SmArch.SM_80)
 FORWARD = Fa2ForwardSpec(arch=SmArch.SM_80, dtype=DType.F16, head_dim=64, v_head_dim=64, tile=Tile(block_m=64, block_n=64, warps=4))
+BACKWARD = Fa2BackwardSpec(arch=SmArch.SM_80, dtype=DType.F16, head_dim=32, v_head_dim=32, tile=Tile(block_m=64, block_n=64, warps=4))
 WGMMA = Fa3ForwardSpec(
     arch=SmArch.SM_90A,
     dtype=DType.F16,

@@ -10,6 +10,7 @@ import pytest
 
 from atomr_accel_flashattn.jit import nvrtc
 from atomr_accel_flashattn.jit.headers import headers_dir
+from atomr_accel_flashattn.kernels.backward import BwdParams
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
@@ -28,6 +29,7 @@ _STRUCTS = {
     FwdParams: "fa::FwdParams",
     TensorMapParams: "fa::TensorMap",
     Fa3FwdParams: "fa::Fa3FwdParams",
+    BwdParams: "fa::BwdParams",
     DropoutMaskParams: "fa::DropoutMaskParams",
 }
 _KERNELS = [FwdParams, Fa3FwdParams, DropoutMaskParams]
@@ -145,6 +147,15 @@ def test_addresses_come_first_in_the_order_of_their_names(struct: type[KernelPar
     assert [getattr(inner, name) for name in struct.SLOTS] == list(range(1, len(struct.SLOTS) + 1))
     addresses = {name for name, kind in inner._fields_ if kind is ctypes.c_void_p}
     assert addresses == set(struct.SLOTS)
+
+
+def test_the_addresses_of_a_backward_run_on_into_those_of_the_forward():
+    made = BwdParams()
+    (ctypes.c_uint64 * len(BwdParams.SLOTS)).from_buffer(made)[:] = range(1, len(BwdParams.SLOTS) + 1)
+    own = len(BwdParams.SLOTS) - len(FwdParams.SLOTS)
+    assert [getattr(made, name) for name in BwdParams.SLOTS[:own]] == list(range(1, own + 1))
+    assert [getattr(made.fwd, name) for name in FwdParams.SLOTS] == list(range(own + 1, len(BwdParams.SLOTS) + 1))
+    assert {name for name, kind in made._fields_ if kind is ctypes.c_void_p} == set(BwdParams.SLOTS[:own])
 
 
 @pytest.mark.parametrize("struct", _KERNELS, ids=lambda struct: struct.__name__)

@@ -11,6 +11,7 @@ from typing import Final
 
 from ..errors import ArchUnsupportedError, DispatchError
 from ..kernels.dropout_mask import DropoutMaskSpec
+from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.fa2_fwd import Fa2ForwardSpec
 from ..kernels.fa3_fwd import Fa3ForwardSpec
 from ..kernels.forward import ForwardSpec
@@ -18,11 +19,11 @@ from ..kernels.spec import Family, KernelSpec, Tile
 from ..limits import dtypes_of, not_built
 from ..tiles.saved import forget_saved_tiles, saved_tile
 from ..tiles.space import misfit
-from ..tiles.tables import head_dim_width, tile_for, wgmma_tile_for
+from ..tiles.tables import backward_tile_for, head_dim_width, tile_for, wgmma_tile_for
 from ..types import DType, SmArch
 from .key import DispatchKey, Extras
 
-__all__ = ["CpuSpec", "forget_lookups", "lookup"]
+__all__ = ["CpuSpec", "backward_spec", "forget_lookups", "lookup"]
 
 _BEFORE_WGMMA: Final = frozenset({SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90})
 
@@ -103,6 +104,29 @@ def _forward(key: DispatchKey) -> ForwardSpec:
         dropout=extras.dropout,
         varlen=key.varlen,
         pack_gqa=key.packs_heads,
+    )
+
+
+def backward_spec(key: DispatchKey) -> Fa2BackwardSpec:
+    """The backward kernel that answers ``key`` on a GPU. ``lookup`` refuses such keys until its launches are built."""
+    extras, width, v_width, arch = key.extras, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch)
+    return Fa2BackwardSpec(
+        arch=arch,
+        dtype=key.dtype,
+        head_dim=width,
+        v_head_dim=v_width,
+        tile=backward_tile_for(extras.tiles_for or arch, width, v_width),
+        exact_head_dim=(width, v_width) == (key.head_dim, key.v_head_dim),
+        aligned=key.aligned,
+        left_bound=key.left_bound,
+        right_bound=key.right_bound,
+        sink_tokens=key.sink > 0,
+        alibi=key.alibi,
+        softcap=extras.softcap > 0,
+        scale_first=extras.scale_first,
+        learned_sink=extras.learned_sink,
+        dropout=extras.dropout,
+        varlen=key.varlen,
     )
 
 

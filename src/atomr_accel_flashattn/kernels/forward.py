@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Final
 
 from ..limits import UNBOUNDED
 from ..problem import ArrayInfo, AttentionProblem
-from ..types import DType
+from .attention import AttentionSpec
 from .params import KernelParams, StrideParams
-from .spec import KernelSpec, Tile
 
-__all__ = ["ForwardSpec", "FwdParams"]
+__all__ = ["ForwardSpec", "FwdParams", "forward_params"]
 
 _L2_BYTES: Final = 32 << 20  # K and V of the heads that run side by side should stay in L2
 _SECTION_KV_HEADS: Final = 16  # 4 and 8 are 3 to 5 % slower at 2k, 32 no faster
@@ -43,71 +42,10 @@ class FwdParams(KernelParams):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardSpec(KernelSpec):
-    """A forward kernel. ``head_dim`` and ``v_head_dim`` are tile widths (32, 64, 96, 128, 192, 256), not the user's sizes."""
+class ForwardSpec(AttentionSpec):
+    """A forward kernel."""
 
     AXES: ClassVar[Mapping[str, tuple[Any, ...]]]  # the fields of Tile that the kernel reads, with the values that a search tries
-
-    dtype: DType
-    head_dim: int
-    v_head_dim: int
-    tile: Tile
-    exact_head_dim: bool = True  # the user's sizes equal the widths: no column test on load
-    aligned: bool = True  # every pointer and stride is a multiple of 16 bytes
-    left_bound: bool = False
-    right_bound: bool = False
-    sink_tokens: bool = False
-    alibi: bool = False
-    softcap: bool = False
-    scale_first: bool = False  # scale before the maximum: needed when softmax_scale <= 0
-    learned_sink: bool = False
-    dropout: bool = False
-    varlen: bool = False
-    pack_gqa: bool = False  # the rows of Q are those of all query heads that share K and V
-
-    @property
-    def kernel_name(self) -> str:
-        """Header, architecture, type, widths, tile, and every flag that is set."""
-        head = str(self.head_dim) if self.head_dim == self.v_head_dim else f"{self.head_dim}v{self.v_head_dim}"
-        parts = [self.HEADER, self.arch.value.replace("_", ""), self.dtype.value, f"d{head}", str(self.tile), *self.names_of_set_flags()]
-        parts += [name for name, on in (("padded", not self.exact_head_dim), ("unaligned", not self.aligned)) if on]
-        return "_".join(parts)
-
-    @property
-    def threads(self) -> int:
-        """Threads per block."""
-        return self.tile.threads
-
-    @property
-    def persistent(self) -> bool:
-        """Whether blocks take tile after tile."""
-        return self.tile.persistent
-
-    def config(self) -> dict[str, Any]:
-        """Members of ``fa::Config``, in their order."""
-        return {
-            "dtype": f"fa::DType::{self.dtype.name}",
-            "head_dim": self.head_dim,
-            "v_head_dim": self.v_head_dim,
-            "block_m": self.tile.block_m,
-            "block_n": self.tile.block_n,
-            "warps": self.tile.warps,
-            "stages": self.tile.stages,
-            "exact_head_dim": self.exact_head_dim,
-            "aligned": self.aligned,
-            "left_bound": self.left_bound,
-            "right_bound": self.right_bound,
-            "sink_tokens": self.sink_tokens,
-            "alibi": self.alibi,
-            "softcap": self.softcap,
-            "scale_first": self.scale_first,
-            "learned_sink": self.learned_sink,
-            "dropout": self.dropout,
-            "varlen": self.varlen,
-            "pack_gqa": self.pack_gqa,
-            "ping_pong": self.tile.ping_pong,
-            "persistent": self.tile.persistent,
-        }
 
     def shared_tiles(self) -> tuple[int, int]:
         """Bytes of shared memory that hold Q, and all stages of K and V."""
@@ -141,41 +79,46 @@ class ForwardSpec(KernelSpec):
 
         An LSE is a contiguous float32 array of ``problem.lse_shape``; its address is 0 when nobody asked for it.
         """
-        band, softcap = problem.band, problem.softcap
-        slopes = problem.alibi_slopes
-        lse_heads, lse_rows = problem.lse_shape[-2:]
-        scale_log2 = problem.softmax_scale * math.log2(math.e)
-        softcap_scale = problem.softmax_scale / softcap if softcap else 0.0
         group = self.packed_heads(problem)
-        return FwdParams(
-            q_stride=StrideParams(*problem.q_strides),
-            k_stride=StrideParams(*problem.k_strides),
-            v_stride=StrideParams(*problem.v_strides),
-            o_stride=StrideParams(*((0,) if problem.is_varlen else ()), *out.strides[:-1]),
-            lse_batch_stride=0 if problem.is_varlen else lse_heads * lse_rows,
-            lse_head_stride=lse_rows,
-            alibi_batch_stride=slopes.strides[0] if slopes is not None and len(slopes.shape) == 2 else 0,
-            batch=problem.batch,
-            heads=problem.heads,
-            heads_per_kv=problem.heads // problem.heads_kv,
-            seqlen_q=problem.seqlen_q,
-            seqlen_k=problem.seqlen_k,
-            head_dim=problem.head_dim,
-            v_head_dim=problem.v_head_dim,
-            window_left=UNBOUNDED if band.left is None else min(band.left, UNBOUNDED),
-            window_right=UNBOUNDED if band.right is None else min(band.right, UNBOUNDED),
-            sink_tokens=min(band.sink_tokens, UNBOUNDED),
-            blocks_m=self._row_blocks(problem),
-            section_heads=_section_heads(problem, group),
-            work_heads=problem.heads // group,
-            packed_shift=group.bit_length() - 1,
-            dropout_threshold=problem.dropout.keep_threshold if problem.dropout else 256,
-            dropout_rescale=problem.dropout.rescale if problem.dropout else 1.0,
-            scale_log2=scale_log2,
-            softcap_scale=softcap_scale,
-            softcap_log2=softcap * math.log2(math.e),
-            **_softcap_polynomial(scale_log2, softcap_scale),
-        )
+        return forward_params(problem, out, blocks_m=self._row_blocks(problem), packed_heads=group)
+
+
+def forward_params(problem: AttentionProblem, out: ArrayInfo, *, blocks_m: int, packed_heads: int = 1) -> FwdParams:
+    """``fa::FwdParams`` of one call without addresses, with so many tiles of rows, of so many heads at once."""
+    band, softcap = problem.band, problem.softcap
+    slopes = problem.alibi_slopes
+    lse_heads, lse_rows = problem.lse_shape[-2:]
+    scale_log2 = problem.softmax_scale * math.log2(math.e)
+    softcap_scale = problem.softmax_scale / softcap if softcap else 0.0
+    return FwdParams(
+        q_stride=StrideParams(*problem.q_strides),
+        k_stride=StrideParams(*problem.k_strides),
+        v_stride=StrideParams(*problem.v_strides),
+        o_stride=StrideParams(*((0,) if problem.is_varlen else ()), *out.strides[:-1]),
+        lse_batch_stride=0 if problem.is_varlen else lse_heads * lse_rows,
+        lse_head_stride=lse_rows,
+        alibi_batch_stride=slopes.strides[0] if slopes is not None and len(slopes.shape) == 2 else 0,
+        batch=problem.batch,
+        heads=problem.heads,
+        heads_per_kv=problem.heads // problem.heads_kv,
+        seqlen_q=problem.seqlen_q,
+        seqlen_k=problem.seqlen_k,
+        head_dim=problem.head_dim,
+        v_head_dim=problem.v_head_dim,
+        window_left=UNBOUNDED if band.left is None else min(band.left, UNBOUNDED),
+        window_right=UNBOUNDED if band.right is None else min(band.right, UNBOUNDED),
+        sink_tokens=min(band.sink_tokens, UNBOUNDED),
+        blocks_m=blocks_m,
+        section_heads=_section_heads(problem, packed_heads),
+        work_heads=problem.heads // packed_heads,
+        packed_shift=packed_heads.bit_length() - 1,
+        dropout_threshold=problem.dropout.keep_threshold if problem.dropout else 256,
+        dropout_rescale=problem.dropout.rescale if problem.dropout else 1.0,
+        scale_log2=scale_log2,
+        softcap_scale=softcap_scale,
+        softcap_log2=softcap * math.log2(math.e),
+        **_softcap_polynomial(scale_log2, softcap_scale),
+    )
 
 
 def _softcap_polynomial(scale_log2: float, softcap_scale: float) -> dict[str, float]:

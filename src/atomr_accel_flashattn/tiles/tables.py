@@ -9,7 +9,7 @@ from ..kernels.spec import Family, Tile
 from ..limits import HEAD_DIM_WIDTHS, PHILOX_KEYS
 from ..types import SmArch
 
-__all__ = ["has_row_for_short_q", "head_dim_width", "is_short_q", "row_of", "tile_for", "wgmma_tile_for"]
+__all__ = ["backward_tile_for", "has_row_for_short_q", "head_dim_width", "is_short_q", "row_of", "tile_for", "wgmma_tile_for"]
 
 # Architectures with at least 163 KB of shared memory per block.
 _LARGE = {
@@ -148,3 +148,22 @@ def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, dropout: bool = Fa
     if dropout and wider >= _DROPOUT_NARROWS and tile.block_n > PHILOX_KEYS:
         return replace(tile, block_n=PHILOX_KEYS)
     return tile
+
+
+# The backward, by the wider of both widths. K, V, Q, dO, P and dS lie in shared memory; dK and dV take block_n * width * 2 / threads
+# registers. Not measured yet.
+_BACKWARD = {
+    32: Tile(block_m=64, block_n=128, warps=8),
+    64: Tile(block_m=64, block_n=128, warps=8),
+    96: Tile(block_m=64, block_n=64, warps=8),
+    128: Tile(block_m=64, block_n=64, warps=8),
+    192: Tile(block_m=64, block_n=64, warps=8),
+    256: Tile(block_m=64, block_n=64, warps=8),
+}
+_BACKWARD_SMALL = _BACKWARD | {192: Tile(block_m=64, block_n=32, warps=4), 256: Tile(block_m=32, block_n=32, warps=4)}
+
+
+def backward_tile_for(arch: SmArch, width: int, v_width: int) -> Tile:
+    """The tile of the backward kernel on ``arch``: 80 KB of shared memory where a block has 99, up to 144 KB elsewhere."""
+    table = _BACKWARD_SMALL if _TABLES[arch] is _SMALL else _BACKWARD
+    return table[max(width, v_width)]

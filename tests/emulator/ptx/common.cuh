@@ -9,6 +9,8 @@ inline uint32_t shared_address(const void* p) { return static_cast<const unsigne
 
 inline void store_shared_16(uint32_t dst, uint4 x) { std::memcpy(fa::shared + dst, &x, 16); }
 
+inline void store_shared_4(uint32_t dst, uint32_t x) { std::memcpy(fa::shared + dst, &x, 4); }
+
 inline uint4 load_shared_16(uint32_t src) {
   uint4 x;
   std::memcpy(&x, fa::shared + src, 16);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Config, the one template parameter of a kernel. kernels/forward.py writes it from a KernelSpec
+// Config, the one template parameter of a kernel. kernels/attention.py writes it from a KernelSpec
 // with designated initialisers.
 #pragma once
 

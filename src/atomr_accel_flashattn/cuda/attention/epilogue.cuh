@@ -56,4 +56,15 @@ __device__ __forceinline__ void store_quad(uint16_t* row, int col, int cols, con
   }
 }
 
+// Stores two neighbouring columns that one lane holds.
+template <Config C>
+__device__ __forceinline__ void store_pair(uint16_t* row, int col, int cols, uint32_t pair) {
+  if constexpr (C.aligned) {
+    if (C.exact_head_dim || col < cols) *reinterpret_cast<uint32_t*>(row + col) = pair;
+  } else {
+    if (col < cols) row[col] = static_cast<uint16_t>(pair);
+    if (col + 1 < cols) row[col + 1] = static_cast<uint16_t>(pair >> 16);
+  }
+}
+
 }  // namespace fa

@@ -10,6 +10,11 @@
 
 namespace fa {
 
+// Tiles [begin, end).
+struct TileRange {
+  int begin, end;
+};
+
 // Rows [first, first + count) of Q as positions p among the keys, and the keys that they see.
 template <Config C>
 struct Band {
@@ -52,13 +57,31 @@ struct Band {
     if (C.left_bound) seen &= j + C.block_n > p_first - left || j < sinks;
     return seen;
   }
-  // Whether some row does not see some key of tile n, so that elements need the mask.
+  // Whether some row does not see some key of tile n (of kKeys keys), so that elements need the
+  // mask.
+  template <int kKeys = C.block_n>
   __device__ __forceinline__ bool needs_mask(int n) const {
-    const int j = n * C.block_n;
-    bool cut = j + C.block_n > length_k;
-    if (C.right_bound) cut |= j + C.block_n - 1 > p_first + right;
+    const int j = n * kKeys;
+    bool cut = j + kKeys > length_k;
+    if (C.right_bound) cut |= j + kKeys - 1 > p_first + right;
     if (C.left_bound) cut |= j < p_last - left;
     return cut;
+  }
+
+  // The dual: which of these rows, counted from the first, see some of the keys [first_key,
+  // first_key + count). It is one range, because the rows that see a sink token are the last ones.
+  __device__ __forceinline__ RowRange queries(int first_key, int count) const {
+    const int last_key = min(first_key + count, length_k) - 1;
+    int first = p_first, last = p_last;
+    if (C.right_bound) first = max(first, first_key - right);
+    if (C.left_bound && first_key >= sinks) last = min(last, last_key + left);
+    if (last < first || last_key < first_key) return {0, 0, 0};
+    return {first - p_first, last - p_first + 1, 0};
+  }
+  // Those rows as tiles of block_m.
+  __device__ __forceinline__ TileRange query_tiles(int first_key, int count) const {
+    const RowRange rows = queries(first_key, count);
+    return {rows.begin / C.block_m, (rows.end + C.block_m - 1) / C.block_m};
   }
 
   // Element test of a row at position p: masks(e) for key j0 + e, with a compile-time e.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launch parameters: all run-time numbers of a kernel. kernels/forward.py mirrors these structs
-// field by field; a test compares the offsets.
+// Launch parameters: all run-time numbers of a kernel. kernels/forward.py and kernels/backward.py
+// mirror these structs field by field; a test compares the offsets.
 #pragma once
 
 #include "ptx/types.cuh"
@@ -43,6 +43,21 @@ struct Fa3FwdParams {
   int32_t* counters;  // persistent: tiles taken, blocks done; zero before and after every launch
   int32_t tiles;
   TensorMap q_map, k_map, v_map;
+};
+
+// What the three kernels of a backward read: bwd_preprocess, fa2_bwd, bwd_postprocess.
+struct BwdParams {
+  const void* dout;       // null: zero
+  const float* dlse;      // null: zero
+  float *delta, *dq_sum;  // workspace: a number for each row of the LSE; row-major, shaped like q
+  void *dq, *dk, *dv;
+  float* dsink;
+  FwdParams fwd;  // o and LSE are those of the forward
+  Strides dout_stride, dq_stride, dk_stride, dv_stride;
+  int64_t tokens_q, tokens_k;  // of all sequences, spare ones included
+  int32_t heads_kv, blocks_n;
+  int32_t convert_blocks, sink_blocks;  // bwd_postprocess: blocks for dQ, blocks for dsink
+  float softmax_scale;
 };
 
 struct DropoutMaskParams {

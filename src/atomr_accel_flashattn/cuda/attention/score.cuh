@@ -56,6 +56,12 @@ struct Score {
     return fmaf(s, fmaf(square, fmaf(square, quintic, cubic), scale), -reference);
   }
 
+  // Derivative of the softcap at a raw score.
+  __device__ __forceinline__ float cap_slope(float s) const {
+    const float t = tanh(s * cap_scale);
+    return fmaf(-t, t, 1.f);
+  }
+
  private:
   // 1 - 2 / (e^2x + 1): absolute error about 1e-7, where tanh.approx has 5e-4 and would show in
   // f16. A cap far above the scores multiplies that error, so small arguments take the Taylor

@@ -14,6 +14,11 @@ __device__ __forceinline__ void store_shared_16(uint32_t dst, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
+// st.shared: 4 bytes.
+__device__ __forceinline__ void store_shared_4(uint32_t dst, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(dst), "r"(x) : "memory");
+}
+
 // ld.shared.v4: 16 bytes that another warp wrote.
 __device__ __forceinline__ uint4 load_shared_16(uint32_t src) {
   uint4 x;
@@ -32,6 +37,14 @@ __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
   return r;
 }
+
+// cvt: one 16-bit number, in the low half, to float32. That of bf16 is a shift.
+__device__ __forceinline__ float widen_f16(uint32_t bits) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(static_cast<unsigned short>(bits)));
+  return y;
+}
+__device__ __forceinline__ float widen_bf16(uint32_t bits) { return __int_as_float(static_cast<int>(bits << 16)); }
 
 // ex2, lg2, rcp: approximate, relative error up to 2^-22 (lg2 near 1: absolute); 16 a clock and SM.
 __device__ __forceinline__ float exp2(float x) {

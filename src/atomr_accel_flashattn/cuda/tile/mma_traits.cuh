@@ -23,6 +23,13 @@ struct MmaTraits {
       return ptx::pack_bf16(lo, hi);
     }
   }
+  static __device__ __forceinline__ float widen(uint32_t bits) {
+    if constexpr (kDType == DType::F16) {
+      return ptx::widen_f16(bits);
+    } else {
+      return ptx::widen_bf16(bits);
+    }
+  }
 };
 
 }  // namespace fa

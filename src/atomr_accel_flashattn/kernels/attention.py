@@ -1,0 +1,77 @@
+"""What the specs of forward and backward kernels share: the fields that change machine code, and ``fa::Config`` of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..types import DType
+from .spec import KernelSpec, Tile
+
+__all__ = ["AttentionSpec"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec(KernelSpec):
+    """A kernel that reads q, k and v. ``head_dim`` and ``v_head_dim`` are tile widths (32, 64, 96, 128, 192, 256), not the user's sizes."""
+
+    dtype: DType
+    head_dim: int
+    v_head_dim: int
+    tile: Tile
+    exact_head_dim: bool = True  # the user's sizes equal the widths: no column test on load
+    aligned: bool = True  # every pointer and stride is a multiple of 16 bytes
+    left_bound: bool = False
+    right_bound: bool = False
+    sink_tokens: bool = False
+    alibi: bool = False
+    softcap: bool = False
+    scale_first: bool = False  # scale before the maximum: needed when softmax_scale <= 0
+    learned_sink: bool = False
+    dropout: bool = False
+    varlen: bool = False
+    pack_gqa: bool = False  # the rows of Q are those of all query heads that share K and V
+
+    @property
+    def kernel_name(self) -> str:
+        """Header, architecture, type, widths, tile, and every flag that is set."""
+        head = str(self.head_dim) if self.head_dim == self.v_head_dim else f"{self.head_dim}v{self.v_head_dim}"
+        parts = [self.HEADER, self.arch.value.replace("_", ""), self.dtype.value, f"d{head}", str(self.tile), *self.names_of_set_flags()]
+        parts += [name for name, on in (("padded", not self.exact_head_dim), ("unaligned", not self.aligned)) if on]
+        return "_".join(parts)
+
+    @property
+    def threads(self) -> int:
+        """Threads per block."""
+        return self.tile.threads
+
+    @property
+    def persistent(self) -> bool:
+        """Whether blocks take tile after tile."""
+        return self.tile.persistent
+
+    def config(self) -> dict[str, Any]:
+        """Members of ``fa::Config``, in their order."""
+        return {
+            "dtype": f"fa::DType::{self.dtype.name}",
+            "head_dim": self.head_dim,
+            "v_head_dim": self.v_head_dim,
+            "block_m": self.tile.block_m,
+            "block_n": self.tile.block_n,
+            "warps": self.tile.warps,
+            "stages": self.tile.stages,
+            "exact_head_dim": self.exact_head_dim,
+            "aligned": self.aligned,
+            "left_bound": self.left_bound,
+            "right_bound": self.right_bound,
+            "sink_tokens": self.sink_tokens,
+            "alibi": self.alibi,
+            "softcap": self.softcap,
+            "scale_first": self.scale_first,
+            "learned_sink": self.learned_sink,
+            "dropout": self.dropout,
+            "varlen": self.varlen,
+            "pack_gqa": self.pack_gqa,
+            "ping_pong": self.tile.ping_pong,
+            "persistent": self.tile.persistent,
+        }

@@ -1,0 +1,54 @@
+"""The kernel after the backward: ``cuda/kernels/bwd_postprocess.cuh``, dQ from its accumulator, dsink, and zeros in spare rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Final, Self
+
+from ..problem import AttentionProblem
+from .backward import CONVERT_THREADS, BackwardSpec
+from .spec import Tile
+
+__all__ = ["BackwardPostprocessSpec"]
+
+_TILE: Final = Tile(block_m=64, block_n=32, warps=CONVERT_THREADS // 32)
+_SPARE_BLOCKS: Final = 64  # that clear spare rows of dK and dV: seldom more than some
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardPostprocessSpec(BackwardSpec):
+    """A thread converts eight columns of dQ, a block sums the gradient of the sink of a head. Head dims are numbers to it."""
+
+    HEADER: ClassVar[str] = "bwd_postprocess"
+    ENTRY: ClassVar[str] = "backward_postprocess"
+
+    @classmethod
+    def of(cls, spec: BackwardSpec) -> Self:
+        """The one that goes behind ``spec``."""
+        return cls(
+            arch=spec.arch,
+            dtype=spec.dtype,
+            head_dim=32,
+            v_head_dim=32,
+            tile=_TILE,
+            aligned=spec.aligned,
+            learned_sink=spec.learned_sink,
+            varlen=spec.varlen,
+        )
+
+    @property
+    def shared_memory(self) -> int:
+        """A partial sum of each warp."""
+        return self.tile.warps * 4 if self.learned_sink else 0
+
+    @property
+    def expected_instructions(self) -> tuple[str, ...]:
+        """The conversion to 16 bits."""
+        return ("F2FP",)
+
+    def work_tiles(self, problem: AttentionProblem) -> int:
+        """Those that convert, one for each learned sink, and those that clear spare rows of packed sequences."""
+        convert = -(-prod(problem.q.shape) // (8 * CONVERT_THREADS))
+        sinks = 0 if problem.learned_sink is None else problem.heads
+        return convert + sinks + (_SPARE_BLOCKS if problem.is_varlen else 0)

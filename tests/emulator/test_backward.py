@@ -1,0 +1,163 @@
+"""The backward kernels' own source, run on the CPU thread by thread, against the gradients of the float64 oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from atomr_accel_flashattn.types import DType, SmArch
+from tests.case_lists import emulated_cases, hazard_cases
+from tests.cases import GPU_DTYPES, Alibi, Case, build
+from tests.check import check_gradient_arrays, check_gradients
+from tests.inputs import Inputs
+from tests.oracle import Gradients, Upstream
+
+from .build import compiler
+from .running_backward import emulate_backward
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
+
+CAUSAL = Case(seqlen_q=90, seqlen_k=150, heads=3, heads_kv=1, right=0)
+EVERYTHING = Case(
+    lengths_q=(70, 0, 40),
+    lengths_k=(100, 5, 30),
+    heads=3,
+    heads_kv=1,
+    head_dim=120,
+    v_head_dim=104,
+    left=50,
+    right=10,
+    sink_tokens=9,
+    learned_sink=True,
+    alibi=Alibi.BATCH,
+    softcap=20.0,
+    dropout_p=0.2,
+)
+
+
+@pytest.mark.parametrize("case", hazard_cases([DType.BF16])[::6], ids=str)
+def test_hazard(case: Case):
+    check_gradients(case, emulate_backward)
+
+
+@pytest.mark.parametrize("case", emulated_cases(GPU_DTYPES)[::3], ids=str)
+def test_every_pair_of_features(case: Case):
+    check_gradients(case, lambda inputs, upstream: emulate_backward(inputs, upstream, seed=1))
+
+
+@pytest.mark.parametrize("width", [192, 256])
+@pytest.mark.parametrize("change", [CAUSAL, EVERYTHING], ids=["causal", "everything"])
+def test_tiles_of_99_kb(change: Case, width: int):
+    case = replace(change, head_dim=width, v_head_dim=width if change is CAUSAL else 32)
+    check_gradients(case, lambda inputs, upstream: emulate_backward(inputs, upstream, arch=SmArch.SM_86))
+
+
+@pytest.mark.parametrize("case", [CAUSAL, EVERYTHING], ids=["causal", "everything"])
+def test_the_order_of_threads_changes_dq_by_rounding_alone_and_nothing_else(case: Case):
+    inputs = build(case)
+    first, *others = (_gradients(inputs, seed=seed) for seed in range(3))
+    for other in others:
+        assert first.dk.tobytes() == other.dk.tobytes()
+        assert first.dv.tobytes() == other.dv.tobytes()
+        np.testing.assert_allclose(first.dq.astype(np.float32), other.dq.astype(np.float32), rtol=2e-3, atol=1e-4)
+        if first.dsink is not None and other.dsink is not None:
+            assert first.dsink.tobytes() == other.dsink.tobytes()
+
+
+def _gradients(inputs: Inputs, *, seed: int = 0, dlse: bool = True) -> Gradients:
+    upstream = _upstream(inputs)
+    return emulate_backward(inputs, upstream if dlse else Upstream(upstream.dout), seed=seed)
+
+
+def test_sequences_without_queries_give_their_keys_zeros():
+    case = Case(lengths_q=(0, 40, 26, 0), lengths_k=(79, 54, 26, 96), heads=4, heads_kv=1)
+    made = _gradients(build(case))
+    for gradient in (made.dk, made.dv):
+        assert not gradient[:79].any()
+        assert not gradient[159:].any()
+        assert gradient[79:159].any(axis=(1, 2)).all()
+    assert made.dq.any(axis=-1).all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0)], ids=str)
+@pytest.mark.parametrize("learned_sink", [False, True])
+def test_empty_calls_give_zeros(sizes: tuple[int, int, int], learned_sink: bool):
+    batch, seqlen_q, seqlen_k = sizes
+    made = _gradients(build(Case(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, learned_sink=learned_sink)), dlse=False)
+    assert not any(gradient.any() for gradient in made if gradient is not None)
+
+
+def test_without_keys_the_sink_gets_the_gradient_of_the_lse():
+    inputs = build(Case(batch=2, seqlen_q=5, seqlen_k=0, learned_sink=True))
+    dlse = np.random.default_rng(0).standard_normal(inputs.lse_shape).astype(np.float32)
+    made = emulate_backward(inputs, Upstream(np.full(inputs.out_shape, np.nan, np.float16), dlse))
+    np.testing.assert_allclose(made.dsink, dlse.sum(axis=(0, 2)), rtol=1e-5)
+
+
+def test_rows_without_a_key_give_dq_exactly_zero():
+    lengths = (76, 34, 146)
+    inputs = build(Case(lengths_q=lengths, lengths_k=(1, 1, 1), head_dim=32, v_head_dim=32, right=0))
+    inputs = replace(inputs, q=inputs.q * 3, k=inputs.k * 3, v=inputs.v * 3)
+    made = _gradients(inputs)
+    assert not np.delete(made.dq, np.cumsum(lengths) - 1, axis=0).any()
+    assert all(np.isfinite(gradient).all() for gradient in made[:3])
+    assert made.dv.any(axis=-1).all()
+
+
+@pytest.mark.parametrize(("heads", "heads_kv"), [(6, 2), (7, 1)])
+def test_a_group_gets_the_sum_of_what_its_heads_would_get(heads: int, heads_kv: int):
+    ratio, sizes = heads // heads_kv, {"seqlen_q": 40, "seqlen_k": 60}
+    inputs = build(Case(heads=heads, heads_kv=heads_kv, right=0, learned_sink=True, **sizes))
+    alone = _gradients(replace(inputs, k=inputs.k.repeat(ratio, 2), v=inputs.v.repeat(ratio, 2)))
+    grouped = _gradients(inputs)
+    np.testing.assert_array_equal(grouped.dq, alone.dq)
+    np.testing.assert_array_equal(grouped.dsink, alone.dsink)
+    for name in ("dk", "dv"):
+        summed = getattr(alone, name).astype(np.float32).reshape(1, 60, heads_kv, ratio, -1).sum(3)
+        np.testing.assert_allclose(getattr(grouped, name).astype(np.float32), summed, rtol=4e-3, atol=8e-3)
+
+
+def _with_spare_rows(array: Any) -> Any:
+    return np.concatenate([array, np.full((64, *array.shape[1:]), np.nan, array.dtype)])
+
+
+@pytest.mark.parametrize("learned_sink", [False, True])
+def test_rows_that_no_sequence_owns_are_not_read_and_get_zeros(learned_sink: bool):
+    inputs = build(Case(lengths_q=(40, 30), lengths_k=(50, 33), heads=4, heads_kv=2, learned_sink=learned_sink, right=0))
+    padded = replace(inputs, **{name: _with_spare_rows(getattr(inputs, name)) for name in "qkv"})
+    dout = _upstream(inputs).dout
+    assert dout is not None
+    alone = emulate_backward(inputs, Upstream(dout))
+    made = emulate_backward(padded, Upstream(_with_spare_rows(dout)))
+    for name, rows in (("dq", 70), ("dk", 83), ("dv", 83)):
+        np.testing.assert_array_equal(getattr(made, name)[:rows], getattr(alone, name))
+        assert not getattr(made, name)[rows:].any()
+    if learned_sink:
+        np.testing.assert_array_equal(made.dsink, alone.dsink)
+
+
+@pytest.mark.parametrize("softcap", [1.0, 15.0, 50.0])
+@pytest.mark.parametrize("sizes", [{"right": 0}, {"left": 20, "right": 0, "heads": 4, "heads_kv": 1}], ids=["causal", "window"])
+def test_softcap(softcap: float, sizes: dict[str, Any]):
+    check_gradients(Case(seqlen_q=70, seqlen_k=90, softcap=softcap, **sizes), emulate_backward)
+
+
+@pytest.mark.parametrize("which", ["lse", "out"])
+def test_only_one_of_both_gradients_comes_down(which: str):
+    inputs = build(CAUSAL)
+    upstream = _upstream(inputs)
+    upstream = Upstream(None, upstream.dlse) if which == "lse" else Upstream(upstream.dout, None)
+    check_gradient_arrays(which, inputs, upstream, emulate_backward(inputs, upstream))
+
+
+def _upstream(inputs: Inputs) -> Upstream:
+    random = np.random.default_rng(2)
+    dout = random.standard_normal(inputs.out_shape).astype(inputs.q.dtype)
+    return Upstream(dout, random.standard_normal(inputs.lse_shape).astype(np.float32))
+
+
+def test_dv_reads_the_dropout_pattern_of_the_forward():
+    check_gradients(Case(seqlen_q=50, seqlen_k=70, dropout_p=0.5, heads=2, heads_kv=1), emulate_backward)
