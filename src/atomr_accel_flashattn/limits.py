@@ -49,7 +49,7 @@ LARGEST_SCORE_FACTOR: Final = 2.358e38  # of softmax_scale and softcap: times lo
 NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
     {
         "autograd": "autograd records flash_attn_func and its forms, and no requests; a Fa2BwdRequest gives gradients without it",
-        "backward": "forward is built; the CPU backend has the gradients too",
+        "backward": "gradients are built on the CPU backend only",
         "block_table": "K and V are plain or packed arrays: with flash_attn_varlen_func packed one sequence after the other",
         "double_backward": "first derivatives are built; for second ones write the attention in operations of torch",
         "flash_attn_with_kvcache": "a KV cache is not built in this version; flash_attn_varlen_func takes packed K and V of any length",

@@ -92,7 +92,8 @@ class CumulativeSeqlens(MadeAnew, ShortRepr):
             )
         if longest is not None and longest > most:
             raise CuSeqlensError(
-                f"max_seqlen of {self.name}: got {most}, and a sequence has {longest} rows; allowed is at least the longest length"
+                f"max_seqlen of {self.name}: got {most}, and a sequence has {longest} rows; allowed is at least the longest length; "
+                "check that the offsets are right"
             )
         return most
 

@@ -175,7 +175,8 @@ def _read_torch(x: Any, name: str, torch: Any) -> ArrayInfo:
         ptr = x.data_ptr()
     except RuntimeError as error:
         raise ArrayTypeError(
-            f"{name}: got {type(x).__qualname__} without memory of its own (a fake tensor, or inside a torch.func transform): {error}"
+            f"{name}: got {type(x).__qualname__} without memory of its own (a fake tensor, or inside a torch.func transform): {error}; "
+            "allowed are tensors with memory; call outside of the transform, and take gradients by torch.autograd"
         ) from error
     if ptr == 0 and x.numel():
         raise ArrayTypeError(

@@ -157,11 +157,12 @@ class AttentionOptions(ShortRepr):
             )
         if cap is None or not 0 <= cap <= LARGEST_SCORE_FACTOR:
             raise SoftcapError(
-                f"softcap: got {self.softcap!r}; allowed is a finite float32 number >= 0, at most {LARGEST_SCORE_FACTOR}; 0 is none"
+                f"softcap: got {self.softcap!r}; allowed is a finite float32 number >= 0, at most {LARGEST_SCORE_FACTOR}; "
+                "0 is none, and in functional calls so is a negative one"
             )
         if cap > 0 and abs(1.0 if scale is None else scale) / cap > _FLOAT32_MAX:
             raise SoftcapError(
-                f"softcap: got {self.softcap!r}, too small for softmax_scale {given!r}; "
+                f"softcap: got {self.softcap!r}, too small for a softmax_scale of {'1 / sqrt(head dim)' if scale is None else scale}; "
                 "allowed is a cap with softmax_scale / softcap below 3.4e38"
             )
         if p is None or not 0 <= p < 1:
