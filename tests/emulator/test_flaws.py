@@ -28,6 +28,7 @@ TILES = {Family.FA2: None, Family.FA3: Tile(block_m=128, block_n=64, warps=12, s
 def forget() -> None:
     building._headers.cache_clear()
     building._library.cache_clear()
+    building.load.cache_clear()
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.launch.driver import DeviceProperties  # noqa: E402
 from atomr_accel_flashattn.requests.dense import DenseFwdRequest  # noqa: E402
+from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
+from tests.fakes.tensors import fake  # noqa: E402
 
 from .calls import Call, host  # noqa: E402
-from .fake_gpu import STREAM, FakeGpu, fake  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -68,7 +69,7 @@ def request_of(call: Call, kind: Any, dropout: float = 0.0, **more: Any) -> Any:
     if call.packed:
         q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
         ends = (fake(torch.tensor([0, call.split, len(x)], dtype=torch.int32)) for x in (q, k))
-        more |= {f"cu_seqlens_{name}": fa.CumulativeSeqlens(each, 50) for name, each in zip("qk", ends, strict=True)}
+        more |= {f"cu_seqlens_{name}": fa.CumulativeSeqlens(each, 60) for name, each in zip("qk", ends, strict=True)}
         kind = fa.VarlenFwdRequest
     return kind(
         *map(fake, (q, k, v)),

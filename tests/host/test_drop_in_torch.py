@@ -12,9 +12,10 @@ torch = pytest.importorskip("torch")
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn.arrays.torch_hooks import hooks, meet_torch  # noqa: E402
 from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
+from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
+from tests.fakes.tensors import FakeCuda, fake, fresh_hooks  # noqa: E402
 
 from .calls import host  # noqa: E402
-from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake, fresh_hooks  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -15,8 +15,9 @@ from atomr_accel_flashattn.arrays.read import read_array  # noqa: E402
 from atomr_accel_flashattn.arrays.torch_hooks import hooks, meet_torch  # noqa: E402
 from atomr_accel_flashattn.runtime import staleness  # noqa: E402
 from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
+from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
+from tests.fakes.tensors import FakeCuda, fake, fresh_hooks  # noqa: E402
 
-from .fake_gpu import STREAM, FakeCuda, FakeGpu, fake, fresh_hooks  # noqa: E402
 from .test_old_addresses import KINDS, WAYS, infos_of, request_of  # noqa: E402
 
 pytestmark = pytest.mark.torch
