@@ -10,32 +10,19 @@ import pytest
 
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.case_lists import emulated_cases, hazard_cases
-from tests.cases import GPU_DTYPES, Alibi, Case, build
+from tests.cases import GPU_DTYPES, Case, build
 from tests.check import check_gradient_arrays, check_gradients
 from tests.inputs import Inputs
 from tests.oracle import Gradients, Upstream
 
 from .build import compiler
 from .running_backward import emulate_backward
+from .test_kernels import EVERYTHING as EVERYTHING_FORWARD
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
 
 CAUSAL = Case(seqlen_q=90, seqlen_k=150, heads=3, heads_kv=1, right=0)
-EVERYTHING = Case(
-    lengths_q=(70, 0, 40),
-    lengths_k=(100, 5, 30),
-    heads=3,
-    heads_kv=1,
-    head_dim=120,
-    v_head_dim=104,
-    left=50,
-    right=10,
-    sink_tokens=9,
-    learned_sink=True,
-    alibi=Alibi.BATCH,
-    softcap=20.0,
-    dropout_p=0.2,
-)
+EVERYTHING = replace(EVERYTHING_FORWARD, lengths_q=(70, 0, 40), lengths_k=(100, 5, 30))
 
 
 @pytest.mark.parametrize("case", hazard_cases([DType.BF16])[::6], ids=str)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 from ..errors import ArchUnsupportedError, DispatchError
 from ..kernels.dropout_mask import DropoutMaskSpec
@@ -83,51 +83,43 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
 
 def _forward(key: DispatchKey) -> ForwardSpec:
     """The forward kernel of the family that answers ``key``, with the tile of the package."""
-    extras, width, v_width = key.extras, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim)
+    width, v_width = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim)
     wgmma = key.family is Family.FA3
     kind: type[ForwardSpec] = Fa3ForwardSpec if wgmma else Fa2ForwardSpec
     return kind(
         arch=key.arch if wgmma else _arch_of_mma(key.arch),
-        dtype=key.dtype,
-        head_dim=width,
-        v_head_dim=v_width,
         tile=_wgmma_tile(key, width, v_width) if wgmma else _mma_tile(key, width, v_width),
-        exact_head_dim=(width, v_width) == (key.head_dim, key.v_head_dim),
-        aligned=key.aligned,
-        left_bound=key.left_bound,
-        right_bound=key.right_bound,
-        sink_tokens=key.sink > 0,
-        alibi=key.alibi,
-        softcap=extras.softcap > 0,
-        scale_first=extras.scale_first,
-        learned_sink=extras.learned_sink,
-        dropout=extras.dropout,
-        varlen=key.varlen,
         pack_gqa=key.packs_heads,
+        **_features(key, width, v_width),
     )
 
 
 def backward_spec(key: DispatchKey) -> Fa2BackwardSpec:
     """The backward kernel that answers ``key`` on a GPU. ``lookup`` refuses such keys until its launches are built."""
-    extras, width, v_width, arch = key.extras, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch)
-    return Fa2BackwardSpec(
-        arch=arch,
-        dtype=key.dtype,
-        head_dim=width,
-        v_head_dim=v_width,
-        tile=backward_tile_for(extras.tiles_for or arch, width, v_width),
-        exact_head_dim=(width, v_width) == (key.head_dim, key.v_head_dim),
-        aligned=key.aligned,
-        left_bound=key.left_bound,
-        right_bound=key.right_bound,
-        sink_tokens=key.sink > 0,
-        alibi=key.alibi,
-        softcap=extras.softcap > 0,
-        scale_first=extras.scale_first,
-        learned_sink=extras.learned_sink,
-        dropout=extras.dropout,
-        varlen=key.varlen,
-    )
+    width, v_width, arch = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch)
+    tile = backward_tile_for(key.extras.tiles_for or arch, width, v_width)
+    return Fa2BackwardSpec(arch=arch, tile=tile, **_features(key, width, v_width))
+
+
+def _features(key: DispatchKey, width: int, v_width: int) -> dict[str, Any]:
+    """The fields of an ``AttentionSpec`` that say what is computed, forward or backward."""
+    extras = key.extras
+    return {
+        "dtype": key.dtype,
+        "head_dim": width,
+        "v_head_dim": v_width,
+        "exact_head_dim": (width, v_width) == (key.head_dim, key.v_head_dim),
+        "aligned": key.aligned,
+        "left_bound": key.left_bound,
+        "right_bound": key.right_bound,
+        "sink_tokens": key.sink > 0,
+        "alibi": key.alibi,
+        "softcap": extras.softcap > 0,
+        "scale_first": extras.scale_first,
+        "learned_sink": extras.learned_sink,
+        "dropout": extras.dropout,
+        "varlen": key.varlen,
+    }
 
 
 def _arch_of_mma(arch: SmArch) -> SmArch:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Final
 
 from ..types import DType
-from .spec import KernelSpec, Tile
+from .spec import KernelSpec, Tile, config_text
 
 __all__ = ["AttentionSpec"]
+
+_SOURCE: Final = """\
+#include "kernels/{header}.cuh"
+
+extern "C" __global__ void __launch_bounds__({bounds}) {name}(const __grid_constant__ fa::{params} p) {{
+  fa::{entry}<fa::Config{{
+{config}
+  }}>(p);
+}}
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec(KernelSpec):
     """A kernel that reads q, k and v. ``head_dim`` and ``v_head_dim`` are tile widths (32, 64, 96, 128, 192, 256), not the user's sizes."""
+
+    ENTRY: ClassVar[str]  # the function of the header
+    PARAMS: ClassVar[str]  # the struct that it takes
 
     dtype: DType
     head_dim: int
@@ -49,6 +62,22 @@ class AttentionSpec(KernelSpec):
     def persistent(self) -> bool:
         """Whether blocks take tile after tile."""
         return self.tile.persistent
+
+    @property
+    def launch_bounds(self) -> str:
+        """Threads a block, and where the compiler is told so, the blocks that an SM shall hold."""
+        return str(self.threads)
+
+    def body(self) -> str:
+        """One include and one entry."""
+        return _SOURCE.format(
+            header=self.HEADER,
+            bounds=self.launch_bounds,
+            name=self.kernel_name,
+            params=self.PARAMS,
+            entry=self.ENTRY,
+            config=config_text(self.config()),
+        )
 
     def config(self) -> dict[str, Any]:
         """Members of ``fa::Config``, in their order."""

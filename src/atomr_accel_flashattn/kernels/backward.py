@@ -12,21 +12,11 @@ from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArra
 from .attention import AttentionSpec
 from .forward import FwdParams, forward_params
 from .params import KernelParams, StrideParams
-from .spec import Family, config_text
+from .spec import Family
 
 __all__ = ["CONVERT_THREADS", "BackwardSpec", "BwdParams"]
 
 CONVERT_THREADS: Final = 256  # of a block of bwd_postprocess; each converts eight columns
-
-_SOURCE = """\
-#include "kernels/{header}.cuh"
-
-extern "C" __global__ void __launch_bounds__({threads}) {name}(const __grid_constant__ fa::BwdParams p) {{
-  fa::{entry}<fa::Config{{
-{config}
-  }}>(p);
-}}
-"""
 
 
 class BwdParams(KernelParams):
@@ -49,13 +39,7 @@ class BackwardSpec(AttentionSpec):
     """A kernel of the backward."""
 
     FAMILY: ClassVar[Family] = Family.FA2
-    ENTRY: ClassVar[str]  # the function of the header
-
-    def body(self) -> str:
-        """One include and one entry."""
-        return _SOURCE.format(
-            header=self.HEADER, threads=self.threads, name=self.kernel_name, entry=f"{self.ENTRY}", config=config_text(self.config())
-        )
+    PARAMS: ClassVar[str] = "BwdParams"
 
     @abstractmethod
     def work_tiles(self, problem: AttentionProblem) -> int:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final
 
 from ..problem import ArrayInfo, AttentionProblem
 from .forward import ForwardSpec, FwdParams
-from .spec import Family, config_text
+from .spec import Family
 
 __all__ = ["Fa2ForwardSpec"]
 
@@ -17,22 +17,14 @@ _REGISTER_FILE: Final = 65536  # of an SM
 _MOST_REGISTERS: Final = 255  # of a thread
 _OTHER_REGISTERS: Final = 31  # beside accumulators and scores
 
-_SOURCE = """\
-#include "kernels/fa2_fwd.cuh"
-
-extern "C" __global__ void __launch_bounds__({threads}, {min_blocks}) {name}(const __grid_constant__ fa::FwdParams p) {{
-  fa::fa2_forward<fa::Config{{
-{config}
-  }}>(p);
-}}
-"""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fa2ForwardSpec(ForwardSpec):
     """Every warp loads with cp.async and multiplies with mma.sync. Any architecture, any alignment."""
 
     HEADER: ClassVar[str] = "fa2_fwd"
+    ENTRY: ClassVar[str] = "fa2_forward"
+    PARAMS: ClassVar[str] = "FwdParams"
     FAMILY: ClassVar[Family] = Family.FA2
     AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         {
@@ -68,11 +60,10 @@ class Fa2ForwardSpec(ForwardSpec):
         held = tile.block_m * (self.v_head_dim + tile.block_n) // tile.threads
         return held + _OTHER_REGISTERS <= min(_MOST_REGISTERS, _REGISTER_FILE // (tile.threads * tile.min_blocks))
 
-    def body(self) -> str:
-        """One include and one entry."""
-        return _SOURCE.format(
-            threads=self.threads, min_blocks=self.tile.min_blocks, name=self.kernel_name, config=config_text(self.config())
-        )
+    @property
+    def launch_bounds(self) -> str:
+        """Threads a block, and the blocks that an SM holds."""
+        return f"{self.threads}, {self.tile.min_blocks}"
 
     def grid(self, tiles: int, multiprocessors: int, blocks: int | None = None) -> int:
         """A block for each tile; persistent blocks as many as asked for, or as all SMs hold."""

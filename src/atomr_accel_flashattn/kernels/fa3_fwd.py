@@ -12,7 +12,7 @@ from ..problem import ArrayInfo, AttentionProblem, Strides
 from ..types import DType
 from .forward import ForwardSpec, FwdParams
 from .params import KernelParams, TensorMapParams, TensorMapSpec
-from .spec import Family, config_text
+from .spec import Family
 from .wgmma import wgmma_leaves
 
 __all__ = ["WARPGROUP_ROWS", "Fa3ForwardSpec", "Fa3FwdParams", "fits_warpgroup"]
@@ -26,16 +26,6 @@ _CONSUMER_REGISTERS: Final = {1: 255, 2: 240, 3: 160, 4: 112}  # per thread, by 
 _LONGEST_WGMMA: Final = 256
 _MOST_STAGES: Final = 11
 _NOWHERE: Final = 16  # the address of arrays without elements, which nobody reads: null may not be one
-
-_SOURCE = """\
-#include "kernels/fa3_fwd.cuh"
-
-extern "C" __global__ void __launch_bounds__({threads}, 1) {name}(const __grid_constant__ fa::Fa3FwdParams p) {{
-  fa::fa3_forward<fa::Config{{
-{config}
-  }}>(p);
-}}
-"""
 
 
 def fits_warpgroup(ratio: int) -> bool:
@@ -62,6 +52,8 @@ class Fa3ForwardSpec(ForwardSpec):
     """Three producer warps bring Q, K and V by TMA, one to four consumer warpgroups multiply with wgmma. sm_90a."""
 
     HEADER: ClassVar[str] = "fa3_fwd"
+    ENTRY: ClassVar[str] = "fa3_forward"
+    PARAMS: ClassVar[str] = "Fa3FwdParams"
     FAMILY: ClassVar[Family] = Family.FA3
     AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         {
@@ -109,9 +101,10 @@ class Fa3ForwardSpec(ForwardSpec):
         """Wgmma for the N of both products: an instruction names each of its accumulators."""
         return '#include "ptx/wgmma.cuh"\n\n' + wgmma_leaves({self.tile.block_n, self.v_head_dim}, self.dtype) + "\n"
 
-    def body(self) -> str:
-        """One include and one entry."""
-        return _SOURCE.format(threads=self.threads, name=self.kernel_name, config=config_text(self.config()))
+    @property
+    def launch_bounds(self) -> str:
+        """Threads a block, and the blocks that an SM holds."""
+        return f"{self.threads}, 1"
 
     def grid(self, tiles: int, multiprocessors: int, blocks: int | None = None) -> int:
         """A block for each tile; persistent blocks as many as asked for, or one for each SM."""
