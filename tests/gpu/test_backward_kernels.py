@@ -61,7 +61,7 @@ def differentiate(inputs: Inputs, upstream: Upstream, tiles_of: SmArch | None = 
     device = gradients.dq.device if gradients.dq is not None else problem.forward.q.device
     spec = backward_spec(key_of_backward(problem, gradients, best_arch(device)))
     if tiles_of is not None:
-        spec = replace(spec, tile=backward_tile_for(tiles_of, spec.head_dim, spec.v_head_dim))
+        spec = replace(spec, tile=backward_tile_for(tiles_of, spec.head_dim, spec.v_head_dim, crowded=spec.softcap or spec.dropout))
     dsink = None if inputs.learned_sink is None else torch.full((inputs.heads,), float("nan"), device=DEVICE)
     _launch(spec, problem, gradients, dsink)
     torch.cuda.synchronize()
@@ -72,8 +72,7 @@ def differentiate(inputs: Inputs, upstream: Upstream, tiles_of: SmArch | None = 
 def _launch(spec: Fa2BackwardSpec, problem: BackwardProblem, gradients: GradientArrays, dsink: torch.Tensor | None) -> None:
     known = problem.forward
     workspace = {
-        "delta": torch.full(known.lse_shape, float("nan"), device=DEVICE),
-        "dq_sum": torch.full(known.q.shape, float("nan"), device=DEVICE),
+        **{name: torch.full((size // 4,), float("nan"), device=DEVICE) for name, size in spec.workspace(known).items()},
         "dsink": dsink,
     }
     infos: dict[str, Any] = {

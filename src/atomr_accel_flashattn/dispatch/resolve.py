@@ -97,7 +97,8 @@ def _forward(key: DispatchKey) -> ForwardSpec:
 def backward_spec(key: DispatchKey) -> Fa2BackwardSpec:
     """The backward kernel that answers ``key`` on a GPU. ``lookup`` refuses such keys until its launches are built."""
     width, v_width, arch = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch)
-    tile = backward_tile_for(key.extras.tiles_for or arch, width, v_width)
+    crowded = key.extras.softcap > 0 or key.extras.dropout
+    tile = backward_tile_for(key.extras.tiles_for or arch, width, v_width, crowded=crowded)
     return Fa2BackwardSpec(arch=arch, tile=tile, **_features(key, width, v_width))
 
 

@@ -25,9 +25,18 @@ class Fa2BackwardSpec(BackwardSpec):
 
     @property
     def shared_memory(self) -> int:
-        """K, V, Q, dO, P and dS."""
+        """K, V, the stages of Q and dO with LSE and delta of their rows, P and dS."""
         tile, size = self.tile, self.dtype.itemsize
-        return ((tile.block_m + tile.block_n) * (self.head_dim + self.v_head_dim) + 2 * tile.block_m * tile.block_n) * size
+        row = (self.head_dim + self.v_head_dim) * size
+        if tile.block_n == 32 * tile.warps:
+            buffers = max(2 * tile.block_m, self.v_head_dim) * tile.block_n * size
+            return tile.block_n * self.head_dim * size + tile.stages * tile.block_m * (row + 8) + buffers
+        return tile.block_n * row + tile.stages * tile.block_m * (row + 8) + 2 * tile.block_m * tile.block_n * size
+
+    @property
+    def launch_bounds(self) -> str:
+        """Threads, and the blocks that an SM shall hold."""
+        return f"{self.threads}, {self.tile.min_blocks}"
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
