@@ -52,13 +52,13 @@ class FakeGpu:
 
     def install(self, monkeypatch: pytest.MonkeyPatch, arch: SmArch = SmArch.SM_90A) -> None:
         """Take the place of the driver under dispatch, plans, launches and the actor, as a GPU whose calls compile for ``arch``."""
-        for module in (choice, execute, launcher):
+        for module in (choice, plan, launcher):
             monkeypatch.setattr(module, "device_properties", lambda _index: self.properties)
         monkeypatch.setattr(plan, "_plans", {})  # none that hold kernels of other cards
         for name in ("_shortcuts", "_latest"):
             monkeypatch.setattr(repeat, name, {})
         monkeypatch.setattr(dispatch_arch, "_arch_of_gpu", lambda _index: arch)
-        monkeypatch.setattr(execute, "load_kernel", self.load)
+        monkeypatch.setattr(plan, "load_kernel", self.load)
         monkeypatch.setattr(execute, "empty_like_framework", empty_like)
         for name, stand_in in {
             "counters_for": self.counters_for,

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from atomr_accel_flashattn.arrays.read import read_array  # noqa: E402 - after the skip
 from atomr_accel_flashattn.dispatch import best_arch, key_of_backward  # noqa: E402
-from atomr_accel_flashattn.dispatch.resolve import backward_spec  # noqa: E402
+from atomr_accel_flashattn.dispatch import lookup  # noqa: E402
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.launch.launcher import load_kernel  # noqa: E402
@@ -59,7 +59,7 @@ def differentiate(inputs: Inputs, upstream: Upstream, tiles_of: SmArch | None = 
     made = [upload(place(np.full(x.shape, np.nan, x.dtype), layout)) for x in (inputs.q, inputs.k, inputs.v)]
     gradients = GradientArrays(*(read_array(each, "gradient") for each in made))
     device = gradients.dq.device if gradients.dq is not None else problem.forward.q.device
-    spec = backward_spec(key_of_backward(problem, gradients, best_arch(device)))
+    spec = lookup(key_of_backward(problem, gradients, best_arch(device)))
     if tiles_of is not None:
         spec = replace(spec, tile=backward_tile_for(tiles_of, spec.head_dim, spec.v_head_dim))
     dsink = None if inputs.learned_sink is None else torch.full((inputs.heads,), float("nan"), device=DEVICE)

@@ -23,7 +23,7 @@ from ..tiles.tables import backward_tile_for, head_dim_width, tile_for, wgmma_ti
 from ..types import DType, SmArch
 from .key import DispatchKey, Extras
 
-__all__ = ["CpuSpec", "backward_spec", "forget_lookups", "lookup"]
+__all__ = ["CpuSpec", "forget_lookups", "lookup"]
 
 _BEFORE_WGMMA: Final = frozenset({SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90})
 
@@ -71,7 +71,7 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
         return CpuSpec(key.dtype)
     if key.extras.direction == "dropout_mask":
         return DropoutMaskSpec(arch=_arch_of_mma(key.arch), varlen=key.varlen)
-    spec = _with_chosen_tile(_forward(key), key.extras)
+    spec = _backward(key) if key.extras.direction == "bwd" else _with_chosen_tile(_forward(key), key.extras)
     if spec.shared_memory > key.arch.shared_memory_per_block:
         tile_arch = key.extras.tiles_for or key.arch
         raise ArchUnsupportedError(
@@ -94,11 +94,11 @@ def _forward(key: DispatchKey) -> ForwardSpec:
     )
 
 
-def backward_spec(key: DispatchKey) -> Fa2BackwardSpec:
-    """The backward kernel that answers ``key`` on a GPU. ``lookup`` refuses such keys until its launches are built."""
+def _backward(key: DispatchKey) -> Fa2BackwardSpec:
+    """The backward kernel that answers ``key``; its ``steps()`` are what is launched."""
     width, v_width, arch = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch)
     tile = backward_tile_for(key.extras.tiles_for or arch, width, v_width)
-    return Fa2BackwardSpec(arch=arch, tile=tile, **_features(key, width, v_width))
+    return Fa2BackwardSpec(arch=arch, tile=tile, deterministic=key.extras.deterministic, **_features(key, width, v_width))
 
 
 def _features(key: DispatchKey, width: int, v_width: int) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _refuse(key: DispatchKey) -> None:
     unbuilt = (
         (key.paged, "paged", ""),
         (bool(fp8), "fp8", f"got {', '.join(fp8)}"),
-        (extras.direction == "bwd" and arch is not SmArch.CPU, "backward", ""),
+        (extras.deterministic and arch is not SmArch.CPU, "deterministic", ""),
         (extras.split, "split", ""),
         (extras.left_pad, "left_pad", ""),
         (extras.kv_layout != "NHD", "kv_layout", f"got {extras.kv_layout!r}"),
@@ -178,6 +178,8 @@ def _refuse(key: DispatchKey) -> None:
     for asked, feature, got in unbuilt:
         if asked:
             raise not_built(feature, got)
+    if extras.family is Family.FA3 and extras.direction == "bwd":
+        raise not_built("fa3_backward")
     if extras.tiles_for in {SmArch.CPU, SmArch.SM_90A}:
         raise ArchUnsupportedError(f"tiles_for: got {extras.tiles_for.value}; allowed are the architectures of the mma.sync family")
     if extras.family is Family.FA3 and arch in _BEFORE_WGMMA:

@@ -41,6 +41,8 @@ class BackwardSpec(AttentionSpec):
     FAMILY: ClassVar[Family] = Family.FA2
     PARAMS: ClassVar[str] = "BwdParams"
 
+    deterministic: bool = False  # additions to dQ in one order
+
     @abstractmethod
     def work_tiles(self, problem: AttentionProblem) -> int:
         """Blocks of a launch."""

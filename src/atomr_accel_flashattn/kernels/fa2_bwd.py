@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, Final
 
 from ..problem import AttentionProblem
@@ -40,5 +41,9 @@ class Fa2BackwardSpec(BackwardSpec):
         return -(-problem.seqlen_k // self.tile.block_n) * problem.batch * problem.heads_kv
 
     def steps(self) -> tuple[BackwardPreprocessSpec, Fa2BackwardSpec, BackwardPostprocessSpec]:
-        """The kernels of a backward, in order."""
+        """Delta and zeros before it, and the conversion of dQ behind it."""
         return BackwardPreprocessSpec.of(self), self, BackwardPostprocessSpec.of(self)
+
+    def workspace(self, problem: AttentionProblem) -> dict[str, int]:
+        """Bytes of the arrays that the three kernels share, by their slots; each begins at a multiple of 256 bytes, and none is cleared."""
+        return {"delta": 4 * prod(problem.lse_shape), "dq_sum": 4 * prod(problem.q.shape)}

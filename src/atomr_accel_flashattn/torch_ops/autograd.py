@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any, TypeAlias
 
-from ..arrays.read import read_array
 from ..arrays.torch_hooks import tangent_of
 from ..errors import OutputError
 from ..limits import not_built
@@ -24,7 +23,7 @@ def is_recorded(q: Any, k: Any, v: Any, others: tuple[Any, Any, Any]) -> bool:
     """Whether autograd is to record a call; ``others`` are its slopes, learned sink and out.
 
     Raises:
-        FeatureNotBuiltError: it cannot be: on a GPU, gradients of slopes, forward mode, q of another library.
+        FeatureNotBuiltError: it cannot be: gradients of slopes, forward mode, q of another library.
         OutputError: it cannot be, because the caller brought ``out``.
     """
     torch = sys.modules.get("torch")
@@ -38,8 +37,6 @@ def is_recorded(q: Any, k: Any, v: Any, others: tuple[Any, Any, Any]) -> bool:
         return False
     name = wanting[0]
     got = f"{name} requires grad and gradients are enabled"
-    if read_array(q, "q").device.kind != "cpu":
-        raise not_built("backward", f"{got}; use torch.no_grad() or {name}.detach()")
     if "alibi_slopes" in wanting:
         raise not_built("slopes_gradient", "alibi_slopes requires grad and gradients are enabled")
     if "q" not in tensors:
