@@ -55,7 +55,7 @@ class FakeGpu:
         for module in (choice, plan, launcher):
             monkeypatch.setattr(module, "device_properties", lambda _index: self.properties)
         monkeypatch.setattr(plan, "_plans", {})  # none that hold kernels of other cards
-        for name in ("_shortcuts", "_latest"):
+        for name in ("shortcuts", "latest"):
             monkeypatch.setattr(repeat, name, {})
         monkeypatch.setattr(dispatch_arch, "_arch_of_gpu", lambda _index: arch)
         monkeypatch.setattr(plan, "load_kernel", self.load)

@@ -119,7 +119,7 @@ def test_last_strides_are_copied_by_every_call_and_leave_no_shortcut(gpu: FakeGp
             made = fa.flash_attn_func(**{name: to(x) for name, x in given.items()}, causal=True, return_attn_probs=True)
             check(made, expected)
             assert made[0].shape == arrays["q"].shape
-    assert not repeat._shortcuts
+    assert not repeat.shortcuts
     if head_dim == 16:
         assert gpu.repeated == [False, True, True], "copies of one kind have one plan"
         fa.flash_attn_func(**{name: fake(x) for name, x in arrays.items()}, causal=True, return_attn_probs=True)

@@ -99,11 +99,11 @@ def test_a_call_that_differs_in_one_thing_has_its_own_shortcut_and_plan(gpu: Fak
     other = replace(BASE, **CHANGES[change])
     BASE.check()
     other.check()
-    assert len(repeat._shortcuts) == 2
+    assert len(repeat.shortcuts) == 2
     assert gpu.repeated == [False, change == "lse"]
     for seed, call in enumerate((BASE, other, BASE, BASE, BASE, other, other, other, BASE)):
         replace(call, seed=seed).check()
-    assert len(repeat._shortcuts) == 2
+    assert len(repeat.shortcuts) == 2
     assert gpu.repeated[2:] == [True] * 9
 
 
@@ -111,7 +111,7 @@ def test_a_call_that_differs_in_one_thing_has_its_own_shortcut_and_plan(gpu: Fak
 def test_a_call_like_the_last_one_builds_no_key(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]):
     for seed in range(2):
         replace(BASE, seed=seed, **change).check()
-    monkeypatch.setattr(repeat, "_find", None)
+    monkeypatch.setattr(repeat, "find_shortcut", None)
     for seed in range(2, 5):
         replace(BASE, seed=seed, **change).check()
     assert gpu.repeated == [False, True, True, True, True]
@@ -217,7 +217,7 @@ def test_any_sequence_of_calls_is_right_whatever_plans_there_are(gpu: FakeGpu, p
     """Plans are kept from example to example, so thousands of pairs of calls meet."""
     for count, which in enumerate(order):
         replace(pool[which % len(pool)], seed=count).check()
-    assert all(isinstance(found, repeat._Shortcut) for found in repeat._shortcuts.values())
+    assert all(isinstance(found, repeat.Shortcut) for found in repeat.shortcuts.values())
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 1, 3])
@@ -394,7 +394,7 @@ def test_a_plan_with_the_dropout_pattern_has_two_launches_and_no_shortcut(gpu: F
     assert gpu.repeated == [False] * 2 + [True] * 4
     (plan,) = store._plans.values()
     assert [each.kernel.spec for each in plan.launches] == [forward, mask]
-    assert not repeat._shortcuts
+    assert not repeat.shortcuts
 
 
 def test_odd_head_dims_are_padded_on_the_gpu_and_leave_no_shortcut(gpu: FakeGpu):
@@ -407,7 +407,7 @@ def test_odd_head_dims_are_padded_on_the_gpu_and_leave_no_shortcut(gpu: FakeGpu)
         given = fake(torch.empty(2, 5, 4, 13).half())
         assert fa.flash_attn_func(q, k, v, out=given) is given
         np.testing.assert_array_equal(host(given), host(out))
-    assert not repeat._shortcuts
+    assert not repeat.shortcuts
 
 
 NUMBERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -471,7 +471,7 @@ def test_arrays_are_no_numbers_and_the_checks_say_so_every_time(gpu: FakeGpu, nu
     for _ in range(2):
         with pytest.raises(fa.ScaleError, match="allowed is a finite float32 number"):
             fa.flash_attn_func(*qkv(), softmax_scale=number)
-    assert not repeat._shortcuts
+    assert not repeat.shortcuts
 
 
 @pytest.mark.parametrize("error", [RuntimeError, TypeError])
@@ -482,7 +482,7 @@ def test_what_nobody_expects_of_a_guard_surfaces(gpu: FakeGpu, error: type[Excep
     def fails(*_: Any) -> bool:
         raise error("out of order")
 
-    monkeypatch.setattr(next(iter(repeat._latest.values())), "same", fails)
+    monkeypatch.setattr(next(iter(repeat.latest.values())), "same", fails)
     with pytest.raises(error, match="out of order"):
         fa.flash_attn_func(*qkv())
     assert len(gpu.launches) == 2
@@ -547,10 +547,10 @@ def test_the_number_of_shortcuts_is_bounded_and_all_can_be_forgotten(gpu: FakeGp
     monkeypatch.setattr(repeat, "MAX_PLANS", 3)
     for length in range(1, 9):
         replace(BASE, seqlen_q=length).check()
-        assert len(repeat._shortcuts) <= 3
+        assert len(repeat.shortcuts) <= 3
     repeat.clear()
-    assert not repeat._shortcuts
-    assert not repeat._latest
+    assert not repeat.shortcuts
+    assert not repeat.latest
     assert not store._plans
     replace(BASE, seqlen_q=8).check()
     assert gpu.repeated == [False] * 9
@@ -562,7 +562,7 @@ def test_a_shortcut_that_was_forgotten_is_made_again_for_the_plan_that_is_there(
     for seed in range(2):
         replace(BASE, seed=seed).check()
     assert gpu.repeated == [False, True, True]
-    assert len(repeat._shortcuts) == 1
+    assert len(repeat.shortcuts) == 1
 
 
 def test_functional_calls_and_requests_like_them_share_a_plan(gpu: FakeGpu):

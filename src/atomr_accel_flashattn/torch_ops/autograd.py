@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..arrays.torch_hooks import tangent_of
 from ..errors import OutputError
 from ..limits import not_built
 from ..problem import ArrayInfo
 from ..requests.dense import DenseFwdRequest
-from ..runtime.plan import Output
+from ..runtime.plan import Output, Plan
 from ..varlen import VarlenFwdRequest
+
+if TYPE_CHECKING:
+    from .first_call import Asked
 
 __all__ = ["Differentiable", "attend", "is_recorded", "without_history"]
 
@@ -63,7 +66,7 @@ def _tensor_of(array: Any) -> Any:
 
 def attend(
     request: DenseFwdRequest | VarlenFwdRequest, inputs: Differentiable, *, dropout_mask: bool = False, deterministic: bool = False
-) -> Output:
+) -> tuple[Output, Plan | None, Asked | None]:
     """Run a request, whose arrays have no history, as one operation of autograd on ``inputs``, which have one.
 
     Args:
@@ -71,8 +74,11 @@ def attend(
         inputs: the same q, k, v and learned sink, as the caller gave them.
         dropout_mask: whether the dropout pattern is wanted.
         deterministic: whether gradients are to be bitwise equal from run to run; torch.use_deterministic_algorithms asks for it as well.
-    """
-    from .attention_function import Attention
 
-    out, lse, pattern = Attention.apply(request, (dropout_mask, deterministic), *map(_tensor_of, inputs))
-    return Output(out, lse, pattern)
+    Returns:
+        what the call made, the plan of the forward (None on the CPU), and what was asked.
+    """
+    from . import first_call
+
+    q, k, v, learned_sink = map(_tensor_of, inputs)
+    return first_call.attend(request, (q, k, v, learned_sink), dropout_mask=dropout_mask, deterministic=deterministic)

@@ -31,7 +31,24 @@ from ..limits import VECTOR_BYTES
 from ..runtime import plan as store
 from ..runtime.plan import MAX_PLANS, Key, Output, Plan
 
-__all__ = ["Numbers", "Others", "Packing", "clear", "remember", "repeat"]
+__all__ = [
+    "NOWHERE",
+    "Numbers",
+    "Others",
+    "Packing",
+    "Shortcut",
+    "are_plain",
+    "clear",
+    "describe",
+    "find_shortcut",
+    "has_memory",
+    "latest",
+    "launch_more",
+    "make_shortcut",
+    "remember",
+    "repeat",
+    "shortcuts",
+]
 
 # (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
 Numbers: TypeAlias = tuple[Any, Any, Any, Any, Any, Any, Any]
@@ -41,14 +58,14 @@ Others: TypeAlias = tuple[Any, Any, Any]
 Packing: TypeAlias = tuple[Any, Any, Any, Any]
 Tensors: TypeAlias = tuple[Any, ...]
 
-_NOWHERE: Final = VECTOR_BYTES  # in an alignment: some array has no memory, because it is empty or because it was freed under its tensor
+NOWHERE: Final = VECTOR_BYTES  # in an alignment: some array has no memory, because it is empty or because it was freed under its tensor
 _NUMBERS: Final = (Real, np.bool_, type(None))
 _REAL: Final = frozenset({int, float})
 _WINDOW: Final = 3  # place of window_size among the numbers
 
 
 @dataclass(slots=True, eq=False)
-class _Shortcut:
+class Shortcut:
     """A plan, and what is needed to run it for a call on tensors.
 
     Attributes:
@@ -58,6 +75,7 @@ class _Shortcut:
         out: the output, None when the caller brings it.
         make_out: makes it; None where that takes a look at the current device.
         plain: whether q, k, v and o are all the arrays that there are.
+        recorded: the operation of autograd that makes the launch (:mod:`.repeat_recorded`); None where there is none.
         same: says of tensors that they are like those that this was found for. It is made again when it does not know tensors that the key
             knows, as in another mode of autograd; what any of them ever says is true.
     """
@@ -72,10 +90,11 @@ class _Shortcut:
     dropout: bool
     plain: bool
     same: Any
+    recorded: Any = None
 
 
-_shortcuts: dict[Key, _Shortcut] = {}
-_latest: dict[Key, _Shortcut] = {}  # by all of the key that is not read from tensors
+shortcuts: dict[Key, Shortcut] = {}
+latest: dict[Key, Shortcut] = {}  # by all of the key that is not read from tensors
 
 
 def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key | None, Any]:  # noqa: C901 - each frame less is 0.1 us
@@ -85,7 +104,7 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
         (key, result): result is None when there is no shortcut; key is None when there cannot be one.
     """
     slopes, learned_sink, out = others
-    plain = numbers if _are_plain(numbers) else _told_apart(numbers)
+    plain = numbers if are_plain(numbers) else _told_apart(numbers)
     if (
         plain is None
         or (packing is not None and not type(packing[2]) is type(packing[3]) is int)
@@ -94,21 +113,21 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
     ):
         return None, None
     if slopes is not None or learned_sink is not None or out is not None:
-        call, tensors = _describe(q, k, v, packing, plain, others)
+        call, tensors = describe(q, k, v, packing, plain, others)
     elif packing is None:
         call, tensors = plain, (q, k, v)
     else:
-        call, tensors = _describe_packed(q, k, v, packing, plain)
-    found = _latest.get(call)
+        call, tensors = describe_packed(q, k, v, packing, plain)
+    found = latest.get(call)
     if found is None or not found.same(*tensors):
         found = None
         if not _may_repeat(tensors):
             return None, None
     q_ptr, k_ptr, v_ptr, out_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr()
     somewhere = q_ptr and k_ptr and v_ptr and (out_ptr or out is None)
-    alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15 | (0 if somewhere else _NOWHERE)
+    alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15 | (0 if somewhere else NOWHERE)
     if found is None or found.alignment != alignment:
-        key, found = _find(call, alignment, tensors)
+        key, found = find_shortcut(call, alignment, tensors)
         if found is None:
             return key, None
     if found.out is not None:
@@ -119,13 +138,13 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
     if found.plain:
         found.launch(hooks.raw_stream(found.device_index), (q_ptr, k_ptr, v_ptr, out_ptr, 0, 0, 0, 0, 0, 0))
         return None, out
-    lse = _launch_more(found, (q_ptr, k_ptr, v_ptr, out_ptr), q, packing, others)
+    lse, _ = launch_more(found, (q_ptr, k_ptr, v_ptr, out_ptr), q, packing, others)
     if found.out is None:
         hooks.increment_version(out)
     return None, out if lse is None else (out, lse, None)
 
 
-def _are_plain(numbers: Numbers) -> bool:
+def are_plain(numbers: Numbers) -> bool:
     """Whether numbers have the types that they are declared with, so that equal ones mean the same: True is 1.0, and no scale."""
     p, scale, causal, window, softcap, sinks, probs = numbers
     return (
@@ -150,7 +169,7 @@ def _told_apart(numbers: Numbers) -> Any:
     return (*values, *map(type, flat)) if all(isinstance(value, _NUMBERS) for value in flat) else None
 
 
-def _describe_packed(q: Any, k: Any, v: Any, packing: Packing, numbers: Numbers) -> tuple[Key, Tensors]:
+def describe_packed(q: Any, k: Any, v: Any, packing: Packing, numbers: Numbers) -> tuple[Key, Tensors]:
     """What is known of a packed call beside its tensors, and the tensors. A guard takes no tensor twice."""
     cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k = packing
     if cu_seqlens_k is cu_seqlens_q:
@@ -158,10 +177,10 @@ def _describe_packed(q: Any, k: Any, v: Any, packing: Packing, numbers: Numbers)
     return (numbers, seqlen_q, seqlen_k, True), (q, k, v, cu_seqlens_q, cu_seqlens_k)
 
 
-def _describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key, Tensors]:
+def describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key, Tensors]:
     """The same of a call, dense or packed, with slopes, a learned sink or an ``out``: what there is of them is part of what is known."""
     slopes, learned_sink, out = others
-    call, tensors = ((numbers, None, None), (q, k, v)) if packing is None else _describe_packed(q, k, v, packing, numbers)
+    call, tensors = ((numbers, None, None), (q, k, v)) if packing is None else describe_packed(q, k, v, packing, numbers)
     if slopes is not None:
         tensors = (*tensors, slopes)
     if learned_sink is not None:
@@ -182,11 +201,11 @@ def _may_repeat(tensors: Tensors) -> bool:
         and not (any(tensor.requires_grad for tensor in tensors) and hooks.is_grad_enabled())
         and not any(tensor.is_neg() for tensor in tensors)
         and not recorder()
-        and all(map(_has_memory, tensors))
+        and all(map(has_memory, tensors))
     )
 
 
-def _has_memory(tensor: Any) -> bool:
+def has_memory(tensor: Any) -> bool:
     """Whether a tensor has an address of its own, which those inside a torch.func transform have not."""
     try:
         tensor.data_ptr()
@@ -195,21 +214,25 @@ def _has_memory(tensor: Any) -> bool:
     return True
 
 
-def _find(call: Key, alignment: int, tensors: Tensors) -> tuple[Key, _Shortcut | None]:
-    """The key of a call and its shortcut, which is from now on the first to be tried for calls of these numbers."""
+def find_shortcut(call: Key, alignment: int, tensors: Tensors, *, recorded: tuple[bool, ...] = ()) -> tuple[Key, Shortcut | None]:
+    """The key of a call and its shortcut, which is from now on the first to be tried for calls of these numbers.
+
+    ``recorded``: of a call that autograd records, which tensors want gradients. A guard tells whether they do, and not whether autograd
+    is on, so tensors that want them have one for such calls only, which ask.
+    """
     facts = [fact for tensor in tensors for fact in (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())]
-    key = (call, alignment, *facts)
-    found = _shortcuts.get(key)
+    key = (call, alignment, *facts, *recorded)
+    found = shortcuts.get(key)
     if found is not None:
         if not found.same(*tensors):
-            found.same = _guard(tensors)
-        _latest[call] = found
+            found.same = _guard(tensors) if recorded or not any(tensor.requires_grad for tensor in tensors) else _never
+        latest[call] = found
     return key, found
 
 
 def _guard(tensors: Tensors) -> Any:
     """A function that tells whether as many tensors are like these, if there can be one."""
-    if hooks.guard is None or any(tensor.requires_grad for tensor in tensors) or len({id(tensor) for tensor in tensors}) < len(tensors):
+    if hooks.guard is None or len({id(tensor) for tensor in tensors}) < len(tensors):
         return _never
     return guard_of(hooks.guard, tensors)
 
@@ -226,8 +249,8 @@ def _overlap(out: int, q: int, k: int, v: int, reaches: tuple[int, ...]) -> bool
     return (out < q + of_q and q < end) or (out < k + of_k and k < end) or (out < v + of_v and v < end)
 
 
-def _launch_more(found: _Shortcut, pointers: tuple[int, int, int, int], q: Any, packing: Packing | None, others: Others) -> Any:
-    """Launch with more addresses than those of q, k, v and o; the LSE where there is one."""
+def launch_more(found: Shortcut, pointers: tuple[int, int, int, int], q: Any, packing: Packing | None, others: Others) -> tuple[Any, Any]:
+    """Launch with more addresses than those of q, k, v and o; the LSE and the dropout seed, where there are any."""
     stream = hooks.raw_stream(found.device_index)
     lse, lse_ptr = None, 0
     if found.lse is not None:
@@ -238,22 +261,29 @@ def _launch_more(found: _Shortcut, pointers: tuple[int, int, int, int], q: Any, 
     biases = (0 if slopes is None else slopes.data_ptr(), 0 if learned_sink is None else learned_sink.data_ptr())
     rng = q.new_empty((2,), dtype=hooks.int64).random_(-(2**63), 2**63 - 1) if found.dropout else None
     found.launch(stream, (*pointers, lse_ptr, *lengths, *biases, 0 if rng is None else rng.data_ptr()))
-    return lse
+    return lse, rng
 
 
 def remember(key: Key, plan: Plan, output: Output, others: Others) -> None:
     """Keep a shortcut to the plan of the call that made ``output``; does nothing where a shortcut would not be enough."""
+    made = make_shortcut(key, plan, output, brought_out=others[2] is not None)
+    if made is not None:
+        shortcuts[key] = made
+
+
+def make_shortcut(key: Key, plan: Plan, output: Output, *, brought_out: bool = False) -> Shortcut | None:
+    """A shortcut to ``plan``, not kept yet; None where it would not be enough. ``brought_out``: whether the caller brings o."""
     call, alignment, *facts = key
     numbers, *more = call if type(call[0]) is tuple else (call,)
     if settings().debug or output.dropout_mask is not None or len(plan.launches) != 1:
-        return
-    if len(_shortcuts) >= MAX_PLANS:
+        return None
+    if len(shortcuts) >= MAX_PLANS:
         _forget()
     (launch,) = plan.launches
-    out = _array(output.out) if others[2] is None else None
+    out = None if brought_out else _array(output.out)
     dropout = bool(numbers[0] > 0)
     one_gpu = hooks.device_count is not None and hooks.device_count() == 1
-    _shortcuts[key] = _Shortcut(
+    return Shortcut(
         launch=plan.launch,
         device_index=launch.kernel.device_index,
         alignment=alignment,
@@ -284,5 +314,5 @@ def clear() -> None:
 
 
 def _forget() -> None:
-    _shortcuts.clear()
-    _latest.clear()
+    shortcuts.clear()
+    latest.clear()
