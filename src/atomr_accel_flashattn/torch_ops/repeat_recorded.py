@@ -8,11 +8,12 @@ brought them back from the host, or where a gradient is no plain tensor, the bac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from ..arrays.torch_hooks import empty_on, hooks, meet_torch, recorder
+from ..arrays.torch_hooks import NewTensor, empty_on, hooks, meet_torch, recorder
 from ..runtime.plan import Key, Output, Plan
 from .repeat import (
     NOWHERE,
@@ -103,13 +104,34 @@ def _may_be_recorded(tensors: tuple[Any, ...], slopes: Any) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Backward:
+    """A plan, and what its call makes: dq, dk, dv and the workspace, and dsink; ``offsets`` in the workspace."""
+
+    launch: Callable[[int, tuple[int, ...]], None]
+    arrays: tuple[NewTensor, ...]
+    dsink: NewTensor | None
+    offsets: tuple[int, ...]
+
+
 @dataclass(slots=True, eq=False)
 class _Recorded:
     """A shortcut whose forward autograd records; ``plans``: those of its backward, by what can differ."""
 
     shortcut: Shortcut
     asked: Asked
-    plans: dict[Key, Plan] = field(default_factory=dict)
+    plans: dict[Key, _Backward] = field(default_factory=dict)
+
+    def keep(self, key: Key, plan: Plan, saved: Saved) -> None:
+        """Remember the plan of a backward that was found for these saved tensors."""
+        q, k, v, learned_sink, _, lse, *_ = saved
+        assert plan.workspace is not None  # noqa: S101 - every backward has one
+        arrays = tuple((tuple(x.shape), strides, x.dtype) for x, strides in zip((q, k, v), plan.out_strides, strict=True))
+        workspace = (plan.workspace.size // lse.dtype.itemsize,), (1,), lse.dtype
+        dsink = None if learned_sink is None else (tuple(learned_sink.shape), (1,), lse.dtype)
+        if len(self.plans) >= _MOST_PLANS:
+            self.plans.clear()
+        self.plans[key] = _Backward(plan.launch, (*arrays, workspace), dsink, tuple(plan.workspace.offsets.values()))
 
     def forward(self, *inputs: Any) -> tuple[tuple[Any, Any, Any], Saved, _Again]:
         """Make the outputs and launch."""
@@ -141,25 +163,24 @@ class _Again:
         key = (None, 0) if dout is None else (dout.stride(), dout.data_ptr() & 15)
         key = (*key, dlse is None, call.asked.wants_determinism)
         plan = call.plans.get(key)
-        if plan is None or plan.workspace is None:
-            return self._by_request(key, saved, dout, dlse)
-        index, workspace = call.shortcut.device_index, plan.workspace
-        dq, dk, dv = (empty_on(index, q, (x.shape, strides, q.dtype)) for x, strides in zip((q, k, v), plan.out_strides, strict=True))
-        dsink = None if learned_sink is None else empty_on(index, q, (learned_sink.shape, (1,), lse.dtype))
-        room = empty_on(index, q, ((workspace.size // 4,), (1,), lse.dtype))
+        if plan is None:
+            made, found = call.asked.gradients_and_plan(saved, dout, dlse)
+            if found is not None:
+                call.keep(key, found, saved)
+            return made
+        index = call.shortcut.device_index
+        dq, dk, dv, room = (empty_on(index, q, each) for each in plan.arrays)
+        dsink = None if plan.dsink is None else empty_on(index, q, plan.dsink)
         base = room.data_ptr()
-        own = (dout, dlse, dq, dk, dv, dsink, *saved[:3], out, lse, cu_seqlens_q, cu_seqlens_k, slopes, learned_sink, rng)
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in own]
-        plan.launch(hooks.raw_stream(index), (*addresses, *(base + offset for offset in workspace.offsets.values())))
+        addresses = (
+            *(0 if dout is None else dout.data_ptr(), 0 if dlse is None else dlse.data_ptr()),
+            *(dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), 0 if dsink is None else dsink.data_ptr()),
+            *pointers,
+            *(0 if each is None else each.data_ptr() for each in (cu_seqlens_q, cu_seqlens_k, slopes, learned_sink, rng)),
+            *(base + offset for offset in plan.offsets),
+        )
+        plan.launch(hooks.raw_stream(index), addresses)
         return dq, dk, dv, dsink
-
-    def _by_request(self, key: Key, saved: Saved, dout: Any, dlse: Any) -> tuple[Any, Any, Any, Any]:
-        made, plan = self.call.asked.gradients_and_plan(saved, dout, dlse)
-        if plan is not None:
-            if len(self.call.plans) >= _MOST_PLANS:
-                self.call.plans.clear()
-            self.call.plans[key] = plan
-        return made
 
 
 def _are_usual(dout: Any, dlse: Any) -> bool:
