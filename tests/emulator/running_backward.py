@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atomr_accel_flashattn.arrays.read import read_array
-from atomr_accel_flashattn.dispatch import key_of_backward
-from atomr_accel_flashattn.dispatch import lookup
+from atomr_accel_flashattn.dispatch import key_of_backward, lookup
 from atomr_accel_flashattn.problem import GradientArrays
 from atomr_accel_flashattn.types import SmArch
 from tests.inputs import NUMPY_DTYPE, Inputs, Layout, Poisoned

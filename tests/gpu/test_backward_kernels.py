@@ -11,8 +11,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from atomr_accel_flashattn.arrays.read import read_array  # noqa: E402 - after the skip
-from atomr_accel_flashattn.dispatch import best_arch, key_of_backward  # noqa: E402
-from atomr_accel_flashattn.dispatch import lookup  # noqa: E402
+from atomr_accel_flashattn.dispatch import (  # noqa: E402
+    best_arch,
+    key_of_backward,
+    lookup,
+)
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.launch.launcher import load_kernel  # noqa: E402
