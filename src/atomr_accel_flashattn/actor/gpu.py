@@ -17,7 +17,6 @@ from typing import Any, Final
 from ..arrays.streams import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
 from ..errors import LaunchError, PropsError
 from ..launch.driver import check, current_context, driver, primary_context
-from ..runtime.plan import Plan
 from ..types import Device
 from .inner import FlashAttnInner, Job, PendingLaunch
 from .kinds import kind_of
@@ -176,11 +175,16 @@ class GpuInner(FlashAttnInner):
                 job.ready = StreamEvent(self._events, theirs, in_context=job.quick)
         return job
 
-    def prepare(self, message: Message[Any], plan: Plan | None = None) -> Job:
+    def prepare(self, message: Message[Any]) -> Job:
         """A job with its outputs, and the plan of a launch like this one."""
-        job = super().prepare(message, plan or kind_of(message).find(message))
-        job.quick = job.plan is not None and self._context_is_current()
-        return job
+        kind = kind_of(message)
+        plan = kind.find(message)
+        if plan is None:
+            return super().prepare(message)
+        outputs = kind.make(message, plan)
+        if outputs.strides != plan.out_strides:
+            return Job(message, outputs)
+        return Job(message, outputs, plan=plan, quick=self._context_is_current())
 
     def _context_is_current(self) -> bool:
         """Whether the device's context is current in this thread, as repeated launches want it."""

@@ -133,7 +133,8 @@ class FlashAttnInner(ABC):
         if isinstance(message, FlashAttnMsg.PagedForward):
             return Job(message, refusal=not_built("paged", "FlashAttnMsg.PagedForward"))
         kind, request = kind_of(message), message.request
-        kind.check(request)
+        if type(request) not in kind.own:
+            kind.check(request)
         device = kind.forward(request).q.device
         if device != self.device:
             raise DeviceMismatchError(
@@ -147,10 +148,9 @@ class FlashAttnInner(ABC):
         job.fingerprint = kind.fingerprint(request)
         return job
 
-    def prepare(self, message: Message[Any], plan: Plan | None = None) -> Job:
-        """A job with the arrays that the call writes. ``plan``: of a launch like this, if known."""
-        outputs = kind_of(message).make(message, plan)
-        return Job(message, outputs, plan=plan if plan is not None and plan.out_strides == outputs.strides else None)
+    def prepare(self, message: Message[Any]) -> Job:
+        """A job with the arrays that the call writes."""
+        return Job(message, kind_of(message).make(message, None))
 
     @abstractmethod
     def launch(self, job: Job) -> PendingLaunch:
@@ -201,7 +201,7 @@ class _MockInner(FlashAttnInner):
         self.arch = arch
         self._names: dict[object, str] = {}
 
-    def prepare(self, message: Message[Any], plan: Plan | None = None) -> Job:  # noqa: ARG002 - of all
+    def prepare(self, message: Message[Any]) -> Job:
         """Nothing will be written."""
         return Job(message)
 

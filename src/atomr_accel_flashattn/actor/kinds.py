@@ -32,7 +32,7 @@ class Kind:
     Attributes:
         name: of the message.
         protocol: what its requests satisfy.
-        own: our classes of such requests, which are known to satisfy it.
+        own: our classes of such requests: to ask the protocol takes longer than a launch.
         forward: the forward problem of a request.
         fingerprint: the arrays of a request, looked at once.
         find: the plan of a message, None where there is none yet.
@@ -61,7 +61,7 @@ class Kind:
 
     def check(self, request: Any) -> None:
         """Raise UnknownMessageError unless ``request`` is one of this kind."""
-        if type(request) in self.own or (isinstance(request, self.protocol) and not isinstance(request, type)):
+        if isinstance(request, self.protocol) and not isinstance(request, type):
             return
         *others, last = (each.__name__ for each in self.own)
         other = _BACKWARD if self is _FORWARD else _FORWARD
