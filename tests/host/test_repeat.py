@@ -265,41 +265,53 @@ def test_broadcast_heads_are_not_copied_and_give_an_output_of_its_own(gpu: FakeG
         np.testing.assert_allclose(host(out[1, :, 3]), host(out[0, :, 0]))
 
 
-def refused_for_gradients() -> Iterator[list[FakeCuda]]:
-    """q, k and v of which one after the other wants gradients, after the refusal."""
+def recorded() -> Iterator[list[FakeCuda]]:
+    """q, k and v of which one after the other wants gradients, after the call that was recorded."""
     for which in range(3):
         tensors = qkv()
         tensors[which].requires_grad_()
-        with pytest.raises(fa.FeatureNotBuiltError, match="requires grad"):
-            fa.flash_attn_func(*tensors)
+        assert fa.flash_attn_func(*tensors).requires_grad
         yield tensors
 
 
-def test_gradients_are_refused_though_there_is_a_plan(gpu: FakeGpu):
-    fa.flash_attn_func(*qkv())
-    for tensors in refused_for_gradients():
+def test_gradients_are_recorded_though_there_is_a_shortcut(gpu: FakeGpu):
+    assert not fa.flash_attn_func(*qkv()).requires_grad
+    for tensors in recorded():
         with torch.no_grad():
-            fa.flash_attn_func(*tensors)
-    assert gpu.repeated == [False, True, True, True]
+            assert not fa.flash_attn_func(*tensors).requires_grad
+    assert len(repeat._shortcuts) == 1
+    assert gpu.repeated == [False] + [True] * 6, "whether a call is recorded or not, its forward has one plan"
 
 
-def test_gradients_are_refused_though_the_last_calls_had_none(gpu: FakeGpu):
+def test_gradients_are_recorded_though_the_last_calls_had_none(gpu: FakeGpu):
     for _ in range(3):
         fa.flash_attn_func(*qkv())
-    assert len(list(refused_for_gradients())) == 3
+    assert len(list(recorded())) == 3
     with torch.inference_mode():
         fa.flash_attn_func(*qkv())
         fa.flash_attn_func(*qkv())
-    fa.flash_attn_func(*qkv())
-    assert gpu.repeated == [False] + [True] * 5
+    assert not fa.flash_attn_func(*qkv()).requires_grad
+    assert gpu.repeated == [False] + [True] * 8
 
 
-@pytest.mark.parametrize("name", ["alibi_slopes", "learned_sink"])
-def test_gradients_of_the_other_tensors_are_refused_though_there_is_a_plan(gpu: FakeGpu, name: str):
-    fa.flash_attn_func(*qkv(), **{name: fake(torch.ones(4))})
-    with pytest.raises(fa.FeatureNotBuiltError, match=f"{name} requires grad"):
-        fa.flash_attn_func(*qkv(), **{name: fake(torch.ones(4)).requires_grad_()})
-    assert gpu.repeated == [False]
+def test_gradients_of_a_sink_are_recorded_and_those_of_slopes_refused_though_there_is_a_shortcut(gpu: FakeGpu):
+    for name in ("alibi_slopes", "learned_sink"):
+        fa.flash_attn_func(*qkv(), **{name: fake(torch.ones(4))})
+    assert fa.flash_attn_func(*qkv(), learned_sink=fake(torch.ones(4)).requires_grad_()).requires_grad
+    with pytest.raises(fa.FeatureNotBuiltError, match="alibi_slopes requires grad"):
+        fa.flash_attn_func(*qkv(), alibi_slopes=fake(torch.ones(4)).requires_grad_())
+    assert gpu.repeated == [False, False, True]
+
+
+def test_an_out_of_a_call_that_wants_gradients_is_refused_though_there_is_a_shortcut(gpu: FakeGpu):
+    q, k, v = qkv()
+    out = fake(torch.empty_like(q))
+    fa.flash_attn_func(q, k, v, out=out)
+    for tensors in itertools.product(*((x, x.detach().requires_grad_()) for x in (q, k, v))):
+        if any(tensor.requires_grad for tensor in tensors):
+            with pytest.raises(fa.OutputError, match="requires grad and gradients are enabled"):
+                fa.flash_attn_func(*tensors, out=out)
+    assert len(gpu.launches) == 1
 
 
 def test_an_out_that_is_an_input_is_refused_though_there_is_a_plan(gpu: FakeGpu):

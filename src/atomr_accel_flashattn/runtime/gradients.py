@@ -78,6 +78,8 @@ def differentiate(request: FaBwdDispatch, *, stream: Any = None, tiles_for: SmAr
         check_backend(request.problem.forward.q.device)
         key = _key(request, tiles_for)
     outputs = make_gradients(request, plan, key=key, other_stream=stream is not None)
+    if stream is not None and outputs.workspace is not None:  # before the launches, of which one may fail
+        used_on(outputs.workspace, raw_stream(stream))
     fill_gradients(request, outputs, plan, stream=stream, key=key)
     return outputs.for_user(request)
 
@@ -110,7 +112,7 @@ def make_gradients(
 def fill_gradients(
     request: FaBwdDispatch, outputs: GradientOutputs, plan: Plan | None = None, *, stream: Any = None, key: DispatchKey | None = None
 ) -> Plan | None:
-    """Do what a request asks, into arrays that :func:`make_gradients` made, perhaps in another thread.
+    """Do what a request asks, into arrays that :func:`make_gradients` made, perhaps in another thread. The caller keeps the workspace.
 
     ``plan`` and ``key``: those of the call, if they are known. Returns the plan that was run; None from the CPU backend.
     """
@@ -132,8 +134,6 @@ def fill_gradients(
     raw = current_stream(q) if stream is None else raw_stream(stream)
     assert plan.workspace is not None  # noqa: S101 - every plan that is made here has one
     plan.launch(raw, _addresses(problem, outputs, plan.workspace))
-    if stream is not None and outputs.workspace is not None:
-        used_on(outputs.workspace, raw)
     _tell_written(request)
     return plan
 

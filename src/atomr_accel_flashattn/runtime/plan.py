@@ -88,6 +88,11 @@ class Outputs:
     lse: ArrayInfo | None = None
     dropout_mask: ArrayInfo | None = None
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """What a plan has to fit."""
+        return self.out.strides
+
     def for_user(self, request: FaFwdDispatch) -> Output:
         """The arrays themselves: the caller's own ``out`` where there was one, and what was made in the library of that, or of q."""
         out_array, dropout = request.out_array, request.problem.dropout
