@@ -533,7 +533,7 @@ class _Call:
             output, plan = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
         if key is not None and plan is not None and not self.copied:
             if asked is None:
-                remember(key, plan, output, self.others)
+                remember(key, plan, output, brings_out=self.others[2] is not None)
             else:
                 remember_recorded(key, plan, output, asked)
         results: tuple[Any, ...] = (output.out, output.lse, output.dropout_mask)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from atomr_accel_flashattn.arrays.torch_hooks import Hooks, hooks
-from atomr_accel_flashattn.torch_ops.attention_function import _Asked
+from atomr_accel_flashattn.torch_ops import first_call
+from atomr_accel_flashattn.torch_ops.attention_function import Attention
 
 if TYPE_CHECKING:
     import pytest
@@ -46,14 +47,31 @@ def fresh_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def let_autograd_keep_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autograd gives gradients, and outputs that it kept, as plain tensors, which are in host memory: they go back to the fake card."""
-    make = _Asked.backward
+    forward, backward = Attention.forward, Attention.backward
 
-    def on_card(asked: _Asked, saved: dict[str, Any], *gradients: Any) -> Any:
-        if not isinstance(saved["q"], FakeCuda):
-            return make(asked, saved, *gradients)
-        return make(asked, {name: _back(x) for name, x in saved.items()}, *map(_back, gradients))
+    class Context:
+        """That of a call, whose saved tensors are on the card."""
 
-    monkeypatch.setattr(_Asked, "backward", on_card)
+        def __init__(self, ctx: Any) -> None:
+            self.ctx = ctx
+            self.saved_tensors = tuple(map(_back, ctx.saved_tensors))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.ctx, name)
+
+    def noted(ctx: Any, call: Any, *inputs: Any) -> Any:
+        ctx.on_card = isinstance(inputs[0], FakeCuda)
+        return forward(ctx, call, *inputs)
+
+    def on_card(ctx: Any, *gradients: Any) -> Any:
+        return backward(Context(ctx), *map(_back, gradients)) if ctx.on_card else backward(ctx, *gradients)
+
+    rows_contiguous = first_call._rows_contiguous
+    monkeypatch.setattr(
+        first_call, "_rows_contiguous", lambda x: _back(rows_contiguous(x)) if isinstance(x, FakeCuda) else rows_contiguous(x)
+    )
+    monkeypatch.setattr(Attention, "forward", staticmethod(noted))
+    monkeypatch.setattr(Attention, "backward", staticmethod(on_card))
 
 
 def _back(x: Any) -> Any:

@@ -225,6 +225,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "dropout": (None, 0.1, 1),
     "learned_sink": (None, np.zeros(4)),
     "direction": (None, "sideways", 3),
+    "deterministic": (None, 1, "yes"),
     "split": (None, 2),
     "kv_layout": (None, 3),
     "left_pad": (None, "left"),

@@ -42,12 +42,9 @@ __all__ = [
     "describe",
     "find_shortcut",
     "has_memory",
-    "latest",
     "launch_more",
-    "make_shortcut",
     "remember",
     "repeat",
-    "shortcuts",
 ]
 
 # (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
@@ -264,26 +261,22 @@ def launch_more(found: Shortcut, pointers: tuple[int, int, int, int], q: Any, pa
     return lse, rng
 
 
-def remember(key: Key, plan: Plan, output: Output, others: Others) -> None:
-    """Keep a shortcut to the plan of the call that made ``output``; does nothing where a shortcut would not be enough."""
-    made = make_shortcut(key, plan, output, brought_out=others[2] is not None)
-    if made is not None:
-        shortcuts[key] = made
+def remember(key: Key, plan: Plan, output: Output, *, brings_out: bool = False, recorded: Callable[[Shortcut], Any] | None = None) -> None:
+    """Keep a shortcut to the plan of the call that made ``output``; does nothing where a shortcut would not be enough.
 
-
-def make_shortcut(key: Key, plan: Plan, output: Output, *, brought_out: bool = False) -> Shortcut | None:
-    """A shortcut to ``plan``, not kept yet; None where it would not be enough. ``brought_out``: whether the caller brings o."""
+    ``brings_out``: whether the caller brings o. ``recorded``: makes the operation of autograd that launches it.
+    """
     call, alignment, *facts = key
     numbers, *more = call if type(call[0]) is tuple else (call,)
     if settings().debug or output.dropout_mask is not None or len(plan.launches) != 1:
-        return None
+        return
     if len(shortcuts) >= MAX_PLANS:
         _forget()
     (launch,) = plan.launches
-    out = None if brought_out else _array(output.out)
+    out = None if brings_out else _array(output.out)
     dropout = bool(numbers[0] > 0)
     one_gpu = hooks.device_count is not None and hooks.device_count() == 1
-    return Shortcut(
+    shortcuts[key] = made = Shortcut(
         launch=plan.launch,
         device_index=launch.kernel.device_index,
         alignment=alignment,
@@ -295,6 +288,8 @@ def make_shortcut(key: Key, plan: Plan, output: Output, *, brought_out: bool = F
         plain=not more and output.lse is None and not dropout,
         same=_never,
     )
+    if recorded is not None:
+        made.recorded = recorded(made)
 
 
 def _array(tensor: Any) -> NewTensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..arrays.torch_hooks import NewTensor, empty_on, hooks, meet_torch, recorder
 from ..runtime.plan import Key, Output, Plan
+from . import repeat
 from .repeat import (
     NOWHERE,
     Numbers,
@@ -25,10 +26,8 @@ from .repeat import (
     describe,
     find_shortcut,
     has_memory,
-    latest,
     launch_more,
-    make_shortcut,
-    shortcuts,
+    remember,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def repeat_recorded(
     slopes, learned_sink, _ = others
     described, tensors = describe(q, k, v, packing, numbers, others)
     call = (*described, "recorded", deterministic)
-    found = latest.get(call)
+    found = repeat.latest.get(call)
     if found is None or not found.same(*tensors):
         found = None
         if not _may_be_recorded(tensors, slopes):
@@ -79,13 +78,10 @@ def repeat_recorded(
 
 
 def remember_recorded(key: Key, plan: Plan, output: Output, asked: Asked) -> None:
-    """Keep a shortcut to the forward that made ``output`` and was recorded."""
+    """Keep a shortcut to the forward that made ``output`` and was recorded; does nothing where it would not be enough."""
     from .attention_function import Attention
 
-    made = make_shortcut(key, plan, output)
-    if made is not None:
-        made.recorded = partial(Attention.apply, _Recorded(made, asked))
-        shortcuts[key] = made
+    remember(key, plan, output, recorded=lambda shortcut: partial(Attention.apply, _Recorded(shortcut, asked)))
 
 
 def _may_be_recorded(tensors: tuple[Any, ...], slopes: Any) -> bool:
