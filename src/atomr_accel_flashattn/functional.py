@@ -30,7 +30,7 @@ from .runtime.execute import execute
 from .runtime.plan import Key
 from .torch_ops.autograd import attend, is_recorded, without_history
 from .torch_ops.repeat import Numbers, Others, Packing, remember, repeat
-from .torch_ops.repeat_recorded import remember_recorded, repeat_recorded
+from .torch_ops.repeat_recorded import remember_recorded
 from .varlen import CumulativeSeqlens, VarlenFwdRequest
 
 ArrayT = TypeVar("ArrayT")
@@ -452,9 +452,7 @@ def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers
     """Every functional call: as one like it was answered before, or through a request."""
     if deterministic is not False:
         deterministic = _flag(deterministic, "deterministic")
-    key, result = repeat(q, k, v, packing, numbers, others)
-    if key is None and result is None:
-        key, result = repeat_recorded(q, k, v, packing, numbers, others, deterministic=deterministic)
+    key, result = repeat(q, k, v, packing, numbers, others, deterministic=deterministic)
     return _first(_Call(q, k, v, numbers, others, deterministic), packing, key) if result is None else result
 
 
@@ -528,14 +526,14 @@ class _Call:
         plan = None
         asked = None
         if self.recorded:
-            output, plan, asked = attend(request, self.inputs, dropout_mask=self.return_attn_probs, deterministic=self.deterministic)
+            output, plan, asked = attend(request, self.inputs, probs=self.return_attn_probs, deterministic=self.deterministic)
         else:
             output, plan = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
         if key is not None and plan is not None and not self.copied:
             if asked is None:
                 remember(key, plan, output, brings_out=self.others[2] is not None)
             else:
-                remember_recorded(key, plan, output, asked)
+                remember_recorded(key, plan, output, asked, gives_lse=self.return_attn_probs)
         results: tuple[Any, ...] = (output.out, output.lse, output.dropout_mask)
         if self.v_head_dim:
             out = output.out[..., : self.v_head_dim]

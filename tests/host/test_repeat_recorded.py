@@ -239,7 +239,7 @@ def test_deterministic_gradients_are_asked_for_by_every_backward(gpu: FakeGpu, m
     assert gpu.launches
 
 
-def test_slopes_that_want_gradients_an_out_and_odd_numbers_leave_no_shortcut(gpu: FakeGpu):
+def test_slopes_that_want_gradients_an_out_and_padded_head_dims_leave_no_shortcut(gpu: FakeGpu):
     tensors = leaves(8)
     dense(tensors, alibi_slopes=fake(torch.ones(4)))
     with pytest.raises(fa.FeatureNotBuiltError, match="alibi_slopes requires grad"):
@@ -248,7 +248,6 @@ def test_slopes_that_want_gradients_an_out_and_odd_numbers_leave_no_shortcut(gpu
         dense(tensors, out=fake(torch.empty(2, 6, 4, 16).half()))
     count = len(repeat.shortcuts)
     for _ in range(2):
-        assert fa.flash_attn_func(*tensors, window_size=[2, 0])[0].requires_grad
         assert fa.flash_attn_func(*leaves(8, width=13))[0].requires_grad
     assert len(repeat.shortcuts) == count
     assert gpu.launches

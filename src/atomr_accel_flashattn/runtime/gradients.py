@@ -24,7 +24,9 @@ from .staleness import Fingerprint
 
 __all__ = ["GradientOutputs", "Gradients", "differentiate", "fill_gradients", "make_gradients"]
 
-_OWN: Final = ("dout", "dlse", "dq", "dk", "dv", "dsink")  # slots of a backward beside those of its forward and the workspace
+# Slots of a backward: the first two, those of the workspace, the others, those of the forward. BwdParams has them in this order.
+_READ: Final = ("dout", "dlse")
+_WRITTEN: Final = ("dq", "dk", "dv", "dsink")
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -170,7 +172,7 @@ def _make_plan(spec: Fa2BackwardSpec, problem: BackwardProblem, outputs: Gradien
     """The kernels of ``spec``, behind that of the forward where o and LSE are not given."""
     known, gradients = problem.forward, GradientArrays(*outputs.gradients)
     workspace = _workspace_of(spec, problem)
-    slots = (*_OWN, *SLOTS, *(slot for slot in workspace.offsets if slot not in SLOTS))
+    slots = (*_READ, *(slot for slot in workspace.offsets if slot not in SLOTS), *_WRITTEN, *SLOTS)
     launches = []
     if problem.out is None:
         out, lse = _row_major_results(known)
@@ -189,8 +191,13 @@ def _addresses(problem: BackwardProblem, outputs: GradientOutputs, workspace: Wo
     at = {slot: base + offset for slot, offset in workspace.offsets.items()}
     out = at.pop("o") if problem.out is None else problem.out.ptr
     lse = at.pop("lse") if problem.lse is None else problem.lse.ptr
-    own = (problem.dout, problem.dlse, *outputs.gradients, outputs.dsink)
-    return (*(0 if array is None else array.ptr for array in own), *forward_addresses(problem.forward, out, lse), *at.values())
+    read = (problem.dout, problem.dlse)
+    written = (*outputs.gradients, outputs.dsink)
+    return (*map(_address, read), *at.values(), *map(_address, written), *forward_addresses(problem.forward, out, lse))
+
+
+def _address(array: ArrayInfo | None) -> int:
+    return 0 if array is None else array.ptr
 
 
 def _compute_on_cpu(request: FaBwdDispatch, outputs: GradientOutputs) -> None:

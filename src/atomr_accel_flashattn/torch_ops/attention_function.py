@@ -8,7 +8,7 @@ import torch
 
 from ..limits import not_built
 
-__all__ = ["SAVED", "Attention", "Differentiator", "RecordedCall", "Saved"]
+__all__ = ["SAVED", "Attention", "Differentiator", "RecordedCall", "Saved", "apply_quickly"]
 
 # Arrays that the backward reads, those with gradients first. Autograd keeps the tensors among them, and notices when one is written
 # before it is read again.
@@ -29,26 +29,26 @@ class Differentiator(Protocol):
 class RecordedCall(Protocol):
     """A call that autograd records, the first of its kind or one more."""
 
-    def forward(self, *inputs: Any) -> tuple[tuple[Any, Any, Any], Saved, Differentiator]:
-        """(o, LSE, dropout pattern), None for what nobody gets; what to save, in the order of :data:`SAVED`; and what follows."""
+    def forward(self, *inputs: Any) -> tuple[Any, Saved, Differentiator]:
+        """o, or (o, LSE, dropout pattern or None); what to save, in the order of :data:`SAVED`; and what follows."""
         ...
 
 
 class Attention(torch.autograd.Function):  # type: ignore[misc] # torch is Any here
-    """(o, LSE, dropout pattern) of a call, differentiable once in q, k, v and the learned sink, through o and the LSE."""
+    """o of a call, or (o, LSE, dropout pattern), differentiable once in q, k, v and the learned sink, through o and the LSE."""
 
     @staticmethod
-    def forward(ctx: Any, call: RecordedCall, *inputs: Any) -> tuple[Any, ...]:
+    def forward(ctx: Any, call: RecordedCall, *inputs: Any) -> Any:
         """``inputs``: q, k, v, learned sink, slopes and offsets as the caller gave them; the call has them without history."""
         outputs, saved, ctx.differentiator = call.forward(*inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
-        if outputs[2] is not None:
+        if type(outputs) is tuple and outputs[2] is not None:
             ctx.mark_non_differentiable(outputs[2])
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any, _pattern: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Any, dlse: Any = None, _pattern: Any = None) -> tuple[Any, ...]:
         """Gradients of the inputs of forward; None where there are none or where nobody wants them."""
         if dout is None and dlse is None:
             return (None,) * (1 + _INPUTS)
@@ -73,3 +73,8 @@ class _DifferentiatedOnce(torch.autograd.Function):  # type: ignore[misc] # as a
     def backward(_ctx: Any, *_: Any) -> tuple[Any, ...]:
         """There are no second derivatives."""
         raise not_built("double_backward", "a gradient of this call is differentiated once more")
+
+
+# Without what Function.apply looks at first, 2 us: default arguments, of which there are none, and transforms of torch.func, whose tensors
+# take another way than a shortcut.
+apply_quickly: Final = super(torch.autograd.Function, Attention).apply

@@ -65,14 +65,14 @@ def _tensor_of(array: Any) -> Any:
 
 
 def attend(
-    request: DenseFwdRequest | VarlenFwdRequest, inputs: Differentiable, *, dropout_mask: bool = False, deterministic: bool = False
+    request: DenseFwdRequest | VarlenFwdRequest, inputs: Differentiable, *, probs: bool = False, deterministic: bool = False
 ) -> tuple[Output, Plan | None, Asked | None]:
     """Run a request, whose arrays have no history, as one operation of autograd on ``inputs``, which have one.
 
     Args:
         request: the forward call.
         inputs: the same q, k, v and learned sink, as the caller gave them.
-        dropout_mask: whether the dropout pattern is wanted.
+        probs: whether the caller gets LSE, with its history, and dropout pattern.
         deterministic: whether gradients are to be bitwise equal from run to run; torch.use_deterministic_algorithms asks for it as well.
 
     Returns:
@@ -81,4 +81,4 @@ def attend(
     from . import first_call
 
     q, k, v, learned_sink = map(_tensor_of, inputs)
-    return first_call.attend(request, (q, k, v, learned_sink), dropout_mask=dropout_mask, deterministic=deterministic)
+    return first_call.attend(request, (q, k, v, learned_sink), probs=probs, deterministic=deterministic)

@@ -94,32 +94,34 @@ class _FirstCall:
     """A request whose arrays have no history."""
 
     request: DenseFwdRequest | VarlenFwdRequest
-    dropout_mask: bool
+    probs: bool  # whether the caller gets LSE and dropout pattern
     deterministic: bool
+    lse: Any = None
     plan: Plan | None = None  # that it was run by
     asked: Asked | None = None
 
-    def forward(self, *inputs: Any) -> tuple[tuple[Any, Any, Any], Saved, Asked]:
+    def forward(self, *inputs: Any) -> tuple[Any, Saved, Asked]:
         """Run it."""
-        output, self.plan = execute(self.request, lse=True, dropout_mask=self.dropout_mask)
+        output, self.plan = execute(self.request, lse=True, dropout_mask=self.probs)
         q, k, v, learned_sink, slopes, *offsets = inputs
         arrays = (q, k, v, learned_sink, output.out, output.lse, slopes, output.rng, *offsets)
         tensors = tuple(each if isinstance(each, torch.Tensor) else None for each in arrays)
         others = tuple(None if isinstance(each, torch.Tensor) else each for each in arrays)
         self.asked = Asked.of(self.request, deterministic=self.deterministic, others=others)
-        return (output.out, output.lse, output.dropout_mask), tensors, self.asked
+        self.lse = output.lse
+        return (output.out, output.lse, output.dropout_mask) if self.probs else output.out, tensors, self.asked
 
 
 def attend(
-    request: DenseFwdRequest | VarlenFwdRequest, inputs: tuple[Any, Any, Any, Any], *, dropout_mask: bool, deterministic: bool
+    request: DenseFwdRequest | VarlenFwdRequest, inputs: tuple[Any, Any, Any, Any], *, probs: bool, deterministic: bool
 ) -> tuple[Output, Plan | None, Asked | None]:
     """Run a request, whose arrays have no history, as one operation of autograd on ``inputs``: q, k, v and the learned sink, which have."""
     offsets: tuple[Any, Any] = (None, None)
     if isinstance(request, VarlenFwdRequest):
         offsets = request.cu_seqlens_q.offsets, (request.cu_seqlens_k or request.cu_seqlens_q).offsets
-    call = _FirstCall(request, dropout_mask, deterministic)
-    out, lse, pattern = Attention.apply(call, *inputs, request.bias.slopes, *offsets)
-    return Output(out, lse, pattern), call.plan, call.asked
+    call = _FirstCall(request, probs, deterministic)
+    made = Attention.apply(call, *inputs, request.bias.slopes, *offsets)
+    return Output(*made) if probs else Output(made, call.lse), call.plan, call.asked
 
 
 def _rows_contiguous(dout: Any) -> Any:

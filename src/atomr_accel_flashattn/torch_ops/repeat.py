@@ -13,6 +13,8 @@ whole way of checks, and only when the numbers are numbers (a tensor used as a n
 A call is first compared with the last one of the same numbers. torch does that with a tensor guard, one C function that reads of every
 tensor what a key would hold (and its class, and whether it wants gradients): 0.9 us, where reading the same into a key costs 3. On a guard
 miss the shortcut is looked up by the full key, and becomes the most recent one of these numbers.
+
+Calls that autograd records have shortcuts of their own, which launch inside an operation of autograd (:mod:`.repeat_recorded`).
 """
 
 from __future__ import annotations
@@ -32,16 +34,11 @@ from ..runtime import plan as store
 from ..runtime.plan import MAX_PLANS, Key, Output, Plan
 
 __all__ = [
-    "NOWHERE",
     "Numbers",
     "Others",
     "Packing",
     "Shortcut",
-    "are_plain",
     "clear",
-    "describe",
-    "find_shortcut",
-    "has_memory",
     "launch_more",
     "remember",
     "repeat",
@@ -54,8 +51,10 @@ Others: TypeAlias = tuple[Any, Any, Any]
 # (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 Packing: TypeAlias = tuple[Any, Any, Any, Any]
 Tensors: TypeAlias = tuple[Any, ...]
+# () of a call that is not recorded; else whether gradients are to be deterministic, and which tensors want them
+Recording: TypeAlias = tuple[bool, ...]
 
-NOWHERE: Final = VECTOR_BYTES  # in an alignment: some array has no memory, because it is empty or because it was freed under its tensor
+_NOWHERE: Final = VECTOR_BYTES  # in an alignment: some array has no memory, because it is empty or because it was freed under its tensor
 _NUMBERS: Final = (Real, np.bool_, type(None))
 _REAL: Final = frozenset({int, float})
 _WINDOW: Final = 3  # place of window_size among the numbers
@@ -72,6 +71,7 @@ class Shortcut:
         out: the output, None when the caller brings it.
         make_out: makes it; None where that takes a look at the current device.
         plain: whether q, k, v and o are all the arrays that there are.
+        recording: how autograd records the call.
         recorded: the operation of autograd that makes the launch (:mod:`.repeat_recorded`); None where there is none.
         same: says of tensors that they are like those that this was found for. It is made again when it does not know tensors that the key
             knows, as in another mode of autograd; what any of them ever says is true.
@@ -87,21 +87,28 @@ class Shortcut:
     dropout: bool
     plain: bool
     same: Any
+    recording: Recording = ()
     recorded: Any = None
+
+    def is_recording(self, deterministic: bool) -> bool:  # noqa: FBT001 - positional is quicker
+        """Whether calls are recorded now, with gradients that are as deterministic as this one's."""
+        return self.recording[0] is deterministic and hooks.is_grad_enabled() is True
 
 
 shortcuts: dict[Key, Shortcut] = {}
 latest: dict[Key, Shortcut] = {}  # by all of the key that is not read from tensors
 
 
-def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key | None, Any]:  # noqa: C901 - each frame less is 0.1 us
-    """Answer a call as one like it was answered before.
+def repeat(  # noqa: C901, PLR0911, PLR0912 - each frame less is 0.1 us
+    q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, *, deterministic: bool = False
+) -> tuple[Key | None, Any]:
+    """Answer a call as one like it was answered before, recorded by autograd if that one was.
 
     Returns:
         (key, result): result is None when there is no shortcut; key is None when there cannot be one.
     """
     slopes, learned_sink, out = others
-    plain = numbers if are_plain(numbers) else _told_apart(numbers)
+    plain = numbers if _are_plain(numbers) else _told_apart(numbers)
     if (
         plain is None
         or (packing is not None and not type(packing[2]) is type(packing[3]) is int)
@@ -110,23 +117,28 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
     ):
         return None, None
     if slopes is not None or learned_sink is not None or out is not None:
-        call, tensors = describe(q, k, v, packing, plain, others)
+        call, tensors = _describe(q, k, v, packing, plain, others)
     elif packing is None:
         call, tensors = plain, (q, k, v)
     else:
-        call, tensors = describe_packed(q, k, v, packing, plain)
+        call, tensors = _describe_packed(q, k, v, packing, plain)
     found = latest.get(call)
-    if found is None or not found.same(*tensors):
-        found = None
-        if not _may_repeat(tensors):
+    if found is None or not found.same(*tensors) or not (found.recording == () or found.is_recording(deterministic)):
+        found, recording = None, _recording(tensors, others, deterministic)
+        if recording is None:
             return None, None
+    else:
+        recording = found.recording
     q_ptr, k_ptr, v_ptr, out_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr()
     somewhere = q_ptr and k_ptr and v_ptr and (out_ptr or out is None)
-    alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15 | (0 if somewhere else NOWHERE)
+    alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15 | (0 if somewhere else _NOWHERE)
     if found is None or found.alignment != alignment:
-        key, found = find_shortcut(call, alignment, tensors)
+        key, found = _find(call, alignment, tensors, recording)
         if found is None:
             return key, None
+    if found.recorded is not None:
+        lengths = (None, None) if packing is None else packing[:2]
+        return None, found.recorded(q, k, v, learned_sink, slopes, *lengths)
     if found.out is not None:
         out = empty_on(found.device_index, q, found.out) if found.make_out is None else found.make_out()
         out_ptr = out.data_ptr()
@@ -141,7 +153,7 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
     return None, out if lse is None else (out, lse, None)
 
 
-def are_plain(numbers: Numbers) -> bool:
+def _are_plain(numbers: Numbers) -> bool:
     """Whether numbers have the types that they are declared with, so that equal ones mean the same: True is 1.0, and no scale."""
     p, scale, causal, window, softcap, sinks, probs = numbers
     return (
@@ -166,7 +178,7 @@ def _told_apart(numbers: Numbers) -> Any:
     return (*values, *map(type, flat)) if all(isinstance(value, _NUMBERS) for value in flat) else None
 
 
-def describe_packed(q: Any, k: Any, v: Any, packing: Packing, numbers: Numbers) -> tuple[Key, Tensors]:
+def _describe_packed(q: Any, k: Any, v: Any, packing: Packing, numbers: Numbers) -> tuple[Key, Tensors]:
     """What is known of a packed call beside its tensors, and the tensors. A guard takes no tensor twice."""
     cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k = packing
     if cu_seqlens_k is cu_seqlens_q:
@@ -174,10 +186,10 @@ def describe_packed(q: Any, k: Any, v: Any, packing: Packing, numbers: Numbers) 
     return (numbers, seqlen_q, seqlen_k, True), (q, k, v, cu_seqlens_q, cu_seqlens_k)
 
 
-def describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key, Tensors]:
+def _describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key, Tensors]:
     """The same of a call, dense or packed, with slopes, a learned sink or an ``out``: what there is of them is part of what is known."""
     slopes, learned_sink, out = others
-    call, tensors = ((numbers, None, None), (q, k, v)) if packing is None else describe_packed(q, k, v, packing, numbers)
+    call, tensors = ((numbers, None, None), (q, k, v)) if packing is None else _describe_packed(q, k, v, packing, numbers)
     if slopes is not None:
         tensors = (*tensors, slopes)
     if learned_sink is not None:
@@ -187,22 +199,30 @@ def describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, 
     return (*call, (slopes is None, learned_sink is None, out is None)), tensors
 
 
-def _may_repeat(tensors: Tensors) -> bool:
-    """Whether these are plain tensors of torch, on a GPU, that want no gradients, are no views with other signs, and are not recorded."""
+def _recording(tensors: Tensors, others: Others, deterministic: bool) -> Recording | None:  # noqa: FBT001 - part of the result
+    """How autograd records a call on these tensors; None where they are not plain ones on a GPU, or something else records them.
+
+    Views with other signs, gradients of slopes and a recorded call into ``out`` are for the checks.
+    """
     if not hooks.plain_types:
         meet_torch()
     types = hooks.plain_types
-    return (
+    if not (
         all(type(tensor) in types for tensor in tensors)
         and tensors[0].is_cuda
-        and not (any(tensor.requires_grad for tensor in tensors) and hooks.is_grad_enabled())
         and not any(tensor.is_neg() for tensor in tensors)
         and not recorder()
-        and all(map(has_memory, tensors))
-    )
+        and all(map(_has_memory, tensors))
+    ):
+        return None
+    wanting = tuple(tensor.requires_grad for tensor in tensors)
+    if not (any(wanting) and hooks.is_grad_enabled()):
+        return ()
+    slopes, _, out = others
+    return None if out is not None or (slopes is not None and slopes.requires_grad) else (deterministic, *wanting)
 
 
-def has_memory(tensor: Any) -> bool:
+def _has_memory(tensor: Any) -> bool:
     """Whether a tensor has an address of its own, which those inside a torch.func transform have not."""
     try:
         tensor.data_ptr()
@@ -211,18 +231,18 @@ def has_memory(tensor: Any) -> bool:
     return True
 
 
-def find_shortcut(call: Key, alignment: int, tensors: Tensors, *, recorded: tuple[bool, ...] = ()) -> tuple[Key, Shortcut | None]:
+def _find(call: Key, alignment: int, tensors: Tensors, recording: Recording) -> tuple[Key, Shortcut | None]:
     """The key of a call and its shortcut, which is from now on the first to be tried for calls of these numbers.
 
-    ``recorded``: of a call that autograd records, which tensors want gradients. A guard tells whether they do, and not whether autograd
-    is on, so tensors that want them have one for such calls only, which ask.
+    A guard tells whether tensors want gradients, and not whether autograd is on: those that want them have one for recorded calls only,
+    which ask.
     """
     facts = [fact for tensor in tensors for fact in (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())]
-    key = (call, alignment, *facts, *recorded)
+    key = (call, alignment, recording, *facts)
     found = shortcuts.get(key)
     if found is not None:
         if not found.same(*tensors):
-            found.same = _guard(tensors) if recorded or not any(tensor.requires_grad for tensor in tensors) else _never
+            found.same = _guard(tensors) if recording or not any(tensor.requires_grad for tensor in tensors) else _never
         latest[call] = found
     return key, found
 
@@ -266,7 +286,7 @@ def remember(key: Key, plan: Plan, output: Output, *, brings_out: bool = False, 
 
     ``brings_out``: whether the caller brings o. ``recorded``: makes the operation of autograd that launches it.
     """
-    call, alignment, *facts = key
+    call, alignment, recording, *facts = key
     numbers, *more = call if type(call[0]) is tuple else (call,)
     if settings().debug or output.dropout_mask is not None or len(plan.launches) != 1:
         return
@@ -287,6 +307,7 @@ def remember(key: Key, plan: Plan, output: Output, *, brings_out: bool = False, 
         dropout=dropout,
         plain=not more and output.lse is None and not dropout,
         same=_never,
+        recording=recording,
     )
     if recorded is not None:
         made.recorded = recorded(made)

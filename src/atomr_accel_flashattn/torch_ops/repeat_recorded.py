@@ -1,4 +1,4 @@
-"""Repeat a functional call that autograd records, forward and backward: what :mod:`.repeat` does for calls that it does not.
+"""What a shortcut of a recorded call launches, forward and backward. :mod:`.repeat` finds it.
 
 The forward goes by a shortcut, whose key has in it which tensors want gradients. The backward goes by plans that are kept beside it, found
 by the strides and alignment of dO, the presence of dLSE, and whether gradients are to be deterministic: all else that a backward plan
@@ -13,91 +13,24 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from ..arrays.torch_hooks import NewTensor, empty_on, hooks, meet_torch, recorder
+from ..arrays.torch_hooks import NewTensor, empty_on, hooks
 from ..runtime.plan import Key, Output, Plan
-from . import repeat
-from .repeat import (
-    NOWHERE,
-    Numbers,
-    Others,
-    Packing,
-    Shortcut,
-    are_plain,
-    describe,
-    find_shortcut,
-    has_memory,
-    launch_more,
-    remember,
-)
+from .repeat import Shortcut, launch_more, remember
 
 if TYPE_CHECKING:
     from .attention_function import Saved
     from .first_call import Asked
 
-__all__ = ["remember_recorded", "repeat_recorded"]
+__all__ = ["remember_recorded"]
 
 _MOST_PLANS: Final = 64  # of backwards, of one forward
 
 
-def repeat_recorded(
-    q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, *, deterministic: bool
-) -> tuple[Key | None, Any]:
-    """Answer a recorded call as one like it was answered before.
-
-    Returns:
-        (key, result): result is None when there is no shortcut; key is None when there cannot be one.
-    """
-    if (
-        hooks.is_grad_enabled is None
-        or not hooks.is_grad_enabled()
-        or others[2] is not None
-        or not are_plain(numbers)
-        or (packing is not None and not type(packing[2]) is type(packing[3]) is int)
-        or hooks.forward_ad._current_level >= 0  # noqa: SLF001 - a tensor may have a tangent, which the guard does not see
-        or hooks.count_modes()  # make_fx may be recording
-    ):
-        return None, None
-    slopes, learned_sink, _ = others
-    described, tensors = describe(q, k, v, packing, numbers, others)
-    call = (*described, "recorded", deterministic)
-    found = repeat.latest.get(call)
-    if found is None or not found.same(*tensors):
-        found = None
-        if not _may_be_recorded(tensors, slopes):
-            return None, None
-    pointers = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    alignment = (pointers[0] | pointers[1] | pointers[2]) & 15 | (0 if all(pointers) else NOWHERE)
-    if found is None or found.alignment != alignment:
-        wanting = tuple(tensor.requires_grad for tensor in tensors)
-        key, found = find_shortcut(call, alignment, tensors, recorded=wanting)
-        if found is None:
-            return key, None
-    lengths = (None, None) if packing is None else packing[:2]
-    out, lse, _ = found.recorded(q, k, v, learned_sink, slopes, *lengths)
-    return None, (out, lse, None) if numbers[-1] else out
-
-
-def remember_recorded(key: Key, plan: Plan, output: Output, asked: Asked) -> None:
+def remember_recorded(key: Key, plan: Plan, output: Output, asked: Asked, *, gives_lse: bool) -> None:
     """Keep a shortcut to the forward that made ``output`` and was recorded; does nothing where it would not be enough."""
-    from .attention_function import Attention
+    from .attention_function import apply_quickly
 
-    remember(key, plan, output, recorded=lambda shortcut: partial(Attention.apply, _Recorded(shortcut, asked)))
-
-
-def _may_be_recorded(tensors: tuple[Any, ...], slopes: Any) -> bool:
-    """Whether these are plain tensors of torch, on a GPU, some of which want gradients that there are, and nothing else records them."""
-    if not hooks.plain_types:
-        meet_torch()
-    types = hooks.plain_types
-    return (
-        all(type(tensor) in types for tensor in tensors)
-        and tensors[0].is_cuda
-        and any(tensor.requires_grad for tensor in tensors)
-        and (slopes is None or not slopes.requires_grad)
-        and not any(tensor.is_neg() for tensor in tensors)
-        and not recorder()
-        and all(map(has_memory, tensors))
-    )
+    remember(key, plan, output, recorded=lambda shortcut: partial(apply_quickly, _Recorded(shortcut, asked, gives_lse=gives_lse)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,6 +49,7 @@ class _Recorded:
 
     shortcut: Shortcut
     asked: Asked
+    gives_lse: bool
     plans: dict[Key, _Backward] = field(default_factory=dict)
 
     def keep(self, key: Key, plan: Plan, saved: Saved) -> None:
@@ -129,7 +63,7 @@ class _Recorded:
             self.plans.clear()
         self.plans[key] = _Backward(plan.launch, (*arrays, workspace), dsink, tuple(plan.workspace.offsets.values()))
 
-    def forward(self, *inputs: Any) -> tuple[tuple[Any, Any, Any], Saved, _Again]:
+    def forward(self, *inputs: Any) -> tuple[Any, Saved, _Again]:
         """Make the outputs and launch."""
         found = self.shortcut
         q, k, v, learned_sink, slopes, cu_seqlens_q, cu_seqlens_k = inputs
@@ -139,7 +73,7 @@ class _Recorded:
         packing = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, 0, 0)
         lse, rng = launch_more(found, pointers, q, packing, (slopes, learned_sink, None))
         saved = (q, k, v, learned_sink, out, lse, slopes, rng, cu_seqlens_q, cu_seqlens_k)
-        return (out, lse, None), saved, _Again(self, (*pointers, lse.data_ptr()))
+        return (out, lse, None) if self.gives_lse else out, saved, _Again(self, (*pointers, lse.data_ptr()))
 
 
 @dataclass(slots=True, eq=False)
@@ -169,11 +103,19 @@ class _Again:
         dsink = None if plan.dsink is None else empty_on(index, q, plan.dsink)
         base = room.data_ptr()
         addresses = (
-            *(0 if dout is None else dout.data_ptr(), 0 if dlse is None else dlse.data_ptr()),
-            *(dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), 0 if dsink is None else dsink.data_ptr()),
+            0 if dout is None else dout.data_ptr(),
+            0 if dlse is None else dlse.data_ptr(),
+            *[base + offset for offset in plan.offsets],
+            dq.data_ptr(),
+            dk.data_ptr(),
+            dv.data_ptr(),
+            0 if dsink is None else dsink.data_ptr(),
             *pointers,
-            *(0 if each is None else each.data_ptr() for each in (cu_seqlens_q, cu_seqlens_k, slopes, learned_sink, rng)),
-            *(base + offset for offset in plan.offsets),
+            0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
+            0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
+            0 if slopes is None else slopes.data_ptr(),
+            0 if learned_sink is None else learned_sink.data_ptr(),
+            0 if rng is None else rng.data_ptr(),
         )
         plan.launch(hooks.raw_stream(index), addresses)
         return dq, dk, dv, dsink
