@@ -43,7 +43,7 @@ def test_tune_checks_times_and_keeps_the_winner(ask: Ask, small_cells: list[Cell
     assert winner["speedup"] > 1.1
     assert winner["short_q"] is found["shapes"][0]["short_q"] is True
     assert found["table"] == [
-        f"64: Tile(block_m=128, block_n=48, warps=4, min_blocks=2),  # fa2 sm_80, {winner['speedup']:.3f}x over 2 shapes"
+        f"64: Tile(block_m=128, block_n=48, warps=4, min_blocks=2),  # fa2_fwd sm_80, {winner['speedup']:.3f}x over 2 shapes"
     ]
     assert found["skipped"] == []
     assert found["saved"] == str(tmp_path / "kernels" / SAVED_TILES)
@@ -64,7 +64,7 @@ def test_tune_shows_the_fastest_the_one_in_use_and_what_was_wrong(invoke: Invoke
     text = result.stdout
     assert "in use" in text
     assert "m128n48w4s1b2: wrong: relative error" in text
-    assert "64: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),  # fa2 sm_80" in text
+    assert "64: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),  # fa2_fwd sm_80" in text
     assert "not kept" in text
     assert not (tmp_path / "kernels" / SAVED_TILES).exists()
 
