@@ -520,9 +520,20 @@ def test_bench_lists_its_cells(ask: Ask, invoke: Invoke) -> None:
     assert invoke("bench", "--list", "--cells", "no such cell").exit_code == 2
 
 
+def test_bench_of_the_backward_lists_its_own_cells_with_its_own_arithmetic(ask: Ask, invoke: Invoke) -> None:
+    forward, backward = ({cell["cell"]: cell["flops"] for cell in ask("bench", "--list", *more)["cells"]} for more in ((), ("--backward",)))
+    assert {name.partition("_")[0] for name in backward} == {"grid", "gqa", "varlen", "window", "deterministic"}
+    assert all(backward[name] == 2.5 * flops for name, flops in forward.items() if name in backward)
+    assert invoke("bench", "--list", "--cells", "deterministic").exit_code == 2
+    for beside, said in (("--host", "--host, which measures a training step"), ("--families=fa2", "the backward has one family")):
+        result = invoke("bench", "--backward", beside)
+        assert (result.exit_code, said in " ".join(result.stderr.replace("│", "").split())) == (2, True)
+
+
 @no_gpu
-def test_bench_without_a_gpu_is_a_named_error(invoke: Invoke) -> None:
-    result = invoke("bench")
+@pytest.mark.parametrize("more", [(), ("--backward",)])
+def test_bench_without_a_gpu_is_a_named_error(invoke: Invoke, more: tuple[str, ...]) -> None:
+    result = invoke("bench", *more)
     assert result.exit_code == 1
     assert "DeviceMismatchError: bench: got a machine without a GPU" in result.stderr
 
