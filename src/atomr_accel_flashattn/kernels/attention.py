@@ -32,7 +32,7 @@ class AttentionSpec(KernelSpec):
 
     ENTRY: ClassVar[str]  # the function of the header
     PARAMS: ClassVar[str]  # the struct that it takes
-    # The fields of Tile that the kernel reads, with the values that a search tries; none where it has one tile.
+    # Fields of Tile that the kernel reads, with the values that a search tries; none: one tile.
     AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
 
     dtype: DType
@@ -76,15 +76,18 @@ class AttentionSpec(KernelSpec):
         return str(self.threads)
 
     def misfit(self) -> str:
-        """Why there can be no kernel with this tile, beyond what is so for every kernel (tiles/space.py); empty when there can."""
+        """Why there can be no kernel with this tile; empty when there can.
+
+        What is so for every kernel is in tiles/space.py.
+        """
         return ""
 
     def registers_suffice(self) -> bool:
-        """Whether what a thread holds for certain leaves room for the rest; ptxas has the last word."""
+        """Whether what a thread surely holds leaves room for the rest; ptxas has the last word."""
         return True
 
     def registers_hold(self, numbers: int) -> bool:
-        """Whether a thread can have so many registers when an SM holds as many blocks as the tile asks for."""
+        """Whether a thread can have so many registers, with the blocks of an SM that the tile asks for."""
         return numbers <= min(_MOST_REGISTERS, _REGISTER_FILE // (self.tile.threads * self.tile.min_blocks))
 
     def body(self) -> str:

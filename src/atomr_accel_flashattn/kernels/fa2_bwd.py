@@ -27,9 +27,7 @@ class Fa2BackwardSpec(BackwardSpec):
 
     HEADER: ClassVar[str] = "fa2_bwd"
     ENTRY: ClassVar[str] = "fa2_backward"
-    AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
-        {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "warps": (4, 8)}
-    )
+    AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"block_m": (32, 64, 128), "block_n": (32, 64, 128), "warps": (4, 8)})
 
     @property
     def shared_memory(self) -> int:
@@ -44,7 +42,7 @@ class Fa2BackwardSpec(BackwardSpec):
         return ("HMMA", "LDSM", red, *(("LDGSTS",) if self.aligned else ()))
 
     def misfit(self) -> str:
-        """Warps share the 16 x 16 blocks of each of the five products evenly (``WarpProduct`` of cuda/tile/product.cuh)."""
+        """Warps share the 16 x 16 blocks of each product evenly (cuda/tile/product.cuh)."""
         tile, dq_cols = self.tile, _COLS_OF_DQ if self.head_dim % _COLS_OF_DQ == 0 else 32
         products = ((tile.block_m, tile.block_n), (tile.block_n, self.head_dim), (tile.block_n, self.v_head_dim), (tile.block_m, dq_cols))
         for rows, cols in products:
@@ -72,6 +70,9 @@ class Fa2BackwardSpec(BackwardSpec):
 
 
 def _share_evenly(rows: int, cols: int, warps: int) -> bool:
-    """Whether warps can cut these numbers into equal parts of whole blocks: into as many bands of 16 rows as there are, then columns."""
+    """Whether warps can cut these numbers into equal parts of whole blocks.
+
+    Into as many bands of 16 rows as there are, then into columns.
+    """
     down = min(warps, rows // 16)
     return rows % 16 == 0 and down > 0 and warps % down == 0 and rows % (16 * down) == 0 and cols % (16 * (warps // down)) == 0
