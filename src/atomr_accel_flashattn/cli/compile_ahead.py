@@ -230,7 +230,10 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
 
 
 def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
-    """All that make a difference: deterministic is a backward by itself, and a backward packs no heads, so that gqa changes nothing."""
+    """All that make a difference.
+
+    Deterministic is a backward by itself, and a backward packs no heads, so gqa changes nothing.
+    """
     ordered = [name for name in FEATURES if name in set(names)]
     every = chain.from_iterable(combinations(ordered, size) for size in range(len(ordered) + 1))
     return (subset for subset in every if len(set(subset) & {*_BACKWARD, "gqa"}) < 2 or not set(subset) & set(_BACKWARD))

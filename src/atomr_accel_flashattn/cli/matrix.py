@@ -153,7 +153,7 @@ class Runs:
         return cls() if failed else cls(card, arch_of_capability(major, minor), passed, commit)
 
     def did(self, arch: SmArch, family: Family, feature: str) -> bool:
-        """Whether a test that names ``feature`` passed on this architecture, by kernels of ``family``.
+        """Whether a test of ``family`` that names ``feature`` passed on this architecture.
 
         Hopper, whose calls compile for sm_90a, runs the kernels of sm_90 too.
         """
