@@ -296,6 +296,9 @@ def test_a_run_records_the_kernels_it_used_and_compile_makes_those(
     assert [kernel["kernel"] for kernel in ask("compile", "--like", record)["kernels"]] == [spec.kernel_name for spec in used]
     assert len(list(cache_dir.glob("*.cubin"))) == len(used)
     assert "--like" in invoke("compile", "--like", record, "--mask", "full").stderr
+    lines = record.read_text().splitlines()
+    record.write_text("\n".join(line for line in lines if "fa2_bwd" in line) + "\n")
+    assert len(ask("compile", "--like", record, "--dry-run")["kernels"]) == 3, "with what goes before and behind it"
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"header": "fa9_fwd"}', '{"header": "dropout_mask", "arch": "sm_90", "varlen": 1}'])

@@ -91,7 +91,7 @@ def compile_ahead(
     if everything and narrowed:
         raise typer.BadParameter(f"got it beside {', '.join(narrowed)}; it takes all of them; --arch may stay", param_hint="--all")
     if like is not None:
-        specs = read_kernels(like)
+        specs = _launched(read_kernels(like))
     elif everything:
         specs = _count_all(_archs(arch or ["all"]), hidden=as_json)
     else:
@@ -217,8 +217,12 @@ def _masked(key: DispatchKey, mask: str) -> DispatchKey:
 
 def _kernels(keys: Iterable[DispatchKey]) -> list[KernelSpec]:
     """The kernels that calls of these keys launch, each once."""
-    answers = dict.fromkeys(spec for key in keys for spec in map(lookup, _as_calls_ask(key)) if isinstance(spec, KernelSpec))
-    return list(dict.fromkeys(step for spec in answers for step in spec.steps()))
+    return _launched(spec for key in keys for spec in map(lookup, _as_calls_ask(key)) if isinstance(spec, KernelSpec))
+
+
+def _launched(answers: Iterable[KernelSpec]) -> list[KernelSpec]:
+    """The kernels of calls that these answer, each once."""
+    return list(dict.fromkeys(step for spec in dict.fromkeys(answers) for step in spec.steps()))
 
 
 def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
