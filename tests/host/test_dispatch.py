@@ -35,6 +35,7 @@ any_extras = st.fixed_dictionaries(
         "dropout": st.booleans(),
         "learned_sink": st.booleans(),
         "direction": st.sampled_from(["fwd", "bwd", "dropout_mask"]),
+        "deterministic": st.booleans(),
         "split": st.booleans(),
         "kv_layout": st.sampled_from(["NHD", "HND", "VLLM_V1"]),
         "left_pad": st.booleans(),

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ..errors import ArchUnsupportedError, DispatchError
+from ..kernels.attention import AttentionSpec
 from ..kernels.dropout_mask import DropoutMaskSpec
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.fa2_fwd import Fa2ForwardSpec
@@ -25,6 +26,7 @@ from .key import DispatchKey, Extras
 
 __all__ = ["CpuSpec", "forget_lookups", "lookup"]
 
+_Spec = TypeVar("_Spec", bound=AttentionSpec)
 _BEFORE_WGMMA: Final = frozenset({SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90})
 
 
@@ -71,7 +73,7 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
         return CpuSpec(key.dtype)
     if key.extras.direction == "dropout_mask":
         return DropoutMaskSpec(arch=_arch_of_mma(key.arch), varlen=key.varlen)
-    spec = _backward(key) if key.extras.direction == "bwd" else _with_chosen_tile(_forward(key), key.extras)
+    spec = _with_chosen_tile(_backward(key) if key.extras.direction == "bwd" else _forward(key), key.extras)
     if spec.shared_memory > key.arch.shared_memory_per_block:
         tile_arch = key.extras.tiles_for or key.arch
         raise ArchUnsupportedError(
@@ -127,12 +129,15 @@ def _arch_of_mma(arch: SmArch) -> SmArch:
     return SmArch.SM_90 if arch is SmArch.SM_90A else arch
 
 
-def _with_chosen_tile(spec: ForwardSpec, extras: Extras) -> ForwardSpec:
+def _with_chosen_tile(spec: _Spec, extras: Extras) -> _Spec:
     """``spec`` with the tile that the key names, else the one that was tuned for it on this machine, else its own."""
-    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec, short_q=extras.short_q))
+    short_q = extras.short_q and isinstance(spec, ForwardSpec)
+    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec, short_q=short_q))
     if tile is None:
         return spec
-    chosen = replace(spec, tile=tile if extras.persistent is None else replace(tile, persistent=extras.persistent))
+    if extras.persistent is not None and "persistent" in spec.AXES:
+        tile = replace(tile, persistent=extras.persistent)
+    chosen = replace(spec, tile=tile)
     reason = misfit(chosen)
     if reason:
         raise DispatchError(f"tile: got {tile} for {spec.kernel_name}; {reason}")

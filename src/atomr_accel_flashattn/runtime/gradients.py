@@ -22,7 +22,7 @@ from .backend import check_backend
 from .plan import SLOTS, Plan, Workspace, find, forward_addresses, keep, launch_of
 from .staleness import Fingerprint
 
-__all__ = ["GradientOutputs", "Gradients", "differentiate", "fill_gradients", "make_gradients"]
+__all__ = ["GradientOutputs", "Gradients", "differentiate", "fill_gradients", "gradient_addresses", "make_gradients"]
 
 # Slots of a backward: the first two, those of the workspace, the others, those of the forward. BwdParams has them in this order.
 _READ: Final = ("dout", "dlse")
@@ -135,7 +135,7 @@ def fill_gradients(
             keep(request, plan)
     raw = current_stream(q) if stream is None else raw_stream(stream)
     assert plan.workspace is not None  # noqa: S101 - every plan that is made here has one
-    plan.launch(raw, _addresses(problem, outputs, plan.workspace))
+    plan.launch(raw, gradient_addresses(problem, outputs, plan.workspace))
     _tell_written(request)
     return plan
 
@@ -185,8 +185,8 @@ def _make_plan(spec: Fa2BackwardSpec, problem: BackwardProblem, outputs: Gradien
     return Plan(launches, outputs.strides, workspace)
 
 
-def _addresses(problem: BackwardProblem, outputs: GradientOutputs, workspace: Workspace) -> tuple[int, ...]:
-    """In the order of the slots that :func:`_make_plan` names; 0 for what the call does not have."""
+def gradient_addresses(problem: BackwardProblem, outputs: GradientOutputs, workspace: Workspace) -> tuple[int, ...]:
+    """What launches bring, in the order of the plan's slots; 0 for what the call does not have."""
     base = 0 if outputs.workspace is None else outputs.workspace.ptr
     at = {slot: base + offset for slot, offset in workspace.offsets.items()}
     out = at.pop("o") if problem.out is None else problem.out.ptr
