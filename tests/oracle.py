@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from atomr_accel_flashattn.types import DType
@@ -246,8 +247,11 @@ def differentiate(inputs: Inputs, upstream: Upstream, precision: Precision) -> G
 def cancellation_floor(inputs: Inputs, upstream: Upstream) -> tuple[float, float, float, float]:
     """What two roundings of dP and of its mean may do to dq, dk, dv and dsink where the two cancel, as in a row that sees one key.
 
-    There a plain evaluation may be right by luck. Roundings are those of the accumulator: float32, float64 for float64 inputs.
+    There a plain evaluation may be right by luck. Roundings are those of the accumulator: float32, float64 for float64 inputs. A dsink
+    is one number, and with few rows it may be right by luck, too: its floor has the rounding of o, with random signs.
     """
+    half_unit = float(ml_dtypes.finfo(NUMPY_DTYPE[inputs.dtype]).eps) / 2
+    rounding_of_out = np.zeros(inputs.heads)  # variance
     unit = float(np.finfo(np.float64 if inputs.dtype is DType.F64 else np.float32).eps)
     dq, dk, dv = (np.zeros(array.shape) for array in (inputs.q, inputs.k, inputs.v))
     dsink = np.zeros(inputs.heads)
@@ -261,6 +265,10 @@ def cancellation_floor(inputs: Inputs, upstream: Upstream) -> tuple[float, float
             dq[sequence.out_rows][:, head] = (dproduct @ np.abs(made.k))[0]
             dk[keys][:, kv_head] += (dproduct.transpose(0, 2, 1) @ np.abs(made.q))[0]
             dsink[head] += 2 * unit * mean.sum()
+            weight = np.exp(made.sink[:, None] - made.lse)
+            moved = dout * ((made.probability * made.factor) @ made.v) * half_unit
+            rounding_of_out[head] += ((weight[..., None] * moved) ** 2)[np.isfinite(moved)].sum()
+    dsink += np.sqrt(rounding_of_out)
     return _largest_finite(dq), _largest_finite(dk), _largest_finite(dv), _largest_finite(dsink)
 
 

@@ -22,8 +22,9 @@ import torch
 
 from atomr_accel_flashattn.bench.cells import Cell, select
 from atomr_accel_flashattn.bench.families import repeated, request_of
-from atomr_accel_flashattn.bench.forward import Options, chosen_peers
+from atomr_accel_flashattn.bench.forward import chosen_peers
 from atomr_accel_flashattn.bench.inputs import ERROR_LIMIT, Inputs, check_rows, make_inputs
+from atomr_accel_flashattn.bench.measure import Options
 from atomr_accel_flashattn.bench.peers import Refused
 from atomr_accel_flashattn.bench.record import make_record
 from atomr_accel_flashattn.bench.timing import Contestant, measure_in_turns

@@ -9,14 +9,16 @@
 #   tests      pytest tests/gpu and the demo, summary and rows to $OUT/gpu_tests.json*   (              420 s)
 #   sanitizer  compute-sanitizer's four tools on small shapes, to $OUT/sanitizer.json    (              300 s)
 #   bench      forward benchmark, record and picture                                     (              300 s)
+#   backward   backward benchmark, record and picture, memory of training steps          (              300 s)
 #   host       microseconds per call, start-up, memory growth                            (              120 s)
 #   actor      round trip, pipeline, throughput and fusing of the actor                  (              200 s)
 #   tune       search of tiles for cells of each head dim, as a table of shipped tiles   (              200 s)
 #   devices    the tests that need two GPUs, and Ray for the pool, to $OUT/two_gpus.json (              240 s)
 #
-# Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, SANITIZER_ARGS, BENCH_ARGS, HOST_ARGS, ACTOR_ARGS, TUNE_ARGS;
-# ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the interpreter, else that of .venv where there is
-# one; JOBS the test processes.
+# Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, SANITIZER_ARGS, BENCH_ARGS,
+# BACKWARD_ARGS, HOST_ARGS, ACTOR_ARGS, TUNE_ARGS (--backward searches the tiles of gradients);
+# ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the
+# interpreter, else that of .venv where there is one; JOBS the test processes.
 set -u
 cd "$(dirname "$0")/.."
 [[ -x .venv/bin/python ]] && PYTHON=${PYTHON:-.venv/bin/python}
@@ -77,13 +79,15 @@ for name in "$@"; do
     # shellcheck disable=SC2086
     bench) stage bench 300 "$PYTHON" tools/gpu_bench.py forward --out "$OUT" --budget 240 ${BENCH_ARGS:-} ;;
     # shellcheck disable=SC2086
+    backward) stage backward 300 "$PYTHON" tools/gpu_bench.py backward --out "$OUT" --budget 240 ${BACKWARD_ARGS:-} ;;
+    # shellcheck disable=SC2086
     host) stage host 120 "$PYTHON" tools/gpu_bench.py host --out "$OUT" ${HOST_ARGS:-} ;;
     # shellcheck disable=SC2086
     actor) stage actor 200 "$PYTHON" -m atomr_accel_flashattn.bench.actor --out "$OUT" ${ACTOR_ARGS:-} ;;
     tune) stage tune 200 bash -c run_tune ;;
     devices) stage devices 240 bash -c run_devices ;;
     *)
-      echo "no stage '$name': there are smoke, tests, sanitizer, bench, host, actor, tune, devices" >&2
+      echo "no stage '$name': there are smoke, tests, sanitizer, bench, backward, host, actor, tune, devices" >&2
       exit 2
       ;;
   esac

@@ -1,4 +1,4 @@
-"""Write table and picture of forward records again: ``python tools/render_results.py benchmarks/results/forward_*.json``."""
+"""Write table and picture of records again: ``tools/render_results.py benchmarks/results/forward_*.json``."""
 
 from __future__ import annotations
 

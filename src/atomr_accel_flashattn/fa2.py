@@ -29,3 +29,5 @@ class Fa2FwdRequest(DenseFwdRequest):
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Fa2BwdRequest(DenseBwdRequest):
     """Gradients by FlashAttention-2 (arXiv 2307.08691, Algorithm 2). Attributes and errors: DenseBwdRequest."""
+
+    PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()

@@ -30,6 +30,7 @@ from .runtime.execute import execute
 from .runtime.plan import Key
 from .torch_ops.autograd import attend, is_recorded, without_history
 from .torch_ops.repeat import Numbers, Others, Packing, remember, repeat
+from .torch_ops.repeat_recorded import remember_recorded
 from .varlen import CumulativeSeqlens, VarlenFwdRequest
 
 ArrayT = TypeVar("ArrayT")
@@ -451,7 +452,7 @@ def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers
     """Every functional call: as one like it was answered before, or through a request."""
     if deterministic is not False:
         deterministic = _flag(deterministic, "deterministic")
-    key, result = repeat(q, k, v, packing, numbers, others)
+    key, result = repeat(q, k, v, packing, numbers, others, deterministic=deterministic)
     return _first(_Call(q, k, v, numbers, others, deterministic), packing, key) if result is None else result
 
 
@@ -523,12 +524,16 @@ class _Call:
     def finish(self, request: DenseFwdRequest | VarlenFwdRequest, key: Key | None) -> Any:
         """Run the request, leave a shortcut for calls like it, and give the results the form that flash-attn gives them."""
         plan = None
+        asked = None
         if self.recorded:
-            output = attend(request, self.inputs, dropout_mask=self.return_attn_probs, deterministic=self.deterministic)
+            output, plan, asked = attend(request, self.inputs, probs=self.return_attn_probs, deterministic=self.deterministic)
         else:
             output, plan = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
         if key is not None and plan is not None and not self.copied:
-            remember(key, plan, output, self.others)
+            if asked is None:
+                remember(key, plan, output, brings_out=self.others[2] is not None)
+            else:
+                remember_recorded(key, plan, output, asked, gives_lse=self.return_attn_probs)
         results: tuple[Any, ...] = (output.out, output.lse, output.dropout_mask)
         if self.v_head_dim:
             out = output.out[..., : self.v_head_dim]

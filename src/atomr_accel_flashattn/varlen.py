@@ -278,11 +278,14 @@ class VarlenBwdRequest(MadeAnew, ShortRepr):
         dq, dk, dv: arrays like q, k and v to be written, None for new ones.
         problem: the request in its normal form (made, not given).
         gradient_arrays: the descriptions of dq, dk and dv (made, not given).
+        plan_key: what its plan is found by; None on the CPU (made, not given).
 
     Raises:
         ConstructionError: the subclass says which argument is wrong; nothing has been written.
         FeatureNotBuiltError: fp8, torch tensors that want second derivatives, or forward-mode ones.
     """
+
+    PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()  # what its plan depends on beside problem and gradient_arrays
 
     q: Any
     k: Any
@@ -304,6 +307,7 @@ class VarlenBwdRequest(MadeAnew, ShortRepr):
     dv: Any = field(default=None, kw_only=True)
     problem: BackwardProblem = field(init=False, repr=False)
     gradient_arrays: GradientArrays = field(init=False, repr=False)
+    plan_key: Key | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_before_forward(self)

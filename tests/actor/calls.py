@@ -37,6 +37,38 @@ def expected(message: FlashAttnMsg.Forward) -> Output:
     return fa.run(fa.Fa2FwdRequest(q, k, v, options=options))
 
 
+def backward(seed: int = 0, *, seqlen_q: int = 2, **more: Any) -> FlashAttnMsg.Backward:
+    """The gradients of what :func:`message` computes."""
+    request = message(seed, seqlen_q=seqlen_q).request
+    done = fa.run(request)
+    dout = np.random.default_rng(seed + 100).standard_normal(done.out.shape).astype(done.out.dtype)
+    return FlashAttnMsg.Backward(fa.Fa2BwdRequest(request.q, request.k, request.v, done.out, dout, done.lse, mask=request.mask, **more))
+
+
+def sent_backward(seed: int = 0, index: int = 0, *, seqlen: int = 4, **more: Any) -> FlashAttnMsg.Backward:
+    """The gradients of what is :func:`sent`, on GPU ``index``."""
+    host = on_host(sent(seed, index, seqlen=seqlen).request)
+    done = fa.run(fa.Fa2FwdRequest(*host))
+    dout = np.random.default_rng(seed + 100).standard_normal(done.out.shape).astype(np.float16)
+    arrays = (*host, *((None, dout, None) if more.get("recompute") else (done.out, dout, done.lse)))
+    infos = (None if array is None else FakeArray(array, index).info() for array in arrays)
+    return FlashAttnMsg.Backward(fa.Fa2BwdRequest(*infos, **more))
+
+
+def on_host(request: Any) -> list[np.ndarray]:
+    """Q, k and v of a request on the fake GPU."""
+    return [info.source.array for info in (request.q, request.k, request.v)]
+
+
+def check_gradients(answer: fa.Gradients, asked: FlashAttnMsg.Backward) -> None:
+    """The answer to what was :func:`sent_backward`, up to the rounding of the CPU backend."""
+    given = {name: getattr(asked.request, name) for name in ("out", "dout", "lse")}
+    arrays = {name: None if info is None else info.source.array for name, info in given.items()}
+    direct = fa.run(fa.Fa2BwdRequest(*on_host(asked.request), **arrays, recompute=asked.request.recompute))
+    for name in ("dq", "dk", "dv"):
+        np.testing.assert_allclose(getattr(answer, name).array, getattr(direct, name), rtol=1e-2, atol=4e-3)
+
+
 def start(inner: FlashAttnInner, **props: Any) -> FlashAttnHandle:
     """An actor above ``inner``."""
     return FlashAttnActor.start(FlashAttnProps(device="cpu", **props), inner)

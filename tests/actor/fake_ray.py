@@ -26,14 +26,14 @@ class RayTaskError(RayError):
 
 
 class FakeWorker:
-    """What a pool has of a worker: ``forward.remote`` and ``ready.remote``."""
+    """What a pool has of a worker: ``run.remote`` and ``ready.remote``."""
 
     def __init__(self) -> None:
         self.calls: list[Future[Any]] = []
-        self.forward = SimpleNamespace(remote=self._forward)
+        self.run = SimpleNamespace(remote=self._run)
         self.ready = SimpleNamespace(remote=lambda: None)
 
-    def _forward(self, *_: object) -> Any:
+    def _run(self, *_: object) -> Any:
         self.calls.append(Future())
         return SimpleNamespace(future=lambda call=self.calls[-1]: call)
 

@@ -104,7 +104,7 @@ def test_a_request_whose_time_is_over_is_not_sent_again(ray: FakeRay, start: Sta
 
 def test_a_call_that_ray_refuses_is_the_answer_to_its_request(ray: FakeRay, start: Start):
     pool = start()
-    ray.workers[0].forward.remote = lambda *_: refuse()
+    ray.workers[0].run.remote = lambda *_: refuse()
     assert isinstance(pool.ask(message()).exception(PATIENCE), ValueError)
     assert pool.loads == {1: 0}
     pool.stop(timeout=PATIENCE)

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnMsg, FlashAttnPool, FlashAttnProps, Overflow
 from atomr_accel_flashattn.actor.ray import pool as pool_module
 from atomr_accel_flashattn.actor.ray.wire import WireArray
-from tests.actor.calls import message
+from tests.actor.calls import backward, message
 from tests.fakes.waiting import until
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'atomr-accel-flashattn[ray]'")
@@ -111,6 +112,57 @@ def test_torch_tensors_come_back_as_torch_tensors(pool: FlashAttnPool):
     assert torch.equal(out, direct.out)
 
 
+def test_gradients_are_those_of_direct_calls(pool: FlashAttnPool):
+    rng = np.random.default_rng(0)
+    q, k, v, dout = rng.standard_normal((4, 2, 300, 2, 64)).astype(np.float32)  # 300 KB each: through the object store
+    options = fa.AttentionOptions(dropout_p=0.5, rng=np.array([1, 2]), softcap=2.0, learned_sink=np.ones(2, np.float32))
+    band = {"mask": fa.MaskKind.sliding_causal(20), "sink_tokens": 2, "bias": fa.PositionBias.alibi(np.ones(2, np.float32))}
+    half = [array.astype(ml_dtypes.bfloat16) for array in (q, k, v, dout)]
+    packed = rng.standard_normal((4, 9, 2, 8)).astype(np.float16)
+    offsets = fa.CumulativeSeqlens.from_lengths([4, 5])
+    into = {f"d{name}": np.full_like(array, np.nan) for name, array in (("q", q), ("v", v))}
+    dlse = rng.standard_normal((2, 2, 300)).astype(np.float32)
+    requests = [
+        backward(1).request,
+        backward(2, deterministic=True).request,
+        fa.DenseBwdRequest(q, k, v, dout=dout, dlse=dlse, recompute=True, **band, **into),
+        fa.Fa2BwdRequest(*half[:3], dout=half[3], recompute=True, options=options),
+        fa.VarlenBwdRequest(*packed[:3], dout=packed[3], recompute=True, cu_seqlens_q=offsets, mask=fa.MaskKind.causal()),
+    ]
+    answers = [reply.result(PATIENCE) for reply in [pool.ask(FlashAttnMsg.Backward(request)) for request in requests]]
+    assert all(getattr(answers[2], name) is array for name, array in into.items())
+    for request, answer in zip(requests, answers, strict=True):
+        got = {name: None if (array := getattr(answer, name)) is None else array.copy() for name in ("dq", "dk", "dv", "dsink")}
+        direct = fa.run(request)
+        for name, array in got.items():
+            assert (array is None) == (getattr(direct, name) is None)
+            if array is not None:
+                check_equal(array, getattr(direct, name))
+
+
+def test_a_forward_and_its_backward_have_one_dropout_pattern(pool: FlashAttnPool):
+    request = message(3).request
+    arrays, options = (request.q, request.k, request.v), fa.AttentionOptions(dropout_p=0.5)
+    done = pool.ask(FlashAttnMsg.Forward(fa.DenseFwdRequest(*arrays, options=options))).result(PATIENCE)
+    asked = fa.DenseBwdRequest(*arrays, done.out, np.ones_like(done.out), done.lse, options=replace(options, rng=done.rng))
+    check_equal(pool.ask(FlashAttnMsg.Backward(asked)).result(PATIENCE).dv, fa.run(asked).dv)
+
+
+@pytest.mark.torch
+def test_gradients_of_torch_tensors_come_back_as_torch_tensors(pool: FlashAttnPool):
+    import torch
+
+    q, k, v, dout = (torch.randn(1, 6, 2, 16, dtype=torch.bfloat16) for _ in range(4))
+    dk = torch.empty_like(k)
+    request = fa.Fa2BwdRequest(q, k, v, dout=dout, recompute=True, dk=dk)
+    answer = pool.ask(FlashAttnMsg.Backward(request)).result(PATIENCE)
+    assert answer.dk is dk
+    made = [getattr(answer, name).clone() for name in ("dq", "dk", "dv")]
+    direct = fa.run(request)
+    for gradient, name in zip(made, ("dq", "dk", "dv"), strict=True):
+        torch.testing.assert_close(gradient, getattr(direct, name))
+
+
 def test_what_is_sent_is_a_copy(pool: FlashAttnPool):
     sent = message(4)
     expected = fa.run(sent.request).out
@@ -121,8 +173,11 @@ def test_what_is_sent_is_a_copy(pool: FlashAttnPool):
 
 def test_a_request_that_is_wrong_fails_alone_with_its_own_error(pool: FlashAttnPool):
     with pytest.raises(fa.FeatureNotBuiltError) as caught:
-        pool.ask(FlashAttnMsg.Backward(message().request)).result(PATIENCE)
-    assert caught.value.feature == "backward"
+        pool.ask(FlashAttnMsg.PagedForward(message().request)).result(PATIENCE)
+    assert caught.value.feature == "paged"
+    for kind, request in ((FlashAttnMsg.Backward, message().request), (FlashAttnMsg.Forward, backward().request)):
+        with pytest.raises(fa.UnknownMessageError, match="; send it as FlashAttnMsg"):
+            pool.ask(kind(request))
     with pytest.raises(fa.UnknownMessageError):
         pool.ask(3)  # type: ignore[arg-type]
     with pytest.raises(fa.UnknownMessageError):
@@ -140,8 +195,18 @@ def test_a_tensor_that_is_gone_when_the_answer_comes(pool: FlashAttnPool):
     request = fa.Fa2FwdRequest(sent.request.q, sent.request.k, sent.request.v, out=out)
     reply = pool.ask(FlashAttnMsg.Forward(request))
     out.resize((1,), refcheck=False)
-    with pytest.raises(fa.StaleArrayError, match="out"):
+    with pytest.raises(fa.StaleArrayError, match=r"^out:"):
         reply.result(PATIENCE)
+    busy = [pool.ask(slow(seed)) for seed in range(2)]
+    sent, dv = message(5), np.empty((1, 5, 1, 8), np.float32)
+    request = fa.Fa2FwdRequest(sent.request.q, sent.request.k, sent.request.v, out=np.empty_like(sent.request.q))
+    replies = [pool.ask(FlashAttnMsg.Forward(request)), pool.ask(backward(dv=dv))]
+    sent.request.q.resize((1,), refcheck=False)  # it has been copied
+    dv.resize((1,), refcheck=False)
+    assert replies[0].result(PATIENCE).out is request.out
+    with pytest.raises(fa.StaleArrayError, match=r"^dv:"):
+        replies[1].result(PATIENCE)
+    assert all(reply.result(PATIENCE) for reply in busy)
 
 
 def test_requests_go_to_the_least_loaded_worker(pool: FlashAttnPool):
@@ -221,7 +286,7 @@ def test_a_worker_that_loses_its_gpu_is_replaced_and_its_request_sent_again(monk
         async def ready(self) -> int:
             return 0
 
-        async def forward(self, _: object, q: np.ndarray, *__: object) -> Any:
+        async def run(self, _: object, q: np.ndarray, *__: object) -> Any:
             return (
                 fa.DeviceLostError("sticky", cuda_error="CUDA_ERROR_LAUNCH_FAILED")
                 if self.first

@@ -11,7 +11,7 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnInner, FlashAttnMsg, FlashAttnProps, SmArch
 from atomr_accel_flashattn.types import Device
-from tests.actor.calls import message
+from tests.actor.calls import backward, message
 from tests.fakes.inner import HeldDevice
 from tests.fakes.waiting import PATIENCE
 
@@ -68,12 +68,22 @@ def test_an_unknown_message(unknown: object):
         assert actor.ask(message()).result(PATIENCE).out is not None
 
 
-def test_a_forward_message_without_a_forward_request():
-    with (
-        FlashAttnActor.start() as actor,
-        pytest.raises(fa.UnknownMessageError, match="Forward with int; allowed is a DenseFwdRequest, "),
-    ):
-        actor.ask(FlashAttnMsg.Forward(3))
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (FlashAttnMsg.Forward(3), "a Forward with int; allowed is a DenseFwdRequest, .* or VarlenFwdRequest$"),
+        (FlashAttnMsg.Forward(fa.Fa2FwdRequest), "a Forward with type"),
+        (FlashAttnMsg.Forward(backward().request), "a Forward with Fa2BwdRequest.*; send it as FlashAttnMsg.Backward$"),
+        (FlashAttnMsg.Backward(3), "a Backward with int; allowed is a DenseBwdRequest, Fa2BwdRequest or VarlenBwdRequest$"),
+        (FlashAttnMsg.Backward(message().request), "a Backward with Fa2FwdRequest.*; send it as FlashAttnMsg.Forward$"),
+    ],
+    ids=["forward of a number", "forward of a class", "forward of a backward", "backward of a number", "backward of a forward"],
+)
+def test_a_message_with_a_request_of_another_kind(wrong: FlashAttnMsg.Forward | FlashAttnMsg.Backward, says: str):
+    with FlashAttnActor.start() as actor:
+        with pytest.raises(fa.UnknownMessageError, match=f"message: got {says}"):
+            actor.ask(wrong)
+        assert actor.unanswered == 0
 
 
 def test_a_request_for_another_device():
@@ -131,13 +141,12 @@ def test_an_overflow_that_is_none():
         assert actor.unanswered == 0
 
 
-@pytest.mark.parametrize(("kind", "feature"), [(FlashAttnMsg.Backward, "backward"), (FlashAttnMsg.PagedForward, "paged")])
-def test_what_is_not_built_is_refused_by_name_in_its_own_reply(kind: type, feature: str):
+def test_what_is_not_built_is_refused_by_name_in_its_own_reply():
     for inner in (FlashAttnInner.reference(), FlashAttnInner.mock()):
         with FlashAttnActor.start(FlashAttnProps(device="cpu"), inner) as actor:
             with pytest.raises(fa.FeatureNotBuiltError) as caught:
-                actor.ask(kind(message().request)).result(PATIENCE)
-            assert caught.value.feature == feature
+                actor.ask(FlashAttnMsg.PagedForward(message().request)).result(PATIENCE)
+            assert caught.value.feature == "paged"
 
 
 def test_the_mock_answers_with_the_kernel_that_would_have_run():

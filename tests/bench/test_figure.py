@@ -11,8 +11,8 @@ import pytest
 
 plt = pytest.importorskip("matplotlib.pyplot")
 
-from atomr_accel_flashattn.bench.cells import FEATURES, all_cells  # noqa: E402 - after the skip
-from atomr_accel_flashattn.bench.figure import STYLES, draw  # noqa: E402
+from atomr_accel_flashattn.bench.cells import FEATURES, all_cells, backward_cells  # noqa: E402 - after the skip
+from atomr_accel_flashattn.bench.figure import _OTHERS as OTHERS, STYLES, draw  # noqa: E402
 
 PEERS = ("ours", "fa2", "cudnn", "fa3", "fa4", "flex")
 
@@ -76,6 +76,19 @@ def test_every_bar_has_its_rate_above_and_a_missing_one_says_so(drawn: Any) -> N
     assert ("softcap\ncausal\n2k" in ticks, "softcap d64\ncausal\n2k" in ticks, "sink4\nwindow1024\n8k" in ticks) == (True, True, True)
     widths = [axis.get_position().width for axis in figure.axes]
     assert min(widths[-2:]) > 1.9 * widths[0]
+
+
+def test_the_picture_of_a_backward_says_so_and_has_deterministic_cells_apart(drawn: Any) -> None:
+    cells = backward_cells()
+    record = record_of(cells) | {"direction": "backward"}
+    for row, cell in zip(record["rows"], cells, strict=True):
+        row["deterministic"] = cell.deterministic
+    figure = drawn(record)
+    assert figure.legends[0].get_title().get_text().startswith("Attention backward speed")
+    *grid, others, same_bits = figure.axes
+    assert (len(grid), others.get_title(), same_bits.get_title()) == (6, OTHERS, "deterministic")
+    assert [tick.get_text().split("\n")[0] for tick in same_bits.get_xticklabels()] == ["deterministic"] * 2 + ["deterministic d64"]
+    assert "Attention forward speed" in drawn(record_of(cells[:1])).legends[0].get_title().get_text()
 
 
 def test_cells_that_a_peer_does_without_a_feature_are_marked(drawn: Any) -> None:

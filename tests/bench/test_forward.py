@@ -18,12 +18,13 @@ torch = pytest.importorskip("torch")
 from atomr_accel_flashattn.bench import (  # noqa: E402 - after the skip
     entry,
     forward,
+    measure,
     timing,
 )
 from atomr_accel_flashattn.bench.cells import SOFTCAP, SOFTCAP_SCORE_STD, Cell, all_cells  # noqa: E402
 from atomr_accel_flashattn.bench.families import OfFamily  # noqa: E402
-from atomr_accel_flashattn.bench.forward import Options  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import CHECKED_ROWS, ERROR_LIMIT, Inputs, _float32_rows, check_rows, make_inputs  # noqa: E402
+from atomr_accel_flashattn.bench.measure import Options  # noqa: E402
 from atomr_accel_flashattn.bench.peers import CudnnPeer, Ours, Refused, TorchFa2  # noqa: E402
 from atomr_accel_flashattn.bench.report import header, markdown  # noqa: E402
 from atomr_accel_flashattn.bench.timing import Contestant, Timing, measure_in_turns  # noqa: E402
@@ -151,10 +152,10 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: Timing([draw.uniform(1, 2) for _ in range(rounds)]) for name in contestants}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(forward, "_card", lambda: (CPU, 0))
-    monkeypatch.setattr(forward, "ceilings", lambda: {"matmul_bf16_tflops": 700.0, "copy_gbs": 4000.0})
+    monkeypatch.setattr(measure, "card", lambda: (CPU, 0))
+    monkeypatch.setattr(measure, "ceilings", lambda: {"matmul_bf16_tflops": 700.0, "copy_gbs": 4000.0})
     monkeypatch.setattr(forward, "select", lambda _patterns: CELLS)
-    monkeypatch.setattr(forward, "measure_in_turns", times)
+    monkeypatch.setattr(measure, "measure_in_turns", times)
     monkeypatch.setattr(entry, "make_record", _record)
 
 

@@ -11,11 +11,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from atomr_accel_flashattn.bench import entry, forward, other_peers  # noqa: E402 - after the skip
+from atomr_accel_flashattn.bench import entry, forward, measure, other_peers  # noqa: E402 - after the skip
 from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
 from atomr_accel_flashattn.bench.figure import STYLES  # noqa: E402
-from atomr_accel_flashattn.bench.forward import Options, chosen_peers  # noqa: E402
+from atomr_accel_flashattn.bench.forward import chosen_peers  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import Inputs, check_rows, make_inputs  # noqa: E402
+from atomr_accel_flashattn.bench.measure import Options  # noqa: E402
 from atomr_accel_flashattn.bench.other_peers import Absent, FlashAttnPackage, FlexPeer, XformersFa3, importable_peers, named_peers  # noqa: E402
 from atomr_accel_flashattn.bench.peers import Peer, Refused  # noqa: E402
 from atomr_accel_flashattn.cli.bench import PEERS_HELP  # noqa: E402
@@ -104,11 +105,11 @@ def test_all_is_every_name_and_the_help_and_the_picture_know_each() -> None:
 @pytest.mark.usefixtures("nothing_installed")
 def test_a_run_names_the_peer_that_is_missing_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(forward, "_card", lambda: (torch.device("cpu"), 0))
-    monkeypatch.setattr(forward, "ceilings", lambda: {"matmul_bf16_tflops": 700.0, "copy_gbs": 4000.0})
+    monkeypatch.setattr(measure, "card", lambda: (torch.device("cpu"), 0))
+    monkeypatch.setattr(measure, "ceilings", lambda: {"matmul_bf16_tflops": 700.0, "copy_gbs": 4000.0})
     monkeypatch.setattr(forward, "select", lambda _patterns: CELLS[:2])
     timing = SimpleNamespace(ms=1.0, spread=0.0, rounds=[1.0])
-    monkeypatch.setattr(forward, "measure_in_turns", lambda contestants, **_options: dict.fromkeys(contestants, timing))
+    monkeypatch.setattr(measure, "measure_in_turns", lambda contestants, **_options: dict.fromkeys(contestants, timing))
     monkeypatch.setattr(entry, "make_record", lambda kind, body, commit: {"kind": kind, "commit": commit, **HEAD, **body})
     lines: list[str] = []
     report, _ = entry.main(Options(peers=("ours", "fa4")), out=tmp_path, picture=False, say=lines.append)

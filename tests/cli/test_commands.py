@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,16 @@ from atomr_accel_flashattn.cli.output import print_rows, size_text, time_text
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup, with_features
 from atomr_accel_flashattn.env import VARIABLES, settings
 from atomr_accel_flashattn.jit.cache import KernelCache
+from atomr_accel_flashattn.kernels.bwd_postprocess import BackwardPostprocessSpec
+from atomr_accel_flashattn.kernels.bwd_preprocess import BackwardPreprocessSpec
+from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
+from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.kernels.used import forget_recorded, read_kernels, record_kernel
 from atomr_accel_flashattn.launch import launcher
 from atomr_accel_flashattn.launch.driver import DeviceProperties, device_count
+from atomr_accel_flashattn.limits import NOT_BUILT
 from tests.cli.conftest import Ask, Invoke
 
 ONE_KERNEL = ("compile", "--arch", "sm_80", "--dtype", "f16", "--head-dim", 32, "--mask", "full")
@@ -271,6 +277,7 @@ def test_a_run_records_the_kernels_it_used_and_compile_makes_those(
     grouped = DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 128, causal=True, gqa_ratio=4)
     used = [lookup(grouped), lookup(replace(grouped, arch=fa.SmArch.SM_80, dtype=fa.DType.F16, gqa_ratio=1))]
     used.append(lookup(with_features(DispatchKey(fa.SmArch.SM_90, fa.DType.F16, 64), ["dropout_mask"])))
+    used += lookup(with_features(DispatchKey(fa.SmArch.SM_80, fa.DType.F16, 64), ["causal", "backward"])).steps()
     assert used[0].pack_gqa
     monkeypatch.setattr(launcher, "_load", lambda spec, _device, _cache: spec)
     monkeypatch.setattr(launcher, "_loaded", {})
@@ -289,6 +296,9 @@ def test_a_run_records_the_kernels_it_used_and_compile_makes_those(
     assert [kernel["kernel"] for kernel in ask("compile", "--like", record)["kernels"]] == [spec.kernel_name for spec in used]
     assert len(list(cache_dir.glob("*.cubin"))) == len(used)
     assert "--like" in invoke("compile", "--like", record, "--mask", "full").stderr
+    lines = record.read_text().splitlines()
+    record.write_text("\n".join(line for line in lines if "fa2_bwd" in line) + "\n")
+    assert len(ask("compile", "--like", record, "--dry-run")["kernels"]) == 3, "with what goes before and behind it"
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"header": "fa9_fwd"}', '{"header": "dropout_mask", "arch": "sm_90", "varlen": 1}'])
@@ -395,7 +405,37 @@ def test_all_is_the_full_product_each_kernel_once(monkeypatch: pytest.MonkeyPatc
     bools = 2**7  # varlen, alibi, softcap, learned sink, dropout, alignment, scale_first
     masks = 6  # bounds on the right, on the left, on both, on none; with sinks where there is one on the left
     assert {spec.head_dim for spec in specs if isinstance(spec, ForwardSpec)} == set(widths)
-    assert len(specs) == 2 * len(widths) * 2 * masks * bools + 2  # types, tiles, exact or padded; and the two keep patterns
+    of = Counter(type(spec) for spec in specs)
+    forward = 2 * len(widths) * 2 * masks * bools  # types, tiles, exact or padded
+    assert sum(of[kind] for kind in of if issubclass(kind, ForwardSpec)) == forward
+    assert of[Fa2BackwardSpec] == forward * (1 if "deterministic" in NOT_BUILT else 2)
+    assert of[DropoutMaskSpec] == 2
+    assert 0 < max(of[BackwardPreprocessSpec], of[BackwardPostprocessSpec]) < forward / 10, "backward kernels share what goes beside them"
+
+
+def test_a_backward_is_compiled_with_what_goes_before_and_behind_it(ask: Ask, invoke: Invoke, cache_dir: Path) -> None:
+    asked = (*ONE_KERNEL, "--feature", "backward", "--feature", "alibi")
+    count, *names = invoke(*asked, "--dry-run").stdout.splitlines()
+    assert count == "6 kernels: 6 for sm_80"
+    kinds = Counter(name.partition("_sm80")[0] for name in names)
+    assert kinds == {"fa2_fwd": 2, "fa2_bwd": 2, "bwd_preprocess": 1, "bwd_postprocess": 1}
+    assert [kernel["kernel"] for kernel in ask(*asked)["kernels"]] == names
+    assert len(list(cache_dir.glob("*.cubin"))) == 6
+
+
+def test_backward_kernels_of_specs_for_are_those_that_calls_launch() -> None:
+    asked = [fa.SmArch.SM_90A], [fa.DType.F16], [64], ["causal"]
+    key = DispatchKey(fa.SmArch.SM_90A, fa.DType.F16, 64, causal=True, extras=Extras(direction="bwd"))
+    steps = lookup(key).steps()
+    assert [type(step) for step in steps] == [BackwardPreprocessSpec, Fa2BackwardSpec, BackwardPostprocessSpec]
+    without, with_backward = (specs_for(*asked, features) for features in ([], ["backward"]))
+    assert set(with_backward) == {*without, *steps}
+    assert specs_for(*asked, ["gqa", "backward"]) == list(dict.fromkeys([*specs_for(*asked, ["gqa"]), *steps]))
+    if "deterministic" in NOT_BUILT:
+        with pytest.raises(fa.FeatureNotBuiltError, match="'deterministic' is not built"):
+            specs_for(*asked, ["deterministic"])
+    else:
+        assert any(spec.deterministic for spec in specs_for(*asked, ["deterministic"]) if isinstance(spec, Fa2BackwardSpec))
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------------------------
@@ -483,9 +523,20 @@ def test_bench_lists_its_cells(ask: Ask, invoke: Invoke) -> None:
     assert invoke("bench", "--list", "--cells", "no such cell").exit_code == 2
 
 
+def test_bench_of_the_backward_lists_its_own_cells_with_its_own_arithmetic(ask: Ask, invoke: Invoke) -> None:
+    forward, backward = ({cell["cell"]: cell["flops"] for cell in ask("bench", "--list", *more)["cells"]} for more in ((), ("--backward",)))
+    assert {name.partition("_")[0] for name in backward} == {"grid", "gqa", "varlen", "window", "deterministic"}
+    assert all(backward[name] == 2.5 * flops for name, flops in forward.items() if name in backward)
+    assert invoke("bench", "--list", "--cells", "deterministic").exit_code == 2
+    for beside, said in (("--host", "--host, which measures a training step"), ("--families=fa2", "the backward has one family")):
+        result = invoke("bench", "--backward", beside)
+        assert (result.exit_code, said in " ".join(result.stderr.replace("│", "").split())) == (2, True)
+
+
 @no_gpu
-def test_bench_without_a_gpu_is_a_named_error(invoke: Invoke) -> None:
-    result = invoke("bench")
+@pytest.mark.parametrize("more", [(), ("--backward",)])
+def test_bench_without_a_gpu_is_a_named_error(invoke: Invoke, more: tuple[str, ...]) -> None:
+    result = invoke("bench", *more)
     assert result.exit_code == 1
     assert "DeviceMismatchError: bench: got a machine without a GPU" in result.stderr
 

@@ -9,6 +9,7 @@ from atomr_accel_flashattn.cli.gpu_record import record_text, summarised
 from atomr_accel_flashattn.cli.matrix import END_MARK, START_MARK, Runs, collapsed, markdown, rendered_readme, support_matrix
 from atomr_accel_flashattn.dispatch import DISPATCH_TABLE, FEATURES
 from atomr_accel_flashattn.errors import CacheError
+from atomr_accel_flashattn.limits import NOT_BUILT
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.cli.conftest import Ask, Invoke
 
@@ -43,8 +44,8 @@ def test_cells_say_what_dispatch_says() -> None:
 def test_refusals_give_their_reason(invoke: Invoke) -> None:
     result = invoke("matrix")
     assert result.exit_code == 0
-    assert "backward: " in result.stdout
     assert "paged: " in result.stdout
+    assert "split: " in result.stdout
 
 
 def test_matrix_json(ask: Ask) -> None:
@@ -93,6 +94,18 @@ def test_the_wgmma_family_runs_on_hopper_and_counts_for_sm_90a_alone(tmp_path: P
     mma, wgmma = states(record), states(record, "sm_90a")
     assert (mma["bf16"], mma["ALiBi"]) == ("ran on H100", "compiles")
     assert (wgmma["bf16"], wgmma["ALiBi"], wgmma["wgmma family (FA3)"]) == ("compiles", "ran on H100", "ran on H100")
+
+
+def test_gradients_on_hopper_are_those_of_the_mma_sync_family(tmp_path: Path) -> None:
+    assert all(states(arch=arch)["backward"] == "compiles" for arch in ("sm_80", "sm_90", "sm_90a", "sm_120"))
+    assert states(arch="cpu")["deterministic backward"] == "runs"
+    record = write_record(tmp_path / "gpu_tests.json", "test_backward.py::test[bf16-b1-causal]")
+    assert states(record)["backward"] == states(record, "sm_90a")["backward"] == "ran on H100"
+    assert states(record, "sm_80")["backward"] == "compiles"
+
+
+def test_the_deterministic_backward_is_refused_as_long_as_it_is_not_built() -> None:
+    assert states()["deterministic backward"] == ("refused" if "deterministic" in NOT_BUILT else "compiles")
 
 
 def test_short_sequences_at_the_head_dim_of_the_matrix_count_for_their_tile(tmp_path: Path) -> None:

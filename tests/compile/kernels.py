@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
-from atomr_accel_flashattn.dispatch.resolve import backward_spec
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import DType, SmArch
@@ -104,7 +103,7 @@ def backward_specs() -> list[KernelSpec]:
     """The three kernels of a backward: every arch and tile width plain, and the pairs of features at head dim 128."""
     plain = (DispatchKey(arch, DTYPES[(a + w) % 2], width, causal=w % 2 == 0) for a, w, arch, width in _numbered(ARCHS, HEAD_DIM_WIDTHS))
     features = (_feature_key({"widths": (128, 128), **row}) for row in covering_rows(AXES))
-    return [step for key in (*plain, *features) for step in backward_spec(key).steps()]
+    return [step for key in (*plain, *features) for step in lookup(key).steps()]
 
 
 def all_specs() -> list[KernelSpec]:

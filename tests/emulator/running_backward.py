@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atomr_accel_flashattn.arrays.read import read_array
-from atomr_accel_flashattn.dispatch import key_of_backward
-from atomr_accel_flashattn.dispatch.resolve import backward_spec
+from atomr_accel_flashattn.dispatch import key_of_backward, lookup
 from atomr_accel_flashattn.problem import GradientArrays
 from atomr_accel_flashattn.types import SmArch
 from tests.inputs import NUMPY_DTYPE, Inputs, Layout, Poisoned
@@ -31,7 +30,7 @@ def emulate_backward(inputs: Inputs, upstream: Upstream, *, arch: SmArch = SmArc
     made = [Poisoned.empty(array.shape, NUMPY_DTYPE[inputs.dtype], layout) for array in (inputs.q, inputs.k, inputs.v)]
     dsink = None if inputs.learned_sink is None else np.full(inputs.heads, np.nan, np.float32)
     gradients = GradientArrays(*(read_array(each.view, name) for each, name in zip(made, ("dq", "dk", "dv"), strict=True)))
-    spec = backward_spec(key_of_backward(problem, gradients, arch))
+    spec = lookup(key_of_backward(problem, gradients, arch))
     assert spec.shared_memory <= arch.shared_memory_per_block
     workspace = {
         **{name: np.full(size // 4, np.nan, np.float32) for name, size in spec.workspace(problem.forward).items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from atomr_accel_flashattn.types import Device
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["FakeArray", "empty_like"]
+__all__ = ["FakeArray", "empty_like", "empty_workspace"]
 
 _ALIGNMENT = 256  # of what CUDA allocates
 
@@ -39,3 +40,10 @@ def empty_like(like: ArrayInfo, shape: tuple[int, ...], dtype_name: str | None =
     if not isinstance(like.source, FakeArray):
         return empty_like_framework(like, shape, dtype_name)
     return FakeArray(np.empty(shape, numpy_dtype(dtype_name or like.dtype_name)), like.device.index).info()
+
+
+def empty_workspace(like: ArrayInfo, size: int) -> ArrayInfo:
+    """``size`` bytes in which NaN lies, so that whoever reads what was not written gives no numbers."""
+    made = empty_like(like, (-(-size // 4),), "float32")
+    np.ctypeslib.as_array((ctypes.c_float * made.shape[0]).from_address(made.ptr))[:] = np.nan
+    return made

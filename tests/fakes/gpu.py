@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 from atomr_accel_flashattn.actor import gpu as actor_gpu
 from atomr_accel_flashattn.dispatch import arch as dispatch_arch, choice
+from atomr_accel_flashattn.kernels.backward import BackwardSpec
 from atomr_accel_flashattn.launch import driver, launcher
 from atomr_accel_flashattn.launch.driver import DeviceProperties
 from atomr_accel_flashattn.launch.launcher import LoadedKernel
-from atomr_accel_flashattn.runtime import execute, plan
+from atomr_accel_flashattn.runtime import execute, gradients, plan
 from atomr_accel_flashattn.torch_ops import repeat
 from atomr_accel_flashattn.types import SmArch
 from tests.emulator.running import flat_tensor
 
-from .arrays import empty_like
+from .arrays import empty_like, empty_workspace
+from .backward_kernels import run_backward_kernel
 from .driver import FakeDriver
 from .kernel import move_map, read_parameters, run_kernel
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import pytest
 
     from atomr_accel_flashattn.kernels.spec import KernelSpec
+    from atomr_accel_flashattn.problem import ArrayInfo
 
 __all__ = ["STREAM", "FakeGpu"]
 
@@ -36,7 +39,8 @@ class FakeGpu:
     """What was launched: (spec, parameters, stream). The FA3 family's parameters are their ``fwd``.
 
     ``repeated`` says of each whether one before it was of the same plan: plans load their kernels, and each loading has its number here.
-    ``driver`` is where streams and events are, and when launches are finished.
+    ``driver`` is where streams and events are, and when launches are finished. ``workspaces`` says of each that was made whether another
+    stream may use it, and ``used_on`` for which streams torch was told so: (address, stream).
     """
 
     properties: DeviceProperties = field(default_factory=lambda: DeviceProperties("Fake", (9, 0), 132, 1 << 30))
@@ -46,20 +50,25 @@ class FakeGpu:
     grids: list[int] = field(default_factory=list)
     counters: dict[int, int] = field(default_factory=dict)
     specs: list[KernelSpec] = field(default_factory=list)
+    workspaces: list[tuple[int, bool]] = field(default_factory=list)
+    used_on: list[tuple[int, int]] = field(default_factory=list)
     status: int = 0  # what the next launches return, without computing; 0 computes
     raises: BaseException | None = None  # what the next launches raise, as a Ctrl-C would
     _numbers: set[int] = field(default_factory=set)
 
     def install(self, monkeypatch: pytest.MonkeyPatch, arch: SmArch = SmArch.SM_90A) -> None:
         """Take the place of the driver under dispatch, plans, launches and the actor, as a GPU whose calls compile for ``arch``."""
-        for module in (choice, execute, launcher):
+        for module in (choice, plan, launcher):
             monkeypatch.setattr(module, "device_properties", lambda _index: self.properties)
         monkeypatch.setattr(plan, "_plans", {})  # none that hold kernels of other cards
-        for name in ("_shortcuts", "_latest"):
+        for name in ("shortcuts", "latest"):
             monkeypatch.setattr(repeat, name, {})
         monkeypatch.setattr(dispatch_arch, "_arch_of_gpu", lambda _index: arch)
-        monkeypatch.setattr(execute, "load_kernel", self.load)
-        monkeypatch.setattr(execute, "empty_like_framework", empty_like)
+        monkeypatch.setattr(plan, "load_kernel", self.load)
+        for module in (execute, gradients):
+            monkeypatch.setattr(module, "empty_like_framework", empty_like)
+        monkeypatch.setattr(gradients, "empty_workspace", self.empty_workspace)
+        monkeypatch.setattr(gradients, "used_on", lambda info, stream: self.used_on.append((info.ptr, stream)))
         for name, stand_in in {
             "counters_for": self.counters_for,
             "encode": lambda spec, _index: flat_tensor(spec),
@@ -86,6 +95,12 @@ class FakeGpu:
         self.specs.append(spec)
         return LoadedKernel(spec, device_index, cast("Any", None), None, len(self.specs))
 
+    def empty_workspace(self, like: ArrayInfo, size: int, *, other_stream: bool) -> ArrayInfo:
+        """Stands in for the function of that name."""
+        made = empty_workspace(like, size)
+        self.workspaces.append((made.ptr, other_stream))
+        return made
+
     def counters_for(self, device_index: int, stream: int) -> int:
         """Stands in for the function of that name."""
         return self.counters.setdefault(stream, 4096 + 8 * len(self.counters) + (device_index << 32))
@@ -105,5 +120,8 @@ class FakeGpu:
         self.repeated.append(number in self._numbers)
         self._numbers.add(number)
         self.driver.log.append(("launch", stream, tuple(getattr(params, name, 0) or 0 for name in "qkv")))
-        run_kernel(spec, params, address, grid=grid, counters=self.counters.get(stream))
+        if isinstance(spec, BackwardSpec):
+            run_backward_kernel(spec, params, grid=grid)
+        else:
+            run_kernel(spec, params, address, grid=grid, counters=self.counters.get(stream))
         return 0

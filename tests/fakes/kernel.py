@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from atomr_accel_flashattn.arrays.read import as_numpy, contiguous_strides, dtype_name_of
+from atomr_accel_flashattn.kernels.attention import AttentionSpec
+from atomr_accel_flashattn.kernels.backward import BackwardSpec, BwdParams
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams, DropoutMaskSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
@@ -23,7 +25,7 @@ from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dro
 from atomr_accel_flashattn.reference import attention
 from atomr_accel_flashattn.types import Device, DType
 
-__all__ = ["move_map", "read_parameters", "run_kernel", "scale_as_read"]
+__all__ = ["array_at", "decode", "move_map", "read_parameters", "run_kernel", "scale_as_read", "strided"]
 
 _WARPGROUP_ROWS = 64  # of q in a box, whatever the tile
 _FLAT_TENSOR = struct.Struct("<Q4q5i5ii")  # what ``tests.emulator.running.flat_tensor`` writes
@@ -31,7 +33,7 @@ _FLAT_TENSOR = struct.Struct("<Q4q5i5ii")  # what ``tests.emulator.running.flat_
 
 def read_parameters(spec: KernelSpec, address: int) -> Any:
     """A copy of the parameters that lie there; those of the FA3 family are their ``fwd``."""
-    kind = DropoutMaskParams if isinstance(spec, DropoutMaskSpec) else FwdParams
+    kind = DropoutMaskParams if isinstance(spec, DropoutMaskSpec) else BwdParams if isinstance(spec, BackwardSpec) else FwdParams
     return kind.from_buffer_copy(kind.from_address(address))
 
 
@@ -52,7 +54,7 @@ def run_kernel(spec: KernelSpec, params: Any, address: int, *, grid: int, counte
         _check_maps(spec, fa3)
     assert grid <= tiles if spec.tile.persistent else grid == tiles
     _check_alignment(spec, params)
-    problem, out, lse = _decode(spec, params)
+    problem, out, lse = decode(spec, params)
     attention.forward(problem, as_numpy(out), None if lse is None else as_numpy(lse), None)
 
 
@@ -73,7 +75,7 @@ def _check_maps(spec: ForwardSpec, params: Fa3FwdParams) -> None:
     p, keys = params.fwd, spec.tile.block_n
     rows_q, rows_k = (p.lse_head_stride, _rows_of(params.k_map)) if spec.varlen else (p.seqlen_q, p.seqlen_k)
     if spec.varlen:
-        assert rows_k >= int(as_numpy(_at(p.cu_seqlens_k, (p.batch + 1,), "int32"))[-1]), "a tensor map ends before the last sequence"
+        assert rows_k >= int(as_numpy(array_at(p.cu_seqlens_k, (p.batch + 1,), "int32"))[-1]), "a tensor map ends before the last sequence"
     heads_kv, batch = p.heads // p.heads_per_kv, 1 if spec.varlen else p.batch
     q, k, v = p.q_stride, p.k_stride, p.v_stride
     group = _packed_heads(spec, p)
@@ -133,18 +135,18 @@ def _check_alignment(spec: ForwardSpec, params: FwdParams) -> None:
     assert spec.exact_head_dim == ((spec.head_dim, spec.v_head_dim) == (params.head_dim, params.v_head_dim))
 
 
-def _decode(spec: ForwardSpec, p: FwdParams) -> tuple[AttentionProblem, ArrayInfo, ArrayInfo | None]:
+def decode(spec: AttentionSpec, p: FwdParams) -> tuple[AttentionProblem, ArrayInfo, ArrayInfo | None]:
     """The problem that the kernel sees: numbers count only where the spec has the feature."""
     heads_kv = p.heads // p.heads_per_kv
     offsets = [None, None]
     lead_q, lead_k = (p.batch, p.seqlen_q), (p.batch, p.seqlen_k)
     if spec.varlen:
-        offsets = [_at(ptr, (p.batch + 1,), "int32") for ptr in (p.cu_seqlens_q, p.cu_seqlens_k)]
+        offsets = [array_at(ptr, (p.batch + 1,), "int32") for ptr in (p.cu_seqlens_q, p.cu_seqlens_k)]
         lead_q, lead_k = (p.lse_head_stride,), (int(as_numpy(offsets[1])[-1]),)  # of q all rows, owned or not
-    q = _strided(spec, p.q, p.q_stride, (*lead_q, p.heads, p.head_dim))
-    k = _strided(spec, p.k, p.k_stride, (*lead_k, heads_kv, p.head_dim))
-    v = _strided(spec, p.v, p.v_stride, (*lead_k, heads_kv, p.v_head_dim))
-    out = _strided(spec, p.o, p.o_stride, (*lead_q, p.heads, p.v_head_dim))
+    q = strided(spec, p.q, p.q_stride, (*lead_q, p.heads, p.head_dim))
+    k = strided(spec, p.k, p.k_stride, (*lead_k, heads_kv, p.head_dim))
+    v = strided(spec, p.v, p.v_stride, (*lead_k, heads_kv, p.v_head_dim))
+    out = strided(spec, p.o, p.o_stride, (*lead_q, p.heads, p.v_head_dim))
     lse_shape = (p.heads, lead_q[0]) if spec.varlen else (p.batch, p.heads, p.seqlen_q)
     scale = p.scale_log2 * math.log(2)
     slopes_shape = (p.batch, p.heads) if p.alibi_batch_stride else (p.heads,)
@@ -167,25 +169,27 @@ def _decode(spec: ForwardSpec, p: FwdParams) -> tuple[AttentionProblem, ArrayInf
         softmax_scale=scale,
         band=Band(_bound(p.window_left) if spec.left_bound else None, _bound(p.window_right) if spec.right_bound else None, p.sink_tokens),
         softcap=p.softcap_log2 * math.log(2) if spec.softcap else 0.0,
-        alibi_slopes=_at(p.alibi_slopes, slopes_shape, "float32", slopes_strides) if spec.alibi else None,
-        learned_sink=_at(p.learned_sink, (p.heads,), "float32") if spec.learned_sink else None,
+        alibi_slopes=array_at(p.alibi_slopes, slopes_shape, "float32", slopes_strides) if spec.alibi else None,
+        learned_sink=array_at(p.learned_sink, (p.heads,), "float32") if spec.learned_sink else None,
         cu_seqlens_q=offsets[0],
         cu_seqlens_k=offsets[1],
-        dropout=Dropout(1 - p.dropout_threshold / 256, _at(p.rng, (2,), "int64")) if spec.dropout else None,
+        dropout=Dropout(1 - p.dropout_threshold / 256, array_at(p.rng, (2,), "int64")) if spec.dropout else None,
     )
-    return problem, out, _at(p.lse, lse_shape, "float32") if p.lse else None
+    return problem, out, array_at(p.lse, lse_shape, "float32") if p.lse else None
 
 
 def _bound(side: int) -> int | None:
     return None if side >= UNBOUNDED else side
 
 
-def _strided(spec: ForwardSpec, ptr: int, strides: Any, shape: tuple[int, ...]) -> ArrayInfo:
+def strided(spec: AttentionSpec, ptr: int | None, strides: Any, shape: tuple[int, ...]) -> ArrayInfo:
+    """An array of tokens, heads and columns, as parameters tell of it."""
     lead = () if spec.varlen else (strides.batch,)
     name = dtype_name_of(spec.dtype)
     return ArrayInfo(ptr or 0, shape, (*lead, strides.row, strides.head, 1), spec.dtype, name, Device("cpu", 0), None)
 
 
-def _at(ptr: int, shape: tuple[int, ...], name: str, strides: tuple[int, ...] | None = None) -> ArrayInfo:
+def array_at(ptr: int, shape: tuple[int, ...], name: str, strides: tuple[int, ...] | None = None) -> ArrayInfo:
+    """An array of another type than the call's, row-major where no strides are told."""
     dtype = DType.F32 if name == "float32" else None
     return ArrayInfo(ptr, shape, strides or contiguous_strides(shape), dtype, name, Device("cpu", 0), None)

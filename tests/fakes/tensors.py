@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from atomr_accel_flashattn.arrays.torch_hooks import Hooks, hooks
+from atomr_accel_flashattn.torch_ops import first_call
+from atomr_accel_flashattn.torch_ops.attention_function import Attention
 
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["FakeCuda", "fake", "fresh_hooks"]
+__all__ = ["FakeCuda", "fake", "fresh_hooks", "let_autograd_keep_the_card"]
 
 
 class FakeCuda(torch.Tensor):
@@ -41,3 +43,36 @@ def fresh_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As before torch was met; what the test puts there is gone at its end."""
     for each in fields(Hooks):
         monkeypatch.setattr(hooks, each.name, getattr(Hooks(), each.name))
+
+
+def let_autograd_keep_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd gives gradients, and outputs that it kept, as plain tensors, which are in host memory: they go back to the fake card."""
+    forward, backward = Attention.forward, Attention.backward
+
+    class Context:
+        """That of a call, whose saved tensors are on the card."""
+
+        def __init__(self, ctx: Any) -> None:
+            self.ctx = ctx
+            self.saved_tensors = tuple(map(_back, ctx.saved_tensors))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.ctx, name)
+
+    def noted(ctx: Any, call: Any, *inputs: Any) -> Any:
+        ctx.on_card = isinstance(inputs[0], FakeCuda)
+        return forward(ctx, call, *inputs)
+
+    def on_card(ctx: Any, *gradients: Any) -> Any:
+        return backward(Context(ctx), *map(_back, gradients)) if ctx.on_card else backward(ctx, *gradients)
+
+    rows_contiguous = first_call._rows_contiguous
+    monkeypatch.setattr(
+        first_call, "_rows_contiguous", lambda x: _back(rows_contiguous(x)) if isinstance(x, FakeCuda) else rows_contiguous(x)
+    )
+    monkeypatch.setattr(Attention, "forward", staticmethod(noted))
+    monkeypatch.setattr(Attention, "backward", staticmethod(on_card))
+
+
+def _back(x: Any) -> Any:
+    return fake(x) if isinstance(x, torch.Tensor) else x

@@ -13,7 +13,7 @@ from atomr_accel_flashattn.fa2 import Fa2FwdRequest
 from atomr_accel_flashattn.kernels.spec import Family
 from atomr_accel_flashattn.launch.driver import device_count, device_properties
 from atomr_accel_flashattn.requests.dense import DenseFwdRequest
-from atomr_accel_flashattn.runtime import execute
+from atomr_accel_flashattn.runtime import plan
 from atomr_accel_flashattn.torch_ops import repeat as plans
 from atomr_accel_flashattn.types import Device, SmArch
 
@@ -44,7 +44,7 @@ def pretend_multiprocessors(count: int, monkeypatch: pytest.MonkeyPatch) -> None
     def pretended(index: int) -> DeviceProperties:
         return device_properties(index)._replace(multiprocessors=count)
 
-    for module in (choice, execute):
+    for module in (choice, plan):
         monkeypatch.setattr(module, "device_properties", pretended)
 
 

@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from atomr_accel_flashattn.fa2 import AttentionOptions, Fa2FwdRequest, MaskKind, PositionBias
 from atomr_accel_flashattn.functional import flash_attn_func, flash_attn_varlen_func
+from atomr_accel_flashattn.requests.backward import DenseBwdRequest
 from atomr_accel_flashattn.requests.dense import DenseFwdRequest
 from atomr_accel_flashattn.runtime.execute import run
 from atomr_accel_flashattn.types import SmArch
-from atomr_accel_flashattn.varlen import CumulativeSeqlens, VarlenFwdRequest
+from atomr_accel_flashattn.varlen import CumulativeSeqlens, VarlenBwdRequest, VarlenFwdRequest
 from tests.check import Run
 from tests.gpu.families import DEVICE
 from tests.inputs import Inputs, Layout, place, storage_of
+from tests.oracle import Gradients, Upstream
 
 Array = NDArray[Any]
 
@@ -31,12 +33,37 @@ Request = DenseFwdRequest | VarlenFwdRequest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Written:
+    """A tensor to be written, inside a buffer of NaN. No kernel but the one that is tested writes to it."""
+
+    view: torch.Tensor
+    storage: torch.Tensor
+
+    @classmethod
+    def like(cls, view: Array, device: str = DEVICE) -> Written:
+        """One with the strides of a view of :func:`tests.inputs.place`, and its values."""
+        flat, offset, strides = storage_of(view)
+        storage = _flat_tensor(flat, device)
+        return cls(torch.as_strided(storage, view.shape, strides, offset), storage)
+
+    def alone(self) -> Array:
+        """What it holds now. Fails when anything around it is no longer NaN."""
+        around = download(self.storage).copy()
+        steps = [step * around.itemsize for step in self.view.stride()]
+        inside = np.lib.stride_tricks.as_strided(around[self.view.storage_offset() :], self.view.shape, steps)
+        found = inside.copy()
+        inside[...] = np.nan
+        touched = np.flatnonzero(~np.isnan(around))
+        assert len(touched) == 0, f"{len(touched)} elements outside the output were written, the first at element {touched[0]}"
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One call on the device: its request, and the poisoned buffer that the output lies in."""
+    """One call on the device: its request, and its output."""
 
     request: Request
-    out: torch.Tensor
-    storage: torch.Tensor
+    out: Written
 
 
 def upload(view: Array, device: str = DEVICE) -> torch.Tensor:
@@ -70,34 +97,70 @@ def make_call(inputs: Inputs, *, out_layout: Layout = Layout.PADDED, device: str
 
     No kernel but the one that is tested writes anything: the sanitizer looks at that one alone, and at copies from the host.
     """
-    out_view = place(np.full(inputs.out_shape, np.nan, inputs.q.dtype), out_layout)
-    out_storage, offset, strides = storage_of(out_view)
-    storage = _flat_tensor(out_storage, device)
-    out = torch.as_strided(storage, inputs.out_shape, strides, offset)
-    return Call(make_request(inputs, device, out), out, storage)
+    out = Written.like(place(np.full(inputs.out_shape, np.nan, inputs.q.dtype), out_layout), device)
+    return Call(make_request(inputs, device, out.view), out)
 
 
 def make_request(inputs: Inputs, device: str = DEVICE, out: torch.Tensor | None = None) -> Request:
     """The request of a call, every array on the device."""
-    q, k, v = (upload(x, device) for x in (inputs.q, inputs.k, inputs.v))
+    arrays = [upload(x, device) for x in (inputs.q, inputs.k, inputs.v)]
+    asked = asked_of(inputs, device)
+    return VarlenFwdRequest(*arrays, **asked, out=out) if "cu_seqlens_q" in asked else dense(*arrays, **asked, out=out)
+
+
+def asked_of(inputs: Inputs, device: str = DEVICE) -> dict[str, Any]:
+    """The arguments of a request beside q, k and v that its direction does not change, every array on the device."""
     slopes, sink, rng = (None if x is None else upload(x, device) for x in (inputs.alibi_slopes, inputs.learned_sink, inputs.rng))
-    options = AttentionOptions(
-        softmax_scale=inputs.softmax_scale, softcap=inputs.softcap, learned_sink=sink, dropout_p=inputs.dropout_p, rng=rng
-    )
-    common: dict[str, Any] = {
+    asked: dict[str, Any] = {
         "mask": MaskKind(inputs.left, inputs.right),
         "bias": PositionBias.none() if slopes is None else PositionBias.alibi(slopes),
         "sink_tokens": inputs.sink_tokens,
-        "options": options,
-        "out": out,
+        "options": AttentionOptions(
+            softmax_scale=inputs.softmax_scale, softcap=inputs.softcap, learned_sink=sink, dropout_p=inputs.dropout_p, rng=rng
+        ),
     }
-    if inputs.cu_seqlens_q is None or inputs.cu_seqlens_k is None:
-        return dense(q, k, v, **common)
-    lengths = {
-        "cu_seqlens_q": CumulativeSeqlens(upload(inputs.cu_seqlens_q, device), inputs.max_seqlen_q),
-        "cu_seqlens_k": CumulativeSeqlens(upload(inputs.cu_seqlens_k, device), inputs.max_seqlen_k),
-    }
-    return VarlenFwdRequest(q, k, v, **lengths, **common)
+    if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
+        asked["cu_seqlens_q"] = CumulativeSeqlens(upload(inputs.cu_seqlens_q, device), inputs.max_seqlen_q)
+        asked["cu_seqlens_k"] = CumulativeSeqlens(upload(inputs.cu_seqlens_k, device), inputs.max_seqlen_k)
+    return asked
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """How the gradients of a call are asked for."""
+
+    recompute: bool = False
+    deterministic: bool = False
+    tiles_for: SmArch | None = None
+
+    def __call__(self, inputs: Inputs, upstream: Upstream) -> Gradients:
+        """Forward and backward on the device, into gradients full of NaN. Fails when anything around them was written."""
+        arrays = [upload(x) for x in (inputs.q, inputs.k, inputs.v)]
+        asked = asked_of(inputs)
+        packed = "cu_seqlens_q" in asked
+        done: Any = None
+        if not self.recompute:
+            done = run(VarlenFwdRequest(*arrays, **asked) if packed else dense(*arrays, **asked))
+        layout = Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED
+        views = [place(np.full(x.shape, np.nan, x.dtype), layout) for x in (inputs.q, inputs.k, inputs.v)]
+        written = [Written.like(view) for view in views]
+        dout, dlse = (None if x is None else upload(x) for x in upstream)
+        kind: Any = VarlenBwdRequest if packed else DenseBwdRequest
+        request = kind(
+            *arrays,
+            None if done is None else done.out,
+            dout,
+            None if done is None else done.lse,
+            dlse=dlse,
+            recompute=self.recompute,
+            deterministic=self.deterministic,
+            **dict(zip(("dq", "dk", "dv"), (each.view for each in written), strict=True)),
+            **asked,
+        )
+        gradients = run(request, tiles_for=self.tiles_for)
+        synchronize()
+        dq, dk, dv = (each.alone() for each in written)
+        return Gradients(dq, dk, dv, None if gradients.dsink is None else download(gradients.dsink))
 
 
 def run_inputs(inputs: Inputs, tiles_for: SmArch | None = None) -> Run:
@@ -109,22 +172,10 @@ def execute(call: Call, tiles_for: SmArch | None = None) -> Run:
     """Run the request and bring the results to the host. Fails when anything around the output was written."""
     output = run(call.request, dropout_mask=True, tiles_for=tiles_for)
     synchronize()
-    assert output.out.data_ptr() == call.out.data_ptr(), "the output is not the tensor that was passed as out="
+    assert output.out.data_ptr() == call.out.view.data_ptr(), "the output is not the tensor that was passed as out="
     assert output.lse is not None, "run() gave no LSE"
     keep = None if output.dropout_mask is None else download(output.dropout_mask)
-    return Run(_out_alone(call), download(output.lse), keep)
-
-
-def _out_alone(call: Call) -> Array:
-    """The output. Fails when anything around it is no longer NaN."""
-    around = download(call.storage).copy()
-    steps = [step * around.itemsize for step in call.out.stride()]
-    inside = np.lib.stride_tricks.as_strided(around[call.out.storage_offset() :], call.out.shape, steps)
-    out = inside.copy()
-    inside[...] = np.nan
-    touched = np.flatnonzero(~np.isnan(around))
-    assert len(touched) == 0, f"{len(touched)} elements outside the output were written, the first at element {touched[0]}"
-    return out
+    return Run(call.out.alone(), download(output.lse), keep)
 
 
 def functional_call(inputs: Inputs, device: str = DEVICE) -> Callable[[], torch.Tensor]:

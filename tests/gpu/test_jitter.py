@@ -86,9 +86,9 @@ def differs(a: Any, b: Any) -> Any:
 
 def answer(call: Call) -> tuple[Any, Any]:
     """One run into poisoned outputs: the buffer around the output, and the LSE."""
-    call.storage.fill_(float("nan"))
+    call.out.storage.fill_(float("nan"))
     output = run(call.request)
-    return call.storage, output.lse
+    return call.out.storage, output.lse
 
 
 def different_runs(call: Call, expected: tuple[Any, Any], runs: int) -> list[int]:

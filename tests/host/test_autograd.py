@@ -374,17 +374,17 @@ def test_what_is_saved_goes_through_the_hooks_of_autograd():
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_deterministic_is_handed_on(deterministic: bool, monkeypatch: pytest.MonkeyPatch):
-    from atomr_accel_flashattn.torch_ops import attention_function
+    from atomr_accel_flashattn.torch_ops import first_call
 
     asked: list[bool] = []
-    run = attention_function.run
+    run = first_call.run
 
     def noted(request: Any, **options: Any) -> Any:
         if isinstance(request, fa.FaBwdDispatch):
             asked.append(request.problem.deterministic)
         return run(request, **options)
 
-    monkeypatch.setattr(attention_function, "run", noted)
+    monkeypatch.setattr(first_call, "run", noted)
     leaves = tensors(2, 7)
     fa.flash_attn_func(*leaves, deterministic=deterministic).sum().backward()
     before = torch.are_deterministic_algorithms_enabled()

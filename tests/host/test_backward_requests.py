@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.arrays.read import read_array
 from atomr_accel_flashattn.dispatch import lookup
+from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
+from atomr_accel_flashattn.kernels.spec import Family
 from atomr_accel_flashattn.problem import ArrayInfo
 from atomr_accel_flashattn.types import DType
 from tests.case_lists import pairwise_cases
@@ -168,12 +170,20 @@ def arguments_on_gpu() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arch", [arch for arch in fa.SmArch if arch is not fa.SmArch.CPU])
-def test_on_a_gpu_it_is_refused_by_name(arch: fa.SmArch):
+def test_on_a_gpu_three_kernels_of_the_mma_sync_family_do_it(arch: fa.SmArch):
     key = fa.Fa2BwdRequest(**arguments_on_gpu()).dispatch_key(arch)
     assert (key.extras.direction, key.family.name, key.extras.load_align) == ("bwd", "FA2", 16)
-    with pytest.raises(fa.FeatureNotBuiltError, match="'backward' is not built") as caught:
-        fa.lookup(key)
-    assert caught.value.feature == "backward"
+    spec = fa.lookup(key)
+    assert isinstance(spec, Fa2BackwardSpec)
+    assert [step.HEADER for step in spec.steps()] == ["bwd_preprocess", "fa2_bwd", "bwd_postprocess"]
+    assert {step.arch.value.removesuffix("a") for step in spec.steps()} == {arch.value.removesuffix("a")}
+
+
+def test_a_family_that_has_no_backward_is_refused_by_name():
+    key = fa.Fa2BwdRequest(**arguments_on_gpu()).dispatch_key(fa.SmArch.SM_90A)
+    with pytest.raises(fa.FeatureNotBuiltError, match="family ran the forward") as caught:
+        fa.lookup(replace(key, extras=replace(key.extras, family=Family.FA3)))
+    assert caught.value.feature == "fa3_backward"
 
 
 @pytest.mark.parametrize(("name", "like"), [("q", "q"), ("v", "v"), ("out", "out"), ("dout", "out"), ("dk", "k")])
@@ -244,7 +254,7 @@ def test_gradients_may_not_lie_in_each_other_nor_in_out_or_dout():
             fa.DenseBwdRequest(**{**arguments, "dq": arguments[name]})
 
 
-@pytest.mark.parametrize("options", [{"lse": False}, {"dropout_mask": True}, {"tiles_for": fa.SmArch.SM_80}])
+@pytest.mark.parametrize("options", [{"lse": False}, {"dropout_mask": True}])
 def test_what_only_a_forward_call_has_is_refused(options: dict[str, Any]):
     with pytest.raises(fa.UnsupportedArgumentError, match="with a backward request"):
         fa.run(Call().request(), **options)

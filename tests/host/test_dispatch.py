@@ -15,7 +15,7 @@ from atomr_accel_flashattn.dispatch import Cell, arch_of_capability, cells
 from atomr_accel_flashattn.errors import ArchUnsupportedError, DispatchError, FeatureNotBuiltError
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec
-from atomr_accel_flashattn.kernels.spec import Tile
+from atomr_accel_flashattn.kernels.spec import Family, Tile
 from atomr_accel_flashattn.launch.driver import device_count
 from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import Device, DType, SmArch
@@ -35,6 +35,7 @@ any_extras = st.fixed_dictionaries(
         "dropout": st.booleans(),
         "learned_sink": st.booleans(),
         "direction": st.sampled_from(["fwd", "bwd", "dropout_mask"]),
+        "deterministic": st.booleans(),
         "split": st.booleans(),
         "kv_layout": st.sampled_from(["NHD", "HND", "VLLM_V1"]),
         "left_pad": st.booleans(),
@@ -225,6 +226,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "dropout": (None, 0.1, 1),
     "learned_sink": (None, np.zeros(4)),
     "direction": (None, "sideways", 3),
+    "deterministic": (None, 1, "yes"),
     "split": (None, 2),
     "kv_layout": (None, 3),
     "left_pad": (None, "left"),
@@ -378,7 +380,8 @@ PLAIN = fa.DispatchKey(SmArch.SM_90, DType.F16, 128)
         ("paged", replace(PLAIN, paged=True)),
         ("fp8", replace(PLAIN, dtype=DType.F8E4M3)),
         ("fp8", replace(PLAIN, extras=fa.Extras(v_dtype=DType.F8E5M2))),
-        ("backward", replace(PLAIN, extras=fa.Extras(direction="bwd"))),
+        ("deterministic", replace(PLAIN, extras=fa.Extras(direction="bwd", deterministic=True))),
+        ("fa3_backward", replace(PLAIN, arch=SmArch.SM_90A, extras=fa.Extras(direction="bwd", family=Family.FA3))),
         ("split", replace(PLAIN, extras=fa.Extras(split=True))),
         ("left_pad", replace(PLAIN, extras=fa.Extras(left_pad=True))),
         ("kv_layout", replace(PLAIN, extras=fa.Extras(kv_layout="HND"))),

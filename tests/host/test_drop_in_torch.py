@@ -13,7 +13,7 @@ import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn.arrays.torch_hooks import hooks, meet_torch  # noqa: E402
 from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
 from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
-from tests.fakes.tensors import FakeCuda, fake, fresh_hooks  # noqa: E402
+from tests.fakes.tensors import FakeCuda, fake, fresh_hooks, let_autograd_keep_the_card  # noqa: E402
 
 from .calls import host  # noqa: E402
 
@@ -119,7 +119,7 @@ def test_last_strides_are_copied_by_every_call_and_leave_no_shortcut(gpu: FakeGp
             made = fa.flash_attn_func(**{name: to(x) for name, x in given.items()}, causal=True, return_attn_probs=True)
             check(made, expected)
             assert made[0].shape == arrays["q"].shape
-    assert not repeat._shortcuts
+    assert not repeat.shortcuts
     if head_dim == 16:
         assert gpu.repeated == [False, True, True], "copies of one kind have one plan"
         fa.flash_attn_func(**{name: fake(x) for name, x in arrays.items()}, causal=True, return_attn_probs=True)
@@ -156,12 +156,17 @@ def test_tangents_of_copied_inputs_are_refused():
             fa.flash_attn_func(q, dual, q)
 
 
-def test_gradients_on_a_gpu_are_refused_though_the_input_would_be_copied(gpu: FakeGpu):
-    q, k, v = (fake(turned(x.view(2, 9, 4, 16))) for x in flat())
-    for _ in range(2):
-        fa.flash_attn_func(q, k, v)
-        with pytest.raises(fa.FeatureNotBuiltError, match="k requires grad"):
-            fa.flash_attn_func(q, fake(turned(k.as_subclass(torch.Tensor)).requires_grad_()), v)
+def test_a_call_on_a_gpu_is_recorded_though_its_inputs_are_copied(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    let_autograd_keep_the_card(monkeypatch)
+    for times in range(1, 3):
+        arrays = [turned(x.view(2, 9, 4, 16)) for x in flat()]
+        fa.flash_attn_func(*map(fake, arrays))
+        leaves = [[wrap(x.detach()).requires_grad_() for x in arrays] for wrap in (fake, torch.clone)]
+        for q, k, v in leaves:
+            fa.flash_attn_func(q, k, v).float().square().sum().backward()
+        for ours, expected in zip(*leaves, strict=True):
+            torch.testing.assert_close(ours.grad.as_subclass(torch.Tensor), expected.grad, rtol=1e-2, atol=1e-2)
+        assert sum(spec.HEADER == "fa2_bwd" for spec, *_ in gpu.launches) == times
 
 
 def test_a_library_without_gradients_goes_along_with_one_that_has_them():

@@ -99,11 +99,11 @@ def test_a_call_that_differs_in_one_thing_has_its_own_shortcut_and_plan(gpu: Fak
     other = replace(BASE, **CHANGES[change])
     BASE.check()
     other.check()
-    assert len(repeat._shortcuts) == 2
+    assert len(repeat.shortcuts) == 2
     assert gpu.repeated == [False, change == "lse"]
     for seed, call in enumerate((BASE, other, BASE, BASE, BASE, other, other, other, BASE)):
         replace(call, seed=seed).check()
-    assert len(repeat._shortcuts) == 2
+    assert len(repeat.shortcuts) == 2
     assert gpu.repeated[2:] == [True] * 9
 
 
@@ -217,7 +217,7 @@ def test_any_sequence_of_calls_is_right_whatever_plans_there_are(gpu: FakeGpu, p
     """Plans are kept from example to example, so thousands of pairs of calls meet."""
     for count, which in enumerate(order):
         replace(pool[which % len(pool)], seed=count).check()
-    assert all(isinstance(found, repeat._Shortcut) for found in repeat._shortcuts.values())
+    assert all(isinstance(found, repeat.Shortcut) for found in repeat.shortcuts.values())
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 1, 3])
@@ -265,41 +265,53 @@ def test_broadcast_heads_are_not_copied_and_give_an_output_of_its_own(gpu: FakeG
         np.testing.assert_allclose(host(out[1, :, 3]), host(out[0, :, 0]))
 
 
-def refused_for_gradients() -> Iterator[list[FakeCuda]]:
-    """q, k and v of which one after the other wants gradients, after the refusal."""
+def recorded() -> Iterator[list[FakeCuda]]:
+    """q, k and v of which one after the other wants gradients, after the call that was recorded."""
     for which in range(3):
         tensors = qkv()
         tensors[which].requires_grad_()
-        with pytest.raises(fa.FeatureNotBuiltError, match="requires grad"):
-            fa.flash_attn_func(*tensors)
+        assert fa.flash_attn_func(*tensors).requires_grad
         yield tensors
 
 
-def test_gradients_are_refused_though_there_is_a_plan(gpu: FakeGpu):
-    fa.flash_attn_func(*qkv())
-    for tensors in refused_for_gradients():
+def test_gradients_are_recorded_though_there_is_a_shortcut(gpu: FakeGpu):
+    assert not fa.flash_attn_func(*qkv()).requires_grad
+    for tensors in recorded():
         with torch.no_grad():
-            fa.flash_attn_func(*tensors)
-    assert gpu.repeated == [False, True, True, True]
+            assert not fa.flash_attn_func(*tensors).requires_grad
+    assert len(repeat.shortcuts) == 1 + 3, "and one for each set of tensors that want gradients"
+    assert gpu.repeated == [False] + [True] * 6, "whether a call is recorded or not, its forward has one plan"
 
 
-def test_gradients_are_refused_though_the_last_calls_had_none(gpu: FakeGpu):
+def test_gradients_are_recorded_though_the_last_calls_had_none(gpu: FakeGpu):
     for _ in range(3):
         fa.flash_attn_func(*qkv())
-    assert len(list(refused_for_gradients())) == 3
+    assert len(list(recorded())) == 3
     with torch.inference_mode():
         fa.flash_attn_func(*qkv())
         fa.flash_attn_func(*qkv())
-    fa.flash_attn_func(*qkv())
-    assert gpu.repeated == [False] + [True] * 5
+    assert not fa.flash_attn_func(*qkv()).requires_grad
+    assert gpu.repeated == [False] + [True] * 8
 
 
-@pytest.mark.parametrize("name", ["alibi_slopes", "learned_sink"])
-def test_gradients_of_the_other_tensors_are_refused_though_there_is_a_plan(gpu: FakeGpu, name: str):
-    fa.flash_attn_func(*qkv(), **{name: fake(torch.ones(4))})
-    with pytest.raises(fa.FeatureNotBuiltError, match=f"{name} requires grad"):
-        fa.flash_attn_func(*qkv(), **{name: fake(torch.ones(4)).requires_grad_()})
-    assert gpu.repeated == [False]
+def test_gradients_of_a_sink_are_recorded_and_those_of_slopes_refused_though_there_is_a_shortcut(gpu: FakeGpu):
+    for name in ("alibi_slopes", "learned_sink"):
+        fa.flash_attn_func(*qkv(), **{name: fake(torch.ones(4))})
+    assert fa.flash_attn_func(*qkv(), learned_sink=fake(torch.ones(4)).requires_grad_()).requires_grad
+    with pytest.raises(fa.FeatureNotBuiltError, match="alibi_slopes requires grad"):
+        fa.flash_attn_func(*qkv(), alibi_slopes=fake(torch.ones(4)).requires_grad_())
+    assert gpu.repeated == [False, False, True]
+
+
+def test_an_out_of_a_call_that_wants_gradients_is_refused_though_there_is_a_shortcut(gpu: FakeGpu):
+    q, k, v = qkv()
+    out = fake(torch.empty_like(q))
+    fa.flash_attn_func(q, k, v, out=out)
+    for tensors in itertools.product(*((x, x.detach().requires_grad_()) for x in (q, k, v))):
+        if any(tensor.requires_grad for tensor in tensors):
+            with pytest.raises(fa.OutputError, match="requires grad and gradients are enabled"):
+                fa.flash_attn_func(*tensors, out=out)
+    assert len(gpu.launches) == 1
 
 
 def test_an_out_that_is_an_input_is_refused_though_there_is_a_plan(gpu: FakeGpu):
@@ -394,7 +406,7 @@ def test_a_plan_with_the_dropout_pattern_has_two_launches_and_no_shortcut(gpu: F
     assert gpu.repeated == [False] * 2 + [True] * 4
     (plan,) = store._plans.values()
     assert [each.kernel.spec for each in plan.launches] == [forward, mask]
-    assert not repeat._shortcuts
+    assert not repeat.shortcuts
 
 
 def test_odd_head_dims_are_padded_on_the_gpu_and_leave_no_shortcut(gpu: FakeGpu):
@@ -407,7 +419,7 @@ def test_odd_head_dims_are_padded_on_the_gpu_and_leave_no_shortcut(gpu: FakeGpu)
         given = fake(torch.empty(2, 5, 4, 13).half())
         assert fa.flash_attn_func(q, k, v, out=given) is given
         np.testing.assert_array_equal(host(given), host(out))
-    assert not repeat._shortcuts
+    assert not repeat.shortcuts
 
 
 NUMBERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -471,7 +483,7 @@ def test_arrays_are_no_numbers_and_the_checks_say_so_every_time(gpu: FakeGpu, nu
     for _ in range(2):
         with pytest.raises(fa.ScaleError, match="allowed is a finite float32 number"):
             fa.flash_attn_func(*qkv(), softmax_scale=number)
-    assert not repeat._shortcuts
+    assert not repeat.shortcuts
 
 
 @pytest.mark.parametrize("error", [RuntimeError, TypeError])
@@ -482,7 +494,7 @@ def test_what_nobody_expects_of_a_guard_surfaces(gpu: FakeGpu, error: type[Excep
     def fails(*_: Any) -> bool:
         raise error("out of order")
 
-    monkeypatch.setattr(next(iter(repeat._latest.values())), "same", fails)
+    monkeypatch.setattr(next(iter(repeat.latest.values())), "same", fails)
     with pytest.raises(error, match="out of order"):
         fa.flash_attn_func(*qkv())
     assert len(gpu.launches) == 2
@@ -547,10 +559,10 @@ def test_the_number_of_shortcuts_is_bounded_and_all_can_be_forgotten(gpu: FakeGp
     monkeypatch.setattr(repeat, "MAX_PLANS", 3)
     for length in range(1, 9):
         replace(BASE, seqlen_q=length).check()
-        assert len(repeat._shortcuts) <= 3
+        assert len(repeat.shortcuts) <= 3
     repeat.clear()
-    assert not repeat._shortcuts
-    assert not repeat._latest
+    assert not repeat.shortcuts
+    assert not repeat.latest
     assert not store._plans
     replace(BASE, seqlen_q=8).check()
     assert gpu.repeated == [False] * 9
@@ -562,7 +574,7 @@ def test_a_shortcut_that_was_forgotten_is_made_again_for_the_plan_that_is_there(
     for seed in range(2):
         replace(BASE, seed=seed).check()
     assert gpu.repeated == [False, True, True]
-    assert len(repeat._shortcuts) == 1
+    assert len(repeat.shortcuts) == 1
 
 
 def test_functional_calls_and_requests_like_them_share_a_plan(gpu: FakeGpu):

@@ -20,7 +20,7 @@ from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.launch import launcher as launch  # noqa: E402
 from atomr_accel_flashattn.launch.driver import DeviceProperties  # noqa: E402
 from atomr_accel_flashattn.requests.dense import DenseFwdRequest  # noqa: E402
-from atomr_accel_flashattn.runtime import execute, plan as store  # noqa: E402
+from atomr_accel_flashattn.runtime import backend, execute, plan as store  # noqa: E402
 from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
 from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
 from tests.fakes.tensors import FakeCuda, fake, fresh_hooks  # noqa: E402
@@ -394,7 +394,7 @@ def test_a_run_that_is_refused_by_its_environment_is_refused_though_there_is_a_p
     request = Asked().request(fake)
     fa.run(request)
     outputs = execute.make_outputs(request, lse=True)
-    monkeypatch.setattr(execute, "settings", lambda: replace(env.Settings.from_environ({}), backend="cpu"))
+    monkeypatch.setattr(backend, "settings", lambda: replace(env.Settings.from_environ({}), backend="cpu"))
     with pytest.raises(fa.DeviceMismatchError, match="BACKEND=cpu"):
         fa.run(request)
     with pytest.raises(fa.DeviceMismatchError, match="BACKEND=cpu"):

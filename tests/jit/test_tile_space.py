@@ -7,6 +7,7 @@ import pytest
 
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
 from atomr_accel_flashattn.errors import DispatchError
+from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
 from atomr_accel_flashattn.kernels.fa2_fwd import Fa2ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3ForwardSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec
@@ -16,12 +17,19 @@ from atomr_accel_flashattn.tiles.space import SCHEDULES, misfit, tiles_that_fit
 from atomr_accel_flashattn.types import DType, SmArch
 
 FA2_TILE = Tile(block_m=128, block_n=64, warps=4, min_blocks=2)
+BWD_TILE = Tile(block_m=64, block_n=64, warps=4)
 FA3_TILE = Tile(block_m=128, block_n=128, warps=12, stages=2)
 
 
 def spec_of(arch: SmArch = SmArch.SM_90, head_dim: int = 128, **extras: Any) -> ForwardSpec:
     spec = lookup(DispatchKey(arch, DType.BF16, head_dim, extras=Extras(**extras)))
     assert isinstance(spec, ForwardSpec)
+    return spec
+
+
+def backward_spec(arch: SmArch = SmArch.SM_90, head_dim: int = 128, **extras: Any) -> Fa2BackwardSpec:
+    spec = lookup(DispatchKey(arch, DType.BF16, head_dim, extras=Extras(direction="bwd", **extras)))
+    assert isinstance(spec, Fa2BackwardSpec)
     return spec
 
 
@@ -40,6 +48,16 @@ def test_every_field_of_a_tile_is_searched_in_some_family() -> None:
 def test_the_tables_of_the_mma_sync_family_are_among_the_candidates(arch: SmArch, head_dim: int) -> None:
     spec = spec_of(arch, head_dim, family=Family.FA2)
     assert spec.tile in set(tiles_that_fit(spec))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIM_WIDTHS)
+@pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_86, SmArch.SM_90, SmArch.SM_120], ids=lambda arch: arch.value)
+def test_the_tables_of_the_backward_are_among_the_candidates(arch: SmArch, head_dim: int) -> None:
+    for v_head_dim in (32, head_dim):
+        spec = backward_spec(arch, head_dim, v_head_dim=v_head_dim)
+        candidates = list(tiles_that_fit(spec))
+        assert spec.tile in candidates
+        assert all(misfit(replace(spec, tile=tile)) == "" for tile in candidates)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -64,7 +82,7 @@ def test_candidates_are_valid_kernels_that_fit_the_multiprocessor() -> None:
     [
         (spec_of(), replace(FA2_TILE, block_m=96), "block_m: got 96; allowed with 4 warps are multiples of 64"),
         (spec_of(), replace(FA2_TILE, block_n=40), "block_n: got 40; allowed are multiples of 16"),
-        (spec_of(), replace(FA2_TILE, ping_pong=True), "the fa2 family has no ping_pong"),
+        (spec_of(), replace(FA2_TILE, ping_pong=True), "fa2_fwd reads no ping_pong"),
         (spec_of(), replace(FA2_TILE, warps=0), "sizes are integers of at least 1"),
         (spec_of(), replace(FA2_TILE, stages=9), "it needs 327680 bytes of shared memory; allowed are 232448 on sm_90"),
         (spec_of(dropout=True), replace(FA2_TILE, block_n=48), "allowed are multiples of 32 with dropout"),
@@ -72,7 +90,7 @@ def test_candidates_are_valid_kernels_that_fit_the_multiprocessor() -> None:
         (fa3_spec(), replace(FA3_TILE, block_m=64), "block_m: got 64; allowed with 12 warps is 128"),
         (fa3_spec(64), replace(FA3_TILE, block_n=16, stages=12), "stages: got 12; allowed are at most 11"),
         (fa3_spec(64), replace(FA3_TILE, block_n=272), "block_n: got 272; allowed is at most 256"),
-        (fa3_spec(), replace(FA3_TILE, min_blocks=2), "the fa3 family has no min_blocks"),
+        (fa3_spec(), replace(FA3_TILE, min_blocks=2), "fa3_fwd reads no min_blocks"),
         (fa3_spec(), replace(FA3_TILE, block_m=64, warps=8, ping_pong=True), "ping_pong: allowed with two to four consumer warpgroups"),
     ],
 )
@@ -81,6 +99,32 @@ def test_a_tile_that_cannot_be_is_refused_with_a_reason(spec: ForwardSpec, tile:
     extras = Extras(family=spec.family, dropout=spec.dropout, tile=tile)
     with pytest.raises(DispatchError, match=r"^tile: got m"):
         lookup(DispatchKey(spec.arch, DType.BF16, spec.head_dim, extras=extras))
+
+
+@pytest.mark.parametrize(
+    ("tile", "reason"),
+    [
+        (replace(BWD_TILE, warps=3), "warps: got 3; allowed are those that share 64 x 64 numbers evenly, in blocks of 16 x 16"),
+        (replace(BWD_TILE, block_m=16, warps=8), "warps: got 8; allowed are those that share 16 x 64 numbers evenly"),
+        (replace(BWD_TILE, block_m=40), "share 40 x 64 numbers evenly"),
+        (replace(BWD_TILE, block_n=24), "block_n: got 24; allowed are multiples of 16"),
+        (replace(BWD_TILE, persistent=True), "fa2_bwd reads no persistent"),
+        (replace(BWD_TILE, stages=4), "stages: got 4; allowed are 1, 2 and 3"),
+        (replace(BWD_TILE, block_m=512), "block_m: got 512; allowed are at most 256, the threads of a block"),
+        (replace(BWD_TILE, block_m=256, block_n=256), "bytes of shared memory; allowed are"),
+    ],
+)
+def test_a_tile_that_a_backward_cannot_have_is_refused_with_a_reason(tile: Tile, reason: str) -> None:
+    assert reason in misfit(replace(backward_spec(), tile=tile))
+    with pytest.raises(DispatchError, match=r"^tile: got m"):
+        backward_spec(tile=tile)
+
+
+def test_a_key_may_name_the_tile_of_a_backward() -> None:
+    assert backward_spec(tile=BWD_TILE).tile == BWD_TILE
+    # What blocks do next is no question to it, and short q has no tile of its own.
+    assert backward_spec(tile=BWD_TILE, persistent=True, short_q=True).tile == BWD_TILE
+    assert [step.tile == BWD_TILE for step in backward_spec(tile=BWD_TILE).steps()] == [False, True, False]
 
 
 def test_a_key_may_name_its_tile() -> None:

@@ -20,6 +20,8 @@ from atomr_accel_flashattn.dispatch import forget_lookups  # noqa: E402
 from atomr_accel_flashattn.env import settings  # noqa: E402
 from atomr_accel_flashattn.errors import CompileError  # noqa: E402
 from atomr_accel_flashattn.jit.compile import CompiledKernel  # noqa: E402
+from atomr_accel_flashattn.kernels.bwd_postprocess import BackwardPostprocessSpec  # noqa: E402
+from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Tile  # noqa: E402
 from atomr_accel_flashattn.launch.driver import DeviceProperties  # noqa: E402
@@ -52,9 +54,17 @@ class Card(FakeGpu):
     def on_launch(self, *arguments: Any) -> int:
         code = super().on_launch(*arguments)
         spec, p = self.launches[-1][:2]
-        if self.silent(spec.tile) or self.wrong(spec.tile):  # NaN, as before the launch, or zeros, in the first sequence
-            ctypes.memset(p.o, 0xFF if self.silent(spec.tile) else 0, p.seqlen_q * p.heads * p.v_head_dim * 2)
+        if isinstance(spec, (ForwardSpec, BackwardPostprocessSpec)):  # which write o and dq
+            fwd, answer, dim = (p, p.o, p.v_head_dim) if isinstance(spec, ForwardSpec) else (p.fwd, p.dq, p.fwd.head_dim)
+            tile = self.last_tile
+            if self.silent(tile) or self.wrong(tile):  # NaN, as before the launch, or zeros, in the first sequence
+                ctypes.memset(answer, 0xFF if self.silent(tile) else 0, fwd.seqlen_q * fwd.heads * dim * 2)
         return code
+
+    @property
+    def last_tile(self) -> Tile:
+        """That of the last call: a backward has kernels around the one that is tuned."""
+        return next(spec.tile for spec, *_ in reversed(self.launches) if isinstance(spec, (ForwardSpec, Fa2BackwardSpec)))
 
     def compile_many(
         self, specs: Iterable[ForwardSpec], progress: Callable[[ForwardSpec, Any], None]
@@ -81,7 +91,7 @@ class Card(FakeGpu):
         for name, contestant in contestants.items():
             for call in contestant.calls:
                 call()
-            found[name] = Timing([self.ms(self.launches[-1][0].tile)] * rounds)
+            found[name] = Timing([self.ms(self.last_tile)] * rounds)
         return found
 
 
@@ -99,6 +109,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     monkeypatch.setattr(search, "measure_in_turns", made.measure)
     monkeypatch.setattr(search, "make_inputs", _fake_inputs)
     monkeypatch.setattr(trial, "check_rows", _check_plain)
+    monkeypatch.setattr(trial, "check_gradients", _check_plain_gradients)
     settings.cache_clear()
     forget_lookups()
     repeat.clear()
@@ -120,14 +131,19 @@ def hopper(card: Card, monkeypatch: pytest.MonkeyPatch) -> Card:
     return card
 
 
-def _fake_inputs(cell: Cell, device: Any, *, l2_bytes: int, seed: int) -> Sequence[Inputs]:
-    return [_converted(each, fake) for each in bench_inputs.make_inputs(cell, device, l2_bytes=l2_bytes, seed=seed)]
+def _fake_inputs(cell: Cell, device: Any, **options: Any) -> Sequence[Inputs]:
+    return [_converted(each, fake) for each in bench_inputs.make_inputs(cell, device, **options)]
 
 
 def _check_plain(cell: Cell, inputs: Inputs, out: Any) -> float:
     """The real check, in which this torch makes no tensors on the fake card."""
     plain = _converted(inputs, lambda tensor: tensor.as_subclass(torch.Tensor))
     return bench_inputs.check_rows(cell, plain, out.as_subclass(torch.Tensor))
+
+
+def _check_plain_gradients(cell: Cell, inputs: Inputs, gradients: Sequence[Any]) -> float:
+    plain = _converted(inputs, lambda tensor: tensor.as_subclass(torch.Tensor))
+    return bench_inputs.check_gradients(cell, plain, [each.as_subclass(torch.Tensor) for each in gradients])
 
 
 def _converted(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:

@@ -43,7 +43,7 @@ def test_tune_checks_times_and_keeps_the_winner(ask: Ask, small_cells: list[Cell
     assert winner["speedup"] > 1.1
     assert winner["short_q"] is found["shapes"][0]["short_q"] is True
     assert found["table"] == [
-        f"64: Tile(block_m=128, block_n=48, warps=4, min_blocks=2),  # fa2 sm_80, {winner['speedup']:.3f}x over 2 shapes"
+        f"64: Tile(block_m=128, block_n=48, warps=4, min_blocks=2),  # fa2_fwd sm_80, {winner['speedup']:.3f}x over 2 shapes"
     ]
     assert found["skipped"] == []
     assert found["saved"] == str(tmp_path / "kernels" / SAVED_TILES)
@@ -56,6 +56,20 @@ def test_tune_checks_times_and_keeps_the_winner(ask: Ask, small_cells: list[Cell
     assert (listed["kernel"], listed["tile"], listed["current"]) == ("fa2_fwd_sm80_bf16_d64_rightbound_shortq", winner["tile"], True)
 
 
+def test_tune_of_the_backward_keeps_its_winner_beside_that_of_the_forward(
+    ask: Ask, small_cells: list[Cell], card: Card, tmp_path: Path
+) -> None:
+    ask(*COMMAND)
+    card.ms = lambda tile: 1.0 + tile.block_n / 100
+    found = ask("tune", "--cells", "x", "--tiles", "m64n*w4s1b1", "--rounds", 2, "--backward", "--out", tmp_path / "records")
+    assert found["direction"] == "backward"
+    (winner,) = found["winners"]
+    assert (winner["tile"], winner["shapes"]) == ("m64n32w4s1b1", [str(cell) for cell in small_cells])
+    best = found["shapes"][0]["tiles"][0]
+    assert best["tflops"] == pytest.approx(2.5 * small_cells[0].flops / best["ms"] * 1e-9)
+    assert {entry.kernel.partition("_sm")[0] for entry in read_saved_tiles(tmp_path / "kernels")} == {"fa2_fwd", "fa2_bwd"}
+
+
 @pytest.mark.usefixtures("small_cells")
 def test_tune_shows_the_fastest_the_one_in_use_and_what_was_wrong(invoke: Invoke, card: Card, tmp_path: Path) -> None:
     card.wrong = lambda tile: tile.block_n == 48
@@ -64,7 +78,7 @@ def test_tune_shows_the_fastest_the_one_in_use_and_what_was_wrong(invoke: Invoke
     text = result.stdout
     assert "in use" in text
     assert "m128n48w4s1b2: wrong: relative error" in text
-    assert "64: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),  # fa2 sm_80" in text
+    assert "64: Tile(block_m=128, block_n=32, warps=4, min_blocks=2),  # fa2_fwd sm_80" in text
     assert "not kept" in text
     assert not (tmp_path / "kernels" / SAVED_TILES).exists()
 

@@ -276,9 +276,9 @@ def test_a_short_and_a_long_shape_have_a_row_each_where_there_is_a_table_for_few
     results = short_and_long(hopper, Options(tiles=("m128n64w12s2*", "m128n96w12s2*"), rounds=1, group=by_table_row))
     short, long = map(table_row, winners(results, by_table_row))
     assert short.startswith("(128, 128): Tile(block_m=128, block_n=64, ")
-    assert "  # fa3 sm_90a, short q, 2.000x over 1 shapes" in short
+    assert "  # fa3_fwd sm_90a, short q, 2.000x over 1 shapes" in short
     assert long.startswith("(128, 128): Tile(block_m=128, block_n=96, ")
-    assert "  # fa3 sm_90a, 2.000x over 1 shapes" in long
+    assert "  # fa3_fwd sm_90a, 2.000x over 1 shapes" in long
 
 
 def test_the_other_family_has_one_row_for_both_and_a_saved_tile_for_each(card: Card) -> None:
@@ -337,7 +337,7 @@ def test_later_calls_use_what_was_kept(card: Card, tmp_path: Path) -> None:
 def test_a_winner_is_a_row_of_its_table(card: Card) -> None:
     (found,) = winners([tune()], by_table_row)
     row = table_row(replace(found, tile=Tile(block_m=128, block_n=48, warps=4, stages=2, min_blocks=2, persistent=True)))
-    assert row.startswith("64: Tile(block_m=128, block_n=48, warps=4, stages=2, min_blocks=2),  # fa2 sm_80, ")
+    assert row.startswith("64: Tile(block_m=128, block_n=48, warps=4, stages=2, min_blocks=2),  # fa2_fwd sm_80, ")
     spec = lookup(fa.DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 192, extras=fa.Extras(v_head_dim=128, family=Family.FA3)))
     assert isinstance(spec, ForwardSpec)
     assert table_row(replace(found, spec=spec, tile=spec.tile)).startswith("(192, 128): Tile(block_m=128, ")

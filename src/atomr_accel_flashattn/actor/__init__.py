@@ -3,6 +3,7 @@
 See docs/actor.md::
 
     caller's thread     handle: checks, outputs, a place in the mailbox      client.py, mailbox.py
+                        what forward and backward requests differ in         kinds.py
                         a launch that repeats one of before                  engine.py
                         polls until it is done -> the future                 reply.py, in_flight.py
     actor's thread      Pykka inbox -> all other launches                    actor.py, engine.py

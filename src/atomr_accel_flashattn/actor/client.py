@@ -16,10 +16,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import ActorStoppedError, PropsError, UnknownMessageError
-from ..runtime.plan import Output
 from .deadlines import Deadlines, timed_out
 from .mailbox import Mailbox
-from .messages import FlashAttnMsg, Message
+from .messages import Answer, FlashAttnMsg, Message
 from .props import FlashAttnProps, Overflow
 from .reply import Reply, Ticket
 
@@ -49,7 +48,7 @@ class Client(ABC):
         self._stops: set[threading.Thread] = set()
 
     @abstractmethod
-    def _accept(self, message: Message) -> Ticket:
+    def _accept(self, message: Message[Any]) -> Ticket:
         """Look a message over and make its ticket; raises what makes it unacceptable."""
 
     @abstractmethod
@@ -60,14 +59,14 @@ class Client(ABC):
     def _end(self, timeout: float | None) -> None:
         """Wait for the answers, ``timeout`` seconds at most, fail what has none, and end."""
 
-    async def _ticket_async(self, message: Message, timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
+    async def _ticket_async(self, message: Message[Any], timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
         return self._ticket(message, timeout)
 
     def _is_own_thread(self) -> bool:
         """Whether callbacks of replies run in the caller's thread: it must not wait for others."""
         return self._deadlines.is_current() or threading.current_thread() in self._stops
 
-    def ask(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> Reply:
+    def ask(self, message: Message[Answer], *, timeout: float | None = None, overflow: Overflow | None = None) -> Reply[Answer]:
         """Send a request.
 
         Args:
@@ -79,12 +78,11 @@ class Client(ABC):
                 do) is refused instead.
 
         Returns:
-            the Reply: a concurrent.futures.Future of an Output that can be awaited. It fails with
-                what
-            went wrong with this request.
+            the Reply: a concurrent.futures.Future that can be awaited, of an Output for a Forward,
+                of Gradients for a Backward. It fails with what went wrong with this request.
 
         Raises:
-            UnknownMessageError: no FlashAttnMsg.
+            UnknownMessageError: no FlashAttnMsg, or one with a request of another kind.
             DeviceMismatchError: a request for another device.
             StaleArrayError: an array was resized since the request was made.
             OutputError: outputs in q's library cannot be made; give ``out``.
@@ -118,14 +116,22 @@ class Client(ABC):
         if error is not None:
             raise error
 
-    def tell(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> None:
-        """Send a request whose answer lies in its ``out``; what goes wrong later is logged.
+    def tell(self, message: Message[Any], *, timeout: float | None = None, overflow: Overflow | None = None) -> None:
+        """Send a request whose answer lies in its ``out``, or in its ``dq``, ``dk`` and ``dv``.
+
+        What goes wrong later is logged.
 
         Arguments and errors: :meth:`ask`.
         """
         self.ask(message, timeout=timeout, overflow=overflow).listen(self._log_failure)
 
-    async def ask_async(self, message: Message, *, timeout: float | None = None, overflow: Overflow | None = None) -> Output:  # noqa: ASYNC109 - of the request
+    async def ask_async(
+        self,
+        message: Message[Answer],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - of the request
+        overflow: Overflow | None = None,
+    ) -> Answer:
         """Send a request and await its answer; a full mailbox is awaited too.
 
         Cancelling the task cancels the request until its launch. Arguments and errors: :meth:`ask`,
@@ -159,7 +165,8 @@ class Client(ABC):
                 raise error
         if timeout is not None:
             self._deadlines.add(ticket, timeout, began)
-        return await ticket.reply
+        answer: Answer = await ticket.reply
+        return answer
 
     def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Let nothing in any more, answer what is there, and end. Another call may make haste.
@@ -231,11 +238,11 @@ class Client(ABC):
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.stop_async(drain=kind is None)
 
-    def _ticket(self, message: Message, timeout: float | None) -> Ticket:
+    def _ticket(self, message: Message[Any], timeout: float | None) -> Ticket:
         if not isinstance(message, _MESSAGES):
             raise UnknownMessageError(
                 f"message: got {type(message).__qualname__}; allowed are FlashAttnMsg.Forward, .Backward and .PagedForward; "
-                "wrap a request as FlashAttnMsg.Forward(request)"
+                "wrap a request as FlashAttnMsg.Forward(request), a backward one as FlashAttnMsg.Backward(request)"
             )
         given: Any = timeout
         if given is not None and not (isinstance(given, int | float) and given > 0):
@@ -251,7 +258,7 @@ class Client(ABC):
         """Whether this is a forked child of the process that started the actor: its threads are not here, its locks may be taken."""
         return os.getpid() != self._process
 
-    def _log_failure(self, reply: Future[Output]) -> None:
+    def _log_failure(self, reply: Future[Any]) -> None:
         error = reply.exception()
         if error is not None:
             _log.error("%s: a request that was told failed: %s", self.props.label, error, exc_info=error)

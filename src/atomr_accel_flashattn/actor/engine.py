@@ -22,11 +22,11 @@ from collections.abc import Callable
 from typing import Final
 
 from ..errors import ActorStoppedError, DeviceLostError
+from ..runtime.gradients import Gradients
 from ..runtime.plan import Output
 from .in_flight import InFlight
 from .inner import FlashAttnInner
 from .mailbox import Mailbox
-from .messages import refusal
 from .props import FlashAttnProps
 from .reply import Ticket, own_error
 
@@ -127,7 +127,7 @@ class Engine:
         """Launch as soon as there is a place, in the actor's thread; or settle the ticket."""
         while not (self._has_place() or self._gave_up):
             self.in_flight.wait_for_room(self._props.max_in_flight)
-        error = self._refusing() if self._refusing else refusal(ticket.job.message) or _staleness(ticket)
+        error = self._refusing() if self._refusing else ticket.job.refusal or _staleness(ticket)
         if error is None and (not ticket.reply.is_over() if ticket.tried else ticket.reply.begin()):
             try:
                 self.in_flight.add(ticket, self.inner.launch(ticket.job))
@@ -153,7 +153,7 @@ class Engine:
         error = error or _staleness(ticket)
         self._answer(ticket, ticket.job.answer() if error is None else error)
 
-    def _answer(self, ticket: Ticket, outcome: Output | BaseException | None) -> None:
+    def _answer(self, ticket: Ticket, outcome: Output | Gradients | BaseException | None) -> None:
         self.mailbox.settle(ticket)
         if outcome is not None:  # else it was cancelled, or its time is over
             ticket.reply.resolve(outcome)

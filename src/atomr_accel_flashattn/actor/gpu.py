@@ -10,17 +10,17 @@ stream there is no event to wait for.
 
 from __future__ import annotations
 
+import contextlib
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from ..arrays.streams import LEGACY_DEFAULT_STREAM, current_stream, raw_stream
-from ..errors import PropsError
+from ..errors import LaunchError, PropsError
 from ..launch.driver import check, current_context, driver, primary_context
-from ..runtime.execute import make_outputs
-from ..runtime.plan import find
 from ..types import Device
 from .inner import FlashAttnInner, Job, PendingLaunch
-from .messages import FlashAttnMsg, Message
+from .kinds import kind_of
+from .messages import Message
 
 __all__ = ["CudaEvents", "GpuInner", "StreamEvent"]
 
@@ -166,23 +166,23 @@ class GpuInner(FlashAttnInner):
         """Make the device's primary context, which torch uses too, current in this thread."""
         check(driver().cuCtxSetCurrent(primary_context(self.device.index)), "cuCtxSetCurrent")
 
-    def accept(self, message: Message) -> Job:
+    def accept(self, message: Message[Any]) -> Job:
         """As every inner; and record where the caller's stream is now, if it is another one."""
         job = super().accept(message)
         if job.outputs is not None:
-            theirs = current_stream(message.request.problem.q)
+            theirs = current_stream(kind_of(message).forward(message.request).q)
             if theirs != self._stream and not (self._on_default and theirs in _DEFAULT_STREAMS):
                 job.ready = StreamEvent(self._events, theirs, in_context=job.quick)
         return job
 
-    def prepare(self, message: FlashAttnMsg.Forward) -> Job:
+    def prepare(self, message: Message[Any]) -> Job:
         """A job with its outputs, and the plan of a launch like this one."""
-        request = message.request
-        plan = None if message.dropout_mask else find(request)
+        kind = kind_of(message)
+        plan = kind.find(message)
         if plan is None:
             return super().prepare(message)
-        outputs = make_outputs(request, plan, lse=message.lse)
-        if outputs.out.strides != plan.out_strides:
+        outputs = kind.make(message, plan)
+        if outputs.strides != plan.out_strides:
             return Job(message, outputs)
         return Job(message, outputs, plan=plan, quick=self._context_is_current())
 
@@ -199,7 +199,12 @@ class GpuInner(FlashAttnInner):
         place: StreamEvent | None = job.ready
         if place is not None:
             place.make_wait(self._stream)
-        job.fill(stream=self._stream)
+        try:
+            job.fill(stream=self._stream)
+        except LaunchError:  # the first of several kernels may run: its arrays must not go
+            with contextlib.suppress(LaunchError):
+                StreamEvent(self._events, self._stream).wait()
+            raise
         if place is None:
             place = StreamEvent(self._events, self._stream)
         else:

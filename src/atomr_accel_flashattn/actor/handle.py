@@ -42,7 +42,7 @@ class FlashAttnHandle(Client):
     def _stopped(self) -> ActorStoppedError:
         return stopped_error(self.props.label)
 
-    def _accept(self, message: Message) -> Ticket:
+    def _accept(self, message: Message[Any]) -> Ticket:
         return Ticket(self._engine.inner.accept(message), Reply(self._engine.in_flight))
 
     def _is_own_thread(self) -> bool:

@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 from .inner import PendingLaunch
 from .reply import Reply, Ticket
@@ -56,7 +56,7 @@ class InFlight:
         self._resolve = resolve
         self.launches: deque[Ticket] = deque()
         self._lock = threading.RLock()  # held by whoever takes launches out
-        self._decided: deque[Reply] = deque()  # for the completion thread to finish
+        self._decided: deque[Reply[Any]] = deque()  # for the completion thread to finish
         self._polling = False  # a hint: one waiter that polls is enough
         self._last = 0  # number of the newest launch
         self._wanted = 0  # the completion thread waits for launches up to this number
@@ -84,7 +84,7 @@ class InFlight:
         if self._resting:
             self._wake_up.put(None)
 
-    def finish_soon(self, reply: Reply) -> None:
+    def finish_soon(self, reply: Reply[Any]) -> None:
         """Let the completion thread tell everybody of a reply's outcome."""
         self._decided.append(reply)
         if self._ended:  # after appending: either this or the thread's last look finds it
@@ -105,7 +105,7 @@ class InFlight:
             while self._take_first(done):
                 pass
 
-    def poll_until_over(self, reply: Reply, timeout: float | None) -> None:
+    def poll_until_over(self, reply: Reply[Any], timeout: float | None) -> None:
         """Ask the device for a moment, one waiter at a time; then it is better to sleep."""
         if self._polling:
             return

@@ -11,23 +11,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
-from ..dispatch import FaFwdDispatch, best_arch, lookup
-from ..errors import DeviceMismatchError, MockAnswerError, UnknownMessageError
-from ..fa2 import Fa2FwdRequest
-from ..fa3 import Fa3FwdRequest
-from ..requests.dense import DenseFwdRequest
-from ..runtime.execute import fill, make_outputs
+from ..dispatch import FaBwdDispatch, FaFwdDispatch, best_arch, lookup
+from ..errors import DeviceMismatchError, DispatchError, MockAnswerError
+from ..limits import not_built
+from ..runtime.gradients import GradientOutputs, Gradients
 from ..runtime.plan import Output, Outputs, Plan
 from ..runtime.staleness import NO_ARRAYS, Fingerprint
 from ..types import Device, SmArch
-from ..varlen import VarlenFwdRequest
+from .kinds import kind_of
 from .messages import FlashAttnMsg, Message
 
 __all__ = ["FlashAttnInner", "Job", "PendingLaunch"]
-
-_OWN_REQUESTS: Final = frozenset({DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest})  # checked when made
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +32,9 @@ class Job:
 
     Attributes:
         message: what was sent; keeps the inputs alive.
-        outputs: the arrays to be written, None for a message without.
+        outputs: the arrays to be written, and the workspace of a backward; None for a message
+            without.
+        refusal: why no kernel does it: its answer, in its turn.
         fingerprint: the arrays as they were at ask.
         ready: what the launch waits for on the device: the work that the caller had enqueued
             before.
@@ -45,27 +43,27 @@ class Job:
             there.
     """
 
-    message: Message
-    outputs: Outputs | None = None
+    message: Message[Any]
+    outputs: Outputs | GradientOutputs | None = None
+    refusal: DispatchError | None = None
     fingerprint: Fingerprint = NO_ARRAYS
     ready: Any = None
     plan: Plan | None = None
     quick: bool = False
 
     @property
-    def request(self) -> FaFwdDispatch:
-        """The forward request."""
-        request: FaFwdDispatch = self.message.request
+    def request(self) -> FaFwdDispatch | FaBwdDispatch:
+        """What is asked."""
+        request: FaFwdDispatch | FaBwdDispatch = self.message.request
         return request
 
     def fill(self, *, stream: int | None = None) -> None:
         """Do the work into the outputs."""
-        assert self.outputs is not None  # noqa: S101 - only forward messages are launched
-        fill(self.request, self.outputs, self.plan, stream=stream)
+        kind_of(self.message).fill(self.request, self.outputs, self.plan, stream=stream)
 
-    def answer(self) -> Output:
+    def answer(self) -> Output | Gradients:
         """What the caller gets."""
-        assert self.outputs is not None  # noqa: S101 - only forward messages are launched
+        assert self.outputs is not None  # noqa: S101 - only such messages are launched
         return self.outputs.for_user(self.message.request)
 
 
@@ -122,35 +120,37 @@ class FlashAttnInner(ABC):
     def attach(self) -> None:  # noqa: B027 - a hook
         """Called once in each thread of the actor, before anything else there."""
 
-    def accept(self, message: Message) -> Job:
+    def accept(self, message: Message[Any]) -> Job:
         """Look a message over, in the caller's thread, and make its outputs. Waits for nothing.
 
         Raises:
-            UnknownMessageError: a Forward without a forward request.
+            UnknownMessageError: a Forward without a forward request, a Backward without a backward
+                one.
             DeviceMismatchError: arrays on another device.
             StaleArrayError: an array was resized since the request was made.
             OutputError: the library of q cannot be allocated with, and there is no ``out``.
         """
-        if not isinstance(message, FlashAttnMsg.Forward):
-            return Job(message)
-        request = message.request
-        if type(request) not in _OWN_REQUESTS and not isinstance(request, FaFwdDispatch):
-            raise UnknownMessageError(
-                f"message: got a Forward with {type(request).__qualname__}; "
-                "allowed is a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest"
-            )
-        if request.problem.q.device != self.device:
+        if isinstance(message, FlashAttnMsg.PagedForward):
+            return Job(message, refusal=not_built("paged", "FlashAttnMsg.PagedForward"))
+        kind, request = kind_of(message), message.request
+        if type(request) not in kind.own:
+            kind.check(request)
+        device = kind.forward(request).q.device
+        if device != self.device:
             raise DeviceMismatchError(
-                f"message: got a request on {request.problem.q.device} for an actor on {self.device}; "
+                f"message: got a request on {device} for an actor on {self.device}; "
                 "allowed are requests on the actor's device; send it to the actor of that device"
             )
-        job = self.prepare(message)
-        job.fingerprint = Fingerprint.of(request)
+        try:
+            job = self.prepare(message)
+        except DispatchError as error:  # the workspace of a backward is that of its kernels
+            return Job(message, refusal=error)
+        job.fingerprint = kind.fingerprint(request)
         return job
 
-    def prepare(self, message: FlashAttnMsg.Forward) -> Job:
+    def prepare(self, message: Message[Any]) -> Job:
         """A job with the arrays that the call writes."""
-        return Job(message, make_outputs(message.request, lse=message.lse, dropout_mask=message.dropout_mask))
+        return Job(message, kind_of(message).make(message, None))
 
     @abstractmethod
     def launch(self, job: Job) -> PendingLaunch:
@@ -201,7 +201,7 @@ class _MockInner(FlashAttnInner):
         self.arch = arch
         self._names: dict[object, str] = {}
 
-    def prepare(self, message: FlashAttnMsg.Forward) -> Job:
+    def prepare(self, message: Message[Any]) -> Job:
         """Nothing will be written."""
         return Job(message)
 

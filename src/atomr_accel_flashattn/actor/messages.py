@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeVar
 
-from ..errors import FeatureNotBuiltError
-from ..limits import not_built
+from ..runtime.gradients import Gradients
+from ..runtime.plan import Output
 
-__all__ = ["FlashAttnMsg", "Message", "refusal"]
+__all__ = ["Answer", "FlashAttnMsg", "Message"]
+
+Answer = TypeVar("Answer", bound=Output | Gradients)
+"""What a message is answered with."""
+
+
+class Message(Generic[Answer]):
+    """What can be sent, and what it is answered with: one of FlashAttnMsg.
+
+    Attributes:
+        request: what is asked.
+    """
+
+    __slots__ = ()
+
+    request: Any
 
 
 class FlashAttnMsg:
     """The messages of an actor: each carries one request, and each is answered once."""
 
     @dataclass(frozen=True, slots=True, eq=False)
-    class Forward:
+    class Forward(Message[Output]):
         """A forward call, answered with an Output.
 
         Attributes:
@@ -29,25 +44,17 @@ class FlashAttnMsg:
         dropout_mask: bool = False
 
     @dataclass(frozen=True, slots=True, eq=False)
-    class Backward:
-        """The gradients of a forward call. Not built yet: answered with FeatureNotBuiltError."""
+    class Backward(Message[Gradients]):
+        """A backward call, answered with Gradients.
+
+        Attributes:
+            request: a Fa2BwdRequest, a VarlenBwdRequest, or anything that satisfies FaBwdDispatch.
+        """
 
         request: Any
 
     @dataclass(frozen=True, slots=True, eq=False)
-    class PagedForward:
+    class PagedForward(Message[Output]):
         """A forward call on a paged KV cache. Not built yet: answered with FeatureNotBuiltError."""
 
         request: Any
-
-
-Message: TypeAlias = FlashAttnMsg.Forward | FlashAttnMsg.Backward | FlashAttnMsg.PagedForward
-
-
-def refusal(message: Message) -> FeatureNotBuiltError | None:
-    """Why this version does not do what a message asks; None when it does."""
-    if isinstance(message, FlashAttnMsg.Backward):
-        return not_built("backward", "FlashAttnMsg.Backward")
-    if isinstance(message, FlashAttnMsg.PagedForward):
-        return not_built("paged", "FlashAttnMsg.PagedForward")
-    return None

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from ..runtime.plan import Output
 from .inner import Job, PendingLaunch
+from .messages import Answer
 
 __all__ = ["Reply", "Ticket", "Watch", "own_error"]
 
-_Outcome: TypeAlias = Output | BaseException
-_Callback: TypeAlias = Callable[[Future[Output]], object]
+_Outcome: TypeAlias = Answer | BaseException
+_Callback: TypeAlias = Callable[[Future[Answer]], object]
 
 _log = logging.getLogger(__name__)
 _CANCELLED: Final = CancelledError()  # an outcome; a new one is raised
@@ -35,7 +35,7 @@ _deciding: Final = threading.RLock()  # held for a few stores: launched or cance
 class Watch(Protocol):
     """Who looks after replies whose launch was made: :class:`InFlight`."""
 
-    def poll_until_over(self, reply: Reply, timeout: float | None) -> None:
+    def poll_until_over(self, reply: Reply[Any], timeout: float | None) -> None:
         """Ask the device for a moment."""
 
     def take_finished(self) -> None:
@@ -44,11 +44,11 @@ class Watch(Protocol):
     def hurry(self) -> None:
         """Let the completion thread wait for the launches in flight: somebody sleeps."""
 
-    def finish_soon(self, reply: Reply) -> None:
+    def finish_soon(self, reply: Reply[Any]) -> None:
         """Let the completion thread call :meth:`Reply.finish`."""
 
 
-class Reply(Future[Output]):
+class Reply(Future[Answer]):
     """A ``concurrent.futures.Future`` that can be awaited. It resolves when the device is done.
 
     ``cancel()`` works until the request is launched. Callbacks run in a thread of the actor: they
@@ -60,8 +60,8 @@ class Reply(Future[Output]):
 
     begun = False  # launched, or about to be: too late to cancel
     is_wanted = False  # somebody sleeps until it is resolved, or is to be called then
-    _outcome: _Outcome | None = None
-    _callbacks: tuple[_Callback, ...] = ()
+    _outcome: _Outcome[Answer] | None = None
+    _callbacks: tuple[_Callback[Answer], ...] = ()
     _is_finished = False
     _has_base = False
     _base_is_told = False
@@ -90,10 +90,10 @@ class Reply(Future[Output]):
         state = "cancelled" if self.cancelled() else "finished" if self.is_over() else "running" if self.begun else "pending"
         return f"<{type(self).__name__} at {id(self):#x} {state}>"
 
-    def __await__(self) -> Generator[Any, None, Output]:
+    def __await__(self) -> Generator[Any, None, Answer]:
         return asyncio.wrap_future(self).__await__()
 
-    def result(self, timeout: float | None = None) -> Output:
+    def result(self, timeout: float | None = None) -> Answer:
         """The answer; see concurrent.futures."""
         outcome = self._outcome
         if outcome is None:
@@ -140,11 +140,11 @@ class Reply(Future[Output]):
         self._finish_soon()
         return True
 
-    def add_done_callback(self, fn: _Callback) -> None:
+    def add_done_callback(self, fn: _Callback[Answer]) -> None:
         """See concurrent.futures; what a callback raises is logged, a SystemExit too."""
         self.listen(fn, hurry=True)
 
-    def listen(self, fn: _Callback, *, hurry: bool = False) -> None:
+    def listen(self, fn: _Callback[Answer], *, hurry: bool = False) -> None:
         """Add a callback that is in no hurry, as that of a log."""
         with _deciding:
             is_late = self._is_finished
@@ -169,7 +169,7 @@ class Reply(Future[Output]):
         else:
             self._watch.finish_soon(self)
 
-    def _wait(self, timeout: float | None) -> _Outcome:
+    def _wait(self, timeout: float | None) -> _Outcome[Answer]:
         """Look for the outcome here, then sleep in a queue, which a Ctrl-C leaves as it was."""
         if self.begun and self._watch is not None:
             self._watch.poll_until_over(self, timeout)
@@ -197,7 +197,7 @@ class Reply(Future[Output]):
         self.finish()  # who cancelled may have been interrupted
         return False
 
-    def decide(self, outcome: _Outcome) -> bool:
+    def decide(self, outcome: _Outcome[Answer]) -> bool:
         """Set the outcome, in any thread, unless there is one. Whether it was set."""
         return vars(self).setdefault("_outcome", outcome) is outcome  # one call of C
 
@@ -222,12 +222,12 @@ class Reply(Future[Output]):
         for fn in callbacks:
             self._call(fn)
 
-    def resolve(self, outcome: _Outcome) -> None:
+    def resolve(self, outcome: _Outcome[Answer]) -> None:
         """Decide and finish."""
         self.decide(outcome)
         self.finish()
 
-    def _call(self, fn: _Callback) -> None:
+    def _call(self, fn: _Callback[Answer]) -> None:
         try:
             fn(self)
         except BaseException as error:
@@ -248,7 +248,7 @@ class Ticket:
     """
 
     job: Job
-    reply: Reply = field(default_factory=Reply)
+    reply: Reply[Any] = field(default_factory=Reply)
     tried: bool = False
     launch: PendingLaunch | None = None
     poll: Callable[[], bool] | None = None

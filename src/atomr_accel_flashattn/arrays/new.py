@@ -20,6 +20,7 @@ __all__ = [
     "copy_into",
     "draw_seed_and_offset",
     "empty_like_framework",
+    "empty_workspace",
     "in_library_of",
     "pad_last",
     "row_major",
@@ -53,6 +54,18 @@ def empty_like_framework(like: ArrayInfo, shape: tuple[int, ...], dtype_name: st
     else:
         array = DeviceArray.empty(shape, name, like.device.index)
     return read_array(array, "out")
+
+
+def empty_workspace(like: ArrayInfo, size: int, *, other_stream: bool) -> ArrayInfo:
+    """``size`` bytes of uninitialised memory on the GPU of ``like``, of its library.
+
+    ``other_stream``: another stream than the current one may use it, and :func:`~.streams.used_on` says so. Only torch can be told;
+    elsewhere it is memory that waits for the GPU when it is freed.
+    """
+    torch = sys.modules.get("torch")
+    if other_stream and not (torch is not None and isinstance(like.source, torch.Tensor)):
+        return read_array(DeviceArray.empty((-(-size // 4),), "float32", like.device.index), "workspace")
+    return empty_like_framework(like, (-(-size // 4),), "float32")
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:

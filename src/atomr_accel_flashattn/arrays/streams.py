@@ -14,7 +14,7 @@ from .torch_hooks import hooks
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["LEGACY_DEFAULT_STREAM", "copy_to_host", "current_stream", "raw_stream"]
+__all__ = ["LEGACY_DEFAULT_STREAM", "copy_to_host", "current_stream", "raw_stream", "used_on"]
 
 LEGACY_DEFAULT_STREAM: Final = 1  # CU_STREAM_LEGACY: ordered with every blocking stream of the device
 
@@ -53,6 +53,14 @@ def raw_stream(stream: Any) -> int:
     raise ArrayTypeError(
         f"stream: got {type(stream).__qualname__}; allowed are a raw CUstream as int, and streams of torch, CuPy and cuda.core"
     )
+
+
+def used_on(info: ArrayInfo, stream: int) -> None:
+    """Let torch know that its tensor is used on a raw CUstream, so that its memory is not given away before that is done with it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(info.source, torch.Tensor):
+        with torch.cuda.device(info.device.index):
+            info.source.record_stream(torch.cuda.ExternalStream(stream) if stream else torch.cuda.default_stream())
 
 
 def copy_to_host(info: ArrayInfo) -> np.ndarray[Any, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from .cells import Cell, all_cells, select
-from .entry import main, main_host
-from .forward import Options, Report, Result, Row, run_forward
+from .backward import run_backward
+from .cells import Cell, all_cells, backward_cells, select
+from .entry import main, main_backward, main_host
+from .forward import run_forward
 from .host import HostOptions, run_host
+from .measure import Options, Report, Result, Row
 
 __all__ = [
     "Cell",
@@ -15,8 +17,11 @@ __all__ = [
     "Result",
     "Row",
     "all_cells",
+    "backward_cells",
     "main",
+    "main_backward",
     "main_host",
+    "run_backward",
     "run_forward",
     "run_host",
     "select",

@@ -73,7 +73,7 @@ def steady(cell: Cell, inputs: Inputs, family: Family) -> Steady:
     output, plan = execute(request, lse=False)
     if key is None or plan is None or not plan.launches:
         raise Refused("a call that leaves no plan")
-    plans.remember(key, plan, output, _OTHERS)
+    plans.remember(key, plan, output)
     return Steady(inputs, request, Ours().prepare(cell, inputs), plan, make_outputs(request, lse=False))
 
 

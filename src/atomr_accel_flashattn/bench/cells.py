@@ -7,6 +7,7 @@ section 4.1).
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..types import DType
 
-__all__ = ["FEATURES", "Cell", "all_cells", "select"]
+__all__ = ["FEATURES", "Cell", "all_cells", "backward_cells", "select"]
 
 TOKENS = 16384
 MODEL_WIDTH = 2048
@@ -40,6 +41,7 @@ class Cell:
         softcap: c of c * tanh(s / c), 0 is none.
         sink_tokens: first keys that stay visible when a window has passed them.
         score_std: standard deviation of scores, before the cap: that of q, where k has 1.
+        deterministic: of a backward: whether gradients are bitwise equal from run to run.
     """
 
     group: str
@@ -58,6 +60,7 @@ class Cell:
     softcap: float = 0.0
     sink_tokens: int = 0
     score_std: float = 1.0
+    deterministic: bool = False
 
     @property
     def batch(self) -> int:
@@ -111,7 +114,18 @@ class Cell:
     @property
     def flops(self) -> float:
         """Floating-point operations of both products: 2 heads (D + Dv) pairs; a causal mask counts as half when lengths are equal."""
-        dims = self.head_dim + self.value_dim
+        return self._operations(self.head_dim + self.value_dim)
+
+    @property
+    def backward_flops(self) -> float:
+        """Those of the five products of a backward: 2 heads (3 D + 2 Dv) pairs.
+
+        2.5 times the forward's where v is as wide as q.
+        """
+        return self._operations(3 * self.head_dim + 2 * self.value_dim)
+
+    def _operations(self, dims: int) -> float:
+        """Of products over so many columns in all."""
         return 2.0 * self.heads * dims * sum(self._pairs(n, keys) for n, keys in zip(self.lengths, self.keys, strict=True))
 
     @property
@@ -164,13 +178,29 @@ def _varlen(*, causal: bool) -> Cell:
     return Cell(group="varlen", head_dim=128, heads=16, heads_kv=16, lengths=lengths, causal=causal, packed=True)
 
 
+def _grouped() -> list[Cell]:
+    return [_dense("gqa", 128, s, heads=32, heads_kv=8) for s in (2048, 8192)]
+
+
+def _packed_and_windows() -> list[Cell]:
+    return [*(_varlen(causal=causal) for causal in (False, True)), *(_dense("window", 128, s, window=1024) for s in (8192, 16384))]
+
+
+def backward_cells() -> list[Cell]:
+    """Every cell of the backward benchmark.
+
+    The forward grid, grouped queries, packed sequences, windows, and some deterministic ones.
+    """
+    same_bits = [_dense("deterministic", d, s, deterministic=True) for d, s in ((128, 2048), (128, 8192), (64, 8192))]
+    return [*_grid(), *_grouped(), *_packed_and_windows(), *same_bits]
+
+
 def all_cells() -> list[Cell]:
-    """Every cell, the forward grid first."""
+    """Every cell of the forward benchmark, the grid first."""
     others = [
-        *(_dense("gqa", 128, s, heads=32, heads_kv=8) for s in (2048, 8192)),
+        *_grouped(),
         *(_few_queries(n, batch) for n, batch in ((16, 64), (128, 16))),
-        *(_varlen(causal=causal) for causal in (False, True)),
-        *(_dense("window", 128, s, window=1024) for s in (8192, 16384)),
+        *_packed_and_windows(),
         *(_dense("alibi", 128, s, alibi=True) for s in (2048, 8192)),
         *(
             _dense("softcap", d, s, softcap=SOFTCAP, score_std=SOFTCAP_SCORE_STD)
@@ -182,13 +212,15 @@ def all_cells() -> list[Cell]:
     return [*_grid(), *others]
 
 
-def select(patterns: str | None) -> list[Cell]:
-    """Cells whose name matches one of the comma-separated patterns (``*`` and ``?``; a bare word matches anywhere). None is every cell.
+def select(patterns: str | None, cells: Sequence[Cell] | None = None) -> list[Cell]:
+    """Of ``cells`` those whose name matches one of the comma-separated patterns; None is every cell.
+
+    ``cells`` None are :func:`all_cells`. In patterns ``*`` and ``?`` stand for others; a bare word matches anywhere.
 
     Raises:
         ValueError: no cell matches; the message lists the names.
     """
-    cells = all_cells()
+    cells = all_cells() if cells is None else list(cells)
     if not patterns:
         return cells
     wanted = [p.strip() for p in patterns.split(",") if p.strip()]

@@ -7,13 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .backward import Backward, step_memory
 from .figure import draw
-from .forward import Options, Report, Row, chosen_peers, run_forward
+from .forward import Forward
 from .host import HostOptions, run_host
+from .measure import Direction, Options, Report, Row, run_cells
 from .record import make_record, write_record
-from .report import format_row, header, summary
+from .report import format_row, header, memory_lines, summary
 
-__all__ = ["RESULTS", "main", "main_host"]
+__all__ = ["RESULTS", "main", "main_backward", "main_host"]
 
 RESULTS = Path("benchmarks/results")
 
@@ -36,16 +38,30 @@ def main(
         the report, and the path of the JSON record. ``report.failures`` is empty when every cell of ours was right and timed.
 
     Raises:
-        ValueError, RuntimeError: as :func:`run_forward`.
+        ValueError, RuntimeError: as :func:`~.measure.run_cells`.
     """
-    say(header([peer.name for peer in chosen_peers(options)]))
+    return _main(Forward(), options, out=out, commit=commit, picture=picture, say=say)
+
+
+def main_backward(
+    options: Options, *, out: Path = RESULTS, commit: str | None = None, picture: bool = True, say: Say = print
+) -> tuple[Report, Path]:
+    """Run the backward benchmark, and the memory of some training steps. The rest: :func:`main`."""
+    return _main(Backward(), options, out=out, commit=commit, picture=picture, say=say)
+
+
+def _main(direction: Direction, options: Options, *, out: Path, commit: str | None, picture: bool, say: Say) -> tuple[Report, Path]:
+    say(header([peer.name for peer in direction.peers(options)]))
 
     def show(row: Row) -> None:
         say(format_row(asdict(row)))
 
-    report = run_forward(options, show)
-    record = make_record("forward", report.as_dict() | {"options": asdict(options)}, commit=commit)
-    for line in summary(record):
+    report = run_cells(direction, options, show)
+    body = {"direction": direction.NAME} | report.as_dict() | {"options": asdict(options)}
+    if isinstance(direction, Backward):
+        body["memory"] = [asdict(row) for row in step_memory(report)]
+    record = make_record(direction.NAME, body, commit=commit)
+    for line in (*summary(record), *memory_lines(record)):
         say(line)
     path = write_record(record, out)
     say(f"record: {path}")

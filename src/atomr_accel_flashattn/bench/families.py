@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .cells import Cell
     from .inputs import Inputs
 
-__all__ = ["OfFamily", "repeated", "request_of"]
+__all__ = ["OfFamily", "options_of", "repeated", "request_of"]
 
 _OUT = SLOTS.index("o")
 
@@ -54,21 +54,21 @@ class _Held:
 
 def request_of(cell: Cell, inputs: Inputs, family: Family | None = None, *, tile: Tile | None = None, out: Any = None) -> FaFwdDispatch:
     """The request of a cell; None takes the family, the tile and the kind of output that functional calls take."""
-    arrays = inputs.q, inputs.k, inputs.v
-    asked: dict[str, Any] = {
+    kind: Any = DenseFwdRequest if inputs.offsets is None else VarlenFwdRequest
+    request: FaFwdDispatch = kind(inputs.q, inputs.k, inputs.v, out=out, **options_of(cell, inputs))
+    return request if family is None and tile is None else _Held(request, family, tile)
+
+
+def options_of(cell: Cell, inputs: Inputs) -> dict[str, Any]:
+    """What requests of a cell, forward or backward, are told beside arrays."""
+    lengths = {} if inputs.offsets is None else {"cu_seqlens_q": CumulativeSeqlens(inputs.offsets, inputs.max_length)}
+    return {
         "mask": MaskKind.window(*cell.bounds),
         "bias": PositionBias(inputs.slopes),
         "sink_tokens": cell.sink_tokens,
         "options": AttentionOptions(softcap=cell.softcap),
-        "out": out,
+        **lengths,
     }
-    request: DenseFwdRequest | VarlenFwdRequest
-    if inputs.offsets is None:
-        request = DenseFwdRequest(*arrays, **asked)
-    else:
-        lengths = CumulativeSeqlens(inputs.offsets, inputs.max_length)
-        request = VarlenFwdRequest(*arrays, cu_seqlens_q=lengths, **asked)
-    return request if family is None and tile is None else _Held(request, family, tile)
 
 
 def repeated(plan: Plan, request: FaFwdDispatch, q: torch.Tensor) -> Call:

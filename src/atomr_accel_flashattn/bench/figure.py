@@ -1,4 +1,4 @@
-"""The picture of a forward benchmark, in the style of the FlashAttention papers, from its JSON record.
+"""The picture of a forward or backward benchmark, in the style of the FlashAttention papers, from its JSON record.
 
 One panel per head dim and mask of the grid, per sequence length one bar for each peer with its TFLOP/s above. The colours are those of
 Okabe and Ito (Color Universal Design, 2008), which colour-blind readers tell apart; ours alone is dark, bars of the same maker differ by
@@ -46,6 +46,7 @@ _BAR_SHARE = 0.86  # of the room of one sequence length
 _Row = Mapping[str, Any]
 _USUAL_DIM = 128  # of the cells outside the grid
 _OTHERS = "grouped queries, packed sequences, window (head_dim 128)"
+_SAME_BITS = "deterministic"
 _FEATURES = "ALiBi, softcap, sink tokens (head_dim 128 where no other is named)"
 
 
@@ -85,7 +86,7 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
 
 def _title(record: Mapping[str, Any]) -> str:
     day = dt.datetime.fromisoformat(record["timestamp"]).date()
-    return f"Attention forward speed, bf16 · {record['device']['name']} · {day}"
+    return f"Attention {record.get('direction', 'forward')} speed, bf16 · {record['device']['name']} · {day}"
 
 
 def _footer(record: Mapping[str, Any]) -> str:
@@ -103,12 +104,13 @@ def _drawn(rows: Sequence[_Row]) -> list[str]:
 def _panels(rows: Sequence[_Row]) -> dict[str, list[tuple[str, _Row]]]:
     """By title, (tick label, row): the grid by head dim and mask, the rest at the end, cells with a feature apart."""
     grid: dict[str, list[tuple[str, _Row]]] = {}
-    rest: dict[str, list[tuple[str, _Row]]] = {_OTHERS: [], _FEATURES: []}
+    rest: dict[str, list[tuple[str, _Row]]] = {_OTHERS: [], _FEATURES: [], _SAME_BITS: []}
     for row in rows:
         if row["group"] == "grid":
             grid.setdefault(f"head_dim {row['head_dim']}, {row['mask']}", []).append((row["length"], row))
         else:
-            rest[_FEATURES if any(row.get(name) for name in FEATURES) else _OTHERS].append((_tick(row), row))
+            title = _SAME_BITS if row.get("deterministic") else _FEATURES if any(row.get(name) for name in FEATURES) else _OTHERS
+            rest[title].append((_tick(row), row))
     for title, found in rest.items():
         marked = " · * a peer is timed without it" if any("*" in label for label, _ in found) else ""
         if found:
@@ -125,7 +127,7 @@ def _tick(row: _Row) -> str:
 
 def _mosaic(titles: Sequence[str]) -> list[list[str]]:
     """Two panels of the grid a line; those of the other cells, or one that is left over, have a line to themselves."""
-    rest = [title for title in titles if title.startswith((_OTHERS, _FEATURES))]
+    rest = [title for title in titles if title.startswith((_OTHERS, _FEATURES, _SAME_BITS))]
     grid = [title for title in titles if title not in rest]
     lines = [grid[n : n + 2] * (2 if n + 1 == len(grid) else 1) for n in range(0, len(grid), 2)]
     return lines + [[title, title] for title in rest]

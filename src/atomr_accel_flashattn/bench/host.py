@@ -10,17 +10,20 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import DispatchError
 from ..kernels.spec import Family
+from .autograd import peak_bytes, training_step
 from .breakdown import Steady, call_breakdown, launch_costs, steady
 from .cells import Cell
-from .forward import Options, chosen_peers
-from .inputs import make_inputs
-from .peers import Peer, Refused
+from .forward import chosen_peers
+from .inputs import Inputs, make_inputs
+from .measure import Options
+from .peers import CudnnPeer, Ours, Peer, Refused, TorchFa2
 
 __all__ = ["HostOptions", "enqueue_us", "import_seconds", "run_host"]
 
@@ -28,6 +31,7 @@ Say = Callable[[str], None]
 SMALL = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64,), causal=False)
 SMALL_PACKED = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64, 32), causal=True, packed=True)
 MANY_TILES = Cell(group="host", head_dim=64, heads=512, heads_kv=512, lengths=(64,), causal=False)  # more than any GPU has SMs
+LAUNCHES_OF_STEP = 8  # at most, of a peer: the queue holds fewer steps than calls
 MEMORY_LENGTHS = (4096, 8192, 16384, 32768)
 
 
@@ -46,8 +50,9 @@ def run_host(options: HostOptions, say: Say = print) -> dict[str, Any]:
     """All of it on the current CUDA device; the start-up part needs no device.
 
     Returns:
-        ``enqueue_us`` by layout and peer; by family ``breakdown_us`` (layout, step) and ``launch_us`` (kind of launch); ``startup``
-        seconds and milliseconds; ``memory`` bytes by length.
+        ``enqueue_us`` and ``training_step_us`` (forward and backward through autograd) by layout
+        and peer; by family ``breakdown_us`` (layout, step) and ``launch_us`` (kind of launch);
+        ``startup`` seconds and milliseconds; ``memory`` bytes by length.
 
     Raises:
         RuntimeError: no CUDA device.
@@ -59,6 +64,7 @@ def run_host(options: HostOptions, say: Say = print) -> dict[str, Any]:
     body: dict[str, Any] = {}
     with torch.no_grad():
         body["enqueue_us"] = {"dense": _peers_us(SMALL, options, say), "packed": _peers_us(SMALL_PACKED, options, say)}
+        body["training_step_us"] = {"dense": _steps_us(SMALL, options, say), "packed": _steps_us(SMALL_PACKED, options, say)}
         for family in Family:
             _family_us(family, options, say, body)
         if options.memory:
@@ -70,20 +76,42 @@ def run_host(options: HostOptions, say: Say = print) -> dict[str, Any]:
 
 def _peers_us(cell: Cell, options: HostOptions, say: Say) -> dict[str, float | str]:
     """Microseconds to enqueue one call, by peer; a text where a peer does not do it."""
-    import torch
+    inputs = _inputs(cell)
+    calls = {peer: partial(peer.prepare, cell, inputs) for peer in chosen_peers(Options())}
+    return _costs_us("enqueue", cell, calls, options, say)
 
-    inputs = make_inputs(cell, torch.device("cuda", torch.cuda.current_device()), l2_bytes=0)[0]
+
+def _steps_us(cell: Cell, options: HostOptions, say: Say) -> dict[str, float | str]:
+    """Microseconds of a training step, forward and backward through autograd, ours and torch's."""
+    inputs = _inputs(cell, dout=True)
+    peers: tuple[Peer, ...] = (Ours(), TorchFa2(), CudnnPeer())
+    calls = {peer: partial(training_step, peer, cell, inputs) for peer in peers}
+    return _costs_us("step   ", cell, calls, replace(options, calls=options.calls // LAUNCHES_OF_STEP), say)
+
+
+def _costs_us(
+    what: str, cell: Cell, calls: Mapping[Peer, Callable[[], Callable[[], object]]], options: HostOptions, say: Say
+) -> dict[str, float | str]:
+    """By peer, microseconds of the call that is made here; a text where a peer does not do it."""
     found: dict[str, float | str] = {}
-    for peer in chosen_peers(Options()):
+    for peer, prepare in calls.items():
         try:
-            call = peer.prepare(cell, inputs)
+            with peer.context():
+                call = prepare()
             found[peer.name] = enqueue_us(call, options, peer.context)
         except (Refused, RuntimeError) as reason:
             found[peer.name] = str(reason).split("\n")[0]
         cost = found[peer.name]
         text = cost if isinstance(cost, str) else f"{cost:.2f} us"
-        say(f"enqueue {cell.mask:6} {'packed' if cell.packed else 'dense':7} {peer.name:6} {text}")
+        say(f"{what} {cell.mask:6} {'packed' if cell.packed else 'dense':7} {peer.name:6} {text}")
     return found
+
+
+def _inputs(cell: Cell, *, dout: bool = False) -> Inputs:
+    """One set on the current CUDA device."""
+    import torch
+
+    return make_inputs(cell, torch.device("cuda", torch.cuda.current_device()), l2_bytes=0, dout=dout)[0]
 
 
 def _family_us(family: Family, options: HostOptions, say: Say, body: dict[str, Any]) -> None:
@@ -103,9 +131,7 @@ def _family_us(family: Family, options: HostOptions, say: Say, body: dict[str, A
 
 
 def _steady(cell: Cell, family: Family) -> Steady:
-    import torch
-
-    return steady(cell, make_inputs(cell, torch.device("cuda", torch.cuda.current_device()), l2_bytes=0)[0], family)
+    return steady(cell, _inputs(cell), family)
 
 
 def _say_costs(title: str, costs: Mapping[str, float], say: Say) -> None:
@@ -134,21 +160,12 @@ def enqueue_us(call: Callable[[], object], options: HostOptions, context: Callab
 
 def memory_growth(say: Say) -> dict[str, Any]:
     """Peak bytes beyond the inputs by length, one batch, 8 heads of 64: the output and the LSE, so that doubling N doubles them."""
-    import torch
-
     peaks: dict[int, int] = {}
     ours: Peer = chosen_peers(Options())[0]
     for length in MEMORY_LENGTHS:
         cell = Cell(group="memory", head_dim=64, heads=8, heads_kv=8, lengths=(length,), causal=True)
-        inputs = make_inputs(cell, torch.device("cuda", torch.cuda.current_device()), l2_bytes=0)[0]
-        call = ours.prepare(cell, inputs)
-        call()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        peaks[length] = torch.cuda.max_memory_allocated() - before
+        inputs = _inputs(cell)
+        peaks[length] = peak_bytes(ours.prepare(cell, inputs))
     growth = peaks[MEMORY_LENGTHS[-1]] / max(peaks[MEMORY_LENGTHS[0]], 1)
     times = MEMORY_LENGTHS[-1] // MEMORY_LENGTHS[0]
     say(f"memory beyond the inputs: {peaks} bytes; {growth:.2f} x for {times} x the tokens")

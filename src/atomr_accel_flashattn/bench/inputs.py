@@ -1,8 +1,9 @@
-"""Random inputs for one cell, more of them than the L2 cache holds, and the float32 rows that outputs are checked against."""
+"""Random inputs for one cell, more than the L2 cache holds, and checks against float32."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,18 +14,21 @@ if TYPE_CHECKING:
 
     from .cells import Cell
 
-__all__ = ["Inputs", "check_rows", "make_inputs"]
+__all__ = ["ERROR_LIMIT", "GRADIENT_ERROR_LIMIT", "Inputs", "check_gradients", "check_rows", "make_inputs"]
 
 CHECKED_ROWS = 64
 # The relative error (Frobenius) of a right 16-bit attention against float32 is 1.4e-3 to 4e-3; a wrong mask or index is above 1e-1.
 ERROR_LIMIT = {DType.F16: 5e-3, DType.BF16: 2e-2}
+# Of gradients, which meet two matrices of 16 bits on their way, P and dS, and an o that is rounded.
+GRADIENT_ERROR_LIMIT = {dtype: 2 * limit for dtype, limit in ERROR_LIMIT.items()}
+_ROWS_AT_ONCE = 1024  # of float32 scores, for gradients
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """q, k, v: (B, S, H, D), or (total, H, D) when packed, normal, q times ``score_std``.
 
-    ``offsets`` int32 (B + 1,), ``slopes`` float32 (H,).
+    ``offsets`` int32 (B + 1,), ``slopes`` float32 (H,), ``dout`` like o: the gradient that a backward begins with.
     """
 
     q: torch.Tensor
@@ -33,6 +37,7 @@ class Inputs:
     offsets: torch.Tensor | None
     slopes: torch.Tensor | None
     max_length: int
+    dout: torch.Tensor | None = None
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -42,13 +47,16 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return {DType.F16: torch.float16, DType.BF16: torch.bfloat16}[dtype]
 
 
-def make_inputs(cell: Cell, device: torch.device, *, l2_bytes: int, seed: int = 0) -> list[Inputs]:
-    """Two input sets or more, together over three times the L2 cache, so that no timed call finds its inputs there."""
+def make_inputs(cell: Cell, device: torch.device, *, l2_bytes: int, seed: int = 0, dout: bool = False) -> list[Inputs]:
+    """Two input sets or more, together over three times the L2 cache, so that no timed call finds its inputs there.
+
+    ``dout``: whether a gradient of o is among them.
+    """
     sets = max(2, math.ceil(3 * l2_bytes / cell.min_bytes))
-    return [_one_set(cell, device, seed + i) for i in range(sets)]
+    return [_one_set(cell, device, seed + i, dout=dout) for i in range(sets)]
 
 
-def _one_set(cell: Cell, device: torch.device, seed: int) -> Inputs:
+def _one_set(cell: Cell, device: torch.device, seed: int, *, dout: bool) -> Inputs:
     import torch
 
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -67,7 +75,8 @@ def _one_set(cell: Cell, device: torch.device, seed: int) -> Inputs:
     if cell.alibi:
         slopes = torch.tensor([2.0 ** (-8 * (h + 1) / cell.heads) for h in range(cell.heads)], dtype=torch.float32, device=device)
     q, k, v = (normal(*rows, cell.heads, cell.head_dim), *(normal(*rows_k, cell.heads_kv, dim) for dim in (cell.head_dim, cell.value_dim)))
-    return Inputs(q * cell.score_std, k, v, offsets, slopes, max(cell.lengths))
+    gradient = normal(*rows, cell.heads, cell.value_dim) if dout else None
+    return Inputs(q * cell.score_std, k, v, offsets, slopes, max(cell.lengths), gradient)
 
 
 def check_rows(cell: Cell, inputs: Inputs, out: torch.Tensor) -> float:
@@ -91,16 +100,62 @@ def check_rows(cell: Cell, inputs: Inputs, out: torch.Tensor) -> float:
     return math.inf if any(math.isnan(e) for e in errors) else max(errors)
 
 
-def _float32_rows(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor | None) -> torch.Tensor:
-    """Attention of the last ``len(q)`` rows, all in float32: q (n, H, D), k (S, Hkv, D), v (S, Hkv, Dv) -> (n, H, Dv)."""
+def check_gradients(cell: Cell, inputs: Inputs, gradients: Sequence[torch.Tensor]) -> float:
+    """Relative error (Frobenius) of gradients against those of float32 attention; NaN never passes.
+
+    Looked at are one KV head and the query heads that read it: the first of the first sequence, and
+    the last of the last.
+
+    Args:
+        cell: what was computed.
+        inputs: from what, with ``dout``.
+        gradients: of q, k and v, in their shapes.
+    """
+    assert inputs.dout is not None  # noqa: S101 - for the type checker
+    group, errors = cell.heads // cell.heads_kv, []
+    for b, head in {(0, 0), (cell.batch - 1, cell.heads_kv - 1)}:
+        start = sum(cell.lengths[:b])
+        where = slice(start, start + cell.lengths[b]) if cell.packed else b
+        heads, head_kv = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        q, dout, dq = (x[where][:, heads] for x in (inputs.q, inputs.dout, gradients[0]))
+        k, v, dk, dv = (x[where][:, head_kv] for x in (inputs.k, inputs.v, *gradients[1:]))
+        expected = _float32_gradients(cell, q, k, v, dout, inputs.slopes[heads] if cell.alibi and inputs.slopes is not None else None)
+        errors += [float((got.float() - right).norm() / right.norm()) for got, right in zip((dq, dk, dv), expected, strict=True)]
+    return math.inf if any(math.isnan(e) for e in errors) else max(errors)
+
+
+def _float32_gradients(
+    cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, slopes: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """Of a sequence: q (n, H, D), k (S, Hkv, D), v (S, Hkv, Dv), dout (n, H, Dv)."""
     import torch
 
-    group = cell.heads // cell.heads_kv
+    leaves = tuple(x.detach().float().requires_grad_() for x in (q, k, v))
+    n = len(q)
+    with torch.enable_grad():
+        for begin in range(0, n, _ROWS_AT_ONCE):
+            rows = slice(begin, begin + _ROWS_AT_ONCE)
+            out = _float32_rows(cell, leaves[0][rows], leaves[1], leaves[2], slopes, first=len(k) - n + begin)
+            torch.autograd.backward([out], [dout[rows].float()], inputs=leaves)
+    return tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)
+
+
+def _float32_rows(
+    cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor | None, *, first: int | None = None
+) -> torch.Tensor:
+    """Attention of rows, all in float32: q (n, H, D), k (S, Hkv, D), v (S, Hkv, Dv) -> (n, H, Dv).
+
+    ``first``: the position of the first row among the keys; None where the rows are the last ones.
+    """
+    import torch
+
+    group = q.shape[1] // k.shape[1]
     keys = k.float().repeat_interleave(group, 1).transpose(0, 1)
     values = v.float().repeat_interleave(group, 1).transpose(0, 1)
     scores = q.float().transpose(0, 1) @ keys.transpose(1, 2) * cell.head_dim**-0.5
     n = k.shape[0]
-    i = torch.arange(n - q.shape[0], n, device=q.device)[:, None]
+    first = n - q.shape[0] if first is None else first
+    i = torch.arange(first, first + q.shape[0], device=q.device)[:, None]
     j = torch.arange(n, device=q.device)[None, :]
     if cell.softcap:
         scores = cell.softcap * (scores / cell.softcap).tanh()
@@ -110,5 +165,6 @@ def _float32_rows(cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     hidden = torch.zeros_like(j > i) if right < 0 else j > i + right
     if left >= 0:
         hidden = hidden | ((j < i - left) & (j >= cell.sink_tokens))
-    weights = scores.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(0)  # a row that sees nothing is zero
+    blind = hidden.all(-1, keepdim=True)  # rows that see nothing are zero
+    weights = scores.masked_fill(hidden & ~blind, -math.inf).softmax(-1).masked_fill(blind, 0)
     return (weights @ values).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Tables, plain text and Markdown, of a forward benchmark, from its JSON record."""
+"""Tables, plain text and Markdown, of a forward or backward benchmark, from its JSON record."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from .cells import FEATURES
 
-__all__ = ["format_row", "header", "markdown", "summary"]
+__all__ = ["format_row", "header", "markdown", "memory_lines", "summary"]
 
 OURS = "ours"
 COST_LIMIT: Final = 1.10  # of the time of the plain cell: what ALiBi, softcap and sink tokens may take
@@ -59,10 +59,19 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
     notes = {(name, result["note"]) for row in report["rows"] for name, result in row["results"].items() if result["note"]}
     for name, note in sorted(notes):
         yield f"* {name} is timed {note}, which it does not have"
+    for cell in report.get("not_built", ()):
+        yield f"not measured, because this version refuses it: {cell}"
     if report["skipped"]:
         yield f"not begun, the budget was spent: {', '.join(report['skipped'])}"
     for failure in report["failures"]:
         yield f"FAILED {failure}"
+
+
+def memory_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about the memory of training steps, of a backward benchmark that measured it."""
+    for row in report.get("memory", ()):
+        peaks = (f"{name} {f'{peak / 2**20:.0f} MiB' if isinstance(peak, int) else peak}" for name, peak in row["peak_bytes"].items())
+        yield f"peak memory of forward and backward beyond the inputs, {row['cell']}: {', '.join(peaks)}"
 
 
 def _costs(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -108,7 +117,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         "|---|---|---|---|" + "---|---|" * len(peers),
     ]
     lines += [_markdown_row(row, peers) for row in record["rows"]]
-    return "\n".join([*lines, "", *(f"- {line}" for line in summary(record))]) + "\n"
+    return "\n".join([*lines, "", *(f"- {line}" for line in (*summary(record), *memory_lines(record)))]) + "\n"
 
 
 def _markdown_row(row: Mapping[str, Any], peers: Sequence[str]) -> str:

@@ -7,13 +7,17 @@ import sys
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import DeviceMismatchError, RuntimeFlashAttnError
 from ..launch.driver import device_count
 from .output import Json, console, make_table, print_json
+
+if TYPE_CHECKING:
+    from ..bench.cells import Cell
+    from ..bench.measure import Direction
 
 __all__ = ["bench"]
 
@@ -32,19 +36,26 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns that the peers take in each cell.")] = 5,
     budget: Annotated[float, typer.Option(min=1, help="Seconds after which no further cell is begun.")] = 600.0,
-    host: Annotated[bool, typer.Option("--host", help="Measure what a call costs on the CPU, start-up and memory instead.")] = False,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Measure gradients instead; a peer's are those of torch's autograd.")
+    ] = False,
+    host: Annotated[
+        bool, typer.Option("--host", help="Measure what a call, and a training step, costs on the CPU, start-up and memory instead.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the record and the picture.")] = Path("benchmarks/results"),
     list_cells: Annotated[bool, typer.Option("--list", help="Only list the cells.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure speed against the peers that are installed, all in one run, or with --host what a call costs. Needs a GPU and torch."""
+    if backward and host:
+        raise typer.BadParameter("got it beside --host, which measures a training step too; leave one out", param_hint="--backward")
     if list_cells:
-        _list(cells, as_json=as_json)
+        _list(cells, backward=backward, as_json=as_json)
         return
     chosen = _names(peers) or None
-    _refuse_unknown(cells, chosen, _names(families))
+    _refuse_unknown(cells, chosen, _names(families), backward=backward)
     _require()
-    from ..bench import HostOptions, Options, main, main_host
+    from ..bench import HostOptions, Options, main, main_backward, main_host
 
     say = (lambda _line: None) if as_json else typer.echo
     with redirect_stdout(io.StringIO() if as_json else sys.stdout):
@@ -54,7 +65,7 @@ def bench(
                 failures: list[str] = []
             else:
                 options = Options(cells=cells, rounds=rounds, budget=budget, peers=chosen, families=_names(families))
-                report, path = main(options, out=out, say=say)
+                report, path = (main_backward if backward else main)(options, out=out, say=say)
                 record, failures = report.as_dict(), report.failures
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
@@ -68,42 +79,53 @@ def _names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",")) if text else ()
 
 
-def _refuse_unknown(cells: str | None, peers: tuple[str, ...] | None, families: tuple[str, ...]) -> None:
+def _direction(*, backward: bool) -> Direction:
+    from ..bench.backward import Backward
+    from ..bench.forward import Forward
+
+    return Backward() if backward else Forward()
+
+
+def _refuse_unknown(cells: str | None, peers: tuple[str, ...] | None, families: tuple[str, ...], *, backward: bool) -> None:
     """Names that are none are told before a GPU is looked for.
 
     Raises:
         typer.BadParameter: a cell, peer or family that there is not.
     """
     from ..bench import Options
-    from ..bench.cells import select
-    from ..bench.forward import chosen_peers
 
+    direction = _direction(backward=backward)
     try:
-        select(cells)
-        chosen_peers(Options(peers=peers, families=families))
+        direction.cells(cells)
+        direction.peers(Options(peers=peers, families=families))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _list(patterns: str | None, *, as_json: bool) -> None:
-    from ..bench.cells import select
-
+def _list(patterns: str | None, *, backward: bool, as_json: bool) -> None:
+    direction = _direction(backward=backward)
     try:
-        chosen = select(patterns)
+        chosen = direction.cells(patterns)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if as_json:
-        print_json({"cells": [_cell(cell) for cell in chosen]})
+        print_json({"cells": [_cell(cell, direction) for cell in chosen]})
         return
     numeric = ("sequences", "tokens", "TFLOP")
     table = make_table(f"{len(chosen)} cells", ("cell", *numeric), numeric=numeric)
     for cell in chosen:
-        table.add_row(str(cell), str(cell.batch), str(cell.tokens), f"{cell.flops * 1e-12:.2f}")
+        table.add_row(str(cell), str(cell.batch), str(cell.tokens), f"{direction.flops(cell) * 1e-12:.2f}")
     console().print(table)
 
 
-def _cell(cell: Any) -> dict[str, Any]:
-    return {"cell": str(cell), "sequences": cell.batch, "tokens": cell.tokens, "flops": cell.flops, "min_bytes": cell.min_bytes}
+def _cell(cell: Cell, direction: Direction) -> dict[str, Any]:
+    return {
+        "cell": str(cell),
+        "sequences": cell.batch,
+        "tokens": cell.tokens,
+        "flops": direction.flops(cell),
+        "min_bytes": cell.min_bytes,
+    }
 
 
 def _require() -> None:

@@ -19,7 +19,7 @@ from ..jit.compile import CompiledKernel, compile_many
 from ..kernels.spec import Family, KernelSpec
 from ..kernels.used import read_kernels
 from ..launch.driver import device_count, device_properties
-from ..limits import HEAD_DIM_WIDTHS
+from ..limits import HEAD_DIM_WIDTHS, NOT_BUILT
 from ..tiles.saved import read_saved_tiles, save_tiles
 from ..types import DType, SmArch
 from .output import Json, console, print_json, print_rows, progress_bar, size_text, time_text
@@ -30,7 +30,8 @@ GPU_ARCHS = tuple(arch for arch in SmArch if arch is not SmArch.CPU)
 _LEFT_BOUND = ("sliding_causal", "sliding_full", "left_window")  # the last: window_size=(n, -1)
 MASKS = ("full", "causal", *_LEFT_BOUND)
 _DTYPES = (DType.F16, DType.BF16)
-_COMBINABLE = ("sink_tokens", "varlen", "gqa", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "scale_first")
+_BACKWARD = ("backward", "deterministic")
+_COMBINABLE = ("sink_tokens", "varlen", "gqa", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "scale_first", *_BACKWARD)
 _PADDED = -8  # a head dim just below a width: the kernel that tests columns
 _SHOWN = 60
 
@@ -62,7 +63,8 @@ def compile_ahead(
     feature: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Each is compiled on and off, in all combinations: {', '.join(_COMBINABLE)}.", autocompletion=_names(_COMBINABLE)
+            help=f"Each is compiled on and off, in all combinations: {', '.join(_COMBINABLE)}. With backward all kernels of a call are.",
+            autocompletion=_names(_COMBINABLE),
         ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All archs, types, widths, masks and combinations: many hours.")] = False,
@@ -89,7 +91,7 @@ def compile_ahead(
     if everything and narrowed:
         raise typer.BadParameter(f"got it beside {', '.join(narrowed)}; it takes all of them; --arch may stay", param_hint="--all")
     if like is not None:
-        specs = read_kernels(like)
+        specs = _launched(read_kernels(like))
     elif everything:
         specs = _count_all(_archs(arch or ["all"]), hidden=as_json)
     else:
@@ -184,21 +186,24 @@ def specs_for(
     chosen = [(mask, *subset) for mask in masks for subset in _subsets(features) if mask in _LEFT_BOUND or "sink_tokens" not in subset]
     keys = (
         with_features(_masked(DispatchKey(arch, dtype, head_dim), mask), [*subset, *few])
-        for arch, dtype, head_dim, (mask, *subset), few in product(list(archs), list(dtypes), list(head_dims), chosen, ([], ["short_q"]))
+        for arch, dtype, head_dim, (mask, *subset) in product(list(archs), list(dtypes), list(head_dims), chosen)
+        for few in (([],) if set(subset) & set(_BACKWARD) else ([], ["short_q"]))
     )
-    return list(dict.fromkeys(_kernels(keys)))
+    return _kernels(keys)
 
 
 def all_specs(archs: Iterable[SmArch], found: Callable[[int], None] = lambda _count: None) -> list[KernelSpec]:
     """The full product on ``archs``: exact and padded head dims of every width, both types, every mask and combination, dropout masks.
 
+    What is not built (``NOT_BUILT``) is left out.
     ``found`` is called after each arch, type and head dim, with the number of kernels so far.
     """
     archs = list(archs)
     head_dims = [width + change for width in HEAD_DIM_WIDTHS for change in (0, _PADDED)]
+    features = [name for name in _COMBINABLE if name not in NOT_BUILT]
     specs: dict[KernelSpec, None] = {}
     for arch, dtype, head_dim in product(archs, _DTYPES, head_dims):
-        specs.update(dict.fromkeys(specs_for([arch], [dtype], [head_dim], MASKS, _COMBINABLE)))
+        specs.update(dict.fromkeys(specs_for([arch], [dtype], [head_dim], MASKS, features)))
         found(len(specs))
     patterns = (
         with_features(DispatchKey(arch, DType.F16, 64, varlen=varlen), ["dropout_mask"]) for arch in archs for varlen in (False, True)
@@ -210,11 +215,14 @@ def _masked(key: DispatchKey, mask: str) -> DispatchKey:
     return replace(key, sliding_window=(1023, -1)) if mask == "left_window" else with_features(key, [mask])
 
 
-def _kernels(keys: Iterable[DispatchKey]) -> Iterator[KernelSpec]:
-    for key in keys:
-        for spec in map(lookup, _as_calls_ask(key)):
-            if isinstance(spec, KernelSpec):
-                yield spec
+def _kernels(keys: Iterable[DispatchKey]) -> list[KernelSpec]:
+    """The kernels that calls of these keys launch, each once."""
+    return _launched(spec for key in keys for spec in map(lookup, _as_calls_ask(key)) if isinstance(spec, KernelSpec))
+
+
+def _launched(answers: Iterable[KernelSpec]) -> list[KernelSpec]:
+    """The kernels of calls that these answer, each once."""
+    return list(dict.fromkeys(step for spec in dict.fromkeys(answers) for step in spec.steps()))
 
 
 def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
@@ -226,8 +234,13 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
 
 
 def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """All that make a difference.
+
+    Deterministic is a backward by itself, and a backward packs no heads, so gqa changes nothing.
+    """
     ordered = [name for name in FEATURES if name in set(names)]
-    return chain.from_iterable(combinations(ordered, size) for size in range(len(ordered) + 1))
+    every = chain.from_iterable(combinations(ordered, size) for size in range(len(ordered) + 1))
+    return (subset for subset in every if len(set(subset) & {*_BACKWARD, "gqa"}) < 2 or not set(subset) & set(_BACKWARD))
 
 
 def _archs(names: list[str] | None) -> list[SmArch]:

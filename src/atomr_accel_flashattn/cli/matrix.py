@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ..dispatch import DISPATCH_TABLE, FEATURES, Cell, arch_of_capability
 from ..errors import CacheError, FeatureNotBuiltError
+from ..kernels.spec import Family, KernelSpec
 from ..types import DType, SmArch
 from .gpu_record import MATRIX_HEAD_DIM, wgmma_or_mma
 from .output import Json, console, is_narrow, make_table, print_json
@@ -41,6 +42,7 @@ _LABELS = {
     "scale_first": "zero or negative scale",
     "short_q": "short sequences of q (own tile)",
     "backward": "backward",
+    "deterministic": "deterministic backward",
     "paged": "paged KV cache",
     "split": "split KV",
     "left_pad": "left padding",
@@ -150,13 +152,13 @@ class Runs:
             raise CacheError(f"{newest}: no record of a GPU test run ({error!r}); make one with make gpu-test") from error
         return cls() if failed else cls(card, arch_of_capability(major, minor), passed, commit)
 
-    def did(self, arch: SmArch, feature: str) -> bool:
-        """Whether a test that names ``feature`` passed on this architecture; tests of the wgmma family count for sm_90a, and only there.
+    def did(self, arch: SmArch, family: Family, feature: str) -> bool:
+        """Whether a test of ``family`` that names ``feature`` passed on this architecture.
 
         Hopper, whose calls compile for sm_90a, runs the kernels of sm_90 too.
         """
         on_this_card = self.arch in ({arch, SmArch.SM_90A} if arch is SmArch.SM_90 else {arch})
-        return on_this_card and self.passed.get(wgmma_or_mma(wgmma=arch is SmArch.SM_90A), {}).get(feature, 0) > 0
+        return on_this_card and self.passed.get(wgmma_or_mma(wgmma=family is Family.FA3), {}).get(feature, 0) > 0
 
 
 def _row(runs: Runs, mark: str, dtype: DType, features: Sequence[str] = ()) -> tuple[Entry, ...]:
@@ -167,9 +169,10 @@ def _entry(cell: Cell, runs: Runs, feature: str) -> Entry:
     if cell.refusal is not None:
         named = f"{cell.refusal.feature}: {cell.refusal.reason}" if isinstance(cell.refusal, FeatureNotBuiltError) else str(cell.refusal)
         return Entry("refused", "refused", named.replace(f"on {cell.key.arch.value}", "on this GPU"))  # the column names the arch
-    if cell.key.arch is SmArch.CPU:
+    if not isinstance(cell.spec, KernelSpec):
         return Entry("runs", "runs")
-    return Entry("ran", f"ran on {runs.card}") if runs.did(cell.key.arch, feature) else Entry("compiles", "compiles")
+    ran = runs.did(cell.key.arch, cell.spec.family, feature)
+    return Entry("ran", f"ran on {runs.card}") if ran else Entry("compiles", "compiles")
 
 
 def collapsed(table: Matrix) -> Matrix:

@@ -46,6 +46,9 @@ def tune(
     window: Annotated[str | None, typer.Option(help="L,R keys around a query, -1 unbounded, as window_size.")] = None,
     varlen: Annotated[str | None, typer.Option(help="Lengths of packed sequences, comma-separated, instead of --seqlen.")] = None,
     alibi: Annotated[bool, typer.Option("--alibi")] = False,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Search the tiles of the backward kernel; all launches of a backward are timed.")
+    ] = False,
     family: Annotated[str | None, typer.Option(help="fa2 or fa3; default: the one that calls take.")] = None,
     tiles: Annotated[str | None, typer.Option(help="Only tiles that match these comma-separated patterns, as 'm128n64*'.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns that the finalists take.")] = 5,
@@ -70,6 +73,7 @@ def tune(
 
     options = Options(
         family=Family(family) if family else None,
+        backward=backward,
         tiles=tuple(pattern.strip() for pattern in tiles.split(",")) if tiles else (),
         rounds=rounds,
         budget=budget,
@@ -81,7 +85,7 @@ def tune(
     found = winners(results, by_kernel)
     rows = [table_row(winner) for winner in winners(results, by_table_row)]
     path = keep(found, folder, _current_device()) if folder is not None and found else None
-    document = _document(results, found, rows, left, path)
+    document = {"direction": "backward" if backward else "forward"} | _document(results, found, rows, left, path)
     record = _record(document, out)
     if as_json:
         print_json(document | {"record": record})
@@ -163,7 +167,7 @@ def _cells(result: ShapeResult, trial: Trial) -> tuple[str, ...]:
     return (
         str(trial.tile),
         time_text(trial.ms * 1e-3),
-        f"{result.cell.flops / trial.ms * 1e-9:.1f}",
+        f"{result.flops / trial.ms * 1e-9:.1f}",
         f"{base / trial.ms:.3f}" if base else "-",
         str(trial.registers),
         f"{trial.spill_bytes} B" if trial.spill_bytes else "-",
@@ -189,7 +193,7 @@ def _document(
                         "in_use": trial.in_use,
                         "finalist": trial.finalist,
                         "ms": trial.ms,
-                        "tflops": result.cell.flops / trial.ms * 1e-9 if trial.ms else None,
+                        "tflops": result.flops / trial.ms * 1e-9 if trial.ms else None,
                         "rounds": trial.rounds,
                         "registers": trial.registers,
                         "spill_bytes": trial.spill_bytes,

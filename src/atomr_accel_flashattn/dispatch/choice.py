@@ -71,7 +71,7 @@ def key_of_backward(problem: BackwardProblem, gradients: GradientArrays, arch: S
     known = problem.forward
     arrays = (known.q, known.k, known.v, problem.out, problem.dout, *gradients)
     align = _load_align([array for array in arrays if array is not None])
-    return replace(key, extras=replace(key.extras, direction="bwd", load_align=align))
+    return replace(key, extras=replace(key.extras, direction="bwd", load_align=align, deterministic=problem.deterministic))
 
 
 def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, family: Family | None) -> DispatchKey:

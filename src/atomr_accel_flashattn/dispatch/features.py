@@ -40,6 +40,7 @@ FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
     "scale_first": _extra(scale_first=True),
     "short_q": _extra(short_q=True),
     "backward": _extra(direction="bwd"),
+    "deterministic": _extra(direction="bwd", deterministic=True),
     "paged": _plain(paged=True),
     "split": _extra(split=True),
     "left_pad": _extra(left_pad=True),

@@ -15,7 +15,7 @@ from ..types import DType, SmArch
 __all__ = ["DispatchKey", "Extras"]
 
 _FLAGS: Final = ("causal", "varlen", "alibi", "paged")  # of a key: any other object would count as True
-_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "scale_first", "short_q", "pack_gqa")
+_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "scale_first", "short_q", "pack_gqa", "deterministic")
 
 
 def _check_all(*checks: tuple[str, object, bool, str]) -> None:
@@ -61,6 +61,7 @@ class Extras:
         dropout: whether probabilities are dropped.
         learned_sink: whether a learned sink joins the denominator.
         direction: ``"fwd"``, ``"bwd"``, or ``"dropout_mask"``, the kernel that writes the keep pattern.
+        deterministic: of direction ``"bwd"``: whether gradients are bitwise equal from run to run.
         split: whether K/V are split over blocks and combined.
         kv_layout: layout of a paged cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
         left_pad: whether sequences are padded on the left.
@@ -87,6 +88,7 @@ class Extras:
     dropout: bool = False
     learned_sink: bool = False
     direction: Literal["fwd", "bwd", "dropout_mask"] = "fwd"
+    deterministic: bool = False
     split: bool = False
     kv_layout: str = "NHD"
     left_pad: bool = False
@@ -194,10 +196,10 @@ class DispatchKey:
 
     @property
     def family(self) -> Family:
-        """Who answers on a GPU: wgmma on sm_90a where TMA can read the arrays, mma.sync everywhere else."""
+        """Who answers on a GPU: wgmma on sm_90a, forward, where TMA can read the arrays; mma.sync everywhere else."""
         extras = self.extras
-        wgmma = self.arch is SmArch.SM_90A and extras.family is not Family.FA2 and self.aligned and not extras.tiles_for
-        return Family.FA3 if wgmma else Family.FA2
+        forward = extras.direction != "bwd" and extras.family is not Family.FA2
+        return Family.FA3 if forward and self.arch is SmArch.SM_90A and self.aligned and not extras.tiles_for else Family.FA2
 
     @property
     def aligned(self) -> bool:

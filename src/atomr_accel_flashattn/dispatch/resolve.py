@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ..errors import ArchUnsupportedError, DispatchError
+from ..kernels.attention import AttentionSpec
 from ..kernels.dropout_mask import DropoutMaskSpec
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.fa2_fwd import Fa2ForwardSpec
@@ -23,8 +24,9 @@ from ..tiles.tables import backward_tile_for, head_dim_width, tile_for, wgmma_ti
 from ..types import DType, SmArch
 from .key import DispatchKey, Extras
 
-__all__ = ["CpuSpec", "backward_spec", "forget_lookups", "lookup"]
+__all__ = ["CpuSpec", "forget_lookups", "lookup"]
 
+_Spec = TypeVar("_Spec", bound=AttentionSpec)
 _BEFORE_WGMMA: Final = frozenset({SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90})
 
 
@@ -71,7 +73,7 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
         return CpuSpec(key.dtype)
     if key.extras.direction == "dropout_mask":
         return DropoutMaskSpec(arch=_arch_of_mma(key.arch), varlen=key.varlen)
-    spec = _with_chosen_tile(_forward(key), key.extras)
+    spec = _with_chosen_tile(_backward(key) if key.extras.direction == "bwd" else _forward(key), key.extras)
     if spec.shared_memory > key.arch.shared_memory_per_block:
         tile_arch = key.extras.tiles_for or key.arch
         raise ArchUnsupportedError(
@@ -94,12 +96,12 @@ def _forward(key: DispatchKey) -> ForwardSpec:
     )
 
 
-def backward_spec(key: DispatchKey) -> Fa2BackwardSpec:
-    """The backward kernel that answers ``key`` on a GPU. ``lookup`` refuses such keys until its launches are built."""
+def _backward(key: DispatchKey) -> Fa2BackwardSpec:
+    """The backward kernel that answers ``key``; its ``steps()`` are what is launched."""
     width, v_width, arch = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch)
     crowded = key.extras.softcap > 0 or key.extras.dropout
     tile = backward_tile_for(key.extras.tiles_for or arch, width, v_width, crowded=crowded)
-    return Fa2BackwardSpec(arch=arch, tile=tile, **_features(key, width, v_width))
+    return Fa2BackwardSpec(arch=arch, tile=tile, deterministic=key.extras.deterministic, **_features(key, width, v_width))
 
 
 def _features(key: DispatchKey, width: int, v_width: int) -> dict[str, Any]:
@@ -128,12 +130,15 @@ def _arch_of_mma(arch: SmArch) -> SmArch:
     return SmArch.SM_90 if arch is SmArch.SM_90A else arch
 
 
-def _with_chosen_tile(spec: ForwardSpec, extras: Extras) -> ForwardSpec:
+def _with_chosen_tile(spec: _Spec, extras: Extras) -> _Spec:
     """``spec`` with the tile that the key names, else the one that was tuned for it on this machine, else its own."""
-    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec, short_q=extras.short_q))
+    short_q = extras.short_q and isinstance(spec, ForwardSpec)
+    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec, short_q=short_q))
     if tile is None:
         return spec
-    chosen = replace(spec, tile=tile if extras.persistent is None else replace(tile, persistent=extras.persistent))
+    if extras.persistent is not None and "persistent" in spec.AXES:
+        tile = replace(tile, persistent=extras.persistent)
+    chosen = replace(spec, tile=tile)
     reason = misfit(chosen)
     if reason:
         raise DispatchError(f"tile: got {tile} for {spec.kernel_name}; {reason}")
@@ -169,7 +174,7 @@ def _refuse(key: DispatchKey) -> None:
     unbuilt = (
         (key.paged, "paged", ""),
         (bool(fp8), "fp8", f"got {', '.join(fp8)}"),
-        (extras.direction == "bwd" and arch is not SmArch.CPU, "backward", ""),
+        (extras.deterministic and arch is not SmArch.CPU, "deterministic", ""),
         (extras.split, "split", ""),
         (extras.left_pad, "left_pad", ""),
         (extras.kv_layout != "NHD", "kv_layout", f"got {extras.kv_layout!r}"),
@@ -179,6 +184,8 @@ def _refuse(key: DispatchKey) -> None:
     for asked, feature, got in unbuilt:
         if asked:
             raise not_built(feature, got)
+    if extras.family is Family.FA3 and extras.direction == "bwd":
+        raise not_built("fa3_backward")
     if extras.tiles_for in {SmArch.CPU, SmArch.SM_90A}:
         raise ArchUnsupportedError(f"tiles_for: got {extras.tiles_for.value}; allowed are the architectures of the mma.sync family")
     if extras.family is Family.FA3 and arch in _BEFORE_WGMMA:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from ..types import DType
 from .spec import KernelSpec, Tile, config_text
 
 __all__ = ["AttentionSpec"]
+
+_REGISTER_FILE: Final = 65536  # of an SM
+_MOST_REGISTERS: Final = 255  # of a thread
 
 _SOURCE: Final = """\
 #include "kernels/{header}.cuh"
@@ -27,6 +32,8 @@ class AttentionSpec(KernelSpec):
 
     ENTRY: ClassVar[str]  # the function of the header
     PARAMS: ClassVar[str]  # the struct that it takes
+    # Fields of Tile that the kernel reads, with the values that a search tries; none: one tile.
+    AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
 
     dtype: DType
     head_dim: int
@@ -67,6 +74,21 @@ class AttentionSpec(KernelSpec):
     def launch_bounds(self) -> str:
         """Threads a block, and where the compiler is told so, the blocks that an SM shall hold."""
         return str(self.threads)
+
+    def misfit(self) -> str:
+        """Why there can be no kernel with this tile; empty when there can.
+
+        What is so for every kernel is in tiles/space.py.
+        """
+        return ""
+
+    def registers_suffice(self) -> bool:
+        """Whether what a thread surely holds leaves room for the rest; ptxas has the last word."""
+        return True
+
+    def registers_hold(self, numbers: int) -> bool:
+        """Whether a thread can have so many registers, with the blocks of an SM that the tile asks for."""
+        return numbers <= min(_MOST_REGISTERS, _REGISTER_FILE // (self.tile.threads * self.tile.min_blocks))
 
     def body(self) -> str:
         """One include and one entry."""

@@ -14,7 +14,7 @@ from .forward import FwdParams, forward_params
 from .params import KernelParams, StrideParams
 from .spec import Family
 
-__all__ = ["CONVERT_ROWS", "BackwardSpec", "BwdParams", "convert_blocks"]
+__all__ = ["CONVERT_ROWS", "BackwardSpec", "BwdParams", "convert_blocks", "workspace_of"]
 
 _DQ_TILE_ROWS: Final = 16  # DqSum in attention/dq_sum.cuh
 _L2_BYTES: Final = 32 << 20
@@ -43,17 +43,11 @@ class BackwardSpec(AttentionSpec):
     FAMILY: ClassVar[Family] = Family.FA2
     PARAMS: ClassVar[str] = "BwdParams"
 
+    deterministic: bool = False  # additions to dQ in one order
+
     @abstractmethod
     def work_tiles(self, problem: AttentionProblem) -> int:
         """Blocks of a launch."""
-
-    def workspace(self, problem: AttentionProblem) -> dict[str, int]:
-        """Bytes of each workspace of a backward, by the name of its slot; none has to be cleared."""
-        heads = problem.heads * (1 if problem.is_varlen else problem.batch)
-        return {
-            "statistics": 8 * (1 + prod(problem.lse_shape)),
-            "dq_sum": heads * _dq_tile_rows(problem) * _DQ_TILE_ROWS * problem.head_dim * 4,
-        }
 
     def pack(self, problem: BackwardProblem, gradients: GradientArrays) -> BwdParams:  # type: ignore[override]
         """``fa::BwdParams`` of one call without addresses, of a problem that has o and LSE; ``gradients`` holds all three."""
@@ -82,6 +76,15 @@ class BackwardSpec(AttentionSpec):
 def convert_blocks(problem: AttentionProblem) -> int:
     """Blocks of bwd_postprocess that convert dQ."""
     return -(-problem.seqlen_q // CONVERT_ROWS) * problem.batch * problem.heads
+
+
+def workspace_of(problem: AttentionProblem) -> dict[str, int]:
+    """Bytes of what the three kernels share, by slot, in the order of slots."""
+    heads = problem.heads * (1 if problem.is_varlen else problem.batch)
+    return {
+        "statistics": 8 * (1 + prod(problem.lse_shape)),
+        "dq_sum": heads * _dq_tile_rows(problem) * _DQ_TILE_ROWS * problem.head_dim * 4,
+    }
 
 
 def _dq_tile_rows(problem: AttentionProblem) -> int:

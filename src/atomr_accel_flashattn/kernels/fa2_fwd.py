@@ -13,8 +13,6 @@ from .spec import Family
 
 __all__ = ["Fa2ForwardSpec"]
 
-_REGISTER_FILE: Final = 65536  # of an SM
-_MOST_REGISTERS: Final = 255  # of a thread
 _OTHER_REGISTERS: Final = 31  # beside accumulators and scores
 
 
@@ -58,7 +56,7 @@ class Fa2ForwardSpec(ForwardSpec):
         """O and S in float32, of the registers that ``min_blocks`` blocks leave."""
         tile = self.tile
         held = tile.block_m * (self.v_head_dim + tile.block_n) // tile.threads
-        return held + _OTHER_REGISTERS <= min(_MOST_REGISTERS, _REGISTER_FILE // (tile.threads * tile.min_blocks))
+        return self.registers_hold(held + _OTHER_REGISTERS)
 
     @property
     def launch_bounds(self) -> str:

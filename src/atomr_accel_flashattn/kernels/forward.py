@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, Final
+from typing import Final
 
 from ..limits import UNBOUNDED
 from ..problem import ArrayInfo, AttentionProblem
@@ -45,20 +43,10 @@ class FwdParams(KernelParams):
 class ForwardSpec(AttentionSpec):
     """A forward kernel."""
 
-    AXES: ClassVar[Mapping[str, tuple[Any, ...]]]  # the fields of Tile that the kernel reads, with the values that a search tries
-
     def shared_tiles(self) -> tuple[int, int]:
         """Bytes of shared memory that hold Q, and all stages of K and V."""
         tile, size = self.tile, self.dtype.itemsize
         return tile.block_m * self.head_dim * size, tile.stages * tile.block_n * (self.head_dim + self.v_head_dim) * size
-
-    @abstractmethod
-    def misfit(self) -> str:
-        """Why there can be no kernel with this tile, beyond what is so for every kernel (tiles/space.py); empty when there can."""
-
-    @abstractmethod
-    def registers_suffice(self) -> bool:
-        """Whether what a thread holds for certain leaves room for the rest; ptxas has the last word."""
 
     def work_tiles(self, problem: AttentionProblem) -> int:
         """One for block_m rows of one head and sequence, or of all heads that share K and V where they are packed."""

@@ -104,6 +104,10 @@ class KernelSpec(ABC):
     def work_tiles(self, problem: AttentionProblem) -> int:
         """How many tiles of work a problem is; 0 when there is nothing to do."""
 
+    def steps(self) -> tuple[KernelSpec, ...]:
+        """The kernels of a call that is answered by this one, in the order of their launches."""
+        return (self,)
+
     def grid(self, tiles: int, multiprocessors: int, blocks: int | None = None) -> int:  # noqa: ARG002 - persistent kernels ask for them
         """Thread blocks of a launch over ``tiles`` on a GPU of so many SMs; ``blocks``: how many persistent ones the caller wants."""
         return tiles

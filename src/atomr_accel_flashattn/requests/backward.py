@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, ClassVar
 
 from ..arrays.read import read_array, share_memory
 from ..dispatch import DispatchKey, best_arch, key_of_backward
@@ -24,6 +24,7 @@ from ..errors import (
 )
 from ..limits import not_built
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
+from ..runtime.plan import Key, key_of_backward_request
 from ..short_repr import ShortRepr
 from ..types import DType, SmArch
 from .checks import check_out, is_contiguous, refuse_gradients
@@ -62,11 +63,14 @@ class DenseBwdRequest(MadeAnew, ShortRepr):
         dv: (B, Sk, Hkv, Dv).
         problem: the request in its normal form (made, not given).
         gradient_arrays: the descriptions of dq, dk and dv (made, not given).
+        plan_key: what its plan is found by; None on the CPU (made, not given).
 
     Raises:
         ConstructionError: the subclass says which argument is wrong; nothing has been written.
         FeatureNotBuiltError: fp8, torch tensors that want second derivatives, or forward-mode ones.
     """
+
+    PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()  # what its plan depends on beside problem and gradient_arrays
 
     q: Any
     k: Any
@@ -86,6 +90,7 @@ class DenseBwdRequest(MadeAnew, ShortRepr):
     dv: Any = field(default=None, kw_only=True)
     problem: BackwardProblem = field(init=False, repr=False)
     gradient_arrays: GradientArrays = field(init=False, repr=False)
+    plan_key: Key | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_before_forward(self)
@@ -146,6 +151,7 @@ def check_backward(request: Any, forward: AttentionProblem) -> None:
     problem = BackwardProblem(forward=forward, out=out, lse=lse, dout=dout, dlse=dlse, deterministic=request.deterministic)
     object.__setattr__(request, "problem", problem)
     object.__setattr__(request, "gradient_arrays", _written(request, problem))
+    object.__setattr__(request, "plan_key", key_of_backward_request(request))
 
 
 def _like_out(x: Any, name: str, forward: AttentionProblem) -> ArrayInfo | None:

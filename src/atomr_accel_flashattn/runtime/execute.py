@@ -14,17 +14,14 @@ from ..arrays.read import as_numpy, contiguous_strides
 from ..arrays.streams import current_stream, raw_stream
 from ..arrays.torch_hooks import empty_on, hooks, meet_torch, tell_written
 from ..dispatch import CpuSpec, DispatchKey, Extras, FaBwdDispatch, FaFwdDispatch, lookup
-from ..env import settings
-from ..errors import ArrayTypeError, DeviceMismatchError, ShapeError, UnsupportedArgumentError
+from ..errors import ArrayTypeError, UnsupportedArgumentError
 from ..kernels.spec import KernelSpec
-from ..launch.driver import device_properties
-from ..launch.launcher import Launch, load_kernel
-from ..limits import MAX_GRID
 from ..problem import ArrayInfo, AttentionProblem
 from ..reference import attention as reference
-from ..types import Device, DType, SmArch
+from ..types import DType, SmArch
+from .backend import check_backend
 from .gradients import Gradients, differentiate
-from .plan import Output, Outputs, Plan, addresses_of, find, keep, slots_of
+from .plan import Output, Outputs, Plan, addresses_of, find, keep, launch_of, slots_of
 from .staleness import Fingerprint
 
 __all__ = ["execute", "fill", "make_outputs", "run"]
@@ -37,7 +34,7 @@ def run(
 
 
 @overload
-def run(request: FaBwdDispatch, *, stream: Any = None) -> Gradients: ...
+def run(request: FaBwdDispatch, *, stream: Any = None, tiles_for: SmArch | None = None) -> Gradients: ...
 
 
 def run(
@@ -67,10 +64,9 @@ def run(
         RuntimeFlashAttnError: no driver, no compiler, a kernel that does not compile or launch.
     """
     if hasattr(request, "gradient_arrays") and isinstance(request, FaBwdDispatch) and not isinstance(request, type):
-        if not lse or dropout_mask or tiles_for is not None:
-            raise UnsupportedArgumentError("run: got lse, dropout_mask or tiles_for with a backward request; allowed is stream")
-        _check_backend(request.problem.forward.q.device)
-        return differentiate(request)
+        if not lse or dropout_mask:
+            raise UnsupportedArgumentError("run: got lse or dropout_mask with a backward request; allowed are stream and tiles_for")
+        return differentiate(request, stream=stream, tiles_for=tiles_for)
     forward: Any = request
     return execute(forward, stream=stream, lse=lse, dropout_mask=dropout_mask, tiles_for=tiles_for)[0]
 
@@ -89,7 +85,7 @@ def execute(
     plan = None if tiles_for is not None else find(request, dropout_mask=dropout_mask)
     key = None
     if plan is None:  # what is refused is refused before anything is allocated
-        _check_backend(request.problem.q.device)
+        check_backend(request.problem.q.device)
         key = _key(request, tiles_for)
         lookup(key)
     outputs = make_outputs(request, plan, lse=lse, dropout_mask=dropout_mask)
@@ -124,7 +120,7 @@ def fill(
     request's dispatch key, known to who has looked for a plan and found none. Returns the plan that was run; None from the CPU backend.
     """
     problem, out = request.problem, outputs.out
-    _check_backend(problem.q.device)
+    check_backend(problem.q.device)
     if plan is None and key is None:
         plan = find(request, dropout_mask=outputs.dropout_mask is not None)
     if plan is None or plan.out_strides != out.strides:
@@ -166,23 +162,8 @@ def _make_plan(problem: AttentionProblem, key: DispatchKey, spec: KernelSpec, ou
         )
         assert not isinstance(pattern, CpuSpec)  # noqa: S101 - the same arch as that of spec
         specs.append(pattern)
-    launches = (_launch_of(each, problem, outputs, key.extras.persistent_blocks) for each in specs)
-    return Plan(tuple(each for each in launches if each is not None), outputs.out.strides)
-
-
-def _launch_of(spec: KernelSpec, problem: AttentionProblem, outputs: Outputs, blocks: int | None) -> Launch | None:
-    """One launch of a plan; None where there is nothing to do."""
-    index = problem.q.device.index
-    tiles = spec.work_tiles(problem)
-    if not tiles:
-        return None
-    grid = spec.grid(tiles, device_properties(index).multiprocessors, blocks)
-    if tiles > MAX_GRID:
-        raise ShapeError(
-            f"q: got batch {problem.batch}, {problem.heads} heads and length {problem.seqlen_q}, which makes {tiles} thread blocks; "
-            f"allowed are {MAX_GRID}; split the batch over several calls"
-        )
-    return load_kernel(spec, index).launch_of(spec.pack(problem, outputs.out), grid, slots_of(outputs))
+    slots, blocks = slots_of(outputs), key.extras.persistent_blocks
+    return Plan((launch_of(each, problem, each.pack(problem, outputs.out), slots, blocks) for each in specs), outputs.out.strides)
 
 
 def _compute_on_cpu(request: FaFwdDispatch, outputs: Outputs) -> None:
@@ -193,15 +174,6 @@ def _compute_on_cpu(request: FaFwdDispatch, outputs: Outputs) -> None:
         request.problem, as_numpy(outputs.out), None if lse is None else as_numpy(lse), None if mask is None else as_numpy(mask)
     )
     del held
-
-
-def _check_backend(device: Device) -> None:
-    backend = settings().backend
-    if (backend, device.kind) in {("cpu", "cuda"), ("gpu", "cpu")}:
-        raise DeviceMismatchError(
-            f"q: got an array on {device} with ATOMR_FLASHATTN_BACKEND={backend}; allowed are arrays on the {backend}; "
-            "move them, or unset the variable"
-        )
 
 
 def _tensors_again(problem: AttentionProblem, out_strides: tuple[int, ...], *, lse: bool) -> Outputs:

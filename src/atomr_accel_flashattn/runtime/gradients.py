@@ -1,22 +1,32 @@
-"""Gradients: what answers a backward request, and how they are made."""
+"""Gradients: what answers a backward request, and how they are made: on a GPU by one plan of three launches, on the CPU by its backend."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Final
 
-from ..arrays.new import empty_like_framework, in_library_of
-from ..arrays.read import as_numpy
+from ..arrays.new import empty_like_framework, empty_workspace, in_library_of
+from ..arrays.read import as_numpy, contiguous_strides
+from ..arrays.streams import current_stream, raw_stream, used_on
 from ..arrays.torch_hooks import tell_written
-from ..dispatch import FaBwdDispatch, lookup
+from ..dispatch import CpuSpec, DispatchKey, FaBwdDispatch, key_of_problem, lookup
+from ..errors import DispatchError
+from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.spec import KernelSpec
-from ..limits import not_built
-from ..problem import ArrayInfo
+from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
 from ..reference.backward import backward
 from ..short_repr import ShortRepr
+from ..types import DType, SmArch
+from .backend import check_backend
+from .plan import SLOTS, Plan, Workspace, find, forward_addresses, keep, launch_of
 from .staleness import Fingerprint
 
-__all__ = ["Gradients", "differentiate"]
+__all__ = ["GradientOutputs", "Gradients", "differentiate", "fill_gradients", "gradient_addresses", "make_gradients"]
+
+# Slots of a backward: the first two, those of the workspace, the others, those of the forward. BwdParams has them in this order.
+_READ: Final = ("dout", "dlse")
+_WRITTEN: Final = ("dq", "dk", "dv", "dsink")
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -36,29 +46,168 @@ class Gradients(ShortRepr):
     dsink: Any = None
 
 
-def differentiate(request: FaBwdDispatch) -> Gradients:
-    """The gradients that a request asks for. On a GPU its key is refused by name: no kernel makes them yet."""
-    spec = lookup(request.dispatch_key())  # what is refused is refused before anything is allocated
-    if isinstance(spec, KernelSpec):
-        raise not_built("backward", f"got {spec.kernel_name}")
-    arrays = Fingerprint.of_backward(request)
-    held = arrays.hold()  # other threads run while BLAS does
+@dataclass(slots=True, eq=False)
+class GradientOutputs:
+    """The arrays that a backward call writes, described, and the one that its launches share, None on the CPU.
+
+    They may be made by one thread (on its stream) and written by another.
+    """
+
+    gradients: tuple[ArrayInfo, ArrayInfo, ArrayInfo]  # of q, k and v
+    dsink: ArrayInfo | None
+    workspace: ArrayInfo | None = None
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """What a plan has to fit."""
+        dq, dk, dv = self.gradients
+        return dq.strides, dk.strides, dv.strides
+
+    def for_user(self, request: FaBwdDispatch) -> Gradients:
+        """The arrays themselves: the caller's own where there were any, and what was made in the library of q."""
+        q = request.problem.forward.q
+        given: Any = (getattr(request, name, None) for name in GradientArrays._fields)
+        dq, dk, dv = (in_library_of(q, made) if own is None else own for own, made in zip(given, self.gradients, strict=True))
+        return Gradients(dq, dk, dv, self.dsink and in_library_of(q, self.dsink))
+
+
+def differentiate(request: FaBwdDispatch, *, stream: Any = None, tiles_for: SmArch | None = None) -> Gradients:
+    """The gradients that a request asks for. Arguments and errors: :func:`~.execute.run`."""
+    Fingerprint.of_backward(request)
+    plan = None if tiles_for is not None else find(request)
+    key = None
+    if plan is None:
+        check_backend(request.problem.forward.q.device)
+        key = _key(request, tiles_for)
+    outputs = make_gradients(request, plan, key=key, other_stream=stream is not None)
+    if stream is not None and outputs.workspace is not None:  # before the launches, of which one may fail
+        used_on(outputs.workspace, raw_stream(stream))
+    fill_gradients(request, outputs, plan, stream=stream, key=key)
+    return outputs.for_user(request)
+
+
+def make_gradients(
+    request: FaBwdDispatch, plan: Plan | None = None, *, key: DispatchKey | None = None, other_stream: bool = False
+) -> GradientOutputs:
+    """The arrays that a call writes, the request's own or new ones on the current stream of q's library, and its workspace.
+
+    Args:
+        request: the call.
+        plan: that of the call, if it is known.
+        key: its dispatch key, if it is known.
+        other_stream: whether it may be launched on another stream than the current one, with nobody keeping the workspace until it is done.
+
+    Raises:
+        DispatchError: no kernel does this; nothing has been allocated.
+    """
     problem, given = request.problem, request.gradient_arrays
     forward = problem.forward
+    spec = None if plan is not None else _spec_of(key or request.dispatch_key())
+    workspace = _workspace_of(spec, problem) if isinstance(spec, Fa2BackwardSpec) else None if plan is None else plan.workspace
     inputs = (forward.q, forward.k, forward.v)
-    made = [array or empty_like_framework(like, like.shape) for array, like in zip(given, inputs, strict=True)]
+    dq, dk, dv = (array or empty_like_framework(like, like.shape) for array, like in zip(given, inputs, strict=True))
     dsink = None if forward.learned_sink is None else empty_like_framework(forward.q, (forward.heads,), "float32")
-    dq, dk, dv = (as_numpy(array) for array in made)
-    backward(problem, dq, dk, dv, None if dsink is None else as_numpy(dsink))
+    room = None if workspace is None else empty_workspace(forward.q, workspace.size, other_stream=other_stream)
+    return GradientOutputs((dq, dk, dv), dsink, room)
+
+
+def fill_gradients(
+    request: FaBwdDispatch, outputs: GradientOutputs, plan: Plan | None = None, *, stream: Any = None, key: DispatchKey | None = None
+) -> Plan | None:
+    """Do what a request asks, into arrays that :func:`make_gradients` made, perhaps in another thread. The caller keeps the workspace.
+
+    ``plan`` and ``key``: those of the call, if they are known. Returns the plan that was run; None from the CPU backend.
+    """
+    problem = request.problem
+    q = problem.forward.q
+    check_backend(q.device)
+    if plan is None and key is None:
+        plan = find(request)
+    if plan is None or plan.out_strides != outputs.strides:
+        key = key or _key(request, None)
+        spec = _spec_of(key)
+        if isinstance(spec, CpuSpec):
+            _compute_on_cpu(request, outputs)
+            _tell_written(request)
+            return None
+        plan = _make_plan(spec, problem, outputs, key.arch)
+        if key.extras.tiles_for is None:
+            keep(request, plan)
+    raw = current_stream(q) if stream is None else raw_stream(stream)
+    assert plan.workspace is not None  # noqa: S101 - every plan that is made here has one
+    plan.launch(raw, gradient_addresses(problem, outputs, plan.workspace))
+    _tell_written(request)
+    return plan
+
+
+def _key(request: FaBwdDispatch, tiles_for: SmArch | None) -> DispatchKey:
+    key = request.dispatch_key()
+    return key if tiles_for is None else replace(key, extras=replace(key.extras, tiles_for=tiles_for))
+
+
+def _spec_of(key: DispatchKey) -> Fa2BackwardSpec | CpuSpec:
+    spec = lookup(key)
+    if not isinstance(spec, (Fa2BackwardSpec, CpuSpec)):
+        raise DispatchError(f"dispatch_key of a backward request: got one of {spec.kernel_name}; allowed is the direction 'bwd'")
+    return spec
+
+
+def _workspace_of(spec: Fa2BackwardSpec, problem: BackwardProblem) -> Workspace:
+    """What the kernels of ``spec`` share, and o and LSE if the forward is to run first."""
+    known, sizes = problem.forward, spec.workspace(problem.forward)
+    if problem.out is None:
+        assert known.q.dtype is not None  # noqa: S101 - requests have checked it
+        sizes |= {"o": known.q.dtype.itemsize * prod(known.out_shape), "lse": 4 * prod(known.lse_shape)}
+    return Workspace.of(sizes)
+
+
+def _row_major_results(known: AttentionProblem) -> tuple[ArrayInfo, ArrayInfo]:
+    """O and LSE of a forward that runs first, at no address yet."""
+    q, shape, rows = known.q, known.out_shape, known.lse_shape
+    out = ArrayInfo(0, shape, contiguous_strides(shape), q.dtype, q.dtype_name, q.device, None)
+    return out, ArrayInfo(0, rows, contiguous_strides(rows), DType.F32, "float32", q.device, None)
+
+
+def _make_plan(spec: Fa2BackwardSpec, problem: BackwardProblem, outputs: GradientOutputs, arch: SmArch) -> Plan:
+    """The kernels of ``spec``, behind that of the forward where o and LSE are not given."""
+    known, gradients = problem.forward, GradientArrays(*outputs.gradients)
+    workspace = _workspace_of(spec, problem)
+    slots = (*_READ, *(slot for slot in workspace.offsets if slot not in SLOTS), *_WRITTEN, *SLOTS)
+    launches = []
+    if problem.out is None:
+        out, lse = _row_major_results(known)
+        problem = replace(problem, out=out, lse=lse)
+        key = key_of_problem(known, arch, out)
+        forward = lookup(key)
+        assert isinstance(forward, KernelSpec)  # noqa: S101 - the same arch as that of spec
+        launches.append(launch_of(forward, known, forward.pack(known, out), slots, key.extras.persistent_blocks))
+    launches += [launch_of(step, known, step.pack(problem, gradients), slots) for step in spec.steps()]
+    return Plan(launches, outputs.strides, workspace)
+
+
+def gradient_addresses(problem: BackwardProblem, outputs: GradientOutputs, workspace: Workspace) -> tuple[int, ...]:
+    """What launches bring, in the order of the plan's slots; 0 for what the call does not have."""
+    base = 0 if outputs.workspace is None else outputs.workspace.ptr
+    at = {slot: base + offset for slot, offset in workspace.offsets.items()}
+    out = at.pop("o") if problem.out is None else problem.out.ptr
+    lse = at.pop("lse") if problem.lse is None else problem.lse.ptr
+    read = (problem.dout, problem.dlse)
+    written = (*outputs.gradients, outputs.dsink)
+    return (*map(_address, read), *at.values(), *map(_address, written), *forward_addresses(problem.forward, out, lse))
+
+
+def _address(array: ArrayInfo | None) -> int:
+    return 0 if array is None else array.ptr
+
+
+def _compute_on_cpu(request: FaBwdDispatch, outputs: GradientOutputs) -> None:
+    held = Fingerprint.of_backward(request).hold()  # other threads run while BLAS does
+    dq, dk, dv = map(as_numpy, outputs.gradients)
+    backward(request.problem, dq, dk, dv, None if outputs.dsink is None else as_numpy(outputs.dsink))
     del held
-    for array in given:
+
+
+def _tell_written(request: FaBwdDispatch) -> None:
+    for array in request.gradient_arrays:
         if array is not None:
             tell_written(array.source)
-    mine = [_for_user(request, name, array) for name, array in zip(given._fields, made, strict=True)]
-    return Gradients(mine[0], mine[1], mine[2], dsink and in_library_of(forward.q, dsink))
-
-
-def _for_user(request: FaBwdDispatch, name: str, array: ArrayInfo) -> Any:
-    """The caller's own array where there was one."""
-    own = getattr(request, name, None)
-    return in_library_of(request.problem.forward.q, array) if own is None else own

@@ -1,13 +1,14 @@
 """Plan: what answers calls of one kind, and the one store of plans.
 
 A plan is the launches of a call with every number fixed, and the arrays that the call makes. Addresses and the stream are no part of it:
-every run brings those of now. The first call of a kind makes its plan and runs it as all later ones do.
+every run brings those of now. The first call of a kind makes its plan and runs it as all later ones do. A backward call has three launches
+or four, and a workspace that they share.
 
 What a key holds, and why that is enough. A request was checked when it was made, and is frozen; its launches are a function of its
 class, of the attributes that the class names (``PLAN_ATTRIBUTES``), of its problem, of whether the dropout pattern is wanted, and of the
 strides of the output. Of the problem everything is in the key but addresses, of which it has the low bits that decide on vector loads.
-Strides of an output that the caller brought are in the key, those of a new one in the plan, because a plan is looked for before outputs
-are made. An LSE is an address and no more. Settings and tile tables are fixed for a process.
+Strides of outputs that the caller brought are in the key, those of new ones in the plan, because a plan is looked for before outputs
+are made. An LSE and a workspace are an address and no more. Settings and tile tables are fixed for a process.
 
 Requests of other classes, subclasses of ours included, may name any kernel in their ``dispatch_key``: they have no key, and no plan of
 theirs is kept.
@@ -15,26 +16,48 @@ theirs is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from ..arrays.dlpack import BorrowedTensor
 from ..arrays.new import in_library_of
 from ..arrays.read import user_array
-from ..dispatch import FaFwdDispatch
+from ..dispatch import FaBwdDispatch, FaFwdDispatch
 from ..env import settings
+from ..errors import ShapeError
 from ..kernels.forward import FwdParams
-from ..launch.launcher import Launch
-from ..limits import VECTOR_BYTES
-from ..problem import ArrayInfo, AttentionProblem
+from ..kernels.params import KernelParams
+from ..kernels.spec import KernelSpec
+from ..launch.driver import device_properties
+from ..launch.launcher import Launch, load_kernel
+from ..limits import MAX_GRID, VECTOR_BYTES
+from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
 from ..short_repr import ShortRepr
 
-__all__ = ["MAX_PLANS", "SLOTS", "Key", "Output", "Outputs", "Plan", "addresses_of", "clear", "find", "keep", "key_of_request"]
+__all__ = [
+    "MAX_PLANS",
+    "SLOTS",
+    "Key",
+    "Output",
+    "Outputs",
+    "Plan",
+    "Workspace",
+    "addresses_of",
+    "clear",
+    "find",
+    "forward_addresses",
+    "keep",
+    "key_of_backward_request",
+    "key_of_request",
+    "launch_of",
+    "slots_of",
+]
 
 Key: TypeAlias = tuple[Any, ...]
 
 MAX_PLANS: Final = 4096  # of about 1 KB; a workload with more shapes than that starts over
+_ALIGNMENT: Final = 256  # bytes, of each array in a workspace
 SLOTS: Final = FwdParams.SLOTS  # names of the addresses of a call, in order
 _SLOTS_WITH_PATTERN: Final = (*SLOTS, "keep")
 
@@ -65,6 +88,11 @@ class Outputs:
     lse: ArrayInfo | None = None
     dropout_mask: ArrayInfo | None = None
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """What a plan has to fit."""
+        return self.out.strides
+
     def for_user(self, request: FaFwdDispatch) -> Output:
         """The arrays themselves: the caller's own ``out`` where there was one, and what was made in the library of that, or of q."""
         out_array, dropout = request.out_array, request.problem.dropout
@@ -77,25 +105,71 @@ class Outputs:
         return Output(out if out_array is None else getattr(request, "out", out), lse, pattern, rng)
 
 
+class Workspace(NamedTuple):
+    """Memory that the launches of one call share, in which each array begins at a multiple of 256 bytes.
+
+    Attributes:
+        size: in bytes.
+        offsets: where each array begins, by the slot that its address goes to.
+    """
+
+    size: int
+    offsets: dict[str, int]
+
+    @classmethod
+    def of(cls, sizes: dict[str, int]) -> Workspace:
+        """One for arrays of these sizes, in bytes."""
+        offsets, end = {}, 0
+        for slot, size in sizes.items():
+            offsets[slot] = end
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return cls(end, offsets)
+
+
 class Plan:
-    """The launches of a call, in order, and the strides of the output that they write.
+    """The launches of a call, in order, and the strides of the outputs that they write.
 
     Attributes:
         launches: none for a call without work.
-        out_strides: in elements, of o. A call makes o with them, and an LSE and a dropout pattern that are row-major.
-        launch: ``launch(stream, addresses)`` makes them all, on addresses in the order of :func:`addresses_of`.
+        out_strides: in elements, of o, or of each array that a backward call writes (runtime/gradients.py). A call makes o with them, and
+            an LSE and a dropout pattern that are row-major.
+        workspace: what its launches share, None for nothing.
+        launch: ``launch(stream, addresses)`` makes them all, on addresses in the order that they were made for.
     """
 
-    __slots__ = ("launch", "launches", "out_strides")
+    __slots__ = ("launch", "launches", "out_strides", "workspace")
 
-    def __init__(self, launches: tuple[Launch, ...], out_strides: tuple[int, ...]) -> None:
-        self.launches = launches
+    def __init__(self, made: Iterable[Launch | None], out_strides: tuple[Any, ...], workspace: Workspace | None = None) -> None:
+        self.launches = launches = tuple(each for each in made if each is not None)
         self.out_strides = out_strides
+        self.workspace = workspace
         self.launch: Callable[[int, tuple[int, ...]], None] = launches[0].launch if len(launches) == 1 else self._launch_all
 
     def _launch_all(self, stream: int, addresses: tuple[int, ...]) -> None:
         for each in self.launches:
             each.launch(stream, addresses)
+
+
+def launch_of(
+    spec: KernelSpec, problem: AttentionProblem, params: KernelParams, slots: tuple[str, ...], blocks: int | None = None
+) -> Launch | None:
+    """One launch of a plan on the GPU of q; None where there is nothing to do. ``blocks``: how many persistent ones the caller wants.
+
+    Raises:
+        ShapeError: more blocks than a grid has.
+        RuntimeFlashAttnError: the kernel does not compile or load.
+    """
+    index = problem.q.device.index
+    tiles = spec.work_tiles(problem)
+    if not tiles:
+        return None
+    grid = spec.grid(tiles, device_properties(index).multiprocessors, blocks)
+    if tiles > MAX_GRID:
+        raise ShapeError(
+            f"q: got batch {problem.batch}, {problem.heads} heads and length {problem.seqlen_q}, which makes {tiles} thread blocks; "
+            f"allowed are {MAX_GRID}; split the batch over several calls"
+        )
+    return load_kernel(spec, index).launch_of(params, grid, slots)
 
 
 def slots_of(outputs: Outputs) -> tuple[str, ...]:
@@ -104,21 +178,27 @@ def slots_of(outputs: Outputs) -> tuple[str, ...]:
 
 
 def addresses_of(problem: AttentionProblem, outputs: Outputs) -> tuple[int, ...]:
-    """The addresses of a call; 0 for what it does not have."""
-    lse, keep_pattern, rng = outputs.lse, outputs.dropout_mask, problem.dropout
-    addresses = (
+    """The addresses of a forward call; 0 for what it does not have."""
+    lse, keep_pattern = outputs.lse, outputs.dropout_mask
+    addresses = forward_addresses(problem, outputs.out.ptr, 0 if lse is None else lse.ptr)
+    return addresses if keep_pattern is None else (*addresses, keep_pattern.ptr)
+
+
+def forward_addresses(problem: AttentionProblem, out: int, lse: int) -> tuple[int, ...]:
+    """Those of a forward with these addresses of o and LSE, in the order of :data:`SLOTS`."""
+    dropout = problem.dropout
+    return (
         problem.q.ptr,
         problem.k.ptr,
         problem.v.ptr,
-        outputs.out.ptr,
-        0 if lse is None else lse.ptr,
+        out,
+        lse,
         0 if problem.cu_seqlens_q is None else problem.cu_seqlens_q.ptr,
         0 if problem.cu_seqlens_k is None else problem.cu_seqlens_k.ptr,
         0 if problem.alibi_slopes is None else problem.alibi_slopes.ptr,
         0 if problem.learned_sink is None else problem.learned_sink.ptr,
-        0 if rng is None else rng.rng.ptr,
+        0 if dropout is None else dropout.rng.ptr,
     )
-    return addresses if keep_pattern is None else (*addresses, keep_pattern.ptr)
 
 
 def key_of_request(request: Any) -> Key | None:
@@ -127,18 +207,43 @@ def key_of_request(request: Any) -> Key | None:
     A class says ``PLAN_ATTRIBUTES``: the (hashable) attributes beside problem and ``out`` that its kernel depends on. It says so for itself
     alone, not for its subclasses.
     """
-    kind = type(request)
-    attributes = vars(kind).get("PLAN_ATTRIBUTES")
     problem: AttentionProblem = request.problem
     out: ArrayInfo | None = request.out_array
-    q, k, v, dropout = problem.q, problem.k, problem.v, problem.dropout
-    if attributes is None or q.device.kind == "cpu":
+    attributes = _attributes_of(request, problem.q)
+    if attributes is None:
         return None
-    addresses = q.ptr | k.ptr | v.ptr | (0 if out is None else out.ptr)
+    addresses = 0 if out is None else out.ptr
+    return (*attributes, *_facts(problem, addresses), None if out is None else out.strides)
+
+
+def key_of_backward_request(request: Any) -> Key | None:
+    """The same of backward requests. Which of o, LSE and their gradients there are is told by strides and presence."""
+    problem: BackwardProblem = request.problem
+    written: GradientArrays = request.gradient_arrays
+    attributes = _attributes_of(request, problem.forward.q)
+    if attributes is None:
+        return None
+    arrays = (problem.out, problem.dout, *written)
+    addresses = 0
+    for array in arrays:
+        addresses |= 0 if array is None else array.ptr
+    strides = (None if array is None else array.strides for array in arrays)
+    return (*attributes, *_facts(problem.forward, addresses), *strides, problem.deterministic)
+
+
+def _attributes_of(request: Any, q: ArrayInfo) -> Key | None:
+    """Class of a request and what it names; None where it has no key."""
+    kind = type(request)
+    names = vars(kind).get("PLAN_ATTRIBUTES")
+    return None if names is None or q.device.kind == "cpu" else (kind, *(getattr(request, name) for name in names))
+
+
+def _facts(problem: AttentionProblem, addresses: int) -> Key:
+    """All that a plan depends on of a forward problem; ``addresses``: those of the call's other arrays, or-ed."""
+    q, k, v, dropout = problem.q, problem.k, problem.v, problem.dropout
     return (
-        *(kind, *(getattr(request, name) for name in attributes)),
-        *(q.device, q.dtype_name, addresses % VECTOR_BYTES),
-        *(q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, None if out is None else out.strides),
+        *(q.device, q.dtype_name, (addresses | q.ptr | k.ptr | v.ptr) % VECTOR_BYTES),
+        *(q.shape, q.strides, k.shape, k.strides, v.shape, v.strides),
         *(problem.seqlen_q, problem.seqlen_k, problem.softmax_scale, problem.softcap, problem.band),
         None if problem.alibi_slopes is None else _layout(problem.alibi_slopes),
         None if problem.learned_sink is None else _layout(problem.learned_sink),
@@ -154,19 +259,19 @@ def _layout(info: ArrayInfo) -> tuple[Any, ...]:
 _plans: dict[Key, Plan] = {}
 
 
-def _key_of(request: FaFwdDispatch) -> Key | None:
+def _key_of(request: FaFwdDispatch | FaBwdDispatch) -> Key | None:
     """A request's own key, not that of another which it forwards attributes to."""
     key: Key | None = getattr(request, "plan_key", None)
     return None if key is None or key[0] is not type(request) or settings().debug else key
 
 
-def find(request: FaFwdDispatch, *, dropout_mask: bool = False) -> Plan | None:
+def find(request: FaFwdDispatch | FaBwdDispatch, *, dropout_mask: bool = False) -> Plan | None:
     """The plan of requests like this one, if there is one. In debug mode there is none, so that every launch is waited for."""
     key = _key_of(request)
     return None if key is None else _plans.get((key, dropout_mask))
 
 
-def keep(request: FaFwdDispatch, plan: Plan, *, dropout_mask: bool = False) -> None:
+def keep(request: FaFwdDispatch | FaBwdDispatch, plan: Plan, *, dropout_mask: bool = False) -> None:
     """Let further requests like this one go by ``plan``."""
     key = _key_of(request)
     if key is None:

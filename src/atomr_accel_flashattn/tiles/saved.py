@@ -22,7 +22,7 @@ from ..env import settings
 from ..errors import CacheError, CacheWarning, CompileError
 from ..jit import trust
 from ..jit.headers import closure_digest
-from ..kernels.forward import ForwardSpec
+from ..kernels.attention import AttentionSpec
 from ..kernels.spec import Tile
 from ..launch.driver import device_count, device_properties
 from .space import misfit
@@ -100,12 +100,12 @@ def device_identity(index: int) -> tuple[str, str]:
     return found.name, "{}.{}".format(*found.compute_capability)
 
 
-def kernel_without_tile(spec: ForwardSpec, *, short_q: bool = False) -> str:
+def kernel_without_tile(spec: AttentionSpec, *, short_q: bool = False) -> str:
     """The canonical name of a kernel but for its tile, and whether it has short q: equal for the kernels that a search compares."""
     return "_".join(part for part in (*spec.kernel_name.split("_"), *(["shortq"] if short_q else [])) if part != str(spec.tile))
 
 
-def saved_tile(spec: ForwardSpec, *, short_q: bool = False) -> Tile | None:
+def saved_tile(spec: AttentionSpec, *, short_q: bool = False) -> Tile | None:
     """The tile that was saved for this kernel on the first visible GPU that has one; None where none was, or none that fits any more."""
     here = settings()
     if here.tuned_tiles_disabled or here.cache_disabled or here.cache_dir is None:

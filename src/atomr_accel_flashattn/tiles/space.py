@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from itertools import product
 from typing import Final
 
-from ..kernels.forward import ForwardSpec
+from ..kernels.attention import AttentionSpec
 from ..kernels.spec import Tile
 from ..limits import PHILOX_KEYS
 
@@ -17,7 +17,7 @@ __all__ = ["SCHEDULES", "misfit", "tiles_that_fit"]
 SCHEDULES: Final = ("ping_pong", "persistent")
 
 
-def misfit(spec: ForwardSpec) -> str:
+def misfit(spec: AttentionSpec) -> str:
     """Why there can be no kernel with the tile of ``spec``; empty when there can. The headers assert the same (cuda/kernels)."""
     tile = spec.tile
     sizes = (tile.block_m, tile.block_n, tile.warps, tile.stages, tile.min_blocks)
@@ -25,7 +25,7 @@ def misfit(spec: ForwardSpec) -> str:
         return "sizes are integers of at least 1"
     unread = [f.name for f in fields(Tile) if f.name not in spec.AXES and getattr(tile, f.name) != f.default]
     if unread:
-        return f"the {spec.family.value} family has no {', '.join(unread)}"
+        return f"{spec.HEADER} reads no {', '.join(unread)}"
     keys = PHILOX_KEYS if spec.dropout else 16
     if tile.block_n % keys:
         return f"block_n: got {tile.block_n}; allowed are multiples of {keys}{' with dropout' if spec.dropout else ''}"
@@ -37,7 +37,7 @@ def misfit(spec: ForwardSpec) -> str:
     return reason
 
 
-def tiles_that_fit(spec: ForwardSpec) -> Iterator[Tile]:
+def tiles_that_fit(spec: AttentionSpec) -> Iterator[Tile]:
     """Every tile of the axes of ``spec`` that it could have, and whose accumulators, scores and blocks fit registers and shared memory."""
     for values in product(*spec.AXES.values()):
         tile = Tile(**dict(zip(spec.AXES, values, strict=True)))
@@ -46,6 +46,6 @@ def tiles_that_fit(spec: ForwardSpec) -> Iterator[Tile]:
             yield tile
 
 
-def _blocks_fit(spec: ForwardSpec) -> bool:
+def _blocks_fit(spec: AttentionSpec) -> bool:
     """Whether an SM has shared memory for as many blocks as the tile asks for; each takes 1 KB more for the system."""
     return spec.tile.min_blocks * (spec.shared_memory + 1024) <= spec.arch.shared_memory_per_sm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..kernels.forward import ForwardSpec
+from ..kernels.attention import AttentionSpec
 from ..kernels.spec import Family, Tile
 from ..limits import HEAD_DIM_WIDTHS, PHILOX_KEYS
 from ..types import SmArch
@@ -86,15 +86,15 @@ def is_short_q(head_dim: int, v_head_dim: int, rows: int) -> bool:
     return rows <= _SHORT_Q.get((head_dim_width(head_dim), head_dim_width(v_head_dim)), 0)
 
 
-def has_row_for_short_q(spec: ForwardSpec) -> bool:
+def has_row_for_short_q(spec: AttentionSpec) -> bool:
     """Whether the table of its family has a tile for short q at the widths of ``spec``."""
     widths = (spec.head_dim, spec.v_head_dim)
     return spec.family is Family.FA3 and widths in _WGMMA_SHORT_Q and not (spec.softcap and widths in _WITH_SOFTCAP)
 
 
-def row_of(spec: ForwardSpec) -> str:
+def row_of(spec: AttentionSpec) -> str:
     """How the row of a kernel is named in the table of its family."""
-    return f"({spec.head_dim}, {spec.v_head_dim})" if spec.family is Family.FA3 else str(spec.head_dim)
+    return f"({spec.head_dim}, {spec.v_head_dim})" if spec.family is Family.FA3 else str(max(spec.head_dim, spec.v_head_dim))
 
 
 def wgmma_tile_for(
@@ -154,14 +154,18 @@ def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, dropout: bool = Fa
 # and dO, P and dS lie in shared memory, and dK and dV take block_n * width * 2 / threads registers. Measured on an H200; the rest by sizes.
 _BACKWARD = {
     32: Tile(block_m=64, block_n=128, warps=4, stages=3, min_blocks=2),
-    64: Tile(block_m=64, block_n=128, warps=4, stages=3, min_blocks=2),
+    64: Tile(block_m=64, block_n=128, warps=4, stages=3),
     96: Tile(block_m=64, block_n=128, warps=8, stages=2),
     128: Tile(block_m=64, block_n=128, warps=8, stages=2),
     192: Tile(block_m=64, block_n=64, warps=8, stages=2),
     256: Tile(block_m=64, block_n=64, warps=8),
 }
-_BACKWARD_LARGEST = _BACKWARD | {256: Tile(block_m=64, block_n=64, warps=8, stages=2)}
+_BACKWARD_LARGEST = _BACKWARD | {
+    64: Tile(block_m=64, block_n=128, warps=4, stages=3, min_blocks=2),
+    256: Tile(block_m=64, block_n=64, warps=8, stages=2),
+}
 _BACKWARD_SMALL = _BACKWARD | {
+    32: Tile(block_m=64, block_n=128, warps=4, stages=3),
     96: Tile(block_m=64, block_n=64, warps=8, stages=2),
     128: Tile(block_m=64, block_n=64, warps=8),
     192: Tile(block_m=64, block_n=32, warps=4),

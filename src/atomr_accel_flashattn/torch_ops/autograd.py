@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..arrays.read import read_array
 from ..arrays.torch_hooks import tangent_of
 from ..errors import OutputError
 from ..limits import not_built
 from ..problem import ArrayInfo
 from ..requests.dense import DenseFwdRequest
-from ..runtime.plan import Output
+from ..runtime.plan import Output, Plan
 from ..varlen import VarlenFwdRequest
+
+if TYPE_CHECKING:
+    from .first_call import Asked
 
 __all__ = ["Differentiable", "attend", "is_recorded", "without_history"]
 
@@ -24,7 +26,7 @@ def is_recorded(q: Any, k: Any, v: Any, others: tuple[Any, Any, Any]) -> bool:
     """Whether autograd is to record a call; ``others`` are its slopes, learned sink and out.
 
     Raises:
-        FeatureNotBuiltError: it cannot be: on a GPU, gradients of slopes, forward mode, q of another library.
+        FeatureNotBuiltError: it cannot be: gradients of slopes, forward mode, q of another library.
         OutputError: it cannot be, because the caller brought ``out``.
     """
     torch = sys.modules.get("torch")
@@ -38,8 +40,6 @@ def is_recorded(q: Any, k: Any, v: Any, others: tuple[Any, Any, Any]) -> bool:
         return False
     name = wanting[0]
     got = f"{name} requires grad and gradients are enabled"
-    if read_array(q, "q").device.kind != "cpu":
-        raise not_built("backward", f"{got}; use torch.no_grad() or {name}.detach()")
     if "alibi_slopes" in wanting:
         raise not_built("slopes_gradient", "alibi_slopes requires grad and gradients are enabled")
     if "q" not in tensors:
@@ -65,17 +65,20 @@ def _tensor_of(array: Any) -> Any:
 
 
 def attend(
-    request: DenseFwdRequest | VarlenFwdRequest, inputs: Differentiable, *, dropout_mask: bool = False, deterministic: bool = False
-) -> Output:
+    request: DenseFwdRequest | VarlenFwdRequest, inputs: Differentiable, *, probs: bool = False, deterministic: bool = False
+) -> tuple[Output, Plan | None, Asked | None]:
     """Run a request, whose arrays have no history, as one operation of autograd on ``inputs``, which have one.
 
     Args:
         request: the forward call.
         inputs: the same q, k, v and learned sink, as the caller gave them.
-        dropout_mask: whether the dropout pattern is wanted.
+        probs: whether the caller gets LSE, with its history, and dropout pattern.
         deterministic: whether gradients are to be bitwise equal from run to run; torch.use_deterministic_algorithms asks for it as well.
-    """
-    from .attention_function import Attention
 
-    out, lse, pattern = Attention.apply(request, (dropout_mask, deterministic), *map(_tensor_of, inputs))
-    return Output(out, lse, pattern)
+    Returns:
+        what the call made, the plan of the forward (None on the CPU), and what was asked.
+    """
+    from . import first_call
+
+    q, k, v, learned_sink = map(_tensor_of, inputs)
+    return first_call.attend(request, (q, k, v, learned_sink), probs=probs, deterministic=deterministic)

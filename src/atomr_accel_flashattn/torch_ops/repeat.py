@@ -13,6 +13,8 @@ whole way of checks, and only when the numbers are numbers (a tensor used as a n
 A call is first compared with the last one of the same numbers. torch does that with a tensor guard, one C function that reads of every
 tensor what a key would hold (and its class, and whether it wants gradients): 0.9 us, where reading the same into a key costs 3. On a guard
 miss the shortcut is looked up by the full key, and becomes the most recent one of these numbers.
+
+Calls that autograd records have shortcuts of their own, which launch inside an operation of autograd (:mod:`.repeat_recorded`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,16 @@ from ..limits import VECTOR_BYTES
 from ..runtime import plan as store
 from ..runtime.plan import MAX_PLANS, Key, Output, Plan
 
-__all__ = ["Numbers", "Others", "Packing", "clear", "remember", "repeat"]
+__all__ = [
+    "Numbers",
+    "Others",
+    "Packing",
+    "Shortcut",
+    "clear",
+    "launch_more",
+    "remember",
+    "repeat",
+]
 
 # (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
 Numbers: TypeAlias = tuple[Any, Any, Any, Any, Any, Any, Any]
@@ -40,6 +51,8 @@ Others: TypeAlias = tuple[Any, Any, Any]
 # (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 Packing: TypeAlias = tuple[Any, Any, Any, Any]
 Tensors: TypeAlias = tuple[Any, ...]
+# () of a call that is not recorded; else whether gradients are to be deterministic, and which tensors want them
+Recording: TypeAlias = tuple[bool, ...]
 
 _NOWHERE: Final = VECTOR_BYTES  # in an alignment: some array has no memory, because it is empty or because it was freed under its tensor
 _NUMBERS: Final = (Real, np.bool_, type(None))
@@ -48,7 +61,7 @@ _WINDOW: Final = 3  # place of window_size among the numbers
 
 
 @dataclass(slots=True, eq=False)
-class _Shortcut:
+class Shortcut:
     """A plan, and what is needed to run it for a call on tensors.
 
     Attributes:
@@ -58,6 +71,8 @@ class _Shortcut:
         out: the output, None when the caller brings it.
         make_out: makes it; None where that takes a look at the current device.
         plain: whether q, k, v and o are all the arrays that there are.
+        recording: how autograd records the call.
+        recorded: the operation of autograd that makes the launch (:mod:`.repeat_recorded`); None where there is none.
         same: says of tensors that they are like those that this was found for. It is made again when it does not know tensors that the key
             knows, as in another mode of autograd; what any of them ever says is true.
     """
@@ -72,14 +87,22 @@ class _Shortcut:
     dropout: bool
     plain: bool
     same: Any
+    recording: Recording = ()
+    recorded: Any = None
+
+    def is_recording(self, deterministic: bool) -> bool:  # noqa: FBT001 - positional is quicker
+        """Whether calls are recorded now, with gradients that are as deterministic as this one's."""
+        return self.recording[0] is deterministic and hooks.is_grad_enabled() is True
 
 
-_shortcuts: dict[Key, _Shortcut] = {}
-_latest: dict[Key, _Shortcut] = {}  # by all of the key that is not read from tensors
+shortcuts: dict[Key, Shortcut] = {}
+latest: dict[Key, Shortcut] = {}  # by all of the key that is not read from tensors
 
 
-def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others) -> tuple[Key | None, Any]:  # noqa: C901 - each frame less is 0.1 us
-    """Answer a call as one like it was answered before.
+def repeat(  # noqa: C901, PLR0911, PLR0912 - each frame less is 0.1 us
+    q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, *, deterministic: bool = False
+) -> tuple[Key | None, Any]:
+    """Answer a call as one like it was answered before, recorded by autograd if that one was.
 
     Returns:
         (key, result): result is None when there is no shortcut; key is None when there cannot be one.
@@ -99,18 +122,23 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
         call, tensors = plain, (q, k, v)
     else:
         call, tensors = _describe_packed(q, k, v, packing, plain)
-    found = _latest.get(call)
-    if found is None or not found.same(*tensors):
-        found = None
-        if not _may_repeat(tensors):
+    found = latest.get(call)
+    if found is None or not found.same(*tensors) or not (found.recording == () or found.is_recording(deterministic)):
+        found, recording = None, _recording(tensors, others, deterministic)
+        if recording is None:
             return None, None
+    else:
+        recording = found.recording
     q_ptr, k_ptr, v_ptr, out_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr()
     somewhere = q_ptr and k_ptr and v_ptr and (out_ptr or out is None)
     alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15 | (0 if somewhere else _NOWHERE)
     if found is None or found.alignment != alignment:
-        key, found = _find(call, alignment, tensors)
+        key, found = _find(call, alignment, tensors, recording)
         if found is None:
             return key, None
+    if found.recorded is not None:
+        lengths = (None, None) if packing is None else packing[:2]
+        return None, found.recorded(q, k, v, learned_sink, slopes, *lengths)
     if found.out is not None:
         out = empty_on(found.device_index, q, found.out) if found.make_out is None else found.make_out()
         out_ptr = out.data_ptr()
@@ -119,7 +147,7 @@ def repeat(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, ot
     if found.plain:
         found.launch(hooks.raw_stream(found.device_index), (q_ptr, k_ptr, v_ptr, out_ptr, 0, 0, 0, 0, 0, 0))
         return None, out
-    lse = _launch_more(found, (q_ptr, k_ptr, v_ptr, out_ptr), q, packing, others)
+    lse, _ = launch_more(found, (q_ptr, k_ptr, v_ptr, out_ptr), q, packing, others)
     if found.out is None:
         hooks.increment_version(out)
     return None, out if lse is None else (out, lse, None)
@@ -171,19 +199,27 @@ def _describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers,
     return (*call, (slopes is None, learned_sink is None, out is None)), tensors
 
 
-def _may_repeat(tensors: Tensors) -> bool:
-    """Whether these are plain tensors of torch, on a GPU, that want no gradients, are no views with other signs, and are not recorded."""
+def _recording(tensors: Tensors, others: Others, deterministic: bool) -> Recording | None:  # noqa: FBT001 - part of the result
+    """How autograd records a call on these tensors; None where they are not plain ones on a GPU, or something else records them.
+
+    Views with other signs, gradients of slopes and a recorded call into ``out`` are for the checks.
+    """
     if not hooks.plain_types:
         meet_torch()
     types = hooks.plain_types
-    return (
+    if not (
         all(type(tensor) in types for tensor in tensors)
         and tensors[0].is_cuda
-        and not (any(tensor.requires_grad for tensor in tensors) and hooks.is_grad_enabled())
         and not any(tensor.is_neg() for tensor in tensors)
         and not recorder()
         and all(map(_has_memory, tensors))
-    )
+    ):
+        return None
+    wanting = tuple(tensor.requires_grad for tensor in tensors)
+    if not (any(wanting) and hooks.is_grad_enabled()):
+        return ()
+    slopes, _, out = others
+    return None if out is not None or (slopes is not None and slopes.requires_grad) else (deterministic, *wanting)
 
 
 def _has_memory(tensor: Any) -> bool:
@@ -195,21 +231,25 @@ def _has_memory(tensor: Any) -> bool:
     return True
 
 
-def _find(call: Key, alignment: int, tensors: Tensors) -> tuple[Key, _Shortcut | None]:
-    """The key of a call and its shortcut, which is from now on the first to be tried for calls of these numbers."""
+def _find(call: Key, alignment: int, tensors: Tensors, recording: Recording) -> tuple[Key, Shortcut | None]:
+    """The key of a call and its shortcut, which is from now on the first to be tried for calls of these numbers.
+
+    A guard tells whether tensors want gradients, and not whether autograd is on: those that want them have one for recorded calls only,
+    which ask.
+    """
     facts = [fact for tensor in tensors for fact in (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())]
-    key = (call, alignment, *facts)
-    found = _shortcuts.get(key)
+    key = (call, alignment, recording, *facts)
+    found = shortcuts.get(key)
     if found is not None:
         if not found.same(*tensors):
-            found.same = _guard(tensors)
-        _latest[call] = found
+            found.same = _guard(tensors) if recording or not any(tensor.requires_grad for tensor in tensors) else _never
+        latest[call] = found
     return key, found
 
 
 def _guard(tensors: Tensors) -> Any:
     """A function that tells whether as many tensors are like these, if there can be one."""
-    if hooks.guard is None or any(tensor.requires_grad for tensor in tensors) or len({id(tensor) for tensor in tensors}) < len(tensors):
+    if hooks.guard is None or len({id(tensor) for tensor in tensors}) < len(tensors):
         return _never
     return guard_of(hooks.guard, tensors)
 
@@ -226,8 +266,8 @@ def _overlap(out: int, q: int, k: int, v: int, reaches: tuple[int, ...]) -> bool
     return (out < q + of_q and q < end) or (out < k + of_k and k < end) or (out < v + of_v and v < end)
 
 
-def _launch_more(found: _Shortcut, pointers: tuple[int, int, int, int], q: Any, packing: Packing | None, others: Others) -> Any:
-    """Launch with more addresses than those of q, k, v and o; the LSE where there is one."""
+def launch_more(found: Shortcut, pointers: tuple[int, int, int, int], q: Any, packing: Packing | None, others: Others) -> tuple[Any, Any]:
+    """Launch with more addresses than those of q, k, v and o; the LSE and the dropout seed, where there are any."""
     stream = hooks.raw_stream(found.device_index)
     lse, lse_ptr = None, 0
     if found.lse is not None:
@@ -238,22 +278,25 @@ def _launch_more(found: _Shortcut, pointers: tuple[int, int, int, int], q: Any, 
     biases = (0 if slopes is None else slopes.data_ptr(), 0 if learned_sink is None else learned_sink.data_ptr())
     rng = q.new_empty((2,), dtype=hooks.int64).random_(-(2**63), 2**63 - 1) if found.dropout else None
     found.launch(stream, (*pointers, lse_ptr, *lengths, *biases, 0 if rng is None else rng.data_ptr()))
-    return lse
+    return lse, rng
 
 
-def remember(key: Key, plan: Plan, output: Output, others: Others) -> None:
-    """Keep a shortcut to the plan of the call that made ``output``; does nothing where a shortcut would not be enough."""
-    call, alignment, *facts = key
+def remember(key: Key, plan: Plan, output: Output, *, brings_out: bool = False, recorded: Callable[[Shortcut], Any] | None = None) -> None:
+    """Keep a shortcut to the plan of the call that made ``output``; does nothing where a shortcut would not be enough.
+
+    ``brings_out``: whether the caller brings o. ``recorded``: makes the operation of autograd that launches it.
+    """
+    call, alignment, recording, *facts = key
     numbers, *more = call if type(call[0]) is tuple else (call,)
     if settings().debug or output.dropout_mask is not None or len(plan.launches) != 1:
         return
-    if len(_shortcuts) >= MAX_PLANS:
+    if len(shortcuts) >= MAX_PLANS:
         _forget()
     (launch,) = plan.launches
-    out = _array(output.out) if others[2] is None else None
+    out = None if brings_out else _array(output.out)
     dropout = bool(numbers[0] > 0)
     one_gpu = hooks.device_count is not None and hooks.device_count() == 1
-    _shortcuts[key] = _Shortcut(
+    shortcuts[key] = made = Shortcut(
         launch=plan.launch,
         device_index=launch.kernel.device_index,
         alignment=alignment,
@@ -264,7 +307,10 @@ def remember(key: Key, plan: Plan, output: Output, others: Others) -> None:
         dropout=dropout,
         plain=not more and output.lse is None and not dropout,
         same=_never,
+        recording=recording,
     )
+    if recorded is not None:
+        made.recorded = recorded(made)
 
 
 def _array(tensor: Any) -> NewTensor:
@@ -284,5 +330,5 @@ def clear() -> None:
 
 
 def _forget() -> None:
-    _shortcuts.clear()
-    _latest.clear()
+    shortcuts.clear()
+    latest.clear()

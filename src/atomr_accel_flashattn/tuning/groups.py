@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Protocol
 
-from ..kernels.forward import ForwardSpec
+from ..kernels.attention import AttentionSpec
 from ..tiles.saved import kernel_without_tile
 from ..tiles.tables import has_row_for_short_q
 
@@ -15,7 +15,7 @@ __all__ = ["Group", "by_kernel", "by_table_row"]
 class Group(Protocol):
     """What a group of shapes has in common."""
 
-    def __call__(self, spec: ForwardSpec, *, short_q: bool) -> Hashable:
+    def __call__(self, spec: AttentionSpec, *, short_q: bool) -> Hashable:
         """Equal for shapes that share a winner.
 
         Args:
@@ -25,11 +25,11 @@ class Group(Protocol):
         ...
 
 
-def by_kernel(spec: ForwardSpec, *, short_q: bool) -> Hashable:
+def by_kernel(spec: AttentionSpec, *, short_q: bool) -> Hashable:
     """Those that one kernel serves with one tile: what is saved in the user's cache."""
     return kernel_without_tile(spec, short_q=short_q)
 
 
-def by_table_row(spec: ForwardSpec, *, short_q: bool) -> Hashable:
+def by_table_row(spec: AttentionSpec, *, short_q: bool) -> Hashable:
     """Those that share a row of the tables in tiles/tables.py, of which there is another for short q at some widths."""
-    return (spec.family, spec.arch, spec.head_dim, spec.v_head_dim, short_q and has_row_for_short_q(spec))
+    return (spec.HEADER, spec.arch, spec.head_dim, spec.v_head_dim, short_q and has_row_for_short_q(spec))

@@ -18,16 +18,17 @@ from math import inf
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..bench.families import request_of
+from ..bench.gradients import backward_request_of
 from ..bench.inputs import make_inputs
 from ..bench.timing import Contestant, measure_in_turns
 from ..dispatch import lookup
 from ..errors import DispatchError
 from ..jit.compile import compile_many
-from ..kernels.forward import ForwardSpec
+from ..kernels.attention import AttentionSpec
 from ..kernels.spec import Family, Tile
 from ..tiles.space import SCHEDULES, misfit, tiles_that_fit
 from .groups import Group, by_kernel
-from .trial import Stand, Trial
+from .trial import BackwardStand, ForwardStand, Stand, Trial
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,7 @@ class Options:
 
     Attributes:
         family: of kernels; None is the one that calls take.
+        backward: whether the kernels are those of gradients.
         tiles: patterns of tiles as kernel names write them (``m128n64*``); none is every tile that fits.
         rounds: how often each finalist is timed.
         budget: seconds after which no shape, no batch of candidates and no round is begun.
@@ -60,6 +62,7 @@ class Options:
     """
 
     family: Family | None = None
+    backward: bool = False
     tiles: tuple[str, ...] = ()
     rounds: int = 5
     budget: float = 600.0
@@ -73,7 +76,8 @@ class ShapeResult:
     """What was found for one shape: trials, the fastest first, those that were not timed at the end."""
 
     cell: Cell
-    spec: ForwardSpec  # with the tile in use
+    flops: float  # of one call
+    spec: AttentionSpec  # with the tile in use
     short_q: bool  # whether the shape's key says so (Extras.short_q)
     trials: list[Trial]
     seconds: float
@@ -150,6 +154,7 @@ class _Search:
         trials = sorted(self.trials.values(), key=lambda trial: (not trial.finalist, trial.ms or inf))
         return ShapeResult(
             cell=self.cell,
+            flops=self.cell.backward_flops if self.options.backward else self.cell.flops,
             spec=self.spec,
             short_q=self.short_q,
             trials=trials,
@@ -250,7 +255,7 @@ def _finalists(searches: Sequence[_Search]) -> list[Tile]:
     return list(dict.fromkeys([*bests, *near]))
 
 
-def _first_candidates(spec: ForwardSpec, options: Options) -> list[Tile]:
+def _first_candidates(spec: AttentionSpec, options: Options) -> list[Tile]:
     """Tiles that match a pattern; without patterns, all with the schedule in use. Shuffled, in case the budget does not last."""
     every = list(tiles_that_fit(spec))
     if options.tiles:
@@ -268,7 +273,7 @@ def _first_candidates(spec: ForwardSpec, options: Options) -> list[Tile]:
     return chosen
 
 
-def _other_schedules(spec: ForwardSpec, tiles: Sequence[Tile]) -> Iterator[Tile]:
+def _other_schedules(spec: AttentionSpec, tiles: Sequence[Tile]) -> Iterator[Tile]:
     axes = {name: values for name, values in spec.AXES.items() if name in SCHEDULES}
     for tile in tiles:
         for values in itertools.product(*axes.values()):
@@ -284,13 +289,14 @@ def _stand(cell: Cell, options: Options) -> Stand:
         DispatchError: no GPU kernel, or another family than the one that is asked for.
     """
     device, l2_bytes = _card()
-    sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed)
-    key = request_of(cell, sets[0], options.family).dispatch_key()
+    sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed, dout=options.backward)
+    request = backward_request_of(cell, sets[0]) if options.backward else request_of(cell, sets[0], options.family)
+    key = request.dispatch_key()
     spec = lookup(key)
-    if not isinstance(spec, ForwardSpec) or (options.family is not None and spec.family is not options.family):
+    if not isinstance(spec, AttentionSpec) or (options.family is not None and spec.family is not options.family):
         wanted = "a GPU kernel" if options.family is None else options.family.value
         raise DispatchError(f"family: got {wanted} for {cell}, which resolves to {spec.kernel_name} here; leave --family out")
-    return Stand(cell, sets, spec, short_q=key.extras.short_q)
+    return (BackwardStand if options.backward else ForwardStand)(cell, sets, spec, short_q=key.extras.short_q)
 
 
 def _card() -> tuple[torch.device, int]:

@@ -1,31 +1,37 @@
-"""One tile on one shape: compiled, launched into poisoned outputs, checked against float32, and only then fit to be timed."""
+"""One tile on one shape: compiled, launched into poisoned arrays, checked, and then timed."""
 
 from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from math import prod
+from typing import TYPE_CHECKING, ClassVar
 
 from ..arrays.streams import current_stream
 from ..bench.families import request_of
-from ..bench.inputs import ERROR_LIMIT, Inputs, check_rows
+from ..bench.gradients import Differentiable
+from ..bench.inputs import ERROR_LIMIT, GRADIENT_ERROR_LIMIT, Inputs, check_gradients, check_rows
+from ..bench.peers import first_line
 from ..bench.timing import Contestant
-from ..dispatch import FaFwdDispatch
 from ..errors import CompileError, DeviceLostError, FlashAttnError
 from ..jit.compile import CompiledKernel
-from ..kernels.forward import ForwardSpec
+from ..kernels.attention import AttentionSpec
 from ..kernels.spec import KernelSpec, Tile
+from ..problem import ArrayInfo
 from ..runtime.execute import execute, make_outputs
+from ..runtime.gradients import GradientOutputs, fill_gradients, gradient_addresses, make_gradients
 from ..runtime.plan import Plan, addresses_of
+from ..types import DType
 
 if TYPE_CHECKING:
     import torch
 
     from ..bench.cells import Cell
 
-__all__ = ["Stand", "Trial"]
+__all__ = ["BackwardStand", "ForwardStand", "Stand", "Trial"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,8 +75,8 @@ class Trial:
             self.refused = f"spills {made.spill_bytes} bytes"
 
 
-class Stand:
-    """A shape's inputs and outputs on the card, and what was launched on them.
+class Stand(ABC):
+    """A shape's inputs and answers on the card, and what was launched on them.
 
     Args:
         cell: the shape.
@@ -79,12 +85,13 @@ class Stand:
         short_q: whether the key of the shape says so.
     """
 
-    def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: ForwardSpec, *, short_q: bool) -> None:
+    ERROR_LIMIT: ClassVar[Mapping[DType, float]]
+
+    def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: AttentionSpec, *, short_q: bool) -> None:
         self.cell = cell
         self.sets: Sequence[Inputs] = sets
         self.spec, self.short_q = spec, short_q
-        self._outs = [_output(cell, inputs) for inputs in sets]
-        self._launched: dict[tuple[KernelSpec, int], Tile] = {}
+        self._launched: dict[tuple[tuple[KernelSpec, int], ...], Tile] = {}
 
     def enter(self, trial: Trial) -> Contestant | None:
         """The calls of a tile that gave the right answer; None when it may not be timed, with the reason in ``trial``.
@@ -97,52 +104,137 @@ class Stand:
         except DeviceLostError:
             raise
         except FlashAttnError as refusal:
-            trial.refused = f"{type(refusal).__name__}: {refusal}".split("\n")[0][:300]
+            trial.refused = first_line(refusal)
             return None
         if trial.refused is not None:
             return None
         try:
-            unwritten = any(bool(out.isnan().any()) for out in self._outs)
+            unwritten = any(bool(array.isnan().any()) for n in range(len(self.sets)) for array in self._answer(n))
         except RuntimeError as error:  # torch's own: it is the first to wait for the kernel
             raise DeviceLostError(
                 f"the tile {trial.tile} failed on {self.cell}: {error}. Restart, and leave it out with --tiles",
                 kernel_name=self.spec.kernel_name,
             ) from error
-        trial.error = check_rows(self.cell, self.sets[0], self._outs[0])
+        trial.error, limit = self._error(), self.ERROR_LIMIT[self.cell.dtype]
         if unwritten:
             trial.refused = "wrong: it leaves rows unwritten, or NaN in them"
-        elif trial.error > ERROR_LIMIT[self.cell.dtype]:
-            trial.refused = f"wrong: relative error {trial.error:.3g}, at most {ERROR_LIMIT[self.cell.dtype]:g} allowed"
+        elif trial.error > limit:
+            trial.refused = f"wrong: relative error {trial.error:.3g}, at most {limit:g} allowed"
         return None if trial.refused is not None else Contestant(calls, contextlib.nullcontext)
 
     def clear(self) -> None:
-        """Let go of inputs, outputs and launches."""
-        self.sets, self._outs = (), []
+        """Let go of inputs, answers and launches."""
+        self.sets = ()
         self._launched.clear()
 
     def _calls(self, trial: Trial) -> list[Callable[[], None]]:
         calls = []
-        for inputs, out in zip(self.sets, self._outs, strict=True):
-            out.fill_(float("nan"))
-            request = request_of(self.cell, inputs, self.spec.family, tile=trial.tile, out=out)
-            plan = execute(request, lse=False)[1]
+        for n in range(len(self.sets)):
+            for array in self._answer(n):
+                array.fill_(float("nan"))
+            plan, repeated = self._run(n, trial.tile)
             if plan is None or not plan.launches:
                 trial.refused = "nothing to launch"
                 return []
-            (launch,) = plan.launches
-            same = self._launched.setdefault((launch.kernel.spec, launch.grid), trial.tile)
+            launches = tuple((launch.kernel.spec, launch.grid) for launch in plan.launches)
+            same = self._launched.setdefault(launches, trial.tile)
             if same != trial.tile:
                 trial.same_as, trial.refused = same, f"the same launch as {same} here"
                 return []
-            calls.append(_repeated(plan, request))
+            calls.append(repeated)
         return calls
 
+    @abstractmethod
+    def _answer(self, n: int) -> tuple[torch.Tensor, ...]:
+        """The arrays that calls on input set ``n`` write."""
 
-def _output(cell: Cell, inputs: Inputs) -> torch.Tensor:
-    return inputs.q.new_empty((*inputs.q.shape[:-1], cell.value_dim))
+    @abstractmethod
+    def _run(self, n: int, tile: Tile) -> tuple[Plan | None, Callable[[], None]]:
+        """Answer input set ``n`` with a tile: the plan, None without a GPU, and a call that repeats it."""
+
+    @abstractmethod
+    def _error(self) -> float:
+        """Relative error of the answer to the first input set."""
 
 
-def _repeated(plan: Plan, request: FaFwdDispatch) -> Callable[[], None]:
-    """The plan once more, on the same arrays."""
-    stream, addresses = current_stream(request.problem.q), addresses_of(request.problem, make_outputs(request, lse=False))
-    return lambda: plan.launch(stream, addresses)
+class ForwardStand(Stand):
+    """O of a shape."""
+
+    ERROR_LIMIT = ERROR_LIMIT
+
+    def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: AttentionSpec, *, short_q: bool) -> None:
+        super().__init__(cell, sets, spec, short_q=short_q)
+        self._outs = [inputs.q.new_empty((*inputs.q.shape[:-1], cell.value_dim)) for inputs in sets]
+
+    def clear(self) -> None:
+        """Let go of the outputs too."""
+        super().clear()
+        self._outs = []
+
+    def _answer(self, n: int) -> tuple[torch.Tensor, ...]:
+        return (self._outs[n],)
+
+    def _run(self, n: int, tile: Tile) -> tuple[Plan | None, Callable[[], None]]:
+        request = request_of(self.cell, self.sets[n], self.spec.family, tile=tile, out=self._outs[n])
+        plan, problem = execute(request, lse=False)[1], request.problem
+        if plan is None:
+            return None, _nothing
+        outputs = make_outputs(request, lse=False)
+        return plan, _repeated(plan, problem.q, addresses_of(problem, outputs), outputs)
+
+    def _error(self) -> float:
+        return check_rows(self.cell, self.sets[0], self._outs[0])
+
+
+class BackwardStand(Stand):
+    """Gradients of a shape, whose forward runs once. All launches of a backward are timed."""
+
+    ERROR_LIMIT = GRADIENT_ERROR_LIMIT
+
+    def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: AttentionSpec, *, short_q: bool) -> None:
+        super().__init__(cell, sets, spec, short_q=short_q)
+        self._forwards = [Differentiable.of(cell, inputs) for inputs in sets]
+        self._gradients = [tuple(x.new_empty(x.shape) for x in (inputs.q, inputs.k, inputs.v)) for inputs in sets]
+        self._outputs: dict[int, GradientOutputs] = {}  # tiles share the largest workspace
+
+    def clear(self) -> None:
+        """Let go of what the forward made, gradients and workspaces too."""
+        super().clear()
+        self._forwards, self._gradients = [], []
+        self._outputs.clear()
+
+    def _answer(self, n: int) -> tuple[torch.Tensor, ...]:
+        return self._gradients[n]
+
+    def _run(self, n: int, tile: Tile) -> tuple[Plan | None, Callable[[], None]]:
+        request = self._forwards[n].request(tile=tile, gradients=self._gradients[n])
+        key = request.dispatch_key()
+        outputs = make_gradients(request, key=key)
+        if n in self._outputs and _workspace_bytes(self._outputs[n]) >= _workspace_bytes(outputs):
+            outputs = self._outputs[n]
+        self._outputs[n] = outputs
+        plan, problem = fill_gradients(request, outputs, key=key), request.problem
+        if plan is None or plan.workspace is None:
+            return None, _nothing
+        return plan, _repeated(plan, problem.forward.q, gradient_addresses(problem, outputs, plan.workspace), outputs)
+
+    def _error(self) -> float:
+        return check_gradients(self.cell, self.sets[0], self._gradients[0])
+
+
+def _workspace_bytes(outputs: GradientOutputs) -> int:
+    return 0 if outputs.workspace is None else prod(outputs.workspace.shape)
+
+
+def _repeated(plan: Plan, q: ArrayInfo, addresses: tuple[int, ...], held: object) -> Callable[[], None]:
+    """The plan once more, on the same arrays; ``held`` owns those that nobody else does."""
+    stream = current_stream(q)
+
+    def call(_held: object = held) -> None:
+        plan.launch(stream, addresses)
+
+    return call
+
+
+def _nothing() -> None:
+    """The call of a plan that is none."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from ..dispatch import forget_lookups
-from ..kernels.forward import ForwardSpec
+from ..kernels.attention import AttentionSpec
 from ..kernels.spec import Tile
 from ..tiles.saved import SavedTile, device_identity, headers_identity, kernel_without_tile, save_tiles
 from ..tiles.tables import has_row_for_short_q, row_of
@@ -36,7 +36,7 @@ class Winner:
         shapes: their names.
     """
 
-    spec: ForwardSpec
+    spec: AttentionSpec
     short_q: bool
     tile: Tile
     speedup: float
@@ -113,7 +113,7 @@ def table_row(winner: Winner) -> str:
     """A winner of :func:`~.groups.by_table_row` as a row of its table in tiles/tables.py; its comment says when that is for short q."""
     spec, tile, short_q = winner.spec, winner.tile, winner.short_q and has_row_for_short_q(winner.spec)
     row = row_of(spec)
-    table = f"{spec.family.value} {spec.arch.value}{', short q' if short_q else ''}"
+    table = f"{spec.HEADER} {spec.arch.value}{', short q' if short_q else ''}"
     told = [
         f"{f.name}={getattr(tile, f.name)}" for f in fields(Tile) if f.name not in _NOT_IN_TABLES and getattr(tile, f.name) != f.default
     ]

@@ -20,18 +20,17 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 from ...errors import ActorStoppedError, DeviceLostError, PropsError, RayMissingError, UnknownMessageError, WorkerLostError
-from ...limits import is_integer
-from ...requests.dense import DenseFwdRequest
-from ...runtime.staleness import NO_ARRAYS, Fingerprint
-from ...varlen import VarlenFwdRequest
+from ...limits import is_integer, not_built
+from ...runtime.staleness import Fingerprint
 from ..client import Client
 from ..engine import stopped_error
 from ..inner import Job
+from ..kinds import kind_of
 from ..mailbox import Mailbox
-from ..messages import FlashAttnMsg, Message, refusal
+from ..messages import FlashAttnMsg, Message
 from ..props import FlashAttnProps
 from ..reply import Ticket, own_error
-from .wire import WireRequest, from_wire
+from .wire import WireRequest, answer_from_wire
 from .worker import Worker
 
 __all__ = ["FlashAttnPool"]
@@ -170,25 +169,25 @@ class FlashAttnPool(Client):
         pids = self._ray.get([member.actor.ready.remote() for member in members])
         return {member.number: int(pid) for member, pid in zip(members, pids, strict=True)}
 
-    def _accept(self, message: Message) -> Ticket:
-        if not isinstance(message, FlashAttnMsg.Forward):
-            return _Task(Job(message))
-        request = message.request
-        if not isinstance(request, (DenseFwdRequest, VarlenFwdRequest)):
+    def _accept(self, message: Message[Any]) -> Ticket:
+        if isinstance(message, FlashAttnMsg.PagedForward):
+            return _Task(Job(message, refusal=not_built("paged", "FlashAttnMsg.PagedForward")))
+        kind, request = kind_of(message), message.request
+        kind.check(request)
+        if not isinstance(request, kind.own):
             raise UnknownMessageError(
-                f"message: got a Forward with {type(request).__qualname__}; "
-                "a pool takes a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest"
+                f"message: got a {kind.name} with {type(request).__qualname__}; a pool takes requests of this package, and of classes "
+                f"derived from them: {', '.join(each.__name__ for each in kind.own)}"
             )
-        fingerprint = Fingerprint.of(request)
+        kind.fingerprint(request)
         wire, arrays = WireRequest.pack(message)
         # A copy in either case: the caller's memory may change from here on.
         sent = tuple(self._ray.put(array) if array.nbytes > _INLINE_BYTES else array.copy() for array in arrays)
-        problem = request.problem
-        cost = 1e6 + float(problem.batch) * problem.heads * problem.seqlen_q * problem.seqlen_k * problem.head_dim
-        job = Job(message, fingerprint=NO_ARRAYS if request.out_array is None else fingerprint)
-        return _Task(job, wire=wire, arrays=sent, cost=cost)
+        problem = kind.forward(request)
+        cost = 1e6 + kind.work * problem.batch * problem.heads * problem.seqlen_q * problem.seqlen_k * problem.head_dim
+        return _Task(Job(message, fingerprint=Fingerprint(kind.targets(request), kind.written)), wire=wire, arrays=sent, cost=cost)
 
-    async def _ticket_async(self, message: Message, timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
+    async def _ticket_async(self, message: Message[Any], timeout: float | None) -> Ticket:  # noqa: ASYNC109 - checked, not waited for
         """Off the event loop, because arrays are copied."""
         return await asyncio.to_thread(self._ticket, message, timeout)
 
@@ -217,14 +216,14 @@ class FlashAttnPool(Client):
             task = self._take()
             if task is None:
                 return
-            error = refusal(task.job.message)
+            error = task.job.refusal
             if error is not None or (task.tries == 0 and not task.reply.begin()):
                 self._settle(task, error)
                 continue
             member = min(free, key=lambda each: (each.load, each.tasks))
             task.tries += 1
             try:
-                reference = member.actor.forward.remote(task.wire, *task.arrays)
+                reference = member.actor.run.remote(task.wire, *task.arrays)
             except Exception as failed:  # noqa: BLE001 - whatever Ray says, it is this request's answer
                 self._settle(task, failed)
                 continue
@@ -302,9 +301,9 @@ class FlashAttnPool(Client):
         message = task.job.message
         outcome: Any = error
         try:
-            if answer is not None and isinstance(message, FlashAttnMsg.Forward):
+            if answer is not None:
                 task.job.fingerprint.check()
-                outcome = from_wire(message, answer)
+                outcome = answer_from_wire(message, answer)
         except Exception as failed:  # noqa: BLE001 - the caller's ``out`` may be gone: the request's answer
             outcome = failed
         if outcome is not None:

@@ -1,4 +1,4 @@
-"""Serialisation: a forward request as plain values and NumPy arrays, and its answer.
+"""Serialisation: a message as plain values and NumPy arrays, and its answer.
 
 bfloat16 travels as uint16: a worker reads NumPy arrays of built-in types where they lie, and copies
 others.
@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from ...arrays.device_array import DeviceArray
+from ...arrays.new import copy_into
 from ...arrays.read import as_numpy, numpy_dtype, read_array
 from ...arrays.streams import copy_to_host
 from ...errors import ArrayTypeError
-from ...fa3 import Fa3FwdRequest
 from ...problem import ArrayInfo
 from ...requests.checks import is_contiguous
-from ...requests.dense import DenseFwdRequest
 from ...requests.options import AttentionOptions, PositionBias
-from ...runtime.plan import Output
 from ...types import Device
-from ...varlen import CumulativeSeqlens, VarlenFwdRequest
-from ..messages import FlashAttnMsg
+from ...varlen import CumulativeSeqlens
+from ..kinds import kind_of
+from ..messages import FlashAttnMsg, Message
 
-__all__ = ["WireArray", "WireRequest", "from_wire", "to_wire"]
+__all__ = ["WireArray", "WireRequest", "answer_from_wire", "answer_to_wire", "to_wire"]
+
+_INPUTS: Final = ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k")
+_UPSTREAM: Final = ("out", "lse", "dout", "dlse")  # what a backward reads beside them
+_VALUES: Final = ("mask", "sink_tokens", "persistent", "recompute", "deterministic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,46 +64,56 @@ def to_wire(info: ArrayInfo) -> WireArray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WireRequest:
-    """A Forward without its arrays, which :meth:`pack` returns beside it."""
+    """A message without its arrays, which :meth:`pack` returns beside it.
 
-    kind: type[DenseFwdRequest | VarlenFwdRequest]
+    Attributes:
+        message: its class.
+        wanted: what it asks for beside its request.
+        request: the class of its request.
+        dtype_names: element types of the arrays, by name, in their order.
+        max_seqlens: the longest sequences of q and of k and v, where they are packed.
+        values: arguments of the request that are neither arrays nor options.
+        options: those of AttentionOptions that are numbers.
+    """
+
+    message: type[Any]
+    wanted: dict[str, bool]
+    request: type[Any]
     dtype_names: dict[str, str]
     max_seqlens: tuple[int, int] | None
     values: dict[str, Any]
     options: dict[str, float]
-    lse: bool
-    dropout_mask: bool
 
     @classmethod
-    def pack(cls, message: FlashAttnMsg.Forward) -> tuple[WireRequest, list[np.ndarray[Any, Any]]]:
-        """Of a message with a DenseFwdRequest, of either family or none, or a VarlenFwdRequest.
+    def pack(cls, message: Message[Any]) -> tuple[WireRequest, list[np.ndarray[Any, Any]]]:
+        """Of a message with a request of this package.
 
         Raises:
             ArrayTypeError: as :func:`to_wire`.
         """
-        request: DenseFwdRequest | VarlenFwdRequest = message.request
-        schedule = {"persistent": request.persistent} if isinstance(request, Fa3FwdRequest) else {}
-        problem = request.problem
-        dropout = problem.dropout
-        infos = {name: getattr(problem, name) for name in ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k")}
-        infos["rng"] = None if dropout is None else dropout.rng
+        request = message.request
+        known = kind_of(message).forward(request)
+        dropout = known.dropout
+        infos = {name: getattr(known, name) for name in _INPUTS} | {"rng": None if dropout is None else dropout.rng}
+        if isinstance(message, FlashAttnMsg.Backward):
+            infos |= {name: getattr(request.problem, name) for name in _UPSTREAM}
         found = {name: to_wire(info) for name, info in infos.items() if info is not None}
         wire = cls(
-            kind=type(request),
+            message=type(message),
+            wanted={name: getattr(message, name) for name in ("lse", "dropout_mask") if hasattr(message, name)},
+            request=type(request),
             dtype_names={name: array.dtype_name for name, array in found.items()},
-            max_seqlens=(problem.seqlen_q, problem.seqlen_k) if problem.is_varlen else None,
-            values={"mask": request.mask, "sink_tokens": request.sink_tokens, **schedule},
+            max_seqlens=(known.seqlen_q, known.seqlen_k) if known.is_varlen else None,
+            values={name: getattr(request, name) for name in _VALUES if hasattr(request, name)},
             options={
-                "softmax_scale": problem.softmax_scale,
-                "softcap": problem.softcap,
+                "softmax_scale": known.softmax_scale,
+                "softcap": known.softcap,
                 "dropout_p": 0.0 if dropout is None else dropout.p,
             },
-            lse=message.lse,
-            dropout_mask=message.dropout_mask,
         )
         return wire, [array.bits for array in found.values()]
 
-    def unpack(self, arrays: tuple[np.ndarray[Any, Any], ...], device: Device) -> FlashAttnMsg.Forward:
+    def unpack(self, arrays: tuple[np.ndarray[Any, Any], ...], device: Device) -> Message[Any]:
         """The message again, on the worker's device. Blocks for the copies to a GPU.
 
         Raises:
@@ -112,29 +125,34 @@ class WireRequest:
             found[name] = array if device.kind == "cpu" else DeviceArray.from_numpy(array, device.index)
         given: dict[str, Any] = {
             **self.values,
+            **{name: found[name] for name in _UPSTREAM if name in found},
             "bias": PositionBias(found.get("alibi_slopes")),
             "options": AttentionOptions(**self.options, learned_sink=found.get("learned_sink"), rng=found.get("rng")),
         }
         for name, longest in zip(("cu_seqlens_q", "cu_seqlens_k"), self.max_seqlens or (), strict=False):
             given[name] = CumulativeSeqlens(found[name], longest)
-        return FlashAttnMsg.Forward(self.kind(found["q"], found["k"], found["v"], **given), self.lse, self.dropout_mask)
+        message: Message[Any] = self.message(self.request(found["q"], found["k"], found["v"], **given), **self.wanted)
+        return message
 
 
-def from_wire(message: FlashAttnMsg.Forward, answer: list[WireArray | None]) -> Output:
-    """An answer in the library and on the device of q, or in the caller's ``out``.
+def answer_to_wire(message: Message[Any], answer: Any) -> list[WireArray | None]:
+    """The arrays of an answer, None for those that it does not have."""
+    arrays = [getattr(answer, name) for name in kind_of(message).answered]
+    return [None if array is None else to_wire(read_array(array, "answer")) for array in arrays]
+
+
+def answer_from_wire(message: Message[Any], answer: list[WireArray | None]) -> Any:
+    """An answer in the library and on the device of q, or in the caller's own arrays.
 
     Callers of libraries other than torch get read-only NumPy arrays that lie in the object store.
     """
-    request = message.request
-    out, lse, mask = (None if array is None else _like(request.problem.q, array) for array in answer)
-    target: ArrayInfo | None = request.out_array
-    if target is None:
-        return Output(out, lse, mask)
-    if target.device.kind == "cpu":
-        as_numpy(target)[...] = as_numpy(read_array(out, "out"))
-    else:
-        target.source[...] = out
-    return Output(request.out, lse, mask)
+    kind, request = kind_of(message), message.request
+    q = kind.forward(request).q
+    arrays = [None if array is None else _like(q, array) for array in answer]
+    for i, (name, target) in enumerate(zip(kind.written, kind.targets(request), strict=True)):
+        if target is not None:
+            arrays[i] = copy_into(target, arrays[i], getattr(request, name))
+    return kind.answer(request, *arrays)
 
 
 def _like(q: ArrayInfo, array: WireArray) -> Any:

@@ -6,11 +6,10 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, Any
 
-from ...arrays.read import read_array
 from ...types import Device
 from ..actor import FlashAttnActor
 from ..props import FlashAttnProps
-from .wire import WireArray, WireRequest, to_wire
+from .wire import WireArray, WireRequest, answer_to_wire
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,15 +28,11 @@ class Worker:
         """The process, once the worker is up."""
         return os.getpid()
 
-    async def forward(self, wire: WireRequest, *arrays: np.ndarray[Any, Any]) -> list[WireArray | None] | Exception:
+    async def run(self, wire: WireRequest, *arrays: np.ndarray[Any, Any]) -> list[WireArray | None] | Exception:
         """Answer one request. An error is returned, not raised, so that Ray does not wrap it."""
         try:
             message = await asyncio.to_thread(wire.unpack, arrays, self._handle.props.place)
-            output = await self._handle.ask_async(message)
-            return await asyncio.to_thread(_answer, (output.out, output.lse, output.dropout_mask))
+            answer = await self._handle.ask_async(message)
+            return await asyncio.to_thread(answer_to_wire, message, answer)
         except Exception as error:  # noqa: BLE001 - the request's answer
             return error
-
-
-def _answer(arrays: tuple[Any, ...]) -> list[WireArray | None]:
-    return [None if array is None else to_wire(read_array(array, "answer")) for array in arrays]

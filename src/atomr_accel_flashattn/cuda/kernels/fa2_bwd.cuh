@@ -96,9 +96,9 @@ struct Fa2Backward : BackwardBlock<C> {
     this->add_dq(part, kLate, kFragments);
   }
 
-  // dQ = dS K, dK += dS^T Q. Additions to dQ go between products, because they come in a burst
-  // otherwise that all reads of shared memory have to wait for: a part beside dK, the others beside S
-  // of the next tile.
+  // dQ = dS K, dK += dS^T Q. Additions to dQ go between products, because all reads of shared
+  // memory would have to wait for a burst of them: some beside dK, the others beside S of the next
+  // tile.
   static constexpr int kLate = kFragments / 2;  // the first of them
   __device__ __forceinline__ void compute_dk_and_dq(const QueryTile& tile, uint32_t q, uint32_t sS, DqPart& part) {
 #pragma unroll
@@ -210,7 +210,7 @@ __device__ __forceinline__ void fa2_backward(const BwdParams& p) {
   const int block_n = C.left_bound && !C.right_bound ? p.blocks_n - 1 - column : column;
   const Sequence seq = read_sequence<C.varlen>(p.fwd, batch);
   if (block_n * C.block_n >= seq.length_k) return;
-  if constexpr (C.block_n == 32 * C.warps) {
+  if constexpr (kNarrow<C>) {
     Fa2BackwardNarrow<C>(p, seq, block_n, head_kv, batch, ptx::shared_address(shared)).run();
   } else {
     Fa2Backward<C>(p, seq, block_n, head_kv, batch, ptx::shared_address(shared)).run();

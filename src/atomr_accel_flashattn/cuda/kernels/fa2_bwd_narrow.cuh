@@ -13,12 +13,15 @@
 namespace fa {
 
 template <Config C>
+constexpr bool kNarrow = C.block_n == 32 * C.warps && C.stages == 3 && C.head_dim <= 64 && C.v_head_dim <= 64 && !C.softcap && !C.dropout;
+
+template <Config C>
 struct Fa2BackwardNarrow : BackwardBlock<C> {
   using Base = BackwardBlock<C>;
   using Base::kStages, Base::kStageBytes, Base::p, Base::seq, Base::batch, Base::head_kv, Base::first_key, Base::tiles, Base::next;
   using Base::lane_row, Base::lane_col;
   using typename Base::QueryTile, typename Base::TileQ, typename Base::TileK, typename Base::Traits;
-  static_assert(C.block_n == 32 * C.warps && Base::kColsOfDq == C.head_dim && kStages == 3 && !C.softcap && !C.dropout);
+  static_assert(kNarrow<C> && Base::kColsOfDq == C.head_dim);
   static_assert(C.v_head_dim <= 2 * C.block_m, "V lies in the buffers of dS at first");
 
   using ProductK = WarpProduct<C.dtype, C.block_n, C.head_dim, C.warps, C.warps>;
@@ -156,7 +159,8 @@ struct Fa2BackwardNarrow : BackwardBlock<C> {
     add<ProductV>(rV, a, Operand<C.block_m, C.v_head_dim>::b_transposed(dout), slice);
     for_each([&](int b, int t, int e) {
       const float ds = rP[b][t][e] * (rS[b][t][e] - delta[t][e % 2]);
-      rS[b][t][e] = kSpecial && rP[b][t][e] == 0.f ? 0.f : ds;  // a hidden element, whatever its dP is
+      // A hidden element, whatever its dP is.
+      rS[b][t][e] = kSpecial && rP[b][t][e] == 0.f ? 0.f : ds;
     });
     pack(a, rS);
 #pragma unroll

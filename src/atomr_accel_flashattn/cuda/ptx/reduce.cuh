@@ -6,9 +6,9 @@
 
 namespace fa::ptx {
 
-// Adds four floats of each lane of a warp to 128 neighbours in global memory, one by one. From sm_90
-// on a lane's four are neighbours, and one instruction adds them; before, an instruction adds one of
-// each lane.
+// Adds four floats of each lane of a warp to 128 neighbours in global memory, one by one. From
+// sm_90 on a lane's four are neighbours, and one instruction adds them; before, an instruction adds
+// one of each lane.
 __device__ __forceinline__ void add_global_fragment(float* block, const float (&x)[4]) {
   const int lane = threadIdx.x % 32;
 #if __CUDA_ARCH__ >= 900
