@@ -6,7 +6,7 @@ import ctypes
 from abc import abstractmethod
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
 from .attention import AttentionSpec
@@ -24,7 +24,7 @@ CONVERT_ROWS: Final = 64  # of dQ, that a block of bwd_postprocess converts
 class BwdParams(KernelParams):
     """``fa::BwdParams``: what all three kernels are told at run time. Its addresses run on into those of ``fa::FwdParams``."""
 
-    _OWN = ("dout", "dlse", "statistics", "dq_sum", "dq", "dk", "dv", "dsink")
+    _OWN = ("dout", "dlse", "statistics", "dq_sum", "turns", "dq", "dk", "dv", "dsink")
     SLOTS = (*_OWN, *FwdParams.SLOTS)
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _OWN),
@@ -44,6 +44,10 @@ class BackwardSpec(AttentionSpec):
     PARAMS: ClassVar[str] = "BwdParams"
 
     deterministic: bool = False  # additions to dQ in one order
+
+    def config(self) -> dict[str, Any]:
+        """Members of ``fa::Config``, in their order."""
+        return {**AttentionSpec.config(self), "deterministic": self.deterministic}
 
     @abstractmethod
     def work_tiles(self, problem: AttentionProblem) -> int:
@@ -78,12 +82,13 @@ def convert_blocks(problem: AttentionProblem) -> int:
     return -(-problem.seqlen_q // CONVERT_ROWS) * problem.batch * problem.heads
 
 
-def workspace_of(problem: AttentionProblem) -> dict[str, int]:
+def workspace_of(problem: AttentionProblem, *, deterministic: bool) -> dict[str, int]:
     """Bytes of what the three kernels share, by slot, in the order of slots."""
-    heads = problem.heads * (1 if problem.is_varlen else problem.batch)
+    tile_rows = _dq_tile_rows(problem) * problem.heads * (1 if problem.is_varlen else problem.batch)
     return {
         "statistics": 8 * (1 + prod(problem.lse_shape)),
-        "dq_sum": heads * _dq_tile_rows(problem) * _DQ_TILE_ROWS * problem.head_dim * 4,
+        "dq_sum": 4 * tile_rows * _DQ_TILE_ROWS * problem.head_dim,
+        "turns": 4 * (1 + tile_rows) if deterministic else 0,
     }
 
 

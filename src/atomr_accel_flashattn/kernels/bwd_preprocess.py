@@ -36,6 +36,7 @@ class BackwardPreprocessSpec(BackwardSpec):
             sink_tokens=spec.sink_tokens,
             learned_sink=spec.learned_sink,
             varlen=spec.varlen,
+            deterministic=spec.deterministic,
         )
 
     @property

@@ -43,10 +43,11 @@ class Fa2BackwardSpec(BackwardSpec):
         """K, V, the stages of Q and dO with LSE and delta of their rows, P and dS."""
         tile, size = self.tile, self.dtype.itemsize
         row = (self.head_dim + self.v_head_dim) * size
+        ticket = 16 if self.deterministic else 0
         if self.narrow:
             buffers = max(2 * tile.block_m, self.v_head_dim) * tile.block_n * size
-            return tile.block_n * self.head_dim * size + tile.stages * tile.block_m * (row + 8) + buffers
-        return tile.block_n * row + tile.stages * tile.block_m * (row + 8) + 2 * tile.block_m * tile.block_n * size
+            return tile.block_n * self.head_dim * size + tile.stages * tile.block_m * (row + 8) + buffers + ticket
+        return tile.block_n * row + tile.stages * tile.block_m * (row + 8) + 2 * tile.block_m * tile.block_n * size + ticket
 
     @property
     def launch_bounds(self) -> str:
@@ -89,7 +90,7 @@ class Fa2BackwardSpec(BackwardSpec):
 
     def workspace(self, problem: AttentionProblem) -> dict[str, int]:
         """Bytes of the arrays that the three kernels share, by their slots; each begins at a multiple of 256 bytes, and none is cleared."""
-        return workspace_of(problem)
+        return workspace_of(problem, deterministic=self.deterministic)
 
 
 def _share_evenly(rows: int, cols: int, warps: int) -> bool:

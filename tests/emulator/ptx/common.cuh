@@ -11,6 +11,12 @@ inline void store_shared_16(uint32_t dst, uint4 x) { std::memcpy(fa::shared + ds
 
 inline void store_shared_4(uint32_t dst, uint32_t x) { std::memcpy(fa::shared + dst, &x, 4); }
 
+inline uint32_t load_shared_4(uint32_t src) {
+  uint32_t x;
+  std::memcpy(&x, fa::shared + src, 4);
+  return x;
+}
+
 inline uint4 load_shared_16(uint32_t src) {
   uint4 x;
   std::memcpy(&x, fa::shared + src, 16);

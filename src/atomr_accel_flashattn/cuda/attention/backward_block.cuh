@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention/dq_sum.cuh"
+#include "attention/dq_turns.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/mask.cuh"
 #include "attention/row_statistics.cuh"
@@ -56,7 +57,7 @@ struct BackwardBlock {
         band(params.fwd, s, 0, s.length_q),
         rows(band.queries(first_key, C.block_n)),
         tiles(band.query_tiles(first_key, C.block_n)),
-        ahead{head_kv * p.fwd.heads_per_kv, tiles.begin},
+        ahead{head_kv * p.fwd.heads_per_kv, first_tile()},
         load_q(nullptr, p.fwd.q_stride.row, p.fwd.head_dim),
         load_o(nullptr, p.dout_stride.row, p.fwd.v_head_dim) {
     find_ahead();
@@ -72,8 +73,16 @@ struct BackwardBlock {
     stage += steps;
     return stage >= kStages ? stage - kStages : stage;
   }
+  // Deterministic: from the last tile to the first (dq_turns.cuh).
+  static constexpr int kStep = C.deterministic ? -1 : 1;
+  __device__ __forceinline__ int first_tile() const { return C.deterministic ? tiles.end - 1 : tiles.begin; }
+  __device__ __forceinline__ bool is_last(const QueryTile& tile) const { return tile.m == (C.deterministic ? tiles.begin : tiles.end - 1); }
   __device__ __forceinline__ void advance(QueryTile& tile) const {
-    if (++tile.m == tiles.end) tile.m = tiles.begin, ++tile.head;
+    if (is_last(tile)) {
+      tile = {tile.head + 1, first_tile()};
+    } else {
+      tile.m += kStep;
+    }
   }
 
   // Starts to copy K and V of the block.
@@ -101,12 +110,13 @@ struct BackwardBlock {
         ptx::cp_async_8(statistics_at(stage, threadIdx.x),
                         p.statistics + (rows.contains(row) ? RowStatistics::index(row_of_lse(ahead.head) + row) : RowStatistics::kNone));
       }
-      if (++ahead.m == tiles.end) {
-        ahead = {ahead.head + 1, tiles.begin};
+      const bool new_head = is_last(ahead);
+      advance(ahead);
+      if (new_head) {
         find_ahead();
       } else {
-        q_ahead += C.block_m * load_q.row_stride;
-        dout_ahead += C.block_m * load_o.row_stride;
+        q_ahead += kStep * C.block_m * load_q.row_stride;
+        dout_ahead += kStep * C.block_m * load_o.row_stride;
       }
     }
     ptx::cp_async_commit();
@@ -152,6 +162,24 @@ struct BackwardBlock {
       const int b = i / ProductQ::kTiles, t = i % ProductQ::kTiles;
       if (part.row + 16 * b >= rows.end || (!C.exact_head_dim && part.col + 8 * t >= p.fwd.head_dim)) continue;
       ptx::add_global_fragment(part.target + (b * across + t) * 128, part.x[b][t]);
+    }
+  }
+
+  // Deterministic: one thread waits until the blocks before this one have added to a tile; the
+  // barrier behind it makes that known to all.
+  __device__ __forceinline__ void wait_for_turn(const QueryTile& tile) const {
+    if constexpr (C.deterministic) {
+      const DqTurns<C> turns{p};
+      if (threadIdx.x == kThreads - 1)
+        ptx::wait_for(turns.number_of(seq, batch, tile.head, tile.m), turns.blocks_before(seq, tile.m, first_key / C.block_n));
+    }
+  }
+  // Lets the next block add, behind a barrier that all additions of this one come before.
+  __device__ __forceinline__ void pass_turn(const QueryTile& tile) const {
+    if constexpr (C.deterministic) {
+      const DqTurns<C> turns{p};
+      if (threadIdx.x == 0)
+        ptx::store_release(turns.number_of(seq, batch, tile.head, tile.m), turns.blocks_before(seq, tile.m, first_key / C.block_n) + 1);
     }
   }
 

@@ -18,9 +18,10 @@ struct Config {
   bool left_bound, right_bound, sink_tokens;
   bool alibi, softcap, scale_first;
   bool learned_sink, dropout, varlen;
-  bool pack_gqa = false;    // FA3: the n query heads of a KV head share tiles (head_packing.cuh)
-  bool ping_pong = false;   // FA3: ping-pong barriers between the warpgroups
-  bool persistent = false;  // blocks compute several tiles: FA3 from a counter, FA2 by stride
+  bool pack_gqa = false;       // FA3: the n query heads of a KV head share tiles (head_packing.cuh)
+  bool ping_pong = false;      // FA3: ping-pong barriers between the warpgroups
+  bool persistent = false;     // blocks compute several tiles: FA3 from a counter, FA2 by stride
+  bool deterministic = false;  // backward: blocks add to dQ in the order of their keys
 };
 
 }  // namespace fa

@@ -17,11 +17,15 @@ struct DqSum {
   const BwdParams& p;
 
   __device__ __forceinline__ int tiles_across() const { return p.fwd.head_dim / kCols; }
-  // Tile of 16 rows from `row` on, a multiple of 16, and the first columns.
-  __device__ __forceinline__ float* tile(const Sequence& seq, int batch, int head, int row) const {
+  // The row of tiles that begins with `row`, a multiple of 16.
+  __device__ __forceinline__ int64_t tile_row(const Sequence& seq, int batch, int head, int row) const {
     const int64_t first =
         kVarlen ? head * p.dq_tile_rows + seq.q_row / kRows + batch : (static_cast<int64_t>(batch) * p.fwd.heads + head) * p.dq_tile_rows;
-    return p.dq_sum + (first + row / kRows) * tiles_across() * kTile;
+    return first + row / kRows;
+  }
+  // Its first tile.
+  __device__ __forceinline__ float* tile(const Sequence& seq, int batch, int head, int row) const {
+    return p.dq_sum + tile_row(seq, batch, head, row) * tiles_across() * kTile;
   }
 };
 

@@ -53,6 +53,7 @@ struct BwdParams {
   const float* dlse;          // null: zero
   RowStatistics* statistics;  // workspace (row_statistics.cuh, dq_sum.cuh)
   float* dq_sum;
+  int32_t* turns;  // deterministic (dq_turns.cuh)
   void *dq, *dk, *dv;
   float* dsink;
   FwdParams fwd;  // o and LSE are those of the forward

@@ -34,6 +34,7 @@ struct Fa2Backward : BackwardBlock<C> {
   // earlier.
   static_assert(kStages >= 1 && kStages <= 3);
 
+  static constexpr int kBytes = TileK::kBytes + TileV::kBytes + kStages * kStageBytes + 2 * TileP::kBytes;  // of shared memory
   const uint32_t sK, sV, sQ, sP;
 
   typename ProductK::Accumulator rK;  // dK, dV
@@ -64,7 +65,7 @@ struct Fa2Backward : BackwardBlock<C> {
   // What is not a product hides behind one: exponentials behind dP, dS behind dV. Two barriers a
   // tile: P, then dS are complete. Whatever was read before one may be overwritten behind the next.
   __device__ __forceinline__ void mainloop() {
-    QueryTile tile = this->ahead;
+    QueryTile tile = this->ahead, added = {-1, 0};
     int stage = 0;
     this->load_next(at(0));
     if constexpr (kStages == 3) this->load_next(at(1));
@@ -77,6 +78,9 @@ struct Fa2Backward : BackwardBlock<C> {
       compute_p_and_dp(tile, q, rP, rS, slope, part);
       write<C.dropout>(sP, rP);
       __syncthreads();  // P is complete
+      if (added.head >= 0) this->pass_turn(added);
+      added = tile;
+      this->wait_for_turn(tile);
       if constexpr (kStages > 1) this->load_next(at(next(stage, kStages - 1)));
       ProductV::template multiply<C.block_m / 16>(rV, Operand<C.block_m, C.block_n>::a_transposed(sP),
                                                   Operand<C.block_m, C.v_head_dim>::b_transposed(dout));
@@ -94,6 +98,8 @@ struct Fa2Backward : BackwardBlock<C> {
       stage = next(stage);
     }
     this->add_dq(part, kLate, kFragments);
+    if constexpr (C.deterministic) __syncthreads();
+    this->pass_turn(added);
   }
 
   // dQ = dS K, dK += dS^T Q. Additions to dQ go between products, because all reads of shared
@@ -198,23 +204,30 @@ struct Fa2Backward : BackwardBlock<C> {
   }
 };
 
+template <Config C, bool = kNarrow<C>>
+struct BackwardOf {
+  using Block = Fa2Backward<C>;
+};
+template <Config C>
+struct BackwardOf<C, true> {
+  using Block = Fa2BackwardNarrow<C>;
+};
+
 // Blocks walk the (sequence, KV head) pairs in groups of `section_pairs`, whose keys they take side
 // by side, those that the most queries see first: the grid ends with short blocks.
 template <Config C>
 __device__ __forceinline__ void fa2_backward(const BwdParams& p) {
+  using Block = typename BackwardOf<C>::Block;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const int index = blockIdx.x, per_group = p.section_pairs * p.blocks_n, group = index / per_group;
+  int index = blockIdx.x;
+  if constexpr (C.deterministic) index = DqTurns<C>::draw_ticket(p, ptx::shared_address(shared) + Block::kBytes);
+  const int per_group = p.section_pairs * p.blocks_n, group = index / per_group;
   const int first = group * p.section_pairs, width = min(p.section_pairs, p.fwd.batch * p.heads_kv - first);
   const int rest = index - group * per_group, column = rest / width, pair = first + rest - column * width;
   const int batch = pair / p.heads_kv, head_kv = pair - batch * p.heads_kv;
-  const int block_n = C.left_bound && !C.right_bound ? p.blocks_n - 1 - column : column;
+  const int block_n = C.left_bound && !C.right_bound && !C.deterministic ? p.blocks_n - 1 - column : column;
   const Sequence seq = read_sequence<C.varlen>(p.fwd, batch);
-  if (block_n * C.block_n >= seq.length_k) return;
-  if constexpr (kNarrow<C>) {
-    Fa2BackwardNarrow<C>(p, seq, block_n, head_kv, batch, ptx::shared_address(shared)).run();
-  } else {
-    Fa2Backward<C>(p, seq, block_n, head_kv, batch, ptx::shared_address(shared)).run();
-  }
+  if (block_n * C.block_n < seq.length_k) Block(p, seq, block_n, head_kv, batch, ptx::shared_address(shared)).run();
 }
 
 }  // namespace fa

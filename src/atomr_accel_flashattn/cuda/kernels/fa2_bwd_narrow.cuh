@@ -22,7 +22,6 @@ struct Fa2BackwardNarrow : BackwardBlock<C> {
   using Base::lane_row, Base::lane_col;
   using typename Base::QueryTile, typename Base::TileQ, typename Base::TileK, typename Base::Traits;
   static_assert(kNarrow<C> && Base::kColsOfDq == C.head_dim);
-  static_assert(C.v_head_dim <= 2 * C.block_m, "V lies in the buffers of dS at first");
 
   using ProductK = WarpProduct<C.dtype, C.block_n, C.head_dim, C.warps, C.warps>;
   using ProductV = WarpProduct<C.dtype, C.block_n, C.v_head_dim, C.warps, C.warps>;
@@ -30,6 +29,8 @@ struct Fa2BackwardNarrow : BackwardBlock<C> {
   static constexpr int kBlocks = 2;                // of 16 keys
   using Slice = float[kBlocks][2][4];              // 32 keys, 16 queries
 
+  static constexpr int kBuffers = 2 * TileS::kBytes > Base::TileV::kBytes ? 2 * TileS::kBytes : Base::TileV::kBytes;
+  static constexpr int kBytes = TileK::kBytes + kStages * kStageBytes + kBuffers;  // of shared memory
   const uint32_t sK, sQ, sS;
 
   typename ProductK::Accumulator rK;  // dK, dV
@@ -56,7 +57,7 @@ struct Fa2BackwardNarrow : BackwardBlock<C> {
   // Algorithm 2, lines 10 to 17, over the tiles of queries of one head after the other. One barrier
   // a tile: warps that are ahead write the other buffer of dS.
   __device__ __forceinline__ void mainloop() {
-    QueryTile tile = this->ahead;
+    QueryTile tile = this->ahead, added = {-1, 0};
     int stage = 0, buffer = 0;
     this->load_next(at(0));
     this->load_next(at(1));
@@ -76,13 +77,18 @@ struct Fa2BackwardNarrow : BackwardBlock<C> {
         add_tile<false>(tile, at(stage), ds);
       }
       ptx::cp_async_wait<0>();
+      this->wait_for_turn(tile);
       __syncthreads();  // dS is complete, and the next tile has landed
+      if (added.head >= 0) this->pass_turn(added);
+      added = tile;
       this->load_next(at(next(stage, 2)));
       typename Base::DqPart part;
       this->compute_dq(part, tile, Operand<C.block_n, C.block_m>::a_transposed(ds), sK, 0);
       this->add_dq(part, 0, Base::kFragments);
       stage = next(stage), buffer ^= 1;
     }
+    if constexpr (C.deterministic) __syncthreads();
+    this->pass_turn(added);
   }
 
   // Whether a row does not see some key of the warp, or has huge scores.

@@ -19,6 +19,13 @@ __device__ __forceinline__ void store_shared_4(uint32_t dst, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(dst), "r"(x) : "memory");
 }
 
+// ld.shared: 4 bytes that another thread wrote.
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t src) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(src) : "memory");
+  return x;
+}
+
 // ld.shared.v4: 16 bytes that another warp wrote.
 __device__ __forceinline__ uint4 load_shared_16(uint32_t src) {
   uint4 x;

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// Numbers in global memory by which blocks wait for each other (PTX ISA, "ld", "st", memory
+// consistency model).
+#pragma once
+
+#include "ptx/types.cuh"
+
+namespace fa::ptx {
+
+// Waits until the number is `x`. What its writer did before is then visible.
+__device__ __forceinline__ void wait_for(const int32_t* address, int32_t x) {
+  int32_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(found) : "l"(address) : "memory");
+  } while (found != x);
+}
+
+// Writes it, behind all that this thread did, or other threads before a barrier.
+__device__ __forceinline__ void store_release(int32_t* address, int32_t x) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
+}
+
+}  // namespace fa::ptx
