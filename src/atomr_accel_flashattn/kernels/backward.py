@@ -17,6 +17,7 @@ from .spec import Family
 __all__ = ["CONVERT_ROWS", "BackwardSpec", "BwdParams", "convert_blocks", "workspace_of"]
 
 _DQ_TILE_ROWS: Final = 16  # DqSum in attention/dq_sum.cuh
+_DETERMINISTIC_PAIRS: Final = 64
 _L2_BYTES: Final = 32 << 20
 CONVERT_ROWS: Final = 64  # of dQ, that a block of bwd_postprocess converts
 
@@ -70,7 +71,7 @@ class BackwardSpec(AttentionSpec):
             dq_tile_rows=_dq_tile_rows(known),
             heads_kv=known.heads_kv,
             blocks_n=-(-known.seqlen_k // self.tile.block_n),
-            section_pairs=_section_pairs(known),
+            section_pairs=_section_pairs(known, deterministic=self.deterministic, blocks=self.tile.min_blocks),
             convert_blocks=convert_blocks(known),
             sink_blocks=0 if known.learned_sink is None else known.heads,
             softmax_scale=known.softmax_scale,
@@ -99,16 +100,20 @@ def _dq_tile_rows(problem: AttentionProblem) -> int:
     return -(-problem.seqlen_q // _DQ_TILE_ROWS)
 
 
-def _section_pairs(problem: AttentionProblem) -> int:
+def _section_pairs(problem: AttentionProblem, *, deterministic: bool, blocks: int) -> int:
     """How many (sequence, KV head) pairs run side by side, so that the longest blocks of keys come first: as many as L2 holds.
 
-    Without a bound, or with two, blocks are equally long, and one pair after the other reads the least of Q and dO at a time.
+    Without a bound, or with two, blocks are equally long, and one pair after the other reads the least of Q and dO at a time. Deterministic
+    blocks of a pair wait for each other, so that many pairs shall have few blocks each at a time; ``blocks``: of an SM.
     """
+    pairs = problem.batch * problem.heads_kv
+    if deterministic:
+        return max(1, min(pairs, blocks * _DETERMINISTIC_PAIRS))
     if (problem.band.right is None) == (problem.band.left is None):
         return 1
     group = problem.heads // problem.heads_kv
     bytes_of_pair = max(1, problem.seqlen_q * group * (6 * problem.head_dim + 2 * problem.v_head_dim))  # Q, the sum of dQ, dO
-    return max(1, min(problem.batch * problem.heads_kv, _L2_BYTES // bytes_of_pair))
+    return max(1, min(pairs, _L2_BYTES // bytes_of_pair))
 
 
 def _strides_of(info: ArrayInfo) -> StrideParams:

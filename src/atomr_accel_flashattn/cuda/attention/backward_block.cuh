@@ -165,14 +165,25 @@ struct BackwardBlock {
     }
   }
 
-  // Deterministic: one thread waits until the blocks before this one have added to a tile; the
-  // barrier behind it makes that known to all.
-  __device__ __forceinline__ void wait_for_turn(const QueryTile& tile) const {
-    if constexpr (C.deterministic) {
-      const DqTurns<C> turns{p};
-      if (threadIdx.x == kThreads - 1)
-        ptx::wait_for(turns.number_of(seq, batch, tile.head, tile.m), turns.blocks_before(seq, tile.m, first_key / C.block_n));
-    }
+  // Deterministic, beside the products of a tile: passes the turn at the tile before, to which all
+  // has been added, and looks for that at the next one. Each takes a microsecond of some warp, which
+  // the others hide. Returns false in the one thread that has to wait_for_turn(), if it has.
+  __device__ __forceinline__ bool take_turns(QueryTile& added, const QueryTile& tile) const {
+    if constexpr (!C.deterministic) return true;
+    if (added.head >= 0) pass_turn(added);
+    added = tile;
+    QueryTile coming = tile;
+    advance(coming);
+    return coming.head >= end_head() || threadIdx.x != kThreads - 1 || is_my_turn(coming);
+  }
+  // The barrier behind it makes what the blocks before this one have added known to all.
+  __device__ __forceinline__ void wait_for_turn(const QueryTile& tile, bool ready) const {
+    if constexpr (!C.deterministic) return;
+    while (!ready) ready = is_my_turn(tile);
+  }
+  __device__ __forceinline__ bool is_my_turn(const QueryTile& tile) const {
+    const DqTurns<C> turns{p};
+    return ptx::load_acquire(turns.number_of(seq, batch, tile.head, tile.m)) == turns.blocks_before(seq, tile.m, first_key / C.block_n);
   }
   // Lets the next block add, behind a barrier that all additions of this one come before.
   __device__ __forceinline__ void pass_turn(const QueryTile& tile) const {

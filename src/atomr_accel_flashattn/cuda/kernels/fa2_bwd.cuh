@@ -67,6 +67,7 @@ struct Fa2Backward : BackwardBlock<C> {
   __device__ __forceinline__ void mainloop() {
     QueryTile tile = this->ahead, added = {-1, 0};
     int stage = 0;
+    bool ready = !C.deterministic || threadIdx.x != Base::kThreads - 1;
     this->load_next(at(0));
     if constexpr (kStages == 3) this->load_next(at(1));
     ptx::cp_async_wait<kStages == 3>();
@@ -77,10 +78,8 @@ struct Fa2Backward : BackwardBlock<C> {
       typename ProductS::Accumulator rP, rS, slope;  // rP: S, then P; rS: dP, then dS
       compute_p_and_dp(tile, q, rP, rS, slope, part);
       write<C.dropout>(sP, rP);
+      this->wait_for_turn(tile, ready);
       __syncthreads();  // P is complete
-      if (added.head >= 0) this->pass_turn(added);
-      added = tile;
-      this->wait_for_turn(tile);
       if constexpr (kStages > 1) this->load_next(at(next(stage, kStages - 1)));
       ProductV::template multiply<C.block_m / 16>(rV, Operand<C.block_m, C.block_n>::a_transposed(sP),
                                                   Operand<C.block_m, C.v_head_dim>::b_transposed(dout));
@@ -88,6 +87,7 @@ struct Fa2Backward : BackwardBlock<C> {
       write(sS, rS);
       if constexpr (kStages > 1) ptx::cp_async_wait<kStages - 2>();
       __syncthreads();  // dS is complete, and the next tile has landed
+      ready = this->take_turns(added, tile);
       compute_dk_and_dq(tile, q, sS, part);
       if constexpr (kStages == 1) {
         __syncthreads();

@@ -59,6 +59,7 @@ struct Fa2BackwardNarrow : BackwardBlock<C> {
   __device__ __forceinline__ void mainloop() {
     QueryTile tile = this->ahead, added = {-1, 0};
     int stage = 0, buffer = 0;
+    bool ready = !C.deterministic || threadIdx.x != Base::kThreads - 1;
     this->load_next(at(0));
     this->load_next(at(1));
     ptx::cp_async_wait<1>();
@@ -77,10 +78,9 @@ struct Fa2BackwardNarrow : BackwardBlock<C> {
         add_tile<false>(tile, at(stage), ds);
       }
       ptx::cp_async_wait<0>();
-      this->wait_for_turn(tile);
+      this->wait_for_turn(tile, ready);
       __syncthreads();  // dS is complete, and the next tile has landed
-      if (added.head >= 0) this->pass_turn(added);
-      added = tile;
+      ready = this->take_turns(added, tile);
       this->load_next(at(next(stage, 2)));
       typename Base::DqPart part;
       this->compute_dq(part, tile, Operand<C.block_n, C.block_m>::a_transposed(ds), sK, 0);

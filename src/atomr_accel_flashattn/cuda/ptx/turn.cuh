@@ -7,12 +7,11 @@
 
 namespace fa::ptx {
 
-// Waits until the number is `x`. What its writer did before is then visible.
-__device__ __forceinline__ void wait_for(const int32_t* address, int32_t x) {
-  int32_t found;
-  do {
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(found) : "l"(address) : "memory");
-  } while (found != x);
+// The number. What its writer did before is then visible.
+__device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
+  int32_t x;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
+  return x;
 }
 
 // Writes it, behind all that this thread did, or other threads before a barrier.
