@@ -50,7 +50,6 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
     {
         "autograd": "autograd records flash_attn_func and its forms, and no requests; a Fa2BwdRequest gives gradients without it",
         "block_table": "K and V are plain or packed arrays: with flash_attn_varlen_func packed one sequence after the other",
-        "deterministic": "the order of additions to dQ is not fixed on a GPU yet",
         "double_backward": "first derivatives are built; for second ones write the attention in operations of torch",
         "fa3_backward": "gradients are those of the mma.sync family, whatever family ran the forward",
         "flash_attn_with_kvcache": "a KV cache is not built in this version; flash_attn_varlen_func takes packed K and V of any length",

@@ -57,10 +57,10 @@ KNOWN_SPILLS = (
         for widths in ("d192v128", "d192", "d64v256", "d256")
         for feature in ("softcap", "dropout")
     ),
-    Spill("fa2_bwd_*_d64_m64n128w4s3b2*", 320, _BACKWARD),
+    Spill("fa2_bwd_*_d64_m64n128w4s3b*", 320, _BACKWARD),
     Spill("fa2_bwd_*_d96_m64n128w8s2b1*", 32, _BACKWARD),
     Spill("fa2_bwd_*_d128_m64n128w8s2b1*", 192, _BACKWARD),
-    Spill("fa2_bwd_*_d256_m*", 160, _BACKWARD),
+    Spill("fa2_bwd_*_d256_m64n64w8s*", 160, _BACKWARD),
     Spill("fa3_fwd_*_d64_m256n64w20s4*_softcap_scalefirst_learnedsink_varlen*", 80, _CROWDED),
 )
 

@@ -174,7 +174,6 @@ def _refuse(key: DispatchKey) -> None:
     unbuilt = (
         (key.paged, "paged", ""),
         (bool(fp8), "fp8", f"got {', '.join(fp8)}"),
-        (extras.deterministic and arch is not SmArch.CPU, "deterministic", ""),
         (extras.split, "split", ""),
         (extras.left_pad, "left_pad", ""),
         (extras.kv_layout != "NHD", "kv_layout", f"got {extras.kv_layout!r}"),

@@ -166,8 +166,8 @@ struct BackwardBlock {
   }
 
   // Deterministic, beside the products of a tile: passes the turn at the tile before, to which all
-  // has been added, and looks for that at the next one. Each takes a microsecond of some warp, which
-  // the others hide. Returns false in the one thread that has to wait_for_turn(), if it has.
+  // has been added, and looks for that at the next one. Each takes a microsecond of some warp,
+  // which the others hide. Returns false in the one thread that has to wait_for_turn(), if it has.
   __device__ __forceinline__ bool take_turns(QueryTile& added, const QueryTile& tile) const {
     if constexpr (!C.deterministic) return true;
     if (added.head >= 0) pass_turn(added);

@@ -34,7 +34,8 @@ struct Fa2Backward : BackwardBlock<C> {
   // earlier.
   static_assert(kStages >= 1 && kStages <= 3);
 
-  static constexpr int kBytes = TileK::kBytes + TileV::kBytes + kStages * kStageBytes + 2 * TileP::kBytes;  // of shared memory
+  // Of shared memory.
+  static constexpr int kBytes = TileK::kBytes + TileV::kBytes + kStages * kStageBytes + 2 * TileP::kBytes;
   const uint32_t sK, sV, sQ, sP;
 
   typename ProductK::Accumulator rK;  // dK, dV

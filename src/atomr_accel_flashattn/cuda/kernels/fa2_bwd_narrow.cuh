@@ -29,8 +29,9 @@ struct Fa2BackwardNarrow : BackwardBlock<C> {
   static constexpr int kBlocks = 2;                // of 16 keys
   using Slice = float[kBlocks][2][4];              // 32 keys, 16 queries
 
+  // Of shared memory. V lies in the two buffers of dS at first.
   static constexpr int kBuffers = 2 * TileS::kBytes > Base::TileV::kBytes ? 2 * TileS::kBytes : Base::TileV::kBytes;
-  static constexpr int kBytes = TileK::kBytes + kStages * kStageBytes + kBuffers;  // of shared memory
+  static constexpr int kBytes = TileK::kBytes + kStages * kStageBytes + kBuffers;
   const uint32_t sK, sQ, sS;
 
   typename ProductK::Accumulator rK;  // dK, dV
