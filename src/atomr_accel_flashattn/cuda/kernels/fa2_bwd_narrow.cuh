@@ -2,10 +2,10 @@
 // The backward for narrow heads: S and dP transposed, so that P and dS are operands of dV and dK as
 // they are.
 //
-// A warp owns 32 keys, with K and V as operands in registers, and takes 16 queries at a time: the
+// A warp owns 32 keys, with V as an operand in registers, and takes 16 queries at a time: the
 // accumulators of S^T = K Q^T and dP^T = V dO^T, as P^T and dS^T, are the A operands of
-// dV += P^T dO and dK += dS^T Q. Only dS goes to shared memory, for dQ += dS K. That reads two
-// thirds of what products through shared memory read, which is what bounds them.
+// dV += P^T dO and dK += dS^T Q. Only dS goes to shared memory, for dQ += dS K. Reads of shared
+// memory bound products that go through it; K in registers too would spill, and was slower.
 #pragma once
 
 #include "attention/backward_block.cuh"
