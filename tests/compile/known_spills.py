@@ -43,7 +43,7 @@ _CROWDED = (
 
 _BACKWARD = (
     "dK, dV and what is read ahead for the products fill the 255 registers of 8 warps an SM. What spills are loop invariants (addresses in "
-    "shared memory, tensor addresses, bounds), up to 30 loads per tile of 1200 instructions; kernels that spill less were no faster (H200)"
+    "shared memory, tensor addresses, bounds), a few dozen loads at most per tile of 1200 instructions"
 )
 
 KNOWN_SPILLS = (

@@ -5,7 +5,7 @@
 // A warp owns 32 keys, with V as an operand in registers, and takes 16 queries at a time: the
 // accumulators of S^T = K Q^T and dP^T = V dO^T, as P^T and dS^T, are the A operands of
 // dV += P^T dO and dK += dS^T Q. Only dS goes to shared memory, for dQ += dS K. Reads of shared
-// memory bound products that go through it; K in registers too would spill, and was slower.
+// memory bound products that go through it. With K in registers too, more would spill.
 #pragma once
 
 #include "attention/backward_block.cuh"
