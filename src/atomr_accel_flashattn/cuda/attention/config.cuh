@@ -21,6 +21,9 @@ struct Config {
   bool pack_gqa = false;    // FA3: the n query heads of a KV head share tiles (head_packing.cuh)
   bool ping_pong = false;   // FA3: ping-pong barriers between the warpgroups
   bool persistent = false;  // blocks compute several tiles: FA3 from a counter, FA2 by stride
+  bool any_ratio = false;   // with pack_gqa: the group is heads_per_kv heads, whatever its size
+  bool paged = false;       // K and V lie in the pages of a table
+  bool split = false;       // keys are split over blocks, whose partial results are combined
 };
 
 }  // namespace fa

@@ -60,6 +60,19 @@ struct BwdParams {
   float softmax_scale;
 };
 
+// Attention over a cache of K and V. In `fwd`, k and v are the cache: their batch stride is that of
+// its slots or, paged, of its pages; cu_seqlens_k is not read, and seqlen_k is how many keys fit.
+struct KvCacheParams {
+  const int32_t* block_table;               // paged: (batch, pages of a sequence)
+  const int32_t *cache_lengths, *left_pad;  // (batch); null: seqlen_k, 0. Lengths count the padding
+  const int32_t* batch_index;               // (batch), slots of the cache; null: in order
+  float *partial_o, *partial_lse;           // split: (splits, rows of the LSE, v_head_dim), (splits, rows of the LSE)
+  FwdParams fwd;
+  int64_t table_stride, lse_rows;
+  int32_t block_size, num_blocks;
+  int32_t splits;
+};
+
 struct DropoutMaskParams {
   uint8_t* keep;
   const int64_t* rng;
