@@ -33,8 +33,7 @@ def emulate_backward(inputs: Inputs, upstream: Upstream, *, arch: SmArch = SmArc
     spec = lookup(key_of_backward(problem, gradients, arch))
     assert spec.shared_memory <= arch.shared_memory_per_block
     workspace = {
-        "delta": np.full(inputs.lse_shape, np.nan, np.float32),
-        "dq_sum": np.full(inputs.q.shape, np.nan, np.float32),
+        **{name: np.full(size // 4, np.nan, np.float32) for name, size in spec.workspace(problem.forward).items()},
         "dsink": dsink,
     }
     addresses = _addresses(problem, gradients, workspace)

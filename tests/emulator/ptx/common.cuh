@@ -17,6 +17,20 @@ inline uint4 load_shared_16(uint32_t src) {
   return x;
 }
 
+inline void store_shared_8(uint32_t dst, float x, float y) {
+  std::memcpy(fa::shared + dst, &x, 4);
+  std::memcpy(fa::shared + dst + 4, &y, 4);
+}
+inline void load_shared_8(float& x, float& y, uint32_t src) {
+  std::memcpy(&x, fa::shared + src, 4);
+  std::memcpy(&y, fa::shared + src + 4, 4);
+}
+inline float4 load_shared_16_floats(uint32_t src) {
+  float4 x;
+  std::memcpy(&x, fa::shared + src, 16);
+  return x;
+}
+
 inline float widen_f16(uint32_t bits) {
   const uint16_t half = static_cast<uint16_t>(bits);
   _Float16 x;

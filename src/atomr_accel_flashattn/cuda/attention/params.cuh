@@ -45,17 +45,22 @@ struct Fa3FwdParams {
   TensorMap q_map, k_map, v_map;
 };
 
+struct RowStatistics;
+
 // What the three kernels of a backward read: bwd_preprocess, fa2_bwd, bwd_postprocess.
 struct BwdParams {
-  const void* dout;       // null: zero
-  const float* dlse;      // null: zero
-  float *delta, *dq_sum;  // workspace: a number for each row of the LSE; row-major, shaped like q
+  const void* dout;           // null: zero
+  const float* dlse;          // null: zero
+  RowStatistics* statistics;  // workspace (row_statistics.cuh, dq_sum.cuh)
+  float* dq_sum;
   void *dq, *dk, *dv;
   float* dsink;
   FwdParams fwd;  // o and LSE are those of the forward
   Strides dout_stride, dq_stride, dk_stride, dv_stride;
   int64_t tokens_q, tokens_k;  // of all sequences, spare ones included
+  int64_t dq_tile_rows;        // of a head in dq_sum: of a sequence, or of all packed ones
   int32_t heads_kv, blocks_n;
+  int32_t section_pairs;                // (sequence, KV head) pairs that run side by side
   int32_t convert_blocks, sink_blocks;  // bwd_postprocess: blocks for dQ, blocks for dsink
   float softmax_scale;
 };

@@ -26,6 +26,20 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t src) {
   return x;
 }
 
+// st.shared.v2, ld.shared.v2, ld.shared.v4: two or four floats.
+__device__ __forceinline__ void store_shared_8(uint32_t dst, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(dst), "f"(x), "f"(y) : "memory");
+}
+__device__ __forceinline__ void load_shared_8(float& x, float& y, uint32_t src) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(src) : "memory");
+}
+
+__device__ __forceinline__ float4 load_shared_16_floats(uint32_t src) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(src) : "memory");
+  return x;
+}
+
 // cvt.rn: two float32 to one packed pair, round to nearest even; `lo` goes to the low half.
 __device__ __forceinline__ uint32_t pack_f16(float lo, float hi) {
   uint32_t r;

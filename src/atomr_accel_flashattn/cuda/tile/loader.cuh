@@ -34,7 +34,11 @@ struct TileLoader {
   }
 
   __device__ __forceinline__ void load(uint32_t tile, int first_row, RowRange valid) const {
-    const uint16_t* src = source + (first_row + row) * row_stride;
+    load_from(source + (first_row + row) * row_stride, tile, first_row, valid);
+  }
+
+  // The same, given the address of this thread's first chunk.
+  __device__ __forceinline__ void load_from(const uint16_t* src, uint32_t tile, int first_row, RowRange valid) const {
     if (kAligned && kExactCols && valid.covers(first_row, kRows)) {
       each_chunk(tile, src, [&](uint32_t dst, const uint16_t* from, int, int) { ptx::cp_async_16(dst, from); });
     } else if constexpr (kAligned) {
