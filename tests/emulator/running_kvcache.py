@@ -11,7 +11,7 @@ import numpy as np
 from atomr_accel_flashattn.arrays.read import read_array
 from atomr_accel_flashattn.dispatch import key_of_problem
 from atomr_accel_flashattn.dispatch.resolve import _features
-from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, Pages, SplitCombineSpec
+from atomr_accel_flashattn.kernels.kvcache import CacheShape, Fa2KvCacheSpec, SplitCombineSpec
 from atomr_accel_flashattn.kernels.spec import Tile
 from atomr_accel_flashattn.problem import Strides
 from atomr_accel_flashattn.tiles.tables import head_dim_width
@@ -61,13 +61,12 @@ class Cached:
             v_strides=_strides(held["v"]),
             seqlen_k=held["fits"],
         )
-        pages = None
-        if self.block_size is not None:
-            pages = Pages(self.block_size, len(held["k"]), held["block_table"].shape[1])
+        blocks, size = held["k"].shape[:2]
+        shape = CacheShape(size, blocks, held["fits"], held["blocks"].shape[1] if self.block_size else 0)
         partial_o = np.full((self.splits, lse.size, problem.v_head_dim), np.nan, np.float32)
         partial_lse = np.full((self.splits, lse.size), np.nan, np.float32)
         arrays = {
-            **{name: held.get(name) for name in ("k", "v", "block_table", "cache_lengths", "left_pad", "batch_index")},
+            **{name: held.get(name) for name in ("k", "v", "blocks", "cache_lengths", "left_pad")},
             **{"q": inputs.q, "o": out.view, "lse": lse, "cu_seqlens_q": inputs.cu_seqlens_q, "alibi_slopes": inputs.alibi_slopes},
             **{"learned_sink": inputs.learned_sink, "partial_o": partial_o, "partial_lse": partial_lse},
         }
@@ -75,7 +74,7 @@ class Cached:
             tiles = step.work_tiles(cache)
             if not tiles:
                 continue
-            params: Any = step.pack(cache, out_info, pages=pages, splits=self.splits)
+            params: Any = step.pack(cache, out_info, shape=shape, splits=self.splits)
             at = {name: 0 if array is None else array.ctypes.data for name, array in arrays.items()}
             (ctypes.c_uint64 * len(params.SLOTS)).from_buffer(params)[:] = [at.get(name, 0) for name in params.SLOTS]
             run(step, params, tiles * (self.splits if isinstance(step, Fa2KvCacheSpec) else 1), seed=self.seed)
@@ -108,7 +107,7 @@ class Cached:
             for slot, sequence in zip(slots, sequences, strict=True):
                 rows = slice(self.left_pad, self.left_pad + len(sequence.k))
                 k[slot, rows], v[slot, rows] = sequence.k, sequence.v
-            held: dict[str, Any] = {"k": k, "v": v, "cache_lengths": lengths, "batch_index": slots, "fits": longest}
+            held: dict[str, Any] = {"k": k, "v": v, "cache_lengths": lengths, "blocks": slots, "fits": longest}
             return held | {"left_pad": np.full(len(sequences), self.left_pad, np.int32) if self.left_pad else None}
         size = self.block_size
         needed = [-(-int(length) // size) for length in lengths]
@@ -123,7 +122,7 @@ class Cached:
                 page, row = table[index, j // size], j % size
                 k[page, row], v[page, row] = sequence.k[j], sequence.v[j]
             first += needed[index]
-        return {"k": k, "v": v, "cache_lengths": lengths, "block_table": table, "fits": width * size}
+        return {"k": k, "v": v, "cache_lengths": lengths, "blocks": table, "fits": width * size}
 
 
 def _empty_cache(lead: tuple[int, int], like: Array) -> Array:

@@ -18,30 +18,32 @@ from .forward import FwdParams, forward_params
 from .params import KernelParams
 from .spec import Family, KernelSpec, Tile
 
-__all__ = ["Fa2KvCacheSpec", "KvCacheParams", "Pages", "SplitCombineSpec"]
+__all__ = ["CacheShape", "Fa2KvCacheSpec", "KvCacheParams", "SplitCombineSpec"]
 
 _COMBINE_TILE: Final = Tile(block_m=64, block_n=32, warps=4)
 _ROWS_OF_WARP: Final = 16
 
 
-class Pages(NamedTuple):
-    """How keys lie in pages: keys of a page, pages of the cache, and elements from one row of the block table to the next."""
+class CacheShape(NamedTuple):
+    """Numbers of a cache: slots of a block, blocks, slots that a sequence may have, and from one row of the block table to the next."""
 
     block_size: int
     num_blocks: int
-    table_stride: int
+    capacity: int
+    table_stride: int = 0
+    new_tokens: int = 0
 
 
 class KvCacheParams(KernelParams):
     """``fa::KvCacheParams``. Its addresses run on into those of ``fa::FwdParams``."""
 
-    _OWN = ("block_table", "cache_lengths", "left_pad", "batch_index", "partial_o", "partial_lse")
+    _OWN = ("blocks", "cache_lengths", "left_pad", "cu_seqlens_new", "partial_o", "partial_lse")
     SLOTS = (*_OWN, *FwdParams.SLOTS)
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _OWN),
         ("fwd", FwdParams),
         *((name, ctypes.c_int64) for name in ("table_stride", "lse_rows")),
-        *((name, ctypes.c_int32) for name in ("block_size", "num_blocks", "splits")),
+        *((name, ctypes.c_int32) for name in ("block_size", "num_blocks", "capacity", "new_tokens", "splits")),
     )
 
 
@@ -50,17 +52,15 @@ class _KvCacheSpec(AttentionSpec):
     FAMILY: ClassVar[Family] = Family.FA2
     PARAMS: ClassVar[str] = "KvCacheParams"
 
-    def pack(self, problem: AttentionProblem, out: ArrayInfo, *, pages: Pages | None = None, splits: int = 1) -> KvCacheParams:  # type: ignore[override]
-        """``fa::KvCacheParams`` of one call without addresses. ``problem.k`` and ``v`` are the cache, ``seqlen_k`` the keys that fit."""
+    def pack(self, problem: AttentionProblem, out: ArrayInfo, *, shape: CacheShape, splits: int = 1) -> KvCacheParams:  # type: ignore[override]
+        """``fa::KvCacheParams`` of one call without addresses. ``problem.k`` and ``v`` are the cache."""
         group = problem.heads // problem.heads_kv
         rows = -(-max(1, problem.seqlen_q * group) // self.tile.block_m)
         return KvCacheParams(
             fwd=forward_params(problem, out, blocks_m=rows, packed_heads=group),
-            table_stride=0 if pages is None else pages.table_stride,
             lse_rows=prod(problem.lse_shape),
-            block_size=1 if pages is None else pages.block_size,
-            num_blocks=0 if pages is None else pages.num_blocks,
             splits=splits,
+            **shape._asdict(),
         )
 
 

@@ -10,12 +10,14 @@
 
 namespace fa {
 
-// Rows of q are dense or packed. The length of the keys is never more than what fits.
+// Rows of q are dense or packed. There are never more keys than fit.
 template <Config C>
 __device__ __forceinline__ Sequence read_cached_sequence(const KvCacheParams& p, int batch) {
-  const int used = p.cache_lengths == nullptr ? p.fwd.seqlen_k : min(p.cache_lengths[batch], p.fwd.seqlen_k);
-  const int pad = p.left_pad == nullptr ? 0 : p.left_pad[batch];
-  const int keys = max(0, used - max(0, pad));
+  int64_t used = p.new_tokens;
+  if (p.cu_seqlens_new != nullptr) used = p.cu_seqlens_new[batch + 1] - p.cu_seqlens_new[batch];
+  used += p.cache_lengths != nullptr ? p.cache_lengths[batch] : p.fwd.cu_seqlens_k[batch + 1] - p.fwd.cu_seqlens_k[batch];
+  const int pad = p.left_pad == nullptr ? 0 : max(0, p.left_pad[batch]);
+  const int keys = max(0, static_cast<int>(min(used, static_cast<int64_t>(p.capacity))) - pad);
   if constexpr (C.varlen) {
     const int row = p.fwd.cu_seqlens_q[batch];
     return {p.fwd.cu_seqlens_q[batch + 1] - row, keys, row, 0, 0};
@@ -33,20 +35,22 @@ struct CachedKey {
 template <Config C>
 struct KvCacheSource {
   const KvCacheParams& p;
-  const int32_t* table;  // of this sequence
+  const int32_t* table;  // paged: of this sequence
   int first_slot;        // of its first key: left padding
   int64_t k_base, v_base;
+  bool in_cache = true;  // contiguous: whether there is such a block
 
   __device__ __forceinline__ KvCacheSource(const KvCacheParams& params, int batch, int head_kv)
       : p(params),
-        table(C.paged ? params.block_table + batch * params.table_stride : nullptr),
+        table(C.paged ? params.blocks + batch * params.table_stride : nullptr),
         first_slot(params.left_pad == nullptr ? 0 : max(0, params.left_pad[batch])),
         k_base(head_kv * params.fwd.k_stride.head),
         v_base(head_kv * params.fwd.v_stride.head) {
     if constexpr (!C.paged) {
-      const int64_t slot = params.batch_index == nullptr ? batch : params.batch_index[batch];
-      k_base += slot * params.fwd.k_stride.batch;
-      v_base += slot * params.fwd.v_stride.batch;
+      const int64_t block = params.blocks == nullptr ? batch : params.blocks[batch];
+      k_base += block * params.fwd.k_stride.batch;
+      v_base += block * params.fwd.v_stride.batch;
+      in_cache = block >= 0 && block < params.num_blocks;
     }
   }
 
@@ -61,7 +65,7 @@ struct KvCacheSource {
       const int64_t at = exists ? block : 0;
       return {k_base + at * f.k_stride.batch + row * f.k_stride.row, v_base + at * f.v_stride.batch + row * f.v_stride.row, exists};
     } else {
-      return {k_base + slot * f.k_stride.row, v_base + slot * f.v_stride.row, valid};
+      return {k_base + slot * f.k_stride.row, v_base + slot * f.v_stride.row, in_cache};
     }
   }
 };

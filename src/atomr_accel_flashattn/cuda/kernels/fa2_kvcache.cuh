@@ -168,7 +168,7 @@ struct Fa2KvCache {
     }
     tile.apply_scale_and_bias(rS, n);
     if (tile.band.needs_mask(n)) tile.apply_mask(rS, n);
-    if (C.paged && there != kAllKeys) hide_absent(rS, there);
+    if (there != kAllKeys) hide_absent(rS, there);
     float rescale[1][2];
     if (softmax.template update<false>(rS, tile.row_bias, rescale, tile.score.factor, [this](int b, int r) { return tile.decides(b, r); })) {
 #pragma unroll
@@ -189,7 +189,7 @@ struct Fa2KvCache {
     }
   }
 
-  // Keys of pages that the cache does not have.
+  // Keys of blocks that the cache does not have.
   static constexpr uint32_t kAllKeys = C.block_n == 32 ? 0xffffffffu : (1u << C.block_n % 32) - 1;
   static __device__ __forceinline__ void hide_absent(typename Scores::Scores& rS, uint32_t there) {
 #pragma unroll
