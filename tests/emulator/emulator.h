@@ -48,10 +48,6 @@ struct float4 {
   float x, y, z, w;
 };
 
-struct float4 {
-  float x, y, z, w;
-};
-
 inline float __int_as_float(int x) {
   float y;
   std::memcpy(&y, &x, 4);
