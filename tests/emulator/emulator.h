@@ -350,9 +350,23 @@ template <class T>
 T __shfl_sync(unsigned, T x, int from) {
   struct Operands {
     T in, out;
-  } mine = {x, x};
-  emulator::warp_wide(mine, [from](Operands** all) {
-    for (int i = 0; i < 32; ++i) all[i]->out = all[from]->in;
+    int from;
+  } mine = {x, x, from & 31};
+  emulator::warp_wide(mine, [](Operands** all) {
+    for (int i = 0; i < 32; ++i) all[i]->out = all[all[i]->from]->in;
+  });
+  return mine.out;
+}
+
+inline unsigned __ballot_sync(unsigned, bool x) {
+  struct Operands {
+    bool in;
+    unsigned out;
+  } mine = {x, 0};
+  emulator::warp_wide(mine, [](Operands** all) {
+    unsigned bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= unsigned{all[i]->in} << i;
+    for (int i = 0; i < 32; ++i) all[i]->out = bits;
   });
   return mine.out;
 }

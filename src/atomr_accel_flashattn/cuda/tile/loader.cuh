@@ -52,6 +52,17 @@ struct TileLoader {
     }
   }
 
+  // Eight elements one by one: pointers or strides that are no multiple of 16 bytes.
+  static __device__ __forceinline__ uint4 gather(const uint16_t* from, int count) {
+    uint32_t word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t lo = 2 * i < count ? from[2 * i] : 0, hi = 2 * i + 1 < count ? from[2 * i + 1] : 0;
+      word[i] = lo | hi << 16;
+    }
+    return {word[0], word[1], word[2], word[3]};
+  }
+
  private:
   template <class Copy>
   __device__ __forceinline__ void each_chunk(uint32_t tile, const uint16_t* src, Copy copy) const {
@@ -67,17 +78,6 @@ struct TileLoader {
       }
       src += kRowsPerPass * row_stride;
     }
-  }
-
-  // Eight elements one by one: pointers or strides that are no multiple of 16 bytes.
-  static __device__ __forceinline__ uint4 gather(const uint16_t* from, int count) {
-    uint32_t word[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t lo = 2 * i < count ? from[2 * i] : 0, hi = 2 * i + 1 < count ? from[2 * i + 1] : 0;
-      word[i] = lo | hi << 16;
-    }
-    return {word[0], word[1], word[2], word[3]};
   }
 };
 
