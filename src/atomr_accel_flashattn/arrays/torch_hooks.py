@@ -1,6 +1,6 @@
 """The few functions of torch on the steady-state path: looked up once, some of them private, each with a way that does without.
 
-And what torch has to be told of calls that it does not see: that an array was written, and that its compiler is to leave them alone.
+And what torch has to be told and asked: that an array was written, who records, and when it is imported.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import wrapt
 __all__ = [
     "Hooks",
     "NewTensor",
+    "answer_compiler",
     "empty_on",
     "guard_of",
     "hooks",
-    "keep_out_of_graphs",
+    "is_watched",
     "meet_torch",
+    "once_torch_is_there",
     "recorder",
     "tangent_of",
     "tell_written",
@@ -31,6 +33,10 @@ NewTensor: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], Any]
 
 def _no_device() -> int:
     return -1
+
+
+def _no() -> bool:
+    return False
 
 
 class _NoForwardMode:
@@ -51,7 +57,6 @@ class Hooks:
     plain_types: frozenset[type] = frozenset()
     is_grad_enabled: Any = None
     raw_stream: Any = None
-    int64: Any = None
     guard: Any = None
     empty_on_current: Any = None
     current_device: Any = _no_device
@@ -59,6 +64,7 @@ class Hooks:
     forward_ad: Any = _NoForwardMode
     increment_version: Any = None
     count_modes: Any = int  # dispatch modes of torch that are active in this thread
+    is_compiling: Any = _no
 
 
 hooks = Hooks()
@@ -71,7 +77,7 @@ def meet_torch() -> None:
         return
     private = torch._C  # the public call costs 8 us for the stream, 1.5 us more for an output
     guards: Any = getattr(getattr(private, "_dynamo", None), "guards", None)
-    hooks.is_grad_enabled, hooks.int64 = torch.is_grad_enabled, torch.int64
+    hooks.is_grad_enabled = torch.is_grad_enabled
     hooks.count_modes = getattr(private, "_len_torch_dispatch_stack", int)
     hooks.forward_ad, hooks.increment_version = torch.autograd.forward_ad, torch.autograd.graph.increment_version
     hooks.raw_stream = getattr(private, "_cuda_getCurrentRawStream", None)
@@ -141,22 +147,17 @@ def recorder() -> str:
     return "make_fx" if private._dispatch_tls_is_dispatch_key_included(private.DispatchKey.PreDispatch) else ""
 
 
-def keep_out_of_graphs(functions: tuple[Callable[..., Any], ...]) -> None:
-    """Have torch.compile break its graph before calls of ``functions``, and not look into what they call.
+def is_watched() -> bool:
+    """Whether operations of torch are recorded just now, or go through a dispatch mode or a transform of torch.func."""
+    private = sys.modules["torch"]._C
+    return bool(private._len_torch_dispatch_stack() or private._functorch.peek_interpreter_stack() is not None or recorder())
 
-    This is what ``torch.compiler.disable`` does, without its wrapper and without the import of torch's compiler, which takes seconds.
-    It is done once torch is there, as many import it after us. A torch without the private names is left as it is.
-    """
 
-    def mark(torch: Any) -> None:
-        frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-        if not hasattr(frames, "set_code_exec_strategy"):
-            return
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
-        for function in functions:
-            described: Any = function
-            described._torchdynamo_disable = True
-            described._torchdynamo_disable_msg = "the kernels of atomr_accel_flashattn are no operators of torch yet"
-            frames.set_code_exec_strategy(function.__code__, skip)
+def once_torch_is_there(act: Callable[[Any], None]) -> None:
+    """Call ``act`` with torch: now, or at the end of its import, as many import it after us."""
+    wrapt.register_post_import_hook(act, "torch")
 
-    wrapt.register_post_import_hook(mark, "torch")
+
+def answer_compiler(torch: Any) -> None:
+    """Let ``hooks.is_compiling`` be what torch.compile takes for True where it traces; it costs eager calls 40 ns."""
+    hooks.is_compiling = getattr(getattr(torch, "compiler", None), "is_dynamo_compiling", _no)

@@ -27,6 +27,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
+from ..arrays.new import draw_seed
 from ..arrays.torch_hooks import NewTensor, empty_on, guard_of, hooks, meet_torch, recorder
 from ..env import settings
 from ..limits import VECTOR_BYTES
@@ -276,7 +277,7 @@ def launch_more(found: Shortcut, pointers: tuple[int, int, int, int], q: Any, pa
     lengths = (0, 0) if packing is None else (packing[0].data_ptr(), packing[1].data_ptr())
     slopes, learned_sink, _ = others
     biases = (0 if slopes is None else slopes.data_ptr(), 0 if learned_sink is None else learned_sink.data_ptr())
-    rng = q.new_empty((2,), dtype=hooks.int64).random_(-(2**63), 2**63 - 1) if found.dropout else None
+    rng = draw_seed(q) if found.dropout else None
     found.launch(stream, (*pointers, lse_ptr, *lengths, *biases, 0 if rng is None else rng.data_ptr()))
     return lse, rng
 
