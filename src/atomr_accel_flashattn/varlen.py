@@ -330,9 +330,7 @@ class VarlenBwdRequest(MadeAnew, ShortRepr):
         return key_of_backward(self.problem, self.gradient_arrays, arch or best_arch(self.problem.forward.q.device))
 
 
-def forward_request(
-    arrays: tuple[Any, ...], packing: tuple[Any, Any, Any, Any] | None, **asked: Any
-) -> DenseFwdRequest | VarlenFwdRequest:
+def forward_request(arrays: tuple[Any, ...], packing: tuple[Any, Any, Any, Any] | None, **asked: Any) -> DenseFwdRequest | VarlenFwdRequest:
     """The forward request of a functional call.
 
     Args:

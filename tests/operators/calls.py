@@ -69,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sink": {"learned_sink": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     "sink tokens": {"window_size": (1, 0), "sink_tokens": 1},
     "all": {
-        **{"dropout_p": 0.2, "softmax_scale": 0.3, "causal": True, "window_size": (2, 3), "softcap": 2.0, "sink_tokens": 1},
-        **{"alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]), "learned_sink": torch.ones(4), "return_attn_probs": True},
+        "dropout_p": 0.2, "softmax_scale": 0.3, "causal": True, "window_size": (2, 3), "softcap": 2.0, "sink_tokens": 1,
+        "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]), "learned_sink": torch.ones(4), "return_attn_probs": True,
     },
 }

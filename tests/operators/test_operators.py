@@ -125,7 +125,10 @@ def test_a_wrong_rank_is_refused_without_values_too(rank: int):
 
 
 def test_gradients_are_those_of_the_function():
-    for make in (lambda *x: operators.attention(*x)[:2], lambda *x: fa.flash_attn_func(*x[:3], learned_sink=x[3], return_attn_probs=True)[:2]):
+    for make in (
+        lambda *x: operators.attention(*x)[:2],
+        lambda *x: fa.flash_attn_func(*x[:3], learned_sink=x[3], return_attn_probs=True)[:2],
+    ):
         tensors = [*leaves(), torch.tensor([0.5, -1.0, 2.0, 0.0], requires_grad=True)]
         for loss in (lambda o, lse: o.sin().sum(), lambda o, lse: (lse * lse).sum(), lambda o, lse: o.sum() + lse.sin().sum()):
             made = torch.autograd.grad(loss(*make(*tensors)), tensors, allow_unused=True)

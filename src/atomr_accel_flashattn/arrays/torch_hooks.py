@@ -16,6 +16,8 @@ __all__ = [
     "Hooks",
     "NewTensor",
     "answer_compiler",
+    "autocast_changes",
+    "autocast_is_on",
     "empty_on",
     "guard_of",
     "hooks",
@@ -145,6 +147,19 @@ def recorder() -> str:
     if private._len_torch_dispatch_stack() and private._get_dispatch_mode(private._TorchDispatchModeKey.PROXY) is not None:
         return "make_fx"
     return "make_fx" if private._dispatch_tls_is_dispatch_key_included(private.DispatchKey.PreDispatch) else ""
+
+
+def autocast_is_on() -> bool:
+    """Whether torch.autocast is on for tensors of a GPU."""
+    return bool(sys.modules["torch"].is_autocast_enabled("cuda"))
+
+
+def autocast_changes(tensors: tuple[Any, ...]) -> bool:
+    """Whether it wants another type than that of these tensors, which are on a GPU."""
+    if not autocast_is_on():
+        return False
+    wanted = sys.modules["torch"].get_autocast_dtype("cuda")
+    return any(tensor.dtype != wanted for tensor in tensors)
 
 
 def is_watched() -> bool:

@@ -28,7 +28,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from ..arrays.new import draw_seed
-from ..arrays.torch_hooks import NewTensor, empty_on, guard_of, hooks, meet_torch, recorder
+from ..arrays.torch_hooks import NewTensor, autocast_changes, autocast_is_on, empty_on, guard_of, hooks, meet_torch, recorder
 from ..env import settings
 from ..limits import VECTOR_BYTES
 from ..runtime import plan as store
@@ -214,6 +214,7 @@ def _recording(tensors: Tensors, others: Others, deterministic: bool) -> Recordi
         and not any(tensor.is_neg() for tensor in tensors)
         and not recorder()
         and all(map(_has_memory, tensors))
+        and not autocast_changes(tensors[:3])
     ):
         return None
     wanting = tuple(tensor.requires_grad for tensor in tensors)
@@ -249,10 +250,16 @@ def _find(call: Key, alignment: int, tensors: Tensors, recording: Recording) -> 
 
 
 def _guard(tensors: Tensors) -> Any:
-    """A function that tells whether as many tensors are like these, if there can be one."""
+    """A function that tells whether as many tensors are like these, if there can be one.
+
+    A guard sees whether autocast is on, and not the type that it asks for. So one that is made under autocast asks for that as well.
+    """
     if hooks.guard is None or len({id(tensor) for tensor in tensors}) < len(tensors):
         return _never
-    return guard_of(hooks.guard, tensors)
+    same = guard_of(hooks.guard, tensors)
+    if not autocast_is_on():
+        return same
+    return lambda *others: same(*others) and not autocast_changes(others[:3])
 
 
 def _never(*_tensors: Any) -> bool:

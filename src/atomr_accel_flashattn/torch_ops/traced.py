@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
+
 from ..arrays.torch_hooks import is_watched
 from ..errors import ArrayTypeError, CuSeqlensError, OutputError
 from ..requests.arguments import flag, mask_of, needs_padding, softcap_of, step_up
@@ -59,6 +61,8 @@ def attend(q: Any, k: Any, v: Any, packing: Any, numbers: tuple[Any, ...], other
     """One functional call in operations of torch; arguments, results and errors are those of the eager one."""
     import torch
 
+    if isinstance(q, np.ndarray):
+        return _attend_numpy(q, k, v, packing, numbers, others, deterministic)
     dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, probs = numbers
     slopes, learned_sink, out = others
     deterministic, probs = flag(deterministic, "deterministic"), flag(probs, "return_attn_probs")
@@ -101,6 +105,17 @@ def attend(q: Any, k: Any, v: Any, packing: Any, numbers: tuple[Any, ...], other
     return (made, lse, pattern if dropout else None) if probs else made
 
 
+def _attend_numpy(q: Any, k: Any, v: Any, packing: Any, numbers: tuple[Any, ...], others: tuple[Any, ...], deterministic: Any) -> Any:
+    """torch.compile traces arrays of NumPy as tensors; results are arrays again."""
+    import torch
+
+    q, k, v, *others = (torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in (q, k, v, *others))
+    if packing is not None:
+        packing = (*(torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in packing[:2]), *packing[2:])
+    made = attend(q, k, v, packing, numbers, tuple(others), deterministic)
+    return tuple(None if x is None else x.numpy() for x in made) if isinstance(made, tuple) else made.numpy()
+
+
 def _check_tensors(q: Any, k: Any, v: Any, others: tuple[Any, Any, Any], offsets: tuple[Any, ...]) -> None:
     import torch
 
@@ -128,7 +143,9 @@ def _length(length: Any, name: str) -> tuple[Any, Any]:
         return length, None
     tensor = length if isinstance(length, torch.Tensor) else torch.as_tensor(length)  # an integer of NumPy is traced as an array
     if tensor.ndim or tensor.is_floating_point() or tensor.dtype is torch.bool:
-        raise CuSeqlensError(f"max_seqlen of cu_seqlens_{name}: got {length!r}; allowed is an integer, or an integer tensor without dimensions")
+        raise CuSeqlensError(
+            f"max_seqlen of cu_seqlens_{name}: got {length!r}; allowed is an integer, or an integer tensor without dimensions"
+        )
     return 0, tensor
 
 

@@ -31,9 +31,7 @@ def attention_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: A
     """The same of gradients."""
     (dout, dlse, out, lse), operands = arguments[:4], arguments[4:]
     call = _fold(info, in_dims[4:], operands)
-    read = (
-        None if x is None else _together(info, x, dim, -2) for x, dim in zip((dout, dlse, out, lse), in_dims[:4], strict=True)
-    )
+    read = (None if x is None else _together(info, x, dim, -2) for x, dim in zip((dout, dlse, out, lse), in_dims[:4], strict=True))
     *gradients, dsink = torch.ops.atomr_accel_flashattn.attention_backward(*read, *call[:-1])
     dims = tuple(x.ndim - 2 for x in gradients)
     made = tuple(_unfold(info, x, dim) for x, dim in zip(gradients, dims, strict=True))
