@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -157,7 +158,7 @@ def test_reduced_overhead_draws_anew():
         out = function(*tensors)
         out.float().square().sum().backward()
         made.append(out.detach().clone())
-    assert not any(torch.equal(one, other) for one, other in zip(made, made[1:], strict=False))
+    assert not any(torch.equal(one, other) for one, other in pairwise(made))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -38,7 +38,7 @@ def _ends() -> Any:
 
 # name: (sizes of q before heads, call on q, k, v)
 FORMS: dict[str, tuple[tuple[int, ...], Callable[..., Any]]] = {
-    "flash_attn_func": ((2, 6), lambda q, k, v, **o: fa.flash_attn_func(q, k, v, **o)),
+    "flash_attn_func": ((2, 6), fa.flash_attn_func),
     "flash_attn_kvpacked_func": ((2, 6), lambda q, k, v, **o: fa.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), **o)),
     "flash_attn_qkvpacked_func": ((2, 6), lambda q, k, v, **o: fa.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), **o)),
     "flash_attn_varlen_func": ((12,), lambda q, k, v, **o: fa.flash_attn_varlen_func(q, k, v, _ends(), _ends(), 7, 7, **o)),
@@ -69,7 +69,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sink": {"learned_sink": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     "sink tokens": {"window_size": (1, 0), "sink_tokens": 1},
     "all": {
-        "dropout_p": 0.2, "softmax_scale": 0.3, "causal": True, "window_size": (2, 3), "softcap": 2.0, "sink_tokens": 1,
-        "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]), "learned_sink": torch.ones(4), "return_attn_probs": True,
+        "dropout_p": 0.2,
+        "softmax_scale": 0.3,
+        "causal": True,
+        "window_size": (2, 3),
+        "softcap": 2.0,
+        "sink_tokens": 1,
+        "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        "learned_sink": torch.ones(4),
+        "return_attn_probs": True,
     },
 }

@@ -57,7 +57,7 @@ def test_no_option_is_dropped(name: str, packed: bool):
     function = lambda q, k, v: call(q, k, v, **OPTIONS[name])  # noqa: E731
     made = run(compiled(function), leaves(*sizes))
     same(made, run(function, leaves(*sizes)))
-    without = run(lambda q, k, v: call(q, k, v), leaves(*sizes))
+    without = run(call, leaves(*sizes))
     changes = name not in {"none", "deterministic", "softcap of none"}
     assert changes == (len(made[0]) > 1 or not torch.equal(made[0][0], without[0][0])), "the option does nothing"
 
@@ -197,7 +197,7 @@ def test_a_scale_and_a_probability_that_change_are_not_kept():
 
 def test_broadcast_layouts_do_not_share_a_graph():
     q, k, v = (x.detach() for x in leaves(2, 6, heads=(2, 2)))
-    function = compiled(lambda q, k, v: fa.flash_attn_func(q, k, v))
+    function = compiled(fa.flash_attn_func)
     for keys in (k, k[:1].expand_as(k), k[:, :1].expand_as(k), k.transpose(1, 2).contiguous().transpose(1, 2), k):
         made = function(q, keys, v)
         assert torch.equal(made, fa.flash_attn_func(q, keys, v))

@@ -130,7 +130,7 @@ def test_gradients_are_those_of_the_function():
         lambda *x: fa.flash_attn_func(*x[:3], learned_sink=x[3], return_attn_probs=True)[:2],
     ):
         tensors = [*leaves(), torch.tensor([0.5, -1.0, 2.0, 0.0], requires_grad=True)]
-        for loss in (lambda o, lse: o.sin().sum(), lambda o, lse: (lse * lse).sum(), lambda o, lse: o.sum() + lse.sin().sum()):
+        for loss in (lambda o, _: o.sin().sum(), lambda _, lse: (lse * lse).sum(), lambda o, lse: o.sum() + lse.sin().sum()):
             made = torch.autograd.grad(loss(*make(*tensors)), tensors, allow_unused=True)
             expected = torch.autograd.grad(loss(*operators.attention(*tensors)[:2]), tensors, allow_unused=True)
             for one, other, name in zip(made, expected, ("q", "k", "v", "sink"), strict=True):

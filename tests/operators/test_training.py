@@ -125,8 +125,7 @@ def test_autocast(compiled: bool, packed: bool):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_autocast_takes_the_type_of_now(compiled: bool):
-    call = lambda q, k, v: fa.flash_attn_func(q, k, v)  # noqa: E731
-    function = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+    function = torch.compile(fa.flash_attn_func, backend="aot_eager", fullgraph=True) if compiled else fa.flash_attn_func
     half = [x.detach().half() for x in leaves()]
     double = [x.detach().double() for x in leaves()]
     for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):

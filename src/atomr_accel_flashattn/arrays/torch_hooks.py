@@ -6,7 +6,8 @@ And what torch has to be told and asked: that an array was written, who records,
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,12 +19,15 @@ __all__ = [
     "answer_compiler",
     "autocast_changes",
     "autocast_is_on",
+    "below_autograd",
     "empty_on",
     "guard_of",
     "hooks",
+    "is_transformed",
     "is_watched",
     "meet_torch",
     "once_torch_is_there",
+    "one_level",
     "recorder",
     "tangent_of",
     "tell_written",
@@ -164,8 +168,34 @@ def autocast_changes(tensors: tuple[Any, ...]) -> bool:
 
 def is_watched() -> bool:
     """Whether operations of torch are recorded just now, or go through a dispatch mode or a transform of torch.func."""
-    private = sys.modules["torch"]._C
-    return bool(private._len_torch_dispatch_stack() or private._functorch.peek_interpreter_stack() is not None or recorder())
+    return bool(sys.modules["torch"]._C._len_torch_dispatch_stack() or is_transformed() or recorder())
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active."""
+    return sys.modules["torch"]._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextmanager
+def below_autograd() -> Iterator[None]:
+    """Operators that are called here go past autograd; levels of torch.func that lie further out still record them."""
+    torch = sys.modules["torch"]
+    with ExitStack() as stack:
+        if is_transformed():  # inside of a Function, which records nothing of what it calls
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autograd.forward_ad._set_fwd_grad_enabled(True))
+        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+        yield
+
+
+def one_level() -> AbstractContextManager[None]:
+    """Where an operation of autograd belongs to the innermost level of torch.func, as those of torch do."""
+    if not is_transformed():
+        return nullcontext()
+    from torch._functorch.utils import enable_single_level_autograd_function
+
+    made: AbstractContextManager[None] = enable_single_level_autograd_function()
+    return made
 
 
 def once_torch_is_there(act: Callable[[Any], None]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from ..arrays.new import empty_torch
-from ..arrays.torch_hooks import tangent_of
+from ..arrays.torch_hooks import below_autograd, one_level, tangent_of
 from ..errors import ShapeError
 from ..limits import not_built
 
@@ -174,7 +174,8 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc] # torch is
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*(getattr(call, name) for name in _TENSORS), *output[:2])
-        ctx.numbers = call._replace(**dict.fromkeys(_TENSORS))
+        without: dict[str, Any] = dict.fromkeys(_TENSORS)
+        ctx.numbers = call._replace(**without)
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any, _dpattern: Any) -> tuple[Any, ...]:
@@ -222,25 +223,13 @@ def _recorded(name: str, function: Any) -> Any:
             raise not_built("forward_mode", f"an operand of {name} is a dual tensor")
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             return _below_autograd(name, *arguments)
-        if not _is_transformed():
-            return apply(*arguments)
-        from torch._functorch.utils import enable_single_level_autograd_function
-
-        with enable_single_level_autograd_function():
+        with one_level():
             return apply(*arguments)
 
     return call
 
 
 def _below_autograd(name: str, *arguments: Any) -> Any:
-    """What an operator gives below autograd. Levels of torch.func that lie further out record it, which a Function would forbid."""
-    operator, below = getattr(torch.ops.atomr_accel_flashattn, name), torch._C._AutoDispatchBelowAutograd
-    if not _is_transformed():
-        with below():
-            return operator(*arguments)
-    with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True), below():
-        return operator(*arguments)
-
-
-def _is_transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """What an operator gives below autograd."""
+    with below_autograd():
+        return getattr(torch.ops.atomr_accel_flashattn, name)(*arguments)

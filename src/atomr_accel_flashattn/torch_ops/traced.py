@@ -57,7 +57,7 @@ def autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any] | None:
     return q, k, v
 
 
-def attend(q: Any, k: Any, v: Any, packing: Any, numbers: tuple[Any, ...], others: tuple[Any, Any, Any], deterministic: Any) -> Any:
+def attend(q: Any, k: Any, v: Any, packing: Any, numbers: tuple[Any, ...], others: tuple[Any, ...], deterministic: Any) -> Any:
     """One functional call in operations of torch; arguments, results and errors are those of the eager one."""
     import torch
 
@@ -70,7 +70,7 @@ def attend(q: Any, k: Any, v: Any, packing: Any, numbers: tuple[Any, ...], other
     band = mask.band(sink_tokens)
     _check_tensors(q, k, v, (slopes, learned_sink, out), () if packing is None else packing[:2])
     q, k, v = autocast(q, k, v) or (q, k, v)
-    is_recorded(q, k, v, others)
+    is_recorded(q, k, v, (slopes, learned_sink, out))
     v_head_dim, pads = v.shape[-1], needs_padding(q.shape[-1], k.shape[-1], v.shape[-1])
     if pads and softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
@@ -109,10 +109,10 @@ def _attend_numpy(q: Any, k: Any, v: Any, packing: Any, numbers: tuple[Any, ...]
     """torch.compile traces arrays of NumPy as tensors; results are arrays again."""
     import torch
 
-    q, k, v, *others = (torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in (q, k, v, *others))
+    q, k, v, *rest = (torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in (q, k, v, *others))
     if packing is not None:
         packing = (*(torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in packing[:2]), *packing[2:])
-    made = attend(q, k, v, packing, numbers, tuple(others), deterministic)
+    made = attend(q, k, v, packing, numbers, tuple(rest), deterministic)
     return tuple(None if x is None else x.numpy() for x in made) if isinstance(made, tuple) else made.numpy()
 
 

@@ -57,7 +57,8 @@ def _check_randomness(info: Any) -> None:
 def _fold(info: Any, in_dims: tuple[int | None, ...], operands: tuple[Any, ...]) -> Operands:
     """The operands of the one call."""
     call = Operands(*operands)
-    dims = Operands(*in_dims, *(None,) * (len(Operands._fields) - len(in_dims)))
+    every: tuple[Any, ...] = (*in_dims, *(None,) * (len(Operands._fields) - len(in_dims)))
+    dims = Operands(*every)
     for name in _SHARED:
         if getattr(dims, name) is not None:
             raise UnsupportedArgumentError(f"{name}: got a tensor that vmap maps over; allowed is one for all; use in_dims=None for it")
