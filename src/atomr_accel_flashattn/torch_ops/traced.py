@@ -34,7 +34,8 @@ def is_traced(*arrays: Any) -> bool:
 
 
 def _has_own_dispatch(tensor: Any) -> bool:
-    return type(tensor).__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__
+    """Nested tensors have one too, without our operators: the checks of eager calls say what to do."""
+    return not tensor.is_nested and type(tensor).__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__
 
 
 def autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any] | None:
