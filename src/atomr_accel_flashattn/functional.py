@@ -12,26 +12,25 @@ on a GPU; or the caller's ``out``. Half of this file is overloads that say so to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar, overload
-
-import numpy as np
 
 from .arrays.new import check_can_copy, copy_into, in_library_of, pad_last, row_major, unbind
 from .arrays.read import jax_array_of, read_array
-from .arrays.torch_hooks import keep_out_of_graphs
-from .errors import ShapeError, UnsupportedArgumentError, WindowError
-from .limits import HEAD_DIM_STEP, MAX_HEAD_DIM, as_integer, as_real, is_integer, not_built
+from .arrays.torch_hooks import hooks
+from .errors import ShapeError
+from .limits import HEAD_DIM_STEP, not_built
 from .problem import ArrayInfo
+from .requests.arguments import flag, mask_of, needs_padding, plain_length, softcap_of, step_up
 from .requests.checks import check_out
 from .requests.dense import DenseFwdRequest
-from .requests.options import AttentionOptions, MaskKind, PositionBias
+from .requests.options import AttentionOptions, PositionBias
 from .runtime.execute import execute
 from .runtime.plan import Key
 from .torch_ops.autograd import attend, is_recorded, without_history
 from .torch_ops.repeat import Numbers, Others, Packing, remember, repeat
 from .torch_ops.repeat_recorded import remember_recorded
-from .varlen import CumulativeSeqlens, VarlenFwdRequest
+from .torch_ops.traced import autocast, is_traced
+from .varlen import VarlenFwdRequest, forward_request
 
 ArrayT = TypeVar("ArrayT")
 # o, the LSE and the dropout pattern or None. The LSE is float32 whatever o is, so of an array type with elements it is another one.
@@ -316,7 +315,7 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise not_built("block_table", "got a block_table; allowed is None")
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
-    packing = (cu_seqlens_q, cu_seqlens_k, _plain_length(max_seqlen_q), _plain_length(max_seqlen_k))
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _attention(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out), deterministic)
 
 
@@ -449,23 +448,40 @@ def flash_attn_varlen_kvpacked_func(
 
 
 def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, deterministic: bool) -> Any:
-    """Every functional call: as one like it was answered before, or through a request."""
+    """Every functional call: traced by torch, or as one like it was answered before, or through a request."""
+    if hooks.is_compiling():
+        return _by_operator(q, k, v, packing, numbers, others, deterministic)
     if deterministic is not False:
-        deterministic = _flag(deterministic, "deterministic")
+        deterministic = flag(deterministic, "deterministic")
+    if packing is not None and not type(packing[2]) is type(packing[3]) is int:
+        packing = (*packing[:2], *map(_length, packing[2:]))
     key, result = repeat(q, k, v, packing, numbers, others, deterministic=deterministic)
-    return _first(_Call(q, k, v, numbers, others, deterministic), packing, key) if result is None else result
+    if result is not None:
+        return result
+    if is_traced(q, k, v, *others):
+        return _by_operator(q, k, v, packing, numbers, others, deterministic)
+    cast = autocast(q, k, v)
+    if cast is not None:
+        return _attention(*cast, packing, numbers, others, deterministic)
+    return _first(_Call(q, k, v, numbers, others, deterministic), packing, key)
+
+
+def _length(length: Any) -> Any:
+    """As an int, except of a tensor that is traced, whose value is not known."""
+    return length if is_traced(length) else plain_length(length)
+
+
+def _by_operator(*call: Any) -> Any:
+    from .torch_ops.traced import attend
+
+    return attend(*call)
 
 
 def _first(call: _Call, packing: Packing | None, key: Key | None) -> Any:
     """The way of a call that nothing is known of; ``key`` is for the shortcut that it leaves."""
-    asked = {"mask": call.mask, "bias": call.bias, "sink_tokens": call.sink_tokens, "options": call.options, "out": call.out}
-    request: DenseFwdRequest | VarlenFwdRequest
-    if packing is None:
-        request = DenseFwdRequest(*call.arrays, **asked)
-    else:
-        seqlens_q = CumulativeSeqlens(packing[0], packing[2], name="cu_seqlens_q")
-        seqlens_k = CumulativeSeqlens(packing[1], packing[3], name="cu_seqlens_k")
-        request = VarlenFwdRequest(*call.arrays, cu_seqlens_q=seqlens_q, cu_seqlens_k=seqlens_k, **asked)
+    request = forward_request(
+        call.arrays, packing, mask=call.mask, bias=call.bias, sink_tokens=call.sink_tokens, options=call.options, out=call.out
+    )
     return call.finish(request, key)
 
 
@@ -479,8 +495,8 @@ class _Call:
         dropout_p, softmax_scale, causal, window_size, softcap, self.sink_tokens, return_attn_probs = numbers
         self.others = others
         slopes, learned_sink, self.out = others
-        self.return_attn_probs = _flag(return_attn_probs, "return_attn_probs")
-        self.mask = _mask(window_size, causal=_flag(causal, "causal"))
+        self.return_attn_probs = flag(return_attn_probs, "return_attn_probs")
+        self.mask = mask_of(window_size, causal=flag(causal, "causal"))
         self.bias = PositionBias(slopes)
         infos = read_array(q, "q"), read_array(k, "k"), read_array(v, "v")
         self.arrays: tuple[Any, ...] = (q, k, v)
@@ -491,7 +507,7 @@ class _Call:
         self.copy_to: ArrayInfo | None = None
         self.v_head_dim = 0
         if all(info.shape for info in infos):
-            pads = _needs_padding(*(info.shape[-1] for info in infos))
+            pads = needs_padding(*(info.shape[-1] for info in infos))
             if pads and softmax_scale is None:
                 softmax_scale = self.q.shape[-1] ** -0.5
             if pads or any(info.shape[-1] > 1 and info.strides[-1] != 1 for info in infos):
@@ -501,7 +517,7 @@ class _Call:
             *arrays, learned_sink = without_history(self.inputs)
             self.arrays = tuple(arrays)
         self.options = AttentionOptions(
-            softmax_scale=softmax_scale, softcap=_softcap(softcap), learned_sink=learned_sink, dropout_p=dropout_p
+            softmax_scale=softmax_scale, softcap=softcap_of(softcap), learned_sink=learned_sink, dropout_p=dropout_p
         )
 
     def _copy(self, infos: tuple[ArrayInfo, ArrayInfo, ArrayInfo], *, pads: bool) -> None:
@@ -517,7 +533,7 @@ class _Call:
             check_can_copy(self.copy_to, q)
         arrays: list[Any] = []
         for info, name in zip(infos, "qkv", strict=True):
-            padded = pad_last(info, _round_up(info.shape[-1]), name) if pads else info
+            padded = pad_last(info, step_up(info.shape[-1]), name) if pads else info
             arrays.append(row_major(read_array(padded, name), name))
         self.arrays = tuple(arrays)
 
@@ -543,62 +559,12 @@ class _Call:
         return results if self.return_attn_probs else results[0]
 
 
-def _plain_length(length: Any) -> Any:
-    """A length of NumPy, or an array without dimensions, as an int of Python; what is no integer stays, for the checks to name."""
-    if type(length) is int:
-        return length
-    number = as_integer(length)
-    return length if number is None else number
-
-
-def _needs_padding(*head_dims: int) -> bool:
-    """Whether a head dim is odd and all of them are such that padding hides no mistake."""
-    q, k, v = head_dims
-    return q == k and max(q, v) <= MAX_HEAD_DIM and bool(q % HEAD_DIM_STEP or v % HEAD_DIM_STEP)
-
-
-def _round_up(size: int) -> int:
-    return -(-size // HEAD_DIM_STEP) * HEAD_DIM_STEP
-
-
-def _softcap(softcap: Any) -> Any:
-    """flash-attn takes every cap of 0 or less for none."""
-    number = as_real(softcap)
-    return 0.0 if number is not None and -inf < number <= 0 else softcap
-
-
-def _flag(value: Any, name: str) -> bool:
-    """True or False (of NumPy too, or as 1 and 0); a string would count as True, and a tensor would have to be waited for."""
-    if isinstance(value, (bool, np.bool_)) or (is_integer(value) and value in {0, 1}):
-        return bool(value)
-    raise UnsupportedArgumentError(f"{name}: got {value!r}; allowed are True and False")
-
-
-def _mask(window_size: Any, *, causal: bool) -> MaskKind:
-    pair = window_size.tolist() if hasattr(window_size, "tolist") else window_size  # a tensor is waited for once
-    if not isinstance(pair, Sequence) or len(pair) != 2:  # a set has no left one
-        raise WindowError(f"window_size: got {window_size!r}; allowed is (left, right), negative for no bound")
-    left, right = pair
-    return MaskKind.window(left, 0 if causal and as_integer(right) is not None else right)
-
-
 def _unpack(x: Any, name: str, *, axis: int, parts: int) -> tuple[Any, ...]:
     """Views of the parts of a packed array."""
-    info = read_array(x, name)
-    rank = axis + 3
-    if len(info.shape) != rank or info.shape[axis] != parts:
-        shape = "(batch, length, " if axis == 2 else "(total, "
-        raise ShapeError(f"{name}: got shape {info.shape}; allowed is {shape}{parts}, heads, head dim)")
-    return unbind(info, axis)
-
-
-keep_out_of_graphs(
-    (
-        flash_attn_func,
-        flash_attn_kvpacked_func,
-        flash_attn_qkvpacked_func,
-        flash_attn_varlen_func,
-        flash_attn_varlen_kvpacked_func,
-        flash_attn_varlen_qkvpacked_func,
-    )
-)
+    traced = hooks.is_compiling() or is_traced(x)
+    info = x if traced else read_array(x, name)
+    shape = tuple(info.shape)
+    if len(shape) != axis + 3 or shape[axis] != parts:
+        allowed = "(batch, length, " if axis == 2 else "(total, "
+        raise ShapeError(f"{name}: got shape {shape}; allowed is {allowed}{parts}, heads, head dim)")
+    return tuple(x.unbind(axis)) if traced else unbind(info, axis)

@@ -61,7 +61,7 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "paged": "K and V have to be plain or packed arrays",
         "slopes_gradient": "ALiBi slopes are constants: pass slopes.detach()",
         "split": "one block visits all keys of its rows",
-        "tracing": "its kernels are no operators of torch yet; record the model around this call, or wrap it in a torch.library.custom_op",
+        "tracing": "requests read memory; flash_attn_func and its forms are operators of torch where they are recorded",
         "v_dtype": "q, k and v share one type",
     }
 )

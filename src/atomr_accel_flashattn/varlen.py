@@ -23,13 +23,14 @@ from .problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArray
 from .requests.backward import check_backward, check_before_forward
 from .requests.checks import check_out, check_qkv, is_contiguous, read_dropout, read_learned_sink, read_qkv, read_slopes, steps
 from .requests.copies import MadeAnew
+from .requests.dense import DenseFwdRequest
 from .requests.options import AttentionOptions, MaskKind, PositionBias, check_kinds
 from .runtime.plan import Key, key_of_request
 from .runtime.staleness import check_array
 from .short_repr import ShortRepr
 from .types import SmArch
 
-__all__ = ["CumulativeSeqlens", "VarlenBwdRequest", "VarlenFwdRequest"]
+__all__ = ["CumulativeSeqlens", "VarlenBwdRequest", "VarlenFwdRequest", "forward_request"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -327,3 +328,21 @@ class VarlenBwdRequest(MadeAnew, ShortRepr):
     def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
         """The key of this request on ``arch``; None is the best one for the device of q."""
         return key_of_backward(self.problem, self.gradient_arrays, arch or best_arch(self.problem.forward.q.device))
+
+
+def forward_request(arrays: tuple[Any, ...], packing: tuple[Any, Any, Any, Any] | None, **asked: Any) -> DenseFwdRequest | VarlenFwdRequest:
+    """The forward request of a functional call.
+
+    Args:
+        arrays: q, k and v.
+        packing: offsets of q and of k, and their longest lengths; None for dense arrays.
+        asked: what the request is told besides, by name.
+
+    Raises:
+        ConstructionError: as the request says.
+    """
+    if packing is None:
+        return DenseFwdRequest(*arrays, **asked)
+    seqlens_q = CumulativeSeqlens(packing[0], packing[2], name="cu_seqlens_q")
+    seqlens_k = CumulativeSeqlens(packing[1], packing[3], name="cu_seqlens_k")
+    return VarlenFwdRequest(*arrays, cu_seqlens_q=seqlens_q, cu_seqlens_k=seqlens_k, **asked)

@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "atomr_accel_flashattn"
 PAGES = ("README.md", "docs/architecture.md", "docs/life-of-a-request.md", "docs/performance.md")
-FOREIGN = {"cuda.bindings", "cuda.core", "cuda.core.Program", "cuda.core.utils.FileStreamProgramCache", "cuLaunchKernelEx", "lazy_loader"}
+FOREIGN = {
+    *{"cuda.bindings", "cuda.core", "cuda.core.Program", "cuda.core.utils.FileStreamProgramCache", "cuLaunchKernelEx", "lazy_loader"},
+    *{"torch.empty_like", "torch.func", "torch.func.grad", "torch.library.register_autograd", "vmap"},
+}
 
 
 @cache

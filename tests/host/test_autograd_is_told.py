@@ -12,7 +12,6 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
-from atomr_accel_flashattn import functional  # noqa: E402
 
 
 def qkv(*lead: int) -> list[Any]:
@@ -32,19 +31,19 @@ def test_a_tangent_is_refused_by_name(dual: int):
         assert torch.equal(fa.flash_attn_func(*arrays), fa.flash_attn_func(*qkv()))
 
 
-def test_make_fx_is_refused_by_name():
+def test_a_request_in_make_fx_is_refused_by_name():
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with pytest.raises(fa.FeatureNotBuiltError, match="recorded by make_fx") as caught:
-        make_fx(lambda q, k, v: fa.flash_attn_func(q.sin(), k, v) * 2)(*qkv())
+    with pytest.raises(fa.FeatureNotBuiltError, match=r"recorded by make_fx.*flash_attn_func") as caught:
+        make_fx(lambda q, k, v: fa.run(fa.DenseFwdRequest(q.sin(), k, v)).out)(*qkv())
     assert caught.value.feature == "tracing"
 
 
-def test_make_fx_before_dispatch_is_refused_by_name():
+def test_a_request_in_make_fx_before_dispatch_is_refused_by_name():
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with pytest.raises(fa.FeatureNotBuiltError, match="recorded by make_fx"):
-        make_fx(lambda q, k, v: fa.flash_attn_func(q.sin(), k, v) * 2, pre_dispatch=True)(*qkv())
+        make_fx(lambda q, k, v: fa.run(fa.DenseFwdRequest(q.sin(), k, v)).out, pre_dispatch=True)(*qkv())
 
 
 def test_a_call_is_not_repeated_inside_of_a_dispatch_mode():
@@ -61,44 +60,21 @@ def test_a_call_is_not_repeated_inside_of_a_dispatch_mode():
     assert seen[0][1] > 0, "nothing tells repeat() that it is being recorded"
 
 
-def test_jit_trace_is_refused_by_name():
+def test_a_request_in_jit_trace_is_refused_by_name():
     with pytest.raises(fa.FeatureNotBuiltError, match=r"recorded by torch\.jit\.trace"):
-        torch.jit.trace(fa.flash_attn_func, tuple(qkv()))
+        torch.jit.trace(lambda q, k, v: fa.run(fa.DenseFwdRequest(q, k, v)).out, tuple(qkv()))
 
 
-@pytest.mark.parametrize("name", functional.__all__)
-def test_compile_breaks_its_graph_before_a_call(name: str):
-    call, packed = getattr(fa, name), "varlen" in name
-    q, k, v = qkv(16) if packed else qkv()
-    offsets = torch.tensor([0, 5, 16], dtype=torch.int32)
-    arrays = (q, k, v)
-    if "qkvpacked" in name:
-        arrays = (torch.stack((q, k, v), dim=1 if packed else 2),)
-    elif "kvpacked" in name:
-        arrays = (q, torch.stack((k, v), dim=1 if packed else 2))
-    lengths = () if not packed else (offsets, 11) if "qkvpacked" in name else (offsets, offsets, 11, 11)
-
-    def model(*arrays: Any) -> Any:
-        return call(arrays[0].sin(), *arrays[1:], *lengths, causal=True) * 2
-
-    torch._dynamo.reset()
-    assert torch.equal(torch.compile(model, backend="eager")(*arrays), model(*arrays))
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="no operators of torch yet"):
-        torch.compile(model, backend="eager", fullgraph=True)(*arrays)
-
-
-def test_compile_breaks_its_graph_where_torch_was_imported_after_us():
+@pytest.mark.parametrize("order", ["import torch, atomr_accel_flashattn", "import atomr_accel_flashattn, torch"])
+def test_operators_are_there_once_torch_is(order: str):
     code = (
-        "from atomr_accel_flashattn import flash_attn_func as f; import sys; assert 'torch' not in sys.modules; import torch; "
-        "x = torch.ones(1, 4, 2, 16); g = torch.compile(lambda x: f(x.sin(), x, x) * 2, backend='eager'); "
+        f"{order}; import sys; assert 'torch._dynamo' not in sys.modules; "
+        "assert 'atomr_accel_flashattn.functional' not in sys.modules; x = torch.ones(1, 4, 2, 16); "
+        "op = torch.ops.atomr_accel_flashattn.attention; from atomr_accel_flashattn import flash_attn_func as f; "
+        "assert torch.equal(op(x, x, x)[0], f(x, x, x)); "
+        "g = torch.compile(lambda x: f(x.sin(), x, x) * 2, backend='eager', fullgraph=True); "
         "assert torch.equal(g(x), f(x.sin(), x, x) * 2)"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
-
-
-def test_to_be_kept_out_of_graphs_imports_no_compiler():
-    code = "import sys, torch, atomr_accel_flashattn as fa; fa.flash_attn_func; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 

@@ -426,12 +426,12 @@ class TestTorch:
         with pytest.raises(fa.ArrayTypeError, match=r"nested torch tensor; .* use flash_attn_varlen_func"):
             fa.flash_attn_func(torch.nested.nested_tensor([q[0], q[0]], layout=torch.jagged), k, v)
 
-    def test_a_tensor_inside_vmap_is_refused(self):
+    def test_a_request_inside_vmap_is_refused(self):
         import torch
 
         batch = torch.zeros(3, 1, 2, 2, 8)
         with pytest.raises(fa.ArrayTypeError, match="without memory of its own"):
-            torch.func.vmap(lambda q: fa.flash_attn_func(q, q, q))(batch)
+            torch.func.vmap(lambda q: fa.run(fa.DenseFwdRequest(q, q, q)).out)(batch)
 
     def test_a_scale_in_a_tensor_is_no_number(self):
         import torch

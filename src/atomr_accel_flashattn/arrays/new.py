@@ -18,8 +18,10 @@ from .torch_hooks import tell_written
 __all__ = [
     "check_can_copy",
     "copy_into",
+    "draw_seed",
     "draw_seed_and_offset",
     "empty_like_framework",
+    "empty_torch",
     "empty_workspace",
     "in_library_of",
     "pad_last",
@@ -27,6 +29,7 @@ __all__ = [
     "unbind",
 ]
 
+_LOWEST, _HIGHEST = -(2**63), 2**63 - 1  # of a seed and an offset, the highest excluded
 _ALIGNMENT: Final = 64  # of host memory that JAX takes over without a copy
 
 
@@ -40,7 +43,7 @@ def empty_like_framework(like: ArrayInfo, shape: tuple[int, ...], dtype_name: st
     torch = sys.modules.get("torch")
     array: Any
     if torch is not None and isinstance(source, torch.Tensor):
-        array = _empty_torch(torch, source, shape, getattr(torch, name))
+        array = empty_torch(source, shape, getattr(torch, name))
     elif isinstance(source, np.ndarray):
         array = np.empty(shape, numpy_dtype(name))
     elif isinstance(source, DeviceArray):
@@ -90,13 +93,44 @@ def in_library_of(like: ArrayInfo, made: ArrayInfo) -> Any:
     return array if array.dtype.name == made.dtype_name else array.view(made.dtype_name)
 
 
-def _empty_torch(torch: Any, like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """``torch.empty_like`` where it leaves the last dimension contiguous (inputs with steps of 0 may come out otherwise)."""
-    if shape == tuple(like.shape) and dtype == like.dtype:
-        array = torch.empty_like(like)
-        if array.stride(-1) == 1:
-            return array
+def empty_torch(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A new tensor whose last stride is 1: of the shape and type of ``like`` with the order of its dimensions, any other row-major.
+
+    ``torch.empty_like`` keeps that order too, except that it gives tensors without values other strides than real ones where a size is 1.
+    """
+    if tuple(shape) == tuple(like.shape) and dtype == like.dtype:
+        return like.new_empty_strided(shape, _strides_in_order(tuple(shape), tuple(like.stride())))
     return like.new_empty(shape, dtype=dtype)
+
+
+def _strides_in_order(shape: tuple[Any, ...], strides: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Strides without gaps, of which the last is 1 and the others have the order of ``strides``; row-major where a step is 0.
+
+    Numbers may be symbols of torch.compile; an order that depends on their values counts as row-major.
+    """
+    last = len(shape) - 1
+    long = [at for at in range(last) if _holds(shape[at] > 1, otherwise=True)]
+    order: list[int] = []  # of the dimensions, the outermost first
+    for at in [] if any(_holds(strides[each] == 0, otherwise=False) for each in long) else long:
+        place = len(order)
+        while place and _holds(strides[order[place - 1]] < strides[at], otherwise=False):
+            place -= 1
+        order.insert(place, at)
+    made, step = [1] * len(shape), shape[last]
+    for at in reversed(order or long):
+        made[at], step = step, step * shape[at]
+    for at in reversed(range(last)):
+        if at not in long:
+            made[at] = made[at + 1] * shape[at + 1]
+    return tuple(made)
+
+
+def _holds(condition: Any, *, otherwise: bool) -> bool:
+    """A condition on sizes; ``otherwise`` where torch does not know it before the call runs."""
+    if isinstance(condition, bool):
+        return condition
+    symbols = sys.modules["torch.fx.experimental.symbolic_shapes"]
+    return bool(symbols.guard_or_true(condition) if otherwise else symbols.guard_or_false(condition))
 
 
 def unbind(info: ArrayInfo, axis: int) -> tuple[Any, ...]:
@@ -184,23 +218,30 @@ def copy_into(target: ArrayInfo, values: Any, user_array: Any) -> Any:
     return user_array
 
 
+def draw_seed(like: Any) -> Any:
+    """int64 (2,), the (seed, offset) of a dropout, on the device of a torch tensor and from torch's generator there.
+
+    Drawn by a kernel, so that a CUDA graph draws anew in every replay.
+    """
+    return like.new_empty((2,), dtype=sys.modules["torch"].int64).random_(_LOWEST, _HIGHEST)
+
+
 def draw_seed_and_offset(like: ArrayInfo) -> ArrayInfo | None:
     """int64[2] on the device of ``like`` from its library's own generator; None without one.
 
     So the library's seeding, graph replay and activation checkpointing see the right pattern.
     """
     source = like.source
-    low, high = -(2**63), 2**63 - 1
     torch = sys.modules.get("torch")
     array: Any
     if torch is not None and isinstance(source, torch.Tensor):
-        array = source.new_empty((2,), dtype=torch.int64).random_(low, high)
+        array = draw_seed(source)
     elif isinstance(source, np.ndarray):
-        array = np.random.randint(low, high, 2, dtype=np.int64)  # noqa: NPY002 - the generator that np.random.seed controls
+        array = np.random.randint(_LOWEST, _HIGHEST, 2, dtype=np.int64)  # noqa: NPY002 - the generator that np.random.seed controls
     elif is_cupy(source):
         cupy = sys.modules["cupy"]
         with cupy.cuda.Device(like.device.index):
-            array = cupy.random.randint(low, high, 2, dtype=np.int64)
+            array = cupy.random.randint(_LOWEST, _HIGHEST, 2, dtype=np.int64)
     else:
         return None
     return read_array(array, "rng")

@@ -1,12 +1,13 @@
 """The few functions of torch on the steady-state path: looked up once, some of them private, each with a way that does without.
 
-And what torch has to be told of calls that it does not see: that an array was written, and that its compiler is to leave them alone.
+And what torch has to be told and asked: that an array was written, who records, and when it is imported.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,11 +16,18 @@ import wrapt
 __all__ = [
     "Hooks",
     "NewTensor",
+    "answer_compiler",
+    "autocast_changes",
+    "autocast_is_on",
+    "below_autograd",
     "empty_on",
     "guard_of",
     "hooks",
-    "keep_out_of_graphs",
+    "is_transformed",
+    "is_watched",
     "meet_torch",
+    "once_torch_is_there",
+    "one_level",
     "recorder",
     "tangent_of",
     "tell_written",
@@ -31,6 +39,10 @@ NewTensor: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], Any]
 
 def _no_device() -> int:
     return -1
+
+
+def _no() -> bool:
+    return False
 
 
 class _NoForwardMode:
@@ -51,7 +63,6 @@ class Hooks:
     plain_types: frozenset[type] = frozenset()
     is_grad_enabled: Any = None
     raw_stream: Any = None
-    int64: Any = None
     guard: Any = None
     empty_on_current: Any = None
     current_device: Any = _no_device
@@ -59,6 +70,7 @@ class Hooks:
     forward_ad: Any = _NoForwardMode
     increment_version: Any = None
     count_modes: Any = int  # dispatch modes of torch that are active in this thread
+    is_compiling: Any = _no
 
 
 hooks = Hooks()
@@ -71,7 +83,7 @@ def meet_torch() -> None:
         return
     private = torch._C  # the public call costs 8 us for the stream, 1.5 us more for an output
     guards: Any = getattr(getattr(private, "_dynamo", None), "guards", None)
-    hooks.is_grad_enabled, hooks.int64 = torch.is_grad_enabled, torch.int64
+    hooks.is_grad_enabled = torch.is_grad_enabled
     hooks.count_modes = getattr(private, "_len_torch_dispatch_stack", int)
     hooks.forward_ad, hooks.increment_version = torch.autograd.forward_ad, torch.autograd.graph.increment_version
     hooks.raw_stream = getattr(private, "_cuda_getCurrentRawStream", None)
@@ -141,22 +153,56 @@ def recorder() -> str:
     return "make_fx" if private._dispatch_tls_is_dispatch_key_included(private.DispatchKey.PreDispatch) else ""
 
 
-def keep_out_of_graphs(functions: tuple[Callable[..., Any], ...]) -> None:
-    """Have torch.compile break its graph before calls of ``functions``, and not look into what they call.
+def autocast_is_on() -> bool:
+    """Whether torch.autocast is on for tensors of a GPU."""
+    return bool(sys.modules["torch"].is_autocast_enabled("cuda"))
 
-    This is what ``torch.compiler.disable`` does, without its wrapper and without the import of torch's compiler, which takes seconds.
-    It is done once torch is there, as many import it after us. A torch without the private names is left as it is.
-    """
 
-    def mark(torch: Any) -> None:
-        frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-        if not hasattr(frames, "set_code_exec_strategy"):
-            return
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
-        for function in functions:
-            described: Any = function
-            described._torchdynamo_disable = True
-            described._torchdynamo_disable_msg = "the kernels of atomr_accel_flashattn are no operators of torch yet"
-            frames.set_code_exec_strategy(function.__code__, skip)
+def autocast_changes(tensors: tuple[Any, ...]) -> bool:
+    """Whether it wants another type than that of these tensors, which are on a GPU."""
+    if not autocast_is_on():
+        return False
+    wanted = sys.modules["torch"].get_autocast_dtype("cuda")
+    return any(tensor.dtype != wanted for tensor in tensors)
 
-    wrapt.register_post_import_hook(mark, "torch")
+
+def is_watched() -> bool:
+    """Whether operations of torch are recorded just now, or go through a dispatch mode or a transform of torch.func."""
+    return bool(sys.modules["torch"]._C._len_torch_dispatch_stack() or is_transformed() or recorder())
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active."""
+    return sys.modules["torch"]._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextmanager
+def below_autograd() -> Iterator[None]:
+    """Operators that are called here go past autograd; levels of torch.func that lie further out still record them."""
+    torch = sys.modules["torch"]
+    with ExitStack() as stack:
+        if is_transformed():  # inside of a Function, which records nothing of what it calls
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autograd.forward_ad._set_fwd_grad_enabled(True))
+        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+        yield
+
+
+def one_level() -> AbstractContextManager[None]:
+    """Where an operation of autograd belongs to the innermost level of torch.func, as those of torch do."""
+    if not is_transformed():
+        return nullcontext()
+    from torch._functorch.utils import enable_single_level_autograd_function
+
+    made: AbstractContextManager[None] = enable_single_level_autograd_function()
+    return made
+
+
+def once_torch_is_there(act: Callable[[Any], None]) -> None:
+    """Call ``act`` with torch: now, or at the end of its import, as many import it after us."""
+    wrapt.register_post_import_hook(act, "torch")
+
+
+def answer_compiler(torch: Any) -> None:
+    """Let ``hooks.is_compiling`` be what torch.compile takes for True where it traces; it costs eager calls 40 ns."""
+    hooks.is_compiling = getattr(getattr(torch, "compiler", None), "is_dynamo_compiling", _no)

@@ -24,7 +24,7 @@ class Asked:
 
     mask: MaskKind
     sink_tokens: int
-    softmax_scale: float
+    softmax_scale: float | None
     softcap: float
     dropout_p: float
     longest: tuple[int, int]  # of the sequences of q and k

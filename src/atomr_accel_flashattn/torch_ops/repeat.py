@@ -27,7 +27,8 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from ..arrays.torch_hooks import NewTensor, empty_on, guard_of, hooks, meet_torch, recorder
+from ..arrays.new import draw_seed
+from ..arrays.torch_hooks import NewTensor, autocast_changes, autocast_is_on, empty_on, guard_of, hooks, meet_torch, recorder
 from ..env import settings
 from ..limits import VECTOR_BYTES
 from ..runtime import plan as store
@@ -215,6 +216,7 @@ def _recording(tensors: Tensors, others: Others, deterministic: bool) -> Recordi
         and not any(tensor.is_neg() for tensor in tensors)
         and not recorder()
         and all(map(_has_memory, tensors))
+        and not autocast_changes(tensors[:3])
     ):
         return None
     wanting = tuple(tensor.requires_grad for tensor in tensors)
@@ -250,10 +252,16 @@ def _find(call: Key, alignment: int, tensors: Tensors, recording: Recording) -> 
 
 
 def _guard(tensors: Tensors) -> Any:
-    """A function that tells whether as many tensors are like these, if there can be one."""
+    """A function that tells whether as many tensors are like these, if there can be one.
+
+    A guard sees whether autocast is on, and not the type that it asks for. So one that is made under autocast asks for that as well.
+    """
     if hooks.guard is None or len({id(tensor) for tensor in tensors}) < len(tensors):
         return _never
-    return guard_of(hooks.guard, tensors)
+    same = guard_of(hooks.guard, tensors)
+    if not autocast_is_on():
+        return same
+    return lambda *others: same(*others) and not autocast_changes(others[:3])
 
 
 def _never(*_tensors: Any) -> bool:
@@ -278,7 +286,7 @@ def launch_more(found: Shortcut, pointers: tuple[int, int, int, int], q: Any, pa
     lengths = (0, 0) if packing is None else (packing[0].data_ptr(), packing[1].data_ptr())
     slopes, learned_sink, _ = others
     biases = (0 if slopes is None else slopes.data_ptr(), 0 if learned_sink is None else learned_sink.data_ptr())
-    rng = q.new_empty((2,), dtype=hooks.int64).random_(-(2**63), 2**63 - 1) if found.dropout else None
+    rng = draw_seed(q) if found.dropout else None
     found.launch(stream, (*pointers, lse_ptr, *lengths, *biases, 0 if rng is None else rng.data_ptr()))
     return lse, rng
 

@@ -1,0 +1,194 @@
+"""The operators of torch on the card: opcheck, torch.compile, open lengths, autocast, and graphs whose replays draw dropout anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
+from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
+from tests.gpu.families import DEVICE  # noqa: E402
+from tests.gpu.test_gradients import close, gradients, leaves, normal  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+
+operators = torch.ops.atomr_accel_flashattn
+
+
+@pytest.fixture
+def family() -> Family:
+    """The backward is that of one family, whichever ran the forward; its forward is that of the card."""
+    return Family.FA2
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def ends(*values: int) -> Any:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("name", ["dense", "packed", "all"])
+def test_opcheck(name: str):
+    sink, slopes = normal(4, dtype=torch.float32).requires_grad_(), normal(4, dtype=torch.float32).abs()
+    operands = {
+        "dense": (*leaves(2, 100),),
+        "packed": (*leaves(150), None, None, None, ends(0, 0, 61, 130), ends(0, 0, 61, 130), 70, 70),
+        "all": (*leaves(2, 100), sink, slopes, operators.draw_seed(normal(1)), None, None, 0, 0, None, None, 0.1, 40, 0, 20.0, 0.2, 2),
+    }[name]
+    # additions to dQ come in any order, so test_aot_dispatch_dynamic compares what is equal within rounding only
+    torch.library.opcheck(operators.attention.default, operands, rtol=2e-2, atol=2e-2)
+
+
+def packed(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    offsets = ends(0, 0, 61, 130)
+    return fa.flash_attn_varlen_func(q, k, v, offsets, offsets, 70, 70, **options)
+
+
+CALLS: dict[str, tuple[tuple[int, ...], Callable[..., Any]]] = {
+    "dense": ((2, 130), lambda q, k, v: fa.flash_attn_func(q.sin(), k, v, causal=True)),
+    "dropout": ((2, 130), lambda q, k, v: fa.flash_attn_func(q.sin(), k, v, 0.3)),
+    "padded": ((2, 130), lambda q, k, v: fa.flash_attn_func(q[..., :60], k[..., :60], v[..., :52])),
+    "heads first": ((2, 4, 130), lambda q, k, v: fa.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)),
+    "packed": ((150,), lambda q, k, v: packed(q.sin(), k, v, causal=True)),
+    "qkvpacked": ((2, 130), lambda q, k, v: fa.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), window_size=(40, 0))),
+    "lse": ((2, 130), lambda q, k, v: fa.flash_attn_func(q, k, v, return_attn_probs=True)[1]),
+}
+
+
+def inputs(name: str) -> list[Any]:
+    sizes, _ = CALLS[name]
+    if name == "heads first":
+        return [normal(2, 4, 130, 64, seed=i).requires_grad_() for i in range(3)]
+    return leaves(*sizes, heads=(4, 4) if name == "qkvpacked" else (4, 2))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", CALLS)
+def test_one_graph_forward_and_backward(name: str, backend: str):
+    call = CALLS[name][1]
+
+    def run(function: Callable[..., Any]) -> list[Any]:
+        tensors = inputs(name)
+        torch.manual_seed(3)
+        out = function(*tensors)
+        made = torch.autograd.grad(out.float().square().sum(), tensors, allow_unused=True)
+        return [out.detach(), *(torch.zeros_like(x) if dx is None else dx for dx, x in zip(made, tensors, strict=True))]
+
+    close(run(torch.compile(call, fullgraph=True, backend=backend)), run(call))
+
+
+@pytest.mark.parametrize("kind", ["int", "tensor"])
+def test_lengths_compile_once(kind: str):
+    call = lambda q, k, v, offsets, most: fa.flash_attn_varlen_func(q, k, v, offsets, offsets, most, most, causal=True)  # noqa: E731
+    function = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in range(5, 55):
+            arguments = (*leaves(3 * n), ends(0, n, 3 * n), 2 * n if kind == "int" else torch.tensor(2 * n, device=DEVICE))
+            out = function(*arguments)
+            close([out.detach()], [call(*arguments).detach()], 0.0)
+            gradients(out.float().sum(), list(arguments[:3]))
+
+
+def step_of(compiled: bool) -> tuple[Any, Any, Callable[[], None]]:
+    """A training step with dropout, on tensors that stay where they are: leaves, o, and the step."""
+    tensors, out = leaves(2, 130), torch.zeros(2, 130, 4, 64, device=DEVICE, dtype=torch.bfloat16)
+    call = lambda q, k, v: fa.flash_attn_func(q, k, v, 0.4)  # noqa: E731
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+
+    def step() -> None:
+        for x in tensors:
+            x.grad.zero_()
+        made = function(*tensors)
+        out.copy_(made.detach())
+        made.float().square().sum().backward()
+
+    for x in tensors:
+        x.grad = torch.zeros_like(x)
+    return tensors, out, step
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_replays_of_a_captured_training_step_advance_the_dropout(compiled: bool):
+    tensors, out, step = step_of(compiled)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def replayed(seed: int, count: int) -> list[list[Any]]:
+        torch.manual_seed(seed)
+        made = []
+        for _ in range(count):
+            graph.replay()
+            made.append([out.clone(), *(x.grad.clone() for x in tensors)])
+        return made
+
+    first, second = replayed(5, 2)
+    assert not torch.equal(first[0], second[0]), "two replays dropped the same"
+    again, _ = replayed(5, 2)
+    assert torch.equal(again[0], first[0]), "the generator does not decide on the dropout of a replay"
+    close(again[1:], first[1:])
+    torch.manual_seed(5)  # the generator as before the first replay: an eager step draws what the replay drew
+    step()
+    assert torch.equal(out, first[0])
+    close([x.grad for x in tensors], first[1:])
+
+
+def test_reduced_overhead_draws_anew():
+    tensors = leaves(2, 130)
+    function = torch.compile(lambda q, k, v: fa.flash_attn_func(q, k, v, 0.4), fullgraph=True, mode="reduce-overhead")
+    made = []
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        out = function(*tensors)
+        out.float().square().sum().backward()
+        made.append(out.detach().clone())
+    assert not any(torch.equal(one, other) for one, other in pairwise(made))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast(compiled: bool):
+    q, k, v = (x.detach() for x in leaves(2, 130))
+    tensors = [q.float().requires_grad_(), k.float().requires_grad_(), v.requires_grad_()]
+    call = lambda q, k, v: fa.flash_attn_func(q, k, v, causal=True)  # noqa: E731
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    for _ in range(3):  # the first call, and ones like it
+        with torch.autocast("cuda", torch.bfloat16):
+            out = function(*tensors)
+        assert out.dtype is torch.bfloat16
+        made = gradients(out.float().square().sum(), tensors)
+        assert [x.dtype for x in made] == [torch.float32, torch.float32, torch.bfloat16]
+    expected = leaves(2, 130)
+    close(made, gradients(call(*expected).float().square().sum(), expected))
+
+
+def test_autocast_takes_the_type_of_now():
+    tensors = [x.detach() for x in leaves(2, 130)]
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16, torch.float16):
+        for _ in range(3):
+            with torch.autocast("cuda", dtype):
+                assert fa.flash_attn_func(*tensors).dtype is dtype
+    assert fa.flash_attn_func(*(x.half() for x in tensors)).dtype is torch.float16
+
+
+def test_vmap_and_func_grad():
+    q, k, v = (x.detach() for x in leaves(3, 2, 70))
+    loss = lambda q, k, v: fa.flash_attn_func(q, k, v, causal=True).float().square().sum()  # noqa: E731
+    made = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    each = [torch.func.grad(loss, argnums=(0, 1, 2))(*x) for x in zip(q, k, v, strict=True)]
+    close(list(made), [torch.stack(x) for x in zip(*each, strict=True)])

@@ -1,0 +1,197 @@
+"""Training as users of torch do it: checkpointing, autocast, DDP and FSDP2, eager and compiled."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
+
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts  # noqa: E402 - after the skip
+
+import atomr_accel_flashattn as fa  # noqa: E402
+from tests.operators.calls import gradients, leaves, operators  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def attend(q: Any, k: Any, v: Any) -> Any:
+    """Two calls, each with a dropout of its own."""
+    return fa.flash_attn_func(fa.flash_attn_func(q.sin(), k, v, 0.5).cos(), k, v, 0.3)
+
+
+def recompute_all(_ctx: Any, _operator: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_attention(_ctx: Any, operator: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:
+    saved = operator in {operators.attention.default, operators.draw_seed.default}
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "reentrant": {"use_reentrant": True},
+    "not reentrant": {"use_reentrant": False},
+    "selective, recomputed": {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, recompute_all)},
+    "selective, saved": {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, save_attention)},
+}
+
+
+def step(function: Callable[..., Any]) -> list[Any]:
+    tensors = leaves(2, 30)
+    torch.manual_seed(1)
+    function(*tensors).sin().sum().backward()
+    return [x.grad for x in tensors]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("way", WAYS)
+def test_checkpointing_draws_the_same_dropout(way: str, compiled: bool):
+    function = partial(checkpoint, attend, **WAYS[way])
+    if compiled and way == "reentrant":
+        pytest.skip("torch.compile has no graph for the reentrant way")
+    if compiled:
+        function = torch.compile(
+            lambda q, k, v: checkpoint(attend, q, k, v, **WAYS[way]), fullgraph=True, backend="aot_eager_decomp_partition"
+        )
+    for one, other in zip(step(function), step(attend), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_policy_saves_the_operator():
+    """In the backward nothing of it runs again."""
+    calls: list[Any] = []
+
+    def noting(ctx: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+        calls.append((ctx.is_recompute, operator))
+        return save_attention(ctx, operator, *arguments, **options)
+
+    context = partial(create_selective_checkpoint_contexts, noting)
+    step(partial(checkpoint, attend, use_reentrant=False, context_fn=context))
+    assert (False, operators.attention.default) in calls
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.5])
+def test_a_memory_budget_draws_the_same_dropout(budget: float):
+    """With a budget of 0 torch saves nothing but inputs, and draws its own dropouts anew as well (docs/semantics.md)."""
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        made = step(torch.compile(attend, fullgraph=True, backend="aot_eager_decomp_partition"))
+    for one, other in zip(made, step(attend), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def mixed() -> list[Any]:
+    q, k, v = leaves()
+    return [q, k, v.detach().bfloat16().requires_grad_()]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_autocast(compiled: bool, packed: bool):
+    """float32 q and k beside a bf16 v: bf16 inside, gradients of the types of before; the LSE stays float32."""
+    tensors = mixed()
+    ends = torch.tensor([0, 6, 12], dtype=torch.int32)
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        if packed:
+            arrays = (x.flatten(0, 1) for x in (q, k, v))
+            return fa.flash_attn_varlen_func(*arrays, ends, ends, 6, 6, causal=True, return_attn_probs=True)[:2]
+        return fa.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[:2]
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = function(*tensors)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    made = gradients(out.float().sin().sum() + lse.sum(), tensors)
+    assert [x.dtype for x in made] == [torch.float32, torch.float32, torch.bfloat16]
+    expected_out, expected_lse = call(*(x.bfloat16() for x in tensors))
+    expected = gradients(expected_out.float().sin().sum() + expected_lse.sum(), tensors)
+    assert torch.equal(out, expected_out)
+    assert all(torch.equal(one, other) for one, other in zip(made, expected, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast_takes_the_type_of_now(compiled: bool):
+    function = torch.compile(fa.flash_attn_func, backend="aot_eager", fullgraph=True) if compiled else fa.flash_attn_func
+    half = [x.detach().half() for x in leaves()]
+    double = [x.detach().double() for x in leaves()]
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert function(*leaves()).dtype is dtype
+            assert function(*half).dtype is dtype
+            assert function(*double).dtype is torch.float64
+            with torch.autocast("cpu", enabled=False):
+                assert function(*half).dtype is torch.float16
+    assert function(*leaves()).dtype is torch.float32
+
+
+_WORKER = """
+import os, sys, torch, torch.distributed as dist
+import atomr_accel_flashattn as fa
+from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        self.sink = torch.nn.Parameter(torch.zeros(2))
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 8).unbind(2)
+        made = fa.flash_attn_func(q, k, v, causal=True, learned_sink=self.sink)
+        return self.out(made.flatten(2)) + x
+
+def steps(model, data):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for x in data:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+def values(model):
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
+
+dist.init_process_group("gloo")
+rank, way, compiled = dist.get_rank(), sys.argv[1], sys.argv[2] == "compiled"
+torch.manual_seed(0)
+plain, model, data = Layer(), Layer(), torch.randn(2, 4, 9, 16)
+model.load_state_dict(plain.state_dict())
+before = values(plain)
+steps(plain, data)
+model = DistributedDataParallel(model) if way == "ddp" else fully_shard(model) or model
+steps(torch.compile(model, backend="aot_eager") if compiled else model, data[:, 2 * rank : 2 * rank + 2])
+for made, expected, start in zip(values(model), values(plain), before, strict=True):
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(expected, start), "a parameter did not train"
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch without gloo")
+@pytest.mark.parametrize("compiled", ["eager", "compiled"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_two_steps_of_two_processes_are_those_of_one(way: str, compiled: str):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    workers = []
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", "-c", _WORKER, way, compiled]
+        workers.append(subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True))
+    errors = [worker.communicate()[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(each[-3000:] for each in errors)
