@@ -385,7 +385,7 @@ def test_values_on_a_gpu_are_looked_at_only_in_debug(monkeypatch: pytest.MonkeyP
         looked.append(info.dtype_name)
         return np.asarray(info.source)
 
-    monkeypatch.setattr("atomr_accel_flashattn.varlen.copy_to_host", look)
+    monkeypatch.setattr("atomr_accel_flashattn.requests.seqlens.copy_to_host", look)
     decreasing = on_gpu(np.array([0, 5, 4], np.int32))
     assert fa.CumulativeSeqlens(decreasing, 5).batch == 2
     assert not looked
