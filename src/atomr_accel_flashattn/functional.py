@@ -12,21 +12,20 @@ on a GPU; or the caller's ``out``. Half of this file is overloads that say so to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar, overload
-
-import numpy as np
 
 from .arrays.new import check_can_copy, copy_into, in_library_of, pad_last, row_major, unbind
 from .arrays.read import jax_array_of, read_array
 from .arrays.torch_hooks import keep_out_of_graphs
-from .errors import ShapeError, UnsupportedArgumentError, WindowError
-from .limits import HEAD_DIM_STEP, MAX_HEAD_DIM, as_integer, as_real, is_integer, not_built
+from .errors import ShapeError
+from .limits import HEAD_DIM_STEP, MAX_HEAD_DIM, as_integer, not_built
+from .paged import PagedAttentionRequest
 from .problem import ArrayInfo
 from .requests.checks import check_out
 from .requests.dense import DenseFwdRequest
-from .requests.options import AttentionOptions, MaskKind, PositionBias
-from .runtime.execute import execute
+from .requests.foreign import flag, mask_of_window, plain_softcap
+from .requests.options import AttentionOptions, PositionBias
+from .runtime.execute import execute, run
 from .runtime.plan import Key
 from .torch_ops.autograd import attend, is_recorded, without_history
 from .torch_ops.repeat import Numbers, Others, Packing, remember, repeat
@@ -301,7 +300,8 @@ def flash_attn_varlen_func(
         alibi_slopes: float32 (Hq,) or (B, Hq).
         deterministic: as in :func:`flash_attn_func`.
         return_attn_probs: also return LSE and dropout pattern.
-        block_table: refused; paged K and V are not built.
+        block_table: int32 (B, entries): k and v are pages, (blocks, block size, Hkv, D) and (blocks, block size, Hkv, Dv), of any block
+            size, and these are the pages of each sequence, whose length ``cu_seqlens_k`` says. Not with dropout, nor with gradients.
         out: (total_q, Hq, Dv) to be written.
         learned_sink: float32 (Hq,).
         sink_tokens: first keys of each sequence that stay visible.
@@ -311,10 +311,33 @@ def flash_attn_varlen_func(
         bool or None).
 
     Raises:
-        FeatureNotBuiltError: ``block_table`` is given, and all of :func:`flash_attn_func`.
+        FeatureNotBuiltError: ``block_table`` on a GPU or with gradients, and all of :func:`flash_attn_func`.
     """
     if block_table is not None:
-        raise not_built("block_table", "got a block_table; allowed is None")
+        lengths = CumulativeSeqlens(cu_seqlens_k, _plain_length(max_seqlen_k), name="cu_seqlens_k")
+        flag(deterministic, "deterministic")
+        if is_recorded(q, k, v, (alibi_slopes, learned_sink, out)):
+            raise not_built("paged_backward", "got a block_table with a tensor that requires grad while gradients are enabled")
+        output = run(
+            PagedAttentionRequest(
+                q,
+                k,
+                v,
+                block_table,
+                lengths,
+                cu_seqlens_q=CumulativeSeqlens(cu_seqlens_q, _plain_length(max_seqlen_q), name="cu_seqlens_q"),
+                mask=mask_of_window(window_size, causal=flag(causal, "causal")),
+                bias=PositionBias(alibi_slopes),
+                sink_tokens=sink_tokens,
+                options=AttentionOptions(
+                    softmax_scale=softmax_scale, softcap=plain_softcap(softcap), learned_sink=learned_sink, dropout_p=dropout_p
+                ),
+                max_seqlen_k=lengths.longest,
+                out=out,
+            ),
+            lse=flag(return_attn_probs, "return_attn_probs"),
+        )
+        return (output.out, output.lse, None) if return_attn_probs else output.out
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
     packing = (cu_seqlens_q, cu_seqlens_k, _plain_length(max_seqlen_q), _plain_length(max_seqlen_k))
     return _attention(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out), deterministic)
@@ -451,7 +474,7 @@ def flash_attn_varlen_kvpacked_func(
 def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, deterministic: bool) -> Any:
     """Every functional call: as one like it was answered before, or through a request."""
     if deterministic is not False:
-        deterministic = _flag(deterministic, "deterministic")
+        deterministic = flag(deterministic, "deterministic")
     key, result = repeat(q, k, v, packing, numbers, others, deterministic=deterministic)
     return _first(_Call(q, k, v, numbers, others, deterministic), packing, key) if result is None else result
 
@@ -479,8 +502,8 @@ class _Call:
         dropout_p, softmax_scale, causal, window_size, softcap, self.sink_tokens, return_attn_probs = numbers
         self.others = others
         slopes, learned_sink, self.out = others
-        self.return_attn_probs = _flag(return_attn_probs, "return_attn_probs")
-        self.mask = _mask(window_size, causal=_flag(causal, "causal"))
+        self.return_attn_probs = flag(return_attn_probs, "return_attn_probs")
+        self.mask = mask_of_window(window_size, causal=flag(causal, "causal"))
         self.bias = PositionBias(slopes)
         infos = read_array(q, "q"), read_array(k, "k"), read_array(v, "v")
         self.arrays: tuple[Any, ...] = (q, k, v)
@@ -501,7 +524,7 @@ class _Call:
             *arrays, learned_sink = without_history(self.inputs)
             self.arrays = tuple(arrays)
         self.options = AttentionOptions(
-            softmax_scale=softmax_scale, softcap=_softcap(softcap), learned_sink=learned_sink, dropout_p=dropout_p
+            softmax_scale=softmax_scale, softcap=plain_softcap(softcap), learned_sink=learned_sink, dropout_p=dropout_p
         )
 
     def _copy(self, infos: tuple[ArrayInfo, ArrayInfo, ArrayInfo], *, pads: bool) -> None:
@@ -559,27 +582,6 @@ def _needs_padding(*head_dims: int) -> bool:
 
 def _round_up(size: int) -> int:
     return -(-size // HEAD_DIM_STEP) * HEAD_DIM_STEP
-
-
-def _softcap(softcap: Any) -> Any:
-    """flash-attn takes every cap of 0 or less for none."""
-    number = as_real(softcap)
-    return 0.0 if number is not None and -inf < number <= 0 else softcap
-
-
-def _flag(value: Any, name: str) -> bool:
-    """True or False (of NumPy too, or as 1 and 0); a string would count as True, and a tensor would have to be waited for."""
-    if isinstance(value, (bool, np.bool_)) or (is_integer(value) and value in {0, 1}):
-        return bool(value)
-    raise UnsupportedArgumentError(f"{name}: got {value!r}; allowed are True and False")
-
-
-def _mask(window_size: Any, *, causal: bool) -> MaskKind:
-    pair = window_size.tolist() if hasattr(window_size, "tolist") else window_size  # a tensor is waited for once
-    if not isinstance(pair, Sequence) or len(pair) != 2:  # a set has no left one
-        raise WindowError(f"window_size: got {window_size!r}; allowed is (left, right), negative for no bound")
-    left, right = pair
-    return MaskKind.window(left, 0 if causal and as_integer(right) is not None else right)
 
 
 def _unpack(x: Any, name: str, *, axis: int, parts: int) -> tuple[Any, ...]:

@@ -45,7 +45,9 @@ class ForwardRequest(MadeAnew, ShortRepr):
     def __post_init__(self) -> None:
         problem = self._lowered()
         object.__setattr__(self, "problem", problem)
-        object.__setattr__(self, "out_array", check_out(self.out, problem.out_shape, (problem.q, problem.k, problem.v)))
+        new = None if problem.cache is None else problem.cache.new
+        inputs = (problem.q, problem.k, problem.v, *(() if new is None else (new.k, new.v)))
+        object.__setattr__(self, "out_array", check_out(self.out, problem.out_shape, inputs))
         object.__setattr__(self, "plan_key", key_of_request(self))
 
     @abstractmethod
@@ -70,4 +72,5 @@ class ForwardRequest(MadeAnew, ShortRepr):
             "alibi_slopes": read_slopes(self.bias, q, batch=batch, heads=heads),
             "learned_sink": read_learned_sink(self.options, q, heads=heads),
             "dropout": read_dropout(self.options, q),
+            "batch_invariant": self.options.batch_invariant,
         }
