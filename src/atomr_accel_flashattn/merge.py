@@ -19,7 +19,7 @@ def merge_states(o1: Any, lse1: Any, o2: Any, lse2: Any) -> tuple[Any, Any]:
     """O and LSE over the keys of two calls that had the same queries and no key in common (FlashAttention, arXiv 2205.14135, section 3.1).
 
     LSEs are natural logarithms. A state without keys, (0, -inf), leaves the other one as it is, bit for bit. A learned sink belongs into
-    one of the two calls. In host memory only.
+    one of the two calls. LSEs are float32, so float64 outputs are right to 1e-7 of their size. In host memory only.
 
     Args:
         o1: (B, Sq, Hq, Dv) or (total_q, Hq, Dv), float16, bfloat16, float32 or float64.

@@ -291,7 +291,7 @@ class PagedKvCache:
     def _all(self, sequences: int | Sequence[int]) -> list[tuple[int, _Held]]:
         """Numbers and pages; one number is a list of one."""
         alone = as_integer(sequences)
-        numbers: Any = [alone] if alone is not None else sequences
+        numbers: Any = [alone] if alone is not None else _listed(sequences)
         named = [(int(number), self._held(number)) for number in numbers]
         if len({number for number, _ in named}) < len(named):
             raise SequenceError(f"sequences: got {list(numbers)!r}, in which one stands twice; allowed is each once")
@@ -362,10 +362,15 @@ def _count(value: Any, name: str) -> int:
     return number
 
 
+def _listed(given: Any) -> list[Any]:
+    """What was given as several; anything else as one, for the checks to name."""
+    return list(given) if isinstance(given, Sequence | np.ndarray) and not isinstance(given, str) else [given]
+
+
 def _counts(tokens: int | Sequence[int], batch: int) -> list[int]:
     """One number for each of ``batch`` sequences; one for all of them counts for each."""
     alone = as_integer(tokens)
-    numbers: Any = [alone] * batch if alone is not None else tokens
+    numbers: Any = [alone] * batch if alone is not None else _listed(tokens)
     counts = [_count(each, "tokens") for each in numbers]
     if len(counts) != batch:
         raise ShapeError(f"tokens: got {len(counts)} numbers for {batch} sequences; allowed is one for each, or one for all")

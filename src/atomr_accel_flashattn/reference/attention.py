@@ -121,13 +121,15 @@ def forward(problem: AttentionProblem, out: Array, lse: Array | None, dropout_ma
 
 def _sequences(problem: AttentionProblem, out: Array, lse: Array | None) -> Iterator[_Sequence]:
     """Views of each sequence, packed or dense, or in a cache."""
+    ends_q: list[int] = []
+    if problem.cu_seqlens_q is not None:  # before anything is written
+        ends_q = read_offsets(problem.cu_seqlens_q, "cu_seqlens_q", problem.q.shape[0], problem.seqlen_q)
     q, keys = _read_keys(problem)
-    if problem.cu_seqlens_q is None:
+    if not ends_q:
         for index in range(problem.batch):
             k, v = keys(index)
             yield _Sequence(index, q[index], k, v, out[index], None if lse is None else lse[index])
         return
-    ends_q = read_offsets(problem.cu_seqlens_q, "cu_seqlens_q", len(q), problem.seqlen_q)
     out[ends_q[-1] :] = 0  # rows that no sequence owns
     if lse is not None:
         lse[:, ends_q[-1] :] = -np.inf
@@ -141,8 +143,6 @@ def _read_keys(problem: AttentionProblem) -> tuple[Array, Callable[[int], tuple[
     """q, and what gives the K and V of a sequence. New tokens of a cache have been written, and q is turned."""
     if problem.cache is not None:
         values = read_values(problem)
-        if problem.cu_seqlens_q is not None:
-            read_offsets(problem.cu_seqlens_q, "cu_seqlens_q", problem.q.shape[0], problem.seqlen_q)  # before anything is written
         return write_new_tokens(problem, values), lambda index: keys_of(problem, values, index)
     q, k, v = (as_numpy(info) for info in (problem.q, problem.k, problem.v))
     if problem.cu_seqlens_k is None:
