@@ -108,7 +108,7 @@ REFUSED = {
         {"rotary_cos": COS[:11], "rotary_sin": COS[:11], "causal": True, "k": NEW[:, :1], "v": NEW[:, :1]},
     ),
     "rotary wider than a head": Refused(
-        fa.RotaryError, r"rotary_cos: got shape \(64, 5\)", {"rotary_cos": np.ones((64, 5), np.float16), "rotary_sin": np.ones((64, 5), np.float16)}
+        fa.RotaryError, r"rotary_cos: got shape \(64, 5\)", dict.fromkeys(("rotary_cos", "rotary_sin"), np.ones((64, 5), np.float16))
     ),
     "rotary of two sizes": Refused(fa.RotaryError, "rotary_sin: got float16", {"rotary_cos": COS, "rotary_sin": COS[:, :2].copy()}),
     "rotary of another type": Refused(fa.DTypeError, "rotary_cos: got type float64", {"rotary_cos": COS.astype(float), "rotary_sin": COS}),
