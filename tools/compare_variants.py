@@ -90,6 +90,7 @@ class Variant:
         if plan is None or not plan.launches:
             raise Refused("nothing to launch")
         (launch,) = plan.launches
+        assert isinstance(launch, launcher.Launch)  # noqa: S101 - a forward has one kernel
         params: Any = launch.params
         forward = params.fwd if isinstance(params, Fa3FwdParams) else params
         forward.section_heads = self.section_heads or forward.section_heads

@@ -34,7 +34,7 @@ START_UP = 60.0  # seconds beyond those for cases: imports under the tool, and t
 SUMMARY = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
 # Only our kernels are checked (filters add up; requests of the wgmma family launch some of the other one), and no API calls: the driver's
 # own search for symbols that it may lack is reported otherwise.
-NAMES = (*(f"{family.value}_" for family in Family), DropoutMaskSpec.HEADER)  # how names of ours begin
+NAMES = (*(f"{family.value}_" for family in Family), "bwd_", DropoutMaskSpec.HEADER)  # how names of ours begin
 FILTERS = tuple(word for name in NAMES for word in ("--kernel-name", f"kns={name}"))
 OPTIONS = (*FILTERS, "--error-exitcode", str(FOUND), "--report-api-errors", "no", "--print-limit", "50", "--launch-timeout", "60")
 

@@ -1,4 +1,4 @@
-"""Small cases for compute-sanitizer: every pair of features, judged by the oracle as well. tools/sanitizer.py runs them under its tools.
+"""Small cases for compute-sanitizer: every pair of features, forward and backward, judged by the oracle. tools/sanitizer.py runs them.
 
 ``PYTHONPATH=src:. compute-sanitizer --tool memcheck --kernel-name kns=fa3_ python tools/sanitizer_cases.py --family fa3``. torch's caching
 allocator is switched off, so that an access beyond an array is one beyond its allocation. ``--compile`` runs nothing: it compiles what the
@@ -14,8 +14,9 @@ import os
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # before torch starts
 
@@ -23,22 +24,53 @@ import pytest
 
 from atomr_accel_flashattn.jit.compile import CompiledKernel, compile_many
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
-from atomr_accel_flashattn.runtime import execute
+from atomr_accel_flashattn.runtime import plan
+from atomr_accel_flashattn.runtime.execute import run
 from atomr_accel_flashattn.torch_ops import repeat
 from tests.case_lists import grouped_cases, hazard_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Case, build
-from tests.check import check_case
+from tests.check import check_case, check_gradients
 from tests.gpu.families import FAMILIES, blocks_for, use_family
-from tests.gpu.harness import make_call, run_inputs
+from tests.gpu.harness import Backward, make_call, run_inputs
+from tests.upstream import build_upstream
 
 MAX_SCORES = 200_000
 GRACE = 30  # seconds from the end of the time for beginning cases to the end of the process, should a kernel hang
 
 
-def cases() -> list[Case]:
-    """The pairwise cases in both types, the others in one, those that are small; shuffled, so that a run cut short sees some of all."""
+class Check(NamedTuple):
+    """One case in one direction: how it is judged, and how it is only launched."""
+
+    name: str
+    judge: Callable[[], object]
+    launch: Callable[[], object]
+
+    @classmethod
+    def forward(cls, case: Case) -> Check:
+        """o, LSE and dropout pattern."""
+        launch = lambda: run(make_call(build(case)).request, dropout_mask=True)  # noqa: E731
+        return cls(str(case), lambda: check_case(case, run_inputs), launch)
+
+    @classmethod
+    def backward(cls, case: Case) -> Check:
+        """Gradients."""
+
+        def launch() -> object:
+            inputs = build(case)
+            return Backward()(inputs, build_upstream(case, inputs))
+
+        return cls(f"gradients of {case}", lambda: check_gradients(case, Backward()), launch)
+
+
+def checks(family: Family) -> list[Check]:
+    """The pairwise cases in both types, the others in one, those that are small; the FA2 family has the backward.
+
+    Shuffled, so that a run cut short sees some of all.
+    """
     chosen = [*pairwise_cases(GPU_DTYPES), *(case for others in (hazard_cases, grouped_cases) for case in others(GPU_DTYPES[:1]))]
-    return sorted((case for case in chosen if case.score_count <= MAX_SCORES), key=lambda case: zlib.crc32(str(case).encode()))
+    small = [case for case in chosen if case.score_count <= MAX_SCORES]
+    made = [*map(Check.forward, small), *(map(Check.backward, small) if family is Family.FA2 else ())]
+    return sorted(made, key=lambda check: zlib.crc32(check.name.encode()))
 
 
 def needed_specs(family: Family) -> list[KernelSpec]:
@@ -49,10 +81,10 @@ def needed_specs(family: Family) -> list[KernelSpec]:
         specs.append(spec)
         return SimpleNamespace(launch_of=lambda *_: SimpleNamespace(launch=lambda *_: None))
 
-    for case in cases():
-        with pytest.MonkeyPatch.context() as patch, use_family(family, patch, blocks_for(str(case))):
-            patch.setattr(execute, "load_kernel", note)
-            execute.run(make_call(build(case)).request, dropout_mask=True)
+    for check in checks(family):
+        with pytest.MonkeyPatch.context() as patch, use_family(family, patch, blocks_for(check.name)):
+            patch.setattr(plan, "load_kernel", note)
+            check.launch()
             repeat.clear()  # no later run finds these plans
     return specs
 
@@ -73,16 +105,16 @@ def compile_all(family: Family) -> int:
 def run_all(family: Family, seconds: float) -> int:
     """How many cases failed, at most 125. The last line of output is a JSON object with the numbers."""
     faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
-    began, failed, done, chosen = time.perf_counter(), [], 0, cases()
-    for case in chosen:
+    began, failed, done, chosen = time.perf_counter(), [], 0, checks(family)
+    for check in chosen:
         if time.perf_counter() - began > seconds:
             break
         done += 1
         try:
-            with pytest.MonkeyPatch.context() as patch, use_family(family, patch, blocks_for(str(case))):
-                check_case(case, run_inputs)
+            with pytest.MonkeyPatch.context() as patch, use_family(family, patch, blocks_for(check.name)):
+                check.judge()
         except Exception as error:  # noqa: BLE001 - every case is reported
-            failed.append(f"{case}: {type(error).__name__}: {str(error)[:300]}")
+            failed.append(f"{check.name}: {type(error).__name__}: {str(error)[:300]}")
     print(json.dumps({"cases": done, "of": len(chosen), "failed": failed, "seconds": round(time.perf_counter() - began, 1)}))
     return min(len(failed), 125)
 

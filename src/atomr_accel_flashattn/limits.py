@@ -53,7 +53,6 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "autograd": "autograd records flash_attn_func and its forms, and no requests; a Fa2BwdRequest gives gradients without it",
         "append": "new tokens are written and pages are copied on the CPU; on a GPU write them with the library of the cache",
         "batch_invariant": "tiles are chosen by the number of queries there",
-        "deterministic": "the order of additions to dQ is not fixed on a GPU yet",
         "double_backward": "first derivatives are built; for second ones write the attention in operations of torch",
         "fa3_backward": "gradients are those of the mma.sync family, whatever family ran the forward",
         "forward_mode": "forward-mode derivatives are not built; use the primal, as forward_ad.unpack_dual(x).primal",

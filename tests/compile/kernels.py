@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
@@ -100,10 +101,16 @@ def dropout_mask_specs() -> list[KernelSpec]:
 
 
 def backward_specs() -> list[KernelSpec]:
-    """The three kernels of a backward: every arch and tile width plain, and the pairs of features at head dim 128."""
-    plain = (DispatchKey(arch, DTYPES[(a + w) % 2], width, causal=w % 2 == 0) for a, w, arch, width in _numbered(ARCHS, HEAD_DIM_WIDTHS))
-    features = (_feature_key({"widths": (128, 128), **row}) for row in covering_rows(AXES))
-    return [step for key in (*plain, *features) for step in lookup(key).steps()]
+    """The three kernels of a backward: every arch and tile width plain, and the pairs of features at head dim 128; some deterministic."""
+    plain = [DispatchKey(arch, DTYPES[(a + w) % 2], width, causal=w % 2 == 0) for a, w, arch, width in _numbered(ARCHS, HEAD_DIM_WIDTHS)]
+    features = [_feature_key({"widths": (128, 128), **row}) for row in covering_rows(AXES)]
+    asked = (
+        *((key, False) for key in plain),
+        *((key, True) for key in plain if key.arch in {SmArch.SM_80, SmArch.SM_90}),
+        *((key, i % 3 == 0) for i, key in enumerate(features)),
+    )
+    keys = (replace(key, extras=replace(key.extras, direction="bwd", deterministic=deterministic)) for key, deterministic in asked)
+    return [step for key in keys for step in lookup(key).steps()]
 
 
 def all_specs() -> list[KernelSpec]:

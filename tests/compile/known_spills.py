@@ -41,6 +41,11 @@ _CROWDED = (
     "learned sink, up to 9 loads and 4 stores per key tile of 1000 instructions spill; so rare a call is not worth a tile of its own"
 )
 
+_BACKWARD = (
+    "dK, dV and what is read ahead for the products fill the 255 registers of 8 warps an SM. What spills are loop invariants (addresses in "
+    "shared memory, tensor addresses, bounds), a few dozen loads at most per tile of 1200 instructions"
+)
+
 KNOWN_SPILLS = (
     Spill("fa2_fwd_*_d64_m128n128w4s1b2*", 24, _INVARIANTS),
     Spill("fa2_fwd_*_d96_m128n64w4s1b2*", 32, _INVARIANTS),
@@ -52,6 +57,10 @@ KNOWN_SPILLS = (
         for widths in ("d192v128", "d192", "d64v256", "d256")
         for feature in ("softcap", "dropout")
     ),
+    Spill("fa2_bwd_*_d64_m64n128w4s3b*", 320, _BACKWARD),
+    Spill("fa2_bwd_*_d96_m64n128w8s2b1*", 32, _BACKWARD),
+    Spill("fa2_bwd_*_d128_m64n128w8s2b1*", 192, _BACKWARD),
+    Spill("fa2_bwd_*_d256_m64n64w8s*", 160, _BACKWARD),
     Spill("fa3_fwd_*_d64_m256n64w20s4*_softcap_scalefirst_learnedsink_varlen*", 80, _CROWDED),
 )
 

@@ -10,6 +10,8 @@ from atomr_accel_flashattn.dispatch import cells
 from atomr_accel_flashattn.jit.nvrtc import compile_source
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.runtime import plan as store
+from tests.case_lists import pairwise_cases
+from tests.cases import GPU_DTYPES
 from tools import sanitizer, sanitizer_faults
 
 CLEAN = "========= ERROR SUMMARY: 0 errors\n"
@@ -54,7 +56,7 @@ def test_a_tool_is_believed_once_it_has_found_the_fault(
 
 
 def test_every_kernel_is_one_that_the_tools_look_at() -> None:
-    names = {cell.spec.kernel_name for cell in cells() if isinstance(cell.spec, KernelSpec)}
+    names = {step.kernel_name for cell in cells() if isinstance(cell.spec, KernelSpec) for step in cell.spec.steps()}
     assert names
     assert all(name.startswith(sanitizer.NAMES) for name in names)
     assert {begin for begin in sanitizer.NAMES if any(name.startswith(begin) for name in names)} == {*sanitizer.NAMES}
@@ -74,12 +76,16 @@ def test_the_kernels_that_cases_need_are_found_without_a_launch(monkeypatch: pyt
     to_host = harness._flat_tensor
     monkeypatch.setattr(harness, "_flat_tensor", lambda storage, _device: fake(to_host(storage, "cpu")))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _index: STREAM, raising=False)
-    cases = sanitizer_cases.cases()
-    assert len(cases) > 100
-    chosen = [next(case for case in cases if case.dropout_p and case.is_varlen is varlen) for varlen in (False, True)]
-    monkeypatch.setattr(sanitizer_cases, "cases", lambda: [*chosen, chosen[0]])
-    specs = sanitizer_cases.needed_specs(Family.FA2)
+    monkeypatch.setattr(harness, "synchronize", lambda: None)
+    assert len(sanitizer_cases.checks(Family.FA2)) == 2 * len(sanitizer_cases.checks(Family.FA3)) > 200
+    dropped = [case for case in pairwise_cases(GPU_DTYPES) if case.dropout_p]
+    chosen = [next(case for case in dropped if case.is_varlen is varlen) for varlen in (False, True)]
+    made = [*map(sanitizer_cases.Check.forward, [*chosen, chosen[0]]), sanitizer_cases.Check.backward(chosen[0])]
+    monkeypatch.setattr(sanitizer_cases, "checks", lambda _family: made)
+    *specs, again, before, backward, behind = sanitizer_cases.needed_specs(Family.FA2)
     assert [spec.kernel_name.split("_sm")[0] in {"fa2_fwd", "fa3_fwd"} for spec in specs] == [True, False] * 3
     assert [spec.kernel_name for spec in specs[1::2]] == ["dropout_mask_sm90", "dropout_mask_sm90_varlen", "dropout_mask_sm90"]
+    assert again == specs[0]
+    assert [spec.HEADER for spec in (before, backward, behind)] == ["bwd_preprocess", "fa2_bwd", "bwd_postprocess"]
     assert gpu.launches == gpu.specs == []
     assert not store._plans

@@ -41,6 +41,12 @@ using std::min;
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
 
 inline float __int_as_float(int x) {
   float y;
@@ -61,6 +67,7 @@ struct Index {
 struct Copy {
   uint32_t target;
   const void* source;  // null: zeros
+  int bytes;
 };
 
 // wgmma of one thread: where its accumulators and A registers are, or the descriptors of operands
@@ -169,7 +176,8 @@ void gather(std::vector<unsigned>& waiting, size_t count, Work work) {
 
 // A thread comes to a named barrier of `threads`; those that wait go on when all have come.
 inline void come(NamedBarrier& barrier, size_t threads) {
-  if (barrier.arrived != 0 && barrier.threads != threads) throw std::runtime_error("named barrier: two uses of one number, of different size");
+  if (barrier.arrived != 0 && barrier.threads != threads)
+    throw std::runtime_error("named barrier: two uses of one number, of different size");
   barrier.threads = threads;
   if (++barrier.arrived < threads) return;
   barrier.arrived = 0;
@@ -186,18 +194,18 @@ inline void end_phase_if_complete(Barrier& barrier) {
 inline void finish_copies(std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
     if (copy.source == nullptr) {
-      std::memset(fa::shared + copy.target, 0, 16);
+      std::memset(fa::shared + copy.target, 0, copy.bytes);
     } else {
-      std::memcpy(fa::shared + copy.target, copy.source, 16);
+      std::memcpy(fa::shared + copy.target, copy.source, copy.bytes);
     }
   }
   copies.clear();
 }
 
-inline void start_copy(uint32_t target, const void* source) {
-  if (target % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) throw std::runtime_error("cp.async: misaligned address");
+inline void start_copy(uint32_t target, const void* source, int bytes = 16) {
+  if (target % bytes != 0 || reinterpret_cast<uintptr_t>(source) % bytes != 0) throw std::runtime_error("cp.async: misaligned address");
   Thread& self = machine->threads[machine->current];
-  self.open.push_back({target, source});
+  self.open.push_back({target, source, bytes});
   if (!machine->late_copies) finish_copies(self.open);
 }
 
@@ -242,8 +250,8 @@ inline std::string describe_waits() {
   for (const auto& [address, barrier] : machine->mbarriers) {
     if (barrier.waiting.empty()) continue;
     text += " mbarrier " + std::to_string(address) + " (phase " + std::to_string(barrier.phase) + ", " + std::to_string(barrier.pending) +
-            " arrivals and " + std::to_string(barrier.bytes) + " bytes missing): " + std::to_string(barrier.waiting.size()) + " threads from " +
-            std::to_string(barrier.waiting.front()) + ";";
+            " arrivals and " + std::to_string(barrier.bytes) + " bytes missing): " + std::to_string(barrier.waiting.size()) +
+            " threads from " + std::to_string(barrier.waiting.front()) + ";";
   }
   for (size_t i = 0; i < machine->warps.size(); ++i) {
     const size_t lanes = machine->warps[i].waiting.size();
@@ -253,7 +261,8 @@ inline std::string describe_waits() {
     if (!waiting.empty()) text += " warpgroup of thread " + std::to_string(first) + ": " + std::to_string(waiting.size()) + " at wgmma;";
   }
   for (const auto& [id, barrier] : machine->named_barriers) {
-    if (!barrier.waiting.empty()) text += " named barrier " + std::to_string(id) + ": " + std::to_string(barrier.waiting.size()) + " threads;";
+    if (!barrier.waiting.empty())
+      text += " named barrier " + std::to_string(id) + ": " + std::to_string(barrier.waiting.size()) + " threads;";
   }
   if (!machine->barrier.waiting.empty()) text += " block barrier: " + std::to_string(machine->barrier.waiting.size()) + ";";
   return text;
@@ -341,9 +350,23 @@ template <class T>
 T __shfl_sync(unsigned, T x, int from) {
   struct Operands {
     T in, out;
-  } mine = {x, x};
-  emulator::warp_wide(mine, [from](Operands** all) {
-    for (int i = 0; i < 32; ++i) all[i]->out = all[from]->in;
+    int from;
+  } mine = {x, x, from & 31};
+  emulator::warp_wide(mine, [](Operands** all) {
+    for (int i = 0; i < 32; ++i) all[i]->out = all[all[i]->from]->in;
+  });
+  return mine.out;
+}
+
+inline unsigned __ballot_sync(unsigned, bool x) {
+  struct Operands {
+    bool in;
+    unsigned out;
+  } mine = {x, 0};
+  emulator::warp_wide(mine, [](Operands** all) {
+    unsigned bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= unsigned{all[i]->in} << i;
+    for (int i = 0; i < 32; ++i) all[i]->out = bits;
   });
   return mine.out;
 }

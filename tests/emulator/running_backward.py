@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["emulate_backward"]
 
 
-def emulate_backward(inputs: Inputs, upstream: Upstream, *, arch: SmArch = SmArch.SM_90, seed: int = 0) -> Gradients:
+def emulate_backward(
+    inputs: Inputs, upstream: Upstream, *, arch: SmArch = SmArch.SM_90, seed: int = 0, deterministic: bool = False
+) -> Gradients:
     """What :func:`tests.check.check_gradients` calls: the kernels of ``arch``, on o and LSE of the CPU backend."""
-    problem = backward_problem_of(inputs, upstream)
+    problem = replace(backward_problem_of(inputs, upstream), deterministic=deterministic)
     layout = Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED
     made = [Poisoned.empty(array.shape, NUMPY_DTYPE[inputs.dtype], layout) for array in (inputs.q, inputs.k, inputs.v)]
     dsink = None if inputs.learned_sink is None else np.full(inputs.heads, np.nan, np.float32)
@@ -33,8 +36,7 @@ def emulate_backward(inputs: Inputs, upstream: Upstream, *, arch: SmArch = SmArc
     spec = lookup(key_of_backward(problem, gradients, arch))
     assert spec.shared_memory <= arch.shared_memory_per_block
     workspace = {
-        "delta": np.full(inputs.lse_shape, np.nan, np.float32),
-        "dq_sum": np.full(inputs.q.shape, np.nan, np.float32),
+        **{name: np.full(size // 4, np.nan, np.float32) for name, size in spec.workspace(problem.forward).items()},
         "dsink": dsink,
     }
     addresses = _addresses(problem, gradients, workspace)

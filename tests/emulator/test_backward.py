@@ -54,6 +54,28 @@ def test_the_order_of_threads_changes_dq_by_rounding_alone_and_nothing_else(case
             assert first.dsink.tobytes() == other.dsink.tobytes()
 
 
+WINDOW = replace(CAUSAL, seqlen_q=150, seqlen_k=170, left=60, sink_tokens=3)
+TURNS = {"causal": CAUSAL, "everything": EVERYTHING, "window": WINDOW, "wide": replace(CAUSAL, head_dim=160, v_head_dim=160, right=None)}
+
+
+@pytest.mark.parametrize("case", TURNS.values(), ids=TURNS)
+def test_deterministic_gradients_do_not_depend_on_the_order_of_threads(case: Case):
+    check_gradients(case, lambda inputs, upstream: emulate_backward(inputs, upstream, deterministic=True))
+    inputs = build(case)
+    first, second = (emulate_backward(inputs, _upstream(inputs), seed=seed, deterministic=True) for seed in (1, 2))
+    for one, other in zip(first, second, strict=True):
+        assert one is other is None or one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("left", [None, 5, 70, 200])
+@pytest.mark.parametrize("right", [None, 0, 40])
+def test_every_block_finds_how_many_add_before_it(left: int | None, right: int | None):
+    """The emulator fails where a number is not the one that a block waits for."""
+    case = Case(seqlen_q=330, seqlen_k=290, heads=2, heads_kv=1, head_dim=32, v_head_dim=32, left=left, right=right)
+    for sinks in (0, 130) if left is not None else (0,):
+        check_gradients(replace(case, sink_tokens=sinks), lambda inputs, upstream: emulate_backward(inputs, upstream, deterministic=True))
+
+
 def _gradients(inputs: Inputs, *, seed: int = 0, dlse: bool = True) -> Gradients:
     upstream = _upstream(inputs)
     return emulate_backward(inputs, upstream if dlse else Upstream(upstream.dout), seed=seed)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atomr_accel_flashattn.arrays.read import as_numpy
-from atomr_accel_flashattn.kernels.backward import CONVERT_THREADS, BackwardSpec, BwdParams
+from atomr_accel_flashattn.kernels.backward import BackwardSpec, BwdParams
 from atomr_accel_flashattn.kernels.bwd_postprocess import BackwardPostprocessSpec
 from atomr_accel_flashattn.kernels.bwd_preprocess import BackwardPreprocessSpec
 from atomr_accel_flashattn.problem import BackwardProblem
@@ -35,7 +35,7 @@ def run_backward_kernel(spec: BackwardSpec, params: BwdParams, *, grid: int) -> 
         return
     _check_alignment(spec, p)
     if isinstance(spec, BackwardPostprocessSpec):
-        assert p.convert_blocks == -(-p.tokens_q * p.fwd.heads * p.fwd.head_dim // (8 * CONVERT_THREADS))
+        assert p.convert_blocks == -(-p.fwd.seqlen_q // spec.tile.block_m) * p.fwd.batch * p.fwd.heads
         assert p.sink_blocks == (p.fwd.heads if spec.learned_sink else 0)
         assert (grid > p.convert_blocks + p.sink_blocks) is spec.varlen
         _postprocess(spec, p)
@@ -48,7 +48,7 @@ def run_backward_kernel(spec: BackwardSpec, params: BwdParams, *, grid: int) -> 
 
 def _preprocess(spec: BackwardSpec, p: Any) -> None:
     """Delta, less dLSE, of each row that is not idle, and zeros in the sum of dQ."""
-    lse, delta = _rows(spec, p, p.fwd.lse), _rows(spec, p, p.delta)
+    lse, delta = _rows(spec, p, p.fwd.lse), _delta(spec, p)
     idle = np.isneginf(lse)
     delta[...] = 0
     if p.dout:
@@ -66,7 +66,7 @@ def _differentiate(spec: BackwardSpec, p: Any) -> None:
     known, _, lse = decode(spec, p.fwd)
     assert p.softmax_scale == np.float32(known.softmax_scale)
     out = np.zeros(known.out_shape, np.float32)
-    shift = -_rows(spec, p, p.delta)
+    shift = -_delta(spec, p)
     problem = BackwardProblem(
         forward=known,
         out=_described(out, "float32"),
@@ -93,7 +93,7 @@ def _postprocess(spec: BackwardSpec, p: Any) -> None:
             as_numpy(strided(spec, ptr, stride, (p.tokens_k, p.heads_kv, width)))[_owned(spec, p, "k") :] = 0
     assert bool(p.dsink) is spec.learned_sink
     if spec.learned_sink:
-        lse, delta = (_rows(spec, p, ptr)[..., : owned if spec.varlen else None] for ptr in (p.fwd.lse, p.delta))
+        lse, delta = (each[..., : owned if spec.varlen else None] for each in (_rows(spec, p, p.fwd.lse), _delta(spec, p)))
         sink = as_numpy(array_at(p.fwd.learned_sink, (p.fwd.heads,), "float32"))
         weights = np.exp(sink[:, None] - lse)
         terms = (weights * -delta).sum(-1).reshape(-1, p.fwd.heads)
@@ -110,6 +110,12 @@ def _rows(spec: BackwardSpec, p: Any, ptr: int) -> NDArray[Any]:
     shape = (p.fwd.heads, p.tokens_q) if spec.varlen else (p.fwd.batch, p.fwd.heads, p.fwd.seqlen_q)
     assert (p.fwd.lse_batch_stride, p.fwd.lse_head_stride) == (0 if spec.varlen else math.prod(shape[1:]), shape[-1])
     return as_numpy(array_at(ptr, shape, "float32"))
+
+
+def _delta(spec: BackwardSpec, p: Any) -> NDArray[Any]:
+    """The second of each pair of the statistics, of which the first belongs to no row."""
+    lse = _rows(spec, p, p.fwd.lse)
+    return as_numpy(array_at(p.statistics, (1 + lse.size, 2), "float32"))[1:, 1].reshape(lse.shape)
 
 
 def _dq_sum(p: Any) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
@@ -14,10 +15,11 @@ from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS  # noqa: E402
 from atomr_accel_flashattn.runtime import gradients  # noqa: E402
 from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 from tests.case_lists import grid_cases, grouped_cases, hazard_cases, head_dim_cases, pairwise_cases  # noqa: E402
-from tests.cases import GPU_DTYPES, Alibi, Case  # noqa: E402
+from tests.cases import GPU_DTYPES, Alibi, Case, build  # noqa: E402
 from tests.check import check_gradients  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
 from tests.gpu.harness import Backward  # noqa: E402
+from tests.oracle import Upstream  # noqa: E402
 from tests.strategies import random_cases  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
@@ -54,6 +56,27 @@ def test_grid(case: Case):
 @pytest.mark.parametrize("case", hazard_cases(GPU_DTYPES), ids=str)
 def test_hazard(case: Case):
     check_gradients(case, Backward())
+
+
+@pytest.mark.parametrize("case", hazard_cases(GPU_DTYPES)[::2], ids=str)
+def test_hazard_deterministic(case: Case):
+    check_gradients(case, Backward(deterministic=True))
+
+
+@pytest.mark.parametrize("case", pairwise_cases(GPU_DTYPES)[::2], ids=str)
+def test_every_pair_of_features_deterministic(case: Case):
+    check_gradients(case, Backward(deterministic=True))
+
+
+@pytest.mark.parametrize("left", [None, 700])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_deterministic_gradients_are_bitwise_equal_from_run_to_run(head_dim: int, left: int | None):
+    """Some hundred blocks wait for each other."""
+    sizes: dict[str, Any] = {"batch": 2, "seqlen_q": 2000, "seqlen_k": 2100, "heads": 8, "heads_kv": 4, "right": 0, "left": left}
+    inputs = build(Case(head_dim=head_dim, v_head_dim=head_dim, **sizes))
+    dout = np.random.default_rng(0).standard_normal(inputs.out_shape).astype(inputs.q.dtype)
+    runs = [Backward(deterministic=True)(inputs, Upstream(dout)) for _ in range(5)]
+    assert len({tuple(each.tobytes() for each in run[:3]) for run in runs}) == 1
 
 
 @pytest.mark.parametrize("case", pairwise_cases(GPU_DTYPES), ids=str)

@@ -384,7 +384,6 @@ PLAIN = fa.DispatchKey(SmArch.SM_90, DType.F16, 128)
         ("paged", replace(PLAIN, paged=True)),
         ("fp8", replace(PLAIN, dtype=DType.F8E4M3)),
         ("fp8", replace(PLAIN, extras=fa.Extras(v_dtype=DType.F8E5M2))),
-        ("deterministic", replace(PLAIN, extras=fa.Extras(direction="bwd", deterministic=True))),
         ("fa3_backward", replace(PLAIN, arch=SmArch.SM_90A, extras=fa.Extras(direction="bwd", family=Family.FA3))),
         ("split", replace(PLAIN, extras=fa.Extras(split=True))),
         ("left_pad", replace(PLAIN, extras=fa.Extras(left_pad=True))),

@@ -254,7 +254,7 @@ def test_three_kernels_run_in_order_on_the_arrays_of_now(gpu: FakeGpu):
         assert [launch[2] for launch in gpu.launches[-3:]] == [stream or 1] * 3, "1: the stream of a library that has none"
         start = gpu.workspaces[-1][0]
         for _, p, _ in gpu.launches[-3:]:
-            assert (p.delta, p.dq_sum % 256, p.dq_sum > p.delta) == (start, 0, True)
+            assert (p.statistics, p.dq_sum % 256, p.dq_sum > p.statistics) == (start, 0, True)
             assert [p.dout, p.dlse, p.fwd.o, p.fwd.lse] == [each.ptr for each in (request.dout, request.dlse, request.out, request.lse)]
             assert [p.dq, p.dk, p.dv] == [info.ptr for info in request.gradient_arrays]
             assert [p.fwd.q, p.fwd.k, p.fwd.v, p.fwd.learned_sink] == [

@@ -109,7 +109,9 @@ def test_a_tile_that_cannot_be_is_refused_with_a_reason(spec: ForwardSpec, tile:
         (replace(BWD_TILE, block_m=40), "share 40 x 64 numbers evenly"),
         (replace(BWD_TILE, block_n=24), "block_n: got 24; allowed are multiples of 16"),
         (replace(BWD_TILE, persistent=True), "fa2_bwd reads no persistent"),
-        (replace(BWD_TILE, block_m=512, block_n=256), "bytes of shared memory; allowed are"),
+        (replace(BWD_TILE, stages=4), "stages: got 4; allowed are 1, 2 and 3"),
+        (replace(BWD_TILE, block_m=512), "block_m: got 512; allowed are at most 128, the threads of a block"),
+        (replace(BWD_TILE, block_m=128, block_n=256), "bytes of shared memory; allowed are"),
     ],
 )
 def test_a_tile_that_a_backward_cannot_have_is_refused_with_a_reason(tile: Tile, reason: str) -> None:

@@ -54,6 +54,7 @@ class Steady:
     def launch(self) -> Launch:
         """The one launch of the plan."""
         (launch,) = self.plan.launches
+        assert isinstance(launch, Launch)  # noqa: S101 - a forward has one kernel
         return launch
 
 

@@ -99,7 +99,8 @@ def _forward(key: DispatchKey) -> ForwardSpec:
 def _backward(key: DispatchKey) -> Fa2BackwardSpec:
     """The backward kernel that answers ``key``; its ``steps()`` are what is launched."""
     width, v_width, arch = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch)
-    tile = backward_tile_for(key.extras.tiles_for or arch, width, v_width)
+    crowded = key.extras.softcap > 0 or key.extras.dropout
+    tile = backward_tile_for(key.extras.tiles_for or arch, width, v_width, crowded=crowded)
     return Fa2BackwardSpec(arch=arch, tile=tile, deterministic=key.extras.deterministic, **_features(key, width, v_width))
 
 
@@ -174,7 +175,6 @@ def _refuse(key: DispatchKey) -> None:
     unbuilt = (
         (gpu and key.paged, "paged", ""),
         (bool(fp8), "fp8", f"got {', '.join(fp8)}"),
-        (gpu and extras.deterministic, "deterministic", ""),
         (gpu and extras.split, "split", ""),
         (gpu and extras.left_pad, "left_pad", ""),
         (gpu and extras.kv_cache, "kv_cache", ""),

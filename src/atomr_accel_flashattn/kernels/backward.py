@@ -6,7 +6,7 @@ import ctypes
 from abc import abstractmethod
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
 from .attention import AttentionSpec
@@ -14,22 +14,25 @@ from .forward import FwdParams, forward_params
 from .params import KernelParams, StrideParams
 from .spec import Family
 
-__all__ = ["CONVERT_THREADS", "BackwardSpec", "BwdParams"]
+__all__ = ["CONVERT_ROWS", "BackwardSpec", "BwdParams", "convert_blocks", "workspace_of"]
 
-CONVERT_THREADS: Final = 256  # of a block of bwd_postprocess; each converts eight columns
+_DQ_TILE_ROWS: Final = 16  # DqSum in attention/dq_sum.cuh
+_DETERMINISTIC_PAIRS: Final = 64
+_L2_BYTES: Final = 32 << 20
+CONVERT_ROWS: Final = 64  # of dQ, that a block of bwd_postprocess converts
 
 
 class BwdParams(KernelParams):
     """``fa::BwdParams``: what all three kernels are told at run time. Its addresses run on into those of ``fa::FwdParams``."""
 
-    _OWN = ("dout", "dlse", "delta", "dq_sum", "dq", "dk", "dv", "dsink")
+    _OWN = ("dout", "dlse", "statistics", "dq_sum", "turns", "dq", "dk", "dv", "dsink")
     SLOTS = (*_OWN, *FwdParams.SLOTS)
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _OWN),
         ("fwd", FwdParams),
         *((name, StrideParams) for name in ("dout_stride", "dq_stride", "dk_stride", "dv_stride")),
-        *((name, ctypes.c_int64) for name in ("tokens_q", "tokens_k")),
-        *((name, ctypes.c_int32) for name in ("heads_kv", "blocks_n", "convert_blocks", "sink_blocks")),
+        *((name, ctypes.c_int64) for name in ("tokens_q", "tokens_k", "dq_tile_rows")),
+        *((name, ctypes.c_int32) for name in ("heads_kv", "blocks_n", "section_pairs", "convert_blocks", "sink_blocks")),
         ("softmax_scale", ctypes.c_float),
     )
 
@@ -42,6 +45,10 @@ class BackwardSpec(AttentionSpec):
     PARAMS: ClassVar[str] = "BwdParams"
 
     deterministic: bool = False  # additions to dQ in one order
+
+    def config(self) -> dict[str, Any]:
+        """Members of ``fa::Config``, in their order."""
+        return {**AttentionSpec.config(self), "deterministic": self.deterministic}
 
     @abstractmethod
     def work_tiles(self, problem: AttentionProblem) -> int:
@@ -61,12 +68,52 @@ class BackwardSpec(AttentionSpec):
             dv_stride=dv,
             tokens_q=prod(known.q.shape[:-2]),
             tokens_k=prod(known.k.shape[:-2]),
+            dq_tile_rows=_dq_tile_rows(known),
             heads_kv=known.heads_kv,
             blocks_n=-(-known.seqlen_k // self.tile.block_n),
-            convert_blocks=-(-prod(known.q.shape) // (8 * CONVERT_THREADS)),
+            section_pairs=_section_pairs(known, deterministic=self.deterministic, blocks=self.tile.min_blocks),
+            convert_blocks=convert_blocks(known),
             sink_blocks=0 if known.learned_sink is None else known.heads,
             softmax_scale=known.softmax_scale,
         )
+
+
+def convert_blocks(problem: AttentionProblem) -> int:
+    """Blocks of bwd_postprocess that convert dQ."""
+    return -(-problem.seqlen_q // CONVERT_ROWS) * problem.batch * problem.heads
+
+
+def workspace_of(problem: AttentionProblem, *, deterministic: bool) -> dict[str, int]:
+    """Bytes of what the three kernels share, by slot, in the order of slots."""
+    tile_rows = _dq_tile_rows(problem) * problem.heads * (1 if problem.is_varlen else problem.batch)
+    return {
+        "statistics": 8 * (1 + prod(problem.lse_shape)),
+        "dq_sum": 4 * tile_rows * _DQ_TILE_ROWS * problem.head_dim,
+        "turns": 4 * (1 + tile_rows) if deterministic else 0,
+    }
+
+
+def _dq_tile_rows(problem: AttentionProblem) -> int:
+    """Rows of tiles in the sum of dQ of a head, of one sequence or of all packed ones: each begins with a new tile."""
+    if problem.is_varlen:
+        return problem.q.shape[0] // _DQ_TILE_ROWS + problem.batch
+    return -(-problem.seqlen_q // _DQ_TILE_ROWS)
+
+
+def _section_pairs(problem: AttentionProblem, *, deterministic: bool, blocks: int) -> int:
+    """How many (sequence, KV head) pairs run side by side, so that the longest blocks of keys come first: as many as L2 holds.
+
+    Without a bound, or with two, blocks are equally long, and one pair after the other reads the least of Q and dO at a time. Deterministic
+    blocks of a pair wait for each other, so that many pairs shall have few blocks each at a time; ``blocks``: of an SM.
+    """
+    pairs = problem.batch * problem.heads_kv
+    if deterministic:
+        return max(1, min(pairs, blocks * _DETERMINISTIC_PAIRS))
+    if (problem.band.right is None) == (problem.band.left is None):
+        return 1
+    group = problem.heads // problem.heads_kv
+    bytes_of_pair = max(1, problem.seqlen_q * group * (6 * problem.head_dim + 2 * problem.v_head_dim))  # Q, the sum of dQ, dO
+    return max(1, min(pairs, _L2_BYTES // bytes_of_pair))
 
 
 def _strides_of(info: ArrayInfo) -> StrideParams:

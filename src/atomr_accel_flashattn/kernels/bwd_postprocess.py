@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar, Final, Self
 
 from ..problem import AttentionProblem
-from .backward import CONVERT_THREADS, BackwardSpec
+from .backward import CONVERT_ROWS, BackwardSpec, convert_blocks
 from .spec import Tile
 
 __all__ = ["BackwardPostprocessSpec"]
 
-_TILE: Final = Tile(block_m=64, block_n=32, warps=CONVERT_THREADS // 32)
+_TILE: Final = Tile(block_m=CONVERT_ROWS, block_n=32, warps=8)
 _SPARE_BLOCKS: Final = 64  # that clear spare rows of dK and dV: seldom more than some
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardPostprocessSpec(BackwardSpec):
-    """A thread converts eight columns of dQ, a block sums the gradient of the sink of a head. Head dims are numbers to it."""
+    """Some blocks convert dQ, a block each sums the gradient of the sink of a head. Head dims are numbers to it."""
 
     HEADER: ClassVar[str] = "bwd_postprocess"
     ENTRY: ClassVar[str] = "backward_postprocess"
@@ -32,6 +31,7 @@ class BackwardPostprocessSpec(BackwardSpec):
             head_dim=32,
             v_head_dim=32,
             tile=_TILE,
+            exact_head_dim=spec.exact_head_dim,
             aligned=spec.aligned,
             learned_sink=spec.learned_sink,
             varlen=spec.varlen,
@@ -49,6 +49,5 @@ class BackwardPostprocessSpec(BackwardSpec):
 
     def work_tiles(self, problem: AttentionProblem) -> int:
         """Those that convert, one for each learned sink, and those that clear spare rows of packed sequences."""
-        convert = -(-prod(problem.q.shape) // (8 * CONVERT_THREADS))
         sinks = 0 if problem.learned_sink is None else problem.heads
-        return convert + sinks + (_SPARE_BLOCKS if problem.is_varlen else 0)
+        return convert_blocks(problem) + sinks + (_SPARE_BLOCKS if problem.is_varlen else 0)

@@ -16,7 +16,7 @@ _TILE: Final = Tile(block_m=64, block_n=32, warps=4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardPreprocessSpec(BackwardSpec):
-    """A warp takes a row of a head at a time. Head dims are numbers to it."""
+    """Eight lanes take a row of a head at a time. Head dims are numbers to it."""
 
     HEADER: ClassVar[str] = "bwd_preprocess"
     ENTRY: ClassVar[str] = "backward_preprocess"
@@ -30,11 +30,13 @@ class BackwardPreprocessSpec(BackwardSpec):
             head_dim=32,
             v_head_dim=32,
             tile=_TILE,
+            aligned=spec.aligned,
             left_bound=spec.left_bound,
             right_bound=spec.right_bound,
             sink_tokens=spec.sink_tokens,
             learned_sink=spec.learned_sink,
             varlen=spec.varlen,
+            deterministic=spec.deterministic,
         )
 
     @property
@@ -44,7 +46,7 @@ class BackwardPreprocessSpec(BackwardSpec):
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
-        """The sum over the lanes of a warp."""
+        """The sum over the lanes of a row."""
         return ("SHFL.BFLY",)
 
     def work_tiles(self, problem: AttentionProblem) -> int:

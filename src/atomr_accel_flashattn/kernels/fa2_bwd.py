@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from ..problem import AttentionProblem
 from ..types import SmArch
-from .backward import BackwardSpec
+from .backward import BackwardSpec, workspace_of
 from .bwd_postprocess import BackwardPostprocessSpec
 from .bwd_preprocess import BackwardPreprocessSpec
 
 __all__ = ["Fa2BackwardSpec"]
 
 _OTHER_REGISTERS: Final = 31  # beside accumulators and scores
-_COLS_OF_DQ: Final = 64  # at a time; 32 where the width is no multiple
+_DQ_REGISTERS: Final = 64  # of dQ at a time
+_NARROW_KEYS, _NARROW_WIDTH, _NARROW_STAGES = 32, 64, 3  # of a warp, of heads, of Q and dO: fa2_bwd_narrow.cuh
 _NAMES_IT_REDG: Final = frozenset({SmArch.SM_90, SmArch.SM_100, SmArch.SM_120})  # ``red`` of global memory, in SASS
 
 
@@ -27,13 +27,32 @@ class Fa2BackwardSpec(BackwardSpec):
 
     HEADER: ClassVar[str] = "fa2_bwd"
     ENTRY: ClassVar[str] = "fa2_backward"
-    AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"block_m": (32, 64, 128), "block_n": (32, 64, 128), "warps": (4, 8)})
+    AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+        {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3), "min_blocks": (1, 2)}
+    )
+
+    @property
+    def narrow(self) -> bool:
+        """Whether a warp owns 32 keys, with P and dS in registers (``fa2_bwd_narrow.cuh``)."""
+        tile = self.tile
+        fits = max(self.head_dim, self.v_head_dim) <= _NARROW_WIDTH and not (self.softcap or self.dropout)
+        return fits and tile.stages == _NARROW_STAGES and tile.block_n == _NARROW_KEYS * tile.warps
 
     @property
     def shared_memory(self) -> int:
-        """K, V, Q, dO, P and dS."""
+        """K, V, the stages of Q and dO with LSE and delta of their rows, P and dS."""
         tile, size = self.tile, self.dtype.itemsize
-        return ((tile.block_m + tile.block_n) * (self.head_dim + self.v_head_dim) + 2 * tile.block_m * tile.block_n) * size
+        row = (self.head_dim + self.v_head_dim) * size
+        ticket = 16 if self.deterministic else 0
+        if self.narrow:
+            buffers = max(2 * tile.block_m, self.v_head_dim) * tile.block_n * size
+            return tile.block_n * self.head_dim * size + tile.stages * tile.block_m * (row + 8) + buffers + ticket
+        return tile.block_n * row + tile.stages * tile.block_m * (row + 8) + 2 * tile.block_m * tile.block_n * size + ticket
+
+    @property
+    def launch_bounds(self) -> str:
+        """Threads, and the blocks that an SM shall hold."""
+        return f"{self.threads}, {self.tile.min_blocks}"
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
@@ -42,19 +61,24 @@ class Fa2BackwardSpec(BackwardSpec):
         return ("HMMA", "LDSM", red, *(("LDGSTS",) if self.aligned else ()))
 
     def misfit(self) -> str:
-        """Warps share the 16 x 16 blocks of each product evenly (cuda/tile/product.cuh)."""
-        tile, dq_cols = self.tile, _COLS_OF_DQ if self.head_dim % _COLS_OF_DQ == 0 else 32
-        products = ((tile.block_m, tile.block_n), (tile.block_n, self.head_dim), (tile.block_n, self.v_head_dim), (tile.block_m, dq_cols))
-        for rows, cols in products:
+        """Warps share the 16 x 16 blocks of each product evenly (cuda/tile/product.cuh), and threads the rows of a tile of Q."""
+        tile = self.tile
+        if tile.stages not in self.AXES["stages"]:
+            return f"stages: got {tile.stages}; allowed are 1, 2 and 3"
+        dq_cols = self.head_dim if tile.block_m * self.head_dim <= _DQ_REGISTERS * tile.threads else self.head_dim // 2
+        keys = ((tile.block_m, tile.block_n), (tile.block_n, self.head_dim), (tile.block_n, self.v_head_dim))
+        for rows, cols in (*(() if self.narrow else keys), (tile.block_m, dq_cols)):
             if not _share_evenly(rows, cols, tile.warps):
                 return f"warps: got {tile.warps}; allowed are those that share {rows} x {cols} numbers evenly, in blocks of 16 x 16"
+        if tile.block_m > tile.threads:
+            return f"block_m: got {tile.block_m}; allowed are at most {tile.threads}, the threads of a block"
         return ""
 
     def registers_suffice(self) -> bool:
-        """DK, dV, S and dP in float32."""
+        """DK, dV, and S and dP or what takes their place, in float32."""
         tile = self.tile
-        held = (tile.block_n * (self.head_dim + self.v_head_dim) + 2 * tile.block_m * tile.block_n) // tile.threads
-        return self.registers_hold(held + _OTHER_REGISTERS)
+        scores = 2 * _NARROW_KEYS if self.narrow else 2 * tile.block_m * tile.block_n // tile.threads
+        return self.registers_hold(tile.block_n * (self.head_dim + self.v_head_dim) // tile.threads + scores + _OTHER_REGISTERS)
 
     def work_tiles(self, problem: AttentionProblem) -> int:
         """One for block_n keys of a KV head and sequence."""
@@ -66,13 +90,10 @@ class Fa2BackwardSpec(BackwardSpec):
 
     def workspace(self, problem: AttentionProblem) -> dict[str, int]:
         """Bytes of the arrays that the three kernels share, by their slots; each begins at a multiple of 256 bytes, and none is cleared."""
-        return {"delta": 4 * prod(problem.lse_shape), "dq_sum": 4 * prod(problem.q.shape)}
+        return workspace_of(problem, deterministic=self.deterministic)
 
 
 def _share_evenly(rows: int, cols: int, warps: int) -> bool:
-    """Whether warps can cut these numbers into equal parts of whole blocks.
-
-    Into as many bands of 16 rows as there are, then into columns.
-    """
-    down = min(warps, rows // 16)
-    return rows % 16 == 0 and down > 0 and warps % down == 0 and rows % (16 * down) == 0 and cols % (16 * (warps // down)) == 0
+    """Whether warps can cut these numbers into equal parts of whole blocks: some bands of rows, each into columns."""
+    bands = (down for down in (1, 2, 4, 8, 16) if warps % down == 0)
+    return any(rows % (16 * down) == 0 and cols % (16 * (warps // down)) == 0 for down in bands)

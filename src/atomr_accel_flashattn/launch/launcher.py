@@ -25,7 +25,7 @@ from .counters import LEGACY_STREAMS, counters_for
 from .driver import LaunchConfig, check, cuda_error, current_context, device_properties, driver, launch_function, primary_context
 from .tensor_map import TENSOR_MAP_ALIGNMENT, encode, move, move_function
 
-__all__ = ["Launch", "LoadedKernel", "load_kernel"]
+__all__ = ["Launch", "LaunchSeries", "LoadedKernel", "load_kernel"]
 
 _NOWHERE = (-1,)  # addresses that no map has
 _NO_STREAM = -1  # a handle that no stream has
@@ -176,12 +176,85 @@ class Launch:
                 storage.follow(stream, mapped)
         code = self._function(*storage.arguments)
         if code:
-            _recover(self.kernel, self.grid, storage, code)
+            _recover(self.kernel, self.grid, storage.arguments, code)
+
+    @property
+    def device_index(self) -> int:
+        """The GPU that it is for."""
+        return self.kernel.device_index
+
+    @property
+    def steps(self) -> tuple[tuple[KernelSpec, int], ...]:
+        """Its kernel, and the grid of that."""
+        return ((self.kernel.spec, self.grid),)
 
     def arguments(self) -> tuple[Any, ...]:
         """What this thread hands to cuLaunchKernelEx, as the last launch left it."""
         arguments: tuple[Any, ...] = self._threads.storage.arguments
         return arguments
+
+
+class _SeriesStorage(_ParameterStorage):
+    """Parameters that several kernels share, with a launch configuration for each."""
+
+    __slots__ = ("_configs", "series")
+
+    def __init__(self, kernels: tuple[LoadedKernel, ...], params: KernelParams, grids: tuple[int, ...]) -> None:
+        super().__init__(kernels[0], params, grids[0])
+        others = [_ParameterStorage(kernel, params, grid) for kernel, grid in zip(kernels[1:], grids[1:], strict=True)]
+        self._configs = (self._config, *(each._config for each in others))  # noqa: SLF001 - of this class
+        parameters = self.arguments[2]
+        self.series = (self.arguments, *((*each.arguments[:2], parameters, each.arguments[3]) for each in others))
+
+    def set_stream(self, stream: int) -> None:
+        """Launch all into ``stream`` from now on."""
+        for config in self._configs:
+            config.stream = stream
+        self.stream = stream
+
+
+class _SeriesPerThread(threading.local):
+    def __init__(self, kernels: tuple[LoadedKernel, ...], params: KernelParams, grids: tuple[int, ...]) -> None:
+        self.storage = _SeriesStorage(kernels, params, grids)
+
+
+class LaunchSeries:
+    """Launches of several kernels, one behind the other, that take the same parameters: addresses are written once for all.
+
+    For kernels without tensor maps and counters. Safe to share between threads.
+    """
+
+    __slots__ = ("_function", "_select", "_threads", "grids", "kernels", "params")
+
+    def __init__(self, kernels: tuple[LoadedKernel, ...], params: KernelParams, grids: tuple[int, ...], slots: tuple[str, ...]) -> None:
+        self.kernels = kernels
+        self.grids = grids
+        self.params = params
+        self._function = launch_function()
+        self._threads = _SeriesPerThread(kernels, params, grids)
+        self._select: Any = None if slots == params.SLOTS else itemgetter(*map(slots.index, params.SLOTS))
+
+    @property
+    def device_index(self) -> int:
+        """The GPU that it is for."""
+        return self.kernels[0].device_index
+
+    @property
+    def steps(self) -> tuple[tuple[KernelSpec, int], ...]:
+        """Its kernels in order, and their grids."""
+        return tuple(zip((kernel.spec for kernel in self.kernels), self.grids, strict=True))
+
+    def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
+        """As :meth:`Launch.launch`. After an error, those behind it are not launched."""
+        storage = self._threads.storage
+        storage.addresses[:] = addresses if self._select is None else self._select(addresses)
+        if stream != storage.stream:
+            storage.set_stream(stream)
+        launch = self._function
+        for index, arguments in enumerate(storage.series):
+            code = launch(*arguments)
+            if code:
+                _recover(self.kernels[index], self.grids[index], arguments, code)
 
 
 class _WaitingLaunch(Launch):
@@ -202,7 +275,7 @@ def _aligned_copy(params: KernelParams) -> KernelParams:
     return type(params).from_buffer(room, offset)  # keeps `room`
 
 
-def _recover(kernel: LoadedKernel, grid: int, storage: _ParameterStorage, code: int) -> None:
+def _recover(kernel: LoadedKernel, grid: int, arguments: tuple[Any, ...], code: int) -> None:
     """After a launch that failed with ``code``: try again under the device's context if the thread's was another or none, else raise."""
     index, spec = kernel.device_index, kernel.spec
     if code in _WRONG_CONTEXT:
@@ -210,10 +283,10 @@ def _recover(kernel: LoadedKernel, grid: int, storage: _ParameterStorage, code: 
         current = int(check(cuda.cuCtxGetCurrent(), "cuCtxGetCurrent", spec.kernel_name))
         if current == 0 and index == 0:  # what the CUDA runtime would make current here; let it stay, and the next launch is quick
             check(cuda.cuCtxSetCurrent(primary_context(index)), "cuCtxSetCurrent", spec.kernel_name)
-            code = again(*storage.arguments)
+            code = again(*arguments)
         elif current != int(primary_context(index)):  # for this launch only: the thread's current device is not ours to change
             with current_context(index):
-                code = again(*storage.arguments)
+                code = again(*arguments)
     if code:
         size = f"{grid} blocks of {spec.threads} threads, {spec.shared_memory} bytes of shared memory"
         raise cuda_error(code, f"launching {size} on GPU {index}", spec.kernel_name)

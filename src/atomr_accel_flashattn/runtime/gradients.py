@@ -14,12 +14,13 @@ from ..dispatch import CpuSpec, DispatchKey, FaBwdDispatch, key_of_problem, look
 from ..errors import DispatchError
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.spec import KernelSpec
+from ..launch.launcher import Launch, LaunchSeries
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
 from ..reference.backward import backward
 from ..short_repr import ShortRepr
 from ..types import DType, SmArch
 from .backend import check_backend
-from .plan import SLOTS, Plan, Workspace, find, forward_addresses, keep, launch_of
+from .plan import SLOTS, Plan, Workspace, find, forward_addresses, keep, launch_of, series_of
 from .staleness import Fingerprint
 
 __all__ = ["GradientOutputs", "Gradients", "differentiate", "fill_gradients", "gradient_addresses", "make_gradients"]
@@ -173,7 +174,7 @@ def _make_plan(spec: Fa2BackwardSpec, problem: BackwardProblem, outputs: Gradien
     known, gradients = problem.forward, GradientArrays(*outputs.gradients)
     workspace = _workspace_of(spec, problem)
     slots = (*_READ, *(slot for slot in workspace.offsets if slot not in SLOTS), *_WRITTEN, *SLOTS)
-    launches = []
+    launches: list[Launch | LaunchSeries | None] = []
     if problem.out is None:
         out, lse = _row_major_results(known)
         problem = replace(problem, out=out, lse=lse)
@@ -181,7 +182,7 @@ def _make_plan(spec: Fa2BackwardSpec, problem: BackwardProblem, outputs: Gradien
         forward = lookup(key)
         assert isinstance(forward, KernelSpec)  # noqa: S101 - the same arch as that of spec
         launches.append(launch_of(forward, known, forward.pack(known, out), slots, key.extras.persistent_blocks))
-    launches += [launch_of(step, known, step.pack(problem, gradients), slots) for step in spec.steps()]
+    launches += series_of(spec.steps(), known, spec.pack(problem, gradients), slots)
     return Plan(launches, outputs.strides, workspace)
 
 

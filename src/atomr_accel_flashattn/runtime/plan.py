@@ -16,7 +16,7 @@ theirs is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -30,7 +30,7 @@ from ..kernels.forward import FwdParams
 from ..kernels.params import KernelParams
 from ..kernels.spec import KernelSpec
 from ..launch.driver import device_properties
-from ..launch.launcher import Launch, load_kernel
+from ..launch.launcher import Launch, LaunchSeries, LoadedKernel, load_kernel
 from ..limits import MAX_GRID, VECTOR_BYTES
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays, KvCache
 from ..short_repr import ShortRepr
@@ -52,6 +52,7 @@ __all__ = [
     "key_of_backward_request",
     "key_of_request",
     "launch_of",
+    "series_of",
     "slots_of",
 ]
 
@@ -140,7 +141,9 @@ class Plan:
 
     __slots__ = ("launch", "launches", "out_strides", "workspace")
 
-    def __init__(self, made: Iterable[Launch | None], out_strides: tuple[Any, ...], workspace: Workspace | None = None) -> None:
+    def __init__(
+        self, made: Iterable[Launch | LaunchSeries | None], out_strides: tuple[Any, ...], workspace: Workspace | None = None
+    ) -> None:
         self.launches = launches = tuple(each for each in made if each is not None)
         self.out_strides = out_strides
         self.workspace = workspace
@@ -160,17 +163,35 @@ def launch_of(
         ShapeError: more blocks than a grid has.
         RuntimeFlashAttnError: the kernel does not compile or load.
     """
+    loaded = _load(spec, problem, blocks)
+    return None if loaded is None else loaded[0].launch_of(params, loaded[1], slots)
+
+
+def series_of(
+    steps: Sequence[KernelSpec], problem: AttentionProblem, params: KernelParams, slots: tuple[str, ...]
+) -> list[Launch | LaunchSeries]:
+    """The launches of kernels that take the same parameters. Errors: :func:`launch_of`."""
+    loaded = [found for found in (_load(step, problem, None) for step in steps) if found is not None]
+    if settings().debug:  # each is waited for
+        return [kernel.launch_of(params, grid, slots) for kernel, grid in loaded]
+    if not loaded:
+        return []
+    kernels, grids = zip(*loaded, strict=True)
+    return [LaunchSeries(kernels, params, grids, slots)]
+
+
+def _load(spec: KernelSpec, problem: AttentionProblem, blocks: int | None) -> tuple[LoadedKernel, int] | None:
+    """A kernel on the GPU of q, and its grid; None where there is nothing to do."""
     index = problem.q.device.index
     tiles = spec.work_tiles(problem)
     if not tiles:
         return None
-    grid = spec.grid(tiles, device_properties(index).multiprocessors, blocks)
     if tiles > MAX_GRID:
         raise ShapeError(
             f"q: got batch {problem.batch}, {problem.heads} heads and length {problem.seqlen_q}, which makes {tiles} thread blocks; "
             f"allowed are {MAX_GRID}; split the batch over several calls"
         )
-    return load_kernel(spec, index).launch_of(params, grid, slots)
+    return load_kernel(spec, index), spec.grid(tiles, device_properties(index).multiprocessors, blocks)
 
 
 def slots_of(outputs: Outputs) -> tuple[str, ...]:

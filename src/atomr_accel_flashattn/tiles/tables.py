@@ -150,20 +150,49 @@ def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, dropout: bool = Fa
     return tile
 
 
-# The backward, by the wider of both widths. K, V, Q, dO, P and dS lie in shared memory; dK and dV take block_n * width * 2 / threads
-# registers. Not measured yet.
+# The backward, by the wider of both widths. Up to 64, where block_n is 32 keys a warp, P stays in registers; above, K, V, the stages of Q
+# and dO, P and dS lie in shared memory, and dK and dV take block_n * width * 2 / threads registers. Measured on an H200; the rest by sizes.
 _BACKWARD = {
-    32: Tile(block_m=64, block_n=128, warps=8),
-    64: Tile(block_m=64, block_n=128, warps=8),
-    96: Tile(block_m=64, block_n=64, warps=8),
-    128: Tile(block_m=64, block_n=64, warps=8),
-    192: Tile(block_m=64, block_n=64, warps=8),
+    32: Tile(block_m=64, block_n=128, warps=4, stages=3, min_blocks=2),
+    64: Tile(block_m=64, block_n=128, warps=4, stages=3),
+    96: Tile(block_m=64, block_n=128, warps=8, stages=2),
+    128: Tile(block_m=64, block_n=128, warps=8, stages=2),
+    192: Tile(block_m=64, block_n=64, warps=8, stages=2),
     256: Tile(block_m=64, block_n=64, warps=8),
 }
-_BACKWARD_SMALL = _BACKWARD | {192: Tile(block_m=64, block_n=32, warps=4), 256: Tile(block_m=32, block_n=32, warps=4)}
+_BACKWARD_LARGEST = _BACKWARD | {
+    64: Tile(block_m=64, block_n=128, warps=4, stages=3, min_blocks=2),
+    256: Tile(block_m=64, block_n=64, warps=8, stages=2),
+}
+_BACKWARD_SMALL = _BACKWARD | {
+    32: Tile(block_m=64, block_n=128, warps=4, stages=3),
+    96: Tile(block_m=64, block_n=64, warps=8, stages=2),
+    128: Tile(block_m=64, block_n=64, warps=8),
+    192: Tile(block_m=64, block_n=32, warps=4),
+    256: Tile(block_m=32, block_n=32, warps=4),
+}
+# With slopes of a softcap or the generator of dropout in registers.
+_BACKWARD_CROWDED = {
+    32: Tile(block_m=64, block_n=128, warps=8, stages=2),
+    64: Tile(block_m=64, block_n=128, warps=8, stages=2),
+    128: Tile(block_m=64, block_n=64, warps=8, stages=2),
+}
 
 
-def backward_tile_for(arch: SmArch, width: int, v_width: int) -> Tile:
-    """The tile of the backward kernel on ``arch``: 80 KB of shared memory where a block has 99, up to 144 KB elsewhere."""
-    table = _BACKWARD_SMALL if _TABLES[arch] is _SMALL else _BACKWARD
-    return table[max(width, v_width)]
+def backward_tile_for(arch: SmArch, width: int, v_width: int, *, crowded: bool = False) -> Tile:
+    """The tile of the backward kernel.
+
+    Args:
+        arch: whose shared memory holds it: 99, 163 or 227 KB.
+        width: of q and k.
+        v_width: of v.
+        crowded: whether softcap or dropout need registers.
+    """
+    forward, wider = _TABLES[arch], max(width, v_width)
+    table = _BACKWARD_SMALL if forward is _SMALL else _BACKWARD_LARGEST if forward is _LARGEST else _BACKWARD
+    if crowded and wider in _BACKWARD_CROWDED and not (forward is _SMALL and wider > _NARROW):
+        return _BACKWARD_CROWDED[wider]
+    return table[wider]
+
+
+_NARROW = 64  # up to this width, two stages of Q and dO of 64 rows fit beside 128 keys in 99 KB

@@ -64,7 +64,8 @@ class Asked:
 
     def request(self, saved: Saved, dout: Any, dlse: Any) -> DenseBwdRequest | VarlenBwdRequest:
         """The backward request of that call."""
-        arrays = {name: other if tensor is None else tensor for name, tensor, other in zip(SAVED, saved, self.others, strict=True)}
+        tensors = (*saved, *(None,) * (len(SAVED) - len(saved)))
+        arrays = {name: other if tensor is None else tensor for name, tensor, other in zip(SAVED, tensors, self.others, strict=True)}
         options = AttentionOptions(
             softmax_scale=self.softmax_scale,
             softcap=self.softcap,

@@ -66,13 +66,16 @@ class _Recorded:
     def forward(self, *inputs: Any) -> tuple[Any, Saved, _Again]:
         """Make the outputs and launch."""
         found = self.shortcut
-        q, k, v, learned_sink, slopes, cu_seqlens_q, cu_seqlens_k = inputs
+        q, k, v, *others = inputs
         assert found.out is not None  # noqa: S101 - no recorded call brings o
         out = empty_on(found.device_index, q, found.out) if found.make_out is None else found.make_out()
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        learned_sink, slopes, cu_seqlens_q, cu_seqlens_k = others or (None, None, None, None)
         packing = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, 0, 0)
         lse, rng = launch_more(found, pointers, q, packing, (slopes, learned_sink, None))
-        saved = (q, k, v, learned_sink, out, lse, slopes, rng, cu_seqlens_q, cu_seqlens_k)
+        saved: Saved = (q, k, v, learned_sink, out, lse)
+        if others or rng is not None:
+            saved = (*saved, slopes, rng, cu_seqlens_q, cu_seqlens_k)
         return (out, lse, None) if self.gives_lse else out, saved, _Again(self, (*pointers, lse.data_ptr()))
 
 
@@ -85,7 +88,7 @@ class _Again:
 
     def gradients(self, saved: Saved, dout: Any, dlse: Any) -> tuple[Any, Any, Any, Any]:
         """By a plan of before, else by a request, whose plan is kept."""
-        q, k, v, learned_sink, out, lse, slopes, rng, cu_seqlens_q, cu_seqlens_k = saved
+        q, k, v, learned_sink, out, lse, *others = saved
         call = self.call
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr())
         if pointers != self.pointers or not _are_usual(dout, dlse):
@@ -111,12 +114,13 @@ class _Again:
             dv.data_ptr(),
             0 if dsink is None else dsink.data_ptr(),
             *pointers,
-            0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
-            0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
-            0 if slopes is None else slopes.data_ptr(),
-            0 if learned_sink is None else learned_sink.data_ptr(),
-            0 if rng is None else rng.data_ptr(),
         )
+        if others:
+            slopes, rng, cu_seqlens_q, cu_seqlens_k = others
+            more = (cu_seqlens_q, cu_seqlens_k, slopes, learned_sink, rng)
+            addresses = (*addresses, *(0 if each is None else each.data_ptr() for each in more))
+        else:
+            addresses = (*addresses, 0, 0, 0, 0, 0)
         plan.launch(hooks.raw_stream(index), addresses)
         return dq, dk, dv, dsink
 

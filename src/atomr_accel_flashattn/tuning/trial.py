@@ -136,7 +136,7 @@ class Stand(ABC):
             if plan is None or not plan.launches:
                 trial.refused = "nothing to launch"
                 return []
-            launches = tuple((launch.kernel.spec, launch.grid) for launch in plan.launches)
+            launches = tuple(step for launch in plan.launches for step in launch.steps)
             same = self._launched.setdefault(launches, trial.tile)
             if same != trial.tile:
                 trial.same_as, trial.refused = same, f"the same launch as {same} here"

@@ -11,8 +11,28 @@ inline void store_shared_16(uint32_t dst, uint4 x) { std::memcpy(fa::shared + ds
 
 inline void store_shared_4(uint32_t dst, uint32_t x) { std::memcpy(fa::shared + dst, &x, 4); }
 
+inline uint32_t load_shared_4(uint32_t src) {
+  uint32_t x;
+  std::memcpy(&x, fa::shared + src, 4);
+  return x;
+}
+
 inline uint4 load_shared_16(uint32_t src) {
   uint4 x;
+  std::memcpy(&x, fa::shared + src, 16);
+  return x;
+}
+
+inline void store_shared_8(uint32_t dst, float x, float y) {
+  std::memcpy(fa::shared + dst, &x, 4);
+  std::memcpy(fa::shared + dst + 4, &y, 4);
+}
+inline void load_shared_8(float& x, float& y, uint32_t src) {
+  std::memcpy(&x, fa::shared + src, 4);
+  std::memcpy(&y, fa::shared + src + 4, 4);
+}
+inline float4 load_shared_16_floats(uint32_t src) {
+  float4 x;
   std::memcpy(&x, fa::shared + src, 16);
   return x;
 }

@@ -5,6 +5,12 @@
 
 namespace fa::ptx {
 
-inline void add_global(float* address, float x) { *address += x; }
+inline void add_global_fragment(float* block, const float (&x)[4]) {
+  if (reinterpret_cast<uintptr_t>(block) % 16 != 0) throw std::runtime_error("red: misaligned address");
+  for (int i = 0; i < 4; ++i) block[4 * (threadIdx.x % 32) + i] += x[i];
+}
+inline void load_global_fragment(float (&x)[4], const float* block) {
+  for (int i = 0; i < 4; ++i) x[i] = block[4 * (threadIdx.x % 32) + i];
+}
 
 }  // namespace fa::ptx

@@ -18,9 +18,13 @@ struct Config {
   bool left_bound, right_bound, sink_tokens;
   bool alibi, softcap, scale_first;
   bool learned_sink, dropout, varlen;
-  bool pack_gqa = false;    // FA3: the n query heads of a KV head share tiles (head_packing.cuh)
-  bool ping_pong = false;   // FA3: ping-pong barriers between the warpgroups
-  bool persistent = false;  // blocks compute several tiles: FA3 from a counter, FA2 by stride
+  bool pack_gqa = false;       // FA3: the n query heads of a KV head share tiles (head_packing.cuh)
+  bool ping_pong = false;      // FA3: ping-pong barriers between the warpgroups
+  bool persistent = false;     // blocks compute several tiles: FA3 from a counter, FA2 by stride
+  bool deterministic = false;  // backward: blocks add to dQ in the order of their keys
+  bool any_ratio = false;      // with pack_gqa: the group is heads_per_kv heads, whatever its size
+  bool paged = false;          // K and V lie in the pages of a table
+  bool split = false;          // keys are split over blocks, whose partial results are combined
 };
 
 }  // namespace fa

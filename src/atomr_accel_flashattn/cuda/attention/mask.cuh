@@ -97,6 +97,16 @@ struct Band {
     return {(C.right_bound ? min(length_k, p + right + 1) : length_k) - j0, p - left - j0, sinks - j0};
   }
 
+  // The dual test, of a key j: masks(e) for the row at position p0 + e, with a compile-time e.
+  struct Column {
+    int begin, end;  // relative to p0
+    __device__ __forceinline__ bool masks(int e) const { return (C.right_bound && e < begin) || e >= end; }
+  };
+  __device__ __forceinline__ Column column(int j, int p0) const {
+    const bool unbounded = !C.left_bound || (C.sink_tokens && j < sinks);
+    return {j - right - p0, j >= length_k ? -kUnbounded : unbounded ? kUnbounded : j + left + 1 - p0};
+  }
+
  private:
   __device__ __forceinline__ int before_window() const {
     return C.sink_tokens ? min((min(sinks, key_end()) + C.block_n - 1) / C.block_n, tile_begin()) - 1 : -1;

@@ -45,19 +45,57 @@ struct Fa3FwdParams {
   TensorMap q_map, k_map, v_map;
 };
 
+struct RowStatistics;
+
 // What the three kernels of a backward read: bwd_preprocess, fa2_bwd, bwd_postprocess.
 struct BwdParams {
-  const void* dout;       // null: zero
-  const float* dlse;      // null: zero
-  float *delta, *dq_sum;  // workspace: a number for each row of the LSE; row-major, shaped like q
+  const void* dout;           // null: zero
+  const float* dlse;          // null: zero
+  RowStatistics* statistics;  // workspace (row_statistics.cuh, dq_sum.cuh)
+  float* dq_sum;
+  int32_t* turns;  // deterministic (dq_turns.cuh)
   void *dq, *dk, *dv;
   float* dsink;
   FwdParams fwd;  // o and LSE are those of the forward
   Strides dout_stride, dq_stride, dk_stride, dv_stride;
   int64_t tokens_q, tokens_k;  // of all sequences, spare ones included
+  int64_t dq_tile_rows;        // of a head in dq_sum: of a sequence, or of all packed ones
   int32_t heads_kv, blocks_n;
+  int32_t section_pairs;                // (sequence, KV head) pairs that run side by side
   int32_t convert_blocks, sink_blocks;  // bwd_postprocess: blocks for dQ, blocks for dsink
   float softmax_scale;
+};
+
+// Attention over a cache of K and V. In `fwd`, k and v are the cache: their batch stride is that of
+// its blocks. A sequence has the slots from left_pad to its length, which counts the padding and not
+// the new tokens, and these.
+struct KvCacheParams {
+  const int32_t* blocks;         // paged: (batch, blocks of a sequence); else (batch), null: in order
+  const int32_t* cache_lengths;  // (batch); null: cu_seqlens_k has them
+  const int32_t* left_pad;       // (batch); null: 0
+  const int32_t* cu_seqlens_new;  // null: new_tokens each
+  float *partial_o, *partial_lse;           // split: (splits, rows of the LSE, v_head_dim), (splits, rows of the LSE)
+  FwdParams fwd;
+  int64_t table_stride, lse_rows;
+  int32_t block_size, num_blocks, capacity;  // capacity: slots that a sequence may have
+  int32_t new_tokens;
+  int32_t splits;
+};
+
+// New tokens into a cache, and rotary embedding of them and of q on the way. The batch stride of the
+// cache is that of its slots or, paged, of its pages.
+struct KvAppendParams {
+  const void *new_k, *new_v, *q;             // q null: nothing to rotate
+  const void *cos, *sin;                     // null: no rotation; (rotary_rows, rotary_dim / 2), rows contiguous
+  const int32_t *blocks, *cache_lengths, *cu_seqlens_new;  // as in KvCacheParams
+  void *k, *v, *rotated_q;
+  int32_t* error;  // null, or set to 1 where a token does not fit
+  Strides new_k_stride, new_v_stride, q_stride, k_stride, v_stride, rotated_q_stride;
+  int64_t table_stride;
+  int32_t batch, heads, heads_kv, seqlen_q, seqlen_new, head_dim, v_head_dim;
+  int32_t block_size, num_blocks, capacity;
+  int32_t rotary_dim, rotary_rows;
+  int32_t q_advances;  // whether query i has the position of the i-th new token; else that of the first
 };
 
 struct DropoutMaskParams {

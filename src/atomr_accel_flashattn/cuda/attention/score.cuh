@@ -33,14 +33,18 @@ struct Score {
         cubic(p.softcap_cubic),
         quintic(p.softcap_quintic),
         slope(0.f) {
-    if constexpr (C.alibi) {
-      slope = p.alibi_slopes[batch * p.alibi_batch_stride + head] * kLog2e;
-      if constexpr (!kInLog2) slope /= p.scale_log2;
-    }
+    if constexpr (C.alibi && !C.any_ratio) slope = slope_of(p, batch, head);
+  }
+
+  static __device__ __forceinline__ float slope_of(const FwdParams& p, int batch, int head) {
+    const float slope = p.alibi_slopes[batch * p.alibi_batch_stride + head] * kLog2e;
+    return kInLog2 ? slope : slope / p.scale_log2;
   }
 
   // `distance` is j - p.
-  __device__ __forceinline__ float apply(float s, float distance) const {
+  __device__ __forceinline__ float apply(float s, float distance) const { return apply(s, distance, slope); }
+  // With the slope of a row, where rows are of several heads.
+  __device__ __forceinline__ float apply(float s, float distance, float slope) const {
     if constexpr (C.softcap) {
       s = cap * tanh(s * cap_scale);
     } else if constexpr (C.scale_first) {

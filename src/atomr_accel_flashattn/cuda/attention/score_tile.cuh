@@ -37,7 +37,7 @@ struct ScoreTile {
 
   // ALiBi is linear on either side of the diagonal: scores take the part that differs along a row
   // of a tile, and the rest is folded into the maximum. Two blocks have no registers for it.
-  static constexpr bool kFoldsBias = kMayFold && C.alibi && !Score<C>::kInLog2 && kBlocks == 1;
+  static constexpr bool kFoldsBias = kMayFold && C.alibi && !C.any_ratio && !Score<C>::kInLog2 && kBlocks == 1;
   float row_bias[kBlocks][2];  // kFoldsBias: per-row bias not yet added to the scores of this tile
 
   __device__ __forceinline__ ScoreTile(const FwdParams& params, const WorkTile& w, const Sequence& s, int row)
@@ -66,6 +66,14 @@ struct ScoreTile {
     return C.pack_gqa ? query_of<C>(p, row_at(b, r)) + (seq.length_k - seq.length_q) : band.p_first + 16 * b + 8 * r + lane_row();
   }
 
+  __device__ __forceinline__ float slope_at(int b, int r) const {
+    if constexpr (C.alibi && C.any_ratio) {
+      const int row = row_at(b, r);
+      return row < row_count<C>(p, seq) ? Score<C>::slope_of(p, work.batch, head_of<C>(p, work.head, row)) : 0.f;
+    }
+    return score.slope;
+  }
+
   // j - p from a row to this lane's first key of tile n.
   __device__ __forceinline__ float distance(int b, int r, int n) const {
     return static_cast<float>(n * kKeys + lane_col() - position(b, r));
@@ -82,13 +90,13 @@ struct ScoreTile {
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float first = distance(b, r, n);
+          const float first = distance(b, r, n), slope = slope_at(b, r);
           row_bias[b][r] = 0.f;
 #pragma unroll
           for (int t = 0; t < kKeyTiles; ++t)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              rS[b][t][2 * r + e] = score.apply(rS[b][t][2 * r + e], first + static_cast<float>(8 * t + e));
+              rS[b][t][2 * r + e] = score.apply(rS[b][t][2 * r + e], first + static_cast<float>(8 * t + e), slope);
             }
         }
     }

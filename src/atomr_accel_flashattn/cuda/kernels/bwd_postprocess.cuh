@@ -3,11 +3,14 @@
 // the rows that no sequence owns. Blocks do one of the three.
 #pragma once
 
-#include "attention/config.cuh"
+#include "attention/dq_sum.cuh"
+#include "attention/epilogue.cuh"
+#include "attention/row_statistics.cuh"
 #include "attention/score.cuh"
 #include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
 #include "tile/mma_traits.cuh"
+#include "tile/warp.cuh"
 
 namespace fa {
 
@@ -16,23 +19,34 @@ struct BackwardPostprocess {
   static constexpr int kThreads = C.warps * 32;
   const BwdParams& p;
 
-  // Eight columns a thread, scaled; 0 where no sequence owns the row.
-  __device__ __forceinline__ void convert_dq(int64_t block) const {
+  // block_m rows of one head and sequence. A warp takes 16 rows x 32 columns at a time, scaled.
+  __device__ __forceinline__ void convert_dq(int block) const {
     const FwdParams& f = p.fwd;
-    const int chunks = f.head_dim / 8;
-    const int64_t index = block * kThreads + threadIdx.x, row = index / chunks, token = row / f.heads;
-    if (token >= p.tokens_q) return;
-    const int col = static_cast<int>(index - row * chunks) * 8, head = static_cast<int>(row - token * f.heads);
-    const int64_t batch = C.varlen ? 0 : token / f.seqlen_q;
-    const bool owned = !C.varlen || token < f.cu_seqlens_q[f.batch];
-    const float* sum = p.dq_sum + row * f.head_dim + col;
-    uint32_t words[4] = {0, 0, 0, 0};
-    if (owned) {
+    const int blocks_m = (f.seqlen_q + C.block_m - 1) / C.block_m;
+    const int pair = block / blocks_m, first_row = (block - pair * blocks_m) * C.block_m;
+    const int batch = pair / f.heads, head = pair - batch * f.heads;
+    const Sequence seq = read_sequence<C.varlen>(f, batch);
+    const int groups = (f.head_dim + 31) / 32, lane_row = threadIdx.x % 32 / 4;
+    auto* out = static_cast<uint16_t*>(p.dq) + seq.batch * p.dq_stride.batch + seq.q_row * p.dq_stride.row + head * p.dq_stride.head;
+    for (int i = warp_index(); i < C.block_m / 16 * groups; i += C.warps) {
+      const int tile_row = i / groups, group = i - tile_row * groups, row = first_row + 16 * tile_row;
+      if (row >= seq.length_q) break;
+      const DqSum<C.varlen> sum{p};
+      const float* tile = sum.tile(seq, batch, head, row) + 4 * group * sum.kTile;
+      float x[4][4] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = MmaTraits<C.dtype>::pack(sum[2 * i] * p.softmax_scale, sum[2 * i + 1] * p.softmax_scale);
+      for (int t = 0; t < 4; ++t)
+        if (32 * group + 8 * t < f.head_dim) ptx::load_global_fragment(x[t], tile + t * sum.kTile);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        uint32_t words[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) words[t] = MmaTraits<C.dtype>::pack(x[t][2 * r] * p.softmax_scale, x[t][2 * r + 1] * p.softmax_scale);
+        transpose_quad(words);
+        const int at = row + 8 * r + lane_row;
+        if (at < seq.length_q) store_quad<C>(out + at * p.dq_stride.row, 32 * group, f.head_dim, words);
+      }
     }
-    const int64_t at = C.varlen ? token : token - batch * f.seqlen_q;
-    store_8(static_cast<uint16_t*>(p.dq) + batch * p.dq_stride.batch + at * p.dq_stride.row + head * p.dq_stride.head + col, words);
   }
 
   // dsink = sum of exp(sink - LSE) (dLSE - delta) over the rows of a head, in one order.
@@ -45,7 +59,7 @@ struct BackwardPostprocess {
       const int64_t first = batch * f.lse_batch_stride + head * f.lse_head_stride;
       for (int row = threadIdx.x; row < rows; row += kThreads) {
         const float weight = sink == negative_infinity() ? 0.f : ptx::exp2((sink - f.lse[first + row]) * kLog2e);
-        if (weight != 0.f) sum = fmaf(weight, -p.delta[first + row], sum);
+        if (weight != 0.f) sum = fmaf(weight, -p.statistics[RowStatistics::index(first + row)].delta, sum);
       }
     }
 #pragma unroll
@@ -58,20 +72,22 @@ struct BackwardPostprocess {
     }
   }
 
-  // Rows of dK and dV that no sequence owns.
-  __device__ __forceinline__ void clear_spare_keys(int64_t block, int64_t blocks) const {
-    const int64_t first = p.fwd.cu_seqlens_k[p.fwd.batch];
-    clear(p.dk, p.dk_stride, first, p.fwd.head_dim / 8, block, blocks);
-    clear(p.dv, p.dv_stride, first, p.fwd.v_head_dim / 8, block, blocks);
+  // Rows that no sequence owns.
+  __device__ __forceinline__ void clear_spare_rows(int64_t block, int64_t blocks) const {
+    const FwdParams& f = p.fwd;
+    const int64_t first_q = f.cu_seqlens_q[f.batch], first_k = f.cu_seqlens_k[f.batch];
+    clear(p.dq, p.dq_stride, first_q, p.tokens_q - first_q, f.heads, f.head_dim / 8, block, blocks);
+    clear(p.dk, p.dk_stride, first_k, p.tokens_k - first_k, p.heads_kv, f.head_dim / 8, block, blocks);
+    clear(p.dv, p.dv_stride, first_k, p.tokens_k - first_k, p.heads_kv, f.v_head_dim / 8, block, blocks);
   }
 
  private:
-  __device__ __forceinline__ void clear(void* gradient, const Strides& stride, int64_t first, int chunks, int64_t block,
-                                        int64_t blocks) const {
-    const int64_t count = (p.tokens_k - first) * p.heads_kv * chunks;
+  __device__ __forceinline__ void clear(void* gradient, const Strides& stride, int64_t first, int64_t tokens, int heads, int chunks,
+                                        int64_t block, int64_t blocks) const {
+    const int64_t count = tokens * heads * chunks;
     for (int64_t i = block * kThreads + threadIdx.x; i < count; i += blocks * kThreads) {
-      const int64_t row = i / chunks, token = row / p.heads_kv;
-      auto* target = static_cast<uint16_t*>(gradient) + (first + token) * stride.row + (row - token * p.heads_kv) * stride.head;
+      const int64_t row = i / chunks, token = row / heads;
+      auto* target = static_cast<uint16_t*>(gradient) + (first + token) * stride.row + (row - token * heads) * stride.head;
       store_8(target + (i - row * chunks) * 8, {0, 0, 0, 0});
     }
   }
@@ -96,7 +112,7 @@ __device__ __forceinline__ void backward_postprocess(const BwdParams& p) {
   } else if (C.learned_sink && block < sinks) {
     post.reduce_dsink(block - p.convert_blocks, reinterpret_cast<float*>(shared));
   } else if (C.varlen) {
-    post.clear_spare_keys(block - sinks, gridDim.x - sinks);
+    post.clear_spare_rows(block - sinks, gridDim.x - sinks);
   }
 }
 

@@ -8,147 +8,173 @@
 // of the five products may cut its result among the warps in its own way.
 #pragma once
 
-#include "attention/epilogue.cuh"
+#include "attention/backward_block.cuh"
 #include "attention/score_tile.cuh"
-#include "ptx/reduce.cuh"
-#include "tile/loader.cuh"
-#include "tile/product.cuh"
+#include "kernels/fa2_bwd_narrow.cuh"
 
 namespace fa {
 
 template <Config C>
-struct Fa2Backward {
-  static constexpr int kThreads = C.warps * 32;
-
-  using Traits = MmaTraits<C.dtype>;
-  using TileQ = SharedTile<C.block_m, C.head_dim>;
-  using TileO = SharedTile<C.block_m, C.v_head_dim>;
-  using TileK = SharedTile<C.block_n, C.head_dim>;
-  using TileV = SharedTile<C.block_n, C.v_head_dim>;
+struct Fa2Backward : BackwardBlock<C> {
+  using Base = BackwardBlock<C>;
+  using Base::kStages, Base::kStageBytes, Base::p, Base::seq, Base::batch, Base::head_kv, Base::first_key, Base::tiles, Base::next,
+      Base::kFragments;
+  using Base::lane_row, Base::lane_col;
+  using typename Base::QueryTile, typename Base::DqPart, typename Base::TileQ, typename Base::TileK, typename Base::TileV;
+  using typename Base::Traits;
   using TileP = SharedTile<C.block_m, C.block_n>;
-  template <int kRows, int kCols>
-  using Loader = TileLoader<kRows, kCols, kThreads, C.aligned, C.exact_head_dim>;
-  template <int kRows, int kCols>
-  using Product = WarpProduct<C.dtype, kRows, kCols, C.warps>;
 
-  using ProductS = Product<C.block_m, C.block_n>;  // S and dP
-  using ProductK = Product<C.block_n, C.head_dim>;
-  using ProductV = Product<C.block_n, C.v_head_dim>;
-  static constexpr int kColsOfDq = C.head_dim % 64 == 0 ? 64 : 32;  // at a time
-  using ProductQ = Product<C.block_m, kColsOfDq>;
+  using ProductS = WarpProduct<C.dtype, C.block_m, C.block_n, C.warps>;  // S and dP
+  using ProductK = WarpProduct<C.dtype, C.block_n, C.head_dim, C.warps>;
+  using ProductV = WarpProduct<C.dtype, C.block_n, C.v_head_dim, C.warps>;
   using Scores = ScoreTile<C, ProductS::kBlocks, ProductS::kWarpCols, false>;
   static constexpr int kBlocks = ProductS::kBlocks;
 
-  const BwdParams& p;
-  const Sequence seq;
-  const int batch, head_kv, first_key;
-  const Band<C> band;  // of all queries of the sequence
-  const uint32_t sK, sV, sQ, sO, sP, sS;
+  // Two stages of Q and dO: the next tile is loaded while this one's dV is computed. Three: a tile
+  // earlier.
+  static_assert(kStages >= 1 && kStages <= 3);
+
+  // Of shared memory.
+  static constexpr int kBytes = TileK::kBytes + TileV::kBytes + kStages * kStageBytes + 2 * TileP::kBytes;
+  const uint32_t sK, sV, sQ, sP;
 
   typename ProductK::Accumulator rK;  // dK, dV
   typename ProductV::Accumulator rV;
 
   __device__ __forceinline__ Fa2Backward(const BwdParams& params, const Sequence& s, int block_n, int head, int sequence, uint32_t shared)
-      : p(params),
-        seq(s),
-        batch(sequence),
-        head_kv(head),
-        first_key(block_n * C.block_n),
-        band(params.fwd, s, 0, s.length_q),
+      : Base(params, s, block_n, head, sequence),
         sK(shared),
         sV(sK + TileK::kBytes),
         sQ(sV + TileV::kBytes),
-        sO(sQ + TileQ::kBytes),
-        sP(sO + TileO::kBytes),
-        sS(sP + TileP::kBytes) {}
+        sP(sQ + kStages * kStageBytes) {}
 
   __device__ __forceinline__ void run() {
-    const FwdParams& f = p.fwd;
-    const Loader<C.block_n, C.head_dim> load_k(base(f.k, f.k_stride, seq.k_row, head_kv), f.k_stride.row, f.head_dim);
-    const Loader<C.block_n, C.v_head_dim> load_v(base(f.v, f.v_stride, seq.k_row, head_kv), f.v_stride.row, f.v_head_dim);
-    const RowRange keys = band.keys();
-    load_k.load(sK, first_key, keys);
-    load_v.load(sV, first_key, keys);
+    this->load_keys(sK, sV);
     ProductK::clear(rK);
     ProductV::clear(rV);
-    for (int head = head_kv * f.heads_per_kv; head < (head_kv + 1) * f.heads_per_kv; ++head) mainloop(head);
+    if (tiles.begin < tiles.end) mainloop();
     ptx::cp_async_wait<0>();
-    store<ProductK>(rK, p.dk, p.dk_stride, f.head_dim, p.softmax_scale);
-    store<ProductV>(rV, p.dv, p.dv_stride, f.v_head_dim, C.dropout ? f.dropout_rescale : 1.f);
+    this->template store<ProductK>(rK, p.dk, p.dk_stride, p.fwd.head_dim, p.softmax_scale);
+    this->template store<ProductV>(rV, p.dv, p.dv_stride, p.fwd.v_head_dim, C.dropout ? p.fwd.dropout_rescale : 1.f);
   }
 
  private:
-  static __device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x) % 32 / 4; }
-  static __device__ __forceinline__ int lane_col() { return static_cast<int>(threadIdx.x) % 4 * 2; }
+  __device__ __forceinline__ uint32_t at(int stage) const { return sQ + stage * kStageBytes; }
 
-  __device__ __forceinline__ const uint16_t* base(const void* x, const Strides& stride, int64_t row, int head) const {
-    return static_cast<const uint16_t*>(x) + seq.batch * stride.batch + row * stride.row + head * stride.head;
-  }
-
-  // Algorithm 2, lines 10 to 17, over the queries of one head.
-  __device__ __forceinline__ void mainloop(int head) {
-    const FwdParams& f = p.fwd;
-    const Loader<C.block_m, C.head_dim> load_q(base(f.q, f.q_stride, seq.q_row, head), f.q_stride.row, f.head_dim);
-    const Loader<C.block_m, C.v_head_dim> load_o(base(p.dout, p.dout_stride, seq.q_row, head), p.dout_stride.row, f.v_head_dim);
-    // Rows that see none of these keys count as zeros: what they hold may be NaN.
-    const RowRange rows = band.queries(first_key, C.block_n);
-    const RowRange rows_of_dout = p.dout == nullptr ? RowRange{0, 0, 0} : rows;
-    const TileRange tiles = band.query_tiles(first_key, C.block_n);
-    for (int m = tiles.begin; m < tiles.end; ++m) {
-      const int row = m * C.block_m;
-      load_q.load(sQ, row, rows);
-      load_o.load(sO, row, rows_of_dout);
-      ptx::cp_async_commit();
-      ptx::cp_async_wait<0>();
-      __syncthreads();  // the copies of all threads have landed
-      compute_p_and_ds(head, m, rows);
-      __syncthreads();  // all of P and dS is written
-      // dV += P^T dO, dK += dS^T Q, dQ += dS K
+  // Algorithm 2, lines 10 to 17, over the tiles of queries of one head after the other.
+  //
+  // What is not a product hides behind one: exponentials behind dP, dS behind dV. Two barriers a
+  // tile: P, then dS are complete. Whatever was read before one may be overwritten behind the next.
+  __device__ __forceinline__ void mainloop() {
+    QueryTile tile = this->ahead, added = {-1, 0};
+    int stage = 0;
+    bool ready = !C.deterministic || threadIdx.x != Base::kThreads - 1;
+    this->load_next(at(0));
+    if constexpr (kStages == 3) this->load_next(at(1));
+    ptx::cp_async_wait<kStages == 3>();
+    __syncthreads();  // the copies of all threads have landed
+    DqPart part;
+    for (; tile.head < this->end_head(); this->advance(tile)) {
+      const uint32_t q = at(stage), dout = q + TileQ::kBytes, sS = sP + TileP::kBytes;
+      typename ProductS::Accumulator rP, rS, slope;  // rP: S, then P; rS: dP, then dS
+      compute_p_and_dp(tile, q, rP, rS, slope, part);
+      write<C.dropout>(sP, rP);
+      this->wait_for_turn(tile, ready);
+      __syncthreads();  // P is complete
+      if constexpr (kStages > 1) this->load_next(at(next(stage, kStages - 1)));
       ProductV::template multiply<C.block_m / 16>(rV, Operand<C.block_m, C.block_n>::a_transposed(sP),
-                                                  Operand<C.block_m, C.v_head_dim>::b_transposed(sO));
-      ProductK::template multiply<C.block_m / 16>(rK, Operand<C.block_m, C.block_n>::a_transposed(sS),
-                                                  Operand<C.block_m, C.head_dim>::b_transposed(sQ));
-      accumulate_dq(head, row, rows);
-      __syncthreads();  // all warps have read Q, dO, P and dS, which the next tile overwrites
+                                                  Operand<C.block_m, C.v_head_dim>::b_transposed(dout));
+      compute_ds(rP, rS, slope, q);
+      write(sS, rS);
+      if constexpr (kStages > 1) ptx::cp_async_wait<kStages - 2>();
+      __syncthreads();  // dS is complete, and the next tile has landed
+      ready = this->take_turns(added, tile);
+      compute_dk_and_dq(tile, q, sS, part);
+      if constexpr (kStages == 1) {
+        __syncthreads();
+        this->load_next(at(0));
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+      }
+      stage = next(stage);
     }
+    this->add_dq(part, kLate, kFragments);
+    if constexpr (C.deterministic) __syncthreads();
+    this->pass_turn(added);
   }
 
-  // S = Q K^T, P = exp(S - LSE), dP = dO V^T, dS = P (dP - delta), times the slope of the softcap.
-  __device__ __forceinline__ void compute_p_and_ds(int head, int m, RowRange rows) {
-    const int row = m * C.block_m + ProductS::row(), n = (first_key + ProductS::col()) / ProductS::kWarpCols;
-    Scores tile(p.fwd, {m, head, batch}, seq, row);
-    typename ProductS::Accumulator rP, rS, slope;  // rP: S, then P; rS: dP, then dS
+  // dQ = dS K, dK += dS^T Q. Additions to dQ go between products, because all reads of shared
+  // memory would have to wait for a burst of them: some beside dK, the others beside S of the next
+  // tile.
+  static constexpr int kLate = kFragments / 2;  // the first of them
+  __device__ __forceinline__ void compute_dk_and_dq(const QueryTile& tile, uint32_t q, uint32_t sS, DqPart& part) {
+#pragma unroll
+    for (int chunk = 0; chunk < C.head_dim; chunk += Base::kColsOfDq) {
+      if (chunk > 0) this->add_dq(part, 0, kFragments);
+      this->compute_dq(part, tile, Operand<C.block_m, C.block_n>::a(sS), sK, chunk);
+    }
+    constexpr int kSteps = C.block_m / 16;
+    ProductK::template multiply<kSteps>(rK, Operand<C.block_m, C.block_n>::a_transposed(sS),
+                                        Operand<C.block_m, C.head_dim>::b_transposed(q),
+                                        [&](int k) { this->add_dq(part, k * kLate / kSteps, (k + 1) * kLate / kSteps); });
+  }
+
+  // S = Q K^T, P = exp(S - LSE), dP = dO V^T.
+  __device__ __forceinline__ void compute_p_and_dp(const QueryTile& query, uint32_t stage, typename ProductS::Accumulator& rP,
+                                                   typename ProductS::Accumulator& rS, typename ProductS::Accumulator& slope,
+                                                   const DqPart& part) const {
+    const int n = (first_key + ProductS::col()) / ProductS::kWarpCols;
+    Scores tile(p.fwd, {query.m, query.head, batch}, seq, query.m * C.block_m + ProductS::row());
     ProductS::clear(rP);
-    ProductS::template multiply<C.head_dim / 16>(rP, Operand<C.block_m, C.head_dim>::a(sQ), Operand<C.block_n, C.head_dim>::b(sK));
+    constexpr int kSteps = C.head_dim / 16, kAdded = kFragments - kLate;
+    ProductS::template multiply<kSteps>(rP, Operand<C.block_m, C.head_dim>::a(stage), Operand<C.block_n, C.head_dim>::b(sK),
+                                        [&](int k) { this->add_dq(part, kLate + k * kAdded / kSteps, kLate + (k + 1) * kAdded / kSteps); });
+
     if constexpr (C.softcap) for_each([&](int b, int t, int e) { slope[b][t][e] = tile.score.cap_slope(rP[b][t][e]); });
     tile.apply_scale_and_bias(rP, n);
-    if (tile.band.template needs_mask<ProductS::kWarpCols>(n)) tile.apply_mask(rP, n);
+    const bool masked = tile.band.template needs_mask<ProductS::kWarpCols>(n);
+    if (masked) tile.apply_mask(rP, n);
 
-    float lse_log2[kBlocks][2], delta[kBlocks][2];
-    read_rows(head, row, rows, lse_log2, delta);
+    RowStatistics row[kBlocks][2];
+    read_statistics(row, stage);
+    bool unusual = false;  // rows that see nothing, and huge scores
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) unusual |= fabsf(row[i / 2][i % 2].lse_log2) > OnlineSoftmax<1>::kLargestFused;
+    unusual = __any_sync(0xffffffffu, unusual);
+    for_each([&](int b, int t, int e) { rP[b][t][e] = fmaf(rP[b][t][e], tile.score.factor, -row[b][e / 2].lse_log2); });
     // An exponent is never positive, except for the rounding of huge scores.
-    for_each([&](int b, int t, int e) {
-      const float exponent = fmaf(rP[b][t][e], tile.score.factor, -lse_log2[b][e / 2]);
-      rP[b][t][e] = ptx::exp2(exponent > 0.f ? 0.f : exponent);
-    });
+    if (unusual) for_each([&](int b, int t, int e) { rP[b][t][e] = rP[b][t][e] > 0.f ? 0.f : rP[b][t][e]; });
+    for_each([&](int b, int t, int e) { rP[b][t][e] = ptx::exp2(rP[b][t][e]); });
 
     ProductS::clear(rS);
-    ProductS::template multiply<C.v_head_dim / 16>(rS, Operand<C.block_m, C.v_head_dim>::a(sO), Operand<C.block_n, C.v_head_dim>::b(sV));
+    ProductS::template multiply<C.v_head_dim / 16>(rS, Operand<C.block_m, C.v_head_dim>::a(stage + TileQ::kBytes),
+                                                   Operand<C.block_n, C.v_head_dim>::b(sV));
+    // A hidden element, whatever its dP is.
+    if (masked || unusual) for_each([&](int b, int t, int e) { rS[b][t][e] = rP[b][t][e] == 0.f ? 0.f : rS[b][t][e]; });
     if constexpr (C.dropout) {
       for_each([&](int b, int t, int e) { rS[b][t][e] *= p.fwd.dropout_rescale; });
       // The sign of a probability says that it is dropped.
       tile.for_each_dropped(n, [&](int b, int t, int e) { rP[b][t][e] = -rP[b][t][e], rS[b][t][e] = 0.f; });
     }
+  }
+
+  static __device__ __forceinline__ void read_statistics(RowStatistics (&row)[kBlocks][2], uint32_t stage) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        ptx::load_shared_8(row[b][r].lse_log2, row[b][r].delta, Base::statistics_at(stage, ProductS::row() + 16 * b + 8 * r + lane_row()));
+  }
+
+  // dS = P (dP - delta), times the slope of the softcap.
+  static __device__ __forceinline__ void compute_ds(const typename ProductS::Accumulator& rP, typename ProductS::Accumulator& rS,
+                                                    const typename ProductS::Accumulator& slope, uint32_t stage) {
+    RowStatistics row[kBlocks][2];
+    read_statistics(row, stage);
     for_each([&](int b, int t, int e) {
-      float& probability = rP[b][t][e];
-      const float magnitude = C.dropout ? fabsf(probability) : probability;
-      float ds = magnitude * (rS[b][t][e] - delta[b][e / 2]);
-      if constexpr (C.softcap) ds *= slope[b][t][e];
-      rS[b][t][e] = probability == 0.f ? 0.f : ds;  // a hidden element, whatever its dP is
-      if (C.dropout && probability < 0.f) probability = 0.f;
+      rS[b][t][e] = fabsf(rP[b][t][e]) * (rS[b][t][e] - row[b][e / 2].delta);
+      if constexpr (C.softcap) rS[b][t][e] *= slope[b][t][e];
     });
-    write(sP, rP);
-    write(sS, rS);
   }
 
   template <class Visit>
@@ -161,24 +187,8 @@ struct Fa2Backward {
         for (int e = 0; e < 4; ++e) visit(b, t, e);
   }
 
-  // LSE in log2 units, and delta less dLSE, of this lane's rows. A row that sees no key has an LSE
-  // of +inf here, so that its probabilities are 0.
-  __device__ __forceinline__ void read_rows(int head, int first_row, RowRange rows, float (&lse_log2)[kBlocks][2],
-                                            float (&delta)[kBlocks][2]) const {
-    const int64_t at = batch * p.fwd.lse_batch_stride + head * p.fwd.lse_head_stride + seq.q_row;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = first_row + 16 * b + 8 * r + lane_row();
-        const float lse = rows.contains(row) ? p.fwd.lse[at + row] : negative_infinity();
-        const bool idle = lse == negative_infinity();
-        lse_log2[b][r] = idle ? -negative_infinity() : lse * kLog2e;
-        delta[b][r] = idle ? 0.f : p.delta[at + row];
-      }
-  }
-
-  // To 16 bits and shared memory.
+  // To 16 bits and shared memory; with kPositive, negative numbers as zeros.
+  template <bool kPositive = false>
   static __device__ __forceinline__ void write(uint32_t tile, const typename ProductS::Accumulator& x) {
     const int lane_first_row = ProductS::row() + lane_row(), first_chunk = ProductS::col() / 8;
 #pragma unroll
@@ -188,67 +198,37 @@ struct Fa2Backward {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const uint32_t target = tile + TileP::offset(lane_first_row + 16 * b + 8 * r, first_chunk + t) + 2 * lane_col();
-          ptx::store_shared_4(target, Traits::pack(x[b][t][2 * r], x[b][t][2 * r + 1]));
+          float lo = x[b][t][2 * r], hi = x[b][t][2 * r + 1];
+          if constexpr (kPositive) lo = lo < 0.f ? 0.f : lo, hi = hi < 0.f ? 0.f : hi;
+          ptx::store_shared_4(target, Traits::pack(lo, hi));
         }
-  }
-
-  // dQ += dS K, some columns at a time, by atomic additions of float32.
-  __device__ __forceinline__ void accumulate_dq(int head, int first_row, RowRange rows) {
-    const FwdParams& f = p.fwd;
-    const int64_t token = static_cast<int64_t>(seq.batch) * f.seqlen_q + seq.q_row;
-    const int lane_first_row = first_row + ProductQ::row() + lane_row(), lane_first_col = ProductQ::col() + lane_col();
-#pragma unroll
-    for (int chunk = 0; chunk < C.head_dim; chunk += kColsOfDq) {
-      typename ProductQ::Accumulator rQ;
-      ProductQ::clear(rQ);
-      const auto read_k = Operand<C.block_n, C.head_dim>::b_transposed(sK);
-      ProductQ::template multiply<C.block_n / 16>(rQ, Operand<C.block_m, C.block_n>::a(sS),
-                                                  [&](uint32_t (&r)[4], int col, int k) { read_k(r, chunk + col, k); });
-#pragma unroll
-      for (int b = 0; b < ProductQ::kBlocks; ++b)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int row = lane_first_row + 16 * b + 8 * r;
-          if (!rows.contains(row)) continue;
-          float* target = p.dq_sum + ((token + row) * f.heads + head) * f.head_dim;
-#pragma unroll
-          for (int t = 0; t < ProductQ::kTiles; ++t)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const int col = chunk + lane_first_col + 8 * t + e;
-              if (C.exact_head_dim || col < f.head_dim) ptx::add_global(target + col, rQ[b][t][2 * r + e]);
-            }
-        }
-    }
-  }
-
-  // dK or dV of this block's keys.
-  template <class P>
-  __device__ __forceinline__ void store(const typename P::Accumulator& x, void* gradient, const Strides& stride, int cols,
-                                        float scale) const {
-    auto* out = static_cast<uint16_t*>(gradient) + seq.batch * stride.batch + seq.k_row * stride.row + head_kv * stride.head;
-    const int lane_first_key = first_key + P::row() + lane_row(), lane_first_col = P::col() + lane_col();
-#pragma unroll
-    for (int b = 0; b < P::kBlocks; ++b)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int key = lane_first_key + 16 * b + 8 * r;
-        if (key >= seq.length_k) continue;
-#pragma unroll
-        for (int t = 0; t < P::kTiles; ++t)
-          store_pair<C>(out + key * stride.row, lane_first_col + 8 * t, cols,
-                        Traits::pack(x[b][t][2 * r] * scale, x[b][t][2 * r + 1] * scale));
-      }
   }
 };
 
+template <Config C, bool = kNarrow<C>>
+struct BackwardOf {
+  using Block = Fa2Backward<C>;
+};
+template <Config C>
+struct BackwardOf<C, true> {
+  using Block = Fa2BackwardNarrow<C>;
+};
+
+// Blocks walk the (sequence, KV head) pairs in groups of `section_pairs`, whose keys they take side
+// by side, those that the most queries see first: the grid ends with short blocks.
 template <Config C>
 __device__ __forceinline__ void fa2_backward(const BwdParams& p) {
+  using Block = typename BackwardOf<C>::Block;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const int pair = blockIdx.x / p.blocks_n, block_n = blockIdx.x - pair * p.blocks_n;
+  int index = blockIdx.x;
+  if constexpr (C.deterministic) index = DqTurns<C>::draw_ticket(p, ptx::shared_address(shared) + Block::kBytes);
+  const int per_group = p.section_pairs * p.blocks_n, group = index / per_group;
+  const int first = group * p.section_pairs, width = min(p.section_pairs, p.fwd.batch * p.heads_kv - first);
+  const int rest = index - group * per_group, column = rest / width, pair = first + rest - column * width;
   const int batch = pair / p.heads_kv, head_kv = pair - batch * p.heads_kv;
+  const int block_n = C.left_bound && !C.right_bound && !C.deterministic ? p.blocks_n - 1 - column : column;
   const Sequence seq = read_sequence<C.varlen>(p.fwd, batch);
-  if (block_n * C.block_n < seq.length_k) Fa2Backward<C>(p, seq, block_n, head_kv, batch, ptx::shared_address(shared)).run();
+  if (block_n * C.block_n < seq.length_k) Block(p, seq, block_n, head_kv, batch, ptx::shared_address(shared)).run();
 }
 
 }  // namespace fa

@@ -19,10 +19,31 @@ __device__ __forceinline__ void store_shared_4(uint32_t dst, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(dst), "r"(x) : "memory");
 }
 
+// ld.shared: 4 bytes that another thread wrote.
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t src) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(src) : "memory");
+  return x;
+}
+
 // ld.shared.v4: 16 bytes that another warp wrote.
 __device__ __forceinline__ uint4 load_shared_16(uint32_t src) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(src) : "memory");
+  return x;
+}
+
+// st.shared.v2, ld.shared.v2, ld.shared.v4: two or four floats.
+__device__ __forceinline__ void store_shared_8(uint32_t dst, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(dst), "f"(x), "f"(y) : "memory");
+}
+__device__ __forceinline__ void load_shared_8(float& x, float& y, uint32_t src) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(src) : "memory");
+}
+
+__device__ __forceinline__ float4 load_shared_16_floats(uint32_t src) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(src) : "memory");
   return x;
 }
 

@@ -34,7 +34,11 @@ struct TileLoader {
   }
 
   __device__ __forceinline__ void load(uint32_t tile, int first_row, RowRange valid) const {
-    const uint16_t* src = source + (first_row + row) * row_stride;
+    load_from(source + (first_row + row) * row_stride, tile, first_row, valid);
+  }
+
+  // The same, given the address of this thread's first chunk.
+  __device__ __forceinline__ void load_from(const uint16_t* src, uint32_t tile, int first_row, RowRange valid) const {
     if (kAligned && kExactCols && valid.covers(first_row, kRows)) {
       each_chunk(tile, src, [&](uint32_t dst, const uint16_t* from, int, int) { ptx::cp_async_16(dst, from); });
     } else if constexpr (kAligned) {
@@ -46,6 +50,17 @@ struct TileLoader {
         ptx::store_shared_16(dst, gather(from, valid.contains(first_row + r) ? cols - c : 0));
       });
     }
+  }
+
+  // Eight elements one by one: pointers or strides that are no multiple of 16 bytes.
+  static __device__ __forceinline__ uint4 gather(const uint16_t* from, int count) {
+    uint32_t word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t lo = 2 * i < count ? from[2 * i] : 0, hi = 2 * i + 1 < count ? from[2 * i + 1] : 0;
+      word[i] = lo | hi << 16;
+    }
+    return {word[0], word[1], word[2], word[3]};
   }
 
  private:
@@ -63,17 +78,6 @@ struct TileLoader {
       }
       src += kRowsPerPass * row_stride;
     }
-  }
-
-  // Eight elements one by one: pointers or strides that are no multiple of 16 bytes.
-  static __device__ __forceinline__ uint4 gather(const uint16_t* from, int count) {
-    uint32_t word[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t lo = 2 * i < count ? from[2 * i] : 0, hi = 2 * i + 1 < count ? from[2 * i + 1] : 0;
-      word[i] = lo | hi << 16;
-    }
-    return {word[0], word[1], word[2], word[3]};
   }
 };
 

@@ -8,17 +8,27 @@
 
 namespace fa {
 
-constexpr int at_most(int x, int most) { return x < most ? x : most; }
+// Into how many bands of rows warps cut kRows x kCols numbers, so that each reads the least: a warp
+// with m x n of them reads m + n rows and columns of the operands. Of equals the most bands.
+constexpr int bands_of_rows(int rows, int cols, int warps) {
+  int best = 0, least = 1 << 30;
+  for (int down = 1; down <= warps; down *= 2) {
+    const int across = warps / down;
+    if (warps % down != 0 || rows % (16 * down) != 0 || cols % (16 * across) != 0) continue;
+    const int reads = rows / down + cols / across;
+    if (reads <= least) best = down, least = reads;
+  }
+  return best;
+}
 
-// kRows x kCols numbers, cut among kWarps: as many bands of 16 rows as there are, then columns.
-// This warp has kBlocks blocks of 16 rows and kTiles tiles of 8 columns, from (row(), col()) on.
-template <DType kDType, int kRows, int kCols, int kWarps>
+// kRows x kCols numbers, cut among kWarps. This warp has kBlocks blocks of 16 rows and kTiles tiles
+// of 8 columns, from (row(), col()) on.
+template <DType kDType, int kRows, int kCols, int kWarps, int kDown = bands_of_rows(kRows, kCols, kWarps)>
 struct WarpProduct {
-  static constexpr int kDown = at_most(kWarps, kRows / 16), kAcross = kWarps / kDown;
+  static_assert(kDown > 0, "warps share 16 x 16 blocks evenly");
+  static constexpr int kAcross = kWarps / kDown;
   static constexpr int kBlocks = kRows / (16 * kDown), kTiles = kCols / (8 * kAcross);
   static constexpr int kWarpRows = 16 * kBlocks, kWarpCols = 8 * kTiles;
-  static_assert(kBlocks * 16 * kDown == kRows && kTiles * 8 * kAcross == kCols && kTiles % 2 == 0 && kDown * kAcross == kWarps,
-                "warps share 16 x 16 blocks evenly");
   using Accumulator = float[kBlocks][kTiles][4];
 
   static __device__ __forceinline__ int row() { return warp_index() % kDown * kWarpRows; }
@@ -34,9 +44,13 @@ struct WarpProduct {
   }
 
   // d += A B over kSteps steps of 16. read_a(a, row, k) and read_b(b, col, k) read the fragments of
-  // a 16 x 16 block.
+  // a 16 x 16 block; beside(k) is done beside step k.
   template <int kSteps, class ReadA, class ReadB>
   static __device__ __forceinline__ void multiply(Accumulator& d, ReadA read_a, ReadB read_b) {
+    multiply<kSteps>(d, read_a, read_b, [](int) {});
+  }
+  template <int kSteps, class ReadA, class ReadB, class Beside>
+  static __device__ __forceinline__ void multiply(Accumulator& d, ReadA read_a, ReadB read_b, Beside beside) {
     const int first_row = row(), first_col = col();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -53,6 +67,7 @@ struct WarpProduct {
           MmaTraits<kDType>::mma(d[b][t + 1], a[b], bk[2], bk[3]);
         }
       }
+      beside(k);
     }
   }
 };

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where the keys of a sequence lie in a cache: in one slot of it, or in the pages of a table.
+#pragma once
+
+#include "attention/config.cuh"
+#include "attention/sequence.cuh"
+#include "ptx/common.cuh"
+#include "ptx/cp_async.cuh"
+#include "tile/loader.cuh"
+
+namespace fa {
+
+// Rows of q are dense or packed. There are never more keys than fit.
+template <Config C>
+__device__ __forceinline__ Sequence read_cached_sequence(const KvCacheParams& p, int batch) {
+  int64_t used = p.new_tokens;
+  if (p.cu_seqlens_new != nullptr) used = p.cu_seqlens_new[batch + 1] - p.cu_seqlens_new[batch];
+  used += p.cache_lengths != nullptr ? p.cache_lengths[batch] : p.fwd.cu_seqlens_k[batch + 1] - p.fwd.cu_seqlens_k[batch];
+  const int pad = p.left_pad == nullptr ? 0 : max(0, p.left_pad[batch]);
+  const int keys = max(0, static_cast<int>(min(used, static_cast<int64_t>(p.capacity))) - pad);
+  if constexpr (C.varlen) {
+    const int row = p.fwd.cu_seqlens_q[batch];
+    return {p.fwd.cu_seqlens_q[batch + 1] - row, keys, row, 0, 0};
+  } else {
+    return {p.fwd.seqlen_q, keys, 0, 0, batch};
+  }
+}
+
+// Elements from the beginning of K and of V to a key's row.
+struct CachedKey {
+  int64_t k, v;
+  bool exists;  // a table entry outside the cache names no keys
+};
+
+template <Config C>
+struct KvCacheSource {
+  const KvCacheParams& p;
+  const int32_t* table;  // paged: of this sequence
+  int first_slot;        // of its first key: left padding
+  int64_t k_base, v_base;
+  bool in_cache = true;  // contiguous: whether there is such a block
+
+  __device__ __forceinline__ KvCacheSource(const KvCacheParams& params, int batch, int head_kv)
+      : p(params),
+        table(C.paged ? params.blocks + batch * params.table_stride : nullptr),
+        first_slot(params.left_pad == nullptr ? 0 : max(0, params.left_pad[batch])),
+        k_base(head_kv * params.fwd.k_stride.head),
+        v_base(head_kv * params.fwd.v_stride.head) {
+    if constexpr (!C.paged) {
+      const int64_t block = params.blocks == nullptr ? batch : params.blocks[batch];
+      k_base += block * params.fwd.k_stride.batch;
+      v_base += block * params.fwd.v_stride.batch;
+      in_cache = block >= 0 && block < params.num_blocks;
+    }
+  }
+
+  // `valid`: some row sees the key. The table is read for such keys only.
+  __device__ __forceinline__ CachedKey locate(int key, bool valid) const {
+    const FwdParams& f = p.fwd;
+    const int slot = first_slot + key;
+    if constexpr (C.paged) {
+      const int page = slot / p.block_size, row = slot - page * p.block_size;
+      const int block = valid ? table[page] : -1;
+      const bool exists = block >= 0 && block < p.num_blocks;
+      const int64_t at = exists ? block : 0;
+      return {k_base + at * f.k_stride.batch + row * f.k_stride.row, v_base + at * f.v_stride.batch + row * f.v_stride.row, exists};
+    } else {
+      return {k_base + slot * f.k_stride.row, v_base + slot * f.v_stride.row, in_cache};
+    }
+  }
+};
+
+// Loads kRows rows of kCols elements with kThreads threads. Row r begins `offset` elements after
+// `base`, as lane r of every warp knows it, and is zero-filled where its bit of `exists` is not set;
+// so are columns from `cols` on.
+template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols>
+struct ScatteredRowLoader {
+  static_assert(kRows <= 32, "a lane knows a row");
+  using Tile = SharedTile<kRows, kCols>;
+  using Gather = TileLoader<kRows, kCols, 256, kAligned, kExactCols>;
+  static constexpr int kCopies = kRows * Tile::kChunks;
+
+  static __device__ __forceinline__ void load(uint32_t tile, const void* base, int64_t offset, uint32_t exists, int cols, int thread) {
+#pragma unroll 4
+    for (int first = 0; first < kCopies; first += kThreads) {
+      const int copy = first + thread, row = copy / Tile::kChunks, chunk = copy - row * Tile::kChunks;
+      const int64_t at = __shfl_sync(0xffffffffu, offset, row % 32);
+      if (kCopies % kThreads != 0 && copy >= kCopies) continue;
+      const uint16_t* from = static_cast<const uint16_t*>(base) + at + 8 * chunk;
+      const bool valid = exists >> row & 1;
+      if constexpr (kAligned) {
+        ptx::cp_async_16_or_zero(tile + Tile::offset(row, chunk), from, valid && (kExactCols || 8 * chunk < cols));
+      } else {
+        ptx::store_shared_16(tile + Tile::offset(row, chunk), Gather::gather(from, valid ? cols - 8 * chunk : 0));
+      }
+    }
+  }
+};
+
+}  // namespace fa

@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward attention of few queries over a cache of K and V with mma.sync: flash-decoding
+// (https://crfm.stanford.edu/2023/10/12/flashdecoding.html) and what FlashAttention-2 needs beside
+// it, for sm_80 and every later architecture.
+//
+// A block owns block_m rows of one KV head: the queries of all heads that read it, so that K and V
+// are read once. Its warps are groups of block_m / 16, a warp of a group for 16 rows. The groups
+// share the keys: each has a pipeline and a softmax of its own, waits for itself alone, and their
+// states are merged at the end, as those of the splits are by another kernel.
+#pragma once
+
+#include "attention/epilogue.cuh"
+#include "attention/kv_cache.cuh"
+#include "attention/score_tile.cuh"
+#include "attention/unowned_rows.cuh"
+#include "ptx/named_barrier.cuh"
+#include "tile/fragment.cuh"
+
+namespace fa {
+
+template <Config C>
+struct Fa2KvCache {
+  static_assert(C.pack_gqa && C.any_ratio && !C.dropout && C.block_m % 16 == 0 && C.block_n <= 32, "tiles of few rows");
+  static constexpr int kRowWarps = C.block_m / 16, kGroups = C.warps / kRowWarps, kGroupThreads = 32 * kRowWarps;
+  static_assert(kGroups * kRowWarps == C.warps, "groups are equally large");
+  static constexpr int kThreads = 32 * C.warps, kSteps = C.head_dim / 16, kOutTiles = C.v_head_dim / 8;
+
+  using Traits = MmaTraits<C.dtype>;
+  using Scores = ScoreTile<C, 1>;
+  using TileQ = SharedTile<C.block_m, C.head_dim>;
+  using TileK = SharedTile<C.block_n, C.head_dim>;
+  using TileV = SharedTile<C.block_n, C.v_head_dim>;
+  using LoaderK = ScatteredRowLoader<C.block_n, C.head_dim, kGroupThreads, C.aligned, C.exact_head_dim>;
+  using LoaderV = ScatteredRowLoader<C.block_n, C.v_head_dim, kGroupThreads, C.aligned, C.exact_head_dim>;
+  static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
+
+  const KvCacheParams& p;
+  const FwdParams& f;
+  const WorkTile work;  // its head is a KV head
+  const Sequence seq;
+  const Band<C> band;  // of the whole block
+  const RowRange keys;
+  const int group, thread;  // thread of the group
+  const uint32_t sQ, stages;
+  Scores tile;
+  OnlineSoftmax<1> softmax;
+  float rO[1][kOutTiles][4];
+  uint32_t exists[C.stages];  // keys of each tile in flight
+
+  __device__ __forceinline__ Fa2KvCache(const KvCacheParams& params, const WorkTile& w, const Sequence& s, uint32_t shared)
+      : p(params),
+        f(params.fwd),
+        work(w),
+        seq(s),
+        band(params.fwd, s, w.block_m * C.block_m, C.block_m),
+        keys(band.keys()),
+        group(warp_index() / kRowWarps),
+        thread(static_cast<int>(threadIdx.x) % kGroupThreads),
+        sQ(shared),
+        stages(shared + TileQ::kBytes + group * C.stages * kStageBytes),
+        tile(params.fwd, w, s, w.block_m * C.block_m + warp_index() % kRowWarps * 16) {
+    Scores::clear(rO);
+  }
+
+  // Tiles of keys that some row sees: those of sink tokens below the window, then the window's.
+  __device__ __forceinline__ int sink_tiles() const {
+    return C.sink_tokens ? min((keys.sinks + C.block_n - 1) / C.block_n, band.tile_begin()) : 0;
+  }
+  __device__ __forceinline__ int tile_count() const { return sink_tiles() + max(0, band.tile_end() - band.tile_begin()); }
+
+  __device__ __forceinline__ void run(int split) {
+    const int64_t tiles = tile_count();
+    const int first = static_cast<int>(tiles * split / p.splits), end = static_cast<int>(tiles * (split + 1) / p.splits);
+    load_q();
+    mainloop(first + group, end);
+    __syncthreads();  // all groups have read their last tiles, whose memory the merge takes
+    store(split);
+  }
+
+ private:
+  __device__ __forceinline__ void group_sync() const {
+    if constexpr (kRowWarps == 1) {
+      __syncwarp();
+    } else {
+      ptx::named_barrier_sync(1 + group, kGroupThreads);
+    }
+  }
+
+  // Rows of several heads: row r is query r / ratio of head r % ratio. Rows that do not exist are
+  // zeros.
+  __device__ __forceinline__ void load_q() const {
+    const auto* q = static_cast<const uint16_t*>(f.q) + seq.batch * f.q_stride.batch + seq.q_row * f.q_stride.row;
+    for (int copy = threadIdx.x; copy < C.block_m * TileQ::kChunks; copy += kThreads) {
+      const int r = copy / TileQ::kChunks, chunk = copy - r * TileQ::kChunks, row = work.block_m * C.block_m + r;
+      const bool valid = row < row_count<C>(f, seq);
+      const int64_t at = valid ? query_of<C>(f, row) * f.q_stride.row + head_of<C>(f, work.head, row) * f.q_stride.head : 0;
+      const uint16_t* from = q + at + 8 * chunk;
+      if constexpr (C.aligned) {
+        ptx::cp_async_16_or_zero(sQ + TileQ::offset(r, chunk), from, valid && (C.exact_head_dim || 8 * chunk < f.head_dim));
+      } else {
+        ptx::store_shared_16(sQ + TileQ::offset(r, chunk), LoaderK::Gather::gather(from, valid ? f.head_dim - 8 * chunk : 0));
+      }
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  }
+
+  // Every kGroups-th tile from `i` on.
+  __device__ __forceinline__ void mainloop(int i, int end) {
+    const KvCacheSource<C> source(p, work.batch, work.head);
+    int ahead = i;
+    const auto fetch = [&](int stage) {
+      if (ahead < end) exists[stage] = load(source, tile_at(ahead), stages + stage * kStageBytes);
+      ptx::cp_async_commit();
+      ahead += kGroups;
+    };
+#pragma unroll
+    for (int stage = 0; stage < C.stages; ++stage) fetch(stage);
+    while (i < end) {
+#pragma unroll
+      for (int stage = 0; stage < C.stages; ++stage) {
+        if (i >= end) break;
+        ptx::cp_async_wait<C.stages - 1>();
+        group_sync();  // the copies of all threads of the group have landed
+        compute(tile_at(i), exists[stage], stages + stage * kStageBytes);
+        group_sync();  // all warps of the group have read the tile
+        fetch(stage);
+        i += kGroups;
+      }
+    }
+    ptx::cp_async_wait<0>();
+  }
+
+  __device__ __forceinline__ int tile_at(int i) const {
+    const int sinks = sink_tiles();
+    return i < sinks ? i : band.tile_begin() + i - sinks;
+  }
+
+  // Starts the copies of tile n; returns which of its keys there are.
+  __device__ __forceinline__ uint32_t load(const KvCacheSource<C>& source, int n, uint32_t shared) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, key = n * C.block_n + lane;
+    const bool valid = lane < C.block_n && keys.contains(key);
+    const CachedKey at = source.locate(key, valid);
+    const uint32_t there = __ballot_sync(0xffffffffu, valid && at.exists);
+    LoaderK::load(shared, f.k, at.k, there, f.head_dim, thread);
+    LoaderV::load(shared + TileK::kBytes, f.v, at.v, there, f.v_head_dim, thread);
+    return there;
+  }
+
+  // S = Q K^T, softmax, O += P V
+  __device__ __forceinline__ void compute(int n, uint32_t there, uint32_t shared) {
+    typename Scores::Scores rS;
+    Scores::clear(rS);
+    const auto read_q = FragmentReader<C.block_m, C.head_dim>::rows_then_chunks(sQ);
+    const auto read_k = FragmentReader<C.block_n, C.head_dim>::chunks_then_rows(shared);
+    const auto read_v = FragmentReader<C.block_n, C.v_head_dim>::rows_then_chunks(shared + TileK::kBytes);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t a[4], b[4];
+      read_q.read(a, warp_index() % kRowWarps * 16, k);
+#pragma unroll
+      for (int t = 0; t < Scores::kKeyTiles; t += 2) {
+        read_k.read(b, 8 * t, k);
+        Traits::mma(rS[0][t], a, b[0], b[1]);
+        Traits::mma(rS[0][t + 1], a, b[2], b[3]);
+      }
+    }
+    tile.apply_scale_and_bias(rS, n);
+    if (tile.band.needs_mask(n)) tile.apply_mask(rS, n);
+    if (there != kAllKeys) hide_absent(rS, there);
+    float rescale[1][2];
+    if (softmax.template update<false>(rS, tile.row_bias, rescale, tile.score.factor, [this](int b, int r) { return tile.decides(b, r); })) {
+#pragma unroll
+      for (int t = 0; t < kOutTiles; ++t)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) rO[0][t][e] *= rescale[0][e / 2];
+    }
+#pragma unroll
+    for (int k = 0; k < Scores::kKeyTiles / 2; ++k) {
+      uint32_t a[4], b[4];
+      Scores::pack_probabilities(a, rS, 0, k);
+#pragma unroll
+      for (int t = 0; t < kOutTiles; t += 2) {
+        read_v.read_transposed(b, 16 * k, t / 2);
+        Traits::mma(rO[0][t], a, b[0], b[1]);
+        Traits::mma(rO[0][t + 1], a, b[2], b[3]);
+      }
+    }
+  }
+
+  // Keys of blocks that the cache does not have.
+  static constexpr uint32_t kAllKeys = C.block_n == 32 ? 0xffffffffu : (1u << C.block_n % 32) - 1;
+  static __device__ __forceinline__ void hide_absent(typename Scores::Scores& rS, uint32_t there) {
+#pragma unroll
+    for (int t = 0; t < Scores::kKeyTiles; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (!(there >> (8 * t + Scores::lane_col() + e % 2) & 1)) rS[0][t][e] = negative_infinity();
+  }
+
+  // Merges the groups. Each brings its maximum, then its sums relative to the largest one.
+  __device__ __forceinline__ void store(int split) {
+    const int lane_first_row = warp_index() % kRowWarps * 16 + Scores::lane_row();
+    float sum[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] = quad_reduce(softmax.sum[0][r], [](float x, float y) { return x + y; });
+      if (Scores::lane_col() == 0) maxima()[group * C.block_m + lane_first_row + 8 * r] = softmax.max[0][r] * tile.score.factor;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = lane_first_row + 8 * r;
+      const float top = largest(row), own = softmax.max[0][r] * tile.score.factor;
+      const float weight = own == negative_infinity() ? 0.f : ptx::exp2(own - top);
+      if (Scores::lane_col() == 0) sums()[group * C.block_m + row] = sum[r] * weight;
+      float* o = outputs() + (group * C.block_m + row) * kPitch + Scores::lane_col();
+#pragma unroll
+      for (int t = 0; t < kOutTiles; ++t)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) o[8 * t + e] = rO[0][t][2 * r + e] * weight;
+    }
+    __syncthreads();
+    for (int chunk = threadIdx.x; chunk < C.block_m * kOutTiles; chunk += kThreads) store_chunk(split, chunk / kOutTiles, chunk % kOutTiles);
+  }
+
+  // Eight columns of a row.
+  __device__ __forceinline__ void store_chunk(int split, int r, int chunk) const {
+    const int row = work.block_m * C.block_m + r;
+    if (row >= row_count<C>(f, seq)) return;
+    const int query = query_of<C>(f, row), head = head_of<C>(f, work.head, row);
+    float sum = 0.f, o[8] = {};
+    for (int g = 0; g < kGroups; ++g) {
+      sum += sums()[g * C.block_m + r];
+      const float* part = outputs() + (g * C.block_m + r) * kPitch + 8 * chunk;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) o[i] += part[i];
+    }
+    const float sink = C.learned_sink ? f.learned_sink[head] * kLog2e : 0.f;
+    const RowResult end = finalize_row<C>(sum, largest(r), sink);
+    const int64_t lse_row = work.batch * f.lse_batch_stride + head * f.lse_head_stride + seq.q_row + query;
+    if constexpr (C.split) {
+      const int64_t at = split * p.lse_rows + lse_row;
+      if (chunk == 0) p.partial_lse[at] = end.lse;
+      if (8 * chunk >= f.v_head_dim) return;
+      auto* target = reinterpret_cast<float4*>(p.partial_o + at * f.v_head_dim + 8 * chunk);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        target[i] = {o[4 * i] * end.scale, o[4 * i + 1] * end.scale, o[4 * i + 2] * end.scale, o[4 * i + 3] * end.scale};
+    } else {
+      if (f.lse != nullptr && chunk == 0) f.lse[lse_row] = end.lse;
+      auto* out = static_cast<uint16_t*>(f.o) + seq.batch * f.o_stride.batch + (seq.q_row + query) * f.o_stride.row + head * f.o_stride.head;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        store_pair<C>(out, 8 * chunk + 2 * i, f.v_head_dim, Traits::pack(o[2 * i] * end.scale, o[2 * i + 1] * end.scale));
+    }
+  }
+
+  // The merge, in the memory of the stages: maxima and sums of each group and row, then their o.
+  static constexpr int kPitch = C.v_head_dim + 4;  // floats of a row: rows begin in different banks
+  static __device__ __forceinline__ float* merge_memory() {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    return reinterpret_cast<float*>(shared + TileQ::kBytes);
+  }
+  static __device__ __forceinline__ float* maxima() { return merge_memory(); }
+  static __device__ __forceinline__ float* sums() { return merge_memory() + kGroups * C.block_m; }
+  static __device__ __forceinline__ float* outputs() { return merge_memory() + 2 * kGroups * C.block_m; }
+  static __device__ __forceinline__ float largest(int row) {
+    float top = negative_infinity();
+    for (int g = 0; g < kGroups; ++g) top = fmaxf(top, maxima()[g * C.block_m + row]);
+    return top;
+  }
+};
+
+// Blocks are (sequence, KV head, rows, split), splits side by side.
+template <Config C>
+__device__ __forceinline__ void fa2_kvcache(const KvCacheParams& p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int split = blockIdx.x % p.splits, rest = blockIdx.x / p.splits;
+  const int block_m = rest % p.fwd.blocks_m, pair = rest / p.fwd.blocks_m;
+  const int batch = pair / p.fwd.work_heads, head = pair - batch * p.fwd.work_heads;
+  if (C.varlen && !C.split && batch == p.fwd.batch - 1) {
+    const int tiles = p.fwd.blocks_m * p.fwd.work_heads;  // of this sequence
+    write_unowned_rows<C>(p.fwd, block_m * p.fwd.work_heads + head, tiles, threadIdx.x, Fa2KvCache<C>::kThreads);
+  }
+  const Sequence seq = read_cached_sequence<C>(p, batch);
+  if (block_m * C.block_m < row_count<C>(p.fwd, seq)) Fa2KvCache<C>(p, {block_m, head, batch}, seq, ptx::shared_address(shared)).run(split);
+}
+
+}  // namespace fa

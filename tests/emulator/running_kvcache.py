@@ -1,0 +1,136 @@
+"""The kernels over a cache of K and V on the emulator: keys and values of a case in pages or slots, NaN everywhere else."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atomr_accel_flashattn.arrays.read import read_array
+from atomr_accel_flashattn.dispatch import key_of_problem
+from atomr_accel_flashattn.dispatch.resolve import _features
+from atomr_accel_flashattn.kernels.kvcache import CacheShape, Fa2KvCacheSpec, SplitCombineSpec
+from atomr_accel_flashattn.kernels.spec import Tile
+from atomr_accel_flashattn.problem import Strides
+from atomr_accel_flashattn.tiles.tables import head_dim_width
+from atomr_accel_flashattn.types import SmArch
+from tests.check import Run
+from tests.inputs import Inputs, Layout, Poisoned
+from tests.reference.running import problem_of
+
+from .build import run
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from atomr_accel_flashattn.problem import AttentionProblem
+
+    Array = NDArray[Any]
+
+__all__ = ["Cached"]
+
+SMALL = Tile(block_m=16, block_n=32, warps=4, stages=2)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """How a case is run: ``block_size`` None is a contiguous cache."""
+
+    block_size: int | None = 16
+    splits: int = 1
+    tile: Tile = SMALL
+    left_pad: int = 0
+    seed: int = 0
+
+    def __call__(self, inputs: Inputs) -> Run:
+        """What :func:`tests.check.check_case` calls."""
+        random = np.random.default_rng(self.seed)
+        problem = problem_of(inputs)
+        held = self._hold(inputs, random)
+        out = Poisoned.empty(inputs.out_shape, inputs.q.dtype, Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED)
+        lse = np.full(inputs.lse_shape, np.nan, np.float32)
+        out_info = read_array(out.view, "out")
+        spec = self._spec(problem)
+        cache = replace(
+            problem,
+            k=read_array(held["k"], "k"),
+            v=read_array(held["v"], "v"),
+            k_strides=_strides(held["k"]),
+            v_strides=_strides(held["v"]),
+            seqlen_k=held["fits"],
+        )
+        blocks, size = held["k"].shape[:2]
+        shape = CacheShape(size, blocks, held["fits"], held["blocks"].shape[1] if self.block_size else 0)
+        partial_o = np.full((self.splits, lse.size, problem.v_head_dim), np.nan, np.float32)
+        partial_lse = np.full((self.splits, lse.size), np.nan, np.float32)
+        arrays = {
+            **{name: held.get(name) for name in ("k", "v", "blocks", "cache_lengths", "left_pad")},
+            **{"q": inputs.q, "o": out.view, "lse": lse, "cu_seqlens_q": inputs.cu_seqlens_q, "alibi_slopes": inputs.alibi_slopes},
+            **{"learned_sink": inputs.learned_sink, "partial_o": partial_o, "partial_lse": partial_lse},
+        }
+        for step in self._steps(spec, problem):
+            tiles = step.work_tiles(cache)
+            if not tiles:
+                continue
+            params: Any = step.pack(cache, out_info, shape=shape, splits=self.splits)
+            at = {name: 0 if array is None else array.ctypes.data for name, array in arrays.items()}
+            (ctypes.c_uint64 * len(params.SLOTS)).from_buffer(params)[:] = [at.get(name, 0) for name in params.SLOTS]
+            run(step, params, tiles * (self.splits if isinstance(step, Fa2KvCacheSpec) else 1), seed=self.seed)
+        out.check()
+        return Run(out.view, lse)
+
+    def _spec(self, problem: AttentionProblem) -> Fa2KvCacheSpec:
+        key = key_of_problem(problem, SmArch.SM_90)
+        features = _features(key, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim))
+        split = self.splits > 1
+        features["learned_sink"] &= not split
+        spec = Fa2KvCacheSpec(arch=SmArch.SM_90, tile=self.tile, paged=self.block_size is not None, split=split, **features)
+        assert not spec.misfit()
+        assert spec.shared_memory <= SmArch.SM_90.shared_memory_per_block
+        return spec
+
+    def _steps(self, spec: Fa2KvCacheSpec, problem: AttentionProblem) -> list[Any]:
+        combine = SplitCombineSpec.of(spec, learned_sink=problem.learned_sink is not None)
+        return [spec, combine] if self.splits > 1 else [spec]
+
+    def _hold(self, inputs: Inputs, random: np.random.Generator) -> dict[str, Any]:
+        """The cache of a call: each sequence's keys, in pages drawn at random or in a slot drawn at random."""
+        sequences = list(inputs.sequences())
+        lengths = np.array([self.left_pad + len(sequence.k) for sequence in sequences], np.int32)
+        longest = int(lengths.max(initial=0)) + 3  # more fit
+        if self.block_size is None:
+            shape = (len(sequences) + 2, longest)
+            k, v = (_empty_cache(shape, x) for x in (inputs.k, inputs.v))
+            slots = random.permutation(shape[0])[: len(sequences)].astype(np.int32)
+            for slot, sequence in zip(slots, sequences, strict=True):
+                rows = slice(self.left_pad, self.left_pad + len(sequence.k))
+                k[slot, rows], v[slot, rows] = sequence.k, sequence.v
+            held: dict[str, Any] = {"k": k, "v": v, "cache_lengths": lengths, "blocks": slots, "fits": longest}
+            return held | {"left_pad": np.full(len(sequences), self.left_pad, np.int32) if self.left_pad else None}
+        size = self.block_size
+        needed = [-(-int(length) // size) for length in lengths]
+        width = max(needed, default=0) + 1
+        pages = random.permutation(sum(needed) + 3).astype(np.int32)
+        k, v = (_empty_cache((len(pages), size), x) for x in (inputs.k, inputs.v))
+        table = random.choice(np.array([-1, 2**31 - 1, -(2**31)], np.int32), (len(sequences), width))  # never followed
+        first = 0
+        for index, sequence in enumerate(sequences):
+            table[index, : needed[index]] = pages[first : first + needed[index]]
+            for j in range(len(sequence.k)):
+                page, row = table[index, j // size], j % size
+                k[page, row], v[page, row] = sequence.k[j], sequence.v[j]
+            first += needed[index]
+        return {"k": k, "v": v, "cache_lengths": lengths, "blocks": table, "fits": width * size}
+
+
+def _empty_cache(lead: tuple[int, int], like: Array) -> Array:
+    heads, width = like.shape[-2:]
+    odd = 1 if like.strides[-2] % 16 else 0  # of an address that no 16-byte load may have
+    whole = np.full((*lead, heads, width + odd), np.nan, like.dtype)
+    return whole[..., odd:]
+
+
+def _strides(cache: Array) -> Strides:
+    return Strides(*(step // cache.itemsize for step in cache.strides[:3]))

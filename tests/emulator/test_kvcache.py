@@ -1,0 +1,55 @@
+"""The cache kernels' own source, run on the CPU thread by thread, against the float64 oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from atomr_accel_flashattn.kernels.spec import Tile
+from atomr_accel_flashattn.types import DType
+from tests.cases import Alibi, Case
+from tests.check import check_case
+from tests.inputs import Layout
+
+from .build import compiler
+from .running_kvcache import Cached
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
+
+DECODE: dict[str, Any] = {"lengths_q": (1, 1, 1), "lengths_k": (150, 1, 70), "heads": 8, "heads_kv": 2, "right": 0}
+UNEQUAL: dict[str, Any] = {"lengths_q": (5, 0, 17), "lengths_k": (150, 20, 40), "heads": 6, "heads_kv": 2}
+WAYS = [
+    Cached(),
+    Cached(splits=3),
+    Cached(block_size=None),
+    Cached(block_size=None, splits=2, left_pad=5),
+    Cached(block_size=7, seed=1),
+    Cached(tile=Tile(block_m=32, block_n=16, warps=4, stages=2), splits=4),
+    Cached(tile=Tile(block_m=64, block_n=32, warps=4, stages=1), seed=1),
+    Cached(tile=Tile(block_m=64, block_n=16, warps=8, stages=3), block_size=64),
+]
+FEATURES: dict[str, dict[str, Any]] = {
+    "decode": DECODE,
+    "causal": UNEQUAL | {"right": 0},
+    "full": UNEQUAL,
+    "window": UNEQUAL | {"left": 33, "right": 0},
+    "sinks": UNEQUAL | {"left": 20, "right": 0, "sink_tokens": 40},
+    "learned_sink": UNEQUAL | {"right": 0, "learned_sink": True},
+    "alibi": UNEQUAL | {"right": 0, "alibi": Alibi.BATCH},
+    "softcap": UNEQUAL | {"softcap": 3.0, "right": 0},
+    "everything": UNEQUAL | {"left": 30, "right": 2, "sink_tokens": 3, "learned_sink": True, "alibi": Alibi.HEADS, "softcap": 20.0},
+    "mqa": UNEQUAL | {"heads": 5, "heads_kv": 1, "right": 0},
+    "padded": UNEQUAL | {"head_dim": 40, "v_head_dim": 24},
+    "odd": UNEQUAL | {"layout": Layout.ODD},
+    "negative": UNEQUAL | {"softmax_scale": -0.2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature(name: str, way: Cached):
+    number = list(FEATURES).index(name) + WAYS.index(way)
+    if name not in {"decode", "everything"} and number % 3:
+        pytest.skip("each third")
+    check_case(Case(label=name, dtype=(DType.F16, DType.BF16)[number % 2], **FEATURES[name]), way)
