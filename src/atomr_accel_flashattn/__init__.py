@@ -19,10 +19,7 @@ _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        from .limits import NOT_BUILT
-
-        why = f": {NOT_BUILT[name]}" if name in NOT_BUILT else ""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{why}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _load(name)
 
 

@@ -20,6 +20,7 @@ from .bert_padding import (
     unpad_input as unpad_input,
     unpad_input_for_concatenated_sequences as unpad_input_for_concatenated_sequences,
 )
+from .cached import CachedFwdRequest as CachedFwdRequest
 from .dispatch import (
     DISPATCH_TABLE as DISPATCH_TABLE,
     F16 as F16,
@@ -51,8 +52,10 @@ from .errors import (
     ActorStoppedError as ActorStoppedError,
     ArchUnsupportedError as ArchUnsupportedError,
     ArrayTypeError as ArrayTypeError,
+    BlockTableError as BlockTableError,
     CacheError as CacheError,
     CacheWarning as CacheWarning,
+    ChunkLayoutError as ChunkLayoutError,
     CompileError as CompileError,
     ConstructionError as ConstructionError,
     CuSeqlensError as CuSeqlensError,
@@ -71,18 +74,24 @@ from .errors import (
     MockAnswerError as MockAnswerError,
     NoDriverError as NoDriverError,
     NvrtcMissingError as NvrtcMissingError,
+    OutOfBlocksError as OutOfBlocksError,
     OutputError as OutputError,
+    PagedCacheError as PagedCacheError,
     PropsError as PropsError,
     RayMissingError as RayMissingError,
     RequestTimeoutError as RequestTimeoutError,
+    RotaryError as RotaryError,
     RuntimeFlashAttnError as RuntimeFlashAttnError,
     ScaleError as ScaleError,
     ScheduleError as ScheduleError,
+    SeqLensError as SeqLensError,
+    SequenceError as SequenceError,
     SettingsWarning as SettingsWarning,
     ShapeError as ShapeError,
     SinkWithoutMaskError as SinkWithoutMaskError,
     SlopesError as SlopesError,
     SoftcapError as SoftcapError,
+    SplitError as SplitError,
     StaleArrayError as StaleArrayError,
     StrideError as StrideError,
     UnknownMessageError as UnknownMessageError,
@@ -111,6 +120,16 @@ from .kernels.spec import (
     KernelSpec as KernelSpec,
     Tile as Tile,
 )
+from .merge import merge_states as merge_states
+from .paged import (
+    KvLayout as KvLayout,
+    PagedAttentionRequest as PagedAttentionRequest,
+    PagedKvCache as PagedKvCache,
+)
+from .prefill import (
+    ChunkedPrefillRequest as ChunkedPrefillRequest,
+    ChunkLayout as ChunkLayout,
+)
 from .requests.backward import DenseBwdRequest as DenseBwdRequest
 from .requests.dense import DenseFwdRequest as DenseFwdRequest
 from .requests.options import (
@@ -131,5 +150,6 @@ from .varlen import (
     VarlenBwdRequest as VarlenBwdRequest,
     VarlenFwdRequest as VarlenFwdRequest,
 )
+from .with_kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
 
 __version__: str

@@ -11,6 +11,11 @@
      │   ├─ HeadDimError                   head dim outside what a kernel can do
      │   ├─ StrideError                    last dimension not contiguous
      │   ├─ CuSeqlensError                 cumulative lengths: start, order, end, size
+     │   ├─ SeqLensError                   lengths of a KV cache: size, range, more than there is room for
+     │   ├─ BlockTableError                block table, rows or layout of a KV cache
+     │   ├─ RotaryError                    rotary cos and sin: size, or too few rows
+     │   ├─ ChunkLayoutError               a ChunkLayout that makes no sense, or does not fit the arrays
+     │   ├─ SplitError                     num_splits outside its range, or with batch_invariant
      │   ├─ WindowError                    window sizes
      │   ├─ SinkWithoutMaskError           sink_tokens without a bounded window, where they would change nothing
      │   ├─ ScaleError                     softmax_scale not finite
@@ -26,6 +31,9 @@
      ├─ DispatchError                      the request is well formed, and no kernel does it
      │   ├─ ArchUnsupportedError           not on this architecture
      │   └─ FeatureNotBuiltError           not in this version; names the feature
+     ├─ PagedCacheError (RuntimeError)     a PagedKvCache could not do what was asked; nothing of it has changed
+     │   ├─ OutOfBlocksError               not enough free blocks
+     │   └─ SequenceError (LookupError)    a sequence that was freed or never allocated, or that is named twice
      ├─ ActorError (RuntimeError)          an actor or a pool could not take a request, or not bring it to an answer
      │   ├─ ActorStoppedError              it stopped, or had stopped, before the request was launched
      │   ├─ MailboxFullError               no place in the mailbox, and the caller did not want to wait for one
@@ -61,8 +69,10 @@ __all__ = [
     "ActorStoppedError",
     "ArchUnsupportedError",
     "ArrayTypeError",
+    "BlockTableError",
     "CacheError",
     "CacheWarning",
+    "ChunkLayoutError",
     "CompileError",
     "ConstructionError",
     "CuSeqlensError",
@@ -81,18 +91,24 @@ __all__ = [
     "MockAnswerError",
     "NoDriverError",
     "NvrtcMissingError",
+    "OutOfBlocksError",
     "OutputError",
+    "PagedCacheError",
     "PropsError",
     "RayMissingError",
     "RequestTimeoutError",
+    "RotaryError",
     "RuntimeFlashAttnError",
     "ScaleError",
     "ScheduleError",
+    "SeqLensError",
+    "SequenceError",
     "SettingsWarning",
     "ShapeError",
     "SinkWithoutMaskError",
     "SlopesError",
     "SoftcapError",
+    "SplitError",
     "StaleArrayError",
     "StrideError",
     "UnknownMessageError",
@@ -136,6 +152,26 @@ class StrideError(ConstructionError):
 
 class CuSeqlensError(ConstructionError):
     """Cumulative sequence lengths that do not start at 0, decrease, end elsewhere than at the total, or have the wrong size."""
+
+
+class SeqLensError(ConstructionError):
+    """Lengths of sequences in a KV cache of the wrong size, negative, or with more tokens than there are slots."""
+
+
+class BlockTableError(ConstructionError):
+    """A block table, rows of a contiguous KV cache, or a layout that do not fit the cache."""
+
+
+class RotaryError(ConstructionError):
+    """Rotary cos and sin of the wrong shape or type, without new keys, or with fewer rows than there are positions."""
+
+
+class ChunkLayoutError(ConstructionError):
+    """A ChunkLayout that makes no sense, or chunks that do not fit q."""
+
+
+class SplitError(ConstructionError):
+    """``num_splits`` outside its range, or more than one with ``batch_invariant``."""
 
 
 class WindowError(ConstructionError):
@@ -209,6 +245,18 @@ class FeatureNotBuiltError(DispatchError):
 
     def __reduce__(self) -> tuple[type[FeatureNotBuiltError], tuple[str, str]]:
         return type(self), (self.feature, self.reason)
+
+
+class PagedCacheError(FlashAttnError, RuntimeError):
+    """A PagedKvCache could not do what was asked. Nothing has been written, and no block has changed hands."""
+
+
+class OutOfBlocksError(PagedCacheError):
+    """More blocks are needed than are free."""
+
+
+class SequenceError(PagedCacheError, LookupError):
+    """A sequence that was freed, that was never allocated, or that is named twice in one call."""
 
 
 class ActorError(FlashAttnError, RuntimeError):

@@ -16,21 +16,22 @@ from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar, ov
 
 from .arrays.new import check_can_copy, copy_into, in_library_of, pad_last, row_major, unbind
 from .arrays.read import jax_array_of, read_array
-from .arrays.torch_hooks import hooks
+from .arrays.torch_hooks import hooks, keep_out_of_graphs
 from .errors import ShapeError
 from .limits import HEAD_DIM_STEP, not_built
+from .paged import PagedAttentionRequest
 from .problem import ArrayInfo
 from .requests.arguments import flag, mask_of, needs_padding, plain_length, softcap_of, step_up
 from .requests.checks import check_out
 from .requests.dense import DenseFwdRequest
 from .requests.options import AttentionOptions, PositionBias
-from .runtime.execute import execute
+from .runtime.execute import execute, run
 from .runtime.plan import Key
 from .torch_ops.autograd import attend, is_recorded, without_history
 from .torch_ops.repeat import Numbers, Others, Packing, remember, repeat
 from .torch_ops.repeat_recorded import remember_recorded
 from .torch_ops.traced import autocast, is_traced
-from .varlen import VarlenFwdRequest, forward_request
+from .varlen import CumulativeSeqlens, VarlenFwdRequest, forward_request
 
 ArrayT = TypeVar("ArrayT")
 # o, the LSE and the dropout pattern or None. The LSE is float32 whatever o is, so of an array type with elements it is another one.
@@ -300,7 +301,8 @@ def flash_attn_varlen_func(
         alibi_slopes: float32 (Hq,) or (B, Hq).
         deterministic: as in :func:`flash_attn_func`.
         return_attn_probs: also return LSE and dropout pattern.
-        block_table: refused; paged K and V are not built.
+        block_table: int32 (B, entries): k and v are pages, (blocks, block size, Hkv, D) and (blocks, block size, Hkv, Dv), of any block
+            size, and these are the pages of each sequence, whose length ``cu_seqlens_k`` says. Not with dropout, nor with gradients.
         out: (total_q, Hq, Dv) to be written.
         learned_sink: float32 (Hq,).
         sink_tokens: first keys of each sequence that stay visible.
@@ -310,12 +312,12 @@ def flash_attn_varlen_func(
         bool or None).
 
     Raises:
-        FeatureNotBuiltError: ``block_table`` is given, and all of :func:`flash_attn_func`.
+        FeatureNotBuiltError: ``block_table`` on a GPU or with gradients, and all of :func:`flash_attn_func`.
     """
-    if block_table is not None:
-        raise not_built("block_table", "got a block_table; allowed is None")
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if block_table is not None:
+        return _attend_pages(q, k, v, block_table, packing, numbers, (alibi_slopes, learned_sink, out), deterministic)
     return _attention(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out), deterministic)
 
 
@@ -445,6 +447,36 @@ def flash_attn_varlen_kvpacked_func(
         learned_sink=learned_sink,
         sink_tokens=sink_tokens,
     )
+
+
+def _attend_pages(q: Any, k: Any, v: Any, block_table: Any, packing: Packing, numbers: Numbers, others: Others, deterministic: bool) -> Any:
+    """Packed sequences of q, whose keys are pages."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing
+    dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs = numbers
+    slopes, learned_sink, out = others
+    lengths = CumulativeSeqlens(cu_seqlens_k, plain_length(max_seqlen_k), name="cu_seqlens_k")
+    flag(deterministic, "deterministic")
+    if is_recorded(q, k, v, others):
+        raise not_built("paged_backward", "got a block_table with a tensor that requires grad while gradients are enabled")
+    request = PagedAttentionRequest(
+        q,
+        k,
+        v,
+        block_table,
+        lengths,
+        cu_seqlens_q=CumulativeSeqlens(cu_seqlens_q, plain_length(max_seqlen_q), name="cu_seqlens_q"),
+        mask=mask_of(window_size, causal=flag(causal, "causal")),
+        bias=PositionBias(slopes),
+        sink_tokens=sink_tokens,
+        options=AttentionOptions(softmax_scale=softmax_scale, softcap=softcap_of(softcap), learned_sink=learned_sink, dropout_p=dropout_p),
+        max_seqlen_k=lengths.longest,
+        out=out,
+    )
+    output = run(request, lse=flag(return_attn_probs, "return_attn_probs"))
+    return (output.out, output.lse, None) if return_attn_probs else output.out
+
+
+keep_out_of_graphs((_attend_pages,))
 
 
 def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, deterministic: bool) -> Any:

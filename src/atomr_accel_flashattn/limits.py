@@ -21,6 +21,7 @@ __all__ = [
     "MAX_GRID",
     "MAX_HEAD_DIM",
     "MAX_LENGTH",
+    "MAX_SPLITS",
     "NOT_BUILT",
     "PHILOX_KEYS",
     "UNBOUNDED",
@@ -42,6 +43,7 @@ VECTOR_BYTES: Final = 16  # one cp.async, and what strides and addresses of TMA 
 PHILOX_KEYS: Final = 32  # one call of the generator covers 32 keys, so no tile with dropout is narrower
 UNBOUNDED: Final = 1 << 30  # a window without a bound: kUnbounded of cuda/attention/params.cuh
 MAX_LENGTH: Final = UNBOUNDED - 1  # tokens of one sequence
+MAX_SPLITS: Final = 128  # parts that the keys of a row may be cut into, as in flash-attn
 MAX_GRID: Final = (1 << 31) - 1  # blocks of a launch, in x
 LARGEST_SCORE_FACTOR: Final = 2.358e38  # of softmax_scale and softcap: times log2(e), as kernels need it, it is a float32
 
@@ -49,18 +51,22 @@ LARGEST_SCORE_FACTOR: Final = 2.358e38  # of softmax_scale and softcap: times lo
 NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
     {
         "autograd": "autograd records flash_attn_func and its forms, and no requests; a Fa2BwdRequest gives gradients without it",
-        "block_table": "K and V are plain or packed arrays: with flash_attn_varlen_func packed one sequence after the other",
+        "append": "new tokens are written and pages are copied on the CPU; on a GPU write them with the library of the cache",
+        "batch_invariant": "tiles are chosen by the number of queries there",
         "double_backward": "first derivatives are built; for second ones write the attention in operations of torch",
         "fa3_backward": "gradients are those of the mma.sync family, whatever family ran the forward",
-        "flash_attn_with_kvcache": "a KV cache is not built in this version; flash_attn_varlen_func takes packed K and V of any length",
         "forward_mode": "forward-mode derivatives are not built; use the primal, as forward_ad.unpack_dual(x).primal",
         "fp8": "f16 and bf16 are built",
-        "kv_layout": "NHD is built",
-        "left_pad": "pack the sequences with cu_seqlens",
+        "kv_cache": "on a GPU K and V have to be plain or packed arrays: flash_attn_varlen_func takes those of any length",
+        "kv_layout": "NHD is built, and on the CPU HND",
+        "left_pad": "on a GPU pack the sequences with cu_seqlens",
+        "merge_states": "states are merged on the CPU; on a GPU do it in operations of torch",
         "out_dtype": "o has the type of q",
-        "paged": "K and V have to be plain or packed arrays",
+        "paged": "on a GPU K and V have to be plain or packed arrays",
+        "paged_backward": "gradients are those of calls on plain or packed K and V; a KV cache has none",
+        "paged_over_ray": "a message would carry the whole cache; start an actor where the cache lies",
         "slopes_gradient": "ALiBi slopes are constants: pass slopes.detach()",
-        "split": "one block visits all keys of its rows",
+        "split": "on a GPU one block visits all keys of its rows",
         "tracing": "requests read memory; flash_attn_func and its forms are operators of torch where they are recorded",
         "v_dtype": "q, k and v share one type",
     }

@@ -11,13 +11,27 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from .errors import ArrayTypeError
-from .types import Device, DType
+from .types import Device, DType, KvLayout
 
-__all__ = ["ArrayInfo", "AttentionProblem", "BackwardProblem", "Band", "Dropout", "GradientArrays", "Strides"]
+__all__ = [
+    "ArrayInfo",
+    "AttentionProblem",
+    "BackwardProblem",
+    "Band",
+    "Dropout",
+    "GradientArrays",
+    "KvCache",
+    "NewTokens",
+    "Rotary",
+    "Strides",
+]
 
 
 class Strides(NamedTuple):
-    """Steps in elements from one batch, row (token) and head to the next. ``batch`` is 0 for packed (varlen) tensors."""
+    """Steps in elements from one batch, row (token) and head to the next.
+
+    ``batch`` is 0 for packed (varlen) tensors; of a KV cache it is the step from block to block.
+    """
 
     batch: int
     row: int
@@ -73,8 +87,69 @@ class Dropout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rotary:
+    """Rotary position embedding (arXiv 2104.09864) of the first ``2 * cos.shape[1]`` elements of a head.
+
+    ``cos`` and ``sin`` are (rows, rotary_dim / 2), of q's type or float32. ``interleaved``: element 2 i turns with 2 i + 1, otherwise i
+    with i + rotary_dim / 2.
+    """
+
+    cos: ArrayInfo
+    sin: ArrayInfo
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewTokens:
+    """Keys and values that are written behind the last ones of their sequences before anybody attends.
+
+    k is (B, n, Hkv, D) and v (B, n, Hkv, Dv), or packed (total, Hkv, D) and (total, Hkv, Dv) with ``cu_seqlens``. ``longest``: of the
+    sequence that gets most.
+    """
+
+    k: ArrayInfo
+    v: ArrayInfo
+    k_strides: Strides
+    v_strides: Strides
+    longest: int
+    cu_seqlens: ArrayInfo | None = None
+    rotary: Rotary | None = None  # of the new keys, and of q
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvCache:
+    """K and V lie in blocks of slots: the pages of a paged cache, or the rows of a contiguous one, which has a block for each sequence.
+
+    k and v of the problem are (blocks, slots, Hkv, D) in layout NHD and (blocks, Hkv, slots, D) in HND. Slot s of sequence b is slot
+    ``s % block_size`` of block ``blocks[b, s // block_size]``. A sequence is the slots from ``left_pad[b]`` to ``lengths[b]``, and the new
+    tokens behind them.
+    """
+
+    num_blocks: int
+    block_size: int
+    layout: KvLayout
+    blocks: ArrayInfo | None  # int32: (B, entries) of a paged cache; (B,) of a contiguous one, where None is block b
+    lengths: ArrayInfo | None  # int32 (B,), slots in use before new tokens; None: ``cu_seqlens_k`` of the problem says them
+    left_pad: ArrayInfo | None = None  # int32 (B,), slots before the first key; of contiguous caches only
+    new: NewTokens | None = None
+
+    @property
+    def paged(self) -> bool:
+        """Whether a sequence has more than one block."""
+        return self.blocks is not None and len(self.blocks.shape) == 2
+
+    @property
+    def capacity(self) -> int:
+        """Slots that a sequence may have."""
+        return self.block_size * (self.blocks.shape[1] if self.blocks is not None and self.paged else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionProblem:
-    """One forward call. Dense: (B, S, H, D) arrays. Varlen: (total, H, D) arrays, ``seqlen_*`` are the maxima, ``cu_seqlens_*`` set."""
+    """One forward call. Dense: (B, S, H, D) arrays. Varlen: (total, H, D) arrays, ``seqlen_*`` are the maxima, ``cu_seqlens_*`` set.
+
+    With ``cache``, k and v are that of the cache, q is either, and ``seqlen_k`` is an upper bound of the lengths.
+    """
 
     q: ArrayInfo
     k: ArrayInfo
@@ -97,10 +172,13 @@ class AttentionProblem:
     cu_seqlens_q: ArrayInfo | None = None  # int32 (B + 1,)
     cu_seqlens_k: ArrayInfo | None = None
     dropout: Dropout | None = None
+    cache: KvCache | None = None
+    num_splits: int = 0  # parts that the keys of a row are cut into, 0 for as many as suit
+    batch_invariant: bool = False
 
     @property
     def is_varlen(self) -> bool:
-        """Whether sequences are packed one after the other."""
+        """Whether the sequences of q are packed one after the other."""
         return self.cu_seqlens_q is not None
 
     @property

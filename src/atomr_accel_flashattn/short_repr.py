@@ -14,7 +14,8 @@ class ShortRepr:
     __slots__ = ()
 
     def __repr__(self) -> str:
-        shown = (f"{each.name}={_short(getattr(self, each.name))}" for each in fields(self) if each.repr)  # type: ignore[arg-type]
+        in_order = sorted(fields(self), key=lambda each: each.kw_only is True)  # type: ignore[arg-type]  # as they are given
+        shown = (f"{each.name}={_short(getattr(self, each.name))}" for each in in_order if each.repr)
         return f"{type(self).__qualname__}({', '.join(shown)})"
 
 

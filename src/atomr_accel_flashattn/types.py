@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["DType", "Device", "SmArch"]
+__all__ = ["DType", "Device", "KvLayout", "SmArch"]
 
 
 class DType(Enum):
@@ -65,6 +65,13 @@ _SHARED_PER_BLOCK = {
     SmArch.SM_100: 227 * 1024,
     SmArch.SM_120: 99 * 1024,
 }
+
+
+class KvLayout(Enum):
+    """Order of the dimensions of K and V in a cache. The value is the name in dispatch keys."""
+
+    NHD = "NHD"  # (blocks, slots, KV heads, head dim)
+    HND = "HND"  # (blocks, KV heads, slots, head dim)
 
 
 class Device(NamedTuple):

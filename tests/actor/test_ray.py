@@ -21,7 +21,7 @@ import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnMsg, FlashAttnPool, FlashAttnProps, Overflow
 from atomr_accel_flashattn.actor.ray import pool as pool_module
 from atomr_accel_flashattn.actor.ray.wire import WireArray
-from tests.actor.calls import backward, message
+from tests.actor.calls import backward, message, paged
 from tests.fakes.waiting import until
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'atomr-accel-flashattn[ray]'")
@@ -173,8 +173,8 @@ def test_what_is_sent_is_a_copy(pool: FlashAttnPool):
 
 def test_a_request_that_is_wrong_fails_alone_with_its_own_error(pool: FlashAttnPool):
     with pytest.raises(fa.FeatureNotBuiltError) as caught:
-        pool.ask(FlashAttnMsg.PagedForward(message().request)).result(PATIENCE)
-    assert caught.value.feature == "paged"
+        pool.ask(FlashAttnMsg.PagedForward(paged())).result(PATIENCE)
+    assert caught.value.feature == "paged_over_ray"
     for kind, request in ((FlashAttnMsg.Backward, message().request), (FlashAttnMsg.Forward, backward().request)):
         with pytest.raises(fa.UnknownMessageError, match="; send it as FlashAttnMsg"):
             pool.ask(kind(request))

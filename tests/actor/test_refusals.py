@@ -11,7 +11,7 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import FlashAttnActor, FlashAttnInner, FlashAttnMsg, FlashAttnProps, SmArch
 from atomr_accel_flashattn.types import Device
-from tests.actor.calls import backward, message
+from tests.actor.calls import backward, message, paged
 from tests.fakes.inner import HeldDevice
 from tests.fakes.waiting import PATIENCE
 
@@ -71,7 +71,7 @@ def test_an_unknown_message(unknown: object):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (FlashAttnMsg.Forward(3), "a Forward with int; allowed is a DenseFwdRequest, .* or VarlenFwdRequest$"),
+        (FlashAttnMsg.Forward(3), "a Forward with int; allowed is a DenseFwdRequest, .* or ChunkedPrefillRequest$"),
         (FlashAttnMsg.Forward(fa.Fa2FwdRequest), "a Forward with type"),
         (FlashAttnMsg.Forward(backward().request), "a Forward with Fa2BwdRequest.*; send it as FlashAttnMsg.Backward$"),
         (FlashAttnMsg.Backward(3), "a Backward with int; allowed is a DenseBwdRequest, Fa2BwdRequest or VarlenBwdRequest$"),
@@ -141,12 +141,25 @@ def test_an_overflow_that_is_none():
         assert actor.unanswered == 0
 
 
+def test_requests_on_a_cache_are_answered_and_others_are_no_paged_ones():
+    request = paged()
+    expected = fa.run(request)
+    with FlashAttnActor.start(FlashAttnProps(device="cpu"), FlashAttnInner.reference()) as actor:
+        for sent in (FlashAttnMsg.PagedForward(request), FlashAttnMsg.Forward(request)):
+            made = actor.ask(sent).result(PATIENCE)
+            np.testing.assert_array_equal(made.out, expected.out)
+            np.testing.assert_array_equal(made.lse, expected.lse)
+        assert actor.ask(FlashAttnMsg.PagedForward(request, lse=False)).result(PATIENCE).lse is None
+        with pytest.raises(fa.UnknownMessageError, match=r"allowed is a PagedAttentionRequest; send it as FlashAttnMsg.Forward"):
+            actor.ask(FlashAttnMsg.PagedForward(message().request))
+
+
 def test_what_is_not_built_is_refused_by_name_in_its_own_reply():
-    for inner in (FlashAttnInner.reference(), FlashAttnInner.mock()):
-        with FlashAttnActor.start(FlashAttnProps(device="cpu"), inner) as actor:
-            with pytest.raises(fa.FeatureNotBuiltError) as caught:
-                actor.ask(FlashAttnMsg.PagedForward(message().request)).result(PATIENCE)
-            assert caught.value.feature == "paged"
+    inner = FlashAttnInner.mock(arch=fa.SmArch.SM_90A)
+    with FlashAttnActor.start(FlashAttnProps(device="cpu"), inner) as actor:
+        with pytest.raises(fa.FeatureNotBuiltError) as caught:
+            actor.ask(FlashAttnMsg.PagedForward(paged())).result(PATIENCE)
+        assert caught.value.feature == "paged"
 
 
 def test_the_mock_answers_with_the_kernel_that_would_have_run():

@@ -67,8 +67,14 @@ class Cached:
         partial_lse = np.full((self.splits, lse.size), np.nan, np.float32)
         arrays = {
             **{name: held.get(name) for name in ("k", "v", "blocks", "cache_lengths", "left_pad")},
-            **{"q": inputs.q, "o": out.view, "lse": lse, "cu_seqlens_q": inputs.cu_seqlens_q, "alibi_slopes": inputs.alibi_slopes},
-            **{"learned_sink": inputs.learned_sink, "partial_o": partial_o, "partial_lse": partial_lse},
+            "q": inputs.q,
+            "o": out.view,
+            "lse": lse,
+            "cu_seqlens_q": inputs.cu_seqlens_q,
+            "alibi_slopes": inputs.alibi_slopes,
+            "learned_sink": inputs.learned_sink,
+            "partial_o": partial_o,
+            "partial_lse": partial_lse,
         }
         for step in self._steps(spec, problem):
             tiles = step.work_tiles(cache)

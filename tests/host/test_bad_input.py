@@ -243,7 +243,7 @@ NUMBERS = [
         lambda: fa.run("q"),
         fa.ArrayTypeError,
         "got str",
-        "DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest",
+        "CachedFwdRequest or ChunkedPrefillRequest",
     ),
     Refusal("request_class", lambda: fa.run(fa.Fa2FwdRequest), fa.ArrayTypeError, "got type", "VarlenFwdRequest"),
     dense("causal_string", fa.UnsupportedArgumentError, "causal: got 'False'", "True and False", causal="False"),
@@ -307,7 +307,7 @@ PACKED = [
     varlen("max_too_small", fa.CuSeqlensError, "got 2, and a sequence has 3 rows", "at least the longest", max_seqlen_q=2),
     varlen("max_negative", fa.CuSeqlensError, "got -1", "0..1073741823", max_seqlen_q=-1),
     varlen("max_no_integer", fa.CuSeqlensError, "got 5.0", "an integer", max_seqlen_k=5.0),
-    varlen("block_table", fa.FeatureNotBuiltError, "got a block_table", "allowed is None", block_table=make(1, 1, dtype="int32")),
+    varlen("block_table", fa.ShapeError, "k_cache: got shape", "allowed is (blocks", block_table=make(2, 1, dtype="int32")),
     varlen("rows_of_v", fa.ShapeError, "6 rows with 7 in k", "equal numbers of rows", v=make(6, HKV, D)),
     varlen("rank", fa.ShapeError, "rank 4", "rank 3, (total, heads, head dim)", q=make(1, SQ, HQ, D)),
     Refusal("lengths_negative", lambda: fa.CumulativeSeqlens.from_lengths([3, -1]), fa.CuSeqlensError, "[3, -1]", ">= 0"),
@@ -385,7 +385,7 @@ def test_values_on_a_gpu_are_looked_at_only_in_debug(monkeypatch: pytest.MonkeyP
         looked.append(info.dtype_name)
         return np.asarray(info.source)
 
-    monkeypatch.setattr("atomr_accel_flashattn.varlen.copy_to_host", look)
+    monkeypatch.setattr("atomr_accel_flashattn.requests.seqlens.copy_to_host", look)
     decreasing = on_gpu(np.array([0, 5, 4], np.int32))
     assert fa.CumulativeSeqlens(decreasing, 5).batch == 2
     assert not looked

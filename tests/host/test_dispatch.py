@@ -39,6 +39,8 @@ any_extras = st.fixed_dictionaries(
         "split": st.booleans(),
         "kv_layout": st.sampled_from(["NHD", "HND", "VLLM_V1"]),
         "left_pad": st.booleans(),
+        "kv_cache": st.booleans(),
+        "batch_invariant": st.booleans(),
         "load_align": st.integers(-1, 32),
         "scale_first": st.booleans(),
         "short_q": st.booleans(),
@@ -230,6 +232,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "split": (None, 2),
     "kv_layout": (None, 3),
     "left_pad": (None, "left"),
+    "kv_cache": (None, 1),
+    "batch_invariant": (None, "yes"),
     "load_align": (None, 0, -16, 16.0, True),
     "scale_first": (None, -1),
     "family": ("fa2", 3),
@@ -386,13 +390,33 @@ PLAIN = fa.DispatchKey(SmArch.SM_90, DType.F16, 128)
         ("kv_layout", replace(PLAIN, extras=fa.Extras(kv_layout="HND"))),
         ("v_dtype", replace(PLAIN, extras=fa.Extras(v_dtype=DType.BF16))),
         ("out_dtype", replace(PLAIN, extras=fa.Extras(out_dtype=DType.F32))),
-        ("paged", replace(PLAIN, arch=SmArch.CPU, paged=True)),
+        ("kv_cache", replace(PLAIN, extras=fa.Extras(kv_cache=True))),
+        ("batch_invariant", replace(PLAIN, extras=fa.Extras(batch_invariant=True))),
+        ("kv_layout", replace(PLAIN, arch=SmArch.CPU, paged=True, extras=fa.Extras(kv_layout="VLLM_V1"))),
+        ("paged_backward", replace(PLAIN, arch=SmArch.CPU, paged=True, extras=fa.Extras(direction="bwd"))),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(feature: str, key: fa.DispatchKey):
     with pytest.raises(FeatureNotBuiltError, match=f"'{feature}' is not built") as raised:
         fa.lookup(key)
     assert raised.value.feature == feature
+
+
+CACHED = fa.DispatchKey(SmArch.CPU, DType.F16, 128, paged=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (replace(CACHED, extras=fa.Extras(dropout=True)), "dropout: got dropout with a KV cache"),
+        (replace(CACHED, extras=fa.Extras(left_pad=True)), "left_pad: got left padding"),
+        (replace(CACHED, extras=fa.Extras(split=True, batch_invariant=True)), "split: got split KV with batch_invariant"),
+    ],
+    ids=["dropout", "left_pad", "split"],
+)
+def test_what_no_cache_has_is_refused(key: fa.DispatchKey, message: str):
+    with pytest.raises(DispatchError, match=message):
+        fa.lookup(key)
 
 
 @pytest.mark.parametrize("arch", GPU_ARCHS)

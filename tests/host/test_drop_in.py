@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn import functional
+from atomr_accel_flashattn import functional, with_kvcache
 
 Q = np.random.default_rng(0).standard_normal((2, 9, 4, 16), np.float32)
 FLAT = Q.reshape(18, 4, 16)
@@ -201,12 +201,15 @@ class TestSpareRows:
 PAGE = (Path(__file__).parents[2] / "docs" / "flash-attn-differences.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", functional.__all__)
+CALLS = [*functional.__all__, *with_kvcache.__all__]
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_the_page_of_differences_names_every_argument(name: str):
     for argument in inspect.signature(getattr(fa, name)).parameters:
         assert re.search(rf"`{argument}[`,]|`[^`]*, {argument}`|`{argument}=", PAGE), f"{argument} of {name} is not on the page"
 
 
 def test_the_page_of_differences_names_every_call():
-    for name in functional.__all__:
+    for name in CALLS:
         assert f"`{name}`" in PAGE

@@ -214,9 +214,10 @@ def test_sequences_of_no_length_are_a_launch_that_fills_all_rows(gpu: FakeGpu):
 
 
 def test_ends_beyond_the_rows_are_refused_in_debug_mode(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
-    from atomr_accel_flashattn import env, varlen
+    from atomr_accel_flashattn import env
+    from atomr_accel_flashattn.requests import seqlens
 
-    monkeypatch.setattr(varlen, "copy_to_host", lambda info: info.source.as_subclass(torch.Tensor).numpy())
+    monkeypatch.setattr(seqlens, "copy_to_host", lambda info: info.source.as_subclass(torch.Tensor).numpy())
     monkeypatch.setenv("ATOMR_FLASHATTN_DEBUG", "1")
     env.settings.cache_clear()
     ends = fake(torch.tensor([0, 7, 19], dtype=torch.int32))

@@ -15,13 +15,12 @@ from typing import Any, Protocol
 
 from ..dispatch import FaBwdDispatch, FaFwdDispatch, best_arch, lookup
 from ..errors import DeviceMismatchError, DispatchError, MockAnswerError
-from ..limits import not_built
 from ..runtime.gradients import GradientOutputs, Gradients
 from ..runtime.plan import Output, Outputs, Plan
 from ..runtime.staleness import NO_ARRAYS, Fingerprint
 from ..types import Device, SmArch
 from .kinds import kind_of
-from .messages import FlashAttnMsg, Message
+from .messages import Message
 
 __all__ = ["FlashAttnInner", "Job", "PendingLaunch"]
 
@@ -124,14 +123,11 @@ class FlashAttnInner(ABC):
         """Look a message over, in the caller's thread, and make its outputs. Waits for nothing.
 
         Raises:
-            UnknownMessageError: a Forward without a forward request, a Backward without a backward
-                one.
+            UnknownMessageError: a message whose request is of another kind.
             DeviceMismatchError: arrays on another device.
             StaleArrayError: an array was resized since the request was made.
             OutputError: the library of q cannot be allocated with, and there is no ``out``.
         """
-        if isinstance(message, FlashAttnMsg.PagedForward):
-            return Job(message, refusal=not_built("paged", "FlashAttnMsg.PagedForward"))
         kind, request = kind_of(message), message.request
         if type(request) not in kind.own:
             kind.check(request)

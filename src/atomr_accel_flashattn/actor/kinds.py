@@ -1,17 +1,20 @@
-"""Kind: all that forward and backward requests differ in, for an actor and for a pool."""
+"""Kind: all that forward, paged and backward requests differ in, for an actor and for a pool."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Final
 
 from ..arrays.read import user_array
-from ..dispatch import FaBwdDispatch, FaFwdDispatch
+from ..cached import CachedFwdRequest
+from ..dispatch import FaBwdDispatch, FaFwdDispatch, FaPagedFwdDispatch
 from ..errors import UnknownMessageError
 from ..fa2 import Fa2BwdRequest, Fa2FwdRequest
 from ..fa3 import Fa3FwdRequest
+from ..paged import PagedAttentionRequest
+from ..prefill import ChunkedPrefillRequest
 from ..problem import ArrayInfo, AttentionProblem
 from ..requests.backward import DenseBwdRequest
 from ..requests.dense import DenseFwdRequest
@@ -64,11 +67,10 @@ class Kind:
         if isinstance(request, self.protocol) and not isinstance(request, type):
             return
         *others, last = (each.__name__ for each in self.own)
-        other = _BACKWARD if self is _FORWARD else _FORWARD
-        hint = f"; send it as FlashAttnMsg.{other.name}" if isinstance(request, other.protocol) else ""
-        raise UnknownMessageError(
-            f"message: got a {self.name} with {type(request).__qualname__}; allowed is a {', '.join(others)} or {last}{hint}"
-        )
+        fitting = next((kind for kind in _KINDS.values() if isinstance(request, kind.protocol) and not isinstance(request, type)), None)
+        hint = "" if fitting is None else f"; send it as FlashAttnMsg.{fitting.name}"
+        allowed = f"{', '.join(others)} or {last}" if others else last
+        raise UnknownMessageError(f"message: got a {self.name} with {type(request).__qualname__}; allowed is a {allowed}{hint}")
 
 
 def _plan_of_forward(message: FlashAttnMsg.Forward) -> Plan | None:
@@ -95,7 +97,7 @@ def _gradients(_request: FaBwdDispatch, *arrays: Any) -> Gradients:
 _FORWARD: Final = Kind(
     name="Forward",
     protocol=FaFwdDispatch,
-    own=(DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest),
+    own=(DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest, CachedFwdRequest, ChunkedPrefillRequest),
     forward=attrgetter("problem"),
     fingerprint=Fingerprint.of,
     find=_plan_of_forward,
@@ -124,6 +126,21 @@ _BACKWARD: Final = Kind(
 )
 
 
+_PAGED: Final = replace(
+    _FORWARD,
+    name="PagedForward",
+    protocol=FaPagedFwdDispatch,
+    own=(PagedAttentionRequest,),
+    find=lambda message: find(message.request),
+    make=lambda message, plan: make_outputs(message.request, plan, lse=message.lse),
+)
+_KINDS: Final[dict[type[Message[Any]], Kind]] = {
+    FlashAttnMsg.PagedForward: _PAGED,
+    FlashAttnMsg.Forward: _FORWARD,
+    FlashAttnMsg.Backward: _BACKWARD,
+}
+
+
 def kind_of(message: Message[Any]) -> Kind:
-    """That of a message whose request can be run."""
-    return _FORWARD if isinstance(message, FlashAttnMsg.Forward) else _BACKWARD
+    """That of a message."""
+    return _KINDS.get(type(message)) or next(kind for each, kind in _KINDS.items() if isinstance(message, each))

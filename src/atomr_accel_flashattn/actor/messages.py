@@ -34,7 +34,8 @@ class FlashAttnMsg:
         """A forward call, answered with an Output.
 
         Attributes:
-            request: a Fa2FwdRequest, a VarlenFwdRequest, or anything that satisfies FaFwdDispatch.
+            request: a Fa2FwdRequest, a VarlenFwdRequest, a ChunkedPrefillRequest, or anything that
+                satisfies FaFwdDispatch.
             lse: whether the log-sum-exp is wanted.
             dropout_mask: whether the dropout pattern is wanted.
         """
@@ -55,6 +56,12 @@ class FlashAttnMsg:
 
     @dataclass(frozen=True, slots=True, eq=False)
     class PagedForward(Message[Output]):
-        """A forward call on a paged KV cache. Not built yet: answered with FeatureNotBuiltError."""
+        """A forward call on a paged KV cache, answered with an Output.
+
+        Attributes:
+            request: a PagedAttentionRequest, or anything that satisfies FaPagedFwdDispatch.
+            lse: whether the log-sum-exp is wanted.
+        """
 
         request: Any
+        lse: bool = True

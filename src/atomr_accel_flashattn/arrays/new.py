@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..errors import HeadDimError, OutputError, StrideError
+from ..errors import ArrayTypeError, HeadDimError, OutputError, StrideError
 from ..problem import ArrayInfo
 from .device_array import DeviceArray
 from .read import as_numpy, is_cupy, jax_array_of, numpy_dtype, read_array, user_array
@@ -24,6 +24,7 @@ __all__ = [
     "empty_torch",
     "empty_workspace",
     "in_library_of",
+    "int32_like",
     "pad_last",
     "row_major",
     "unbind",
@@ -131,6 +132,26 @@ def _holds(condition: Any, *, otherwise: bool) -> bool:
         return condition
     symbols = sys.modules["torch.fx.experimental.symbolic_shapes"]
     return bool(symbols.guard_or_true(condition) if otherwise else symbols.guard_or_false(condition))
+
+
+def int32_like(values: np.ndarray[Any, Any], like: Any) -> Any:
+    """A small int32 array of NumPy in the library and on the device of ``like``; itself for None and NumPy.
+
+    Raises:
+        ArrayTypeError: a library that we cannot make arrays with.
+    """
+    if like is None or isinstance(like, np.ndarray):
+        return values
+    info = read_array(like, "like")
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and isinstance(like, torch.Tensor):
+        return torch.from_numpy(values).to(like.device)
+    if isinstance(like, DeviceArray):
+        return DeviceArray.from_numpy(values, info.device.index)
+    if cupy is not None and isinstance(like, cupy.ndarray):
+        with cupy.cuda.Device(info.device.index):
+            return cupy.asarray(values)
+    raise ArrayTypeError(f"like: got {type(like).__qualname__}; allowed are torch tensors, NumPy and CuPy arrays, DeviceArray and None")
 
 
 def unbind(info: ArrayInfo, axis: int) -> tuple[Any, ...]:

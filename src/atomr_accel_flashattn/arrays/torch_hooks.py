@@ -25,6 +25,7 @@ __all__ = [
     "hooks",
     "is_transformed",
     "is_watched",
+    "keep_out_of_graphs",
     "meet_torch",
     "once_torch_is_there",
     "one_level",
@@ -201,6 +202,27 @@ def one_level() -> AbstractContextManager[None]:
 def once_torch_is_there(act: Callable[[Any], None]) -> None:
     """Call ``act`` with torch: now, or at the end of its import, as many import it after us."""
     wrapt.register_post_import_hook(act, "torch")
+
+
+def keep_out_of_graphs(functions: tuple[Callable[..., Any], ...]) -> None:
+    """Have torch.compile break its graph before calls of ``functions``, which are no operators, and not look into what they call.
+
+    This is what ``torch.compiler.disable`` does, without its wrapper and without the import of torch's compiler, which takes seconds.
+    It is done once torch is there, as many import it after us. A torch without the private names is left as it is.
+    """
+
+    def mark(torch: Any) -> None:
+        frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+        if not hasattr(frames, "set_code_exec_strategy"):
+            return
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+        for function in functions:
+            described: Any = function
+            described._torchdynamo_disable = True
+            described._torchdynamo_disable_msg = "calls of atomr_accel_flashattn on a KV cache are no operators of torch yet"
+            frames.set_code_exec_strategy(function.__code__, skip)
+
+    once_torch_is_there(mark)
 
 
 def answer_compiler(torch: Any) -> None:

@@ -44,8 +44,11 @@ _LABELS = {
     "backward": "backward",
     "deterministic": "deterministic backward",
     "paged": "paged KV cache",
-    "split": "split KV",
+    "kv_layout": "HND pages",
+    "kv_cache": "contiguous KV cache",
     "left_pad": "left padding",
+    "split": "split KV",
+    "batch_invariant": "batch invariance",
     "fa3": "wgmma family (FA3)",
 }
 _DTYPE_LABELS = {

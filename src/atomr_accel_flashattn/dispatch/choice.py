@@ -10,7 +10,7 @@ from ..launch.driver import device_properties
 from ..limits import MAX_GRID, VECTOR_BYTES
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
 from ..tiles.tables import is_short_q
-from ..types import Device, SmArch
+from ..types import Device, KvLayout, SmArch
 from .arch import best_arch
 from .key import DispatchKey, Extras
 from .resolve import lookup
@@ -76,7 +76,7 @@ def key_of_backward(problem: BackwardProblem, gradients: GradientArrays, arch: S
 
 def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, family: Family | None) -> DispatchKey:
     """What is asked, and the family that does it: on sm_90a mma.sync where TMA cannot step through the arrays."""
-    band = problem.band
+    band, cache = problem.band, problem.cache
     left, right = (-1 if side is None else side for side in (band.left, band.right))
     assert problem.q.dtype is not None  # noqa: S101 - requests have checked it
     inputs = (problem.q, problem.k, problem.v)
@@ -93,11 +93,17 @@ def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, famil
         alibi=problem.alibi_slopes is not None,
         sink=band.sink_tokens,
         gqa_ratio=problem.heads // problem.heads_kv,
+        paged=cache is not None and cache.paged,
         extras=Extras(
             v_head_dim=None if problem.v_head_dim == problem.head_dim else problem.v_head_dim,
             softcap=problem.softcap,
             dropout=problem.dropout is not None,
             learned_sink=problem.learned_sink is not None,
+            split=problem.num_splits > 1,
+            kv_cache=cache is not None and not cache.paged,
+            kv_layout=KvLayout.NHD.value if cache is None else cache.layout.value,
+            left_pad=cache is not None and cache.left_pad is not None,
+            batch_invariant=problem.batch_invariant,
             load_align=align,
             scale_first=problem.softmax_scale < _SMALL_SCALE,
             family=family or (Family.FA3 if arch is SmArch.SM_90A else Family.FA2 if arch is not SmArch.CPU else None),

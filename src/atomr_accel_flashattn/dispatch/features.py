@@ -42,8 +42,11 @@ FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
     "backward": _extra(direction="bwd"),
     "deterministic": _extra(direction="bwd", deterministic=True),
     "paged": _plain(paged=True),
+    "kv_layout": lambda key: replace(key, paged=True, extras=replace(key.extras, kv_layout="HND")),
+    "kv_cache": _extra(kv_cache=True),
+    "left_pad": _extra(kv_cache=True, left_pad=True),
     "split": _extra(split=True),
-    "left_pad": _extra(left_pad=True),
+    "batch_invariant": _extra(batch_invariant=True),
     "fa3": _extra(family=Family.FA3),
 }
 

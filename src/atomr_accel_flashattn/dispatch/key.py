@@ -15,7 +15,18 @@ from ..types import DType, SmArch
 __all__ = ["DispatchKey", "Extras"]
 
 _FLAGS: Final = ("causal", "varlen", "alibi", "paged")  # of a key: any other object would count as True
-_EXTRA_FLAGS: Final = ("dropout", "learned_sink", "split", "left_pad", "scale_first", "short_q", "pack_gqa", "deterministic")
+_EXTRA_FLAGS: Final = (
+    "dropout",
+    "learned_sink",
+    "split",
+    "kv_cache",
+    "left_pad",
+    "batch_invariant",
+    "scale_first",
+    "short_q",
+    "pack_gqa",
+    "deterministic",
+)
 
 
 def _check_all(*checks: tuple[str, object, bool, str]) -> None:
@@ -63,8 +74,10 @@ class Extras:
         direction: ``"fwd"``, ``"bwd"``, or ``"dropout_mask"``, the kernel that writes the keep pattern.
         deterministic: of direction ``"bwd"``: whether gradients are bitwise equal from run to run.
         split: whether K/V are split over blocks and combined.
-        kv_layout: layout of a paged cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
+        kv_cache: whether K and V are the rows of a contiguous cache, of which each sequence uses some slots; pages are ``paged``.
+        kv_layout: layout of a cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
         left_pad: whether sequences are padded on the left.
+        batch_invariant: whether a row's bits may not depend on batch, length of q, pages or splits.
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads, and TMA needs it.
         scale_first: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
         family: the family that is wanted, None is the best one of the arch.
@@ -90,8 +103,10 @@ class Extras:
     direction: Literal["fwd", "bwd", "dropout_mask"] = "fwd"
     deterministic: bool = False
     split: bool = False
+    kv_cache: bool = False
     kv_layout: str = "NHD"
     left_pad: bool = False
+    batch_invariant: bool = False
     load_align: int = VECTOR_BYTES
     scale_first: bool = False
     family: Family | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from ..types import DType, SmArch
 
@@ -84,9 +84,9 @@ class FaBwdDispatch(Protocol):
 
 @runtime_checkable
 class FaPagedFwdDispatch(FaFwdDispatch, Protocol):
-    """A forward request whose K and V lie in pages."""
+    """A forward request whose K and V lie in pages: its problem has a ``cache`` that is paged."""
 
     @property
-    def block_table(self) -> ArrayInfo:
-        """int32 (B, blocks): the pages of each sequence."""
+    def block_table(self) -> Any:
+        """int32 (B, blocks): the pages of each sequence, as the caller gave them; described in ``problem.cache.blocks``."""
         ...

@@ -171,18 +171,30 @@ def _refuse(key: DispatchKey) -> None:
     """Features of the design that this version does not have, and element types that the arch does not take."""
     extras, arch = key.extras, key.arch
     fp8 = [dtype.value for dtype in (key.dtype, extras.v_dtype, extras.out_dtype) if dtype is not None and dtype.is_fp8]
+    gpu, cached = arch is not SmArch.CPU, key.paged or extras.kv_cache
     unbuilt = (
-        (key.paged, "paged", ""),
+        (gpu and key.paged, "paged", ""),
         (bool(fp8), "fp8", f"got {', '.join(fp8)}"),
-        (extras.split, "split", ""),
-        (extras.left_pad, "left_pad", ""),
-        (extras.kv_layout != "NHD", "kv_layout", f"got {extras.kv_layout!r}"),
+        (gpu and extras.split, "split", ""),
+        (gpu and extras.left_pad, "left_pad", ""),
+        (gpu and extras.kv_cache, "kv_cache", ""),
+        (gpu and extras.batch_invariant, "batch_invariant", ""),
+        (extras.kv_layout not in ({"NHD"} if gpu else {"NHD", "HND"}), "kv_layout", f"got {extras.kv_layout!r}"),
+        (cached and extras.direction == "bwd", "paged_backward", ""),
         (extras.v_dtype not in {None, key.dtype}, "v_dtype", ""),
         (extras.out_dtype not in {None, key.dtype}, "out_dtype", ""),
     )
     for asked, feature, got in unbuilt:
         if asked:
             raise not_built(feature, got)
+    if cached and extras.dropout:
+        raise DispatchError(
+            "dropout: got dropout with a KV cache, which decodes; allowed is none; K and V of a training step are plain arrays"
+        )
+    if key.paged and (extras.left_pad or extras.kv_cache):
+        raise DispatchError("left_pad: got left padding or rows of a contiguous cache with pages; allowed is one of the two kinds of cache")
+    if extras.split and extras.batch_invariant:
+        raise DispatchError("split: got split KV with batch_invariant; allowed is one of the two, as sums depend on where keys are cut")
     if extras.family is Family.FA3 and extras.direction == "bwd":
         raise not_built("fa3_backward")
     if extras.tiles_for in {SmArch.CPU, SmArch.SM_90A}:

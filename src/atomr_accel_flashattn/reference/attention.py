@@ -2,16 +2,20 @@
 
 Memory beyond the outputs is one float copy of the K and V of one KV head plus a few tiles: O(N). The two products are BLAS calls, for
 all query heads of a KV head at once, so K is never repeated. float16, bfloat16 and float32 accumulate in float32, float64 in float64.
+With ``num_splits`` the tiles of a block of rows go to so many softmaxes, which are then merged. With ``batch_invariant`` each query goes
+alone over whole tiles of keys, cut at multiples of the tile from the first key, so that every sum has the same terms in the same places.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arrays.read import as_numpy
+from .cache import Slots, keys_of, read_values, write_new_tokens
 from .mask import BandMask
 from .scores import (
     TILE_COLS,
@@ -29,7 +33,7 @@ from .scores import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -42,12 +46,12 @@ __all__ = ["forward"]
 
 @dataclass(frozen=True, slots=True)
 class _Sequence:
-    """One sequence: q (Sq, Hq, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), out (Sq, Hq, Dv), lse (Hq, Sq), all views."""
+    """One sequence: q (Sq, Hq, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv), out (Sq, Hq, Dv), lse (Hq, Sq): views, or slots of a cache."""
 
     index: int
     q: Array
-    k: Array
-    v: Array
+    k: Array | Slots
+    v: Array | Slots
     out: Array
     lse: Array | None
 
@@ -75,6 +79,15 @@ class _OnlineSoftmax:
         self.output *= decay[..., None]
         heads, queries, keys = probabilities.shape
         self.output += (probabilities.reshape(heads * queries, keys) @ v).reshape(self.output.shape)
+        self.maximum = maximum
+
+    def merge(self, other: _OnlineSoftmax) -> None:
+        """Take in what another one has seen of other keys."""
+        maximum = np.maximum(self.maximum, other.maximum)
+        shift = np.where(np.isneginf(maximum), 0, maximum)
+        decay, weight = np.exp(self.maximum - shift), np.exp(other.maximum - shift)
+        self.total = self.total * decay + other.total * weight
+        self.output = self.output * decay[..., None] + other.output * weight[..., None]
         self.maximum = maximum
 
     def finish(self, sink: Array | None, rescale: float) -> tuple[Array, Array]:
@@ -107,20 +120,35 @@ def forward(problem: AttentionProblem, out: Array, lse: Array | None, dropout_ma
 
 
 def _sequences(problem: AttentionProblem, out: Array, lse: Array | None) -> Iterator[_Sequence]:
-    """Views of each sequence, packed or dense."""
-    q, k, v = (as_numpy(info) for info in (problem.q, problem.k, problem.v))
-    if problem.cu_seqlens_q is None or problem.cu_seqlens_k is None:
+    """Views of each sequence, packed or dense, or in a cache."""
+    ends_q: list[int] = []
+    if problem.cu_seqlens_q is not None:  # before anything is written
+        ends_q = read_offsets(problem.cu_seqlens_q, "cu_seqlens_q", problem.q.shape[0], problem.seqlen_q)
+    q, keys = _read_keys(problem)
+    if not ends_q:
         for index in range(problem.batch):
-            yield _Sequence(index, q[index], k[index], v[index], out[index], None if lse is None else lse[index])
+            k, v = keys(index)
+            yield _Sequence(index, q[index], k, v, out[index], None if lse is None else lse[index])
         return
-    ends_q = read_offsets(problem.cu_seqlens_q, "cu_seqlens_q", len(q), problem.seqlen_q)
-    ends_k = read_offsets(problem.cu_seqlens_k, "cu_seqlens_k", len(k), problem.seqlen_k)
     out[ends_q[-1] :] = 0  # rows that no sequence owns
     if lse is not None:
         lse[:, ends_q[-1] :] = -np.inf
     for index in range(problem.batch):
-        rows, keys = slice(ends_q[index], ends_q[index + 1]), slice(ends_k[index], ends_k[index + 1])
-        yield _Sequence(index, q[rows], k[keys], v[keys], out[rows], None if lse is None else lse[:, rows])
+        rows = slice(ends_q[index], ends_q[index + 1])
+        k, v = keys(index)
+        yield _Sequence(index, q[rows], k, v, out[rows], None if lse is None else lse[:, rows])
+
+
+def _read_keys(problem: AttentionProblem) -> tuple[Array, Callable[[int], tuple[Array | Slots, Array | Slots]]]:
+    """q, and what gives the K and V of a sequence. New tokens of a cache have been written, and q is turned."""
+    if problem.cache is not None:
+        values = read_values(problem)
+        return write_new_tokens(problem, values), lambda index: keys_of(problem, values, index)
+    q, k, v = (as_numpy(info) for info in (problem.q, problem.k, problem.v))
+    if problem.cu_seqlens_k is None:
+        return q, lambda index: (k[index], v[index])
+    ends = read_offsets(problem.cu_seqlens_k, "cu_seqlens_k", len(k), problem.seqlen_k)
+    return q, lambda index: (k[ends[index] : ends[index + 1]], v[ends[index] : ends[index + 1]])
 
 
 def _attend_kv_head(call: Call, sequence: _Sequence, kv_head: int) -> None:
@@ -130,8 +158,11 @@ def _attend_kv_head(call: Call, sequence: _Sequence, kv_head: int) -> None:
     queries = range(len(sequence.q))
     mask = BandMask(len(sequence.q), len(sequence.k), problem.band)
     seen = mask.key_ranges(queries)
-    keys, values = (read_head(array, kv_head, seen, call.compute) for array in (sequence.k, sequence.v))
-    for rows in blocks(queries, rows_of_a_tile(ratio)):
+    if isinstance(sequence.k, Slots):
+        mask = replace(mask, absent=sequence.k.absent(seen))
+    step = TILE_COLS if problem.batch_invariant else 1
+    keys, values = (read_head(array, kv_head, seen, call.compute, step) for array in (sequence.k, sequence.v))
+    for rows in blocks(queries, 1 if problem.batch_invariant else rows_of_a_tile(ratio)):
         _attend_rows(call, sequence, mask, group, rows, keys, values)
 
 
@@ -141,19 +172,45 @@ def _attend_rows(call: Call, sequence: _Sequence, mask: BandMask, group: range, 
     heads, span = slice(group.start, group.stop), slice(rows.start, rows.stop)
     q = sequence.q[span, heads].transpose(1, 0, 2).astype(call.compute, order="C")
     q = q.reshape(len(group) * len(rows), problem.head_dim)
-    state = _OnlineSoftmax(len(group), len(rows), problem.v_head_dim, call.compute)
-    for seen in mask.key_ranges(rows):
-        for cols in blocks(seen, TILE_COLS):
+
+    def visit(tiles: list[range]) -> _OnlineSoftmax:
+        state = _OnlineSoftmax(len(group), len(rows), problem.v_head_dim, call.compute)
+        for cols in tiles:
             tile = slice(cols.start, cols.stop)
             scores = products(q, keys[tile]).reshape(len(group), len(rows), len(cols))
             cap(call, scores)
-            bias_and_mask(call, sequence.index, mask, group, rows, cols, scores)
+            hidden = bias_and_mask(call, sequence.index, mask, group, rows, cols, scores)
             keep = call.pattern.keep(sequence.index, problem.heads, group, rows, cols) if call.pattern else None
-            state.update(scores, values[tile], keep, round_to)
+            v = values[tile]
+            if problem.batch_invariant and hidden is not None:  # there is one row
+                v = np.where(hidden.T, 0, v)
+            state.update(scores, v, keep, round_to)
+        return state
+
+    first, *others = _parts(_key_tiles(problem, mask, rows), problem.num_splits)
+    state = visit(first)
+    for part in others:
+        state.merge(visit(part))
     output, lse = state.finish(None if call.sink is None else call.sink[heads], call.pattern.rescale if call.pattern else 1.0)
     sequence.out[span, heads] = output.transpose(1, 0, 2).astype(sequence.out.dtype)
     if sequence.lse is not None:
         sequence.lse[heads, span] = lse
+
+
+def _key_tiles(problem: AttentionProblem, mask: BandMask, rows: range) -> list[range]:
+    """The tiles of keys that a block of rows visits."""
+    seen = mask.key_ranges(rows)
+    if not problem.batch_invariant:
+        return [cols for keys in seen for cols in blocks(keys, TILE_COLS)]
+    numbers = sorted({number for keys in seen for number in range(keys.start // TILE_COLS, (keys.stop - 1) // TILE_COLS + 1)})
+    return [range(number * TILE_COLS, (number + 1) * TILE_COLS) for number in numbers]
+
+
+def _parts(tiles: list[range], splits: int) -> list[list[range]]:
+    """The tiles cut into parts of nearly equal size; 0 splits is one part. Some may be empty."""
+    count = max(splits, 1)
+    ends = [len(tiles) * part // count for part in range(count + 1)]
+    return [tiles[start:end] for start, end in pairwise(ends)]
 
 
 def _rounded(probabilities: Array, to: np.dtype[Any]) -> Array:

@@ -22,6 +22,7 @@ class BandMask:
     seqlen_q: int
     seqlen_k: int
     band: Band
+    absent: NDArray[np.bool_] | None = None  # (seqlen_k,): keys that are nowhere, as their page is none of the cache
 
     def positions(self, rows: range) -> range:
         """The key positions p that the queries of ``rows`` are aligned to; may be negative when there are more queries than keys."""
@@ -46,12 +47,16 @@ class BandMask:
         return range(min(first, self.seqlen_q) if self.seqlen_k else self.seqlen_q, self.seqlen_q)
 
     def hidden(self, rows: range, cols: range) -> NDArray[np.bool_] | None:
-        """Elements of the tile that do not count, bool (len(rows), len(cols)), or None when every element counts."""
+        """Elements of the tile that do not count, bool (len(rows), len(cols)), or None when every element counts.
+
+        ``cols`` may end past the last key.
+        """
         left, right, sink_tokens = self.band
         p = self.positions(rows)
         crosses_right = right is not None and cols[-1] > p[0] + right
         crosses_left = left is not None and cols[0] < p[-1] - left and cols[-1] >= sink_tokens
-        if not (crosses_left or crosses_right):
+        ends = cols[-1] >= self.seqlen_k
+        if not (crosses_left or crosses_right or ends or self.absent is not None):
             return None
         distance = np.arange(cols.start, cols.stop) - np.arange(p.start, p.stop)[:, None]
         hidden = np.zeros(distance.shape, dtype=np.bool_)
@@ -59,4 +64,9 @@ class BandMask:
             hidden |= (distance < -left) & (np.arange(cols.start, cols.stop) >= sink_tokens)
         if right is not None and crosses_right:
             hidden |= distance > right
+        if ends:
+            hidden[:, max(self.seqlen_k - cols.start, 0) :] = True
+        if self.absent is not None:
+            here = self.absent[cols.start : cols.stop]
+            hidden[:, : len(here)] |= here
         return hidden

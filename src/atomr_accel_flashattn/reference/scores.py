@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..problem import ArrayInfo, AttentionProblem
+    from .cache import Slots
     from .mask import BandMask
 
     Array = NDArray[Any]
@@ -96,9 +97,12 @@ def rows_of_a_tile(ratio: int) -> int:
     return max(_MIN_QUERIES, TILE_ROWS // ratio)
 
 
-def read_head(array: Array, head: int, ranges: tuple[range, ...], dtype: np.dtype[Any]) -> Array:
-    """One KV head (Sk, D) of k or v as floats. Outside of ``ranges`` it stays zero: NaN in a key that nobody sees is never read."""
-    rows: Array = np.zeros((len(array), array.shape[-1]), dtype)
+def read_head(array: Array | Slots, head: int, ranges: tuple[range, ...], dtype: np.dtype[Any], step: int = 1) -> Array:
+    """One KV head (Sk, D) of k or v as floats. Outside of ``ranges`` it stays zero: NaN in a key that nobody sees is never read.
+
+    ``step``: its length is rounded up to a multiple of that.
+    """
+    rows: Array = np.zeros((-(-len(array) // step) * step, array.shape[-1]), dtype)
     for seen in ranges:
         rows[seen.start : seen.stop] = array[seen.start : seen.stop, head]
     return rows

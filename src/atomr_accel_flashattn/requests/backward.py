@@ -110,6 +110,7 @@ def check_before_forward(request: Any) -> None:
     Raises:
         FeatureNotBuiltError: an array wants a derivative of the gradients.
         DropoutError: dropout without the seed of the forward call.
+        UnsupportedArgumentError: ``batch_invariant``, which is of the forward alone.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.is_grad_enabled():
@@ -120,6 +121,11 @@ def check_before_forward(request: Any) -> None:
                     "double_backward", f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()"
                 )
     options = request.options
+    if isinstance(options, AttentionOptions) and options.batch_invariant:
+        raise UnsupportedArgumentError(
+            "batch_invariant: got True with a backward request, whose sums run over the batch; allowed is False; "
+            "deterministic=True gives gradients that are equal from run to run"
+        )
     if isinstance(options, AttentionOptions) and options.dropout_p > 0 and options.rng is None:
         raise DropoutError(
             f"rng: got None with dropout_p {options.dropout_p}; allowed is the (seed, offset) array of the forward call; "

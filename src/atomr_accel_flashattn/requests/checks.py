@@ -33,6 +33,7 @@ __all__ = [
     "check_out",
     "check_qkv",
     "is_contiguous",
+    "overlaps_itself",
     "read_dropout",
     "read_learned_sink",
     "read_qkv",
@@ -208,7 +209,7 @@ def check_out(
         raise OutputError(f"{name}: got {reason}; allowed is a writeable array; pass a copy")
     if info.shape[-1] > 1 and info.strides[-1] != 1:
         raise OutputError(f"{name}: got strides {info.strides}; allowed is a last stride of 1; pass a contiguous array")
-    if _overlaps_itself(info):
+    if overlaps_itself(info):
         raise OutputError(
             f"{name}: got strides {info.strides} for shape {info.shape}, where elements share memory; "
             "allowed is an array of its own; pass a copy"
@@ -218,7 +219,7 @@ def check_out(
     return info
 
 
-def _overlaps_itself(info: ArrayInfo) -> bool:
+def overlaps_itself(info: ArrayInfo) -> bool:
     """Whether two elements may share an address; an interleaving that this simple nesting test cannot prove apart counts as shared."""
     reach = 0
     for size, step in sorted(zip(info.shape, info.strides, strict=True), key=lambda pair: abs(pair[1])):

@@ -8,7 +8,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..errors import ArrayTypeError, DropoutError, ScaleError, SinkWithoutMaskError, SoftcapError, WindowError
+from ..errors import (
+    ArrayTypeError,
+    DropoutError,
+    ScaleError,
+    SinkWithoutMaskError,
+    SoftcapError,
+    UnsupportedArgumentError,
+    WindowError,
+)
 from ..limits import LARGEST_SCORE_FACTOR, MAX_LENGTH, as_integer, as_real
 from ..problem import Band
 from ..short_repr import ShortRepr
@@ -136,9 +144,12 @@ class AttentionOptions(ShortRepr):
         learned_sink: float32 (Hq,) on the device of q: exp(sink[h]) joins the denominator; None is none.
         dropout_p: probability in [0, 1) that an element is dropped; rounded to a multiple of 1/256.
         rng: int64 (seed, offset) on the device of q; None draws them from the generator of q's library when the request is made.
+        batch_invariant: whether a row's bits may depend on nothing but its q, its position, the keys and values that it sees, and
+            options; forward only, and slower (docs/semantics.md, Batch invariance).
 
     Raises:
         ScaleError, SoftcapError, DropoutError: a number outside its range.
+        UnsupportedArgumentError: ``batch_invariant`` that is neither True nor False.
     """
 
     softmax_scale: float | None = None
@@ -146,6 +157,7 @@ class AttentionOptions(ShortRepr):
     learned_sink: Any = None
     dropout_p: float = 0.0
     rng: Any = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         given: Any = self.softmax_scale
@@ -167,6 +179,8 @@ class AttentionOptions(ShortRepr):
             )
         if p is None or not 0 <= p < 1:
             raise DropoutError(f"dropout_p: got {self.dropout_p!r}; allowed is 0 <= p < 1 (p = 1 would drop everything)")
+        if not isinstance(self.batch_invariant, bool):
+            raise UnsupportedArgumentError(f"batch_invariant: got {self.batch_invariant!r}; allowed are True and False")
         for name, value in (("softmax_scale", scale), ("softcap", cap), ("dropout_p", p)):
             object.__setattr__(self, name, value)
 

@@ -48,8 +48,9 @@ def run(
     """Do what a request asks. On a GPU, a request that is like one of before, or the same one, costs little (runtime/plan.py).
 
     Args:
-        request: a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest, or anything that satisfies FaFwdDispatch, for an
-            Output; a DenseBwdRequest, Fa2BwdRequest or VarlenBwdRequest, or anything that satisfies FaBwdDispatch, for Gradients.
+        request: a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or VarlenFwdRequest, one on a KV cache (PagedAttentionRequest,
+            CachedFwdRequest, ChunkedPrefillRequest), or anything that satisfies FaFwdDispatch, for an Output; a DenseBwdRequest,
+            Fa2BwdRequest or VarlenBwdRequest, or anything that satisfies FaBwdDispatch, for Gradients.
         stream: the CUDA stream to enqueue on (a raw handle, or a stream of torch, CuPy or cuda.core); None is the current stream of q's
             library. New outputs, and a dropout seed that is drawn, belong to that library's current stream, as ever: a caller who names
             another stream orders the two, and so does one whose k or v come from another library than q.
@@ -77,8 +78,9 @@ def execute(
     """:func:`run`, and the plan that it went by; None from the CPU backend."""
     if isinstance(request, type) or not isinstance(request, FaFwdDispatch):
         raise ArrayTypeError(
-            f"request: got {type(request).__qualname__}; allowed is a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest or "
-            "VarlenFwdRequest, and of backward ones a DenseBwdRequest, Fa2BwdRequest or VarlenBwdRequest"
+            f"request: got {type(request).__qualname__}; allowed is a DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest, "
+            "VarlenFwdRequest, PagedAttentionRequest, CachedFwdRequest or ChunkedPrefillRequest, "
+            "and of backward ones a DenseBwdRequest, Fa2BwdRequest or VarlenBwdRequest"
         )
     Fingerprint.of(request)
     dropout_mask = dropout_mask and request.problem.dropout is not None
@@ -140,8 +142,12 @@ def fill(
 
 
 def _tell_written(request: FaFwdDispatch) -> None:
-    if request.out_array is not None:
-        tell_written(request.out_array.source)
+    cache = request.problem.cache
+    written = [] if request.out_array is None else [request.out_array]
+    if cache is not None and cache.new is not None:
+        written += [request.problem.k, request.problem.v]
+    for array in written:
+        tell_written(array.source)
 
 
 def _key(request: FaFwdDispatch, tiles_for: SmArch | None) -> DispatchKey:

@@ -32,8 +32,9 @@ from ..kernels.spec import KernelSpec
 from ..launch.driver import device_properties
 from ..launch.launcher import Launch, LaunchSeries, LoadedKernel, load_kernel
 from ..limits import MAX_GRID, VECTOR_BYTES
-from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
+from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays, KvCache
 from ..short_repr import ShortRepr
+from .staleness import arrays_of_cache
 
 __all__ = [
     "MAX_PLANS",
@@ -270,7 +271,16 @@ def _facts(problem: AttentionProblem, addresses: int) -> Key:
         None if problem.learned_sink is None else _layout(problem.learned_sink),
         None if problem.cu_seqlens_q is None else _layout(problem.cu_seqlens_q),
         None if dropout is None else dropout.p,
+        *(problem.num_splits, problem.batch_invariant),
+        None if problem.cache is None else _facts_of_cache(problem.cache),
     )
+
+
+def _facts_of_cache(cache: KvCache) -> Key:
+    """Kind of a cache, and where its tables and new tokens lie; k and v themselves are among the others."""
+    layouts = (None if each is None else (*_layout(each), each.dtype_name, each.ptr % VECTOR_BYTES) for each in arrays_of_cache(cache))
+    rotary = None if cache.new is None or cache.new.rotary is None else cache.new.rotary.interleaved
+    return cache.layout, rotary, 0 if cache.new is None else cache.new.longest, *layouts
 
 
 def _layout(info: ArrayInfo) -> tuple[Any, ...]:

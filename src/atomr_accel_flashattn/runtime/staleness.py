@@ -22,12 +22,14 @@ from ..arrays.read import is_cupy, read_array
 from ..arrays.torch_hooks import hooks
 from ..dispatch import FaBwdDispatch, FaFwdDispatch
 from ..errors import ArrayTypeError, StaleArrayError
-from ..problem import ArrayInfo, AttentionProblem
+from ..problem import ArrayInfo, AttentionProblem, KvCache
 
-__all__ = ["NO_ARRAYS", "Fingerprint", "check_array"]
+__all__ = ["NO_ARRAYS", "Fingerprint", "arrays_of_cache", "check_array"]
 
 _INPUTS: Final = ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k", "rng")
+_OF_CACHE: Final = ("block_table", "seq_lens", "left_pad", "k_new", "v_new", "cu_seqlens_new", "rotary_cos", "rotary_sin")
 _NAMES: Final = (*_INPUTS, "out")
+_CACHE_NAMES: Final = (*_NAMES, *_OF_CACHE)
 _BACKWARD_NAMES: Final = (*_INPUTS, "out", "lse", "dout", "dlse", "dq", "dk", "dv")
 _SINCE_MADE: Final = "since the request was made"
 _SINCE_ASK: Final = "between ask and reply"
@@ -52,7 +54,9 @@ class Fingerprint:
         Raises:
             StaleArrayError: an array is not what it was when the request was made.
         """
-        found = Fingerprint((*_inputs(request.problem), request.out_array), _NAMES)
+        arrays = (*_inputs(request.problem), request.out_array)
+        cache = request.problem.cache
+        found = Fingerprint(arrays, _NAMES) if cache is None else Fingerprint((*arrays, *arrays_of_cache(cache)), _CACHE_NAMES)
         found.check(_SINCE_MADE)
         return found
 
@@ -108,6 +112,15 @@ def _inputs(problem: AttentionProblem) -> tuple[ArrayInfo | None, ...]:
     """In the order of _INPUTS."""
     p, rng = problem, None if problem.dropout is None else problem.dropout.rng
     return p.q, p.k, p.v, p.alibi_slopes, p.learned_sink, p.cu_seqlens_q, p.cu_seqlens_k, rng
+
+
+def arrays_of_cache(cache: KvCache) -> tuple[ArrayInfo | None, ...]:
+    """Those beside k and v, in the order of _OF_CACHE."""
+    new = cache.new
+    rotary = None if new is None else new.rotary
+    tables = cache.blocks, cache.lengths, cache.left_pad
+    of_new = (None,) * 3 if new is None else (new.k, new.v, new.cu_seqlens)
+    return *tables, *of_new, *((None, None) if rotary is None else (rotary.cos, rotary.sin))
 
 
 def _moved(info: ArrayInfo) -> bool:

@@ -27,7 +27,7 @@ from ..engine import stopped_error
 from ..inner import Job
 from ..kinds import kind_of
 from ..mailbox import Mailbox
-from ..messages import FlashAttnMsg, Message
+from ..messages import Message
 from ..props import FlashAttnProps
 from ..reply import Ticket, own_error
 from .wire import WireRequest, answer_from_wire
@@ -170,8 +170,6 @@ class FlashAttnPool(Client):
         return {member.number: int(pid) for member, pid in zip(members, pids, strict=True)}
 
     def _accept(self, message: Message[Any]) -> Ticket:
-        if isinstance(message, FlashAttnMsg.PagedForward):
-            return _Task(Job(message, refusal=not_built("paged", "FlashAttnMsg.PagedForward")))
         kind, request = kind_of(message), message.request
         kind.check(request)
         if not isinstance(request, kind.own):
@@ -180,6 +178,8 @@ class FlashAttnPool(Client):
                 f"derived from them: {', '.join(each.__name__ for each in kind.own)}"
             )
         kind.fingerprint(request)
+        if kind.forward(request).cache is not None:
+            return _Task(Job(message, refusal=not_built("paged_over_ray", f"got a {type(request).__qualname__}")))
         wire, arrays = WireRequest.pack(message)
         # A copy in either case: the caller's memory may change from here on.
         sent = tuple(self._ray.put(array) if array.nbytes > _INLINE_BYTES else array.copy() for array in arrays)

@@ -73,7 +73,7 @@ class WireRequest:
         dtype_names: element types of the arrays, by name, in their order.
         max_seqlens: the longest sequences of q and of k and v, where they are packed.
         values: arguments of the request that are neither arrays nor options.
-        options: those of AttentionOptions that are numbers.
+        options: those of AttentionOptions that are numbers or flags.
     """
 
     message: type[Any]
@@ -82,7 +82,7 @@ class WireRequest:
     dtype_names: dict[str, str]
     max_seqlens: tuple[int, int] | None
     values: dict[str, Any]
-    options: dict[str, float]
+    options: dict[str, Any]
 
     @classmethod
     def pack(cls, message: Message[Any]) -> tuple[WireRequest, list[np.ndarray[Any, Any]]]:
@@ -109,6 +109,7 @@ class WireRequest:
                 "softmax_scale": known.softmax_scale,
                 "softcap": known.softcap,
                 "dropout_p": 0.0 if dropout is None else dropout.p,
+                "batch_invariant": known.batch_invariant,
             },
         )
         return wire, [array.bits for array in found.values()]

@@ -1,0 +1,377 @@
+"""PagedKvCache: K and V of many sequences in pages, which sequences may share until one of them writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ..arrays.new import empty_like_framework, int32_like
+from ..arrays.read import as_numpy, dtype_name_of, read_array
+from ..arrays.torch_hooks import tell_written
+from ..errors import DTypeError, HeadDimError, SequenceError, ShapeError
+from ..limits import CPU_DTYPES, MAX_HEAD_DIM, MAX_LENGTH, as_integer, not_built
+from ..problem import ArrayInfo
+from ..reference.cache import Slots
+from ..types import DType, KvLayout
+from .blocks import BlockAllocator
+from .request import PagedAttentionRequest
+
+__all__ = ["PagedKvCache"]
+
+
+class _Held:
+    """The pages of one sequence, in order, and how many of its slots are in use."""
+
+    __slots__ = ("blocks", "length")
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+        self.length = 0
+
+
+class PagedKvCache:
+    """Pages of K and V, and who holds which (PagedAttention, arXiv 2309.06180). For one thread at a time.
+
+    A sequence is a number that :meth:`allocate` or :meth:`fork` gives and :meth:`free` takes back; numbers are not used again. Sequences
+    of a fork share pages; the first that writes into a page that another one holds gets a copy of it. Every call does all that it was
+    asked, or raises and changes nothing.
+
+    Attributes:
+        k: NHD (blocks, block_size, Hkv, D), HND (blocks, Hkv, block_size, D), uninitialised, in the library and on the device of ``like``.
+        v: the same with Dv.
+        num_blocks, block_size, heads_kv, head_dim, v_head_dim, layout: as given.
+
+    Args:
+        num_blocks: pages.
+        block_size: slots of a page, a token each; any number from 1 on.
+        heads_kv: KV heads.
+        head_dim: of K, at most 256.
+        v_head_dim: of V, None is that of K.
+        dtype: element type, None is that of ``like``.
+        layout: order of dimensions.
+        like: an array of the library and the device that the cache is to be of; None is NumPy.
+
+    Raises:
+        ShapeError, HeadDimError, DTypeError: a size or a type that no cache has.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        heads_kv: int,
+        head_dim: int,
+        *,
+        v_head_dim: int | None = None,
+        dtype: DType | None = None,
+        layout: KvLayout = KvLayout.NHD,
+        like: Any = None,
+    ) -> None:
+        width = head_dim if v_head_dim is None else v_head_dim
+        _check_sizes(num_blocks=num_blocks, block_size=block_size, heads_kv=heads_kv, head_dim=head_dim, v_head_dim=width)
+        model = read_array(np.empty(0, np.float32) if like is None else like, "like")
+        kind = model.dtype if dtype is None and like is not None else dtype
+        if kind not in CPU_DTYPES:
+            raise DTypeError(f"dtype: got {dtype!r}; allowed are DType.F16, BF16, F32 and F64, or None for the type of like")
+        if not isinstance(layout, KvLayout):
+            raise ShapeError(f"layout: got {layout!r}; allowed are KvLayout.NHD and KvLayout.HND")
+        self.num_blocks, self.block_size, self.heads_kv = num_blocks, block_size, heads_kv
+        self.head_dim, self.v_head_dim, self.layout = head_dim, width, layout
+        middle = (block_size, heads_kv) if layout is KvLayout.NHD else (heads_kv, block_size)
+        self._arrays = tuple(empty_like_framework(model, (num_blocks, *middle, size), dtype_name_of(kind)) for size in (head_dim, width))
+        self.k, self.v = (each.source for each in self._arrays)
+        self._blocks = BlockAllocator(num_blocks)
+        self._sequences: dict[int, _Held] = {}
+        self._next = 0
+
+    def __repr__(self) -> str:
+        kind, device = self._arrays[0].dtype_name, self._arrays[0].device
+        return (
+            f"PagedKvCache({self.num_blocks} blocks of {self.block_size}, {self._blocks.free} free, {len(self._sequences)} sequences, "
+            f"{self.layout.value}, {kind} on {device})"
+        )
+
+    @property
+    def free_blocks(self) -> int:
+        """Pages that no sequence holds."""
+        return self._blocks.free
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Sequences that are not freed, in the order in which they were made."""
+        return tuple(self._sequences)
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence.
+
+        Raises:
+            SequenceError: it was freed, or is none.
+        """
+        return self._held(sequence).length
+
+    def allocate(self, tokens: int = 0) -> int:
+        """A new, empty sequence, with room for ``tokens``.
+
+        Raises:
+            OutOfBlocksError: there is no room; there is no new sequence.
+        """
+        held = _Held()
+        held.blocks = self._blocks.take(self._pages(_count(tokens, "tokens")))
+        return self._add(held)
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence with the tokens of another one, whose pages it shares. Room that was reserved stays with the other one.
+
+        Raises:
+            SequenceError: it was freed, or is none.
+        """
+        parent = self._held(sequence)
+        held = _Held()
+        held.length = parent.length
+        held.blocks = parent.blocks[: self._pages(parent.length)]
+        self._blocks.share(held.blocks)
+        return self._add(held)
+
+    def free(self, sequences: int | Sequence[int]) -> None:
+        """Give up sequences. Pages that no other sequence holds are free.
+
+        Raises:
+            SequenceError: one was freed before, is none, or is named twice; none has been freed.
+        """
+        for number, held in self._all(sequences):
+            self._blocks.give_back(held.blocks)
+            del self._sequences[number]
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the first ``length`` tokens, as after a speculation that was refused. Room behind them is given back.
+
+        Raises:
+            SequenceError: it was freed, or is none.
+            ShapeError: more tokens than there are.
+        """
+        held = self._held(sequence)
+        if _count(length, "length") > held.length:
+            raise ShapeError(f"length: got {length} for a sequence of {held.length} tokens; allowed is at most that")
+        kept = self._pages(length)
+        self._blocks.give_back(held.blocks[kept:])
+        held.blocks, held.length = held.blocks[:kept], length
+
+    def reserve(self, sequences: int | Sequence[int], tokens: int | Sequence[int]) -> None:
+        """Make room for ``tokens`` more in each sequence, in pages that it alone holds: then kernels may write where the table says.
+
+        A partial page that another sequence holds, too, is copied.
+
+        Raises:
+            SequenceError: a sequence was freed, is none, or is named twice.
+            OutOfBlocksError: there is no room for all; nothing has changed.
+            FeatureNotBuiltError: a page has to be copied on a GPU.
+        """
+        named = self._all(sequences)
+        counts = _counts(tokens, len(named))
+        copied: dict[int, int] = {}  # a shared page: copies of it
+        needed = 0
+        for (_, held), count in zip(named, counts, strict=True):
+            page = self._shared_page(held) if count else None
+            if page is not None and copied.get(page, 0) < self._blocks.holders(page) - 1:
+                copied[page] = copied.get(page, 0) + 1
+            needed += max(self._pages(held.length + count) - len(held.blocks), 0)
+        self._blocks.check(needed + sum(copied.values()))
+        if copied:
+            self._refuse_gpu("a shared page to be copied")
+        for (_, held), count in zip(named, counts, strict=True):
+            page = self._shared_page(held) if count else None
+            if page is not None:
+                self._copy(held, page)
+            held.blocks += self._blocks.take(max(self._pages(held.length + count) - len(held.blocks), 0))
+
+    def advance(self, sequences: int | Sequence[int], tokens: int | Sequence[int]) -> None:
+        """Count ``tokens`` more in each sequence: those that a call has written into reserved room, as ``flash_attn_with_kvcache`` does.
+
+        Raises:
+            SequenceError: a sequence was freed, is none, or is named twice.
+            ShapeError: more tokens than there is room for; nothing has changed.
+        """
+        named = self._all(sequences)
+        counts = _counts(tokens, len(named))
+        for (number, held), count in zip(named, counts, strict=True):
+            room = len(held.blocks) * self.block_size - held.length
+            if count > room or (count and self._shared_page(held) is not None):
+                raise ShapeError(f"tokens: got {count} for sequence {number}, which has room of its own for {room}; reserve it first")
+        for (_, held), count in zip(named, counts, strict=True):
+            held.length += count
+
+    def append(self, sequences: int | Sequence[int], k: Any, v: Any, tokens: Sequence[int] | None = None) -> None:
+        """Write new keys and values behind the last ones of each sequence; makes room, copies shared pages, and counts the tokens.
+
+        Args:
+            sequences: a sequence, or several.
+            k: (B, n, Hkv, D), n tokens for each; packed (total, Hkv, D) with ``tokens``. Of the type and on the device of the cache.
+            v: the same with Dv.
+            tokens: how many of the packed rows each sequence gets, in order.
+
+        Raises:
+            SequenceError: a sequence was freed, is none, or is named twice.
+            OutOfBlocksError: there is no room for all; nothing has been written.
+            ShapeError, DTypeError: arrays that do not fit the cache; nothing has been written.
+            FeatureNotBuiltError: a cache on a GPU.
+        """
+        named = self._all(sequences)
+        infos = read_array(k, "k"), read_array(v, "v")
+        rows = self._check_new(infos, len(named), tokens)
+        self._refuse_gpu("new tokens to be written")
+        counts = [len(each) for each in rows]
+        self.reserve([number for number, _ in named], counts)
+        for cache, info in zip(self._arrays, infos, strict=True):
+            values = as_numpy(info).reshape(-1, *info.shape[-2:])
+            for (_, held), own in zip(named, rows, strict=True):
+                slots = Slots(self._pages_first(cache), np.array(held.blocks, np.int64), held.length, (len(own), *values.shape[1:]))
+                slots[0 : len(own)] = values[own.start : own.stop]
+            tell_written(cache.source)
+        for (_, held), count in zip(named, counts, strict=True):
+            held.length += count
+
+    def block_table(self, sequences: int | Sequence[int], entries: int | None = None) -> Any:
+        """int32 (B, entries): the pages of each sequence, reserved ones among them, and -1 behind them; in the library of the cache.
+
+        ``entries``: its width, None is that of the longest.
+
+        Raises:
+            SequenceError: a sequence was freed, is none, or is named twice.
+            ShapeError: fewer entries than a sequence has pages.
+        """
+        named = self._all(sequences)
+        most = max((len(held.blocks) for _, held in named), default=0)
+        width = most if entries is None else _count(entries, "entries")
+        if width < most:
+            raise ShapeError(f"entries: got {width}, and a sequence has {most} pages; allowed is at least that")
+        table = np.full((len(named), width), -1, np.int32)
+        for row, (_, held) in zip(table, named, strict=True):
+            row[: len(held.blocks)] = held.blocks
+        return int32_like(table, self.k)
+
+    def seq_lens(self, sequences: int | Sequence[int]) -> Any:
+        """int32 (B,): the tokens of each sequence, in the library of the cache.
+
+        Raises:
+            SequenceError: a sequence was freed, is none, or is named twice.
+        """
+        return int32_like(np.array([held.length for _, held in self._all(sequences)], np.int32), self.k)
+
+    def request(self, q: Any, sequences: int | Sequence[int], **asked: Any) -> PagedAttentionRequest:
+        """A PagedAttentionRequest of q (B, Sq, Hq, D) over these sequences, as they are now; ``asked``: its other arguments.
+
+        Raises:
+            SequenceError: a sequence was freed, is none, or is named twice.
+            ConstructionError: as PagedAttentionRequest.
+        """
+        table, lengths = self.block_table(sequences), self.seq_lens(sequences)
+        return PagedAttentionRequest(q, self.k, self.v, table, lengths, layout=self.layout, **asked)
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def _add(self, held: _Held) -> int:
+        number = self._next
+        self._next += 1
+        self._sequences[number] = held
+        return number
+
+    def _held(self, sequence: Any) -> _Held:
+        number = as_integer(sequence)
+        held = None if number is None else self._sequences.get(number)
+        if held is None:
+            known = number is not None and 0 <= number < self._next
+            what = "which was freed" if known else "which was never allocated"
+            raise SequenceError(f"sequence: got {sequence!r}, {what}; allowed are the sequences of this cache that are not freed")
+        return held
+
+    def _all(self, sequences: int | Sequence[int]) -> list[tuple[int, _Held]]:
+        """Numbers and pages; one number is a list of one."""
+        alone = as_integer(sequences)
+        numbers: Any = [alone] if alone is not None else _listed(sequences)
+        named = [(int(number), self._held(number)) for number in numbers]
+        if len({number for number, _ in named}) < len(named):
+            raise SequenceError(f"sequences: got {list(numbers)!r}, in which one stands twice; allowed is each once")
+        return named
+
+    def _shared_page(self, held: _Held) -> int | None:
+        """The page that the next token goes to, where it holds tokens and another sequence has it, too."""
+        if held.length % self.block_size == 0:
+            return None
+        page = held.blocks[held.length // self.block_size]
+        return page if self._blocks.holders(page) > 1 else None
+
+    def _copy(self, held: _Held, page: int) -> None:
+        """Give a sequence a page of its own with what is in ``page``."""
+        (own,) = self._blocks.take(1)
+        for cache in self._arrays:
+            blocks = as_numpy(cache)
+            blocks[own] = blocks[page]
+            tell_written(cache.source)
+        self._blocks.give_back([page])
+        held.blocks[held.length // self.block_size] = own
+
+    def _pages_first(self, cache: ArrayInfo) -> Any:
+        """A NumPy view (blocks, slots, KV heads, head dim)."""
+        return as_numpy(cache) if self.layout is KvLayout.NHD else as_numpy(cache).swapaxes(1, 2)
+
+    def _refuse_gpu(self, what: str) -> None:
+        device = self._arrays[0].device
+        if device.kind != "cpu":
+            raise not_built("append", f"got {what} on {device}")
+
+    def _check_new(self, infos: tuple[ArrayInfo, ArrayInfo], batch: int, tokens: Sequence[int] | None) -> list[range]:
+        """The rows of each sequence in k and v without their batch."""
+        for name, info, width, cache in zip("kv", infos, (self.head_dim, self.v_head_dim), self._arrays, strict=True):
+            lead = (batch, infos[0].shape[1]) if tokens is None and len(infos[0].shape) == 4 else infos[0].shape[:1]
+            if info.shape != (*lead, self.heads_kv, width) or (tokens is None) != (len(info.shape) == 4):
+                form = f"({batch}, tokens, {self.heads_kv}, {width})" if tokens is None else f"(total, {self.heads_kv}, {width})"
+                raise ShapeError(f"{name}: got shape {info.shape}; allowed is {form}, equal tokens in k and v")
+            if (info.dtype, info.device) != (cache.dtype, cache.device):
+                raise DTypeError(
+                    f"{name}: got {info.dtype_name} on {info.device}; "
+                    f"allowed is {cache.dtype_name} on {cache.device}, as the cache; convert it"
+                )
+        if tokens is None:
+            each = infos[0].shape[1]
+            return [range(index * each, (index + 1) * each) for index in range(batch)]
+        counts = _counts(tokens, batch)
+        if sum(counts) != infos[0].shape[0]:
+            raise ShapeError(f"tokens: got {sum(counts)} of them for {infos[0].shape[0]} rows of k; allowed is a row for each")
+        ends = np.cumsum([0, *counts]).tolist()
+        return [range(start, end) for start, end in pairwise(ends)]
+
+
+def _check_sizes(**sizes: Any) -> None:
+    for name, size in sizes.items():
+        number = as_integer(size)
+        least = 0 if name == "num_blocks" else 1
+        if number is None or number < least:
+            raise ShapeError(f"{name}: got {size!r}; allowed is an integer >= {least}")
+        if name.endswith("head_dim") and number > MAX_HEAD_DIM:
+            raise HeadDimError(f"{name}: got {size}; allowed are 1..{MAX_HEAD_DIM}")
+
+
+def _count(value: Any, name: str) -> int:
+    number = as_integer(value)
+    if number is None or not 0 <= number <= MAX_LENGTH:
+        raise ShapeError(f"{name}: got {value!r}; allowed is an integer in 0..{MAX_LENGTH}")
+    return number
+
+
+def _listed(given: Any) -> list[Any]:
+    """What was given as several; anything else as one, for the checks to name."""
+    return list(given) if isinstance(given, Sequence | np.ndarray) and not isinstance(given, str) else [given]
+
+
+def _counts(tokens: int | Sequence[int], batch: int) -> list[int]:
+    """One number for each of ``batch`` sequences; one for all of them counts for each."""
+    alone = as_integer(tokens)
+    numbers: Any = [alone] * batch if alone is not None else _listed(tokens)
+    counts = [_count(each, "tokens") for each in numbers]
+    if len(counts) != batch:
+        raise ShapeError(f"tokens: got {len(counts)} numbers for {batch} sequences; allowed is one for each, or one for all")
+    return counts
