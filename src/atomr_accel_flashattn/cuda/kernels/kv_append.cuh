@@ -45,8 +45,8 @@ struct KvAppend {
       return;
     }
     const int64_t from = p.cu_seqlens_new == nullptr ? batch * stride.batch + index * stride.row : (first + index) * stride.row;
-    copy(static_cast<const uint16_t*>(source) + from + head * stride.head,
-         static_cast<uint16_t*>(cache) + at + head * cache_stride.head, chunk * kChunk, cols, rotates ? slot : -1);
+    copy(static_cast<const uint16_t*>(source) + from + head * stride.head, static_cast<uint16_t*>(cache) + at + head * cache_stride.head,
+         chunk * kChunk, cols, rotates ? slot : -1);
   }
 
   // Slots of a sequence in use before.
@@ -82,8 +82,8 @@ struct KvAppend {
     const auto at = [&](const Strides& stride) {
       return (p.cu_seqlens_q == nullptr ? batch * stride.batch : 0) + (first + index) * stride.row + head * stride.head;
     };
-    copy(static_cast<const uint16_t*>(p.q) + at(p.q_stride), static_cast<uint16_t*>(p.rotated_q) + at(p.rotated_q_stride),
-         chunk * kChunk, p.head_dim, known ? slot : -1);
+    copy(static_cast<const uint16_t*>(p.q) + at(p.q_stride), static_cast<uint16_t*>(p.rotated_q) + at(p.rotated_q_stride), chunk * kChunk,
+         p.head_dim, known ? slot : -1);
   }
 
   // Columns from `col` on, rotated by a row of cos and sin unless it is negative. Products of two
