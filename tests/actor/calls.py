@@ -24,14 +24,14 @@ def message(seed: int = 0, *, seqlen_q: int = 2, seqlen_k: int = 5, dtype: str =
     return FlashAttnMsg.Forward(fa.Fa2FwdRequest(q, k, v, mask=fa.MaskKind.causal()))
 
 
-def paged(seed: int = 0) -> fa.PagedAttentionRequest:
+def paged(seed: int = 0, dtype: Any = np.float32, **asked: Any) -> fa.PagedAttentionRequest:
     """A decode of two sequences over pages of 4."""
-    q = np.random.default_rng(seed).standard_normal((2, 1, 2, 8)).astype(np.float32)
+    q = np.random.default_rng(seed).standard_normal((2, 1, 2, 8)).astype(dtype)
     cache = fa.PagedKvCache(8, 4, 1, 8, like=q)
     sequences = [cache.allocate(), cache.allocate()]
-    k, v = np.random.default_rng(seed + 1).standard_normal((2, 2, 5, 1, 8)).astype(np.float32)
+    k, v = np.random.default_rng(seed + 1).standard_normal((2, 2, 5, 1, 8)).astype(dtype)
     cache.append(sequences, k, v)
-    return cache.request(q, sequences, mask=fa.MaskKind.causal())
+    return cache.request(q, sequences, mask=fa.MaskKind.causal(), **asked)
 
 
 def sent(seed: int = 0, index: int = 0, *, seqlen: int = 4, lse: bool = False) -> FlashAttnMsg.Forward:

@@ -158,8 +158,10 @@ def test_what_is_not_built_is_refused_by_name_in_its_own_reply():
     inner = FlashAttnInner.mock(arch=fa.SmArch.SM_90A)
     with FlashAttnActor.start(FlashAttnProps(device="cpu"), inner) as actor:
         with pytest.raises(fa.FeatureNotBuiltError) as caught:
-            actor.ask(FlashAttnMsg.PagedForward(paged())).result(PATIENCE)
-        assert caught.value.feature == "paged"
+            actor.ask(FlashAttnMsg.PagedForward(paged(dtype=np.float16, options=fa.AttentionOptions(batch_invariant=True)))).result(
+                PATIENCE
+            )
+        assert caught.value.feature == "batch_invariant"
 
 
 def test_the_mock_answers_with_the_kernel_that_would_have_run():

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
+from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import DType, SmArch
@@ -113,10 +114,31 @@ def backward_specs() -> list[KernelSpec]:
     return [step for key in keys for step in lookup(key).steps()]
 
 
+def cache_specs() -> list[KernelSpec]:
+    """Those over a KV cache: every arch and tile width with each number of rows, the pairs of features at head dim 128, and appends."""
+    rows = (16, 32, 64, 128)
+    keys = [
+        DispatchKey(
+            arch, DTYPES[(a + w) % 2], width, causal=True, paged=True, extras=Extras(cache_rows=rows[(a + w) % 4], split=w % 2 == 0)
+        )
+        for a, w, arch, width in _numbered(ARCHS, HEAD_DIM_WIDTHS)
+    ]
+    for i, row in enumerate(covering_rows(AXES)):
+        key = _feature_key({"widths": (128, 128), **row})
+        cache = {"kv_cache": i % 2 == 0, "dropout": False, "cache_rows": rows[i % 4], "split": i % 3 == 0}
+        keys.append(replace(key, paged=i % 2 == 1, extras=replace(key.extras, **cache)))
+    flags = itertools.product((False, True), repeat=3)
+    appends = [
+        KvAppendSpec(arch=ARCHS[i % len(ARCHS)], dtype=DTYPES[i % 2], paged=paged, interleaved=interleaved, wide_rotary=wide)
+        for i, (paged, interleaved, wide) in enumerate(flags)
+    ]
+    return [*(step for key in keys for step in lookup(key).steps()), *appends]
+
+
 def all_specs() -> list[KernelSpec]:
     """Every kernel of this folder's tests, each once."""
     wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs())
-    return list(dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *backward_specs()]))
+    return list(dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *backward_specs(), *cache_specs()]))
 
 
 def _numbered(*axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:

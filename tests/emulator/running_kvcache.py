@@ -11,11 +11,11 @@ import numpy as np
 from atomr_accel_flashattn.arrays.read import read_array
 from atomr_accel_flashattn.dispatch import key_of_problem
 from atomr_accel_flashattn.dispatch.resolve import _features
-from atomr_accel_flashattn.kernels.kvcache import CacheShape, Fa2KvCacheSpec, SplitCombineSpec
+from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec
 from atomr_accel_flashattn.kernels.spec import Tile
-from atomr_accel_flashattn.problem import Strides
+from atomr_accel_flashattn.problem import KvCache, Strides
 from atomr_accel_flashattn.tiles.tables import head_dim_width
-from atomr_accel_flashattn.types import SmArch
+from atomr_accel_flashattn.types import KvLayout, SmArch
 from tests.check import Run
 from tests.inputs import Inputs, Layout, Poisoned
 from tests.reference.running import problem_of
@@ -60,9 +60,15 @@ class Cached:
             k_strides=_strides(held["k"]),
             v_strides=_strides(held["v"]),
             seqlen_k=held["fits"],
+            cache=KvCache(
+                num_blocks=held["k"].shape[0],
+                block_size=held["k"].shape[1],
+                layout=KvLayout.NHD,
+                blocks=read_array(held["blocks"], "blocks"),
+                lengths=read_array(held["cache_lengths"], "lengths"),
+                left_pad=None if held.get("left_pad") is None else read_array(held["left_pad"], "left_pad"),
+            ),
         )
-        blocks, size = held["k"].shape[:2]
-        shape = CacheShape(size, blocks, held["fits"], held["blocks"].shape[1] if self.block_size else 0)
         partial_o = np.full((self.splits, lse.size, problem.v_head_dim), np.nan, np.float32)
         partial_lse = np.full((self.splits, lse.size), np.nan, np.float32)
         arrays = {
@@ -76,14 +82,14 @@ class Cached:
             "partial_o": partial_o,
             "partial_lse": partial_lse,
         }
-        for step in self._steps(spec, problem):
+        params: Any = spec.pack_call(cache, out_info, self.splits)
+        for step in spec.steps():
             tiles = step.work_tiles(cache)
             if not tiles:
                 continue
-            params: Any = step.pack(cache, out_info, shape=shape, splits=self.splits)
             at = {name: 0 if array is None else array.ctypes.data for name, array in arrays.items()}
             (ctypes.c_uint64 * len(params.SLOTS)).from_buffer(params)[:] = [at.get(name, 0) for name in params.SLOTS]
-            run(step, params, tiles * (self.splits if isinstance(step, Fa2KvCacheSpec) else 1), seed=self.seed)
+            run(step, params, step.grid(tiles, 1, self.splits), seed=self.seed)
         out.check()
         return Run(out.view, lse)
 
@@ -91,15 +97,10 @@ class Cached:
         key = key_of_problem(problem, SmArch.SM_90)
         features = _features(key, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim))
         split = self.splits > 1
-        features["learned_sink"] &= not split
         spec = Fa2KvCacheSpec(arch=SmArch.SM_90, tile=self.tile, paged=self.block_size is not None, split=split, **features)
         assert not spec.misfit()
         assert spec.shared_memory <= SmArch.SM_90.shared_memory_per_block
         return spec
-
-    def _steps(self, spec: Fa2KvCacheSpec, problem: AttentionProblem) -> list[Any]:
-        combine = SplitCombineSpec.of(spec, learned_sink=problem.learned_sink is not None)
-        return [spec, combine] if self.splits > 1 else [spec]
 
     def _hold(self, inputs: Inputs, random: np.random.Generator) -> dict[str, Any]:
         """The cache of a call: each sequence's keys, in pages drawn at random or in a slot drawn at random."""

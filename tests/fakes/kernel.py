@@ -19,11 +19,14 @@ from atomr_accel_flashattn.kernels.backward import BackwardSpec, BwdParams
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams, DropoutMaskSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
+from atomr_accel_flashattn.kernels.kv_append import KvAppendParams, KvAppendSpec
+from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, KvCacheParams, SplitCombineSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.limits import UNBOUNDED
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
 from atomr_accel_flashattn.reference import attention
 from atomr_accel_flashattn.types import Device, DType
+from tests.emulator.build import run as emulate
 
 __all__ = ["array_at", "decode", "move_map", "read_parameters", "run_kernel", "scale_as_read", "strided"]
 
@@ -33,7 +36,9 @@ _FLAT_TENSOR = struct.Struct("<Q4q5i5ii")  # what ``tests.emulator.running.flat_
 
 def read_parameters(spec: KernelSpec, address: int) -> Any:
     """A copy of the parameters that lie there; those of the FA3 family are their ``fwd``."""
-    kind = DropoutMaskParams if isinstance(spec, DropoutMaskSpec) else BwdParams if isinstance(spec, BackwardSpec) else FwdParams
+    kinds = {DropoutMaskSpec: DropoutMaskParams, BackwardSpec: BwdParams, KvAppendSpec: KvAppendParams}
+    kinds |= dict.fromkeys((Fa2KvCacheSpec, SplitCombineSpec), KvCacheParams)
+    kind = next((params for of, params in kinds.items() if isinstance(spec, of)), FwdParams)
     return kind.from_buffer_copy(kind.from_address(address))
 
 
@@ -42,6 +47,9 @@ def run_kernel(spec: KernelSpec, params: Any, address: int, *, grid: int, counte
     if isinstance(spec, DropoutMaskSpec):
         size = params.batch * params.heads * params.seqlen_q * params.seqlen_k
         np.frombuffer((ctypes.c_uint8 * size).from_address(params.keep), np.uint8)[:] = 1
+        return
+    if isinstance(spec, (KvAppendSpec, Fa2KvCacheSpec, SplitCombineSpec)):  # they have no stand-in: their own source runs
+        emulate(spec, params, grid)
         return
     assert isinstance(spec, ForwardSpec)
     packed = _packed_heads(spec, params)

@@ -6,6 +6,8 @@ from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
 from atomr_accel_flashattn.kernels.fa2_fwd import Fa2ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3ForwardSpec
+from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
+from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec
 from atomr_accel_flashattn.kernels.spec import Tile
 from atomr_accel_flashattn.types import DType, SmArch
 
@@ -19,3 +21,8 @@ WGMMA = Fa3ForwardSpec(
     v_head_dim=64,
     tile=Tile(block_m=64, block_n=32, warps=8, stages=2, persistent=True),
 )
+CACHE = Fa2KvCacheSpec(
+    arch=SmArch.SM_80, dtype=DType.F16, head_dim=32, v_head_dim=32, tile=Tile(block_m=16, block_n=16, warps=4), paged=True, split=True
+)
+COMBINE = SplitCombineSpec.of(CACHE)
+APPEND = KvAppendSpec(arch=SmArch.SM_80, dtype=DType.F16, paged=True)

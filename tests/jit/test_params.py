@@ -14,6 +14,8 @@ from atomr_accel_flashattn.kernels.backward import BwdParams
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
+from atomr_accel_flashattn.kernels.kv_append import KvAppendParams
+from atomr_accel_flashattn.kernels.kvcache import KvCacheParams
 from atomr_accel_flashattn.kernels.params import KernelParams, StrideParams, TensorMapParams
 from atomr_accel_flashattn.kernels.spec import KernelSpec, Tile
 from atomr_accel_flashattn.limits import UNBOUNDED
@@ -30,6 +32,8 @@ _STRUCTS = {
     TensorMapParams: "fa::TensorMap",
     Fa3FwdParams: "fa::Fa3FwdParams",
     BwdParams: "fa::BwdParams",
+    KvCacheParams: "fa::KvCacheParams",
+    KvAppendParams: "fa::KvAppendParams",
     DropoutMaskParams: "fa::DropoutMaskParams",
 }
 _KERNELS = [FwdParams, Fa3FwdParams, DropoutMaskParams]

@@ -10,6 +10,7 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.dispatch import choice
+from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec
 from atomr_accel_flashattn.types import SmArch
 from tests.fakes.arrays import FakeArray
 
@@ -194,7 +195,7 @@ def test_batch_invariance_is_of_the_forward():
 
 
 class TestOnAGpu:
-    """Requests are made there, with the keys that kernels will answer, and refused by name until then."""
+    """Requests are made there, with keys that kernels of the mma.sync family answer."""
 
     @pytest.fixture(autouse=True)
     def no_card(self, monkeypatch: pytest.MonkeyPatch):
@@ -233,13 +234,21 @@ class TestOnAGpu:
         assert None not in keys
 
     @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_90A, SmArch.SM_100])
-    def test_they_are_refused_by_name(self, arch: SmArch):
-        pages = self.request().dispatch_key(SmArch.SM_90)
-        rows = self.request(paged=False).dispatch_key(SmArch.SM_90)
-        for key, feature in ((pages, "paged"), (rows, "kv_cache")):
+    def test_the_mma_sync_family_answers(self, arch: SmArch):
+        for paged in (True, False):
+            key = replace(self.request(paged=paged).dispatch_key(SmArch.SM_90), arch=arch, dtype=fa.DType.F16)
+            spec = fa.lookup(replace(key, extras=replace(key.extras, family=None)))
+            assert isinstance(spec, Fa2KvCacheSpec)
+            assert (spec.paged, spec.arch) == (paged, SmArch.SM_90 if arch is SmArch.SM_90A else arch)
             with pytest.raises(fa.FeatureNotBuiltError) as caught:
-                fa.lookup(replace(key, arch=arch, extras=replace(key.extras, family=None)))
-            assert caught.value.feature == feature
+                fa.lookup(replace(key, arch=SmArch.SM_90A, extras=replace(key.extras, family=fa.Family.FA3)))
+            assert caught.value.feature == "fa3_kv_cache"
+
+    def test_batch_invariance_is_refused_by_name(self):
+        key = self.request(options=fa.AttentionOptions(batch_invariant=True)).dispatch_key(SmArch.SM_90)
+        with pytest.raises(fa.FeatureNotBuiltError) as caught:
+            fa.lookup(replace(key, dtype=fa.DType.F16))
+        assert caught.value.feature == "batch_invariant"
 
     def test_states_are_merged_on_the_cpu(self):
         o, lse = FakeArray(Q).info(), FakeArray(np.zeros((2, 4, 3), np.float32)).info()

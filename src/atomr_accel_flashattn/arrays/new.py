@@ -16,8 +16,10 @@ from .read import as_numpy, is_cupy, jax_array_of, numpy_dtype, read_array, user
 from .torch_hooks import tell_written
 
 __all__ = [
+    "can_write_at",
     "check_can_copy",
     "copy_into",
+    "detached",
     "draw_seed",
     "draw_seed_and_offset",
     "empty_like_framework",
@@ -28,6 +30,7 @@ __all__ = [
     "pad_last",
     "row_major",
     "unbind",
+    "write_at",
 ]
 
 _LOWEST, _HIGHEST = -(2**63), 2**63 - 1  # of a seed and an offset, the highest excluded
@@ -134,6 +137,39 @@ def _holds(condition: Any, *, otherwise: bool) -> bool:
     return bool(symbols.guard_or_true(condition) if otherwise else symbols.guard_or_false(condition))
 
 
+def can_write_at(info: ArrayInfo, like: ArrayInfo) -> bool:
+    """Whether :func:`write_at` can read ``info`` and write ``like``: both of torch, or both of CuPy."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(like.source, torch.Tensor):
+        return isinstance(info.source, torch.Tensor)
+    return is_cupy(like.source) and is_cupy(info.source)
+
+
+def detached(info: ArrayInfo) -> Any:
+    """The array itself, which autograd does not follow."""
+    torch = sys.modules.get("torch")
+    return info.source.detach() if torch is not None and isinstance(info.source, torch.Tensor) else info.source
+
+
+def write_at(info: ArrayInfo, where: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], values: ArrayInfo, *, swapped: bool) -> None:
+    """Write rows (n, H, D), or (B, n, H, D), to ``info[where]`` of (blocks, slots, H, D), on a GPU; ``swapped``: slots are the third axis.
+
+    ``where``: int64 indices in host memory, of n elements each. On the current stream of the library, torch or CuPy.
+    """
+    target, rows = detached(info), detached(values).reshape(-1, *values.shape[-2:])
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(target, torch.Tensor):
+        index = tuple(_tensor_on(target, each) for each in where)
+    else:
+        index = tuple(map(sys.modules["cupy"].asarray, where))
+    (target.swapaxes(1, 2) if swapped else target)[index] = rows[: len(where[0])]
+
+
+def _tensor_on(like: Any, values: np.ndarray[Any, Any]) -> Any:
+    """A copy of an array of NumPy as a tensor on the device of ``like``."""
+    return sys.modules["torch"].from_numpy(values).to(like.device)
+
+
 def int32_like(values: np.ndarray[Any, Any], like: Any) -> Any:
     """A small int32 array of NumPy in the library and on the device of ``like``; itself for None and NumPy.
 
@@ -145,7 +181,7 @@ def int32_like(values: np.ndarray[Any, Any], like: Any) -> Any:
     info = read_array(like, "like")
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and isinstance(like, torch.Tensor):
-        return torch.from_numpy(values).to(like.device)
+        return _tensor_on(like, values)
     if isinstance(like, DeviceArray):
         return DeviceArray.from_numpy(values, info.device.index)
     if cupy is not None and isinstance(like, cupy.ndarray):

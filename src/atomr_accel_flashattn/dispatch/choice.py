@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from ..kernels.kvcache import splits_for
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..launch.driver import device_properties
 from ..limits import MAX_GRID, VECTOR_BYTES
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
-from ..tiles.tables import is_short_q
+from ..tiles.tables import cache_rows, is_short_q
 from ..types import Device, KvLayout, SmArch
 from .arch import best_arch
 from .key import DispatchKey, Extras
@@ -49,6 +50,8 @@ def key_of_problem(
     key = _asked(problem, arch, out, family)
     if arch is SmArch.CPU:
         return key
+    if problem.cache is not None:
+        return _on_cache(problem, key, tile)
     may_pack = _rows_can_be_packed(problem, key)
     packs = key.packs_heads and may_pack
     short_q = is_short_q(problem.head_dim, problem.v_head_dim, problem.seqlen_q * (key.gqa_ratio if packs else 1))
@@ -60,6 +63,21 @@ def key_of_problem(
         if isinstance(spec, KernelSpec):
             key = replace(key, extras=replace(choices, persistent=_is_persistent(spec, problem)))
     return key
+
+
+def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None) -> DispatchKey:
+    """The kernel over a cache, of the mma.sync family; keys are split where the GPU of the arrays has more SMs than there are tiles."""
+    rows = cache_rows(problem.seqlen_q * key.gqa_ratio)
+    key = replace(key, extras=replace(key.extras, family=Family.FA2, cache_rows=rows, tile=tile))
+    if not _runs_here(problem.q.device, key.arch):
+        return key
+    spec = lookup(key)
+    split = isinstance(spec, KernelSpec) and _splits_of(problem, spec) > 1
+    return replace(key, extras=replace(key.extras, split=split))
+
+
+def _splits_of(problem: AttentionProblem, spec: KernelSpec) -> int:
+    return splits_for(problem, spec.work_tiles(problem), device_properties(problem.q.device.index).multiprocessors)
 
 
 def key_of_backward(problem: BackwardProblem, gradients: GradientArrays, arch: SmArch) -> DispatchKey:

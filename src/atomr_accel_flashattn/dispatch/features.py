@@ -45,7 +45,7 @@ FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
     "kv_layout": lambda key: replace(key, paged=True, extras=replace(key.extras, kv_layout="HND")),
     "kv_cache": _extra(kv_cache=True),
     "left_pad": _extra(kv_cache=True, left_pad=True),
-    "split": _extra(split=True),
+    "split": lambda key: replace(key, extras=replace(key.extras, split=True, kv_cache=not key.paged)),
     "batch_invariant": _extra(batch_invariant=True),
     "fa3": _extra(family=Family.FA3),
 }

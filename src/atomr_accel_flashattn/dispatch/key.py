@@ -76,6 +76,7 @@ class Extras:
         split: whether K/V are split over blocks and combined.
         kv_cache: whether K and V are the rows of a contiguous cache, of which each sequence uses some slots; pages are ``paged``.
         kv_layout: layout of a cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
+        cache_rows: on a KV cache, rows of a tile (tiles/tables.py): 16, 32, 64 or 128.
         left_pad: whether sequences are padded on the left.
         batch_invariant: whether a row's bits may not depend on batch, length of q, pages or splits.
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads, and TMA needs it.
@@ -105,6 +106,7 @@ class Extras:
     split: bool = False
     kv_cache: bool = False
     kv_layout: str = "NHD"
+    cache_rows: int = 16
     left_pad: bool = False
     batch_invariant: bool = False
     load_align: int = VECTOR_BYTES
@@ -127,6 +129,7 @@ class Extras:
             ("softcap", self.softcap, _is_number_below(inf, self.softcap), "a finite number >= 0"),
             ("kv_layout", self.kv_layout, isinstance(self.kv_layout, str), "'NHD', 'HND' or 'VLLM_V1'"),
             ("load_align", self.load_align, _is_at_least(1, self.load_align), "an integer >= 1"),
+            _one_of("cache_rows", self.cache_rows, 16, 32, 64, 128),
             _one_of("direction", self.direction, "fwd", "bwd", "dropout_mask"),
             ("family", self.family, self.family is None or isinstance(self.family, Family), "None or a Family"),
             ("tiles_for", self.tiles_for, self.tiles_for is None or isinstance(self.tiles_for, SmArch), "None or an SmArch"),
@@ -211,9 +214,9 @@ class DispatchKey:
 
     @property
     def family(self) -> Family:
-        """Who answers on a GPU: wgmma on sm_90a, forward, where TMA can read the arrays; mma.sync everywhere else."""
+        """Who answers on a GPU: wgmma on sm_90a, forward over arrays that TMA can read and that are no cache; mma.sync everywhere else."""
         extras = self.extras
-        forward = extras.direction != "bwd" and extras.family is not Family.FA2
+        forward = extras.direction != "bwd" and extras.family is not Family.FA2 and not (self.paged or extras.kv_cache)
         return Family.FA3 if forward and self.arch is SmArch.SM_90A and self.aligned and not extras.tiles_for else Family.FA2
 
     @property

@@ -16,11 +16,12 @@ from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.fa2_fwd import Fa2ForwardSpec
 from ..kernels.fa3_fwd import Fa3ForwardSpec
 from ..kernels.forward import ForwardSpec
+from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..limits import dtypes_of, not_built
 from ..tiles.saved import forget_saved_tiles, saved_tile
 from ..tiles.space import misfit
-from ..tiles.tables import backward_tile_for, head_dim_width, tile_for, wgmma_tile_for
+from ..tiles.tables import backward_tile_for, cache_tile_for, head_dim_width, tile_for, wgmma_tile_for
 from ..types import DType, SmArch
 from .key import DispatchKey, Extras
 
@@ -73,7 +74,7 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
         return CpuSpec(key.dtype)
     if key.extras.direction == "dropout_mask":
         return DropoutMaskSpec(arch=_arch_of_mma(key.arch), varlen=key.varlen)
-    spec = _with_chosen_tile(_backward(key) if key.extras.direction == "bwd" else _forward(key), key.extras)
+    spec = _with_chosen_tile(_kernel(key), key.extras)
     if spec.shared_memory > key.arch.shared_memory_per_block:
         tile_arch = key.extras.tiles_for or key.arch
         raise ArchUnsupportedError(
@@ -81,6 +82,19 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
             f"{key.arch.value} allows {key.arch.shared_memory_per_block} per block; borrow the tiles of an arch with no more memory"
         )
     return spec
+
+
+def _kernel(key: DispatchKey) -> ForwardSpec | Fa2BackwardSpec | Fa2KvCacheSpec:
+    if key.extras.direction == "bwd":
+        return _backward(key)
+    return _over_cache(key) if key.paged or key.extras.kv_cache else _forward(key)
+
+
+def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec:
+    """The kernel over a KV cache that answers ``key``; its ``steps()`` are what is launched when new tokens are there."""
+    width, v_width, arch, extras = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch), key.extras
+    tile = cache_tile_for(extras.tiles_for or arch, width, v_width, extras.cache_rows)
+    return Fa2KvCacheSpec(arch=arch, tile=tile, paged=key.paged, split=extras.split, **_features(key, width, v_width))
 
 
 def _forward(key: DispatchKey) -> ForwardSpec:
@@ -173,13 +187,11 @@ def _refuse(key: DispatchKey) -> None:
     fp8 = [dtype.value for dtype in (key.dtype, extras.v_dtype, extras.out_dtype) if dtype is not None and dtype.is_fp8]
     gpu, cached = arch is not SmArch.CPU, key.paged or extras.kv_cache
     unbuilt = (
-        (gpu and key.paged, "paged", ""),
         (bool(fp8), "fp8", f"got {', '.join(fp8)}"),
-        (gpu and extras.split, "split", ""),
-        (gpu and extras.left_pad, "left_pad", ""),
-        (gpu and extras.kv_cache, "kv_cache", ""),
+        (gpu and extras.split and not cached, "split", ""),
+        (gpu and extras.left_pad and not extras.kv_cache, "left_pad", ""),
         (gpu and extras.batch_invariant, "batch_invariant", ""),
-        (extras.kv_layout not in ({"NHD"} if gpu else {"NHD", "HND"}), "kv_layout", f"got {extras.kv_layout!r}"),
+        (extras.kv_layout not in {"NHD", "HND"}, "kv_layout", f"got {extras.kv_layout!r}"),
         (cached and extras.direction == "bwd", "paged_backward", ""),
         (extras.v_dtype not in {None, key.dtype}, "v_dtype", ""),
         (extras.out_dtype not in {None, key.dtype}, "out_dtype", ""),
@@ -195,8 +207,8 @@ def _refuse(key: DispatchKey) -> None:
         raise DispatchError("left_pad: got left padding or rows of a contiguous cache with pages; allowed is one of the two kinds of cache")
     if extras.split and extras.batch_invariant:
         raise DispatchError("split: got split KV with batch_invariant; allowed is one of the two, as sums depend on where keys are cut")
-    if extras.family is Family.FA3 and extras.direction == "bwd":
-        raise not_built("fa3_backward")
+    if extras.family is Family.FA3 and (extras.direction == "bwd" or cached):
+        raise not_built("fa3_backward" if extras.direction == "bwd" else "fa3_kv_cache")
     if extras.tiles_for in {SmArch.CPU, SmArch.SM_90A}:
         raise ArchUnsupportedError(f"tiles_for: got {extras.tiles_for.value}; allowed are the architectures of the mma.sync family")
     if extras.family is Family.FA3 and arch in _BEFORE_WGMMA:

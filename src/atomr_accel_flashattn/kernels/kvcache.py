@@ -1,4 +1,4 @@
-"""What the kernels over a cache of K and V share: ``fa::KvCacheParams`` and their specs.
+"""Attention over a cache of K and V: ``fa::KvCacheParams``, the kernels that read it, and how many splits of the keys suit.
 
 ``cuda/kernels/fa2_kvcache.cuh`` attends, all of it or a split of the keys; ``cuda/kernels/split_combine.cuh`` combines the splits.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple, Self
+from typing import Any, ClassVar, Final, Self
 
 from ..problem import ArrayInfo, AttentionProblem
 from .attention import AttentionSpec
@@ -18,20 +18,12 @@ from .forward import FwdParams, forward_params
 from .params import KernelParams
 from .spec import Family, KernelSpec, Tile
 
-__all__ = ["CacheShape", "Fa2KvCacheSpec", "KvCacheParams", "SplitCombineSpec"]
+__all__ = ["Fa2KvCacheSpec", "KvCacheParams", "SplitCombineSpec", "splits_for"]
 
 _COMBINE_TILE: Final = Tile(block_m=64, block_n=32, warps=4)
 _ROWS_OF_WARP: Final = 16
-
-
-class CacheShape(NamedTuple):
-    """Numbers of a cache: slots of a block, blocks, slots that a sequence may have, and from one row of the block table to the next."""
-
-    block_size: int
-    num_blocks: int
-    capacity: int
-    table_stride: int = 0
-    new_tokens: int = 0
+_MOST_SPLITS: Final = 64
+_KEYS_OF_SPLIT: Final = 256  # at least: a split has a partial result to write and to read
 
 
 class KvCacheParams(KernelParams):
@@ -52,16 +44,26 @@ class _KvCacheSpec(AttentionSpec):
     FAMILY: ClassVar[Family] = Family.FA2
     PARAMS: ClassVar[str] = "KvCacheParams"
 
-    def pack(self, problem: AttentionProblem, out: ArrayInfo, *, shape: CacheShape, splits: int = 1) -> KvCacheParams:  # type: ignore[override]
-        """``fa::KvCacheParams`` of one call without addresses. ``problem.k`` and ``v`` are the cache."""
-        group = problem.heads // problem.heads_kv
+    def pack_call(self, problem: AttentionProblem, out: ArrayInfo, splits: int) -> KvCacheParams:
+        """``fa::KvCacheParams`` of one call without addresses, for all its kernels."""
+        cache, group = problem.cache, problem.heads // problem.heads_kv
+        if cache is None:
+            raise ValueError("a problem without a cache has no parameters of one")
         rows = -(-max(1, problem.seqlen_q * group) // self.tile.block_m)
         return KvCacheParams(
             fwd=forward_params(problem, out, blocks_m=rows, packed_heads=group),
+            table_stride=cache.blocks.strides[0] if cache.blocks is not None and cache.paged else 0,
             lse_rows=prod(problem.lse_shape),
+            block_size=cache.block_size,
+            num_blocks=cache.num_blocks,
+            capacity=cache.capacity,
+            new_tokens=0 if cache.new is None or cache.new.cu_seqlens is not None else cache.new.longest,
             splits=splits,
-            **shape._asdict(),
         )
+
+    def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KvCacheParams:
+        """Those of a call whose keys are not split."""
+        return self.pack_call(problem, out, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +81,9 @@ class Fa2KvCacheSpec(_KvCacheSpec):
     split: bool = False
 
     def config(self) -> dict[str, Any]:
-        """With what a cache adds."""
-        return super(Fa2KvCacheSpec, self).config() | {"any_ratio": True, "paged": self.paged, "split": self.split}
+        """With what a cache adds. A learned sink joins where the splits are combined."""
+        added = {"any_ratio": True, "paged": self.paged, "split": self.split}
+        return AttentionSpec.config(self) | {"learned_sink": self.learned_sink and not self.split} | added
 
     @property
     def shared_memory(self) -> int:
@@ -96,6 +99,11 @@ class Fa2KvCacheSpec(_KvCacheSpec):
         """mma.sync, ldmatrix, and cp.async where every address is aligned."""
         return ("HMMA", "LDSM", "LDGSTS") if self.aligned else ("HMMA", "LDSM")
 
+    @property
+    def launch_bounds(self) -> str:
+        """Threads a block, and the blocks that an SM holds."""
+        return f"{self.threads}, {self.tile.min_blocks}"
+
     def misfit(self) -> str:
         """A warp has 16 rows, groups of warps are equally large, and a lane knows where a key lies."""
         tile = self.tile
@@ -110,7 +118,12 @@ class Fa2KvCacheSpec(_KvCacheSpec):
     def work_tiles(self, problem: AttentionProblem) -> int:
         """One for block_m rows of the query heads of a KV head and sequence; each split has them all."""
         group = problem.heads // problem.heads_kv
-        return -(-max(1, problem.seqlen_q * group) // self.tile.block_m) * problem.batch * problem.heads_kv if problem.heads else 0
+        rows = -(-max(1, problem.seqlen_q * group) // self.tile.block_m)
+        return rows * problem.batch * problem.heads_kv if prod(problem.out_shape) else 0
+
+    def grid(self, tiles: int, multiprocessors: int, blocks: int | None = None) -> int:  # noqa: ARG002 - as its base
+        """A block for each tile and split; ``blocks``: the splits."""
+        return tiles * (blocks or 1)
 
     def steps(self) -> tuple[KernelSpec, ...]:
         """And what combines its splits."""
@@ -125,8 +138,8 @@ class SplitCombineSpec(_KvCacheSpec):
     ENTRY: ClassVar[str] = "split_combine"
 
     @classmethod
-    def of(cls, spec: Fa2KvCacheSpec, *, learned_sink: bool = False) -> Self:
-        """The one that goes behind ``spec``, with the learned sink of the call."""
+    def of(cls, spec: Fa2KvCacheSpec) -> Self:
+        """The one that goes behind ``spec``."""
         return cls(
             arch=spec.arch,
             dtype=spec.dtype,
@@ -135,7 +148,7 @@ class SplitCombineSpec(_KvCacheSpec):
             tile=_COMBINE_TILE,
             exact_head_dim=spec.exact_head_dim,
             aligned=spec.aligned,
-            learned_sink=learned_sink,
+            learned_sink=spec.learned_sink,
             varlen=spec.varlen,
         )
 
@@ -151,4 +164,15 @@ class SplitCombineSpec(_KvCacheSpec):
 
     def work_tiles(self, problem: AttentionProblem) -> int:
         """One for as many rows as it has warps."""
-        return -(-prod(problem.lse_shape) // self.tile.warps)
+        return -(-prod(problem.lse_shape) // self.tile.warps) if prod(problem.out_shape) else 0
+
+
+def splits_for(problem: AttentionProblem, tiles: int, multiprocessors: int) -> int:
+    """Parts that the keys are cut into: as many as the caller wants, else as many as give every SM two blocks of ``tiles``.
+
+    Lengths on a GPU are not known: the bound of the call stands for them, so that a captured graph has room for all.
+    """
+    if problem.num_splits or not tiles or problem.batch_invariant:
+        return max(1, problem.num_splits)
+    wanted = -(-2 * multiprocessors // tiles) if tiles < multiprocessors else 1
+    return max(1, min(wanted, _MOST_SPLITS, problem.seqlen_k // _KEYS_OF_SPLIT))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.new import empty_like_framework, int32_like
+from ..arrays.new import can_write_at, detached, empty_like_framework, int32_like, write_at
 from ..arrays.read import as_numpy, dtype_name_of, read_array
 from ..arrays.torch_hooks import tell_written
 from ..errors import DTypeError, HeadDimError, SequenceError, ShapeError
@@ -167,7 +167,7 @@ class PagedKvCache:
         Raises:
             SequenceError: a sequence was freed, is none, or is named twice.
             OutOfBlocksError: there is no room for all; nothing has changed.
-            FeatureNotBuiltError: a page has to be copied on a GPU.
+            FeatureNotBuiltError: a page has to be copied on a GPU, in a library other than torch and CuPy.
         """
         named = self._all(sequences)
         counts = _counts(tokens, len(named))
@@ -180,7 +180,7 @@ class PagedKvCache:
             needed += max(self._pages(held.length + count) - len(held.blocks), 0)
         self._blocks.check(needed + sum(copied.values()))
         if copied:
-            self._refuse_gpu("a shared page to be copied")
+            self._refuse_foreign("a shared page to be copied", ())
         for (_, held), count in zip(named, counts, strict=True):
             page = self._shared_page(held) if count else None
             if page is not None:
@@ -216,19 +216,22 @@ class PagedKvCache:
             SequenceError: a sequence was freed, is none, or is named twice.
             OutOfBlocksError: there is no room for all; nothing has been written.
             ShapeError, DTypeError: arrays that do not fit the cache; nothing has been written.
-            FeatureNotBuiltError: a cache on a GPU.
+            FeatureNotBuiltError: a cache on a GPU of a library other than torch and CuPy, or k and v of another one.
         """
         named = self._all(sequences)
         infos = read_array(k, "k"), read_array(v, "v")
         rows = self._check_new(infos, len(named), tokens)
-        self._refuse_gpu("new tokens to be written")
+        self._refuse_foreign("new tokens to be written", infos)
         counts = [len(each) for each in rows]
         self.reserve([number for number, _ in named], counts)
-        for cache, info in zip(self._arrays, infos, strict=True):
-            values = as_numpy(info).reshape(-1, *info.shape[-2:])
-            for (_, held), own in zip(named, rows, strict=True):
-                slots = Slots(self._pages_first(cache), np.array(held.blocks, np.int64), held.length, (len(own), *values.shape[1:]))
-                slots[0 : len(own)] = values[own.start : own.stop]
+        if self._arrays[0].device.kind == "cpu":
+            self._write(named, rows, infos)
+        else:
+            places = [self._places(held, count) for (_, held), count in zip(named, counts, strict=True)]
+            blocks, slots = (np.concatenate([place[axis] for place in places] or [[]]).astype(np.int64) for axis in (0, 1))
+            for cache, info in zip(self._arrays, infos, strict=True):
+                write_at(cache, (blocks, slots), info, swapped=self.layout is KvLayout.HND)
+        for cache in self._arrays:
             tell_written(cache.source)
         for (_, held), count in zip(named, counts, strict=True):
             held.length += count
@@ -308,7 +311,7 @@ class PagedKvCache:
         """Give a sequence a page of its own with what is in ``page``."""
         (own,) = self._blocks.take(1)
         for cache in self._arrays:
-            blocks = as_numpy(cache)
+            blocks = as_numpy(cache) if cache.device.kind == "cpu" else detached(cache)
             blocks[own] = blocks[page]
             tell_written(cache.source)
         self._blocks.give_back([page])
@@ -318,9 +321,23 @@ class PagedKvCache:
         """A NumPy view (blocks, slots, KV heads, head dim)."""
         return as_numpy(cache) if self.layout is KvLayout.NHD else as_numpy(cache).swapaxes(1, 2)
 
-    def _refuse_gpu(self, what: str) -> None:
+    def _write(self, named: list[tuple[int, _Held]], rows: list[range], infos: tuple[ArrayInfo, ArrayInfo]) -> None:
+        """New tokens, in host memory."""
+        for cache, info in zip(self._arrays, infos, strict=True):
+            values = as_numpy(info).reshape(-1, *info.shape[-2:])
+            for (_, held), own in zip(named, rows, strict=True):
+                slots = Slots(self._pages_first(cache), np.array(held.blocks, np.int64), held.length, (len(own), *values.shape[1:]))
+                slots[0 : len(own)] = values[own.start : own.stop]
+
+    def _places(self, held: _Held, count: int) -> tuple[Any, Any]:
+        """Block and slot of the next tokens of a sequence."""
+        at = np.arange(held.length, held.length + count)
+        return np.array(held.blocks, np.int64)[at // self.block_size], at % self.block_size
+
+    def _refuse_foreign(self, what: str, given: tuple[ArrayInfo, ...]) -> None:
+        """On a GPU, pages are written with the library of the cache: torch or CuPy."""
         device = self._arrays[0].device
-        if device.kind != "cpu":
+        if device.kind != "cpu" and not all(can_write_at(each, self._arrays[0]) for each in (self._arrays[0], *given)):
             raise not_built("append", f"got {what} on {device}")
 
     def _check_new(self, infos: tuple[ArrayInfo, ArrayInfo], batch: int, tokens: Sequence[int] | None) -> list[range]:

@@ -9,18 +9,20 @@ import sys
 from dataclasses import replace
 from typing import Any, overload
 
-from ..arrays.new import empty_like_framework
+from ..arrays.new import empty_like_framework, empty_workspace
 from ..arrays.read import as_numpy, contiguous_strides
-from ..arrays.streams import current_stream, raw_stream
+from ..arrays.streams import current_stream, raw_stream, used_on
 from ..arrays.torch_hooks import empty_on, hooks, meet_torch, tell_written
 from ..dispatch import CpuSpec, DispatchKey, Extras, FaBwdDispatch, FaFwdDispatch, lookup
 from ..errors import ArrayTypeError, UnsupportedArgumentError
+from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import KernelSpec
 from ..problem import ArrayInfo, AttentionProblem
 from ..reference import attention as reference
 from ..types import DType, SmArch
 from .backend import check_backend
 from .gradients import Gradients, differentiate
+from .on_cache import cache_addresses, plan_on_cache, workspace_on_cache
 from .plan import Output, Outputs, Plan, addresses_of, find, keep, launch_of, slots_of
 from .staleness import Fingerprint
 
@@ -90,16 +92,43 @@ def execute(
         check_backend(request.problem.q.device)
         key = _key(request, tiles_for)
         lookup(key)
-    outputs = make_outputs(request, plan, lse=lse, dropout_mask=dropout_mask)
+    outputs = make_outputs(request, plan, lse=lse, dropout_mask=dropout_mask, key=key, other_stream=stream is not None)
+    if stream is not None and outputs.workspace is not None:  # before its first launch, which may be the last that goes well
+        used_on(outputs.workspace, raw_stream(stream))
     plan = fill(request, outputs, plan, stream=stream, key=key)
     return outputs.for_user(request), plan
 
 
-def make_outputs(request: FaFwdDispatch, plan: Plan | None = None, *, lse: bool, dropout_mask: bool = False) -> Outputs:
+def make_outputs(
+    request: FaFwdDispatch,
+    plan: Plan | None = None,
+    *,
+    lse: bool,
+    dropout_mask: bool = False,
+    key: DispatchKey | None = None,
+    other_stream: bool = False,
+) -> Outputs:
     """The arrays that a call writes: the request's own ``out``, new ones for the rest, on the current stream of q's library.
 
-    ``plan``: that of the call, if it is known. torch tensors on a GPU are made from its strides for a third of the cost.
+    Args:
+        request: the call.
+        plan: that of the call, if it is known. torch tensors on a GPU are made from its strides for a third of the cost.
+        lse: whether the log-sum-exp is wanted.
+        dropout_mask: whether the dropout pattern is wanted.
+        key: the request's dispatch key, if it is known.
+        other_stream: whether a workspace may be used on another stream than the current one, with nobody keeping it until it is done.
     """
+    problem = request.problem
+    if problem.cache is not None:
+        outputs = _outputs(request, plan, lse=lse, dropout_mask=False)
+        workspace = workspace_on_cache(problem, key or _key(request, None)) if plan is None else plan.workspace
+        if workspace is not None:
+            outputs.workspace = empty_workspace(problem.q, workspace.size, other_stream=other_stream)
+        return outputs
+    return _outputs(request, plan, lse=lse, dropout_mask=dropout_mask)
+
+
+def _outputs(request: FaFwdDispatch, plan: Plan | None, *, lse: bool, dropout_mask: bool) -> Outputs:
     problem = request.problem
     if not hooks.plain_types:
         meet_torch()
@@ -136,7 +165,8 @@ def fill(
         if key.extras.tiles_for is None:
             keep(request, plan, dropout_mask=outputs.dropout_mask is not None)
     raw = current_stream(problem.q) if stream is None else raw_stream(stream)
-    plan.launch(raw, addresses_of(problem, outputs))
+    at = addresses_of(problem, outputs) if plan.workspace is None else cache_addresses(problem, outputs, plan.workspace)
+    plan.launch(raw, at)
     _tell_written(request)
     return plan
 
@@ -161,6 +191,8 @@ def _key(request: FaFwdDispatch, tiles_for: SmArch | None) -> DispatchKey:
 
 def _make_plan(problem: AttentionProblem, key: DispatchKey, spec: KernelSpec, outputs: Outputs) -> Plan:
     """The kernel that ``lookup`` names, and beside it the one that writes the dropout pattern where that is wanted."""
+    if isinstance(spec, Fa2KvCacheSpec):
+        return plan_on_cache(problem, spec, outputs)
     specs = [spec]
     if outputs.dropout_mask is not None:
         pattern = lookup(

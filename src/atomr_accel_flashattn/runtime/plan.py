@@ -89,6 +89,7 @@ class Outputs:
     out: ArrayInfo
     lse: ArrayInfo | None = None
     dropout_mask: ArrayInfo | None = None
+    workspace: ArrayInfo | None = None  # of calls on a KV cache on a GPU
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -168,10 +169,10 @@ def launch_of(
 
 
 def series_of(
-    steps: Sequence[KernelSpec], problem: AttentionProblem, params: KernelParams, slots: tuple[str, ...]
+    steps: Sequence[KernelSpec], problem: AttentionProblem, params: KernelParams, slots: tuple[str, ...], blocks: int | None = None
 ) -> list[Launch | LaunchSeries]:
-    """The launches of kernels that take the same parameters. Errors: :func:`launch_of`."""
-    loaded = [found for found in (_load(step, problem, None) for step in steps) if found is not None]
+    """The launches of kernels that take the same parameters. Arguments and errors: :func:`launch_of`."""
+    loaded = [found for found in (_load(step, problem, blocks) for step in steps) if found is not None]
     if settings().debug:  # each is waited for
         return [kernel.launch_of(params, grid, slots) for kernel, grid in loaded]
     if not loaded:

@@ -9,7 +9,17 @@ from ..kernels.spec import Family, Tile
 from ..limits import HEAD_DIM_WIDTHS, PHILOX_KEYS
 from ..types import SmArch
 
-__all__ = ["backward_tile_for", "has_row_for_short_q", "head_dim_width", "is_short_q", "row_of", "tile_for", "wgmma_tile_for"]
+__all__ = [
+    "backward_tile_for",
+    "cache_rows",
+    "cache_tile_for",
+    "has_row_for_short_q",
+    "head_dim_width",
+    "is_short_q",
+    "row_of",
+    "tile_for",
+    "wgmma_tile_for",
+]
 
 # Architectures with at least 163 KB of shared memory per block.
 _LARGE = {
@@ -196,3 +206,22 @@ def backward_tile_for(arch: SmArch, width: int, v_width: int, *, crowded: bool =
 
 
 _NARROW = 64  # up to this width, two stages of Q and dO of 64 rows fit beside 128 keys in 99 KB
+
+
+_MOST_CACHE_ROWS = 128
+
+
+def cache_rows(rows: int) -> int:
+    """Rows of a tile of the kernel over a KV cache, for so many rows of a KV head: the queries of all its heads."""
+    return next(size for size in (16, 32, 64, _MOST_CACHE_ROWS) if size >= min(rows, _MOST_CACHE_ROWS))
+
+
+def cache_tile_for(arch: SmArch, width: int, v_width: int, rows: int) -> Tile:
+    """The tile of the kernel over a KV cache: groups of warps that share the keys, two stages of them in 99 KB. Not measured.
+
+    ``rows``: what :func:`cache_rows` says. What the groups merge at the end bounds the rows of wide heads.
+    """
+    wider = max(width, v_width)
+    block_m = rows if wider <= 128 else min(rows, 32)
+    tile = Tile(block_m=block_m, block_n=32 if wider <= 96 else 16, warps=4 if block_m < 64 else 8, stages=2)
+    return replace(tile, stages=1) if _TABLES[arch] is _SMALL and wider > 128 and block_m == 16 else tile

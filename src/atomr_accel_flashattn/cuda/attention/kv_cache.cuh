@@ -71,8 +71,8 @@ struct KvCacheSource {
 };
 
 // Loads kRows rows of kCols elements with kThreads threads. Row r begins `offset` elements after
-// `base`, as lane r of every warp knows it, and is zero-filled where its bit of `exists` is not set;
-// so are columns from `cols` on.
+// `base`, as lane r of every warp knows it, and is zero-filled where its bit of `exists` is not
+// set; so are columns from `cols` on.
 template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols>
 struct ScatteredRowLoader {
   static_assert(kRows <= 32, "a lane knows a row");

@@ -67,14 +67,15 @@ struct BwdParams {
 };
 
 // Attention over a cache of K and V. In `fwd`, k and v are the cache: their batch stride is that of
-// its blocks. A sequence has the slots from left_pad to its length, which counts the padding and not
-// the new tokens, and these.
+// its blocks. A sequence has the slots from left_pad to its length, which counts the padding and
+// not the new tokens, and those.
 struct KvCacheParams {
-  const int32_t* blocks;         // paged: (batch, blocks of a sequence); else (batch), null: in order
-  const int32_t* cache_lengths;  // (batch); null: cu_seqlens_k has them
-  const int32_t* left_pad;       // (batch); null: 0
+  const int32_t* blocks;          // paged: (batch, blocks of one); else (batch), null: in order
+  const int32_t* cache_lengths;   // (batch); null: cu_seqlens_k has them
+  const int32_t* left_pad;        // (batch); null: 0
   const int32_t* cu_seqlens_new;  // null: new_tokens each
-  float *partial_o, *partial_lse;           // split: (splits, rows of the LSE, v_head_dim), (splits, rows of the LSE)
+  // split: (splits, rows of the LSE, v_head_dim) and (splits, rows of the LSE)
+  float *partial_o, *partial_lse;
   FwdParams fwd;
   int64_t table_stride, lse_rows;
   int32_t block_size, num_blocks, capacity;  // capacity: slots that a sequence may have
@@ -82,12 +83,13 @@ struct KvCacheParams {
   int32_t splits;
 };
 
-// New tokens into a cache, and rotary embedding of them and of q on the way. The batch stride of the
-// cache is that of its slots or, paged, of its pages.
+// New tokens into a cache, and rotary embedding of them and of q on the way. The batch stride of
+// the cache is that of its blocks.
 struct KvAppendParams {
-  const void *new_k, *new_v, *q;             // q null: nothing to rotate
-  const void *cos, *sin;                     // null: no rotation; (rotary_rows, rotary_dim / 2), rows contiguous
-  const int32_t *blocks, *cache_lengths, *cu_seqlens_new;  // as in KvCacheParams
+  const void *new_k, *new_v, *q;
+  const void *cos, *sin;  // null: no rotation; (rotary_rows, rotary_dim / 2), rows contiguous
+  const int32_t *blocks, *cache_lengths, *cu_seqlens_k, *cu_seqlens_new;  // as in KvCacheParams
+  const int32_t* cu_seqlens_q;                                            // null: q is dense
   void *k, *v, *rotated_q;
   int32_t* error;  // null, or set to 1 where a token does not fit
   Strides new_k_stride, new_v_stride, q_stride, k_stride, v_stride, rotated_q_stride;
@@ -95,7 +97,7 @@ struct KvAppendParams {
   int32_t batch, heads, heads_kv, seqlen_q, seqlen_new, head_dim, v_head_dim;
   int32_t block_size, num_blocks, capacity;
   int32_t rotary_dim, rotary_rows;
-  int32_t q_advances;  // whether query i has the position of the i-th new token; else that of the first
+  int32_t q_advances;  // query i has the position of new token i; else all that of the first
 };
 
 struct DropoutMaskParams {

@@ -38,17 +38,21 @@ struct KvAppend {
     int64_t first = 0, count = p.seqlen_new;
     if (p.cu_seqlens_new != nullptr) first = p.cu_seqlens_new[batch], count = p.cu_seqlens_new[batch + 1] - first;
     if (index >= count) return;
-    const int64_t slot = int64_t{p.cache_lengths[batch]} + index;
+    const int64_t slot = length(batch) + index;
     int64_t at;
     if (slot < 0 || slot >= p.capacity || (rotates && slot >= p.rotary_rows) || !locate(batch, slot, cache_stride, at)) {
       if (p.error != nullptr) *p.error = 1;
       return;
     }
     const int64_t from = p.cu_seqlens_new == nullptr ? batch * stride.batch + index * stride.row : (first + index) * stride.row;
-    copy(static_cast<const uint16_t*>(source) + from + head * stride.head,
-         static_cast<uint16_t*>(cache) + at + head * cache_stride.head, chunk * kChunk, cols, rotates ? slot : -1);
+    copy(static_cast<const uint16_t*>(source) + from + head * stride.head, static_cast<uint16_t*>(cache) + at + head * cache_stride.head,
+         chunk * kChunk, cols, rotates ? slot : -1);
   }
 
+  // Slots of a sequence in use before.
+  __device__ __forceinline__ int64_t length(int batch) const {
+    return p.cache_lengths != nullptr ? p.cache_lengths[batch] : p.cu_seqlens_k[batch + 1] - p.cu_seqlens_k[batch];
+  }
   // Elements from the beginning of the cache to a slot; whether it exists.
   __device__ __forceinline__ bool locate(int batch, int64_t slot, const Strides& stride, int64_t& at) const {
     if constexpr (kPaged) {
@@ -64,17 +68,22 @@ struct KvAppend {
   }
 
   __device__ __forceinline__ void rotate_q(int64_t work, int row_chunks) const {
+    if (p.rotated_q == nullptr) return;
     const int64_t row = work / row_chunks, token = row / p.heads;
     const int chunk = static_cast<int>(work - row * row_chunks), head = static_cast<int>(row - token * p.heads);
     const int batch = static_cast<int>(token / p.seqlen_q), index = static_cast<int>(token - int64_t{batch} * p.seqlen_q);
     if (batch >= p.batch) return;
-    const int64_t slot = int64_t{p.cache_lengths[batch]} + (p.q_advances ? index : 0);
+    int64_t first = 0, count = p.seqlen_q;
+    if (p.cu_seqlens_q != nullptr) first = p.cu_seqlens_q[batch], count = p.cu_seqlens_q[batch + 1] - first;
+    if (index >= count) return;
+    const int64_t slot = length(batch) + (p.q_advances ? index : 0);
     const bool known = slot >= 0 && slot < p.rotary_rows;
     if (!known && p.error != nullptr) *p.error = 1;
-    copy(static_cast<const uint16_t*>(p.q) + batch * p.q_stride.batch + index * p.q_stride.row + head * p.q_stride.head,
-         static_cast<uint16_t*>(p.rotated_q) + batch * p.rotated_q_stride.batch + index * p.rotated_q_stride.row +
-             head * p.rotated_q_stride.head,
-         chunk * kChunk, p.head_dim, known ? slot : -1);
+    const auto at = [&](const Strides& stride) {
+      return (p.cu_seqlens_q == nullptr ? batch * stride.batch : 0) + (first + index) * stride.row + head * stride.head;
+    };
+    copy(static_cast<const uint16_t*>(p.q) + at(p.q_stride), static_cast<uint16_t*>(p.rotated_q) + at(p.rotated_q_stride), chunk * kChunk,
+         p.head_dim, known ? slot : -1);
   }
 
   // Columns from `col` on, rotated by a row of cos and sin unless it is negative. Products of two
@@ -100,9 +109,9 @@ struct KvAppend {
   }
 };
 
-template <DType kDType, bool kPaged, bool kInterleaved, bool kWideRotary>
+template <DType kDType, int kThreads, bool kPaged, bool kInterleaved, bool kWideRotary>
 __device__ __forceinline__ void kv_append(const KvAppendParams& p) {
-  KvAppend<kDType, kPaged, kInterleaved, kWideRotary>{p}.run(int64_t{blockIdx.x} * blockDim.x + threadIdx.x);
+  KvAppend<kDType, kPaged, kInterleaved, kWideRotary>{p}.run(int64_t{blockIdx.x} * kThreads + threadIdx.x);
 }
 
 }  // namespace fa

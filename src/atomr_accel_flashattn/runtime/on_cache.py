@@ -1,0 +1,91 @@
+"""Plans of calls on a KV cache: new tokens first, then the kernel over the cache, then what combines its splits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import Final
+
+from ..dispatch import DispatchKey, lookup
+from ..kernels.kv_append import KvAppendSpec, rotated_bytes, rotated_strides
+from ..kernels.kvcache import Fa2KvCacheSpec, KvCacheParams, splits_for
+from ..launch.driver import device_properties
+from ..launch.launcher import Launch, LaunchSeries
+from ..problem import ArrayInfo, AttentionProblem
+from ..types import DType
+from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
+
+__all__ = ["cache_addresses", "plan_on_cache", "workspace_on_cache"]
+
+# Addresses of a call in this order: those of KvCacheParams, then those that only an append has. To it, q is what it reads.
+_APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q", "error")
+_SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED)
+_SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot) for slot in _SLOTS)
+
+
+def workspace_on_cache(problem: AttentionProblem, key: DispatchKey) -> Workspace | None:
+    """What a call on a KV cache needs beside its outputs: partial results of splits, and q after its rotation; None on the CPU."""
+    spec = lookup(key)
+    return _workspace(problem, _splits(problem, spec)) if isinstance(spec, Fa2KvCacheSpec) else None
+
+
+def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec, outputs: Outputs) -> Plan:
+    """The launches of a call, into these outputs."""
+    splits, cache = _splits(problem, spec), problem.cache
+    launches: list[Launch | LaunchSeries | None] = []
+    rotated = problem
+    if cache is not None and cache.new is not None:
+        rotary = cache.new.rotary
+        append = KvAppendSpec(
+            arch=spec.arch,
+            dtype=spec.dtype,
+            paged=cache.paged,
+            interleaved=rotary is not None and rotary.interleaved,
+            wide_rotary=rotary is not None and rotary.cos.dtype is DType.F32,
+        )
+        launches.append(launch_of(append, problem, append.pack(problem, outputs.out), _SLOTS_OF_APPEND))
+        if rotary is not None:
+            rotated = replace(problem, q_strides=rotated_strides(problem))
+    params = spec.pack_call(rotated, outputs.out, splits)
+    launches += series_of(spec.steps(), problem, params, _SLOTS, splits)
+    return Plan(launches, outputs.out.strides, _workspace(problem, splits))
+
+
+def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Workspace) -> tuple[int, ...]:
+    """The addresses of a call, in the order that its plan was made for; 0 for what it does not have."""
+    cache = problem.cache
+    assert cache is not None  # noqa: S101 - callers have looked
+    base = 0 if outputs.workspace is None else outputs.workspace.ptr
+    at = {slot: base + offset for slot, offset in workspace.offsets.items()}
+    new = cache.new
+    rotary = None if new is None else new.rotary
+    raw_q, *others = forward_addresses(problem, outputs.out.ptr, 0 if outputs.lse is None else outputs.lse.ptr)
+    rotated_q = at.get("rotated_q", 0)
+    return (
+        *map(_address, (cache.blocks, cache.lengths, cache.left_pad, None if new is None else new.cu_seqlens)),
+        *(at.get("partial_o", 0), at.get("partial_lse", 0)),
+        *(rotated_q or raw_q, *others),
+        *((0, 0) if new is None else (new.k.ptr, new.v.ptr)),
+        *((0, 0) if rotary is None else (rotary.cos.ptr, rotary.sin.ptr)),
+        *(rotated_q, raw_q, 0),
+    )
+
+
+def _splits(problem: AttentionProblem, spec: Fa2KvCacheSpec) -> int:
+    if not spec.split:
+        return 1
+    return splits_for(problem, spec.work_tiles(problem), device_properties(problem.q.device.index).multiprocessors)
+
+
+def _workspace(problem: AttentionProblem, splits: int) -> Workspace:
+    sizes, rows = {}, prod(problem.lse_shape)
+    if splits > 1:
+        sizes = {"partial_o": 4 * splits * rows * problem.v_head_dim, "partial_lse": 4 * splits * rows}
+    cache = problem.cache
+    if cache is not None and cache.new is not None and cache.new.rotary is not None:
+        sizes["rotated_q"] = rotated_bytes(problem)
+    return Workspace.of(sizes)
+
+
+def _address(array: ArrayInfo | None) -> int:
+    return 0 if array is None else array.ptr

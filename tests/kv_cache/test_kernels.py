@@ -1,0 +1,182 @@
+"""The kernels over a KV cache behind requests: a fake GPU runs their own source thread by thread, and the oracle judges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
+from atomr_accel_flashattn.arrays import new  # noqa: E402
+from atomr_accel_flashattn.arrays.torch_hooks import meet_torch  # noqa: E402
+from atomr_accel_flashattn.types import DType  # noqa: E402
+from tests.emulator.build import compiler  # noqa: E402
+from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
+from tests.fakes.tensors import fake, fresh_hooks  # noqa: E402
+from tests.kv_cache import cases  # noqa: E402
+from tests.kv_cache.cases import CacheCase, check_cached  # noqa: E402
+from tests.kv_cache.test_grid import AXES, case_of  # noqa: E402
+from tests.pairwise import covering_rows  # noqa: E402
+
+pytestmark = [pytest.mark.torch, pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")]
+
+GPU_AXES = AXES | {
+    "dtype": ({"dtype": DType.F16}, {"dtype": DType.BF16}),
+    "order": ({}, {"num_splits": 1}, {"num_splits": 2}, {"num_splits": 7}),
+}
+GRID = [case_of(row) for row in covering_rows(GPU_AXES)]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    fresh_hooks(monkeypatch)
+    meet_torch()
+    card = FakeGpu()
+    card.install(monkeypatch, fa.SmArch.SM_90A)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)
+    monkeypatch.setattr(cases, "upload", on_card)
+    monkeypatch.setattr(new, "_tensor_on", lambda _like, values: on_card(values))
+    return card
+
+
+def on_card(array: Any) -> Any:
+    if array is None:
+        return None
+    host = np.ascontiguousarray(array)
+    if host.dtype.name == "bfloat16":
+        return fake(torch.from_numpy(host.view(np.int16).copy()).view(torch.bfloat16))
+    return fake(torch.from_numpy(host.copy()))
+
+
+@pytest.mark.parametrize("case", GRID[::4], ids=str)
+def test_pairs_of_features(gpu: FakeGpu, case: CacheCase):
+    check_cached(case)
+    split = case.num_splits > 1
+    headers = [spec.HEADER for spec, *_ in gpu.launches]
+    assert headers[0] == "fa2_kvcache"
+    assert ("split_combine" in headers) >= split
+    assert {stream for *_, stream in gpu.launches} == {STREAM}
+
+
+def test_keys_are_split_where_there_are_more_sms_than_tiles(gpu: FakeGpu):
+    case = next(each for each in GRID if not each.num_splits)
+    call = replace(case.call, lengths_q=(1,), lengths_k=(1100,), heads=4, heads_kv=2, left=None, right=0, sink_tokens=0)
+    check_cached(replace(case, call=call))
+    assert [spec.HEADER for spec, *_ in gpu.launches] == ["fa2_kvcache", "split_combine"]
+    assert gpu.launches[0][1].splits > 1
+
+
+def with_new_tokens(*, paged: bool, new: int, rotary_dim: int = 0, interleaved: bool = True, wide: bool = False, q_len: int = 0) -> Any:
+    """Arguments of ``flash_attn_with_kvcache``, NumPy: 3 sequences of unequal length, 4 / 2 heads, head dim 32."""
+    random = np.random.default_rng(new + rotary_dim)
+    normal = lambda *shape: random.standard_normal(shape).astype(np.float16)  # noqa: E731
+    lengths = np.array([0, 15, 40], np.int32)
+    asked: dict[str, Any] = {
+        "q": normal(3, q_len or new, 4, 32),
+        "k": normal(3, new, 2, 32),
+        "v": normal(3, new, 2, 32),
+        "cache_seqlens": lengths,
+    }
+    if paged:
+        table = random.permutation(16).astype(np.int32)[:15].reshape(3, 5)
+        asked |= {"k_cache": normal(16, 16, 2, 32), "v_cache": normal(16, 16, 2, 32), "block_table": table}
+    else:
+        asked |= {"k_cache": normal(5, 64, 2, 32), "v_cache": normal(5, 64, 2, 32), "cache_batch_idx": np.array([4, 0, 2], np.int32)}
+        asked["cache_leftpad"] = np.array([0, 3, 1], np.int32)
+    if rotary_dim:
+        angle = random.uniform(0, 6, (40 + max(new, q_len), rotary_dim // 2))
+        kind = np.float32 if wide else np.float16
+        asked |= {"rotary_cos": np.cos(angle).astype(kind), "rotary_sin": np.sin(angle).astype(kind), "rotary_interleaved": interleaved}
+    return asked
+
+
+APPENDS: dict[str, dict[str, Any]] = {
+    "one token, paged": {"paged": True, "new": 1},
+    "one token": {"paged": False, "new": 1},
+    "across pages": {"paged": True, "new": 20},
+    "rotary": {"paged": True, "new": 5, "rotary_dim": 32},
+    "rotary of a part, halves": {"paged": False, "new": 5, "rotary_dim": 12, "interleaved": False},
+    "rotary in float32": {"paged": True, "new": 2, "rotary_dim": 6, "interleaved": False, "wide": True},
+    "more queries than new tokens": {"paged": True, "new": 2, "rotary_dim": 8, "q_len": 7},
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", APPENDS)
+def test_new_tokens_are_written_and_attended(gpu: FakeGpu, name: str, causal: bool):
+    asked = with_new_tokens(**APPENDS[name])
+    on_host, on_gpu = ({key: place(x) if isinstance(x, np.ndarray) else x for key, x in asked.items()} for place in (np.copy, on_card))
+    expected, lse = fa.flash_attn_with_kvcache(**on_host, causal=causal, return_softmax_lse=True)
+    made, made_lse = fa.flash_attn_with_kvcache(**on_gpu, causal=causal, return_softmax_lse=True)
+    for cache in ("k_cache", "v_cache"):
+        np.testing.assert_array_equal(on_gpu[cache].numpy(), on_host[cache], err_msg="bits of the cache")
+    np.testing.assert_allclose(made.numpy().astype(np.float32), expected.astype(np.float32), rtol=4e-3, atol=4e-3)
+    np.testing.assert_allclose(made_lse.numpy(), lse, rtol=1e-3, atol=1e-3)
+    assert [spec.HEADER for spec, *_ in gpu.launches][:2] == ["kv_append", "fa2_kvcache"]
+
+
+def test_tokens_that_do_not_fit_are_not_written(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    """Lengths on a GPU are not looked at: what fits is covered, and nothing beyond is touched."""
+    asked = with_new_tokens(paged=True, new=5)
+    asked["cache_seqlens"] = np.array([0, 78, 200], np.int32)  # of 80 slots
+    card = {key: on_card(x) for key, x in asked.items()}
+    before = card["k_cache"].numpy().copy()
+    made = fa.flash_attn_with_kvcache(**card)
+    changed = (card["k_cache"].numpy() != before).any(axis=(2, 3)).sum()
+    assert changed == 5 + 2 + 0
+    assert np.isfinite(made.numpy().astype(np.float32)).all()
+
+
+def test_entries_outside_the_cache_are_no_keys(gpu: FakeGpu):
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal(shape).astype(np.float16) for shape in ((2, 1, 4, 32), (6, 16, 2, 32), (6, 16, 2, 32)))
+    table, lengths = np.array([[0, -5, 2], [1 << 20, 4, 5]], np.int32), np.array([40, 48], np.int32)
+    expected = fa.run(fa.PagedAttentionRequest(q, k, v, table, lengths))
+    made = fa.run(fa.PagedAttentionRequest(*map(on_card, (q, k, v, table, lengths))))
+    np.testing.assert_allclose(made.out.numpy().astype(np.float32), expected.out.astype(np.float32), rtol=4e-3, atol=4e-3)
+    np.testing.assert_allclose(made.lse.numpy(), expected.lse, atol=1e-3)
+    assert gpu.launches
+
+
+def test_a_call_alike_goes_by_the_plan_of_before(gpu: FakeGpu):
+    asked = with_new_tokens(paged=True, new=1, rotary_dim=8)
+    card = {key: on_card(x) if isinstance(x, np.ndarray) else x for key, x in asked.items()}
+    for _ in range(2):
+        fa.flash_attn_with_kvcache(**card)
+    assert gpu.repeated == [False, False, True, True]
+    fa.flash_attn_with_kvcache(**card | {"rotary_interleaved": False})
+    assert gpu.repeated[4:] == [False, False]
+
+
+@pytest.mark.parametrize("arch", [fa.SmArch.SM_80, fa.SmArch.SM_86, fa.SmArch.SM_90, fa.SmArch.SM_100])
+def test_every_width_and_number_of_rows_has_a_tile(arch: fa.SmArch):
+    for width in (32, 64, 96, 128, 192, 256):
+        for rows in (16, 32, 64, 128):
+            key = fa.DispatchKey(arch, DType.BF16, width, paged=True, extras=fa.Extras(cache_rows=rows))
+            spec: Any = fa.lookup(key)
+            assert not spec.misfit()
+            assert spec.shared_memory <= arch.shared_memory_per_block
+
+
+@pytest.mark.parametrize("layout", list(fa.KvLayout))
+def test_pages_of_a_card_are_written_and_copied_with_torch(gpu: FakeGpu, layout: fa.KvLayout):
+    """A fork of a partial page, and what both append to it: the answers are those of a cache in host memory."""
+    random = np.random.default_rng(3)
+    tokens = [random.standard_normal((2, 2, 3, 2, 32)).astype(np.float16) for _ in range(3)]
+    q = random.standard_normal((2, 1, 4, 32)).astype(np.float16)
+    answers = []
+    for place in (np.copy, on_card):
+        cache = fa.PagedKvCache(8, 4, 2, 32, layout=layout, like=place(q))
+        first = cache.allocate()
+        cache.append(first, *(place(x[:1]) for x in tokens[0]))
+        sequences = [first, cache.fork(first)]
+        for k, v in tokens[1:]:
+            cache.append(sequences, place(k), place(v))
+        answers.append(fa.run(cache.request(place(q), sequences)).out)
+    on_host, made = answers
+    np.testing.assert_allclose(made.numpy().astype(np.float32), on_host.astype(np.float32), rtol=4e-3, atol=4e-3)
+    assert [spec.HEADER for spec, *_ in gpu.launches] == ["fa2_kvcache"]
