@@ -107,3 +107,14 @@ def test_losses_that_differ_are_said(example: Callable[..., int], monkeypatch: p
     monkeypatch.setattr(fa, "flash_attn_func", lambda q, *_arguments, **_named: 100 * q)
     assert example("--steps", 8) == 1
     assert "more than 1%" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["--packed"], ["--compile"], ["--packed", "--compile"], ["--window", -1]], ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of Inductor
+def test_on_a_card(options: list[Any], example: Callable[..., int], tmp_path: Path):
+    torch._dynamo.reset()
+    size = ["--device", "cuda", "--layers", 2, "--width", 128, "--length", 256, "--batch", 8, "--steps", 60]
+    assert example(*size, *options, "--out", tmp_path / "out.json") == 0
+    runs = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["runs"]
+    assert all(run["peak_bytes"] > 0 and run["losses"][-1] < run["losses"][0] - 0.5 for run in runs.values())
