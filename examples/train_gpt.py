@@ -3,9 +3,9 @@
 The model has grouped queries, a causal window and dropout in its attention. It runs in bfloat16 on a GPU and in float32 on the CPU. Both
 runs see the same batches and begin with the same weights; only the pattern of the dropout differs, so smoothed losses have to agree within
 1 %. With --packed a batch is documents of unequal length, one after the other: ``flash_attn_varlen_func`` takes their ends,
-scaled_dot_product_attention takes a block-diagonal mask.
+scaled_dot_product_attention takes a block-diagonal mask, which is made anew for each batch and is part of its speed and memory.
 
-    python examples/train_gpt.py                                    # on a GPU: a minute
+    python examples/train_gpt.py                                    # on a GPU
     python examples/train_gpt.py --width 64 --layers 2 --batch 4    # on the CPU: minutes
     python examples/train_gpt.py --checkpoint run.pt --out run.json # Ctrl-C stops, the same command goes on; run.png is the picture
 
