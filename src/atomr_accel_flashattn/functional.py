@@ -3,7 +3,7 @@
 On top of those signatures every call takes, by keyword only, ``out`` (an array to be written), ``learned_sink`` and ``sink_tokens``. An
 argument that is not supported raises; none is ignored. ``deterministic`` asks for gradients that are bitwise equal from run to run, which
 the forward always is. What differs from flash-attn is in docs/flash-attn-differences.md, argument by argument. Autograd of torch records
-the calls on the CPU: q, k, v and the learned sink get gradients, through o and through the LSE.
+the calls: q, k, v and the learned sink get gradients, through o and through the LSE.
 
 A call returns arrays of the library of q: torch, NumPy, CuPy, JAX, DeviceArray; for others, a NumPy array in host memory and a DeviceArray
 on a GPU; or the caller's ``out``. Half of this file is overloads that say so to type checkers.
@@ -118,7 +118,7 @@ def flash_attn_func(
 
     Raises:
         ConstructionError: the subclass and the message say which argument is wrong.
-        FeatureNotBuiltError: torch tensors that want gradients on a GPU, or second ones, or of slopes; fp8.
+        FeatureNotBuiltError: torch tensors that want second gradients, or those of slopes; fp8.
         RuntimeFlashAttnError: the GPU, the driver or the compiler failed.
     """
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
