@@ -62,7 +62,7 @@ def read_values(problem: AttentionProblem, read: Callable[[ArrayInfo], Array] = 
             )
         if not 0 <= pad <= used:
             raise SeqLensError(
-                f"left padding: got {pad} slots in sequence {index} with {used} in use; allowed is at most the length, which counts them"
+                f"cache_leftpad: got {pad} slots in sequence {index} with {used} in use; allowed is at most the length, which counts them"
             )
     if cache.blocks is not None and not cache.paged:
         rows = read(cache.blocks)

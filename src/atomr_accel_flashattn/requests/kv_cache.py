@@ -70,7 +70,7 @@ def cached_problem(request: ForwardRequest, given: CacheArguments, q: Any, cu_se
     info = _read_queries(q, cu_seqlens_q)
     k, v = (_read_cache(array, name, given) for array, name in ((given.k_cache, "k_cache"), (given.v_cache, "v_cache")))
     k_slots, v_slots = _slots_first(k, given.layout), _slots_first(v, given.layout)
-    check_qkv(info, k_slots, v_slots)
+    check_qkv(info, k_slots, v_slots, names=("k_cache", "v_cache"))
     if v_slots.shape[:2] != k_slots.shape[:2]:
         raise ShapeError(
             f"v_cache: got {v_slots.shape[:2]} blocks and slots with {k_slots.shape[:2]} in k_cache; allowed are equal numbers"
@@ -177,7 +177,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
     else:
         lengths = _read_int32(given.lengths, "seq_lens", (batch,), q, SeqLensError)
     if given.block_table is not None:
-        for name, value in (("cache_batch_idx", given.rows), ("left padding", given.left_pad)):
+        for name, value in (("cache_batch_idx", given.rows), ("cache_leftpad", given.left_pad)):
             if value is not None:
                 raise BlockTableError(f"{name}: got an array with a block_table; allowed is None, because pages need neither")
         blocks = _read_int32(given.block_table, "block_table", (batch, None), q, BlockTableError)
@@ -193,7 +193,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
         layout=given.layout,
         blocks=blocks,
         lengths=lengths,
-        left_pad=None if given.left_pad is None else _read_int32(given.left_pad, "left padding", (batch,), q, SeqLensError),
+        left_pad=None if given.left_pad is None else _read_int32(given.left_pad, "cache_leftpad", (batch,), q, SeqLensError),
         new=_new_tokens(given, q, k, batch),
     )
     if cache.new is not None and cache.new.longest > cache.capacity:
