@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .options import AttentionOptions, PositionBias
 
 __all__ = [
+    "check_device",
     "check_out",
     "check_qkv",
     "is_contiguous",
@@ -75,10 +76,7 @@ def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo, names: tuple[str, str] =
     of_k, of_v = names
     _check_dtypes((("q", q), (of_k, k), (of_v, v)))
     for name, info in ((of_k, k), (of_v, v)):
-        if info.device != q.device:
-            raise DeviceMismatchError(
-                f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
-            )
+        check_device(info, name, q)
     heads, heads_kv = q.shape[-2], k.shape[-2]
     if v.shape[-2] != heads_kv:
         raise HeadCountError(f"{of_v}: got {v.shape[-2]} heads with {heads_kv} in {of_k}; allowed are equal numbers of KV heads")
@@ -97,6 +95,14 @@ def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo, names: tuple[str, str] =
             raise StrideError(
                 f"{name}: got strides {info.strides}; allowed is a last stride of 1; call .contiguous() or numpy.ascontiguousarray"
             )
+
+
+def check_device(info: ArrayInfo, name: str, q: ArrayInfo) -> None:
+    """Raise DeviceMismatchError unless an array lies on the device of q."""
+    if info.device != q.device:
+        raise DeviceMismatchError(
+            f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
+        )
 
 
 def _check_dtypes(named: tuple[tuple[str, ArrayInfo], ...]) -> None:
@@ -147,10 +153,7 @@ def _read_per_head(x: Any, name: str, q: ArrayInfo, *, shapes: tuple[tuple[int, 
         raise SlopesError(f"{name}: got type {info.dtype_name}; allowed is float32; call .float() or .astype('float32')")
     if info.shape not in shapes:
         raise SlopesError(f"{name}: got shape {info.shape}; allowed is {' or '.join(str(shape) for shape in shapes)}")
-    if info.device != q.device:
-        raise DeviceMismatchError(
-            f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
-        )
+    check_device(info, name, q)
     if info.shape[-1] > 1 and info.strides[-1] != 1:
         raise SlopesError(f"{name}: got strides {info.strides} for shape {info.shape}; allowed is a last stride of 1; call .contiguous()")
     return info

@@ -11,7 +11,6 @@ from ..env import settings
 from ..errors import (
     BlockTableError,
     CuSeqlensError,
-    DeviceMismatchError,
     DropoutError,
     DTypeError,
     OutputError,
@@ -25,7 +24,7 @@ from ..limits import MAX_LENGTH, MAX_SPLITS, as_integer
 from ..problem import ArrayInfo, AttentionProblem, KvCache, NewTokens, Rotary, Strides
 from ..reference.cache import read_values
 from ..types import DType, KvLayout
-from .checks import check_qkv, is_contiguous, overlaps_itself, refuse_gradients, steps
+from .checks import check_device, check_qkv, is_contiguous, overlaps_itself, refuse_gradients, steps
 from .seqlens import CumulativeSeqlens, check_seqlens
 
 if TYPE_CHECKING:
@@ -203,10 +202,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
 
 def _check_cumulative(lengths: CumulativeSeqlens, q: ArrayInfo, batch: int) -> None:
     """Lengths of a cache as offsets: they end anywhere, because nothing is packed."""
-    if lengths.array.device != q.device:
-        raise DeviceMismatchError(
-            f"cu_seqlens_k: got an array on {lengths.array.device} with q on {q.device}; allowed is one device for all arrays; move it"
-        )
+    check_device(lengths.array, "cu_seqlens_k", q)
     if lengths.batch != batch:
         raise CuSeqlensError(f"cu_seqlens_k: got {lengths.batch} sequences with {batch} in q; allowed are equal numbers of sequences")
 
@@ -219,10 +215,7 @@ def _read_int32(array: Any, name: str, shape: tuple[int | None, ...], q: ArrayIn
     if len(info.shape) != len(shape) or any(want is not None and have != want for have, want in zip(info.shape, shape, strict=True)):
         sizes = ", ".join("blocks" if size is None else str(size) for size in shape)
         raise error(f"{name}: got shape {info.shape}; allowed is ({sizes}), for a batch of {shape[0]}")
-    if info.device != q.device:
-        raise DeviceMismatchError(
-            f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
-        )
+    check_device(info, name, q)
     if info.shape[-1] > 1 and info.strides[-1] != 1:
         raise error(f"{name}: got strides {info.strides}; allowed is a last stride of 1; call .contiguous() or numpy.ascontiguousarray")
     return info
@@ -274,9 +267,9 @@ def _rotary(given: CacheArguments, q: ArrayInfo) -> Rotary | None:
     for name, info in (("rotary_cos", cos), ("rotary_sin", sin)):
         refuse_gradients(info, name)
         if info.dtype not in {q.dtype, DType.F32}:
-            raise DTypeError(f"{name}: got type {info.dtype_name}; allowed are that of q, {q.dtype_name}, and float32; convert {name}")
-        if info.device != q.device:
-            raise DeviceMismatchError(f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device; move {name}")
+            own = "" if q.dtype is DType.F32 else f"that of q, {q.dtype_name}, and "
+            raise DTypeError(f"{name}: got type {info.dtype_name}; allowed is {own}float32; convert {name}")
+        check_device(info, name, q)
         if len(info.shape) != 2 or not 1 <= 2 * info.shape[1] <= q.shape[-1]:
             raise RotaryError(
                 f"{name}: got shape {info.shape}; allowed is (positions, rotary dim / 2) with a rotary dim of at most {q.shape[-1]}, "
