@@ -170,7 +170,8 @@ struct Fa2KvCache {
     if (tile.band.needs_mask(n)) tile.apply_mask(rS, n);
     if (there != kAllKeys) hide_absent(rS, there);
     float rescale[1][2];
-    if (softmax.template update<false>(rS, tile.row_bias, rescale, tile.score.factor, [this](int b, int r) { return tile.decides(b, r); })) {
+    if (softmax.template update<false>(rS, tile.row_bias, rescale, tile.score.factor,
+                                       [this](int b, int r) { return tile.decides(b, r); })) {
 #pragma unroll
       for (int t = 0; t < kOutTiles; ++t)
 #pragma unroll
@@ -222,7 +223,8 @@ struct Fa2KvCache {
         for (int e = 0; e < 2; ++e) o[8 * t + e] = rO[0][t][2 * r + e] * weight;
     }
     __syncthreads();
-    for (int chunk = threadIdx.x; chunk < C.block_m * kOutTiles; chunk += kThreads) store_chunk(split, chunk / kOutTiles, chunk % kOutTiles);
+    for (int chunk = threadIdx.x; chunk < C.block_m * kOutTiles; chunk += kThreads)
+      store_chunk(split, chunk / kOutTiles, chunk % kOutTiles);
   }
 
   // Eight columns of a row.
@@ -250,7 +252,8 @@ struct Fa2KvCache {
         target[i] = {o[4 * i] * end.scale, o[4 * i + 1] * end.scale, o[4 * i + 2] * end.scale, o[4 * i + 3] * end.scale};
     } else {
       if (f.lse != nullptr && chunk == 0) f.lse[lse_row] = end.lse;
-      auto* out = static_cast<uint16_t*>(f.o) + seq.batch * f.o_stride.batch + (seq.q_row + query) * f.o_stride.row + head * f.o_stride.head;
+      auto* out =
+          static_cast<uint16_t*>(f.o) + seq.batch * f.o_stride.batch + (seq.q_row + query) * f.o_stride.row + head * f.o_stride.head;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         store_pair<C>(out, 8 * chunk + 2 * i, f.v_head_dim, Traits::pack(o[2 * i] * end.scale, o[2 * i + 1] * end.scale));

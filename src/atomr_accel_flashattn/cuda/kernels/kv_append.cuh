@@ -45,8 +45,8 @@ struct KvAppend {
       return;
     }
     const int64_t from = p.cu_seqlens_new == nullptr ? batch * stride.batch + index * stride.row : (first + index) * stride.row;
-    copy(static_cast<const uint16_t*>(source) + from + head * stride.head,
-         static_cast<uint16_t*>(cache) + at + head * cache_stride.head, chunk * kChunk, cols, rotates ? slot : -1);
+    copy(static_cast<const uint16_t*>(source) + from + head * stride.head, static_cast<uint16_t*>(cache) + at + head * cache_stride.head,
+         chunk * kChunk, cols, rotates ? slot : -1);
   }
 
   // Elements from the beginning of the cache to a slot; whether it exists.

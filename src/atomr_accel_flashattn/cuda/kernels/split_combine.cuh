@@ -4,10 +4,10 @@
 #pragma once
 
 #include "attention/config.cuh"
+#include "attention/epilogue.cuh"
 #include "attention/params.cuh"
 #include "attention/score.cuh"
 #include "attention/softmax.cuh"
-#include "attention/epilogue.cuh"
 #include "tile/mma_traits.cuh"
 #include "tile/warp.cuh"
 
