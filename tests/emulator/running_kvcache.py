@@ -11,7 +11,7 @@ import numpy as np
 from atomr_accel_flashattn.arrays.read import read_array
 from atomr_accel_flashattn.dispatch import key_of_problem
 from atomr_accel_flashattn.dispatch.resolve import _features
-from atomr_accel_flashattn.kernels.kvcache import CacheShape, Fa2KvCacheSpec, SplitCombineSpec
+from atomr_accel_flashattn.kernels.kvcache import CacheShape, Fa2KvCacheSpec
 from atomr_accel_flashattn.kernels.spec import Tile
 from atomr_accel_flashattn.problem import Strides
 from atomr_accel_flashattn.tiles.tables import head_dim_width
@@ -76,7 +76,7 @@ class Cached:
             "partial_o": partial_o,
             "partial_lse": partial_lse,
         }
-        for step in self._steps(spec, problem):
+        for step in spec.steps():
             tiles = step.work_tiles(cache)
             if not tiles:
                 continue
@@ -90,16 +90,10 @@ class Cached:
     def _spec(self, problem: AttentionProblem) -> Fa2KvCacheSpec:
         key = key_of_problem(problem, SmArch.SM_90)
         features = _features(key, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim))
-        split = self.splits > 1
-        features["learned_sink"] &= not split
-        spec = Fa2KvCacheSpec(arch=SmArch.SM_90, tile=self.tile, paged=self.block_size is not None, split=split, **features)
+        spec = Fa2KvCacheSpec(arch=SmArch.SM_90, tile=self.tile, paged=self.block_size is not None, split=self.splits > 1, **features)
         assert not spec.misfit()
         assert spec.shared_memory <= SmArch.SM_90.shared_memory_per_block
         return spec
-
-    def _steps(self, spec: Fa2KvCacheSpec, problem: AttentionProblem) -> list[Any]:
-        combine = SplitCombineSpec.of(spec, learned_sink=problem.learned_sink is not None)
-        return [spec, combine] if self.splits > 1 else [spec]
 
     def _hold(self, inputs: Inputs, random: np.random.Generator) -> dict[str, Any]:
         """The cache of a call: each sequence's keys, in pages drawn at random or in a slot drawn at random."""

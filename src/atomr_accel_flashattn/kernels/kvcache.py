@@ -79,8 +79,9 @@ class Fa2KvCacheSpec(_KvCacheSpec):
     split: bool = False
 
     def config(self) -> dict[str, Any]:
-        """With what a cache adds."""
-        return super(Fa2KvCacheSpec, self).config() | {"any_ratio": True, "paged": self.paged, "split": self.split}
+        """With what a cache adds. The learned sink of a call that is split joins where the splits are combined, once."""
+        added = {"any_ratio": True, "paged": self.paged, "split": self.split}
+        return super(Fa2KvCacheSpec, self).config() | added | {"learned_sink": self.learned_sink and not self.split}
 
     @property
     def shared_memory(self) -> int:
@@ -125,8 +126,8 @@ class SplitCombineSpec(_KvCacheSpec):
     ENTRY: ClassVar[str] = "split_combine"
 
     @classmethod
-    def of(cls, spec: Fa2KvCacheSpec, *, learned_sink: bool = False) -> Self:
-        """The one that goes behind ``spec``, with the learned sink of the call."""
+    def of(cls, spec: Fa2KvCacheSpec) -> Self:
+        """The one that goes behind ``spec``."""
         return cls(
             arch=spec.arch,
             dtype=spec.dtype,
@@ -135,7 +136,7 @@ class SplitCombineSpec(_KvCacheSpec):
             tile=_COMBINE_TILE,
             exact_head_dim=spec.exact_head_dim,
             aligned=spec.aligned,
-            learned_sink=learned_sink,
+            learned_sink=spec.learned_sink,
             varlen=spec.varlen,
         )
 
