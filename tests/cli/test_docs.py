@@ -13,6 +13,7 @@ PACKAGE = ROOT / "src" / "atomr_accel_flashattn"
 PAGES = ("README.md", "docs/architecture.md", "docs/life-of-a-request.md", "docs/performance.md")
 FOREIGN = {
     *{"cuda.bindings", "cuda.core", "cuda.core.Program", "cuda.core.utils.FileStreamProgramCache", "cuLaunchKernelEx", "lazy_loader"},
+    *{"cp.async", "cp.reduce.async.bulk"},
     *{"torch.empty_like", "torch.func", "torch.func.grad", "torch.library.register_autograd", "vmap"},
 }
 
