@@ -10,7 +10,7 @@ import numpy as np
 
 from .arrays.new import int32_like
 from .arrays.read import read_array
-from .errors import ChunkLayoutError, WindowError
+from .errors import ChunkLayoutError, ShapeError, WindowError
 from .limits import MAX_LENGTH, as_integer
 from .problem import AttentionProblem
 from .requests.forward import ForwardRequest
@@ -69,12 +69,12 @@ class ChunkLayout:
         """The chunks of a prompt of ``tokens``, each of ``chunk_tokens`` but the last, behind ``prefix_kv_tokens``.
 
         Raises:
-            ChunkLayoutError: a number that is no integer, or below 1.
+            ChunkLayoutError: a number that is no integer, or too small.
         """
-        for name, given in (("tokens", tokens), ("chunk_tokens", chunk_tokens)):
+        for name, given, least in (("tokens", tokens, 1), ("chunk_tokens", chunk_tokens, 1), ("prefix_kv_tokens", prefix_kv_tokens, 0)):
             number = as_integer(given)
-            if number is None or number < 1:
-                raise ChunkLayoutError(f"{name}: got {given!r}; allowed is an integer >= 1")
+            if number is None or number < least:
+                raise ChunkLayoutError(f"{name}: got {given!r}; allowed is an integer >= {least}")
         total = -(-tokens // chunk_tokens)
         return tuple(
             cls(min(chunk_tokens, tokens - start), prefix_kv_tokens + start, total, index)
@@ -125,8 +125,12 @@ class ChunkedPrefillRequest(ForwardRequest):
 
     def _lowered(self) -> AttentionProblem:
         q = read_array(self.q, "q")
-        if isinstance(self.chunks, ChunkLayout) or not all(isinstance(each, ChunkLayout) for each in self.chunks):
-            raise ChunkLayoutError(f"chunks: got {self.chunks!r}; allowed is a ChunkLayout for each sequence, in a list")
+        if len(q.shape) != 3:
+            raise ShapeError(f"q: got shape {q.shape} of rank {len(q.shape)}; allowed is rank 3, (total, heads, head dim)")
+        given: Any = self.chunks
+        if not isinstance(given, Sequence) or not all(isinstance(each, ChunkLayout) for each in given):
+            raise ChunkLayoutError(f"chunks: got {given!r}; allowed is a ChunkLayout for each sequence, in a list")
+        object.__setattr__(self, "chunks", tuple(given))  # the caller's list may change
         rows = sum(each.chunk_q_tokens for each in self.chunks)
         if rows != q.shape[0]:
             raise ChunkLayoutError(
@@ -136,7 +140,7 @@ class ChunkedPrefillRequest(ForwardRequest):
             raise WindowError(f"mask: got {self.mask}, which shows tokens of later chunks; allowed are causal masks, as MaskKind.causal()")
         ends = CumulativeSeqlens.from_lengths([each.chunk_q_tokens for each in self.chunks], like=self._like())
         prefixes = np.array([each.prefix_kv_tokens for each in self.chunks], np.int32)
-        given = CacheArguments(
+        arguments = CacheArguments(
             k_cache=self.k_cache,
             v_cache=self.v_cache,
             lengths=int32_like(prefixes, self._like()),
@@ -149,7 +153,7 @@ class ChunkedPrefillRequest(ForwardRequest):
             rotary_interleaved=self.rotary_interleaved,
             num_splits=self.num_splits,
         )
-        return cached_problem(self, given, self.q, ends)
+        return cached_problem(self, arguments, self.q, ends)
 
     def _like(self) -> Any:
         """Whose library offsets are made in: any in host memory reads those of NumPy."""

@@ -25,10 +25,21 @@ __all__ = ["emulate_backward"]
 
 
 def emulate_backward(
-    inputs: Inputs, upstream: Upstream, *, arch: SmArch = SmArch.SM_90, seed: int = 0, deterministic: bool = False
+    inputs: Inputs,
+    upstream: Upstream,
+    *,
+    arch: SmArch = SmArch.SM_90,
+    seed: int = 0,
+    deterministic: bool = False,
+    longest_q: int | None = None,
 ) -> Gradients:
-    """What :func:`tests.check.check_gradients` calls: the kernels of ``arch``, on o and LSE of the CPU backend."""
+    """What :func:`tests.check.check_gradients` calls: the kernels of ``arch``, on o and LSE of the CPU backend.
+
+    ``longest_q``: what a caller says that it is; None is the truth.
+    """
     problem = replace(backward_problem_of(inputs, upstream), deterministic=deterministic)
+    if longest_q is not None:
+        problem = replace(problem, forward=replace(problem.forward, seqlen_q=longest_q))
     layout = Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED
     made = [Poisoned.empty(array.shape, NUMPY_DTYPE[inputs.dtype], layout) for array in (inputs.q, inputs.k, inputs.v)]
     dsink = None if inputs.learned_sink is None else np.full(inputs.heads, np.nan, np.float32)

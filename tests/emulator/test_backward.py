@@ -76,9 +76,15 @@ def test_every_block_finds_how_many_add_before_it(left: int | None, right: int |
         check_gradients(replace(case, sink_tokens=sinks), lambda inputs, upstream: emulate_backward(inputs, upstream, deterministic=True))
 
 
-def _gradients(inputs: Inputs, *, seed: int = 0, dlse: bool = True) -> Gradients:
+def test_deterministic_blocks_end_where_max_seqlen_q_is_too_small():
+    """On a GPU nobody looks at lengths: such gradients are wrong, and a block that waited for ever would take the card with it."""
+    inputs = build(Case(lengths_q=(150, 20), lengths_k=(170, 90), right=0))
+    emulate_backward(inputs, _upstream(inputs), deterministic=True, longest_q=64)
+
+
+def _gradients(inputs: Inputs, *, seed: int = 0, dlse: bool = True, deterministic: bool = False) -> Gradients:
     upstream = _upstream(inputs)
-    return emulate_backward(inputs, upstream if dlse else Upstream(upstream.dout), seed=seed)
+    return emulate_backward(inputs, upstream if dlse else Upstream(upstream.dout), seed=seed, deterministic=deterministic)
 
 
 def test_sequences_without_queries_give_their_keys_zeros():
@@ -93,9 +99,11 @@ def test_sequences_without_queries_give_their_keys_zeros():
 
 @pytest.mark.parametrize("sizes", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0)], ids=str)
 @pytest.mark.parametrize("learned_sink", [False, True])
-def test_empty_calls_give_zeros(sizes: tuple[int, int, int], learned_sink: bool):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_empty_calls_give_zeros(sizes: tuple[int, int, int], learned_sink: bool, deterministic: bool):
     batch, seqlen_q, seqlen_k = sizes
-    made = _gradients(build(Case(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, learned_sink=learned_sink)), dlse=False)
+    inputs = build(Case(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, learned_sink=learned_sink))
+    made = _gradients(inputs, dlse=False, deterministic=deterministic)
     assert not any(gradient.any() for gradient in made if gradient is not None)
 
 

@@ -135,9 +135,10 @@ def test_keys_of_sequences_without_queries_get_zeros(head_dim: int):
 @pytest.mark.parametrize(
     ("batch", "seqlen_q", "seqlen_k"), [(0, 64, 64), (2, 0, 64), (2, 64, 0), (0, 0, 64), (2, 0, 0), (0, 0, 0)], ids=str
 )
-def test_dense_empties(batch: int, seqlen_q: int, seqlen_k: int, learned_sink: bool):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_dense_empties(batch: int, seqlen_q: int, seqlen_k: int, learned_sink: bool, deterministic: bool):
     case = Case(label="empty", batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, learned_sink=learned_sink)
-    check_gradients(case, Backward())
+    check_gradients(case, Backward(deterministic=deterministic))
 
 
 @pytest.mark.parametrize("seqlen_q", [76, 34, 146])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -221,6 +223,9 @@ class TestSequencesThatAreNone:
             (7, "which was never allocated"),
             (-1, "never allocated"),
             ("0", "never allocated"),
+            (None, "never allocated"),
+            ({again}, "never allocated"),
+            ([[again]], "never allocated"),
         ):
             with pytest.raises(fa.SequenceError, match=rf"sequence: got .*{what}; allowed are the sequences of this cache"):
                 self.CALLS[name](cache, wrong)
@@ -236,12 +241,14 @@ class TestSequencesThatAreNone:
 
 
 REFUSED: dict[str, tuple[type[Exception], str, Any]] = {
-    "blocks": (fa.ShapeError, "num_blocks: got -1; allowed is an integer >= 0", lambda: fa.PagedKvCache(-1, 4, 2, 8, dtype=DType.F16)),
+    "blocks": (fa.ShapeError, "num_blocks: got -1; allowed is an integer in 0", lambda: fa.PagedKvCache(-1, 4, 2, 8, dtype=DType.F16)),
     "block size": (fa.ShapeError, "block_size: got 0; allowed", lambda: fa.PagedKvCache(4, 0, 2, 8, dtype=DType.F16)),
     "heads": (fa.ShapeError, "heads_kv: got 1.5; allowed", lambda: fa.PagedKvCache(4, 4, 1.5, 8, dtype=DType.F16)),
     "head dim": (fa.HeadDimError, "head_dim: got 264; allowed are 1..256", lambda: fa.PagedKvCache(4, 4, 2, 264, dtype=DType.F16)),
     "v head dim": (fa.ShapeError, "v_head_dim: got 0", lambda: fa.PagedKvCache(4, 4, 2, 8, v_head_dim=0, dtype=DType.F16)),
-    "no type": (fa.DTypeError, "dtype: got None; allowed are DType.F16", lambda: fa.PagedKvCache(4, 4, 2, 8)),
+    "too many blocks": (fa.ShapeError, "num_blocks: got 1099511627776", lambda: fa.PagedKvCache(1 << 40, 4, 2, 8, dtype=DType.F16)),
+    "no type": (fa.DTypeError, "dtype: got None with no like; allowed are DType.F16", lambda: fa.PagedKvCache(4, 4, 2, 8)),
+    "type of like": (fa.DTypeError, "got None with a like of type int64", lambda: fa.PagedKvCache(4, 4, 2, 8, like=np.zeros(1, np.int64))),
     "fp8": (fa.DTypeError, "dtype: got <DType.F8E4M3", lambda: fa.PagedKvCache(4, 4, 2, 8, dtype=DType.F8E4M3)),
     "layout": (
         fa.ShapeError,
@@ -285,6 +292,27 @@ def test_what_cannot_be_appended(name: str):
     with pytest.raises(error, match=message):
         cache.append(sequence, *given)
     assert (cache.length(sequence), cache.free_blocks) == (0, 4)
+
+
+@pytest.mark.torch
+def test_gradients_of_what_is_appended_are_refused():
+    torch = pytest.importorskip("torch")
+    cache = fa.PagedKvCache(4, 4, 2, 8, like=torch.empty(0))
+    sequence = cache.allocate()
+    wanting, plain = torch.zeros(1, 1, 2, 8, requires_grad=True), torch.zeros(1, 1, 2, 8)
+    for k, v in ((wanting, plain), (plain, wanting)):
+        with pytest.raises(fa.FeatureNotBuiltError, match="requires grad and gradients are enabled"):
+            cache.append(sequence, k, v)
+        with torch.no_grad():
+            cache.append(sequence, k, v)
+    assert cache.length(sequence) == 2
+
+
+@pytest.mark.parametrize("take", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_of_a_cache_is_refused(take: Any):
+    """Two caches would give the same number to two sequences, and the same page."""
+    with pytest.raises(fa.ArrayTypeError, match="PagedKvCache: got a request to copy or pickle it"):
+        take(fa.PagedKvCache(4, 4, 2, 8, dtype=DType.F16))
 
 
 def test_counts_that_are_none():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -123,9 +124,9 @@ def test_layouts_that_make_no_sense(given: Any, message: str):
         fa.ChunkLayout(*given)
 
 
-@pytest.mark.parametrize("given", [(0, 4), (4, 0), (4, 1.5)], ids=str)
+@pytest.mark.parametrize("given", [(0, 4), (4, 0), (4, 1.5), (4, 4, -1), (4, 4, "1"), (4, 4, True)], ids=str)
 def test_prompts_that_cannot_be_cut(given: Any):
-    with pytest.raises(fa.ChunkLayoutError, match="allowed is an integer >= 1"):
+    with pytest.raises(fa.ChunkLayoutError, match=r"allowed is an integer >= [01]"):
         fa.ChunkLayout.cut(*given)
 
 
@@ -135,6 +136,8 @@ def test_requests_that_do_not_fit():
     for asked, error, message in (
         ({"chunks": [fa.ChunkLayout(36)]}, fa.ChunkLayoutError, "chunks: got 36 tokens in 1 chunks for 37 rows of q"),
         ({"chunks": fa.ChunkLayout(37)}, fa.ChunkLayoutError, "allowed is a ChunkLayout for each sequence, in a list"),
+        ({"chunks": None}, fa.ChunkLayoutError, "got None; allowed is a ChunkLayout for each sequence, in a list"),
+        ({"chunks": {fa.ChunkLayout(37)}}, fa.ChunkLayoutError, "allowed is a ChunkLayout for each sequence, in a list"),
         ({"chunks": [fa.ChunkLayout(37, 4)]}, fa.SeqLensError, "got 4 tokens and 37 new tokens in sequence 0"),
         ({"chunks": [fa.ChunkLayout(30, 10), fa.ChunkLayout(7)]}, fa.ShapeError, "k_cache: got 1 rows for 2 sequences"),
         ({"chunks": [fa.ChunkLayout(37)], "mask": fa.MaskKind.full()}, fa.WindowError, "which shows tokens of later chunks"),
@@ -143,3 +146,13 @@ def test_requests_that_do_not_fit():
         with pytest.raises(error, match=message):
             fa.ChunkedPrefillRequest(q, k, v, *caches, **asked)
         assert not caches[0].any()
+    with pytest.raises(fa.ShapeError, match=r"q: got shape \(\) of rank 0; allowed is rank 3"):
+        fa.ChunkedPrefillRequest(np.array(1.0), k, v, *caches, chunks=[fa.ChunkLayout(37)])
+
+
+def test_a_list_of_chunks_that_changes_does_not_change_the_request():
+    q, k, v = PROMPTS[1]
+    chunks = [fa.ChunkLayout(37)]
+    request = fa.ChunkedPrefillRequest(q, k, v, *(np.zeros((1, 40, KV, D), np.float32) for _ in range(2)), chunks=chunks)
+    chunks.clear()
+    np.testing.assert_array_equal(fa.run(copy.copy(request)).out, fa.run(request).out)

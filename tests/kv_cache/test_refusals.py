@@ -59,7 +59,7 @@ REFUSED = {
     "rank of a cache": Refused(fa.ShapeError, "k_cache", {"k_cache": K[0]}),
     "slots of v_cache": Refused(fa.ShapeError, r"v_cache: got \(2, 63\) blocks and slots with \(2, 64\)", {"v_cache": K[:, :63]}),
     "rows": Refused(fa.ShapeError, "k_cache: got 1 rows for 2 sequences", {"k_cache": K[:1], "v_cache": K[:1]}),
-    "type of a cache": Refused(fa.DTypeError, "k: got type float32 with float16 in q", {"k_cache": K.astype(np.float32)}),
+    "type of a cache": Refused(fa.DTypeError, "k_cache: got type float32 with float16 in q", {"k_cache": K.astype(np.float32)}),
     "heads of new": Refused(fa.ShapeError, "k, v: got 1 KV heads", {"k": NEW[:, :, :1], "v": NEW[:, :, :1]}),
     "width of new": Refused(fa.ShapeError, "v head dim 4; allowed are those of the cache", {"v": NEW[..., :4]}),
     "batch of new": Refused(fa.ShapeError, "v: got shape", {"k": NEW[:1], "v": NEW[:1]}),
@@ -91,13 +91,13 @@ REFUSED = {
         fa.BlockTableError, "cache_batch_idx: got an array with a block_table", {"cache_batch_idx": LENGTHS}, paged=True
     ),
     "padding with pages": Refused(
-        fa.BlockTableError, "left padding: got an array with a block_table", {"cache_leftpad": LENGTHS}, paged=True
+        fa.BlockTableError, "cache_leftpad: got an array with a block_table", {"cache_leftpad": LENGTHS}, paged=True
     ),
     "a row that is none": Refused(
         fa.BlockTableError, r"cache_batch_idx: got 2 for sequence 1; allowed are 0..1", {"cache_batch_idx": np.array([0, 2], np.int32)}
     ),
     "padding beyond the length": Refused(
-        fa.SeqLensError, "left padding: got 6 slots in sequence 0 with 5 in use", {"cache_leftpad": np.array([6, 0], np.int32)}
+        fa.SeqLensError, "cache_leftpad: got 6 slots in sequence 0 with 5 in use", {"cache_leftpad": np.array([6, 0], np.int32)}
     ),
     "rotary without keys": Refused(fa.RotaryError, "without new keys", {"rotary_cos": COS, "rotary_sin": COS, "k": None, "v": None}),
     "cos without sin": Refused(fa.RotaryError, "rotary_sin: got None; allowed are cos and sin together", {"rotary_cos": COS}),

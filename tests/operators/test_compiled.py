@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -186,6 +188,20 @@ def test_what_is_refused_is_refused_by_name(error: type[Exception], options: dic
     """Without ``fullgraph``, where torch's compiler gives way to the call."""
     with pytest.raises(error):
         torch.compile(lambda q, k, v: fa.flash_attn_func(q.sin(), k, v, **options), backend="eager")(*leaves())
+
+
+def test_a_first_call_that_is_refused_is_refused_by_name():
+    """Eager calls meet torch first; a compiled one that gives way may be what does."""
+    program = (
+        "import torch, atomr_accel_flashattn as fa\n"
+        "x = torch.zeros(1, 4, 2, 16)\n"
+        "try:\n"
+        "    torch.compile(lambda x: fa.flash_attn_func(x, x, x, window_size=(1.5, 0)), backend='eager')(x)\n"
+        "except fa.WindowError:\n"
+        "    print('refused')\n"
+    )
+    made = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert made.stdout == "refused\n"
 
 
 def test_a_scale_and_a_probability_that_change_are_not_kept():

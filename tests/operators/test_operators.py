@@ -124,6 +124,14 @@ def test_a_wrong_rank_is_refused_without_values_too(rank: int):
         operators.attention(x, x, x)
 
 
+@pytest.mark.parametrize(("given", "absent"), ["qk", "kq"])
+def test_offsets_of_one_alone_are_refused(given: str, absent: str):
+    x = torch.zeros(*((5,) if given == "q" else (1, 5)), 2, 16)
+    offsets = {f"cu_seqlens_{given}": torch.tensor([0, 5], dtype=torch.int32)}
+    with pytest.raises(fa.CuSeqlensError, match=f"cu_seqlens_{absent}: got None with offsets in cu_seqlens_{given}"):
+        operators.attention(x, x, x, **offsets, max_seqlen_q=5, max_seqlen_k=5)
+
+
 def test_gradients_are_those_of_the_function():
     for make in (
         lambda *x: operators.attention(*x)[:2],

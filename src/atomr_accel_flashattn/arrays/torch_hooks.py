@@ -97,7 +97,7 @@ def meet_torch() -> None:
 
 def _trusted(torch: Any, guard: Any) -> Any:
     """``guard`` if it tells apart what keys tell apart, else None: no torch promises what a private name does."""
-    with torch.inference_mode(mode=False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         first, second = (torch.empty((2, 3), device="cpu") for _ in range(2))
         others = (
             torch.empty((3, 2), device="cpu"),

@@ -83,13 +83,15 @@ def _splits_of(problem: AttentionProblem, spec: KernelSpec) -> int:
 def key_of_backward(problem: BackwardProblem, gradients: GradientArrays, arch: SmArch) -> DispatchKey:
     """The key of a backward problem on ``arch``: that of the mma.sync family, which has the only backward, on every GPU.
 
-    Every array that has strides of its own counts for the alignment. ``gradients``: where the caller wants them.
+    Every array that has strides of its own counts for the alignment. ``gradients``: where the caller wants them. Without queries nothing is
+    added to dQ, in no order: then there is no block of bwd_preprocess either, which would set the counters of a deterministic call.
     """
     key = _asked(problem.forward, arch, None, None if arch is SmArch.CPU else Family.FA2)
     known = problem.forward
     arrays = (known.q, known.k, known.v, problem.out, problem.dout, *gradients)
     align = _load_align([array for array in arrays if array is not None])
-    return replace(key, extras=replace(key.extras, direction="bwd", load_align=align, deterministic=problem.deterministic))
+    deterministic = problem.deterministic and known.seqlen_q > 0
+    return replace(key, extras=replace(key.extras, direction="bwd", load_align=align, deterministic=deterministic))
 
 
 def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, family: Family | None) -> DispatchKey:

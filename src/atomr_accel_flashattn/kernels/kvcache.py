@@ -81,9 +81,9 @@ class Fa2KvCacheSpec(_KvCacheSpec):
     split: bool = False
 
     def config(self) -> dict[str, Any]:
-        """With what a cache adds. A learned sink joins where the splits are combined."""
+        """With what a cache adds. The learned sink of a call that is split joins where the splits are combined, once."""
         added = {"any_ratio": True, "paged": self.paged, "split": self.split}
-        return AttentionSpec.config(self) | {"learned_sink": self.learned_sink and not self.split} | added
+        return AttentionSpec.config(self) | added | {"learned_sink": self.learned_sink and not self.split}
 
     @property
     def shared_memory(self) -> int:

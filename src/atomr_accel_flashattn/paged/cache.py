@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from ..arrays.new import can_write_at, detached, empty_like_framework, int32_like, write_at
 from ..arrays.read import as_numpy, dtype_name_of, read_array
 from ..arrays.torch_hooks import tell_written
-from ..errors import DTypeError, HeadDimError, SequenceError, ShapeError
+from ..errors import ArrayTypeError, DTypeError, HeadDimError, SequenceError, ShapeError
 from ..limits import CPU_DTYPES, MAX_HEAD_DIM, MAX_LENGTH, as_integer, not_built
 from ..problem import ArrayInfo
 from ..reference.cache import Slots
+from ..requests.checks import refuse_gradients
 from ..types import DType, KvLayout
 from .blocks import BlockAllocator
 from .request import PagedAttentionRequest
@@ -75,7 +76,8 @@ class PagedKvCache:
         model = read_array(np.empty(0, np.float32) if like is None else like, "like")
         kind = model.dtype if dtype is None and like is not None else dtype
         if kind not in CPU_DTYPES:
-            raise DTypeError(f"dtype: got {dtype!r}; allowed are DType.F16, BF16, F32 and F64, or None for the type of like")
+            given = f"with {'no like' if like is None else f'a like of type {model.dtype_name}'}"
+            raise DTypeError(f"dtype: got {dtype!r} {given}; allowed are DType.F16, BF16, F32 and F64, or None for the type of like")
         if not isinstance(layout, KvLayout):
             raise ShapeError(f"layout: got {layout!r}; allowed are KvLayout.NHD and KvLayout.HND")
         self.num_blocks, self.block_size, self.heads_kv = num_blocks, block_size, heads_kv
@@ -86,6 +88,12 @@ class PagedKvCache:
         self._blocks = BlockAllocator(num_blocks)
         self._sequences: dict[int, _Held] = {}
         self._next = 0
+
+    def __reduce__(self) -> NoReturn:
+        raise ArrayTypeError(
+            "PagedKvCache: got a request to copy or pickle it, and the copy would hand out the same pages; allowed is one cache for them; "
+            "fork a sequence, or make another cache"
+        )
 
     def __repr__(self) -> str:
         kind, device = self._arrays[0].dtype_name, self._arrays[0].device
@@ -216,7 +224,8 @@ class PagedKvCache:
             SequenceError: a sequence was freed, is none, or is named twice.
             OutOfBlocksError: there is no room for all; nothing has been written.
             ShapeError, DTypeError: arrays that do not fit the cache; nothing has been written.
-            FeatureNotBuiltError: a cache on a GPU of a library other than torch and CuPy, or k and v of another one.
+            FeatureNotBuiltError: a cache on a GPU of a library other than torch and CuPy, k and v of another one, or torch tensors
+                that want gradients.
         """
         named = self._all(sequences)
         infos = read_array(k, "k"), read_array(v, "v")
@@ -283,19 +292,23 @@ class PagedKvCache:
         return number
 
     def _held(self, sequence: Any) -> _Held:
+        return self._find(sequence)[1]
+
+    def _find(self, sequence: Any) -> tuple[int, _Held]:
+        """Number and pages."""
         number = as_integer(sequence)
         held = None if number is None else self._sequences.get(number)
-        if held is None:
+        if number is None or held is None:
             known = number is not None and 0 <= number < self._next
             what = "which was freed" if known else "which was never allocated"
             raise SequenceError(f"sequence: got {sequence!r}, {what}; allowed are the sequences of this cache that are not freed")
-        return held
+        return number, held
 
     def _all(self, sequences: int | Sequence[int]) -> list[tuple[int, _Held]]:
         """Numbers and pages; one number is a list of one."""
         alone = as_integer(sequences)
         numbers: Any = [alone] if alone is not None else _listed(sequences)
-        named = [(int(number), self._held(number)) for number in numbers]
+        named = [self._find(number) for number in numbers]
         if len({number for number, _ in named}) < len(named):
             raise SequenceError(f"sequences: got {list(numbers)!r}, in which one stands twice; allowed is each once")
         return named
@@ -343,6 +356,7 @@ class PagedKvCache:
     def _check_new(self, infos: tuple[ArrayInfo, ArrayInfo], batch: int, tokens: Sequence[int] | None) -> list[range]:
         """The rows of each sequence in k and v without their batch."""
         for name, info, width, cache in zip("kv", infos, (self.head_dim, self.v_head_dim), self._arrays, strict=True):
+            refuse_gradients(info, name)
             lead = (batch, infos[0].shape[1]) if tokens is None and len(infos[0].shape) == 4 else infos[0].shape[:1]
             if info.shape != (*lead, self.heads_kv, width) or (tokens is None) != (len(info.shape) == 4):
                 form = f"({batch}, tokens, {self.heads_kv}, {width})" if tokens is None else f"(total, {self.heads_kv}, {width})"
@@ -366,8 +380,8 @@ def _check_sizes(**sizes: Any) -> None:
     for name, size in sizes.items():
         number = as_integer(size)
         least = 0 if name == "num_blocks" else 1
-        if number is None or number < least:
-            raise ShapeError(f"{name}: got {size!r}; allowed is an integer >= {least}")
+        if number is None or not least <= number <= MAX_LENGTH:
+            raise ShapeError(f"{name}: got {size!r}; allowed is an integer in {least}..{MAX_LENGTH}")
         if name.endswith("head_dim") and number > MAX_HEAD_DIM:
             raise HeadDimError(f"{name}: got {size}; allowed are 1..{MAX_HEAD_DIM}")
 

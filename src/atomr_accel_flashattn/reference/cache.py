@@ -56,13 +56,18 @@ def read_values(problem: AttentionProblem, read: Callable[[ArrayInfo], Array] = 
     for index, (used, new, pad) in enumerate(zip(before.tolist(), added.tolist(), left_pad.tolist(), strict=True)):
         if used < 0 or used + new > cache.capacity:
             more = f" and {new} new tokens" if new else ""
+            pages = (
+                f" ({cache.capacity // cache.block_size} blocks of {cache.block_size}); reserve more"
+                if cache.paged
+                else "; make a longer cache"
+            )
             raise SeqLensError(
-                f"{name}: got {used} tokens{more} in sequence {index}; allowed are 0..{cache.capacity} tokens, the slots of a sequence "
-                f"({cache.capacity // max(cache.block_size, 1)} blocks of {cache.block_size}); reserve more, or shorten it"
+                f"{name}: got {used} tokens{more} in sequence {index}; allowed are 0..{cache.capacity} tokens, "
+                f"the slots of a sequence{pages}, or shorten it"
             )
         if not 0 <= pad <= used:
             raise SeqLensError(
-                f"left padding: got {pad} slots in sequence {index} with {used} in use; allowed is at most the length, which counts them"
+                f"cache_leftpad: got {pad} slots in sequence {index} with {used} in use; allowed is at most the length, which counts them"
             )
     if cache.blocks is not None and not cache.paged:
         rows = read(cache.blocks)

@@ -14,7 +14,6 @@ from ..arrays.read import read_array, share_memory
 from ..dispatch import DispatchKey, best_arch, key_of_backward
 from ..errors import (
     ArrayTypeError,
-    DeviceMismatchError,
     DropoutError,
     DTypeError,
     OutputError,
@@ -27,7 +26,7 @@ from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArra
 from ..runtime.plan import Key, key_of_backward_request
 from ..short_repr import ShortRepr
 from ..types import DType, SmArch
-from .checks import check_out, is_contiguous, refuse_gradients
+from .checks import check_device, check_out, is_contiguous, refuse_gradients
 from .copies import MadeAnew
 from .dense import DenseFwdRequest
 from .options import AttentionOptions, MaskKind, PositionBias
@@ -170,7 +169,7 @@ def _like_out(x: Any, name: str, forward: AttentionProblem) -> ArrayInfo | None:
         raise ShapeError(f"{name}: got shape {info.shape}; allowed is that of o, {forward.out_shape}")
     if info.dtype is not q.dtype:
         raise DTypeError(f"{name}: got type {info.dtype_name} with {q.dtype_name} in q; allowed is the type of q; convert {name}")
-    _check_device(info, name, q)
+    check_device(info, name, q)
     if info.shape[-1] > 1 and info.strides[-1] != 1:
         raise StrideError(
             f"{name}: got strides {info.strides}; allowed is a last stride of 1; call .contiguous() or numpy.ascontiguousarray"
@@ -188,17 +187,10 @@ def _like_lse(x: Any, name: str, forward: AttentionProblem) -> ArrayInfo | None:
         raise ShapeError(f"{name}: got shape {info.shape}; allowed is that of the LSE, {forward.lse_shape}")
     if info.dtype is not DType.F32:
         raise DTypeError(f"{name}: got type {info.dtype_name}; allowed is float32; call .float() or .astype('float32')")
-    _check_device(info, name, forward.q)
+    check_device(info, name, forward.q)
     if not is_contiguous(info):
         raise StrideError(f"{name}: got strides {info.strides} for shape {info.shape}; allowed is a row-major array; call .contiguous()")
     return info
-
-
-def _check_device(info: ArrayInfo, name: str, q: ArrayInfo) -> None:
-    if info.device != q.device:
-        raise DeviceMismatchError(
-            f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
-        )
 
 
 def _written(request: Any, problem: BackwardProblem) -> GradientArrays:

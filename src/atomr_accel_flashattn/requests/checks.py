@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .options import AttentionOptions, PositionBias
 
 __all__ = [
+    "check_device",
     "check_out",
     "check_qkv",
     "is_contiguous",
@@ -67,26 +68,28 @@ def refuse_gradients(info: ArrayInfo, name: str) -> None:
         raise not_built("forward_mode", f"{name} is a dual tensor")
 
 
-def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
-    """Element types, devices, heads, head dims and last strides: what is the same for dense and packed arrays."""
-    _check_dtypes(q, k, v)
-    for name, info in (("k", k), ("v", v)):
-        if info.device != q.device:
-            raise DeviceMismatchError(
-                f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
-            )
+def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo, names: tuple[str, str] = ("k", "v")) -> None:
+    """Element types, devices, heads, head dims and last strides: what is the same for dense and packed arrays.
+
+    ``names``: what messages call k and v.
+    """
+    of_k, of_v = names
+    _check_dtypes((("q", q), (of_k, k), (of_v, v)))
+    for name, info in ((of_k, k), (of_v, v)):
+        check_device(info, name, q)
     heads, heads_kv = q.shape[-2], k.shape[-2]
     if v.shape[-2] != heads_kv:
-        raise HeadCountError(f"v: got {v.shape[-2]} heads with {heads_kv} in k; allowed are equal numbers of KV heads")
+        raise HeadCountError(f"{of_v}: got {v.shape[-2]} heads with {heads_kv} in {of_k}; allowed are equal numbers of KV heads")
     if heads < 1 or heads_kv < 1 or heads % heads_kv:
         raise HeadCountError(
             f"heads: got {heads} query heads and {heads_kv} KV heads; allowed is a multiple of the KV heads, of which there is one at least"
         )
     if k.shape[-1] != q.shape[-1]:
         raise HeadDimError(
-            f"k: got head dim {k.shape[-1]} with {q.shape[-1]} in q; allowed are equal head dims of q and k (v may have its own)"
+            f"{of_k}: got head dim {k.shape[-1]} with {q.shape[-1]} in q; "
+            f"allowed are equal head dims of q and {of_k} ({of_v} may have its own)"
         )
-    for name, info in (("q", q), ("k", k), ("v", v)):
+    for name, info in (("q", q), (of_k, k), (of_v, v)):
         _check_head_dim(name, info)
         if info.shape[-1] > 1 and info.strides[-1] != 1:
             raise StrideError(
@@ -94,8 +97,18 @@ def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
             )
 
 
-def _check_dtypes(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo) -> None:
-    for name, info in (("q", q), ("k", k), ("v", v)):
+def check_device(info: ArrayInfo, name: str, q: ArrayInfo) -> None:
+    """Raise DeviceMismatchError unless an array lies on the device of q."""
+    if info.device != q.device:
+        raise DeviceMismatchError(
+            f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
+        )
+
+
+def _check_dtypes(named: tuple[tuple[str, ArrayInfo], ...]) -> None:
+    """Of q and the others, by what messages call them."""
+    _, q = named[0]
+    for name, info in named:
         if info.dtype is not None and info.dtype.is_fp8:
             raise not_built("fp8", f"{name} has type {info.dtype_name}")
         if info.dtype is None:
@@ -140,10 +153,7 @@ def _read_per_head(x: Any, name: str, q: ArrayInfo, *, shapes: tuple[tuple[int, 
         raise SlopesError(f"{name}: got type {info.dtype_name}; allowed is float32; call .float() or .astype('float32')")
     if info.shape not in shapes:
         raise SlopesError(f"{name}: got shape {info.shape}; allowed is {' or '.join(str(shape) for shape in shapes)}")
-    if info.device != q.device:
-        raise DeviceMismatchError(
-            f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
-        )
+    check_device(info, name, q)
     if info.shape[-1] > 1 and info.strides[-1] != 1:
         raise SlopesError(f"{name}: got strides {info.strides} for shape {info.shape}; allowed is a last stride of 1; call .contiguous()")
     return info

@@ -11,7 +11,6 @@ from ..env import settings
 from ..errors import (
     BlockTableError,
     CuSeqlensError,
-    DeviceMismatchError,
     DropoutError,
     DTypeError,
     OutputError,
@@ -25,7 +24,7 @@ from ..limits import MAX_LENGTH, MAX_SPLITS, as_integer
 from ..problem import ArrayInfo, AttentionProblem, KvCache, NewTokens, Rotary, Strides
 from ..reference.cache import read_values
 from ..types import DType, KvLayout
-from .checks import check_qkv, is_contiguous, overlaps_itself, refuse_gradients, steps
+from .checks import check_device, check_qkv, is_contiguous, overlaps_itself, refuse_gradients, steps
 from .seqlens import CumulativeSeqlens, check_seqlens
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def cached_problem(request: ForwardRequest, given: CacheArguments, q: Any, cu_se
     info = _read_queries(q, cu_seqlens_q)
     k, v = (_read_cache(array, name, given) for array, name in ((given.k_cache, "k_cache"), (given.v_cache, "v_cache")))
     k_slots, v_slots = _slots_first(k, given.layout), _slots_first(v, given.layout)
-    check_qkv(info, k_slots, v_slots)
+    check_qkv(info, k_slots, v_slots, names=("k_cache", "v_cache"))
     if v_slots.shape[:2] != k_slots.shape[:2]:
         raise ShapeError(
             f"v_cache: got {v_slots.shape[:2]} blocks and slots with {k_slots.shape[:2]} in k_cache; allowed are equal numbers"
@@ -177,7 +176,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
     else:
         lengths = _read_int32(given.lengths, "seq_lens", (batch,), q, SeqLensError)
     if given.block_table is not None:
-        for name, value in (("cache_batch_idx", given.rows), ("left padding", given.left_pad)):
+        for name, value in (("cache_batch_idx", given.rows), ("cache_leftpad", given.left_pad)):
             if value is not None:
                 raise BlockTableError(f"{name}: got an array with a block_table; allowed is None, because pages need neither")
         blocks = _read_int32(given.block_table, "block_table", (batch, None), q, BlockTableError)
@@ -193,7 +192,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
         layout=given.layout,
         blocks=blocks,
         lengths=lengths,
-        left_pad=None if given.left_pad is None else _read_int32(given.left_pad, "left padding", (batch,), q, SeqLensError),
+        left_pad=None if given.left_pad is None else _read_int32(given.left_pad, "cache_leftpad", (batch,), q, SeqLensError),
         new=_new_tokens(given, q, k, batch),
     )
     if cache.new is not None and cache.new.longest > cache.capacity:
@@ -203,10 +202,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
 
 def _check_cumulative(lengths: CumulativeSeqlens, q: ArrayInfo, batch: int) -> None:
     """Lengths of a cache as offsets: they end anywhere, because nothing is packed."""
-    if lengths.array.device != q.device:
-        raise DeviceMismatchError(
-            f"cu_seqlens_k: got an array on {lengths.array.device} with q on {q.device}; allowed is one device for all arrays; move it"
-        )
+    check_device(lengths.array, "cu_seqlens_k", q)
     if lengths.batch != batch:
         raise CuSeqlensError(f"cu_seqlens_k: got {lengths.batch} sequences with {batch} in q; allowed are equal numbers of sequences")
 
@@ -219,10 +215,7 @@ def _read_int32(array: Any, name: str, shape: tuple[int | None, ...], q: ArrayIn
     if len(info.shape) != len(shape) or any(want is not None and have != want for have, want in zip(info.shape, shape, strict=True)):
         sizes = ", ".join("blocks" if size is None else str(size) for size in shape)
         raise error(f"{name}: got shape {info.shape}; allowed is ({sizes}), for a batch of {shape[0]}")
-    if info.device != q.device:
-        raise DeviceMismatchError(
-            f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
-        )
+    check_device(info, name, q)
     if info.shape[-1] > 1 and info.strides[-1] != 1:
         raise error(f"{name}: got strides {info.strides}; allowed is a last stride of 1; call .contiguous() or numpy.ascontiguousarray")
     return info
@@ -274,9 +267,9 @@ def _rotary(given: CacheArguments, q: ArrayInfo) -> Rotary | None:
     for name, info in (("rotary_cos", cos), ("rotary_sin", sin)):
         refuse_gradients(info, name)
         if info.dtype not in {q.dtype, DType.F32}:
-            raise DTypeError(f"{name}: got type {info.dtype_name}; allowed are that of q, {q.dtype_name}, and float32; convert {name}")
-        if info.device != q.device:
-            raise DeviceMismatchError(f"{name}: got an array on {info.device} with q on {q.device}; allowed is one device; move {name}")
+            own = "" if q.dtype is DType.F32 else f"that of q, {q.dtype_name}, and "
+            raise DTypeError(f"{name}: got type {info.dtype_name}; allowed is {own}float32; convert {name}")
+        check_device(info, name, q)
         if len(info.shape) != 2 or not 1 <= 2 * info.shape[1] <= q.shape[-1]:
             raise RotaryError(
                 f"{name}: got shape {info.shape}; allowed is (positions, rotary dim / 2) with a rotary dim of at most {q.shape[-1]}, "

@@ -12,12 +12,12 @@ from ..arrays.new import int32_like
 from ..arrays.read import read_array
 from ..arrays.streams import copy_to_host
 from ..env import settings
-from ..errors import ArrayTypeError, CuSeqlensError, DeviceMismatchError, DTypeError
+from ..errors import ArrayTypeError, CuSeqlensError, DTypeError
 from ..limits import MAX_LENGTH, as_integer
 from ..problem import ArrayInfo
 from ..runtime.staleness import check_array
 from ..short_repr import ShortRepr
-from .checks import is_contiguous
+from .checks import check_device, is_contiguous
 from .copies import MadeAnew
 
 __all__ = ["CumulativeSeqlens", "check_batches", "check_seqlens"]
@@ -145,10 +145,7 @@ def check_seqlens(seqlens: CumulativeSeqlens, name: str, q: ArrayInfo, packed: A
             f"{name}: got {type(seqlens).__qualname__}; allowed is a CumulativeSeqlens; "
             "make one with CumulativeSeqlens(offsets, max_seqlen)"
         )
-    if seqlens.array.device != q.device:
-        raise DeviceMismatchError(
-            f"{name}: got an array on {seqlens.array.device} with q on {q.device}; allowed is one device for all arrays; move {name}"
-        )
+    check_device(seqlens.array, name, q)
     check_array(seqlens.array, name)
     seqlens.check_total(packed.shape[0])
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..arrays.new import draw_seed
-from ..errors import DropoutError
+from ..errors import CuSeqlensError, DropoutError
 from ..requests.options import AttentionOptions, MaskKind, PositionBias
 from ..runtime.execute import execute
 from ..runtime.plan import Key
@@ -76,6 +76,9 @@ def attention_backward(dout: Any, dlse: Any, out: Any, lse: Any, *operands: Any)
 def _read(operands: tuple[Any, ...]) -> Operands:
     """Operands as requests take them: rows of q, k and v are contiguous, lengths are numbers."""
     call = Operands(*operands)
+    if (call.cu_seqlens_q is None) is not (call.cu_seqlens_k is None):
+        got, absent = "kq" if call.cu_seqlens_q is None else "qk"
+        raise CuSeqlensError(f"cu_seqlens_{absent}: got None with offsets in cu_seqlens_{got}; allowed are offsets in both, or in neither")
     q, k, v = map(rows_contiguous, call[:3])
     if call.longest_q is not None:
         call = call._replace(max_seqlen_q=int(call.longest_q))

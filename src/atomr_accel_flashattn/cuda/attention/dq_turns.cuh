@@ -22,6 +22,14 @@ template <Config C>
 struct DqTurns {
   const BwdParams& p;
 
+  // By all threads of a grid: every number, those of rows past max_seqlen_q too. The order of what
+  // is added to such rows means nothing, but a block that waited for an old number would wait for
+  // ever.
+  __device__ __forceinline__ void clear() const {
+    const int64_t threads = int64_t{C.warps} * 32, count = 1 + p.dq_tile_rows * p.fwd.heads * (C.varlen ? 1 : p.fwd.batch);
+    for (int64_t i = blockIdx.x * threads + threadIdx.x; i < count; i += gridDim.x * threads) p.turns[i] = 0;
+  }
+
   // One for all threads of a block, through four bytes of shared memory.
   static __device__ __forceinline__ int draw_ticket(const BwdParams& p, uint32_t slot) {
     if (threadIdx.x == 0) ptx::store_shared_4(slot, atomicAdd(p.turns, 1));

@@ -70,12 +70,11 @@ struct BwdParams {
 // its blocks. A sequence has the slots from left_pad to its length, which counts the padding and
 // not the new tokens, and those.
 struct KvCacheParams {
-  const int32_t* blocks;          // paged: (batch, blocks of one); else (batch), null: in order
-  const int32_t* cache_lengths;   // (batch); null: cu_seqlens_k has them
-  const int32_t* left_pad;        // (batch); null: 0
-  const int32_t* cu_seqlens_new;  // null: new_tokens each
-  // split: (splits, rows of the LSE, v_head_dim) and (splits, rows of the LSE)
-  float *partial_o, *partial_lse;
+  const int32_t* blocks;           // paged: (batch, blocks of a sequence); else (batch), null: in order
+  const int32_t* cache_lengths;    // (batch); null: cu_seqlens_k has them
+  const int32_t* left_pad;         // (batch); null: 0
+  const int32_t* cu_seqlens_new;   // null: new_tokens each
+  float *partial_o, *partial_lse;  // split: (splits, rows of the LSE, v_head_dim), (splits, rows of the LSE)
   FwdParams fwd;
   int64_t table_stride, lse_rows;
   int32_t block_size, num_blocks, capacity;  // capacity: slots that a sequence may have
@@ -86,8 +85,8 @@ struct KvCacheParams {
 // New tokens into a cache, and rotary embedding of them and of q on the way. The batch stride of
 // the cache is that of its blocks.
 struct KvAppendParams {
-  const void *new_k, *new_v, *q;
-  const void *cos, *sin;  // null: no rotation; (rotary_rows, rotary_dim / 2), rows contiguous
+  const void *new_k, *new_v, *q;  // q null: nothing to rotate
+  const void *cos, *sin;          // null: no rotation; (rotary_rows, rotary_dim / 2), rows contiguous
   const int32_t *blocks, *cache_lengths, *cu_seqlens_k, *cu_seqlens_new;  // as in KvCacheParams
   const int32_t* cu_seqlens_q;                                            // null: q is dense
   void *k, *v, *rotated_q;

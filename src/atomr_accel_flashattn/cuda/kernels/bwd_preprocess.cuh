@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention/dq_sum.cuh"
+#include "attention/dq_turns.cuh"
 #include "attention/mask.cuh"
 #include "attention/row_statistics.cuh"
 #include "attention/score.cuh"
@@ -41,7 +42,6 @@ struct BackwardPreprocess {
     const int tile_rows = (min(C.block_m, seq.length_q - first_row) + sum.kRows - 1) / sum.kRows;
     const int count = tile_rows * sum.tiles_across() * (sum.kTile / 4);
     for (int i = threadIdx.x; i < count; i += kThreads) target[i] = {0.f, 0.f, 0.f, 0.f};
-    if (C.deterministic && threadIdx.x < tile_rows) p.turns[1 + sum.tile_row(seq, batch, head, first_row) + threadIdx.x] = 0;
   }
 
   // All lanes of a warp come here, for the sum over those of a row.
@@ -98,10 +98,8 @@ __device__ __forceinline__ void backward_preprocess(const BwdParams& p) {
   const int blocks_m = (p.fwd.seqlen_q + C.block_m - 1) / C.block_m;
   const int pair = blockIdx.x / blocks_m, block_m = blockIdx.x - pair * blocks_m;
   const int batch = pair / p.fwd.heads, head = pair - batch * p.fwd.heads;
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    p.statistics[RowStatistics::kNone] = {-negative_infinity(), 0.f};
-    if constexpr (C.deterministic) p.turns[0] = 0;
-  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) p.statistics[RowStatistics::kNone] = {-negative_infinity(), 0.f};
+  if constexpr (C.deterministic) DqTurns<C>{p}.clear();
   const Sequence seq = read_sequence<C.varlen>(p.fwd, batch);
   if (block_m * C.block_m < seq.length_q) BackwardPreprocess<C>{p, seq, batch, head}.run(block_m * C.block_m);
 }

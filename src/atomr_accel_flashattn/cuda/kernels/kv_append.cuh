@@ -22,7 +22,7 @@ struct KvAppend {
       append(work, k_chunks, p.new_k, p.new_k_stride, p.k, p.k_stride, p.head_dim, p.cos != nullptr);
     } else if (work < of_k + of_v) {
       append(work - of_k, v_chunks, p.new_v, p.new_v_stride, p.v, p.v_stride, p.v_head_dim, false);
-    } else {
+    } else if (p.q != nullptr && p.seqlen_q > 0) {  // the last block has threads without work
       rotate_q(work - of_k - of_v, k_chunks);
     }
   }
@@ -40,7 +40,8 @@ struct KvAppend {
     if (index >= count) return;
     const int64_t slot = length(batch) + index;
     int64_t at;
-    if (slot < 0 || slot >= p.capacity || (rotates && slot >= p.rotary_rows) || !locate(batch, slot, cache_stride, at)) {
+    const bool known = p.cos == nullptr || slot < p.rotary_rows;  // of V too, which goes where its K goes
+    if (slot < 0 || slot >= p.capacity || !known || !locate(batch, slot, cache_stride, at)) {
       if (p.error != nullptr) *p.error = 1;
       return;
     }
