@@ -70,11 +70,12 @@ struct BwdParams {
 // its blocks. A sequence has the slots from left_pad to its length, which counts the padding and
 // not the new tokens, and those.
 struct KvCacheParams {
-  const int32_t* blocks;           // paged: (batch, blocks of a sequence); else (batch), null: in order
-  const int32_t* cache_lengths;    // (batch); null: cu_seqlens_k has them
-  const int32_t* left_pad;         // (batch); null: 0
-  const int32_t* cu_seqlens_new;   // null: new_tokens each
-  float *partial_o, *partial_lse;  // split: (splits, rows of the LSE, v_head_dim), (splits, rows of the LSE)
+  const int32_t* blocks;          // paged: (batch, blocks of one); else (batch), null: in order
+  const int32_t* cache_lengths;   // (batch); null: cu_seqlens_k has them
+  const int32_t* left_pad;        // (batch); null: 0
+  const int32_t* cu_seqlens_new;  // null: new_tokens each
+  // split: (splits, rows of the LSE, v_head_dim) and (splits, rows of the LSE)
+  float *partial_o, *partial_lse;
   FwdParams fwd;
   int64_t table_stride, lse_rows;
   int32_t block_size, num_blocks, capacity;  // capacity: slots that a sequence may have
@@ -86,7 +87,8 @@ struct KvCacheParams {
 // the cache is that of its blocks.
 struct KvAppendParams {
   const void *new_k, *new_v, *q;  // q null: nothing to rotate
-  const void *cos, *sin;          // null: no rotation; (rotary_rows, rotary_dim / 2), rows contiguous
+  // Rows of cos and sin: (rotary_rows, rotary_dim / 2), contiguous; null: no rotation.
+  const void *cos, *sin;
   const int32_t *blocks, *cache_lengths, *cu_seqlens_k, *cu_seqlens_new;  // as in KvCacheParams
   const int32_t* cu_seqlens_q;                                            // null: q is dense
   void *k, *v, *rotated_q;

@@ -40,7 +40,7 @@ struct KvAppend {
     if (index >= count) return;
     const int64_t slot = length(batch) + index;
     int64_t at;
-    const bool known = p.cos == nullptr || slot < p.rotary_rows;  // of V too, which goes where its K goes
+    const bool known = p.cos == nullptr || slot < p.rotary_rows;  // V goes where its K goes
     if (slot < 0 || slot >= p.capacity || !known || !locate(batch, slot, cache_stride, at)) {
       if (p.error != nullptr) *p.error = 1;
       return;
