@@ -6,7 +6,7 @@
 # Stages run in the order given; one that fails or runs out of time does not stop the next. The last lines are a summary; the status is 0
 # when every stage's was.
 #   smoke      versions, one kernel per head dim and feature against float32             (default limit 120 s)
-#   tests      pytest tests/gpu and the demo, summary and rows to $OUT/gpu_tests.json*   (              420 s)
+#   tests      pytest tests/gpu, the demo and the examples, summary and rows to $OUT/gpu_tests.json*   (              420 s)
 #   sanitizer  compute-sanitizer's four tools on small shapes, to $OUT/sanitizer.json    (              300 s)
 #   bench      forward benchmark, record and picture                                     (              300 s)
 #   backward   backward benchmark, record and picture, memory of training steps          (              300 s)
@@ -44,7 +44,7 @@ stage() { # name, default limit in seconds, command...
 run_tests() {
   # NumPy's threads would fight over the cores: the processes are the parallelism. Warnings of this machine's packages are no failures.
   # shellcheck disable=SC2086
-  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest tests/gpu tests/cli/test_demo.py -m gpu -q -n "$JOBS" --dist worksteal -p no:cacheprovider \
+  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest tests/gpu tests/cli/test_demo.py tests/operators -m gpu -q -n "$JOBS" --dist worksteal -p no:cacheprovider \
     -p no:benchmark --timeout 180 --maxfail 100 --tb short --show-capture no -r fE -W default --disable-warnings ${PYTEST_ARGS:-}
 }
 

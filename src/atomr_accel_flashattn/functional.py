@@ -312,7 +312,7 @@ def flash_attn_varlen_func(
         bool or None).
 
     Raises:
-        FeatureNotBuiltError: ``block_table`` on a GPU or with gradients, and all of :func:`flash_attn_func`.
+        FeatureNotBuiltError: ``block_table`` with gradients, and all of :func:`flash_attn_func`.
     """
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

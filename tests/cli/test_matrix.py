@@ -44,8 +44,8 @@ def test_cells_say_what_dispatch_says() -> None:
 def test_refusals_give_their_reason(invoke: Invoke) -> None:
     result = invoke("matrix")
     assert result.exit_code == 0
-    assert "split: " in result.stdout
-    assert "split: " in result.stdout
+    assert "batch_invariant: " in result.stdout
+    assert "family: " in result.stdout
 
 
 def test_matrix_json(ask: Ask) -> None:

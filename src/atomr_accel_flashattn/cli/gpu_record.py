@@ -31,6 +31,12 @@ _MARKS = {
     "dropout_mask": "dropout",
     "unaligned": "odd",
     "scale_first": r"scale(-|0(?!\.))",
+    "paged": r"-page\d",
+    "kv_layout": "HND",
+    "kv_cache": "-contiguous",
+    "left_pad": "leftpad",
+    "split": r"splits([2-9]|\d\d)",
+    "batch_invariant": "-invariant",
     "short_q": rf"\bq\d{{1,3}}-.*d{MATRIX_HEAD_DIM}\b",
 }
 

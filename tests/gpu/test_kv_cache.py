@@ -1,0 +1,173 @@
+"""Calls over a KV cache on the device: the oracle's calls laid out among NaN, appends, CUDA graphs, and more than 2^31 elements."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+torch = pytest.importorskip("torch")
+
+import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
+from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
+from atomr_accel_flashattn.runtime import execute  # noqa: E402
+from tests.gpu.families import DEVICE  # noqa: E402
+from tests.kv_cache import cases  # noqa: E402
+from tests.kv_cache.cases import CacheCase, build, check_cached, download, fill, request_of, upload  # noqa: E402
+from tests.kv_cache.kernel_cases import APPENDS, GRID, with_new_tokens  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+
+HALF: dict[str, float] = {"rtol": 4e-3, "atol": 4e-3}
+MANY = 2**31
+
+
+@pytest.fixture
+def family() -> Family:
+    """A cache is read by one family, on every card."""
+    return Family.FA2
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases are made on the device, and every workspace is full of NaN before a call."""
+    monkeypatch.setattr(cases, "DEVICE", DEVICE)
+    make = execute.empty_workspace
+
+    def poisoned(*arguments: Any, **options: Any) -> Any:
+        made = make(*arguments, **options)
+        made.source.fill_(float("nan"))
+        return made
+
+    monkeypatch.setattr(execute, "empty_workspace", poisoned)
+
+
+def on_device(asked: dict[str, Any]) -> dict[str, Any]:
+    return {key: upload(x) if isinstance(x, np.ndarray) else x for key, x in asked.items()}
+
+
+def on_host(asked: dict[str, Any]) -> dict[str, Any]:
+    return {key: x.copy() if isinstance(x, np.ndarray) else x for key, x in asked.items()}
+
+
+def close(made: Any, expected: Any, **allowed: float) -> None:
+    np.testing.assert_allclose(download(made).astype(np.float32), np.asarray(expected, np.float32), **allowed)
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_grid(case: CacheCase):
+    check_cached(case)
+
+
+@pytest.mark.parametrize("case", GRID[::8], ids=str)
+def test_equal_calls_have_equal_bits(case: CacheCase):
+    inputs = build(case.call)
+    request, _ = request_of(case, inputs, fill(case, inputs))
+    first = [x.clone() for x in (fa.run(request).out, fa.run(request).lse)]
+    for _ in range(3):
+        again = fa.run(request)
+        assert torch.equal(again.out, first[0])
+        assert torch.equal(again.lse, first[1])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", APPENDS)
+def test_new_tokens_are_written_and_attended(name: str, causal: bool):
+    asked = with_new_tokens(**APPENDS[name])
+    host, device = on_host(asked), on_device(asked)
+    expected, lse = fa.flash_attn_with_kvcache(**host, causal=causal, return_softmax_lse=True)
+    made, made_lse = fa.flash_attn_with_kvcache(**device, causal=causal, return_softmax_lse=True)
+    for cache in ("k_cache", "v_cache"):
+        np.testing.assert_array_equal(download(device[cache]), host[cache], err_msg="bits of the cache")
+    close(made, expected, **HALF)
+    close(made_lse, lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("splits", [0, 1, 3])
+@pytest.mark.parametrize("name", APPENDS)
+def test_a_captured_call_follows_what_its_arrays_hold(name: str, splits: int):
+    """One graph: lengths, pages, rows, new tokens and the cache change in place between replays."""
+    if DEVICE == "cpu":
+        pytest.skip("CUDA graphs")
+    first, *others = (with_new_tokens(**APPENDS[name], seed=seed) for seed in range(4))
+    device = on_device(first)
+    fa.flash_attn_with_kvcache(**device, causal=True, num_splits=splits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = fa.flash_attn_with_kvcache(**device, causal=True, num_splits=splits)
+    for shift, asked in enumerate(others):
+        asked["cache_seqlens"] = asked["cache_seqlens"] + np.int32(shift)
+        for key, x in on_device(asked).items():
+            if isinstance(x, torch.Tensor):
+                device[key].copy_(x)
+        graph.replay()
+        host = on_host(asked)
+        close(made, fa.flash_attn_with_kvcache(**host, causal=True), **HALF)
+        np.testing.assert_array_equal(download(device["k_cache"]), host["k_cache"], err_msg="bits of the cache")
+
+
+def test_entries_outside_the_cache_are_no_keys():
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal(shape).astype(np.float16) for shape in ((2, 1, 4, 32), (6, 16, 2, 32), (6, 16, 2, 32)))
+    table, lengths = np.array([[0, -5, 2], [1 << 20, 4, 5]], np.int32), np.array([40, 48], np.int32)
+    expected = fa.run(fa.PagedAttentionRequest(q, k, v, table, lengths))
+    made = fa.run(fa.PagedAttentionRequest(*map(upload, (q, k, v, table, lengths))))
+    close(made.out, expected.out, **HALF)
+    close(made.lse, expected.lse, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", list(fa.KvLayout))
+def test_pages_are_written_and_copied(layout: fa.KvLayout):
+    """A fork of a partial page, and what both append to it: the answers are those of a cache in host memory."""
+    random = np.random.default_rng(3)
+    tokens = [random.standard_normal((2, 2, 3, 2, 32)).astype(np.float16) for _ in range(3)]
+    q = random.standard_normal((2, 1, 4, 32)).astype(np.float16)
+    answers = []
+    for place in (np.copy, upload):
+        cache = fa.PagedKvCache(8, 4, 2, 32, layout=layout, like=place(q))
+        first = cache.allocate()
+        cache.append(first, *(place(x[:1]) for x in tokens[0]))
+        sequences = [first, cache.fork(first)]
+        for k, v in tokens[1:]:
+            cache.append(sequences, place(k), place(v))
+        answers.append(fa.run(cache.request(place(q), sequences)).out)
+    close(answers[1], answers[0], **HALF)
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_a_cache_of_more_than_2_31_elements(paged: bool):
+    """Its last slots are written and read; the same call on a cache of just these has the same bits."""
+    if DEVICE == "cpu":
+        pytest.skip("sizes for a GPU")
+    with FileLock(Path(tempfile.gettempdir()) / "atomr-flashattn-big-memory.lock"):
+        if torch.cuda.mem_get_info(DEVICE)[0] < 40 << 30:
+            pytest.skip("needs 40 GB of free GPU memory")
+        made, expected = (_last_slots(many, paged=paged) for many in (True, False))
+        torch.cuda.empty_cache()
+    for ours, theirs in zip(made, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.isfinite(made[0]).all()
+
+
+def _last_slots(many: bool, *, paged: bool) -> tuple[Any, Any, Any]:
+    """o, and the slots of K and V that 4 new tokens of 1 sequence with 300 went to; all other slots are NaN."""
+    generator = torch.Generator(device=DEVICE).manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)  # noqa: E731
+    whole = lambda *values: torch.tensor(values, dtype=torch.int32, device=DEVICE)  # noqa: E731
+    rows = MANY // (16 * 8 * 128) + 100 if many else 100
+    q, new, old = normal(1, 4, 16, 128), normal(2, 1, 4, 8, 128), normal(2, 300, 8, 128)
+    shape = (rows, 16, 8, 128) if paged else (2, rows * 16, 8, 128)
+    caches = [torch.full(shape, float("nan"), dtype=torch.bfloat16, device=DEVICE) for _ in old]
+    for cache, x in zip(caches, old, strict=True):
+        cache.view(-1, 8, 128)[-320:-20] = x
+    if paged:
+        asked = {"block_table": torch.arange(rows - 20, rows, dtype=torch.int32, device=DEVICE)[None], "cache_seqlens": whole(300)}
+    else:
+        end = rows * 16
+        asked = {"cache_batch_idx": whole(1), "cache_leftpad": whole(end - 320), "cache_seqlens": whole(end - 20)}
+    out = fa.flash_attn_with_kvcache(q, *caches, *new, **asked, causal=True, num_splits=1)
+    return out, *(cache.view(-1, 8, 128)[-20:-16].clone() for cache in caches)

@@ -1,0 +1,56 @@
+"""What the kernels over a KV cache are asked, by the tests on a card and by those in the emulator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from atomr_accel_flashattn.types import DType
+from tests.kv_cache.test_grid import AXES, case_of
+from tests.pairwise import covering_rows
+
+__all__ = ["APPENDS", "GRID", "with_new_tokens"]
+
+_GPU_AXES = AXES | {
+    "dtype": ({"dtype": DType.F16}, {"dtype": DType.BF16}),
+    "order": ({}, {"num_splits": 1}, {"num_splits": 2}, {"num_splits": 7}),
+}
+GRID = [case_of(row) for row in covering_rows(_GPU_AXES)]
+
+
+def with_new_tokens(
+    *, paged: bool, new: int, rotary_dim: int = 0, interleaved: bool = True, wide: bool = False, q_len: int = 0, seed: int = 0
+) -> Any:
+    """Arguments of ``flash_attn_with_kvcache``, NumPy: 3 sequences of unequal length, 4 / 2 heads, head dim 32."""
+    random = np.random.default_rng((seed, new, rotary_dim))
+    normal = lambda *shape: random.standard_normal(shape).astype(np.float16)  # noqa: E731
+    lengths = np.array([0, 15, 40], np.int32)
+    asked: dict[str, Any] = {
+        "q": normal(3, q_len or new, 4, 32),
+        "k": normal(3, new, 2, 32),
+        "v": normal(3, new, 2, 32),
+        "cache_seqlens": lengths,
+    }
+    if paged:
+        table = random.permutation(16).astype(np.int32)[:15].reshape(3, 5)
+        asked |= {"k_cache": normal(16, 16, 2, 32), "v_cache": normal(16, 16, 2, 32), "block_table": table}
+    else:
+        asked |= {"k_cache": normal(5, 64, 2, 32), "v_cache": normal(5, 64, 2, 32), "cache_batch_idx": np.array([4, 0, 2], np.int32)}
+        asked["cache_leftpad"] = np.array([0, 3, 1], np.int32)
+    if rotary_dim:
+        angle = random.uniform(0, 6, (48 + max(new, q_len), rotary_dim // 2))
+        kind = np.float32 if wide else np.float16
+        asked |= {"rotary_cos": np.cos(angle).astype(kind), "rotary_sin": np.sin(angle).astype(kind), "rotary_interleaved": interleaved}
+    return asked
+
+
+APPENDS: dict[str, dict[str, Any]] = {
+    "one token, paged": {"paged": True, "new": 1},
+    "one token": {"paged": False, "new": 1},
+    "across pages": {"paged": True, "new": 20},
+    "rotary": {"paged": True, "new": 5, "rotary_dim": 32},
+    "rotary of a part, halves": {"paged": False, "new": 5, "rotary_dim": 12, "interleaved": False},
+    "rotary in float32": {"paged": True, "new": 2, "rotary_dim": 6, "interleaved": False, "wide": True},
+    "more queries than new tokens": {"paged": True, "new": 2, "rotary_dim": 8, "q_len": 7},
+}
