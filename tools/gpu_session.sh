@@ -6,7 +6,7 @@
 # Stages run in the order given; one that fails or runs out of time does not stop the next. The last lines are a summary; the status is 0
 # when every stage's was.
 #   smoke      versions, one kernel per head dim and feature against float32             (default limit 120 s)
-#   tests      pytest tests/gpu, the demo and the examples, summary and rows to $OUT/gpu_tests.json*   (              420 s)
+#   tests      pytest tests/gpu, demo, examples; summary and rows to $OUT/gpu_tests.json* (              420 s)
 #   sanitizer  compute-sanitizer's four tools on small shapes, to $OUT/sanitizer.json    (              300 s)
 #   bench      forward benchmark, record and picture                                     (              300 s)
 #   backward   backward benchmark, record and picture, memory of training steps          (              300 s)

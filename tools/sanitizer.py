@@ -24,6 +24,8 @@ from typing import Any
 
 from atomr_accel_flashattn.bench.record import make_record
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
+from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
+from atomr_accel_flashattn.kernels.kvcache import SplitCombineSpec
 from atomr_accel_flashattn.kernels.spec import Family
 from tests.gpu.families import FAMILIES
 
@@ -34,7 +36,13 @@ START_UP = 60.0  # seconds beyond those for cases: imports under the tool, and t
 SUMMARY = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
 # Only our kernels are checked (filters add up; requests of the wgmma family launch some of the other one), and no API calls: the driver's
 # own search for symbols that it may lack is reported otherwise.
-NAMES = (*(f"{family.value}_" for family in Family), "bwd_", DropoutMaskSpec.HEADER)  # how names of ours begin
+NAMES = (
+    *(f"{family.value}_" for family in Family),
+    "bwd_",
+    DropoutMaskSpec.HEADER,
+    SplitCombineSpec.HEADER,
+    KvAppendSpec.HEADER,
+)  # how names of ours begin
 FILTERS = tuple(word for name in NAMES for word in ("--kernel-name", f"kns={name}"))
 OPTIONS = (*FILTERS, "--error-exitcode", str(FOUND), "--report-api-errors", "no", "--print-limit", "50", "--launch-timeout", "60")
 

@@ -1,4 +1,6 @@
-"""Small cases for compute-sanitizer: every pair of features, forward and backward, judged by the oracle. tools/sanitizer.py runs them.
+"""Small cases for compute-sanitizer: every pair of features, forward, backward and over KV caches, judged by the oracle.
+
+tools/sanitizer.py runs them:
 
 ``PYTHONPATH=src:. compute-sanitizer --tool memcheck --kernel-name kns=fa3_ python tools/sanitizer_cases.py --family fa3``. torch's caching
 allocator is switched off, so that an access beyond an array is one beyond its allocation. ``--compile`` runs nothing: it compiles what the
@@ -8,20 +10,23 @@ cases need, on all cores, so that no tool watches a compiler.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import os
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # before torch starts
 
+import numpy as np
 import pytest
 
+import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.jit.compile import CompiledKernel, compile_many
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.runtime import plan
@@ -30,8 +35,11 @@ from atomr_accel_flashattn.torch_ops import repeat
 from tests.case_lists import grouped_cases, hazard_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Case, build
 from tests.check import check_case, check_gradients
-from tests.gpu.families import FAMILIES, blocks_for, use_family
+from tests.gpu.families import DEVICE, FAMILIES, blocks_for, use_family
 from tests.gpu.harness import Backward, make_call, run_inputs
+from tests.kv_cache import cases
+from tests.kv_cache.cases import CacheCase, check_cached, fill, request_of
+from tests.kv_cache.kernel_cases import APPENDS, GRID, check_append, with_new_tokens
 from tests.upstream import build_upstream
 
 MAX_SCORES = 200_000
@@ -61,16 +69,47 @@ class Check(NamedTuple):
 
         return cls(f"gradients of {case}", lambda: check_gradients(case, Backward()), launch)
 
+    @classmethod
+    def cached(cls, case: CacheCase) -> Check:
+        """O and LSE over a KV cache."""
+
+        def launch() -> object:
+            inputs = build(case.call)
+            return run(request_of(case, inputs, fill(case, inputs))[0])
+
+        return cls(str(case), lambda: check_cached(case), launch)
+
+    @classmethod
+    def append(cls, name: str) -> Check:
+        """New tokens."""
+        asked = with_new_tokens(**APPENDS[name])
+
+        def launch() -> object:
+            on_device = {key: cases.upload(x) if isinstance(x, np.ndarray) else x for key, x in asked.items()}
+            return fa.flash_attn_with_kvcache(**on_device)
+
+        return cls(name, lambda: check_append(asked, causal=True), launch)
+
 
 def checks(family: Family) -> list[Check]:
-    """The pairwise cases in both types, the others in one, those that are small; the FA2 family has the backward.
+    """The pairwise cases in both types, the others in one, those that are small; the FA2 family has the backward and KV caches.
 
     Shuffled, so that a run cut short sees some of all.
     """
     chosen = [*pairwise_cases(GPU_DTYPES), *(case for others in (hazard_cases, grouped_cases) for case in others(GPU_DTYPES[:1]))]
     small = [case for case in chosen if case.score_count <= MAX_SCORES]
-    made = [*map(Check.forward, small), *(map(Check.backward, small) if family is Family.FA2 else ())]
+    made = list(map(Check.forward, small))
+    if family is Family.FA2:
+        made += [*map(Check.backward, small), *map(Check.cached, GRID), *map(Check.append, APPENDS)]
     return sorted(made, key=lambda check: zlib.crc32(check.name.encode()))
+
+
+@contextlib.contextmanager
+def prepared(family: Family, check: Check) -> Iterator[pytest.MonkeyPatch]:
+    """The family answers, and caches lie on the device, until the end of a check."""
+    with pytest.MonkeyPatch.context() as patch, use_family(family, patch, blocks_for(check.name)):
+        patch.setattr(cases, "DEVICE", DEVICE)
+        yield patch
 
 
 def needed_specs(family: Family) -> list[KernelSpec]:
@@ -82,7 +121,7 @@ def needed_specs(family: Family) -> list[KernelSpec]:
         return SimpleNamespace(launch_of=lambda *_: SimpleNamespace(launch=lambda *_: None))
 
     for check in checks(family):
-        with pytest.MonkeyPatch.context() as patch, use_family(family, patch, blocks_for(check.name)):
+        with prepared(family, check) as patch:
             patch.setattr(plan, "load_kernel", note)
             patch.setattr(plan, "LaunchSeries", lambda *_: SimpleNamespace(launch=lambda *_: None))
             check.launch()
@@ -112,7 +151,7 @@ def run_all(family: Family, seconds: float) -> int:
             break
         done += 1
         try:
-            with pytest.MonkeyPatch.context() as patch, use_family(family, patch, blocks_for(check.name)):
+            with prepared(family, check):
                 check.judge()
         except Exception as error:  # noqa: BLE001 - every case is reported
             failed.append(f"{check.name}: {type(error).__name__}: {str(error)[:300]}")

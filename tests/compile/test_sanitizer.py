@@ -12,6 +12,7 @@ from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.runtime import plan as store
 from tests.case_lists import pairwise_cases
 from tests.cases import GPU_DTYPES
+from tests.jit.kernels import APPEND
 from tools import sanitizer, sanitizer_faults
 
 CLEAN = "========= ERROR SUMMARY: 0 errors\n"
@@ -58,6 +59,7 @@ def test_a_tool_is_believed_once_it_has_found_the_fault(
 def test_every_kernel_is_one_that_the_tools_look_at() -> None:
     names = {step.kernel_name for cell in cells() if isinstance(cell.spec, KernelSpec) for step in cell.spec.steps()}
     assert names
+    names.add(APPEND.kernel_name)
     assert all(name.startswith(sanitizer.NAMES) for name in names)
     assert {begin for begin in sanitizer.NAMES if any(name.startswith(begin) for name in names)} == {*sanitizer.NAMES}
 
@@ -77,15 +79,19 @@ def test_the_kernels_that_cases_need_are_found_without_a_launch(monkeypatch: pyt
     monkeypatch.setattr(harness, "_flat_tensor", lambda storage, _device: fake(to_host(storage, "cpu")))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _index: STREAM, raising=False)
     monkeypatch.setattr(harness, "synchronize", lambda: None)
-    assert len(sanitizer_cases.checks(Family.FA2)) == 2 * len(sanitizer_cases.checks(Family.FA3)) > 200
+    on_caches = len(sanitizer_cases.GRID) + len(sanitizer_cases.APPENDS)
+    assert len(sanitizer_cases.checks(Family.FA2)) == 2 * len(sanitizer_cases.checks(Family.FA3)) + on_caches > 200
     dropped = [case for case in pairwise_cases(GPU_DTYPES) if case.dropout_p]
     chosen = [next(case for case in dropped if case.is_varlen is varlen) for varlen in (False, True)]
     made = [*map(sanitizer_cases.Check.forward, [*chosen, chosen[0]]), sanitizer_cases.Check.backward(chosen[0])]
     monkeypatch.setattr(sanitizer_cases, "checks", lambda _family: made)
-    *specs, again, before, backward, behind = sanitizer_cases.needed_specs(Family.FA2)
+    made.append(sanitizer_cases.Check.append("one token, paged"))
+    monkeypatch.setattr(sanitizer_cases.cases, "upload", lambda array: fake(torch.from_numpy(array.copy())))
+    *specs, again, before, backward, behind, append, cached = sanitizer_cases.needed_specs(Family.FA2)
     assert [spec.kernel_name.split("_sm")[0] in {"fa2_fwd", "fa3_fwd"} for spec in specs] == [True, False] * 3
     assert [spec.kernel_name for spec in specs[1::2]] == ["dropout_mask_sm90", "dropout_mask_sm90_varlen", "dropout_mask_sm90"]
     assert again == specs[0]
     assert [spec.HEADER for spec in (before, backward, behind)] == ["bwd_preprocess", "fa2_bwd", "bwd_postprocess"]
+    assert [spec.HEADER for spec in (append, cached)] == ["kv_append", "fa2_kvcache"]
     assert gpu.launches == gpu.specs == []
     assert not store._plans

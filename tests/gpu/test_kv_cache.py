@@ -18,7 +18,7 @@ from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, build, check_cached, download, fill, request_of, upload  # noqa: E402
-from tests.kv_cache.kernel_cases import APPENDS, GRID, with_new_tokens  # noqa: E402
+from tests.kv_cache.kernel_cases import APPENDS, GRID, check_append, with_new_tokens  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
@@ -77,14 +77,7 @@ def test_equal_calls_have_equal_bits(case: CacheCase):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", APPENDS)
 def test_new_tokens_are_written_and_attended(name: str, causal: bool):
-    asked = with_new_tokens(**APPENDS[name])
-    host, device = on_host(asked), on_device(asked)
-    expected, lse = fa.flash_attn_with_kvcache(**host, causal=causal, return_softmax_lse=True)
-    made, made_lse = fa.flash_attn_with_kvcache(**device, causal=causal, return_softmax_lse=True)
-    for cache in ("k_cache", "v_cache"):
-        np.testing.assert_array_equal(download(device[cache]), host[cache], err_msg="bits of the cache")
-    close(made, expected, **HALF)
-    close(made_lse, lse, rtol=1e-3, atol=1e-3)
+    check_append(with_new_tokens(**APPENDS[name]), causal=causal)
 
 
 @pytest.mark.parametrize("splits", [0, 1, 3])

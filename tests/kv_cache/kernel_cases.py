@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
+import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.types import DType
+from tests.kv_cache import cases
 from tests.kv_cache.test_grid import AXES, case_of
 from tests.pairwise import covering_rows
 
-__all__ = ["APPENDS", "GRID", "with_new_tokens"]
+__all__ = ["APPENDS", "GRID", "check_append", "with_new_tokens"]
 
 _GPU_AXES = AXES | {
     "dtype": ({"dtype": DType.F16}, {"dtype": DType.BF16}),
@@ -54,3 +56,14 @@ APPENDS: dict[str, dict[str, Any]] = {
     "rotary in float32": {"paged": True, "new": 2, "rotary_dim": 6, "interleaved": False, "wide": True},
     "more queries than new tokens": {"paged": True, "new": 2, "rotary_dim": 8, "q_len": 7},
 }
+
+
+def check_append(asked: dict[str, Any], *, causal: bool) -> None:
+    """A call of ``flash_attn_with_kvcache`` on the device of the tests gives what the CPU backend gives, and the cache has equal bits."""
+    host, device = ({key: place(x) if isinstance(x, np.ndarray) else x for key, x in asked.items()} for place in (np.copy, cases.upload))
+    expected, lse = fa.flash_attn_with_kvcache(**host, causal=causal, return_softmax_lse=True)
+    made, made_lse = (cases.download(x) for x in fa.flash_attn_with_kvcache(**device, causal=causal, return_softmax_lse=True))
+    for cache in ("k_cache", "v_cache"):
+        np.testing.assert_array_equal(cases.download(device[cache]), host[cache], err_msg="bits of the cache")
+    np.testing.assert_allclose(made.astype(np.float32), expected.astype(np.float32), rtol=4e-3, atol=4e-3)
+    np.testing.assert_allclose(made_lse, lse, rtol=1e-3, atol=1e-3)

@@ -19,7 +19,7 @@ from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
 from tests.fakes.tensors import fake, fresh_hooks  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, check_cached  # noqa: E402
-from tests.kv_cache.kernel_cases import APPENDS, GRID, with_new_tokens  # noqa: E402
+from tests.kv_cache.kernel_cases import APPENDS, GRID, check_append, with_new_tokens  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")]
 
@@ -66,14 +66,7 @@ def test_keys_are_split_where_there_are_more_sms_than_tiles(gpu: FakeGpu):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", APPENDS)
 def test_new_tokens_are_written_and_attended(gpu: FakeGpu, name: str, causal: bool):
-    asked = with_new_tokens(**APPENDS[name])
-    on_host, on_gpu = ({key: place(x) if isinstance(x, np.ndarray) else x for key, x in asked.items()} for place in (np.copy, on_card))
-    expected, lse = fa.flash_attn_with_kvcache(**on_host, causal=causal, return_softmax_lse=True)
-    made, made_lse = fa.flash_attn_with_kvcache(**on_gpu, causal=causal, return_softmax_lse=True)
-    for cache in ("k_cache", "v_cache"):
-        np.testing.assert_array_equal(on_gpu[cache].numpy(), on_host[cache], err_msg="bits of the cache")
-    np.testing.assert_allclose(made.numpy().astype(np.float32), expected.astype(np.float32), rtol=4e-3, atol=4e-3)
-    np.testing.assert_allclose(made_lse.numpy(), lse, rtol=1e-3, atol=1e-3)
+    check_append(with_new_tokens(**APPENDS[name]), causal=causal)
     assert [spec.HEADER for spec, *_ in gpu.launches][:2] == ["kv_append", "fa2_kvcache"]
 
 
