@@ -19,6 +19,7 @@ pytestmark = pytest.mark.torch
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 
 SMALL = {"device": "cpu", "layers": 1, "width": 32, "heads": 4, "heads-kv": 2, "length": 24, "batch": 3, "window": 9, "steps": 14}
+TEXT = "She sells sea shells by the sea shore.\n" * 100  # its own are the pages, which change
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +33,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def example() -> Callable[..., int]:
+    """Its command with a small model."""
     module = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "train_gpt.py"))
     main: Callable[..., int] = module["main"]
+    main.__globals__["text"] = lambda: TEXT
     small = [f"--{name}={value}" for name, value in SMALL.items()]
     return lambda *options: main([*small, *map(str, options)])
 
