@@ -172,6 +172,8 @@ def test_half_an_nvrtc_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(nvrtc, "_bindings", WithoutBuiltins)
     with pytest.raises(NvrtcMissingError, match=r"only in part.*pip install"):
         nvrtc.compile_source("k", "", "sm_80")
+    text = b"a b"
+    assert list(text[1:2]) == [32], "NVRTC ended an empty log in the blank that all of Python shares"
 
 
 def test_the_report_adds_spills_and_takes_the_kernels_registers():

@@ -176,6 +176,7 @@ def _call(nvrtc: Any, result: tuple[Any, ...]) -> Any:
 
 
 def _text(nvrtc: Any, program: Any) -> str:
-    log: bytes = b" " * _call(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
+    # One more than it takes: an empty log takes one byte, and all of Python shares the objects of one.
+    log: bytes = b" " * (_call(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)) + 1)
     _call(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
     return log.rstrip(b"\0 ").decode(errors="replace")
