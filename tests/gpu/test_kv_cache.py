@@ -18,11 +18,10 @@ from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, build, check_cached, download, fill, request_of, upload  # noqa: E402
-from tests.kv_cache.kernel_cases import APPENDS, GRID, check_append, with_new_tokens  # noqa: E402
+from tests.kv_cache.kernel_cases import APPENDS, GRID, HALF, check_append, check_entries_outside, check_pages, close, with_new_tokens  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
-HALF: dict[str, float] = {"rtol": 4e-3, "atol": 4e-3}
 MANY = 2**31
 
 
@@ -52,10 +51,6 @@ def on_device(asked: dict[str, Any]) -> dict[str, Any]:
 
 def on_host(asked: dict[str, Any]) -> dict[str, Any]:
     return {key: x.copy() if isinstance(x, np.ndarray) else x for key, x in asked.items()}
-
-
-def close(made: Any, expected: Any, **allowed: float) -> None:
-    np.testing.assert_allclose(download(made).astype(np.float32), np.asarray(expected, np.float32), **allowed)
 
 
 @pytest.mark.parametrize("case", GRID, ids=str)
@@ -104,31 +99,12 @@ def test_a_captured_call_follows_what_its_arrays_hold(name: str, splits: int):
 
 
 def test_entries_outside_the_cache_are_no_keys():
-    random = np.random.default_rng(0)
-    q, k, v = (random.standard_normal(shape).astype(np.float16) for shape in ((2, 1, 4, 32), (6, 16, 2, 32), (6, 16, 2, 32)))
-    table, lengths = np.array([[0, -5, 2], [1 << 20, 4, 5]], np.int32), np.array([40, 48], np.int32)
-    expected = fa.run(fa.PagedAttentionRequest(q, k, v, table, lengths))
-    made = fa.run(fa.PagedAttentionRequest(*map(upload, (q, k, v, table, lengths))))
-    close(made.out, expected.out, **HALF)
-    close(made.lse, expected.lse, atol=1e-3)
+    check_entries_outside()
 
 
 @pytest.mark.parametrize("layout", list(fa.KvLayout))
 def test_pages_are_written_and_copied(layout: fa.KvLayout):
-    """A fork of a partial page, and what both append to it: the answers are those of a cache in host memory."""
-    random = np.random.default_rng(3)
-    tokens = [random.standard_normal((2, 2, 3, 2, 32)).astype(np.float16) for _ in range(3)]
-    q = random.standard_normal((2, 1, 4, 32)).astype(np.float16)
-    answers = []
-    for place in (np.copy, upload):
-        cache = fa.PagedKvCache(8, 4, 2, 32, layout=layout, like=place(q))
-        first = cache.allocate()
-        cache.append(first, *(place(x[:1]) for x in tokens[0]))
-        sequences = [first, cache.fork(first)]
-        for k, v in tokens[1:]:
-            cache.append(sequences, place(k), place(v))
-        answers.append(fa.run(cache.request(place(q), sequences)).out)
-    close(answers[1], answers[0], **HALF)
+    check_pages(layout)
 
 
 @pytest.mark.parametrize("paged", [True, False])

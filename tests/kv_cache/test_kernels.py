@@ -19,7 +19,7 @@ from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
 from tests.fakes.tensors import fake, fresh_hooks  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, check_cached  # noqa: E402
-from tests.kv_cache.kernel_cases import APPENDS, GRID, check_append, with_new_tokens  # noqa: E402
+from tests.kv_cache.kernel_cases import APPENDS, GRID, check_append, check_entries_outside, check_pages, with_new_tokens  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")]
 
@@ -83,13 +83,7 @@ def test_tokens_that_do_not_fit_are_not_written(gpu: FakeGpu, monkeypatch: pytes
 
 
 def test_entries_outside_the_cache_are_no_keys(gpu: FakeGpu):
-    random = np.random.default_rng(0)
-    q, k, v = (random.standard_normal(shape).astype(np.float16) for shape in ((2, 1, 4, 32), (6, 16, 2, 32), (6, 16, 2, 32)))
-    table, lengths = np.array([[0, -5, 2], [1 << 20, 4, 5]], np.int32), np.array([40, 48], np.int32)
-    expected = fa.run(fa.PagedAttentionRequest(q, k, v, table, lengths))
-    made = fa.run(fa.PagedAttentionRequest(*map(on_card, (q, k, v, table, lengths))))
-    np.testing.assert_allclose(made.out.numpy().astype(np.float32), expected.out.astype(np.float32), rtol=4e-3, atol=4e-3)
-    np.testing.assert_allclose(made.lse.numpy(), expected.lse, atol=1e-3)
+    check_entries_outside()
     assert gpu.launches
 
 
@@ -115,19 +109,5 @@ def test_every_width_and_number_of_rows_has_a_tile(arch: fa.SmArch):
 
 @pytest.mark.parametrize("layout", list(fa.KvLayout))
 def test_pages_of_a_card_are_written_and_copied_with_torch(gpu: FakeGpu, layout: fa.KvLayout):
-    """A fork of a partial page, and what both append to it: the answers are those of a cache in host memory."""
-    random = np.random.default_rng(3)
-    tokens = [random.standard_normal((2, 2, 3, 2, 32)).astype(np.float16) for _ in range(3)]
-    q = random.standard_normal((2, 1, 4, 32)).astype(np.float16)
-    answers = []
-    for place in (np.copy, on_card):
-        cache = fa.PagedKvCache(8, 4, 2, 32, layout=layout, like=place(q))
-        first = cache.allocate()
-        cache.append(first, *(place(x[:1]) for x in tokens[0]))
-        sequences = [first, cache.fork(first)]
-        for k, v in tokens[1:]:
-            cache.append(sequences, place(k), place(v))
-        answers.append(fa.run(cache.request(place(q), sequences)).out)
-    on_host, made = answers
-    np.testing.assert_allclose(made.numpy().astype(np.float32), on_host.astype(np.float32), rtol=4e-3, atol=4e-3)
+    check_pages(layout)
     assert [spec.HEADER for spec, *_ in gpu.launches] == ["fa2_kvcache"]
