@@ -13,7 +13,7 @@ from atomr_accel_flashattn.kernels.backward import BackwardSpec
 from atomr_accel_flashattn.launch import driver, launcher
 from atomr_accel_flashattn.launch.driver import DeviceProperties
 from atomr_accel_flashattn.launch.launcher import LoadedKernel
-from atomr_accel_flashattn.runtime import execute, gradients, on_cache, plan
+from atomr_accel_flashattn.runtime import execute, gradients, plan
 from atomr_accel_flashattn.torch_ops import repeat
 from atomr_accel_flashattn.types import SmArch
 from tests.emulator.running import flat_tensor
@@ -58,7 +58,7 @@ class FakeGpu:
 
     def install(self, monkeypatch: pytest.MonkeyPatch, arch: SmArch = SmArch.SM_90A) -> None:
         """Take the place of the driver under dispatch, plans, launches and the actor, as a GPU whose calls compile for ``arch``."""
-        for module in (choice, plan, launcher, on_cache):
+        for module in (choice, plan, launcher):
             monkeypatch.setattr(module, "device_properties", lambda _index: self.properties)
         monkeypatch.setattr(plan, "_plans", {})  # none that hold kernels of other cards
         for name in ("shortcuts", "latest"):

@@ -16,7 +16,7 @@ from .arch import best_arch
 from .key import DispatchKey, Extras
 from .resolve import lookup
 
-__all__ = ["key_of_backward", "key_of_problem"]
+__all__ = ["key_of_backward", "key_of_problem", "splits_of"]
 
 # Kernels that take the maximum of raw scores divide slopes by the scale and multiply infinity by it: in float32 the scale must be neither 0
 # nor so small that a slope overflows.
@@ -72,11 +72,12 @@ def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None) ->
     if not _runs_here(problem.q.device, key.arch):
         return key
     spec = lookup(key)
-    split = isinstance(spec, KernelSpec) and _splits_of(problem, spec) > 1
+    split = isinstance(spec, KernelSpec) and splits_of(problem, spec) > 1
     return replace(key, extras=replace(key.extras, split=split))
 
 
-def _splits_of(problem: AttentionProblem, spec: KernelSpec) -> int:
+def splits_of(problem: AttentionProblem, spec: KernelSpec) -> int:
+    """Parts that ``spec`` cuts the keys of a cache into, on the GPU of the arrays."""
     return splits_for(problem, spec.work_tiles(problem), device_properties(problem.q.device.index).multiprocessors)
 
 

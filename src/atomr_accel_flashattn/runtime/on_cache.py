@@ -7,9 +7,9 @@ from math import prod
 from typing import Final
 
 from ..dispatch import DispatchKey, lookup
+from ..dispatch.choice import splits_of
 from ..kernels.kv_append import KvAppendSpec, rotated_bytes, rotated_strides
-from ..kernels.kvcache import Fa2KvCacheSpec, KvCacheParams, splits_for
-from ..launch.driver import device_properties
+from ..kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
 from ..launch.launcher import Launch, LaunchSeries
 from ..problem import ArrayInfo, AttentionProblem
 from ..types import DType
@@ -72,9 +72,7 @@ def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Work
 
 
 def _splits(problem: AttentionProblem, spec: Fa2KvCacheSpec) -> int:
-    if not spec.split:
-        return 1
-    return splits_for(problem, spec.work_tiles(problem), device_properties(problem.q.device.index).multiprocessors)
+    return splits_of(problem, spec) if spec.split else 1
 
 
 def _workspace(problem: AttentionProblem, splits: int) -> Workspace:
