@@ -118,14 +118,12 @@ def make_outputs(
         key: the request's dispatch key, if it is known.
         other_stream: whether a workspace may be used on another stream than the current one, with nobody keeping it until it is done.
     """
-    problem = request.problem
+    problem, outputs = request.problem, _outputs(request, plan, lse=lse, dropout_mask=dropout_mask)
     if problem.cache is not None:
-        outputs = _outputs(request, plan, lse=lse, dropout_mask=False)
         workspace = workspace_on_cache(problem, key or _key(request, None)) if plan is None else plan.workspace
-        if workspace is not None:
+        if workspace is not None and workspace.size:
             outputs.workspace = empty_workspace(problem.q, workspace.size, other_stream=other_stream)
-        return outputs
-    return _outputs(request, plan, lse=lse, dropout_mask=dropout_mask)
+    return outputs
 
 
 def _outputs(request: FaFwdDispatch, plan: Plan | None, *, lse: bool, dropout_mask: bool) -> Outputs:
