@@ -8,19 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .dispatch import DispatchKey, best_arch, key_of_backward
 from .errors import ShapeError
-from .problem import AttentionProblem, BackwardProblem, GradientArrays, Strides
-from .requests.backward import check_backward, check_before_forward
+from .problem import AttentionProblem, Strides
+from .requests.backward import BackwardRequest
 from .requests.checks import check_qkv, read_qkv, steps
-from .requests.copies import MadeAnew
 from .requests.dense import DenseFwdRequest
 from .requests.forward import ForwardRequest
-from .requests.options import AttentionOptions, MaskKind, PositionBias
 from .requests.seqlens import CumulativeSeqlens, check_batches, check_seqlens
-from .runtime.plan import Key
-from .short_repr import ShortRepr
-from .types import SmArch
 
 __all__ = ["CumulativeSeqlens", "VarlenBwdRequest", "VarlenFwdRequest", "forward_request"]
 
@@ -81,7 +75,7 @@ class VarlenFwdRequest(ForwardRequest):
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class VarlenBwdRequest(MadeAnew, ShortRepr):
+class VarlenBwdRequest(BackwardRequest):
     """Gradients of attention over packed sequences. Meaning: docs/semantics.md, Gradients.
 
     Rows that no sequence owns are not read, and their gradients are 0.
@@ -109,31 +103,11 @@ class VarlenBwdRequest(MadeAnew, ShortRepr):
 
     PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()  # what its plan depends on beside problem and gradient_arrays
 
-    q: Any
-    k: Any
-    v: Any
-    out: Any = None
-    dout: Any = None
-    lse: Any = None
-    dlse: Any = field(default=None, kw_only=True)
     cu_seqlens_q: CumulativeSeqlens = field(kw_only=True)
     cu_seqlens_k: CumulativeSeqlens | None = field(default=None, kw_only=True)
-    mask: MaskKind = field(default=MaskKind.full(), kw_only=True)
-    bias: PositionBias = field(default=PositionBias.none(), kw_only=True)
-    sink_tokens: int = field(default=0, kw_only=True)
-    options: AttentionOptions = field(default=AttentionOptions(), kw_only=True)
-    recompute: bool = field(default=False, kw_only=True)
-    deterministic: bool = field(default=False, kw_only=True)
-    dq: Any = field(default=None, kw_only=True)
-    dk: Any = field(default=None, kw_only=True)
-    dv: Any = field(default=None, kw_only=True)
-    problem: BackwardProblem = field(init=False, repr=False)
-    gradient_arrays: GradientArrays = field(init=False, repr=False)
-    plan_key: Key | None = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        check_before_forward(self)
-        forward = VarlenFwdRequest(
+    def _forward(self) -> ForwardRequest:
+        return VarlenFwdRequest(
             self.q,
             self.k,
             self.v,
@@ -144,11 +118,6 @@ class VarlenBwdRequest(MadeAnew, ShortRepr):
             sink_tokens=self.sink_tokens,
             options=self.options,
         )
-        check_backward(self, forward.problem)
-
-    def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
-        """The key of this request on ``arch``; None is the best one for the device of q."""
-        return key_of_backward(self.problem, self.gradient_arrays, arch or best_arch(self.problem.forward.q.device))
 
 
 def forward_request(arrays: tuple[Any, ...], packing: tuple[Any, Any, Any, Any] | None, **asked: Any) -> DenseFwdRequest | VarlenFwdRequest:

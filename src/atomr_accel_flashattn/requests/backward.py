@@ -6,6 +6,7 @@ A backward request makes the forward request of its call, so what that refuses i
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, ClassVar
@@ -29,16 +30,54 @@ from ..types import DType, SmArch
 from .checks import check_device, check_out, is_contiguous, refuse_gradients
 from .copies import MadeAnew
 from .dense import DenseFwdRequest
+from .forward import ForwardRequest
 from .options import AttentionOptions, MaskKind, PositionBias
 
-__all__ = ["DenseBwdRequest", "check_backward", "check_before_forward"]
+__all__ = ["BackwardRequest", "DenseBwdRequest"]
 
 _READ = ("q", "k", "v", "out", "dout", "lse", "dlse")
 _WRITTEN = ("dq", "dk", "dv")
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class DenseBwdRequest(MadeAnew, ShortRepr):
+class BackwardRequest(MadeAnew, ShortRepr):
+    """What backward requests share. Subclasses say what the forward call was; attributes: as in DenseBwdRequest."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any = None
+    dout: Any = None
+    lse: Any = None
+    dlse: Any = field(default=None, kw_only=True)
+    mask: MaskKind = field(default=MaskKind.full(), kw_only=True)
+    bias: PositionBias = field(default=PositionBias.none(), kw_only=True)
+    sink_tokens: int = field(default=0, kw_only=True)
+    options: AttentionOptions = field(default=AttentionOptions(), kw_only=True)
+    recompute: bool = field(default=False, kw_only=True)
+    deterministic: bool = field(default=False, kw_only=True)
+    dq: Any = field(default=None, kw_only=True)
+    dk: Any = field(default=None, kw_only=True)
+    dv: Any = field(default=None, kw_only=True)
+    problem: BackwardProblem = field(init=False, repr=False)
+    gradient_arrays: GradientArrays = field(init=False, repr=False)
+    plan_key: Key | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_before_forward(self)
+        _check_backward(self, self._forward().problem)
+
+    @abstractmethod
+    def _forward(self) -> ForwardRequest:
+        """The forward request of the call, which checks what they share."""
+
+    def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
+        """The key of this request on ``arch``; None is the best one for the device of q."""
+        return key_of_backward(self.problem, self.gradient_arrays, arch or best_arch(self.problem.forward.q.device))
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class DenseBwdRequest(BackwardRequest):
     """Gradients of attention by the kernel family that calls on the device take. Meaning: docs/semantics.md, Gradients.
 
     ``run`` gives the gradients of sum(o * dout) + sum(lse * dlse). Arrays as in DenseFwdRequest.
@@ -71,39 +110,11 @@ class DenseBwdRequest(MadeAnew, ShortRepr):
 
     PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()  # what its plan depends on beside problem and gradient_arrays
 
-    q: Any
-    k: Any
-    v: Any
-    out: Any = None
-    dout: Any = None
-    lse: Any = None
-    dlse: Any = field(default=None, kw_only=True)
-    mask: MaskKind = field(default=MaskKind.full(), kw_only=True)
-    bias: PositionBias = field(default=PositionBias.none(), kw_only=True)
-    sink_tokens: int = field(default=0, kw_only=True)
-    options: AttentionOptions = field(default=AttentionOptions(), kw_only=True)
-    recompute: bool = field(default=False, kw_only=True)
-    deterministic: bool = field(default=False, kw_only=True)
-    dq: Any = field(default=None, kw_only=True)
-    dk: Any = field(default=None, kw_only=True)
-    dv: Any = field(default=None, kw_only=True)
-    problem: BackwardProblem = field(init=False, repr=False)
-    gradient_arrays: GradientArrays = field(init=False, repr=False)
-    plan_key: Key | None = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_before_forward(self)
-        forward = DenseFwdRequest(
-            self.q, self.k, self.v, mask=self.mask, bias=self.bias, sink_tokens=self.sink_tokens, options=self.options
-        )
-        check_backward(self, forward.problem)
-
-    def dispatch_key(self, arch: SmArch | None = None) -> DispatchKey:
-        """The key of this request on ``arch``; None is the best one for the device of q."""
-        return key_of_backward(self.problem, self.gradient_arrays, arch or best_arch(self.problem.forward.q.device))
+    def _forward(self) -> ForwardRequest:
+        return DenseFwdRequest(self.q, self.k, self.v, mask=self.mask, bias=self.bias, sink_tokens=self.sink_tokens, options=self.options)
 
 
-def check_before_forward(request: Any) -> None:
+def _check_before_forward(request: Any) -> None:
     """What a forward request would let pass, or would name otherwise: second derivatives, and a seed that is drawn anew.
 
     Raises:
@@ -132,7 +143,7 @@ def check_before_forward(request: Any) -> None:
         )
 
 
-def check_backward(request: Any, forward: AttentionProblem) -> None:
+def _check_backward(request: Any, forward: AttentionProblem) -> None:
     """Check what a backward request has beside its forward one, and write its normal form into it.
 
     Raises:
