@@ -132,7 +132,7 @@ class Fa2KvCacheSpec(_KvCacheSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitCombineSpec(_KvCacheSpec):
-    """A warp combines a row."""
+    """A block combines a row, whose splits its warps share."""
 
     HEADER: ClassVar[str] = "split_combine"
     ENTRY: ClassVar[str] = "split_combine"
@@ -154,8 +154,8 @@ class SplitCombineSpec(_KvCacheSpec):
 
     @property
     def shared_memory(self) -> int:
-        """None."""
-        return 0
+        """The sums of each warp: o and its denominator."""
+        return self.tile.warps * (self.v_head_dim + 4) * 4
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
@@ -163,8 +163,8 @@ class SplitCombineSpec(_KvCacheSpec):
         return ("SHFL.BFLY",)
 
     def work_tiles(self, problem: AttentionProblem) -> int:
-        """One for as many rows as it has warps."""
-        return -(-prod(problem.lse_shape) // self.tile.warps) if prod(problem.out_shape) else 0
+        """One for a row."""
+        return prod(problem.lse_shape) if prod(problem.out_shape) else 0
 
 
 def splits_for(problem: AttentionProblem, tiles: int, multiprocessors: int) -> int:

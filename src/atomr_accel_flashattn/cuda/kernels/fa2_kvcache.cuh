@@ -71,7 +71,7 @@ struct Fa2KvCache {
   __device__ __forceinline__ void run(int split) {
     const int64_t tiles = tile_count();
     const int first = static_cast<int>(tiles * split / p.splits), end = static_cast<int>(tiles * (split + 1) / p.splits);
-    load_q();
+    load_q();  // lands while the first keys are on their way
     mainloop(first + group, end);
     __syncthreads();  // all groups have read their last tiles, whose memory the merge takes
     store(split);
@@ -102,8 +102,6 @@ struct Fa2KvCache {
       }
     }
     ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
-    __syncthreads();
   }
 
   // Every kGroups-th tile from `i` on.
@@ -117,6 +115,8 @@ struct Fa2KvCache {
     };
 #pragma unroll
     for (int stage = 0; stage < C.stages; ++stage) fetch(stage);
+    ptx::cp_async_wait<C.stages>();
+    __syncthreads();  // Q has landed, which all threads of the block copied
     while (i < end) {
 #pragma unroll
       for (int stage = 0; stage < C.stages; ++stage) {
