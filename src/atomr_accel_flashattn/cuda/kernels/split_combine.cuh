@@ -19,7 +19,7 @@ namespace fa {
 template <Config C>
 struct SplitCombine {
   static constexpr int kLoads = (C.v_head_dim + 127) / 128, kPitch = C.v_head_dim + 4;  // floats
-  static constexpr int kInFlight = 8;  // splits that a warp reads at a time
+  static constexpr int kInFlight = 8;                                                   // splits that a warp reads at a time
 
   // Sums of the warps, each o and then its denominator.
   static __device__ __forceinline__ float* part_of(int warp) {
@@ -34,7 +34,7 @@ struct SplitCombine {
     const uint32_t row = blockIdx.x, rows_of_batch = static_cast<uint32_t>(C.varlen ? p.lse_rows : f.lse_batch_stride);
     const uint32_t batch = row / rows_of_batch, rest = row - batch * rows_of_batch;
     const uint32_t head = rest / static_cast<uint32_t>(f.lse_head_stride);
-    const int64_t query = rest - head * static_cast<uint32_t>(f.lse_head_stride);  // packed: a row of q
+    const int64_t query = rest - head * static_cast<uint32_t>(f.lse_head_stride);    // packed: a row of q
     const int splits = !C.varlen || query < f.cu_seqlens_q[f.batch] ? p.splits : 0;  // none has written a row without an owner
 
     float top = negative_infinity();
