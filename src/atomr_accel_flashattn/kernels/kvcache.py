@@ -168,11 +168,13 @@ class SplitCombineSpec(_KvCacheSpec):
 
 
 def splits_for(problem: AttentionProblem, tiles: int, multiprocessors: int) -> int:
-    """Parts that the keys are cut into: as many as the caller wants, else as many as give every SM two blocks of ``tiles``.
+    """Parts that the keys are cut into: as many as the caller wants, else as many as give every SM at most two blocks of ``tiles``.
+
+    More would leave some SMs a third block while others have none (H200, batch 8 of 4k keys: 4 parts 38.6 us, 5 parts 40.4).
 
     Lengths on a GPU are not known: the bound of the call stands for them, so that a captured graph has room for all.
     """
     if problem.num_splits or not tiles or problem.batch_invariant:
         return max(1, problem.num_splits)
-    wanted = -(-2 * multiprocessors // tiles) if tiles < multiprocessors else 1
+    wanted = 2 * multiprocessors // tiles if tiles < multiprocessors else 1
     return max(1, min(wanted, _MOST_SPLITS, problem.seqlen_k // _KEYS_OF_SPLIT))
