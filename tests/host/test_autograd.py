@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
+from atomr_accel_flashattn.arrays.read import read_array  # noqa: E402
 from tests.case_lists import pairwise_cases  # noqa: E402
 from tests.cases import Case  # noqa: E402
 from tests.check import check_gradients  # noqa: E402
@@ -448,9 +450,11 @@ def test_arrays_of_other_libraries_beside_tensors():
         fa.flash_attn_func(q.detach().numpy(), k, v)
 
 
-def test_a_request_is_not_recorded_and_says_so():
+@pytest.mark.parametrize("device", [fa.Device("cpu", 0), fa.Device("cuda", 0)], ids=str)
+def test_a_request_is_not_recorded_and_says_so(device: fa.Device):
+    arrays = [replace(read_array(x, "x"), device=device) for x in tensors(2, 7)]
     with pytest.raises(fa.FeatureNotBuiltError, match=r"q requires grad.*autograd records flash_attn_func") as caught:
-        fa.DenseFwdRequest(*tensors(2, 7))
+        fa.DenseFwdRequest(*arrays)
     assert caught.value.feature == "autograd"
 
 

@@ -62,8 +62,7 @@ def refuse_gradients(info: ArrayInfo, name: str) -> None:
     if torch is None or not isinstance(info.source, torch.Tensor):
         return
     if info.source.requires_grad and torch.is_grad_enabled():
-        feature = "autograd" if info.device.kind == "cpu" else "backward"
-        raise not_built(feature, f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()")
+        raise not_built("autograd", f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()")
     if tangent_of(info.source) is not None:
         raise not_built("forward_mode", f"{name} is a dual tensor")
 
