@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from atomr_accel_flashattn.dispatch import DispatchKey, lookup
+from atomr_accel_flashattn.dispatch.key import Extras
 from atomr_accel_flashattn.jit.nvrtc import compile_source
+from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.types import DType, SmArch
-from tests.gpu.jitter import FLAWS, headers_with_naps
+from tests.gpu.jitter import CACHE_FLAW, CACHE_NAPS, FLAWS, Flaw, headers_with_naps
 
 CASES = (
     *((SmArch.SM_90A, width, flawed) for width in (64, 128, 256) for flawed in (False, True)),
@@ -27,3 +29,10 @@ def test_a_kernel_with_naps_compiles(tmp_path: Path, arch: SmArch, width: int, f
     assert spec.family is (Family.FA3 if arch is SmArch.SM_90A else Family.FA2)
     headers = headers_with_naps(tmp_path / "cuda", FLAWS[spec.family] if flawed else None)
     assert compile_source(spec.kernel_name, spec.source(), arch.value, [headers]).cubin
+
+
+@pytest.mark.parametrize("flaw", [CACHE_NAPS, CACHE_FLAW], ids=["sound", "flawed"])
+def test_a_kernel_over_a_cache_with_naps_compiles(tmp_path: Path, flaw: Flaw):
+    spec = lookup(DispatchKey(SmArch.SM_90, DType.BF16, 128, paged=True, extras=Extras(cache_rows=32)))
+    assert isinstance(spec, Fa2KvCacheSpec)
+    assert compile_source(spec.kernel_name, spec.source(), "sm_90", [headers_with_naps(tmp_path / "cuda", flaw)]).cubin

@@ -20,7 +20,7 @@ from atomr_accel_flashattn.torch_ops import repeat as plans
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["FLAWS", "Flaw", "headers_with_naps", "use_headers"]
+__all__ = ["CACHE_FLAW", "CACHE_NAPS", "FLAWS", "Flaw", "headers_with_naps", "use_headers"]
 
 # Seven times in eight no nap, else up to 2 us, and once in 512 times up to 33 us: longer than a ring of buffers takes to go round. All
 # lanes of a warp read one clock, and there is no branch, so a warp stays together for the instructions that want it to.
@@ -91,6 +91,12 @@ FLAWS = {
     # Warps do not wait for each other before a buffer is read or overwritten.
     Family.FA2: Flaw("tile/cp_async_pipeline.cuh", ((r"(consumer_wait\(\) const \{[^}]*?)__syncthreads\(\);", r"\1"),)),
 }
+
+# The groups of a block over a KV cache nap between the steps of their merge, which are no device instructions of ours; then without
+# waiting for the maxima of the others.
+_NAP_IN_MERGE = (r"__syncthreads\(\);", "ptx::nap(); __syncthreads(); ptx::nap();")
+CACHE_NAPS = Flaw("kernels/fa2_kvcache.cuh", (_NAP_IN_MERGE,))
+CACHE_FLAW = Flaw("kernels/fa2_kvcache.cuh", ((r"(maxima\(\)\[[^;]*;\s*\}\s*)__syncthreads\(\);", r"\1ptx::nap();"), _NAP_IN_MERGE))
 
 
 def headers_with_naps(folder: Path, flaw: Flaw | None = None) -> Path:

@@ -16,6 +16,7 @@ import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
+from tests.gpu.jitter import CACHE_FLAW, CACHE_NAPS, headers_with_naps, use_headers  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, build, check_cached, download, fill, request_of, upload  # noqa: E402
 from tests.kv_cache.kernel_cases import APPENDS, GRID, HALF, check_append, check_entries_outside, check_pages, close, with_new_tokens  # noqa: E402
@@ -23,6 +24,8 @@ from tests.kv_cache.kernel_cases import APPENDS, GRID, HALF, check_append, check
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
 MANY = 2**31
+WINDOWED = [case for case in GRID if case.num_splits == 2 and case.call.head_dim >= 128 and max(case.call.lengths_q) > 30]
+NAPPING = sorted(WINDOWED, key=lambda case: "h7kv1-d192v128-band(40,inf)" not in str(case))
 
 
 @pytest.fixture
@@ -67,6 +70,27 @@ def test_equal_calls_have_equal_bits(case: CacheCase):
         again = fa.run(request)
         assert torch.equal(again.out, first[0])
         assert torch.equal(again.lse, first[1])
+
+
+def different_runs(request: Any, expected: list[Any], runs: int) -> int:
+    """How many of so many runs, launched one after the other without waiting, have other bits."""
+    wrong = torch.zeros((), dtype=torch.int32, device=DEVICE)
+    for _ in range(runs):
+        made = fa.run(request)
+        wrong += (made.out.view(torch.int16) != expected[0].view(torch.int16)).any() | (made.lse != expected[1]).any()
+    return int(wrong.item())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="about threads of a GPU")
+@pytest.mark.parametrize("flawed", [False, True], ids=["sound", "flawed"])
+@pytest.mark.parametrize("case", NAPPING, ids=str)
+def test_naps_change_bits_only_where_a_guard_is_missing(case: CacheCase, flawed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Racecheck reported the first of them: group 1 would read maxima that group 0 has yet to write."""
+    inputs = build(case.call)
+    request, _ = request_of(case, inputs, fill(case, inputs))
+    expected = [x.clone() for x in (fa.run(request).out, fa.run(request).lse)]
+    use_headers(headers_with_naps(tmp_path / "cuda", CACHE_FLAW if flawed else CACHE_NAPS), monkeypatch)
+    assert bool(different_runs(request, expected, 100 if flawed else 500)) is flawed
 
 
 @pytest.mark.parametrize("causal", [False, True])
