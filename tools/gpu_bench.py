@@ -6,12 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from atomr_accel_flashattn.bench import HostOptions, Options, main, main_backward, main_host
+from atomr_accel_flashattn.bench import HostOptions, LayerOptions, Options, main, main_backward, main_host, main_layer
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["forward", "backward", "host"])
+    parser.add_argument("what", choices=["forward", "backward", "host", "layer"])
     parser.add_argument("--cells", help="comma-separated patterns of cell names")
     parser.add_argument(
         "--peers", help="comma-separated: ours, fa2, cudnn, flex, fa3, fa4, cudnn_fe, or all; default: those installed, not flex"
@@ -31,6 +31,10 @@ def run() -> int:
         main_host(HostOptions(), out=arguments.out, commit=arguments.commit)
         return 0
     peers = tuple(arguments.peers.split(",")) if arguments.peers else None
+    if arguments.what == "layer":
+        sides = LayerOptions(rounds=arguments.rounds) if peers is None else LayerOptions(rounds=arguments.rounds, peers=peers)
+        record, _ = main_layer(sides, out=arguments.out, commit=arguments.commit)
+        return 1 if record["failures"] else 0
     families = tuple(name for name in arguments.families.split(",") if name)
     options = Options(cells=arguments.cells, rounds=arguments.rounds, budget=arguments.budget, peers=peers, families=families)
     report, _ = (main_backward if arguments.what == "backward" else main)(options, out=arguments.out, commit=arguments.commit)

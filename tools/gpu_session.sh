@@ -13,10 +13,14 @@
 #   host       microseconds per call, start-up, memory growth                            (              120 s)
 #   actor      round trip, pipeline, throughput and fusing of the actor                  (              200 s)
 #   tune       search of tiles for cells of each head dim, as a table of shipped tiles   (              200 s)
+#   layer      a compiled training step of a Llama-shaped layer, ours and torch's, record   (              240 s)
+#   train      examples/train_gpt.py in four forms, their JSON and a picture                (              240 s)
 #   devices    the tests that need two GPUs, and Ray for the pool, to $OUT/two_gpus.json (              240 s)
+#   ddp        DDP and FSDP2 over NCCL on two GPUs: two steps are those of one GPU         (              240 s)
 #
 # Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, SANITIZER_ARGS, BENCH_ARGS,
-# BACKWARD_ARGS, HOST_ARGS, ACTOR_ARGS, TUNE_ARGS (--backward searches the tiles of gradients);
+# BACKWARD_ARGS, HOST_ARGS, ACTOR_ARGS, LAYER_ARGS, TUNE_ARGS (--backward searches the tiles of
+# gradients); TRAIN_ARGS, as "--steps 300";
 # ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the
 # interpreter, else that of .venv where there is one; JOBS the test processes.
 set -u
@@ -68,7 +72,24 @@ run_devices() {
   ATOMR_FLASHATTN_TEST_RECORD=$OUT/two_gpus.json "$PYTHON" -m pytest tests/gpu/test_actor.py tests/gpu/test_devices.py -m gpu -q \
     -p no:cacheprovider -p no:benchmark --timeout 120 -r fEs -W default --disable-warnings
 }
-export -f run_tests run_sanitizer run_tune run_devices
+
+run_ddp() { # without NVLink multicast, which not every machine that lends two GPUs of a host allows
+  NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} "$PYTHON" -m pytest tests/operators/test_distributed.py -m gpu -q \
+    -p no:cacheprovider -p no:benchmark --timeout 120 -r fEs -W default --disable-warnings
+}
+
+run_train() { # the compiled form last: Inductor takes most of its time
+  local form status=0
+  local -A forms=([dense]="--window -1" [window]="--window 255" [packed]="--packed" [compile]="--window -1 --compile")
+  for form in dense window packed compile; do
+    echo "--- $form"
+    # shellcheck disable=SC2086
+    "$PYTHON" examples/train_gpt.py ${forms[$form]} --out "$OUT/train_gpt_$form.json" ${TRAIN_ARGS:-} || status=1
+  done
+  "$PYTHON" examples/train_gpt.py --draw "$OUT"/train_gpt_{dense,window,packed,compile}.json --out "$OUT/train_gpt.png" || status=1
+  return $status
+}
+export -f run_tests run_sanitizer run_tune run_devices run_ddp run_train
 
 [[ $# -gt 0 ]] || set -- smoke
 for name in "$@"; do
@@ -85,9 +106,13 @@ for name in "$@"; do
     # shellcheck disable=SC2086
     actor) stage actor 200 "$PYTHON" -m atomr_accel_flashattn.bench.actor --out "$OUT" ${ACTOR_ARGS:-} ;;
     tune) stage tune 200 bash -c run_tune ;;
+    # shellcheck disable=SC2086
+    layer) stage layer 240 "$PYTHON" tools/gpu_bench.py layer --out "$OUT" --rounds 9 ${LAYER_ARGS:-} ;;
+    train) stage train 240 bash -c run_train ;;
     devices) stage devices 240 bash -c run_devices ;;
+    ddp) stage ddp 240 bash -c run_ddp ;;
     *)
-      echo "no stage '$name': there are smoke, tests, sanitizer, bench, backward, host, actor, tune, devices" >&2
+      echo "no stage '$name': there are smoke, tests, sanitizer, bench, backward, host, actor, tune, layer, train, devices, ddp" >&2
       exit 2
       ;;
   esac

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from .backward import run_backward
 from .cells import Cell, all_cells, backward_cells, select
-from .entry import main, main_backward, main_host
+from .entry import main, main_backward, main_host, main_layer
 from .forward import run_forward
 from .host import HostOptions, run_host
+from .layer import LayerOptions, run_layer
 from .measure import Options, Report, Result, Row
 
 __all__ = [
     "Cell",
     "HostOptions",
+    "LayerOptions",
     "Options",
     "Report",
     "Result",
@@ -21,8 +23,10 @@ __all__ = [
     "main",
     "main_backward",
     "main_host",
+    "main_layer",
     "run_backward",
     "run_forward",
     "run_host",
+    "run_layer",
     "select",
 ]

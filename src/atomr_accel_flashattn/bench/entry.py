@@ -11,11 +11,12 @@ from .backward import Backward, step_memory
 from .figure import draw
 from .forward import Forward
 from .host import HostOptions, run_host
+from .layer import LayerOptions, run_layer
 from .measure import Direction, Options, Report, Row, run_cells
 from .record import make_record, write_record
 from .report import format_row, header, memory_lines, summary
 
-__all__ = ["RESULTS", "main", "main_backward", "main_host"]
+__all__ = ["RESULTS", "main", "main_backward", "main_host", "main_layer"]
 
 RESULTS = Path("benchmarks/results")
 
@@ -72,8 +73,16 @@ def _main(direction: Direction, options: Options, *, out: Path, commit: str | No
 
 def main_host(options: HostOptions, *, out: Path = RESULTS, commit: str | None = None, say: Say = print) -> tuple[dict[str, Any], Path]:
     """Run the host-cost benchmark: microseconds per call and where they go, start-up times, memory growth; the record and its path."""
-    body = run_host(options, say)
-    record = make_record("host", body, commit=commit)
+    return _write("host", run_host(options, say), out=out, commit=commit, say=say)
+
+
+def main_layer(options: LayerOptions, *, out: Path = RESULTS, commit: str | None = None, say: Say = print) -> tuple[dict[str, Any], Path]:
+    """Run the benchmark of a compiled Llama-shaped layer; the record and its path. Its ``failures`` are empty when all peers were timed."""
+    return _write("layer", run_layer(options, say), out=out, commit=commit, say=say)
+
+
+def _write(kind: str, body: dict[str, Any], *, out: Path, commit: str | None, say: Say) -> tuple[dict[str, Any], Path]:
+    record = make_record(kind, body, commit=commit)
     path = write_record(record, out)
     say(f"record: {path}")
     return record, path
