@@ -111,7 +111,7 @@ def test_a_call_that_differs_in_one_thing_has_its_own_shortcut_and_plan(gpu: Fak
 def test_a_call_like_the_last_one_builds_no_key(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]):
     for seed in range(2):
         replace(BASE, seed=seed, **change).check()
-    monkeypatch.setattr(repeat, "_find", None)
+    monkeypatch.setattr(repeat, "find", None)
     for seed in range(2, 5):
         replace(BASE, seed=seed, **change).check()
     assert gpu.repeated == [False, True, True, True, True]

@@ -251,21 +251,3 @@ def test_slopes_that_want_gradients_an_out_and_padded_head_dims_leave_no_shortcu
         assert fa.flash_attn_func(*leaves(8, width=13))[0].requires_grad
     assert len(repeat.shortcuts) == count
     assert gpu.launches
-
-
-def test_an_operator_that_ran_before_makes_no_request(gpu: FakeGpu, asked: list[str]):
-    """Its real kernel, on tensors of the fake card; a dropout has a seed of its own, and goes the whole way."""
-    from atomr_accel_flashattn.torch_ops import kernels
-
-    more = (None, None, None, None, None, 0, 0, None, None, 0.5, 3, 0, 2.0)
-    for seed in range(3):
-        tensors = [x.detach() for x in leaves(seed)]
-        out, lse, pattern = kernels.attention(*tensors, *more)
-        expected = kernels.attention(*(x.detach() for x in host(tensors)), *more)
-        torch.testing.assert_close(out.as_subclass(torch.Tensor), expected[0], rtol=1e-2, atol=1e-3)
-        torch.testing.assert_close(lse.as_subclass(torch.Tensor), expected[1])
-        assert pattern.numel() == 0
-    assert asked.count("forward") == 3 + 1, "three on the CPU, and the first on the card"
-    dropout = (None, None, fake(torch.tensor([1, 2])), *more[3:], 0.4)
-    assert torch.equal(*(kernels.attention(*tensors, *dropout)[0].as_subclass(torch.Tensor) for _ in range(2)))
-    assert asked.count("forward") == 3 + 1 + 2

@@ -15,7 +15,7 @@ from ..runtime.plan import Output, Plan, find
 from ..varlen import CumulativeSeqlens, VarlenBwdRequest, VarlenFwdRequest
 from .attention_function import SAVED, Attention, Saved
 
-__all__ = ["Asked", "attend"]
+__all__ = ["Asked", "attend", "usual_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Asked:
     def gradients_and_plan(self, saved: Saved, dout: Any, dlse: Any) -> tuple[tuple[Any, Any, Any, Any], Plan | None]:
         """And the plan that made them; None where none was kept, as on the CPU."""
         with torch.no_grad():
-            request = self.request(saved, _rows_contiguous(dout), None if dlse is None else dlse.contiguous())
+            request = self.request(saved, None if dout is None else usual_rows(dout), None if dlse is None else dlse.contiguous())
             made = run(request)
         return (made.dq, made.dk, made.dv, made.dsink), find(request)
 
@@ -125,9 +125,7 @@ def attend(
     return Output(*made) if probs else Output(made, call.lse), call.plan, call.asked
 
 
-def _rows_contiguous(dout: Any) -> Any:
+def usual_rows(dout: Any) -> Any:
     """``dout`` as requests take it: the last stride is 1, the others are free. What autograd makes is often expanded."""
-    if dout is None:
-        return None
     dout = dout.resolve_neg()
     return dout if dout.shape[-1] <= 1 or dout.stride(-1) == 1 else dout.contiguous()

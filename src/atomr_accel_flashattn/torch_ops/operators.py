@@ -110,10 +110,14 @@ def register() -> None:
 def _late(module: str, name: str) -> Any:
     """The function ``name`` of a module of this folder, which is loaded by its first call: it imports the rest of the library."""
 
-    def call(*arguments: Any) -> Any:
-        from importlib import import_module
+    loaded: list[Any] = []
 
-        return getattr(import_module(f".{module}", __package__), name)(*arguments)
+    def call(*arguments: Any) -> Any:
+        if not loaded:
+            from importlib import import_module
+
+            loaded.append(getattr(import_module(f".{module}", __package__), name))
+        return loaded[0](*arguments)
 
     return call
 

@@ -14,7 +14,8 @@ A call is first compared with the last one of the same numbers. torch does that 
 tensor what a key would hold (and its class, and whether it wants gradients): 0.9 us, where reading the same into a key costs 3. On a guard
 miss the shortcut is looked up by the full key, and becomes the most recent one of these numbers.
 
-Calls that autograd records have shortcuts of their own, which launch inside an operation of autograd (:mod:`.repeat_recorded`).
+Calls that autograd records have shortcuts of their own, which launch inside an operation of autograd (:mod:`.repeat_recorded`), and so
+have the operators of torch, forward and backward (:mod:`.repeat_operators`). All lie in the same tables.
 """
 
 from __future__ import annotations
@@ -35,12 +36,18 @@ from ..runtime import plan as store
 from ..runtime.plan import MAX_PLANS, Key, Output, Plan
 
 __all__ = [
+    "NOWHERE",
+    "Known",
     "Numbers",
     "Others",
     "Packing",
     "Shortcut",
     "clear",
+    "find",
+    "keep",
     "launch_more",
+    "never",
+    "recording_of",
     "remember",
     "repeat",
 ]
@@ -55,39 +62,48 @@ Tensors: TypeAlias = tuple[Any, ...]
 # () of a call that is not recorded; else whether gradients are to be deterministic, and which tensors want them
 Recording: TypeAlias = tuple[bool, ...]
 
-_NOWHERE: Final = VECTOR_BYTES  # in an alignment: some array has no memory, because it is empty or because it was freed under its tensor
+NOWHERE: Final = VECTOR_BYTES  # in an alignment: some array has no memory, because it is empty or because it was freed under its tensor
 _NUMBERS: Final = (Real, np.bool_, type(None))
 _REAL: Final = frozenset({int, float})
 _WINDOW: Final = 3  # place of window_size among the numbers
 
 
 @dataclass(slots=True, eq=False)
-class Shortcut:
+class Known:
+    """What calls are told by.
+
+    Attributes:
+        alignment: low bits of all addresses that count.
+        same: says of tensors that they are like those that this was found for. It is made again when it does not know tensors that the key
+            knows, as in another mode of autograd; what any of them ever says is true.
+    """
+
+    alignment: int
+    same: Any
+
+
+@dataclass(slots=True, eq=False)
+class Shortcut(Known):
     """A plan, and what is needed to run it for a call on tensors.
 
     Attributes:
         launch: runs the plan.
-        alignment: low bits of all addresses that count.
         reaches: bytes between the first and the last element of q, k, v and o, both included.
         out: the output, None when the caller brings it.
         make_out: makes it; None where that takes a look at the current device.
         plain: whether q, k, v and o are all the arrays that there are.
         recording: how autograd records the call.
         recorded: the operation of autograd that makes the launch (:mod:`.repeat_recorded`); None where there is none.
-        same: says of tensors that they are like those that this was found for. It is made again when it does not know tensors that the key
-            knows, as in another mode of autograd; what any of them ever says is true.
     """
 
     launch: Callable[[int, tuple[int, ...]], None]
     device_index: int
-    alignment: int
     reaches: tuple[int, ...]
     out: NewTensor | None
     make_out: Any
     lse: NewTensor | None
     dropout: bool
     plain: bool
-    same: Any
     recording: Recording = ()
     recorded: Any = None
 
@@ -96,8 +112,8 @@ class Shortcut:
         return self.recording[0] is deterministic and hooks.is_grad_enabled() is True
 
 
-shortcuts: dict[Key, Shortcut] = {}
-latest: dict[Key, Shortcut] = {}  # by all of the key that is not read from tensors
+shortcuts: dict[Key, Any] = {}
+latest: dict[Key, Any] = {}  # by all of the key that is not read from tensors
 
 
 def repeat(  # noqa: C901, PLR0911, PLR0912 - each frame less is 0.1 us
@@ -125,16 +141,16 @@ def repeat(  # noqa: C901, PLR0911, PLR0912 - each frame less is 0.1 us
         call, tensors = _describe_packed(q, k, v, packing, plain)
     found = latest.get(call)
     if found is None or not found.same(*tensors) or not (found.recording == () or found.is_recording(deterministic)):
-        found, recording = None, _recording(tensors, others, deterministic)
+        found, recording = None, recording_of(tensors, others, deterministic)
         if recording is None:
             return None, None
     else:
         recording = found.recording
     q_ptr, k_ptr, v_ptr, out_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr()
     somewhere = q_ptr and k_ptr and v_ptr and (out_ptr or out is None)
-    alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15 | (0 if somewhere else _NOWHERE)
+    alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15 | (0 if somewhere else NOWHERE)
     if found is None or found.alignment != alignment:
-        key, found = _find(call, alignment, tensors, recording)
+        key, found = find(call, alignment, tensors, recording, guards=bool(recording) or not any(tensor.requires_grad for tensor in tensors))
         if found is None:
             return key, None
     if found.recorded is not None:
@@ -202,7 +218,7 @@ def _describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers,
     return (*call, (slopes is None, learned_sink is None, out is None)), tensors
 
 
-def _recording(tensors: Tensors, others: Others, deterministic: bool) -> Recording | None:  # noqa: FBT001 - part of the result
+def recording_of(tensors: Tensors, others: Others, deterministic: bool) -> Recording | None:  # noqa: FBT001 - part of the result
     """How autograd records a call on these tensors; None where they are not plain ones on a GPU, or something else records them.
 
     Views with other signs, gradients of slopes and a recorded call into ``out`` are for the checks.
@@ -235,18 +251,18 @@ def _has_memory(tensor: Any) -> bool:
     return True
 
 
-def _find(call: Key, alignment: int, tensors: Tensors, recording: Recording) -> tuple[Key, Shortcut | None]:
+def find(call: Key, alignment: int, tensors: Tensors, recording: Recording, *, guards: bool) -> tuple[Key, Any]:
     """The key of a call and its shortcut, which is from now on the first to be tried for calls of these numbers.
 
-    A guard tells whether tensors want gradients, and not whether autograd is on: those that want them have one for recorded calls only,
-    which ask.
+    ``guards``: whether a guard may tell it. It tells whether tensors want gradients, and not whether autograd is on: functional calls on
+    those that want them have one only if they are recorded, and ask.
     """
     facts = [fact for tensor in tensors for fact in (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())]
     key = (call, alignment, recording, *facts)
     found = shortcuts.get(key)
     if found is not None:
         if not found.same(*tensors):
-            found.same = _guard(tensors) if recording or not any(tensor.requires_grad for tensor in tensors) else _never
+            found.same = _guard(tensors) if guards else never
         latest[call] = found
     return key, found
 
@@ -257,14 +273,14 @@ def _guard(tensors: Tensors) -> Any:
     A guard sees whether autocast is on, and not the type that it asks for. So one that is made under autocast asks for that as well.
     """
     if hooks.guard is None or len({id(tensor) for tensor in tensors}) < len(tensors):
-        return _never
+        return never
     same = guard_of(hooks.guard, tensors)
     if not autocast_is_on():
         return same
     return lambda *others: same(*others) and not autocast_changes(others[:3])
 
 
-def _never(*_tensors: Any) -> bool:
+def never(*_tensors: Any) -> bool:
     """The guard of a shortcut that has none."""
     return False
 
@@ -276,8 +292,13 @@ def _overlap(out: int, q: int, k: int, v: int, reaches: tuple[int, ...]) -> bool
     return (out < q + of_q and q < end) or (out < k + of_k and k < end) or (out < v + of_v and v < end)
 
 
-def launch_more(found: Shortcut, pointers: tuple[int, int, int, int], q: Any, packing: Packing | None, others: Others) -> tuple[Any, Any]:
-    """Launch with more addresses than those of q, k, v and o; the LSE and the dropout seed, where there are any."""
+def launch_more(
+    found: Shortcut, pointers: tuple[int, int, int, int], q: Any, packing: Packing | None, others: Others, rng: Any = None
+) -> tuple[Any, Any]:
+    """Launch with more addresses than those of q, k, v and o; the LSE and the dropout seed, where there are any.
+
+    ``rng``: a seed that was drawn before; None is a new one for a call with dropout.
+    """
     stream = hooks.raw_stream(found.device_index)
     lse, lse_ptr = None, 0
     if found.lse is not None:
@@ -286,7 +307,8 @@ def launch_more(found: Shortcut, pointers: tuple[int, int, int, int], q: Any, pa
     lengths = (0, 0) if packing is None else (packing[0].data_ptr(), packing[1].data_ptr())
     slopes, learned_sink, _ = others
     biases = (0 if slopes is None else slopes.data_ptr(), 0 if learned_sink is None else learned_sink.data_ptr())
-    rng = draw_seed(q) if found.dropout else None
+    if rng is None and found.dropout:
+        rng = draw_seed(q)
     found.launch(stream, (*pointers, lse_ptr, *lengths, *biases, 0 if rng is None else rng.data_ptr()))
     return lse, rng
 
@@ -300,13 +322,11 @@ def remember(key: Key, plan: Plan, output: Output, *, brings_out: bool = False, 
     numbers, *more = call if type(call[0]) is tuple else (call,)
     if settings().debug or output.dropout_mask is not None or len(plan.launches) != 1:
         return
-    if len(shortcuts) >= MAX_PLANS:
-        _forget()
     (launch,) = plan.launches
     out = None if brings_out else _array(output.out)
     dropout = bool(numbers[0] > 0)
     one_gpu = hooks.device_count is not None and hooks.device_count() == 1
-    shortcuts[key] = made = Shortcut(
+    made = Shortcut(
         launch=plan.launch,
         device_index=launch.device_index,
         alignment=alignment,
@@ -316,11 +336,19 @@ def remember(key: Key, plan: Plan, output: Output, *, brings_out: bool = False, 
         lse=None if output.lse is None else _array(output.lse),
         dropout=dropout,
         plain=not more and output.lse is None and not dropout,
-        same=_never,
+        same=never,
         recording=recording,
     )
     if recorded is not None:
         made.recorded = recorded(made)
+    keep(key, made)
+
+
+def keep(key: Key, known: Known) -> None:
+    """Let calls of this key find it. When there are too many, those of before are forgotten."""
+    if len(shortcuts) >= MAX_PLANS:
+        _forget()
+    shortcuts[key] = known
 
 
 def _array(tensor: Any) -> NewTensor:

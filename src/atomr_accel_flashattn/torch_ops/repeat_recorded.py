@@ -8,7 +8,7 @@ brought them back from the host, or where a gradient is no plain tensor, the bac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .attention_function import Saved
     from .first_call import Asked
 
-__all__ = ["remember_recorded"]
+__all__ = ["BackwardLaunch", "remember_recorded"]
 
 _MOST_PLANS: Final = 64  # of backwards, of one forward
 
@@ -34,13 +34,51 @@ def remember_recorded(key: Key, plan: Plan, output: Output, asked: Asked, *, giv
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Backward:
+class BackwardLaunch:
     """A plan, and what its call makes: dq, dk, dv and the workspace, and dsink; ``offsets`` in the workspace."""
 
     launch: Callable[[int, tuple[int, ...]], None]
+    device_index: int
     arrays: tuple[NewTensor, ...]
     dsink: NewTensor | None
     offsets: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, saved: Saved) -> BackwardLaunch:
+        """Of the plan of a backward that was found for these saved tensors."""
+        q, k, v, learned_sink, _, lse, *_ = saved
+        assert plan.workspace is not None  # noqa: S101 - every backward has one
+        arrays = tuple((tuple(x.shape), strides, x.dtype) for x, strides in zip((q, k, v), plan.out_strides, strict=True))
+        workspace = (plan.workspace.size // lse.dtype.itemsize,), (1,), lse.dtype
+        dsink = None if learned_sink is None else (tuple(learned_sink.shape), (1,), lse.dtype)
+        return cls(plan.launch, q.get_device(), (*arrays, workspace), dsink, tuple(plan.workspace.offsets.values()))
+
+    def gradients(
+        self, q: Any, dout: Any, dlse: Any, pointers: tuple[int, ...], learned_sink: Any, others: Sequence[Any]
+    ) -> tuple[Any, Any, Any, Any]:
+        """Make them and launch; ``pointers``: of q, k, v, o and LSE; ``others``: slopes, seed and offsets, or nothing."""
+        index = self.device_index
+        dq, dk, dv, room = (empty_on(index, q, each) for each in self.arrays)
+        dsink = None if self.dsink is None else empty_on(index, q, self.dsink)
+        base = room.data_ptr()
+        addresses = (
+            0 if dout is None else dout.data_ptr(),
+            0 if dlse is None else dlse.data_ptr(),
+            *[base + offset for offset in self.offsets],
+            dq.data_ptr(),
+            dk.data_ptr(),
+            dv.data_ptr(),
+            0 if dsink is None else dsink.data_ptr(),
+            *pointers,
+        )
+        if others:
+            slopes, rng, cu_seqlens_q, cu_seqlens_k = others
+            more = (cu_seqlens_q, cu_seqlens_k, slopes, learned_sink, rng)
+            addresses = (*addresses, *(0 if each is None else each.data_ptr() for each in more))
+        else:
+            addresses = (*addresses, 0, 0, 0, 0, 0)
+        self.launch(hooks.raw_stream(index), addresses)
+        return dq, dk, dv, dsink
 
 
 @dataclass(slots=True, eq=False)
@@ -50,18 +88,13 @@ class _Recorded:
     shortcut: Shortcut
     asked: Asked
     gives_lse: bool
-    plans: dict[Key, _Backward] = field(default_factory=dict)
+    plans: dict[Key, BackwardLaunch] = field(default_factory=dict)
 
     def keep(self, key: Key, plan: Plan, saved: Saved) -> None:
         """Remember the plan of a backward that was found for these saved tensors."""
-        q, k, v, learned_sink, _, lse, *_ = saved
-        assert plan.workspace is not None  # noqa: S101 - every backward has one
-        arrays = tuple((tuple(x.shape), strides, x.dtype) for x, strides in zip((q, k, v), plan.out_strides, strict=True))
-        workspace = (plan.workspace.size // lse.dtype.itemsize,), (1,), lse.dtype
-        dsink = None if learned_sink is None else (tuple(learned_sink.shape), (1,), lse.dtype)
         if len(self.plans) >= _MOST_PLANS:
             self.plans.clear()
-        self.plans[key] = _Backward(plan.launch, (*arrays, workspace), dsink, tuple(plan.workspace.offsets.values()))
+        self.plans[key] = BackwardLaunch.of(plan, saved)
 
     def forward(self, *inputs: Any) -> tuple[Any, Saved, _Again]:
         """Make the outputs and launch."""
@@ -101,28 +134,7 @@ class _Again:
             if found is not None:
                 call.keep(key, found, saved)
             return made
-        index = call.shortcut.device_index
-        dq, dk, dv, room = (empty_on(index, q, each) for each in plan.arrays)
-        dsink = None if plan.dsink is None else empty_on(index, q, plan.dsink)
-        base = room.data_ptr()
-        addresses = (
-            0 if dout is None else dout.data_ptr(),
-            0 if dlse is None else dlse.data_ptr(),
-            *[base + offset for offset in plan.offsets],
-            dq.data_ptr(),
-            dk.data_ptr(),
-            dv.data_ptr(),
-            0 if dsink is None else dsink.data_ptr(),
-            *pointers,
-        )
-        if others:
-            slopes, rng, cu_seqlens_q, cu_seqlens_k = others
-            more = (cu_seqlens_q, cu_seqlens_k, slopes, learned_sink, rng)
-            addresses = (*addresses, *(0 if each is None else each.data_ptr() for each in more))
-        else:
-            addresses = (*addresses, 0, 0, 0, 0, 0)
-        plan.launch(hooks.raw_stream(index), addresses)
-        return dq, dk, dv, dsink
+        return plan.gradients(q, dout, dlse, pointers, learned_sink, others)
 
 
 def _are_usual(dout: Any, dlse: Any) -> bool:
