@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from atomr_accel_flashattn import functional  # noqa: E402 - after the skip
 from atomr_accel_flashattn.bench import backward, entry, host, measure  # noqa: E402 - after the skip
 from atomr_accel_flashattn.bench.autograd import deterministic_algorithms, training_step  # noqa: E402
 from atomr_accel_flashattn.bench.backward import MEMORY_CELLS, Backward  # noqa: E402
@@ -27,6 +29,7 @@ from atomr_accel_flashattn.bench.report import markdown  # noqa: E402
 from atomr_accel_flashattn.bench.timing import Contestant, Timing  # noqa: E402
 from atomr_accel_flashattn.functional import flash_attn_func, flash_attn_varlen_func  # noqa: E402
 from atomr_accel_flashattn.limits import not_built  # noqa: E402
+from atomr_accel_flashattn.torch_ops import traced  # noqa: E402
 
 from .test_forward import CELLS as FORWARD_CELLS, CPU, SIZES  # noqa: E402
 
@@ -154,25 +157,35 @@ def test_a_training_step_runs_forward_and_backward_anew(cell: Cell) -> None:
         assert check_gradients(cell, inputs, step()) < 1e-2
 
 
-def test_steps_are_timed_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[host.HostOptions] = []
-
-    def timed(call: Any, options: host.HostOptions, context: Any) -> float:
-        with context():
-            call()
-        asked.append(options)
-        return 12.0
-
-    monkeypatch.setattr(host, "enqueue_us", timed)
+def test_steps_are_timed_on_the_host_eager_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(host, "COMPILER", "aot_eager")
     monkeypatch.setattr(host, "_inputs", lambda cell, dout: make_inputs(cell, CPU, l2_bytes=0, dout=dout)[0])
     lines: list[str] = []
+    options = host.HostOptions(calls=host.LAUNCHES_OF_STEP, repeats=2, warm_up=0)
+    by_operator: list[Any] = []
+    monkeypatch.setattr(functional, "_by_operator", lambda *call: by_operator.append(call) or traced.attend(*call))
+    torch._dynamo.reset()
     with torch.no_grad():
-        found = host._steps_us(host.SMALL, host.HostOptions(), lines.append)
-    assert found.keys() == {"ours", "fa2", "cudnn"}
-    assert found["ours"] == found["fa2"] == 12.0
+        found = host._steps_us(host.SMALL, options, lines.append)
+    torch._dynamo.reset()
+    assert len(by_operator) == 3, "torch.compile plays the note back in every call of its code"
+    assert list(found) == ["ours", "fa2", "cudnn", "ours_compiled", "fa2_compiled"]
     assert isinstance(found["cudnn"], str), "which needs a card"
+    assert all(found[name] > 0 for name in found if name != "cudnn")
     assert [line.split()[:4] for line in lines[:2]] == [["step", "full", "dense", name] for name in ("ours", "fa2")]
-    assert {options.calls * host.LAUNCHES_OF_STEP for options in asked} <= set(range(1024))
+    assert host.HostOptions().calls < 1024
+
+
+def test_the_peers_take_turns_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    made: list[str] = []
+    contestants = {name: Contestant([lambda name=name: made.append(name)], nullcontext) for name in ("one", "two")}
+    costs = host.enqueue_us(contestants, host.HostOptions(calls=3, repeats=4, warm_up=8))
+    assert costs.keys() == {"one", "two"}
+    assert len(made) == 2 * 4 * (3 + 2)
+    assert [sorted(set(made[n : n + 10])) for n in range(0, 40, 10)] == [["one", "two"]] * 4
+
 
 
 # --- a run ---

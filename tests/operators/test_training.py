@@ -1,11 +1,7 @@
-"""Training as users of torch do it: checkpointing, autocast, DDP and FSDP2, eager and compiled."""
+"""Training as users of torch do it: checkpointing and autocast, eager and compiled."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -136,62 +132,3 @@ def test_autocast_takes_the_type_of_now(compiled: bool):
             with torch.autocast("cpu", enabled=False):
                 assert function(*half).dtype is torch.float16
     assert function(*leaves()).dtype is torch.float32
-
-
-_WORKER = """
-import os, sys, torch, torch.distributed as dist
-import atomr_accel_flashattn as fa
-from torch.nn.parallel import DistributedDataParallel
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-
-class Layer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
-        self.sink = torch.nn.Parameter(torch.zeros(2))
-    def forward(self, x):
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 8).unbind(2)
-        made = fa.flash_attn_func(q, k, v, causal=True, learned_sink=self.sink)
-        return self.out(made.flatten(2)) + x
-
-def steps(model, data):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for x in data:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-
-def values(model):
-    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
-
-dist.init_process_group("gloo")
-rank, way, compiled = dist.get_rank(), sys.argv[1], sys.argv[2] == "compiled"
-torch.manual_seed(0)
-plain, model, data = Layer(), Layer(), torch.randn(2, 4, 9, 16)
-model.load_state_dict(plain.state_dict())
-before = values(plain)
-steps(plain, data)
-model = DistributedDataParallel(model) if way == "ddp" else fully_shard(model) or model
-steps(torch.compile(model, backend="aot_eager") if compiled else model, data[:, 2 * rank : 2 * rank + 2])
-for made, expected, start in zip(values(model), values(plain), before, strict=True):
-    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-6)
-    assert not torch.equal(expected, start), "a parameter did not train"
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch without gloo")
-@pytest.mark.parametrize("compiled", ["eager", "compiled"])
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_two_steps_of_two_processes_are_those_of_one(way: str, compiled: str):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    workers = []
-    for rank in ("0", "1"):
-        place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", "-c", _WORKER, way, compiled]
-        workers.append(subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True))
-    errors = [worker.communicate()[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(each[-3000:] for each in errors)

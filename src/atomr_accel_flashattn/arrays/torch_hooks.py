@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ __all__ = [
     "is_transformed",
     "is_watched",
     "keep_out_of_graphs",
+    "may_have_tangents",
     "meet_torch",
     "once_torch_is_there",
     "one_level",
@@ -177,16 +178,23 @@ def is_transformed() -> bool:
     return sys.modules["torch"]._C._functorch.peek_interpreter_stack() is not None
 
 
-@contextmanager
-def below_autograd() -> Iterator[None]:
+def below_autograd() -> AbstractContextManager[None]:
     """Operators that are called here go past autograd; levels of torch.func that lie further out still record them."""
+    past: AbstractContextManager[None] = sys.modules["torch"]._C._AutoDispatchBelowAutograd()
+    return _in_a_transform(past) if is_transformed() else past
+
+
+@contextmanager
+def _in_a_transform(past: AbstractContextManager[None]) -> Iterator[None]:
+    """Inside of a Function, which records nothing of what it calls."""
     torch = sys.modules["torch"]
-    with ExitStack() as stack:
-        if is_transformed():  # inside of a Function, which records nothing of what it calls
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autograd.forward_ad._set_fwd_grad_enabled(True))
-        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+    with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True), past:
         yield
+
+
+def may_have_tangents() -> bool:
+    """Whether forward-mode autograd is on."""
+    return bool(sys.modules["torch"].autograd.forward_ad._current_level >= 0)
 
 
 def one_level() -> AbstractContextManager[None]:

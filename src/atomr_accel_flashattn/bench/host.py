@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ from .cells import Cell
 from .forward import chosen_peers
 from .inputs import Inputs, make_inputs
 from .measure import Options
-from .peers import CudnnPeer, Ours, Peer, Refused, TorchFa2
+from .peers import Call, CudnnPeer, Ours, Peer, Refused, TorchFa2
+from .timing import Contestant
 
 __all__ = ["HostOptions", "enqueue_us", "import_seconds", "run_host"]
 
@@ -32,12 +34,16 @@ SMALL = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64,), caus
 SMALL_PACKED = Cell(group="host", head_dim=64, heads=1, heads_kv=1, lengths=(64, 32), causal=True, packed=True)
 MANY_TILES = Cell(group="host", head_dim=64, heads=512, heads_kv=512, lengths=(64,), causal=False)  # more than any GPU has SMs
 LAUNCHES_OF_STEP = 8  # at most, of a peer: the queue holds fewer steps than calls
+COMPILER = "inductor"  # the backend of torch.compile
 MEMORY_LENGTHS = (4096, 8192, 16384, 32768)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostOptions:
-    """``calls`` are enqueued between two waits for the device (fewer than the 1024 that CUDA queues); the median of ``repeats`` counts."""
+    """``calls`` are enqueued between two waits for the device (fewer than the 1024 that CUDA queues); the median of ``repeats`` counts.
+
+    ``warm_up`` calls are made in all, some before each of the repeats.
+    """
 
     calls: int = 500
     repeats: int = 9
@@ -50,8 +56,8 @@ def run_host(options: HostOptions, say: Say = print) -> dict[str, Any]:
     """All of it on the current CUDA device; the start-up part needs no device.
 
     Returns:
-        ``enqueue_us`` and ``training_step_us`` (forward and backward through autograd) by layout
-        and peer; by family ``breakdown_us`` (layout, step) and ``launch_us`` (kind of launch);
+        ``enqueue_us`` and ``training_step_us`` (forward and backward through autograd, eager
+        and compiled) by layout and peer; by family ``breakdown_us`` (layout, step) and ``launch_us`` (kind of launch);
         ``startup`` seconds and milliseconds; ``memory`` bytes by length.
 
     Raises:
@@ -82,11 +88,30 @@ def _peers_us(cell: Cell, options: HostOptions, say: Say) -> dict[str, float | s
 
 
 def _steps_us(cell: Cell, options: HostOptions, say: Say) -> dict[str, float | str]:
-    """Microseconds of a training step, forward and backward through autograd, ours and torch's."""
+    """Microseconds of a training step, forward and backward through autograd, ours and torch's, eager and compiled."""
     inputs = _inputs(cell, dout=True)
-    peers: tuple[Peer, ...] = (Ours(), TorchFa2(), CudnnPeer())
+    peers: tuple[Peer, ...] = (Ours(), TorchFa2(), CudnnPeer(), _Compiled(Ours()), _Compiled(TorchFa2()))
     calls = {peer: partial(training_step, peer, cell, inputs) for peer in peers}
     return _costs_us("step   ", cell, calls, replace(options, calls=options.calls // LAUNCHES_OF_STEP), say)
+
+
+class _Compiled(Peer):
+    """A peer whose forward and backward are code of torch.compile: of ours, calls of the operators."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.name = f"{peer.name}_compiled"
+
+    def context(self) -> AbstractContextManager[Any]:
+        """The peer's."""
+        return self.peer.context()
+
+    def prepare(self, cell: Cell, inputs: Inputs) -> Call:
+        """In one graph."""
+        import torch
+
+        made: Call = torch.compile(self.peer.prepare(cell, inputs), fullgraph=True, backend=COMPILER)
+        return made
 
 
 def _costs_us(
@@ -94,17 +119,22 @@ def _costs_us(
 ) -> dict[str, float | str]:
     """By peer, microseconds of the call that is made here; a text where a peer does not do it."""
     found: dict[str, float | str] = {}
+    contestants: dict[str, Contestant] = {}
     for peer, prepare in calls.items():
         try:
             with peer.context():
                 call = prepare()
-            found[peer.name] = enqueue_us(call, options, peer.context)
+                call()
         except (Refused, RuntimeError) as reason:
             found[peer.name] = str(reason).split("\n")[0]
+        else:
+            contestants[peer.name] = Contestant([call], peer.context)
+    found |= enqueue_us(contestants, options)
+    for peer in calls:
         cost = found[peer.name]
         text = cost if isinstance(cost, str) else f"{cost:.2f} us"
-        say(f"{what} {cell.mask:6} {'packed' if cell.packed else 'dense':7} {peer.name:6} {text}")
-    return found
+        say(f"{what} {cell.mask:6} {'packed' if cell.packed else 'dense':7} {peer.name:12} {text}")
+    return {peer.name: found[peer.name] for peer in calls}
 
 
 def _inputs(cell: Cell, *, dout: bool = False) -> Inputs:
@@ -140,22 +170,29 @@ def _say_costs(title: str, costs: Mapping[str, float], say: Say) -> None:
         say(f"  {step:40} {cost:7.2f} us")
 
 
-def enqueue_us(call: Callable[[], object], options: HostOptions, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> float:
-    """Median over ``repeats`` of the CPU microseconds per call in a steady state. The device keeps up: the queue never fills."""
+def enqueue_us(contestants: Mapping[str, Contestant], options: HostOptions) -> dict[str, float]:
+    """By name, the median over ``repeats`` of the CPU microseconds per call in a steady state, in turns.
+
+    The device keeps up: the queue never fills. Before each measurement some calls of the same kind run.
+    """
     import torch
 
-    costs = []
-    with context():
-        for _ in range(options.warm_up):
-            call()
-        for _ in range(options.repeats):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(options.calls):
-                call()
-            costs.append((time.perf_counter() - began) / options.calls * 1e6)
-    torch.cuda.synchronize()
-    return statistics.median(costs)
+    costs: dict[str, list[float]] = {name: [] for name in contestants}
+    order, names = random.Random(0), list(contestants)  # noqa: S311 - an order, not a secret
+    for _ in range(options.repeats):
+        order.shuffle(names)
+        for name in names:
+            (call,), context = contestants[name].calls, contestants[name].context
+            with context():
+                for _ in range(options.warm_up // options.repeats):
+                    call()
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                for _ in range(options.calls):
+                    call()
+                costs[name].append((time.perf_counter() - began) / options.calls * 1e6)
+                torch.cuda.synchronize()
+    return {name: statistics.median(each) for name, each in costs.items()}
 
 
 def memory_growth(say: Say) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from ..arrays.new import empty_torch
-from ..arrays.torch_hooks import below_autograd, one_level, tangent_of
+from ..arrays.torch_hooks import below_autograd, may_have_tangents, one_level, tangent_of
 from ..errors import ShapeError
 from ..limits import not_built
 
@@ -222,10 +222,9 @@ def _recorded(name: str, function: Any) -> Any:
     apply = super(torch.autograd.Function, function).apply  # not the one that hands on to torch.func, which brought us here
 
     def call(*arguments: Any) -> Any:
-        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-        if any(tangent_of(x) is not None for x in tensors):
+        if may_have_tangents() and any(isinstance(x, torch.Tensor) and tangent_of(x) is not None for x in arguments):
             raise not_built("forward_mode", f"an operand of {name} is a dual tensor")
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        if not (torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments)):
             return _below_autograd(name, *arguments)
         with one_level():
             return apply(*arguments)
@@ -236,4 +235,4 @@ def _recorded(name: str, function: Any) -> Any:
 def _below_autograd(name: str, *arguments: Any) -> Any:
     """What an operator gives below autograd."""
     with below_autograd():
-        return getattr(torch.ops.atomr_accel_flashattn, name)(*arguments)
+        return getattr(torch.ops.atomr_accel_flashattn, name).default(*arguments)
