@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 WORKER = Path(__file__).with_name("two_processes.py")
-PATIENCE = 110  # seconds, of which a process that lost the other one spends 60
+PATIENCE = {"gloo": None, "nccl": 110}  # seconds: of a card somebody waits for the end, and a busy machine is no failure
 AVAILABLE = torch.distributed.is_available()
 
 
@@ -45,7 +45,7 @@ def test_two_steps_of_two_processes_are_those_of_one(way: str, compiled: str, ba
         command = [sys.executable, "-W", "ignore", str(WORKER), backend, way, compiled]
         workers.append(subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True))
     try:
-        errors = [worker.communicate(timeout=PATIENCE)[1] for worker in workers]
+        errors = [worker.communicate(timeout=PATIENCE[backend])[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
