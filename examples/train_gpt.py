@@ -8,6 +8,7 @@ scaled_dot_product_attention takes a block-diagonal mask, which is made anew for
     python examples/train_gpt.py                                    # on a GPU
     python examples/train_gpt.py --width 64 --layers 2 --batch 4    # on the CPU: minutes
     python examples/train_gpt.py --checkpoint run.pt --out run.json # Ctrl-C stops, the same command goes on; run.png is the picture
+    python examples/train_gpt.py --draw one.json two.json --out all.png # one picture of several runs, without training
 
 Exit status: 0 where the losses agree, 1 where they do not, 130 after Ctrl-C.
 """
@@ -33,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import atomr_accel_flashattn as fa
+from atomr_accel_flashattn.bench.record import make_record
 
 SMOOTH = 50  # steps that a smoothed loss is the mean of
 TURN = 10  # steps of one run before the other one's turn
@@ -300,19 +302,26 @@ def differences(runs: dict[str, Run]) -> list[float]:
     return [(one - other) / other for one, other in zip(ours, theirs, strict=True)]
 
 
+def form(c: Config) -> str:
+    """What tells a run from the others, for people."""
+    return ", ".join(
+        ["packed" if c.packed else "dense", *(["compiled"] if c.compile else []), *([f"window {c.window}"] if c.window >= 0 else [])]
+    )
+
+
 def record(c: Config, runs: dict[str, Run], device: str) -> dict[str, Any]:
-    """Both curves, and what they were made with."""
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    """Both curves, what they were made with, and where."""
     made = {
         each: {
             "losses": run.losses,
             "smoothed": smoothed(run.losses),
             "tokens_per_second": statistics.median(run.speeds),
+            "speeds": run.speeds,  # of each turn
             "peak_bytes": run.peak or None,
         }
         for each, run in runs.items()
     }
-    return {"config": asdict(c), "device": name, "torch": torch.__version__, "package": fa.__version__, "runs": made}
+    return make_record("train_gpt", {"form": form(c), "config": asdict(c), "on": device, "runs": made})
 
 
 def cost(run: dict[str, Any]) -> str:
@@ -321,27 +330,43 @@ def cost(run: dict[str, Any]) -> str:
     return f"{run['tokens_per_second']:,.0f} tokens/s{memory}"
 
 
-def picture(kept: dict[str, Any], path: Path) -> None:
-    """Losses of both runs, and what they differ by."""
+def picture(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """A column for each record: losses of both runs, what the smoothed ones differ by, and how fast they were."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(8, 5), height_ratios=(3, 1), layout="constrained")
-    for name, label, colour in (("sdpa", "scaled_dot_product_attention", "#e69f00"), ("flash", "this package", "#1a1a1a")):
-        run = kept["runs"][name]
-        above.plot(run["losses"], color=colour, alpha=0.25, linewidth=0.8)
-        above.plot(run["smoothed"], color=colour, label=f"{label}: {cost(run)}", linestyle="--" if name == "flash" else "-")
-    ours, theirs = (kept["runs"][name]["smoothed"] for name in ("flash", "sdpa"))
-    below.plot([100 * (one / other - 1) for one, other in zip(ours, theirs, strict=True)], color="#1a1a1a")
-    below.axhspan(-100 * TOLERANCE, 100 * TOLERANCE, color="#009e73", alpha=0.15)
-    above.set(ylabel="loss, nats", title=f"A character-level GPT on {kept['device']}{', packed' if kept['config']['packed'] else ''}")
-    above.legend(frameon=False)
-    below.set(ylabel="difference, %", xlabel=f"step; smoothed over {SMOOTH}")
-    for axis in (above, below):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", linewidth=0.4, alpha=0.6)
+    names = {"sdpa": ("scaled_dot_product_attention", "#e69f00", "-"), "flash": ("this package", "#1a1a1a", "--")}
+    figure, axes = plt.subplots(
+        3, len(records), squeeze=False, sharey="row", figsize=(max(5.0, 3.6 * len(records)), 6.5), height_ratios=(4, 1.2, 1), layout="constrained"
+    )
+    for (losses, difference, speed), kept in zip(axes.T, records, strict=True):
+        runs = kept["runs"]
+        for name, (label, colour, line) in names.items():
+            losses.plot(runs[name]["losses"], color=colour, alpha=0.25, linewidth=0.8)
+            losses.plot(runs[name]["smoothed"], color=colour, label=label, linestyle=line)
+        ours, theirs = (runs[name]["smoothed"] for name in ("flash", "sdpa"))
+        difference.plot([100 * (one / other - 1) for one, other in zip(ours, theirs, strict=True)], color="#1a1a1a")
+        difference.axhspan(-100 * TOLERANCE, 100 * TOLERANCE, color="#009e73", alpha=0.15)
+        bars = speed.barh(range(2), [runs[name]["tokens_per_second"] for name in names], color=[colour for _, colour, _ in names.values()])
+        speed.bar_label(bars, [cost(runs[name]) for name in names], padding=3, fontsize=8)
+        speed.set(xlabel="tokens/s", yticks=[])
+        speed.margins(x=1.1)
+        losses.set_title(kept["form"], fontsize=10)
+        difference.set_xlabel(f"step; smoothed over {SMOOTH}")
+        difference.sharex(losses)
+        for axis in (losses, difference, speed):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="x" if axis is speed else "y", linewidth=0.4, alpha=0.6)
+            axis.set_axisbelow(True)
+    axes[0][0].set_ylabel("loss, nats")
+    axes[1][0].set_ylabel("difference, %")
+    first = records[0]
+    dtype, torch_version = "bfloat16" if first["on"] == "cuda" else "float32", first["versions"]["torch"]
+    title = f"A character-level GPT, {dtype}, one seed \N{MIDDLE DOT} {first['device']['name']} \N{MIDDLE DOT} torch {torch_version}"
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, title=title, title_fontsize=11)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
@@ -355,13 +380,19 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="of each run")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
     parser.add_argument("--checkpoint", type=Path, help="written as it goes, and read where it is there")
-    parser.add_argument("--out", type=Path, help="JSON file for both curves; with matplotlib, the picture lies beside it")
+    parser.add_argument("--out", type=Path, help="JSON file for both curves; with matplotlib, the picture lies beside it. With --draw, the picture")
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="JSON", help="draw what these runs wrote, and do not train")
     return parser.parse_args(given)
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """Train both, and say whether they agree."""
     told = arguments(given)
+    if told.draw:
+        if told.out is None:
+            raise SystemExit("--out: got none with --draw; allowed is a PNG or SVG file")
+        picture([json.loads(path.read_text(encoding="utf-8")) for path in told.draw], told.out)
+        return 0
     c = Config(**{name: getattr(told, name) for name in asdict(Config())})
     runs = make_runs(c, told.device)
     if told.checkpoint and told.checkpoint.exists():
@@ -374,9 +405,9 @@ def main(given: Sequence[str] | None = None) -> int:
     if told.out:
         told.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         if find_spec("matplotlib"):
-            picture(kept, told.out.with_suffix(".png"))
+            picture([kept], told.out.with_suffix(".png"))
     size = sum(p.numel() for p in runs["flash"].model.parameters())
-    print(f"{size / 1e6:.1f} million parameters, {told.steps} steps of {c.batch * c.length} tokens on {kept['device']}")
+    print(f"{size / 1e6:.1f} million parameters, {told.steps} steps of {c.batch * c.length} tokens on {kept['device']['name']}")
     for name, run in kept["runs"].items():
         print(f"{name:>5}: smoothed loss {run['smoothed'][-1]:.4f}, {cost(run)}")
     most = max(map(abs, differences(runs)))

@@ -77,6 +77,12 @@ def test_a_run_that_was_interrupted_is_one_that_was_not(
     assert all(losses[-1] < losses[0] - 0.2 for losses in whole.values()), "nothing was learned"
     assert whole["flash"] != whole["sdpa"], "two patterns of dropout"
     assert (tmp_path / "whole.png").exists() == bool(find_spec("matplotlib"))
+    if find_spec("matplotlib"):
+        kept = [tmp_path / "resumed.json", tmp_path / "whole.json"]
+        assert example("--draw", *kept, "--out", tmp_path / "both.png") == 0
+        assert (tmp_path / "both.png").stat().st_size > (tmp_path / "whole.png").stat().st_size
+    with pytest.raises(SystemExit, match="--out: got none with --draw"):
+        example("--draw", tmp_path / "whole.json")
     with pytest.raises(SystemExit, match=r"--checkpoint: got .*run.pt"):
         example(*options, *checkpoint, "--seed", 1)
 
