@@ -339,7 +339,13 @@ def picture(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     names = {"sdpa": ("scaled_dot_product_attention", "#e69f00", "-"), "flash": ("this package", "#1a1a1a", "--")}
     figure, axes = plt.subplots(
-        3, len(records), squeeze=False, sharey="row", figsize=(max(5.0, 3.6 * len(records)), 6.5), height_ratios=(4, 1.2, 1), layout="constrained"
+        3,
+        len(records),
+        squeeze=False,
+        sharey="row",
+        figsize=(max(5.0, 3.6 * len(records)), 6.5),
+        height_ratios=(4, 1.2, 1),
+        layout="constrained",
     )
     for (losses, difference, speed), kept in zip(axes.T, records, strict=True):
         runs = kept["runs"]
@@ -380,7 +386,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="of each run")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
     parser.add_argument("--checkpoint", type=Path, help="written as it goes, and read where it is there")
-    parser.add_argument("--out", type=Path, help="JSON file for both curves; with matplotlib, the picture lies beside it. With --draw, the picture")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for both curves; with matplotlib, the picture lies beside it. With --draw, the picture"
+    )
     parser.add_argument("--draw", type=Path, nargs="+", metavar="JSON", help="draw what these runs wrote, and do not train")
     return parser.parse_args(given)
 

@@ -186,7 +186,6 @@ def test_the_peers_take_turns_on_the_host(monkeypatch: pytest.MonkeyPatch) -> No
     assert [sorted(set(made[n : n + 10])) for n in range(0, 40, 10)] == [["one", "two"]] * 4
 
 
-
 # --- a run ---
 
 

@@ -67,9 +67,7 @@ def let_autograd_keep_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
         return backward(Context(ctx), *map(_back, gradients)) if ctx.on_card else backward(ctx, *gradients)
 
     rows_contiguous = first_call.usual_rows
-    monkeypatch.setattr(
-        first_call, "usual_rows", lambda x: _back(rows_contiguous(x)) if isinstance(x, FakeCuda) else rows_contiguous(x)
-    )
+    monkeypatch.setattr(first_call, "usual_rows", lambda x: _back(rows_contiguous(x)) if isinstance(x, FakeCuda) else rows_contiguous(x))
     monkeypatch.setattr(Attention, "forward", staticmethod(noted))
     monkeypatch.setattr(Attention, "backward", staticmethod(on_card))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -188,6 +189,21 @@ def test_what_is_refused_is_refused_by_name(error: type[Exception], options: dic
     """Without ``fullgraph``, where torch's compiler gives way to the call."""
     with pytest.raises(error):
         torch.compile(lambda q, k, v: fa.flash_attn_func(q.sin(), k, v, **options), backend="eager")(*leaves())
+
+
+@pytest.mark.parametrize(
+    ("said", "options"),
+    [
+        ("window_size: got (1, 2, 3); allowed is (left, right)", {"window_size": (1, 2, 3)}),
+        ("dropout_p: got 1.0; allowed is 0 <= p < 1", {"dropout_p": 1.0}),
+        ("alibi_slopes: got shape (3,); allowed is (4,)", {"alibi_slopes": torch.ones(3)}),
+    ],
+    ids=["window", "dropout", "slopes"],
+)
+def test_a_refusal_in_one_graph_says_why(said: str, options: dict[str, Any]):
+    """The error is of torch's compiler, which quotes ours, or is ours where only the run finds it."""
+    with pytest.raises(Exception, match=re.escape(said)):
+        compiled(lambda q, k, v: fa.flash_attn_func(q, k, v, **options))(*(x.detach() for x in leaves()))
 
 
 def test_a_first_call_that_is_refused_is_refused_by_name():

@@ -132,6 +132,18 @@ def test_offsets_of_one_alone_are_refused(given: str, absent: str):
         operators.attention(x, x, x, **offsets, max_seqlen_q=5, max_seqlen_k=5)
 
 
+@pytest.mark.parametrize("name", ["longest_q", "longest_k"])
+@pytest.mark.parametrize("length", [torch.tensor(7.9), torch.tensor(True), torch.tensor([7])], ids=["float", "bool", "1-d"])
+def test_a_length_that_is_no_integer_is_refused(name: str, length: Any):
+    q, k, v = leaves(12)
+    options = {"cu_seqlens_q": ends(), "cu_seqlens_k": ends(), "max_seqlen_q": 7, "max_seqlen_k": 7, name: length}
+    with pytest.raises(fa.CuSeqlensError, match=f"{name}: got torch.*allowed is an integer tensor without dimensions"):
+        operators.attention(q, k, v, **options)
+    out, lse, _ = operators.attention(q, k, v, **options | {name: torch.tensor(7)})
+    with pytest.raises(fa.CuSeqlensError, match=f"{name}: got torch"):
+        operators.attention_backward(out.detach(), None, out.detach(), lse.detach(), q.detach(), k.detach(), v.detach(), **options)
+
+
 def test_gradients_are_those_of_the_function():
     for make in (
         lambda *x: operators.attention(*x)[:2],

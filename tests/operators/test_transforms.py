@@ -149,6 +149,28 @@ def test_vmap_of_gradients_and_gradients_of_vmap():
     close(gradients(torch.func.vmap(loss)(*tensors).sum(), tensors), expected)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_vmap_over_no_element_is_empty(packed: bool):
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        if packed:
+            return fa.flash_attn_varlen_func(q, k, v, ends, ends, 7, 7, causal=True, return_attn_probs=True)[:2]
+        return fa.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[:2]
+
+    some = leaves(3, *((12,) if packed else (2, 6)))
+    none = [x.detach()[:0].requires_grad_() for x in some]
+    made, expected = torch.func.vmap(call)(*none), torch.func.vmap(call)(*some)
+    assert [x.shape for x in made] == [(0, *x.shape[1:]) for x in expected]
+    assert [x.shape for x in gradients(made[0].sum() + made[1].sum(), none)] == [x.shape for x in none]
+    loss = lambda q, k, v: call(q, k, v)[0].sum()  # noqa: E731
+    assert torch.func.vmap(torch.func.grad(loss))(*none).shape == none[0].shape
+    last = torch.func.vmap(loss, in_dims=(1, None, None))(some[0].detach().movedim(0, 1)[:, :0], some[1][0], some[2][0])
+    assert last.shape == (0,)
+    with pytest.raises(fa.HeadDimError):
+        torch.func.vmap(call)(*(x.new_empty((*x.shape[:-1], 0)) for x in none))
+
+
 def test_vmap_of_dropout_says_what_to_pass():
     q, k, v = plain(3, 2, 40)
     call = lambda q, k, v: fa.flash_attn_func(q, k, v, 0.4, return_attn_probs=True)  # noqa: E731

@@ -52,7 +52,7 @@ def values(model: Any) -> list[Any]:
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
 
 
-def main(backend: str, way: str, compiled: bool) -> None:  # noqa: FBT001 - from the command line
+def main(backend: str, way: str, compiled: bool) -> None:
     """Train alone on all the data, and with the other process on half of it each; compare."""
     dist.init_process_group(backend, timeout=PATIENCE[backend])
     rank, device = dist.get_rank(), "cpu"

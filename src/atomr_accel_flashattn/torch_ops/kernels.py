@@ -101,9 +101,7 @@ def _read(operands: tuple[Any, ...]) -> Operands:
 def _number(length: Any, name: str) -> int:
     """The value of a tensor; waits for it when it is on a GPU."""
     if length.ndim or length.is_floating_point() or length.is_complex() or length.dtype is torch.bool:
-        raise CuSeqlensError(
-            f"{name}: got {length.dtype} of shape {tuple(length.shape)}; allowed is an integer tensor without dimensions"
-        )
+        raise CuSeqlensError(f"{name}: got {length.dtype} of shape {tuple(length.shape)}; allowed is an integer tensor without dimensions")
     return int(length)
 
 

@@ -150,7 +150,9 @@ def repeat(  # noqa: C901, PLR0911, PLR0912 - each frame less is 0.1 us
     somewhere = q_ptr and k_ptr and v_ptr and (out_ptr or out is None)
     alignment = (q_ptr | k_ptr | v_ptr | out_ptr) & 15 | (0 if somewhere else NOWHERE)
     if found is None or found.alignment != alignment:
-        key, found = find(call, alignment, tensors, recording, guards=bool(recording) or not any(tensor.requires_grad for tensor in tensors))
+        key, found = find(
+            call, alignment, tensors, recording, guards=bool(recording) or not any(tensor.requires_grad for tensor in tensors)
+        )
         if found is None:
             return key, None
     if found.recorded is not None:

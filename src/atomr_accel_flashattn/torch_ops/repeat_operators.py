@@ -58,7 +58,9 @@ def repeat_attention(call: Operands) -> tuple[Key | None, tuple[Any, Any] | None
     return None, (out, lse)
 
 
-def repeat_backward(dout: Any, dlse: Any, out: Any, lse: Any, call: Operands, *, deterministic: bool) -> tuple[Key | None, Gradients | None]:
+def repeat_backward(
+    dout: Any, dlse: Any, out: Any, lse: Any, call: Operands, *, deterministic: bool
+) -> tuple[Key | None, Gradients | None]:
     """dq, dk, dv and dsink of ``attention_backward`` as a call like it made them. The rest: :func:`repeat_attention`."""
     q, k, v, *others = call[:8]
     numbers = (call.dropout_p, *_numbers(call), deterministic)

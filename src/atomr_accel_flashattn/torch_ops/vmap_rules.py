@@ -20,6 +20,8 @@ _SHARED = ("rng", "cu_seqlens_q", "cu_seqlens_k", "longest_q", "longest_k")
 
 def attention(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Any, Any]:
     """O, LSE and pattern of all of them, with the dimension beside that of the heads."""
+    if not info.batch_size:
+        return _of_none(attention, info, in_dims, operands)
     call = _fold(info, in_dims, operands)
     out, lse, pattern = torch.ops.atomr_accel_flashattn.attention(*call)
     dims = out.ndim - 2, lse.ndim - 2, 1 if pattern.ndim == 4 else None
@@ -29,6 +31,8 @@ def attention(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tup
 
 def attention_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
     """The same of gradients."""
+    if not info.batch_size:
+        return _of_none(attention_backward, info, in_dims, arguments)
     (dout, dlse, out, lse), operands = arguments[:4], arguments[4:]
     call = _fold(info, in_dims[4:], operands)
     read = (None if x is None else _together(info, x, dim, -2) for x, dim in zip((dout, dlse, out, lse), in_dims[:4], strict=True))
@@ -44,6 +48,14 @@ def draw_seed(info: Any, _in_dims: tuple[int | None, ...], q: Any) -> tuple[Any,
     """One for all of them: as heads of one call they drop different elements."""
     _check_randomness(info)
     return torch.ops.atomr_accel_flashattn.draw_seed(q), None
+
+
+def _of_none(rule: Any, info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Mapped over no element: over one of zeros, which is cut off again. So calls are checked, and results have their history."""
+    mapped = zip(arguments, in_dims, strict=False)  # operands at the end that have their defaults have no dimension
+    one = (x if dim is None else torch.cat((x, x.new_zeros((*x.shape[:dim], 1, *x.shape[dim + 1 :]))), dim) for x, dim in mapped)
+    made, dims = rule(info._replace(batch_size=1), in_dims, *one, *arguments[len(in_dims) :])
+    return tuple(x if dim is None else x.narrow(dim, 0, 0) for x, dim in zip(made, dims, strict=True)), dims
 
 
 def _check_randomness(info: Any) -> None:
