@@ -10,7 +10,7 @@
 #   sanitizer  compute-sanitizer's four tools on small shapes, to $OUT/sanitizer.json    (              300 s)
 #   bench      forward benchmark, record and picture                                     (              300 s)
 #   backward   backward benchmark, record and picture, memory of training steps          (              300 s)
-#   host       microseconds per call, start-up, memory growth                            (              120 s)
+#   host       microseconds per call, start-up, memory growth                            (              200 s)
 #   actor      round trip, pipeline, throughput and fusing of the actor                  (              200 s)
 #   tune       search of tiles for cells of each head dim, as a table of shipped tiles   (              200 s)
 #   layer      a compiled training step of a Llama-shaped layer, ours and torch's, record   (              240 s)
@@ -104,7 +104,7 @@ for name in "$@"; do
     # shellcheck disable=SC2086
     backward) stage backward 300 "$PYTHON" tools/gpu_bench.py backward --out "$OUT" --budget 240 ${BACKWARD_ARGS:-} ;;
     # shellcheck disable=SC2086
-    host) stage host 120 "$PYTHON" tools/gpu_bench.py host --out "$OUT" ${HOST_ARGS:-} ;;
+    host) stage host 200 "$PYTHON" tools/gpu_bench.py host --out "$OUT" ${HOST_ARGS:-} ;;
     # shellcheck disable=SC2086
     actor) stage actor 200 "$PYTHON" -m atomr_accel_flashattn.bench.actor --out "$OUT" ${ACTOR_ARGS:-} ;;
     tune) stage tune 200 bash -c run_tune ;;

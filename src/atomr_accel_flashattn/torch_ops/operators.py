@@ -109,7 +109,6 @@ def register() -> None:
 
 def _late(module: str, name: str) -> Any:
     """The function ``name`` of a module of this folder, which is loaded by its first call: it imports the rest of the library."""
-
     loaded: list[Any] = []
 
     def call(*arguments: Any) -> Any:
