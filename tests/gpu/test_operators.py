@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
+from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
 from tests.gpu.test_gradients import close, gradients, leaves, normal  # noqa: E402
 
@@ -47,6 +48,36 @@ def test_opcheck(name: str):
     }[name]
     # additions to dQ come in any order, so test_aot_dispatch_dynamic compares what is equal within rounding only
     torch.library.opcheck(operators.attention.default, operands, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_repeated_calls_make_no_request_and_are_those_of_a_first_one(layout: str, dropout_p: float, monkeypatch: pytest.MonkeyPatch):
+    """Other tensors each time, in and out of the recording of autograd."""
+    sizes = (150,) if layout == "packed" else (2, 100)
+    offsets: dict[str, Any] = {} if layout == "dense" else {"cu_seqlens_q": ends(0, 61, 150), "max_seqlen_q": 89, "max_seqlen_k": 89}
+    offsets |= {"cu_seqlens_k": offsets["cu_seqlens_q"]} if offsets else {}
+    dout = normal(*sizes, 4, 64, seed=9)
+
+    def step(seed: int) -> list[Any]:
+        tensors = [normal(*sizes, heads, 64, seed=3 * seed + i) for i, heads in enumerate((4, 2, 2))]
+        rng = torch.tensor([seed, 1], device=DEVICE) if dropout_p else None
+        options = {"rng": rng, "window_right": 0, "dropout_p": dropout_p, "deterministic": True, **offsets}
+        with torch.no_grad():
+            out, lse, _ = operators.attention(*tensors, **options)
+            return [out, lse, *operators.attention_backward(dout, None, out, lse, *tensors, **options)[:3]]
+
+    expected = []
+    for seed in range(4):
+        repeat.clear()
+        expected.append(step(seed))
+    made: list[Any] = []
+    for kind in (fa.DenseFwdRequest, fa.VarlenFwdRequest, fa.DenseBwdRequest, fa.VarlenBwdRequest):
+        check = kind.__post_init__
+        monkeypatch.setattr(kind, "__post_init__", lambda request, check=check: made.append(request) or check(request))
+    for seed, right in enumerate(expected):
+        assert all(torch.equal(one, other) for one, other in zip(step(seed), right, strict=True)), seed
+    assert not made, "the last of the first calls left a shortcut"
 
 
 def packed(q: Any, k: Any, v: Any, **options: Any) -> Any:

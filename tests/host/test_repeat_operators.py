@@ -155,6 +155,34 @@ def test_what_has_to_be_copied_leaves_nothing(gpu: FakeGpu, asked: list[str], na
     assert gpu.launches
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_seqlen_q", 8),
+        ("max_seqlen_k", 8),
+        ("softmax_scale", 0.3),
+        ("window_left", 4),
+        ("window_right", 1),
+        ("softcap", 2.0),
+        ("dropout_p", 0.25),
+        ("sink_tokens", 2),
+    ],
+)
+def test_each_number_is_told_apart(gpu: FakeGpu, asked: list[str], name: str, value: Any):
+    numbers = {"window_left": 3, "window_right": 0, "sink_tokens": 1, "dropout_p": 0.5}
+    call = Call(packed=True, numbers=tuple(numbers.items()))
+    call.check()
+    asked.clear()
+    changed = Call(packed=True, numbers=tuple((numbers | {name: value}).items()))
+    changed.check()
+    assert asked == ["forward", "backward", "forward"]
+    asked.clear()
+    call.check()
+    changed.check()
+    assert asked == []
+    assert gpu.launches
+
+
 def test_torch_may_ask_for_equal_bits_in_between(gpu: FakeGpu):
     def deterministic() -> set[bool]:
         gpu.launches.clear()
