@@ -6,15 +6,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from atomr_accel_flashattn.bench import HostOptions, LayerOptions, Options, main, main_backward, main_host, main_layer
+from atomr_accel_flashattn.bench import HostOptions, LayerOptions, Options, main, main_backward, main_decode, main_host, main_layer
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["forward", "backward", "host", "layer"])
+    parser.add_argument("what", choices=["forward", "backward", "decode", "host", "layer"])
     parser.add_argument("--cells", help="comma-separated patterns of cell names")
     parser.add_argument(
-        "--peers", help="comma-separated: ours, fa2, cudnn, flex, fa3, fa4, cudnn_fe, or all; default: those installed, not flex"
+        "--peers",
+        help="comma-separated: ours, fa2, cudnn, flex, fa3, fa4, cudnn_fe, or all; default: those installed, not flex. "
+        "Of decode: ours, fa3, fa4, fi, xqa, cudnn_fe",
     )
     parser.add_argument("--families", default="", help="of our kernels, comma-separated: fa2, fa3; the first is the column ours")
     parser.add_argument("--rounds", type=int, default=5)
@@ -37,6 +39,9 @@ def run() -> int:
         return 1 if record["failures"] else 0
     families = tuple(name for name in arguments.families.split(",") if name)
     options = Options(cells=arguments.cells, rounds=arguments.rounds, budget=arguments.budget, peers=peers, families=families)
+    if arguments.what == "decode":
+        found, _ = main_decode(options, out=arguments.out, commit=arguments.commit)
+        return 1 if found.failures else 0
     report, _ = (main_backward if arguments.what == "backward" else main)(options, out=arguments.out, commit=arguments.commit)
     return 1 if report.failures else 0
 

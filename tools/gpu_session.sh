@@ -10,6 +10,7 @@
 #   sanitizer  compute-sanitizer's four tools on small shapes, to $OUT/sanitizer.json    (              300 s)
 #   bench      forward benchmark, record and picture                                     (              300 s)
 #   backward   backward benchmark, record and picture, memory of training steps          (              300 s)
+#   decode     KV cache benchmark, record and picture                                    (              300 s)
 #   host       microseconds per call, start-up, memory growth                            (              200 s)
 #   actor      round trip, pipeline, throughput and fusing of the actor                  (              200 s)
 #   tune       search of tiles for cells of each head dim, as a table of shipped tiles   (              200 s)
@@ -19,8 +20,8 @@
 #   ddp        DDP and FSDP2 over NCCL on two GPUs: two steps are those of one GPU         (              240 s)
 #
 # Environment: LIMIT_SMOKE, LIMIT_TESTS, ... in seconds; PYTEST_ARGS, SANITIZER_ARGS, BENCH_ARGS,
-# BACKWARD_ARGS, HOST_ARGS, ACTOR_ARGS, LAYER_ARGS, TUNE_ARGS (--backward searches the tiles of
-# gradients); TRAIN_ARGS, as "--steps 300";
+# BACKWARD_ARGS, DECODE_ARGS, HOST_ARGS, ACTOR_ARGS, LAYER_ARGS, TUNE_ARGS (--backward searches the tiles
+# of gradients); TRAIN_ARGS, as "--steps 300";
 # ATOMR_FLASHATTN_COMMIT names the code that is measured where there is no .git; PYTHON the
 # interpreter, else that of .venv where there is one; JOBS the test processes.
 set -u
@@ -104,6 +105,8 @@ for name in "$@"; do
     # shellcheck disable=SC2086
     backward) stage backward 300 "$PYTHON" tools/gpu_bench.py backward --out "$OUT" --budget 240 ${BACKWARD_ARGS:-} ;;
     # shellcheck disable=SC2086
+    decode) stage decode 300 "$PYTHON" tools/gpu_bench.py decode --out "$OUT" --budget 240 ${DECODE_ARGS:-} ;;
+    # shellcheck disable=SC2086
     host) stage host 200 "$PYTHON" tools/gpu_bench.py host --out "$OUT" ${HOST_ARGS:-} ;;
     # shellcheck disable=SC2086
     actor) stage actor 200 "$PYTHON" -m atomr_accel_flashattn.bench.actor --out "$OUT" ${ACTOR_ARGS:-} ;;
@@ -114,7 +117,7 @@ for name in "$@"; do
     devices) stage devices 240 bash -c run_devices ;;
     ddp) stage ddp 240 bash -c run_ddp ;;
     *)
-      echo "no stage '$name': there are smoke, tests, sanitizer, bench, backward, host, actor, tune, layer, train, devices, ddp" >&2
+      echo "no stage '$name': there are smoke, tests, sanitizer, bench, backward, decode, host, actor, tune, layer, train, devices, ddp" >&2
       exit 2
       ;;
   esac

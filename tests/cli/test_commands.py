@@ -523,6 +523,17 @@ def test_bench_lists_its_cells(ask: Ask, invoke: Invoke) -> None:
     assert invoke("bench", "--list", "--cells", "no such cell").exit_code == 2
 
 
+def test_bench_of_decode_lists_its_own_cells(ask: Ask, invoke: Invoke) -> None:
+    cells = {cell["cell"]: cell for cell in ask("bench", "decode", "--list")["cells"]}
+    assert cells["decode_128x32k_page16"]["kv_bytes"] == 2 * 128 * 32768 * 8 * 128 * 2
+    assert cells["slots_1x64k_page64_empty1023"]["sequences"] == 1024
+    assert invoke("bench", "decode", "--list", "--cells", "slots").stdout.count("slots_1x64k") == 2
+    assert invoke("bench", "decode", "--list", "--cells", "grid_d128").exit_code == 2
+    for beside in (("--backward",), ("--host",), ("--families", "fa2"), ("--peers", "flex")):
+        assert invoke("bench", "decode", *beside).exit_code == 2
+    assert "bench: got a machine without a GPU" in invoke("bench", "decode", "--cells", "slots").stderr
+
+
 def test_bench_of_the_backward_lists_its_own_cells_with_its_own_arithmetic(ask: Ask, invoke: Invoke) -> None:
     forward, backward = ({cell["cell"]: cell["flops"] for cell in ask("bench", "--list", *more)["cells"]} for more in ((), ("--backward",)))
     assert {name.partition("_")[0] for name in backward} == {"grid", "gqa", "varlen", "window", "deterministic"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .backward import run_backward
 from .cells import Cell, all_cells, backward_cells, select
+from .decode import main_decode
 from .entry import main, main_backward, main_host, main_layer
 from .forward import run_forward
 from .host import HostOptions, run_host
@@ -22,6 +23,7 @@ __all__ = [
     "backward_cells",
     "main",
     "main_backward",
+    "main_decode",
     "main_host",
     "main_layer",
     "run_backward",

@@ -10,13 +10,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
 from ..types import DType
 
-__all__ = ["FEATURES", "Cell", "all_cells", "backward_cells", "select"]
+__all__ = ["FEATURES", "Cell", "all_cells", "backward_cells", "select", "select_by_name", "short_length"]
+
+CellT = TypeVar("CellT")
 
 TOKENS = 16384
 MODEL_WIDTH = 2048
@@ -81,8 +83,8 @@ class Cell:
         """The sequence length as the tables write it: ``512``, ``2k``, or ``32seqs`` for packed sequences of different lengths."""
         if self.packed:
             return f"{self.batch}seqs"
-        keys = f"x{_short(self.length_k)}" if self.length_k is not None else ""
-        return _short(self.lengths[0]) + keys
+        keys = f"x{short_length(self.length_k)}" if self.length_k is not None else ""
+        return short_length(self.lengths[0]) + keys
 
     @property
     def value_dim(self) -> int:
@@ -151,7 +153,8 @@ class Cell:
         return f"{self.group}_{dims}_{heads}_{self.mask}_{self.length}{other_type}"
 
 
-def _short(n: int) -> str:
+def short_length(n: int) -> str:
+    """``512``, ``2k``."""
     return f"{n // 1024}k" if n % 1024 == 0 else str(n)
 
 
@@ -220,7 +223,11 @@ def select(patterns: str | None, cells: Sequence[Cell] | None = None) -> list[Ce
     Raises:
         ValueError: no cell matches; the message lists the names.
     """
-    cells = all_cells() if cells is None else list(cells)
+    return select_by_name(patterns, all_cells() if cells is None else list(cells))
+
+
+def select_by_name(patterns: str | None, cells: list[CellT]) -> list[CellT]:
+    """:func:`select` of cells of any kind, by their ``str``."""
     if not patterns:
         return cells
     wanted = [p.strip() for p in patterns.split(",") if p.strip()]

@@ -26,6 +26,8 @@ PEERS = {
     "flash-attn": "flash_attn",
     "flash-attn-3": "flash_attn_interface",
     "flash-attn-4": "flash_attn.cute",
+    "tokenspeed-fa3": "flash_attn_interface",
+    "flashinfer-python": "flashinfer",
     "xformers": "xformers",
 }
 _VERSION = re.compile(r"""^(?:__version__|version)\s*(?::\s*\w+\s*)?=\s*(?:__version__\s*=\s*)?["']([^"']+)["']""", re.MULTILINE)

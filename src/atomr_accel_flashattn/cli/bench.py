@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from contextlib import redirect_stdout
+from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ import typer
 
 from ..errors import DeviceMismatchError, RuntimeFlashAttnError
 from ..launch.driver import device_count
-from .output import Json, console, make_table, print_json
+from .output import Json, console, make_table, print_json, size_text
 
 if TYPE_CHECKING:
     from ..bench.cells import Cell
@@ -24,11 +25,20 @@ __all__ = ["bench"]
 PEERS_HELP = (
     "Only these columns, comma-separated, or all: ours; fa2 and cudnn (torch's own); flex (torch's FlexAttention, which compiles for "
     "seconds a cell); fa3 (FlashAttention-3, the authors' or xformers'); fa4 (FlashAttention-4); cudnn_fe (nvidia-cudnn-frontend). What is "
-    "named and not installed is a column that says so. Without this: all that are installed, but flex."
+    "named and not installed is a column that says so. Without this: all that are installed, but flex. Of decode: ours, fa3, fa4, fi and "
+    "xqa (FlashInfer), cudnn_fe; without this all."
 )
 
 
+class What(Enum):
+    """What is measured."""
+
+    FORWARD = "forward"
+    DECODE = "decode"
+
+
 def bench(
+    what: Annotated[What, typer.Argument(help="forward: plain arrays; decode: calls over a KV cache.")] = What.FORWARD,
     cells: Annotated[str | None, typer.Option(help="Only cells that match these comma-separated patterns; --list shows the names.")] = None,
     peers: Annotated[str | None, typer.Option(help=PEERS_HELP)] = None,
     families: Annotated[
@@ -49,13 +59,16 @@ def bench(
     """Measure speed against the peers that are installed, all in one run, or with --host what a call costs. Needs a GPU and torch."""
     if backward and host:
         raise typer.BadParameter("got it beside --host, which measures a training step too; leave one out", param_hint="--backward")
+    decode = what is What.DECODE
+    if decode and (backward or host or families):
+        raise typer.BadParameter("got it beside --backward, --host or --families; leave those out", param_hint="decode")
     if list_cells:
-        _list(cells, backward=backward, as_json=as_json)
+        _list(cells, backward=backward, decode=decode, as_json=as_json)
         return
     chosen = _names(peers) or None
-    _refuse_unknown(cells, chosen, _names(families), backward=backward)
+    _refuse_unknown(cells, chosen, _names(families), backward=backward, decode=decode)
     _require()
-    from ..bench import HostOptions, Options, main, main_backward, main_host
+    from ..bench import HostOptions, Options, main, main_backward, main_decode, main_host
 
     say = (lambda _line: None) if as_json else typer.echo
     with redirect_stdout(io.StringIO() if as_json else sys.stdout):
@@ -63,6 +76,9 @@ def bench(
             if host:
                 record, path = main_host(HostOptions(), out=out, say=say)
                 failures: list[str] = []
+            elif decode:
+                found, path = main_decode(Options(cells=cells, rounds=rounds, budget=budget, peers=chosen), out=out, say=say)
+                record, failures = found.as_dict(), found.failures
             else:
                 options = Options(cells=cells, rounds=rounds, budget=budget, peers=chosen, families=_names(families))
                 report, path = (main_backward if backward else main)(options, out=out, say=say)
@@ -86,23 +102,32 @@ def _direction(*, backward: bool) -> Direction:
     return Backward() if backward else Forward()
 
 
-def _refuse_unknown(cells: str | None, peers: tuple[str, ...] | None, families: tuple[str, ...], *, backward: bool) -> None:
+def _refuse_unknown(cells: str | None, peers: tuple[str, ...] | None, families: tuple[str, ...], *, backward: bool, decode: bool) -> None:
     """Names that are none are told before a GPU is looked for.
 
     Raises:
         typer.BadParameter: a cell, peer or family that there is not.
     """
     from ..bench import Options
+    from ..bench.cache_cells import select_cache_cells
+    from ..bench.cache_peers import cache_peers
 
     direction = _direction(backward=backward)
     try:
+        if decode:
+            select_cache_cells(cells)
+            cache_peers(peers)
+            return
         direction.cells(cells)
         direction.peers(Options(peers=peers, families=families))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _list(patterns: str | None, *, backward: bool, as_json: bool) -> None:
+def _list(patterns: str | None, *, backward: bool, decode: bool, as_json: bool) -> None:
+    if decode:
+        _list_decode(patterns, as_json=as_json)
+        return
     direction = _direction(backward=backward)
     try:
         chosen = direction.cells(patterns)
@@ -115,6 +140,24 @@ def _list(patterns: str | None, *, backward: bool, as_json: bool) -> None:
     table = make_table(f"{len(chosen)} cells", ("cell", *numeric), numeric=numeric)
     for cell in chosen:
         table.add_row(str(cell), str(cell.batch), str(cell.tokens), f"{direction.flops(cell) * 1e-12:.2f}")
+    console().print(table)
+
+
+def _list_decode(patterns: str | None, *, as_json: bool) -> None:
+    from ..bench.cache_cells import select_cache_cells
+
+    try:
+        chosen = select_cache_cells(patterns)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if as_json:
+        facts = [{"cell": str(cell), "sequences": cell.sequences, "kv_bytes": cell.kv_bytes, "flops": cell.flops} for cell in chosen]
+        print_json({"cells": facts})
+        return
+    numeric = ("sequences", "K and V", "GFLOP")
+    table = make_table(f"{len(chosen)} cells", ("cell", *numeric), numeric=numeric)
+    for cell in chosen:
+        table.add_row(str(cell), str(cell.sequences), size_text(cell.kv_bytes), f"{cell.flops * 1e-9:.2f}")
     console().print(table)
 
 

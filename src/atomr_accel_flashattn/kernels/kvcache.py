@@ -73,7 +73,7 @@ class Fa2KvCacheSpec(_KvCacheSpec):
     HEADER: ClassVar[str] = "fa2_kvcache"
     ENTRY: ClassVar[str] = "fa2_kvcache"
     AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
-        {"block_m": (16, 32, 64, 128), "block_n": (16, 32), "warps": (4, 8), "stages": (1, 2, 3)}
+        {"block_m": (16, 32, 64, 128), "block_n": (16, 32), "warps": (4, 8), "stages": (1, 2, 3), "min_blocks": (1, 2, 3, 4)}
     )
 
     pack_gqa: bool = True
