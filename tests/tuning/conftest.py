@@ -6,13 +6,15 @@ import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from atomr_accel_flashattn.bench import inputs as bench_inputs  # noqa: E402
+from atomr_accel_flashattn.bench import cache_inputs as bench_cache_inputs, inputs as bench_inputs  # noqa: E402
+from atomr_accel_flashattn.bench.cache_cells import CacheCell  # noqa: E402
+from atomr_accel_flashattn.bench.cache_inputs import CacheInputs  # noqa: E402
 from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import Inputs  # noqa: E402
 from atomr_accel_flashattn.bench.timing import Contestant, Timing  # noqa: E402
@@ -23,6 +25,7 @@ from atomr_accel_flashattn.jit.compile import CompiledKernel  # noqa: E402
 from atomr_accel_flashattn.kernels.bwd_postprocess import BackwardPostprocessSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
+from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Tile  # noqa: E402
 from atomr_accel_flashattn.launch.driver import DeviceProperties  # noqa: E402
 from atomr_accel_flashattn.tiles import saved as saved_tiles  # noqa: E402
@@ -32,6 +35,8 @@ from atomr_accel_flashattn.types import SmArch  # noqa: E402
 from tests.cli.conftest import ask, invoke  # noqa: E402, F401 - fixtures
 from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
 from tests.fakes.tensors import fake  # noqa: E402
+
+InputsT = TypeVar("InputsT", Inputs, CacheInputs)
 
 
 def _ms(tile: Tile) -> float:
@@ -64,7 +69,7 @@ class Card(FakeGpu):
     @property
     def last_tile(self) -> Tile:
         """That of the last call: a backward has kernels around the one that is tuned."""
-        return next(spec.tile for spec, *_ in reversed(self.launches) if isinstance(spec, (ForwardSpec, Fa2BackwardSpec)))
+        return next(spec.tile for spec, *_ in reversed(self.launches) if isinstance(spec, (ForwardSpec, Fa2BackwardSpec, Fa2KvCacheSpec)))
 
     def compile_many(
         self, specs: Iterable[ForwardSpec], progress: Callable[[ForwardSpec, Any], None]
@@ -108,7 +113,9 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     monkeypatch.setattr(search, "compile_many", made.compile_many)
     monkeypatch.setattr(search, "measure_in_turns", made.measure)
     monkeypatch.setattr(search, "make_inputs", _fake_inputs)
+    monkeypatch.setattr(search, "make_cache_inputs", _fake_cache_inputs)
     monkeypatch.setattr(trial, "check_rows", _check_plain)
+    monkeypatch.setattr(trial, "check_cache_rows", _check_plain_cache)
     monkeypatch.setattr(trial, "check_gradients", _check_plain_gradients)
     settings.cache_clear()
     forget_lookups()
@@ -146,6 +153,15 @@ def _check_plain_gradients(cell: Cell, inputs: Inputs, gradients: Sequence[Any])
     return bench_inputs.check_gradients(cell, plain, [each.as_subclass(torch.Tensor) for each in gradients])
 
 
-def _converted(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
+def _fake_cache_inputs(cell: CacheCell, device: Any, *, seed: int) -> Sequence[CacheInputs]:
+    return [_converted(each, fake) for each in bench_cache_inputs.make_cache_inputs(cell, device, reuse_bytes=2 * cell.kv_bytes, seed=seed)]
+
+
+def _check_plain_cache(cell: CacheCell, inputs: CacheInputs, out: Any) -> float:
+    plain = _converted(inputs, lambda tensor: tensor.as_subclass(torch.Tensor))
+    return bench_cache_inputs.check_cache_rows(cell, plain, out.as_subclass(torch.Tensor))
+
+
+def _converted(inputs: InputsT, change: Callable[[Any], Any]) -> InputsT:
     tensors = {each.name: change(x) for each in fields(inputs) if torch.is_tensor(x := getattr(inputs, each.name))}
     return replace(inputs, **tensors)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..dispatch import lookup
 from ..errors import FlashAttnError
@@ -22,22 +21,17 @@ from .cache_peers import CachePeer, cache_peers
 from .cache_requests import cache_request
 from .decode_figure import draw_decode
 from .decode_report import decode_header, decode_summary, format_decode_row
+from .graphs import Clock, clock_of
 from .inputs import ERROR_LIMIT
-from .measure import OURS, Options, ceilings
-from .peers import Call, Refused, first_line
-from .read_ceiling import read_ceiling
+from .measure import OURS, Options
+from .peers import Refused, first_line
 from .record import make_record, write_record
-from .timing import Contestant, Timing, measure_in_turns
+from .timing import Contestant
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["CacheResult", "CacheRow", "DecodeReport", "main_decode", "run_decode"]
-
-_GRAPH_SECONDS: Final = 1e-3  # of calls in a graph, at least one turn over the input sets
-_CALL_SECONDS: Final = 4e-6  # that a call takes beside reading
-_READ_RATE: Final = 3e12  # bytes a second, and operations of _RATE: to guess how long a call is
-_RATE: Final = 5e14
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,80 +97,6 @@ class DecodeReport:
         return asdict(self) | {"geometric_means": means, "failures": self.failures}
 
 
-class Clock(Protocol):
-    """How calls are timed on a device."""
-
-    def ready(self, cell: CacheCell, calls: Sequence[Call]) -> tuple[Contestant, int]:
-        """What is timed, and how many calls it makes at once."""
-
-    def measure(self, contestants: Mapping[str, Contestant], *, rounds: int, seed: int) -> dict[str, Timing]:
-        """:func:`~.timing.measure_in_turns`."""
-
-    def ceilings(self) -> dict[str, float]:
-        """``read_gbs``, and others that the device has."""
-
-
-class GraphClock(Clock):
-    """CUDA graphs on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def ready(self, cell: CacheCell, calls: Sequence[Call]) -> tuple[Contestant, int]:
-        """A graph of about a millisecond, whole turns over the sets."""
-        import torch
-
-        guess = _CALL_SECONDS + cell.kv_bytes / _READ_RATE + cell.flops / _RATE
-        turns = max(1, round(_GRAPH_SECONDS / guess / len(calls)))
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(turns):
-                for call in calls:
-                    call()
-        graph.replay()
-        torch.cuda.synchronize()
-        return Contestant([graph.replay], nullcontext), turns * len(calls)
-
-    def measure(self, contestants: Mapping[str, Contestant], *, rounds: int, seed: int) -> dict[str, Timing]:
-        """In turns."""
-        return measure_in_turns(contestants, rounds=rounds, seed=seed)
-
-    def ceilings(self) -> dict[str, float]:
-        """Reading, copying, and a bf16 matmul."""
-        return {"read_gbs": read_ceiling(self.device)} | ceilings()
-
-
-class HostClock(Clock):
-    """Each call once a round: to see that a run works, on the CPU."""
-
-    def ready(self, cell: CacheCell, calls: Sequence[Call]) -> tuple[Contestant, int]:
-        """The calls as they are."""
-        del cell
-        return Contestant(calls, nullcontext), 1
-
-    def measure(self, contestants: Mapping[str, Contestant], *, rounds: int, seed: int) -> dict[str, Timing]:
-        """One after the other."""
-        del seed
-        timings = {name: Timing() for name in contestants}
-        for _ in range(rounds):
-            for name, contestant in contestants.items():
-                began = time.perf_counter()
-                for call in contestant.calls:
-                    call()
-                timings[name].rounds.append((time.perf_counter() - began) / len(contestant.calls) * 1e3)
-        return timings
-
-    def ceilings(self) -> dict[str, float]:
-        """Reading 64 MiB."""
-        import torch
-
-        source = torch.ones(1 << 24)
-        began = time.perf_counter()
-        source.sum()
-        return {"read_gbs": (1 << 26) / (time.perf_counter() - began) * 1e-9}
-
-
 def run_decode(
     options: Options,
     cells: Sequence[CacheCell],
@@ -193,7 +113,7 @@ def run_decode(
     import torch
 
     began, report = time.perf_counter(), DecodeReport()
-    clock: Clock = HostClock() if device.type == "cpu" else GraphClock(device)
+    clock = clock_of(device)
     with torch.no_grad():
         report.ceilings.append(clock.ceilings())
         for n, cell in enumerate(cells):

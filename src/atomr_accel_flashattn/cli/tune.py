@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..bench.cache_cells import CacheCell
 from ..env import PREFIX, settings
 from ..errors import CacheError, DeviceMismatchError, RuntimeFlashAttnError
 from ..kernels.spec import Family
@@ -32,7 +33,8 @@ _DTYPES = {dtype.value: dtype for dtype in (DType.BF16, DType.F16)}
 
 def tune(
     cells: Annotated[
-        str | None, typer.Option(help="Shapes of the benchmark, by comma-separated patterns: bench --list names them.")
+        str | None,
+        typer.Option(help="Shapes of the benchmark, by comma-separated patterns: those of bench --list and bench decode --list."),
     ] = None,
     head_dim: Annotated[int, typer.Option(help="Of q and k, when the shape is given by hand.")] = 128,
     v_head_dim: Annotated[int | None, typer.Option(help="Of v; default: that of q and k.")] = None,
@@ -67,6 +69,9 @@ def tune(
         raise typer.BadParameter(f"got --dtype {dtype} and --family {family}; allowed are {', '.join(_DTYPES)}, and fa2 or fa3")
     shape = Shape(head_dim, v_head_dim, heads, heads_kv, batch, tuple(seqlen or ()), seqlen_k, causal, window, varlen, alibi)
     chosen = [replace(cell, dtype=_DTYPES[dtype]) for cell in shapes_of(cells, shape)]
+    cached = [str(cell) for cell in chosen if isinstance(cell, CacheCell)]
+    if backward and cached:
+        raise typer.BadParameter(f"--backward: got it with {', '.join(cached)}, over a KV cache, which has no gradients; leave them out")
     folder = _folder() if save else None
     _require()
     from ..tuning import Options, by_kernel, by_table_row, keep, table_row, tune_shapes, winners
@@ -132,11 +137,11 @@ def _current_device() -> int:
     return int(torch.cuda.current_device())
 
 
-def _watching(bar: Progress) -> Callable[[Cell], Callable[[str, int, int], None]]:
+def _watching(bar: Progress) -> Callable[[Cell | CacheCell], Callable[[str, int, int], None]]:
     """One line of the progress bar, which follows the search from shape to shape and from step to step."""
     task = bar.add_task("", total=None)
 
-    def watch(cell: Cell) -> Callable[[str, int, int], None]:
+    def watch(cell: Cell | CacheCell) -> Callable[[str, int, int], None]:
         def step(what: str, done: int, total: int) -> None:
             bar.update(task, description=f"{cell}: {what}", completed=done, total=total)
 
@@ -185,6 +190,7 @@ def _document(
                 "shape": str(result.cell),
                 "kernel": result.spec.kernel_name,
                 "short_q": result.short_q,
+                "cache_rows": result.cache_rows,
                 "seconds": result.seconds,
                 "complete": result.complete,
                 "tiles": [
@@ -216,6 +222,7 @@ def _winner(winner: Winner) -> dict[str, Any]:
     return {
         "kernel": winner.spec.kernel_name,
         "short_q": winner.short_q,
+        "cache_rows": winner.cache_rows,
         "tile": str(winner.tile),
         "speedup": winner.speedup,
         "shapes": winner.shapes,

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import typer
 
-from ..bench.cells import TOKENS, Cell, select
+from ..bench.cache_cells import DENSE, CacheCell, cache_cells
+from ..bench.cells import TOKENS, Cell, all_cells, select_by_name
 
 __all__ = ["Shape", "shapes_of"]
 
@@ -27,8 +28,8 @@ class Shape(NamedTuple):
     alibi: bool
 
 
-def shapes_of(patterns: str | None, shape: Shape) -> list[Cell]:
-    """The cells that match ``patterns``, or those that ``shape`` describes.
+def shapes_of(patterns: str | None, shape: Shape) -> list[Cell | CacheCell]:
+    """The cells that match ``patterns``, of the forward benchmark and of that over a KV cache, or those that ``shape`` describes.
 
     Raises:
         typer.BadParameter: nothing matches, both or neither are given, or the sizes contradict each other.
@@ -38,7 +39,7 @@ def shapes_of(patterns: str | None, shape: Shape) -> list[Cell]:
         raise typer.BadParameter("which shape? Name cells of the benchmark with --cells, or give sizes with --seqlen or --varlen; not both")
     if patterns:
         try:
-            return select(patterns)
+            return select_by_name(patterns, [*all_cells(), *(cell for cell in cache_cells() if cell.layout != DENSE)])
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
     _refuse(shape)

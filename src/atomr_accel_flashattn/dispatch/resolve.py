@@ -147,7 +147,8 @@ def _arch_of_mma(arch: SmArch) -> SmArch:
 def _with_chosen_tile(spec: _Spec, extras: Extras) -> _Spec:
     """``spec`` with the tile that the key names, else the one that was tuned for it on this machine, else its own."""
     short_q = extras.short_q and isinstance(spec, ForwardSpec)
-    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec, short_q=short_q))
+    rows = extras.cache_rows if isinstance(spec, Fa2KvCacheSpec) else 0
+    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec, short_q=short_q, cache_rows=rows))
     if tile is None:
         return spec
     if extras.persistent is not None and "persistent" in spec.AXES:

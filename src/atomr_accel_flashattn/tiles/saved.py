@@ -100,17 +100,27 @@ def device_identity(index: int) -> tuple[str, str]:
     return found.name, "{}.{}".format(*found.compute_capability)
 
 
-def kernel_without_tile(spec: AttentionSpec, *, short_q: bool = False) -> str:
-    """The canonical name of a kernel but for its tile, and whether it has short q: equal for the kernels that a search compares."""
-    return "_".join(part for part in (*spec.kernel_name.split("_"), *(["shortq"] if short_q else [])) if part != str(spec.tile))
+def kernel_without_tile(spec: AttentionSpec, *, short_q: bool = False, cache_rows: int = 0) -> str:
+    """The canonical name of a kernel but for its tile: equal for the kernels that a search compares.
+
+    Args:
+        spec: the kernel.
+        short_q: whether it has short q (``Extras.short_q``).
+        cache_rows: over a KV cache, the rows that its tile is chosen for (``Extras.cache_rows``); else 0.
+    """
+    told = [*(["shortq"] if short_q else []), *([f"rows{cache_rows}"] if cache_rows else [])]
+    return "_".join(part for part in (*spec.kernel_name.split("_"), *told) if part != str(spec.tile))
 
 
-def saved_tile(spec: AttentionSpec, *, short_q: bool = False) -> Tile | None:
-    """The tile that was saved for this kernel on the first visible GPU that has one; None where none was, or none that fits any more."""
+def saved_tile(spec: AttentionSpec, *, short_q: bool = False, cache_rows: int = 0) -> Tile | None:
+    """The tile that was saved for this kernel on the first visible GPU that has one; None where none was, or none that fits any more.
+
+    Arguments: :func:`kernel_without_tile`.
+    """
     here = settings()
     if here.tuned_tiles_disabled or here.cache_disabled or here.cache_dir is None:
         return None
-    name = kernel_without_tile(spec, short_q=short_q)
+    name = kernel_without_tile(spec, short_q=short_q, cache_rows=cache_rows)
     kept = _tiles_by_kernel(here.cache_dir).get(name)
     if not kept:
         return None

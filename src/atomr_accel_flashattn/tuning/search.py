@@ -17,23 +17,26 @@ from fnmatch import fnmatchcase
 from math import inf
 from typing import TYPE_CHECKING, TypeAlias
 
+from ..bench.cache_cells import CacheCell
+from ..bench.cache_inputs import make_cache_inputs
+from ..bench.cache_requests import cache_request
+from ..bench.cells import Cell
 from ..bench.families import request_of
 from ..bench.gradients import backward_request_of
+from ..bench.graphs import clock_of
 from ..bench.inputs import make_inputs
 from ..bench.timing import Contestant, measure_in_turns
-from ..dispatch import lookup
+from ..dispatch import DispatchKey, lookup
 from ..errors import DispatchError
 from ..jit.compile import compile_many
 from ..kernels.attention import AttentionSpec
 from ..kernels.spec import Family, Tile
 from ..tiles.space import SCHEDULES, misfit, tiles_that_fit
 from .groups import Group, by_kernel
-from .trial import BackwardStand, ForwardStand, Stand, Trial
+from .trial import BackwardStand, CacheStand, ForwardStand, Shape, Stand, Trial
 
 if TYPE_CHECKING:
     import torch
-
-    from ..bench.cells import Cell
 
 __all__ = ["Options", "ShapeResult", "Watch", "tune_shapes"]
 
@@ -75,10 +78,11 @@ class Options:
 class ShapeResult:
     """What was found for one shape: trials, the fastest first, those that were not timed at the end."""
 
-    cell: Cell
+    cell: Shape
     flops: float  # of one call
     spec: AttentionSpec  # with the tile in use
     short_q: bool  # whether the shape's key says so (Extras.short_q)
+    cache_rows: int  # over a KV cache, what the shape's key says (Extras.cache_rows); else 0
     trials: list[Trial]
     seconds: float
     complete: bool  # whether the budget lasted for every candidate and round
@@ -92,7 +96,7 @@ class ShapeResult:
 class _Search:
     """One shape's search under way. Inputs are on the card only while it is screened, and again in its final."""
 
-    def __init__(self, cell: Cell, options: Options, watch: Watch) -> None:
+    def __init__(self, cell: Shape, options: Options, watch: Watch) -> None:
         self.cell, self.options, self.watch = cell, options, watch
         self.stand = _stand(cell, options)
         self.spec, self.short_q = self.stand.spec, self.stand.short_q
@@ -154,9 +158,10 @@ class _Search:
         trials = sorted(self.trials.values(), key=lambda trial: (not trial.finalist, trial.ms or inf))
         return ShapeResult(
             cell=self.cell,
-            flops=self.cell.backward_flops if self.options.backward else self.cell.flops,
+            flops=self.cell.backward_flops if self.options.backward and isinstance(self.cell, Cell) else self.cell.flops,
             spec=self.spec,
             short_q=self.short_q,
+            cache_rows=self.stand.cache_rows,
             trials=trials,
             seconds=self.seconds,
             complete=not self.cut_short,
@@ -183,7 +188,8 @@ class _Search:
         named = {str(tile): tile for tile in tiles}
         turns = {name: self.contestants[tile] for name, tile in named.items()}
         for name, timing in measure_in_turns(turns, rounds=1, seed=self.options.seed + seed).items():
-            (self.trials[named[name]].rounds if rounds is None else rounds[named[name]]).extend(timing.rounds)
+            times = [ms / self.stand.calls_at_once for ms in timing.rounds]
+            (self.trials[named[name]].rounds if rounds is None else rounds[named[name]]).extend(times)
 
     def _late(self, deadline: float) -> bool:
         late = time.perf_counter() > deadline
@@ -192,7 +198,7 @@ class _Search:
 
 
 def tune_shapes(
-    cells: Sequence[Cell], options: Options, watch: Callable[[Cell], Watch], done: Callable[[ShapeResult], None]
+    cells: Sequence[Shape], options: Options, watch: Callable[[Shape], Watch], done: Callable[[ShapeResult], None]
 ) -> tuple[list[ShapeResult], list[str]]:
     """Tune shapes on the current CUDA device, until the budget is spent.
 
@@ -220,7 +226,7 @@ def tune_shapes(
             searches.append(_screened(cell, options, began + _SCREENING * options.budget, watch(cell)))
         groups: dict[Hashable, list[_Search]] = {}
         for search in searches:
-            groups.setdefault(options.group(search.spec, short_q=search.short_q), []).append(search)
+            groups.setdefault(options.group(search.spec, short_q=search.short_q, cache_rows=search.stand.cache_rows), []).append(search)
         for members in groups.values():
             finalists = _finalists(members)
             for search in members:
@@ -229,11 +235,11 @@ def tune_shapes(
     return [search.result() for search in searches], [str(cell) for cell in cells[len(searches) :]]
 
 
-def _screened(cell: Cell, options: Options, deadline: float, watch: Watch) -> _Search:
+def _screened(cell: Shape, options: Options, deadline: float, watch: Watch) -> _Search:
     began = time.perf_counter()
     search = _Search(cell, options, watch)
     search.screen([search.spec.tile], "the tile in use")
-    search.screen(_first_candidates(search.spec, options), "tiles", deadline)
+    search.screen(_first_candidates(search.spec, options, search.stand.cache_rows), "tiles", deadline)
     if not options.tiles:
         search.screen(_other_schedules(search.spec, search.fastest()), "schedules", deadline)
     search.leave(began)
@@ -255,9 +261,12 @@ def _finalists(searches: Sequence[_Search]) -> list[Tile]:
     return list(dict.fromkeys([*bests, *near]))
 
 
-def _first_candidates(spec: AttentionSpec, options: Options) -> list[Tile]:
-    """Tiles that match a pattern; without patterns, all with the schedule in use. Shuffled, in case the budget does not last."""
-    every = list(tiles_that_fit(spec))
+def _first_candidates(spec: AttentionSpec, options: Options, cache_rows: int) -> list[Tile]:
+    """Tiles that match a pattern; without patterns, all with the schedule in use. Shuffled, in case the budget does not last.
+
+    Over a KV cache none with more rows than the shape has.
+    """
+    every = [tile for tile in tiles_that_fit(spec) if not cache_rows or tile.block_m <= cache_rows]
     if options.tiles:
         chosen = [tile for tile in every if any(fnmatchcase(str(tile), pattern) for pattern in options.tiles)]
     else:
@@ -282,21 +291,30 @@ def _other_schedules(spec: AttentionSpec, tiles: Sequence[Tile]) -> Iterator[Til
                 yield other
 
 
-def _stand(cell: Cell, options: Options) -> Stand:
+def _stand(cell: Shape, options: Options) -> Stand:
     """The shape's inputs on the card, and the kernel that its calls take.
 
     Raises:
         DispatchError: no GPU kernel, or another family than the one that is asked for.
     """
     device, l2_bytes = _card()
+    if isinstance(cell, CacheCell):
+        held = make_cache_inputs(cell, device, seed=options.seed)
+        key = cache_request(cell, held[0]).dispatch_key()
+        return CacheStand(cell, held, _spec_of(cell, key, options), cache_rows=key.extras.cache_rows, clock=clock_of(device))
     sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed, dout=options.backward)
     request = backward_request_of(cell, sets[0]) if options.backward else request_of(cell, sets[0], options.family)
     key = request.dispatch_key()
+    kind = BackwardStand if options.backward else ForwardStand
+    return kind(cell, sets, _spec_of(cell, key, options), short_q=key.extras.short_q)
+
+
+def _spec_of(cell: Shape, key: DispatchKey, options: Options) -> AttentionSpec:
     spec = lookup(key)
     if not isinstance(spec, AttentionSpec) or (options.family is not None and spec.family is not options.family):
         wanted = "a GPU kernel" if options.family is None else options.family.value
         raise DispatchError(f"family: got {wanted} for {cell}, which resolves to {spec.kernel_name} here; leave --family out")
-    return (BackwardStand if options.backward else ForwardStand)(cell, sets, spec, short_q=key.extras.short_q)
+    return spec
 
 
 def _card() -> tuple[torch.device, int]:

@@ -8,11 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from ..arrays.streams import current_stream
+from ..bench.cache_cells import CacheCell
+from ..bench.cache_inputs import CacheInputs, check_cache_rows
+from ..bench.cache_requests import cache_request
+from ..bench.cells import Cell
 from ..bench.families import request_of
 from ..bench.gradients import Differentiable
+from ..bench.graphs import Clock
 from ..bench.inputs import ERROR_LIMIT, GRADIENT_ERROR_LIMIT, Inputs, check_gradients, check_rows
 from ..bench.peers import first_line
 from ..bench.timing import Contestant
@@ -21,17 +26,18 @@ from ..jit.compile import CompiledKernel
 from ..kernels.attention import AttentionSpec
 from ..kernels.spec import KernelSpec, Tile
 from ..problem import ArrayInfo
-from ..runtime.execute import execute, make_outputs
+from ..runtime.execute import execute, fill, make_outputs
 from ..runtime.gradients import GradientOutputs, fill_gradients, gradient_addresses, make_gradients
+from ..runtime.on_cache import cache_addresses
 from ..runtime.plan import Plan, addresses_of
 from ..types import DType
 
 if TYPE_CHECKING:
     import torch
 
-    from ..bench.cells import Cell
+__all__ = ["BackwardStand", "CacheStand", "ForwardStand", "Shape", "Stand", "Trial"]
 
-__all__ = ["BackwardStand", "ForwardStand", "Stand", "Trial"]
+Shape: TypeAlias = Cell | CacheCell
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,14 +89,19 @@ class Stand(ABC):
         sets: inputs, together more than the L2 cache holds.
         spec: the kernel whose tiles are compared.
         short_q: whether the key of the shape says so.
+        cache_rows: of a shape over a KV cache, what its key says; else 0.
+
+    Attributes:
+        calls_at_once: how many calls a contestant makes in what is timed as one.
     """
 
     ERROR_LIMIT: ClassVar[Mapping[DType, float]]
 
-    def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: AttentionSpec, *, short_q: bool) -> None:
-        self.cell = cell
-        self.sets: Sequence[Inputs] = sets
-        self.spec, self.short_q = spec, short_q
+    def __init__(self, cell: Shape, sets: Sequence[Any], spec: AttentionSpec, *, short_q: bool = False, cache_rows: int = 0) -> None:
+        self.cell: Shape = cell
+        self.sets: Sequence[Any] = sets
+        self.spec, self.short_q, self.cache_rows = spec, short_q, cache_rows
+        self.calls_at_once = 1
         self._launched: dict[tuple[tuple[KernelSpec, int], ...], Tile] = {}
 
     def enter(self, trial: Trial) -> Contestant | None:
@@ -120,12 +131,15 @@ class Stand(ABC):
             trial.refused = "wrong: it leaves rows unwritten, or NaN in them"
         elif trial.error > limit:
             trial.refused = f"wrong: relative error {trial.error:.3g}, at most {limit:g} allowed"
-        return None if trial.refused is not None else Contestant(calls, contextlib.nullcontext)
+        return None if trial.refused is not None else self._contestant(calls)
 
     def clear(self) -> None:
         """Let go of inputs, answers and launches."""
         self.sets = ()
         self._launched.clear()
+
+    def _contestant(self, calls: Sequence[Callable[[], None]]) -> Contestant:
+        return Contestant(calls, contextlib.nullcontext)
 
     def _calls(self, trial: Trial) -> list[Callable[[], None]]:
         calls = []
@@ -161,6 +175,7 @@ class ForwardStand(Stand):
     """O of a shape."""
 
     ERROR_LIMIT = ERROR_LIMIT
+    cell: Cell
 
     def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: AttentionSpec, *, short_q: bool) -> None:
         super().__init__(cell, sets, spec, short_q=short_q)
@@ -190,6 +205,7 @@ class BackwardStand(Stand):
     """Gradients of a shape, whose forward runs once. All launches of a backward are timed."""
 
     ERROR_LIMIT = GRADIENT_ERROR_LIMIT
+    cell: Cell
 
     def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: AttentionSpec, *, short_q: bool) -> None:
         super().__init__(cell, sets, spec, short_q=short_q)
@@ -220,6 +236,47 @@ class BackwardStand(Stand):
 
     def _error(self) -> float:
         return check_gradients(self.cell, self.sets[0], self._gradients[0])
+
+
+class CacheStand(Stand):
+    """O of a shape over a KV cache. Calls are as short as their enqueue, so what is timed is a graph of some."""
+
+    ERROR_LIMIT = ERROR_LIMIT
+    cell: CacheCell
+
+    def __init__(self, cell: CacheCell, sets: Sequence[CacheInputs], spec: AttentionSpec, *, cache_rows: int, clock: Clock) -> None:
+        super().__init__(cell, sets, spec, cache_rows=cache_rows)
+        self._clock = clock
+        self._outs = [x.q.new_empty(x.q.shape) for x in sets]
+
+    def clear(self) -> None:
+        """Let go of the outputs too."""
+        super().clear()
+        self._outs = []
+
+    def _contestant(self, calls: Sequence[Callable[[], None]]) -> Contestant:
+        contestant, self.calls_at_once = self._clock.ready(self.cell, calls)
+        return contestant
+
+    def _answer(self, n: int) -> tuple[torch.Tensor, ...]:
+        return (self._outs[n],)
+
+    def _run(self, n: int, tile: Tile) -> tuple[Plan | None, Callable[[], None]]:
+        request = cache_request(self.cell, self.sets[n], tile=tile, out=self._outs[n])
+        key, problem = request.dispatch_key(), request.problem
+        outputs = make_outputs(request, lse=False, key=key)
+        plan = fill(request, outputs, key=key)
+        if plan is None or plan.workspace is None:
+            return None, _nothing
+        addresses = cache_addresses(problem, outputs, plan.workspace)
+
+        def call(_held: object = (request, outputs)) -> None:
+            plan.launch(current_stream(problem.q), addresses)  # that of a capture, too
+
+        return plan, call
+
+    def _error(self) -> float:
+        return check_cache_rows(self.cell, self.sets[0], self._outs[0])
 
 
 def _workspace_bytes(outputs: GradientOutputs) -> int:

@@ -31,6 +31,7 @@ class Winner:
     Attributes:
         spec: a kernel of the group, with the tile in use.
         short_q: whether the keys of the group say so (``Extras.short_q``); of a group of both, what the first shape's says.
+        cache_rows: of shapes over a KV cache, what their keys say (``Extras.cache_rows``); else 0.
         tile: the winner; the tile in use where nothing was faster by one percent.
         speedup: geometric mean over the shapes, over the tile in use.
         shapes: their names.
@@ -38,6 +39,7 @@ class Winner:
 
     spec: AttentionSpec
     short_q: bool
+    cache_rows: int
     tile: Tile
     speedup: float
     shapes: tuple[str, ...]
@@ -45,7 +47,7 @@ class Winner:
     @property
     def kernel(self) -> str:
         """The name that a winner of :func:`~.groups.by_kernel` is saved under."""
-        return kernel_without_tile(self.spec, short_q=self.short_q)
+        return kernel_without_tile(self.spec, short_q=self.short_q, cache_rows=self.cache_rows)
 
 
 def winners(results: Sequence[ShapeResult], group: Group) -> list[Winner]:
@@ -53,7 +55,7 @@ def winners(results: Sequence[ShapeResult], group: Group) -> list[Winner]:
     groups: dict[Hashable, list[ShapeResult]] = {}
     for result in results:
         if result.in_use.ms is not None:
-            groups.setdefault(group(result.spec, short_q=result.short_q), []).append(result)
+            groups.setdefault(group(result.spec, short_q=result.short_q, cache_rows=result.cache_rows), []).append(result)
     return [_winner(members) for members in groups.values()]
 
 
@@ -68,6 +70,7 @@ def _winner(results: Sequence[ShapeResult]) -> Winner:
     return Winner(
         spec=spec,
         short_q=results[0].short_q,
+        cache_rows=results[0].cache_rows,
         tile=best,
         speedup=1 / scores.get(best, 1.0),
         shapes=tuple(str(result.cell) for result in results),
@@ -110,10 +113,14 @@ def keep(found: Sequence[Winner], folder: Path, device_index: int) -> Path:
 
 
 def table_row(winner: Winner) -> str:
-    """A winner of :func:`~.groups.by_table_row` as a row of its table in tiles/tables.py; its comment says when that is for short q."""
+    """A winner of :func:`~.groups.by_table_row` as a row of its table in tiles/tables.py.
+
+    Its comment names short q, or rows of a cache.
+    """
     spec, tile, short_q = winner.spec, winner.tile, winner.short_q and has_row_for_short_q(winner.spec)
     row = row_of(spec)
-    table = f"{spec.HEADER} {spec.arch.value}{', short q' if short_q else ''}"
+    rows = f", {winner.cache_rows} rows" if winner.cache_rows else ""
+    table = f"{spec.HEADER} {spec.arch.value}{', short q' if short_q else rows}"
     told = [
         f"{f.name}={getattr(tile, f.name)}" for f in fields(Tile) if f.name not in _NOT_IN_TABLES and getattr(tile, f.name) != f.default
     ]
