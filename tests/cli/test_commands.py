@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from atomr_accel_flashattn.cli.output import print_rows, size_text, time_text
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup, with_features
 from atomr_accel_flashattn.env import VARIABLES, settings
 from atomr_accel_flashattn.jit.cache import KernelCache
+from atomr_accel_flashattn.jit.compile import compile_many
 from atomr_accel_flashattn.kernels.bwd_postprocess import BackwardPostprocessSpec
 from atomr_accel_flashattn.kernels.bwd_preprocess import BackwardPreprocessSpec
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec
+from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
+from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.kernels.used import forget_recorded, read_kernels, record_kernel
 from atomr_accel_flashattn.launch import launcher
@@ -278,6 +282,8 @@ def test_a_run_records_the_kernels_it_used_and_compile_makes_those(
     used = [lookup(grouped), lookup(replace(grouped, arch=fa.SmArch.SM_80, dtype=fa.DType.F16, gqa_ratio=1))]
     used.append(lookup(with_features(DispatchKey(fa.SmArch.SM_90, fa.DType.F16, 64), ["dropout_mask"])))
     used += lookup(with_features(DispatchKey(fa.SmArch.SM_80, fa.DType.F16, 64), ["causal", "backward"])).steps()
+    used.append(KvAppendSpec(arch=fa.SmArch.SM_80, dtype=fa.DType.F16, paged=True, wide_rotary=True))
+    used += lookup(with_features(DispatchKey(fa.SmArch.SM_80, fa.DType.F16, 64), ["paged", "split"])).steps()
     assert used[0].pack_gqa
     monkeypatch.setattr(launcher, "_load", lambda spec, _device, _cache: spec)
     monkeypatch.setattr(launcher, "_loaded", {})
@@ -332,7 +338,7 @@ def test_archs_default_to_those_of_the_machine(ask: Ask) -> None:
         ("--dtype", "e4m3", "'fp8' is not built"),
         ("--head-dim", "300", "head_dim: got 300"),
         ("--mask", "diagonal", "mask: got diagonal"),
-        ("--feature", "paged", "feature: got paged"),
+        ("--feature", "split", "feature: got split"),
     ],
 )
 def test_compile_refuses_by_name(invoke: Invoke, option: str, value: str, named: str) -> None:
@@ -410,7 +416,30 @@ def test_all_is_the_full_product_each_kernel_once(monkeypatch: pytest.MonkeyPatc
     assert sum(of[kind] for kind in of if issubclass(kind, ForwardSpec)) == forward
     assert of[Fa2BackwardSpec] == forward * (1 if "deterministic" in NOT_BUILT else 2)
     assert of[DropoutMaskSpec] == 2
+    assert of[KvAppendSpec] == 2 * 2 * 4  # types, kinds of cache, rotations
+    features = 1 + 6  # one at a time, but dropout
+    assert of[Fa2KvCacheSpec] <= 2 * 2 * len(widths) * 2 * masks * features * 8  # kinds of cache, types, ..., tiles and splits
+    over_cache = {name for spec in specs if isinstance(spec, Fa2KvCacheSpec) for name in spec.names_of_set_flags()}
+    assert {"sinktokens", "alibi", "softcap", "scalefirst", "learnedsink", "varlen", "split", "paged"} <= over_cache
+    assert of[SplitCombineSpec] > 0
     assert 0 < max(of[BackwardPreprocessSpec], of[BackwardPostprocessSpec]) < forward / 10, "backward kernels share what goes beside them"
+
+
+def test_a_cache_is_compiled_with_every_tile_its_splits_and_appends(ask: Ask, invoke: Invoke, cache_dir: Path) -> None:
+    asked = (*ONE_KERNEL, "--feature", "paged")
+    count, *names = invoke(*asked, "--dry-run").stdout.splitlines()
+    kinds = Counter(name.partition("_sm80")[0] for name in names)
+    assert kinds == {"fa2_fwd": 1, "fa2_kvcache": 8, "split_combine": 1, "kv_append": 4}  # four numbers of rows, split or not
+    assert count == "14 kernels: 14 for sm_80"
+    assert all("paged" in name for name in names if name.startswith(("fa2_kvcache", "kv_append")))
+    both = specs_for([fa.SmArch.SM_80], [fa.DType.F16], [64], ["causal"], ["paged", "kv_cache", "gqa", "dropout", "backward"])
+    assert Counter(type(spec) for spec in both if "kv" in spec.HEADER) == {Fa2KvCacheSpec: 16, KvAppendSpec: 8}
+    for rows, split in product((16, 32, 64, 128), (False, True)):
+        key = DispatchKey(fa.SmArch.SM_80, fa.DType.F16, 64, causal=True, paged=True, extras=Extras(cache_rows=rows, split=split))
+        assert set(lookup(key).steps()) <= set(both)
+    assert len(ask(*ONE_KERNEL, "--feature", "kv_cache", "--dry-run")["kernels"]) == 14
+    small = [spec for spec in both if isinstance(spec, (KvAppendSpec, SplitCombineSpec))]
+    assert not any(isinstance(made, fa.CompileError) for made in compile_many(small[:3], cache=KernelCache(cache_dir)))
 
 
 def test_a_backward_is_compiled_with_what_goes_before_and_behind_it(ask: Ask, invoke: Invoke, cache_dir: Path) -> None:

@@ -16,6 +16,8 @@ from ..env import settings
 from ..errors import CacheError, CompileError, DispatchError
 from ..jit.cache import KernelCache
 from ..jit.compile import CompiledKernel, compile_many
+from ..kernels.kv_append import KvAppendSpec
+from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import Family, KernelSpec
 from ..kernels.used import read_kernels
 from ..launch.driver import device_count, device_properties
@@ -31,7 +33,13 @@ _LEFT_BOUND = ("sliding_causal", "sliding_full", "left_window")  # the last: win
 MASKS = ("full", "causal", *_LEFT_BOUND)
 _DTYPES = (DType.F16, DType.BF16)
 _BACKWARD = ("backward", "deterministic")
-_COMBINABLE = ("sink_tokens", "varlen", "gqa", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "scale_first", *_BACKWARD)
+_CACHED = ("paged", "kv_cache")
+_COMBINABLE = (
+    *("sink_tokens", "varlen", "gqa", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "scale_first"),
+    *_BACKWARD,
+    *_CACHED,
+)
+_CACHE_ROWS = (16, 32, 64, 128)  # what :func:`~..tiles.tables.cache_rows` gives
 _PADDED = -8  # a head dim just below a width: the kernel that tests columns
 _SHOWN = 60
 
@@ -63,7 +71,8 @@ def compile_ahead(
     feature: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Each is compiled on and off, in all combinations: {', '.join(_COMBINABLE)}. With backward all kernels of a call are.",
+            help=f"Each is compiled on and off, in all combinations: {', '.join(_COMBINABLE)}. With backward, paged and kv_cache all "
+            "kernels of a call are: of a cache those that append to it and combine splits.",
             autocompletion=_names(_COMBINABLE),
         ),
     ] = None,
@@ -187,7 +196,7 @@ def specs_for(
     keys = (
         with_features(_masked(DispatchKey(arch, dtype, head_dim), mask), [*subset, *few])
         for arch, dtype, head_dim, (mask, *subset) in product(list(archs), list(dtypes), list(head_dims), chosen)
-        for few in (([],) if set(subset) & set(_BACKWARD) else ([], ["short_q"]))
+        for few in (([],) if set(subset) & {*_BACKWARD, *_CACHED} else ([], ["short_q"]))
     )
     return _kernels(keys)
 
@@ -195,15 +204,18 @@ def specs_for(
 def all_specs(archs: Iterable[SmArch], found: Callable[[int], None] = lambda _count: None) -> list[KernelSpec]:
     """The full product on ``archs``: exact and padded head dims of every width, both types, every mask and combination, dropout masks.
 
-    What is not built (``NOT_BUILT``) is left out.
+    Over a cache, whose kernels come in many tiles, one feature at a time. What is not built (``NOT_BUILT``) is left out.
     ``found`` is called after each arch, type and head dim, with the number of kernels so far.
     """
     archs = list(archs)
     head_dims = [width + change for width in HEAD_DIM_WIDTHS for change in (0, _PADDED)]
-    features = [name for name in _COMBINABLE if name not in NOT_BUILT]
+    features = [name for name in _COMBINABLE if name not in {*NOT_BUILT, *_CACHED}]
+    cached = [[kind, name] for kind in _CACHED for name in features if _makes_a_difference((kind, name))]
     specs: dict[KernelSpec, None] = {}
     for arch, dtype, head_dim in product(archs, _DTYPES, head_dims):
-        specs.update(dict.fromkeys(specs_for([arch], [dtype], [head_dim], MASKS, features)))
+        for together in (features, *cached):
+            masks = _LEFT_BOUND if together[-1:] == ["sink_tokens"] else MASKS
+            specs.update(dict.fromkeys(specs_for([arch], [dtype], [head_dim], masks, together)))
         found(len(specs))
     patterns = (
         with_features(DispatchKey(arch, DType.F16, 64, varlen=varlen), ["dropout_mask"]) for arch in archs for varlen in (False, True)
@@ -217,7 +229,18 @@ def _masked(key: DispatchKey, mask: str) -> DispatchKey:
 
 def _kernels(keys: Iterable[DispatchKey]) -> list[KernelSpec]:
     """The kernels that calls of these keys launch, each once."""
-    return _launched(spec for key in keys for spec in map(lookup, _as_calls_ask(key)) if isinstance(spec, KernelSpec))
+    specs: dict[KernelSpec, None] = {}
+    for key in keys:
+        answers = [spec for spec in map(lookup, _as_calls_ask(key)) if isinstance(spec, KernelSpec)]
+        specs.update(dict.fromkeys(_launched(answers)))
+        specs.update(dict.fromkeys(append for spec in answers if isinstance(spec, Fa2KvCacheSpec) for append in _appends(spec)))
+    return list(specs)
+
+
+def _appends(spec: Fa2KvCacheSpec) -> Iterator[KvAppendSpec]:
+    """What may write new tokens into the cache before ``spec`` reads it: with both kinds of rotation, and both types of cos and sin."""
+    for interleaved, wide in product((False, True), (False, True)):
+        yield KvAppendSpec(arch=spec.arch, dtype=spec.dtype, paged=spec.paged, interleaved=interleaved, wide_rotary=wide)
 
 
 def _launched(answers: Iterable[KernelSpec]) -> list[KernelSpec]:
@@ -226,7 +249,14 @@ def _launched(answers: Iterable[KernelSpec]) -> list[KernelSpec]:
 
 
 def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
-    """A key in the forms that calls give it, which choose by lengths and strides: with few tiles a block each, heads packed or not."""
+    """A key in the forms that calls give it, which choose by lengths and strides.
+
+    With few tiles a block each, heads packed or not; over a cache tiles of so many rows, keys split or not.
+    """
+    if key.paged or key.extras.kv_cache:
+        for rows, split in product(_CACHE_ROWS, (False, True)):
+            yield replace(key, extras=replace(key.extras, cache_rows=rows, split=split))
+        return
     for persistent, pack_gqa in product(
         (None, False) if key.family is Family.FA3 else (None,), (True, False) if key.packs_heads else (True,)
     ):
@@ -236,11 +266,20 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
 def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
     """All that make a difference.
 
-    Deterministic is a backward by itself, and a backward packs no heads, so gqa changes nothing.
+    Deterministic is a backward by itself, and a backward packs no heads, so gqa changes nothing. Nor does it over a cache, of which there
+    are two kinds, and which has no gradients and no dropout.
     """
     ordered = [name for name in FEATURES if name in set(names)]
     every = chain.from_iterable(combinations(ordered, size) for size in range(len(ordered) + 1))
-    return (subset for subset in every if len(set(subset) & {*_BACKWARD, "gqa"}) < 2 or not set(subset) & set(_BACKWARD))
+    return filter(_makes_a_difference, every)
+
+
+def _makes_a_difference(subset: tuple[str, ...]) -> bool:
+    chosen = set(subset)
+    backward, cached = chosen & set(_BACKWARD), chosen & set(_CACHED)
+    if cached:
+        return len(cached) == 1 and not backward and not chosen & {"gqa", "dropout"}
+    return not backward or len(chosen & {*_BACKWARD, "gqa"}) < 2
 
 
 def _archs(names: list[str] | None) -> list[SmArch]:
