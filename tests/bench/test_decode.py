@@ -263,7 +263,7 @@ def test_peers_that_are_not_installed_say_what_to_install(monkeypatch: pytest.Mo
     for peer in cache_peers()[1:]:
         with pytest.raises(Refused, match="not installed: no module"):
             peer.prepare(cell, sets_of(cell))
-    with pytest.raises(ValueError, match="no peer named fa9; there are ours, fa3, fa4, fi, xqa, cudnn_fe, and all"):
+    with pytest.raises(ValueError, match="no peer named fa9; there are ours, fa3, fa4, fi, fi_cc, xqa, cudnn_fe, and all"):
         cache_peers(("fa9",))
     assert [peer.name for peer in cache_peers(("xqa", "ours"))] == ["ours", "xqa"]
 

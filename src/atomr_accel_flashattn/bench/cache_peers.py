@@ -148,6 +148,7 @@ class FlashInfer(_Package):
     """FlashInfer's paged wrappers: decode on tensor cores for one query, prefill for more; planned once, outside of what is timed."""
 
     name = "fi"
+    tensor_cores = True
     modules = ("flashinfer",)
     install = "pip install flashinfer-python"
 
@@ -167,11 +168,10 @@ class FlashInfer(_Package):
 
         return [call_of(x) for x in sets]
 
-    @staticmethod
-    def _decode(package: Any, cell: CacheCell, x: CacheInputs, workspace: torch.Tensor) -> Callable[..., Any]:
+    def _decode(self, package: Any, cell: CacheCell, x: CacheInputs, workspace: torch.Tensor) -> Callable[..., Any]:
         import torch
 
-        wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace.view(torch.uint8), "NHD", use_tensor_cores=True)
+        wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace.view(torch.uint8), "NHD", use_tensor_cores=self.tensor_cores)
         heads = (cell.heads, cell.heads_kv, cell.head_dim, cell.page)
         wrapper.plan(*_pages_in_use(cell, x), *heads, q_data_type=x.q.dtype, kv_data_type=x.k.dtype)
         run: Callable[..., Any] = wrapper.run
@@ -187,6 +187,17 @@ class FlashInfer(_Package):
         wrapper.plan(rows, *_pages_in_use(cell, x), *heads, causal=True, q_data_type=x.q.dtype, kv_data_type=x.k.dtype)
         run: Callable[..., Any] = wrapper.run
         return run
+
+
+class FlashInferCudaCores(FlashInfer):
+    """Its decode of one query without tensor cores."""
+
+    name = "fi_cc"
+    tensor_cores = False
+
+    def cannot(self, cell: CacheCell) -> str:
+        """One query a sequence."""
+        return super().cannot(cell) or ("it decodes one query a sequence" if cell.queries > 1 else "")
 
 
 class Xqa(_Package):
@@ -289,7 +300,7 @@ def cache_peers(names: tuple[str, ...] | None = None) -> list[CachePeer]:
     Raises:
         ValueError: a name that is no peer.
     """
-    every: list[CachePeer] = [OurCalls(), Fa3Cache(), Fa4Cache(), FlashInfer(), Xqa(), CudnnCache()]
+    every: list[CachePeer] = [OurCalls(), Fa3Cache(), Fa4Cache(), FlashInfer(), FlashInferCudaCores(), Xqa(), CudnnCache()]
     if names is None or "all" in names:
         return every
     known = [peer.name for peer in every]

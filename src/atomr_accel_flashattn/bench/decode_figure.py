@@ -12,7 +12,11 @@ from .figure import STYLES, Style
 
 __all__ = ["draw_decode"]
 
-_STYLES: Final = {"fi": Style("FlashInfer", "#56b4e9"), "xqa": Style("XQA (FlashInfer)", "#56b4e9", "////")} | STYLES
+_STYLES: Final = {
+    "fi": Style("FlashInfer", "#56b4e9"),
+    "fi_cc": Style("FlashInfer, CUDA cores", "#56b4e9", "...."),
+    "xqa": Style("XQA (FlashInfer)", "#56b4e9", "////"),
+} | STYLES
 _WIDTH, _LINE, _DPI = 10.0, 2.35, 160
 _BAR_SHARE: Final = 0.86
 _RATES: Final = {"chunk", "prefill", "few"}  # groups whose arithmetic counts, not their reading

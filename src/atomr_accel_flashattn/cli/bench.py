@@ -25,8 +25,8 @@ __all__ = ["bench"]
 PEERS_HELP = (
     "Only these columns, comma-separated, or all: ours; fa2 and cudnn (torch's own); flex (torch's FlexAttention, which compiles for "
     "seconds a cell); fa3 (FlashAttention-3, the authors' or xformers'); fa4 (FlashAttention-4); cudnn_fe (nvidia-cudnn-frontend). What is "
-    "named and not installed is a column that says so. Without this: all that are installed, but flex. Of decode: ours, fa3, fa4, fi and "
-    "xqa (FlashInfer), cudnn_fe; without this all."
+    "named and not installed is a column that says so. Without this: all that are installed, but flex. Of decode: ours, fa3, fa4, fi, "
+    "fi_cc and xqa (FlashInfer), cudnn_fe; without this all."
 )
 
 
