@@ -414,7 +414,7 @@ def test_all_is_the_full_product_each_kernel_once(monkeypatch: pytest.MonkeyPatc
     of = Counter(type(spec) for spec in specs)
     forward = 2 * len(widths) * 2 * masks * bools  # types, tiles, exact or padded
     assert sum(of[kind] for kind in of if issubclass(kind, ForwardSpec)) == forward
-    assert of[Fa2BackwardSpec] == forward * (1 if "deterministic" in NOT_BUILT else 2)
+    assert of[Fa2BackwardSpec] == 2 * forward * (1 if "deterministic" in NOT_BUILT else 2)  # blocks share keys or not
     assert of[DropoutMaskSpec] == 2
     assert of[KvAppendSpec] == 2 * 2 * 4  # types, kinds of cache, rotations
     features = 1 + 6  # one at a time, but dropout
@@ -459,7 +459,9 @@ def test_backward_kernels_of_specs_for_are_those_that_calls_launch() -> None:
     assert [type(step) for step in steps] == [BackwardPreprocessSpec, Fa2BackwardSpec, BackwardPostprocessSpec]
     without, with_backward = (specs_for(*asked, features) for features in ([], ["backward"]))
     assert set(with_backward) == {*without, *steps}
-    assert specs_for(*asked, ["gqa", "backward"]) == list(dict.fromkeys([*specs_for(*asked, ["gqa"]), *steps]))
+    split = lookup(replace(key, extras=replace(key.extras, head_split=True))).steps()
+    assert set(specs_for(*asked, ["gqa", "backward"])) == {*specs_for(*asked, ["gqa"]), *steps, *split}
+    assert split[0] == steps[0], "what goes before is the same"
     if "deterministic" in NOT_BUILT:
         with pytest.raises(fa.FeatureNotBuiltError, match="'deterministic' is not built"):
             specs_for(*asked, ["deterministic"])

@@ -102,15 +102,22 @@ def dropout_mask_specs() -> list[KernelSpec]:
 
 
 def backward_specs() -> list[KernelSpec]:
-    """The three kernels of a backward: every arch and tile width plain, and the pairs of features at head dim 128; some deterministic."""
+    """The three kernels of a backward: every arch and tile width plain, and the pairs of features at head dim 128.
+
+    Some are deterministic, some split over query heads.
+    """
     plain = [DispatchKey(arch, DTYPES[(a + w) % 2], width, causal=w % 2 == 0) for a, w, arch, width in _numbered(ARCHS, HEAD_DIM_WIDTHS)]
     features = [_feature_key({"widths": (128, 128), **row}) for row in covering_rows(AXES)]
-    asked = (
-        *((key, False) for key in plain),
-        *((key, True) for key in plain if key.arch in {SmArch.SM_80, SmArch.SM_90}),
-        *((key, i % 3 == 0) for i, key in enumerate(features)),
+    asked = (  # deterministic, split over query heads
+        *((key, False, False) for key in plain),
+        *((key, False, True) for key in plain),
+        *((key, True, False) for key in plain if key.arch in {SmArch.SM_80, SmArch.SM_90}),
+        *((key, i % 3 == 0, i % 4 == 1) for i, key in enumerate(features)),
     )
-    keys = (replace(key, extras=replace(key.extras, direction="bwd", deterministic=deterministic)) for key, deterministic in asked)
+    keys = (
+        replace(key, extras=replace(key.extras, direction="bwd", deterministic=deterministic, head_split=split))
+        for key, deterministic, split in asked
+    )
     return [step for key in keys for step in lookup(key).steps()]
 
 

@@ -32,10 +32,11 @@ def emulate_backward(
     seed: int = 0,
     deterministic: bool = False,
     longest_q: int | None = None,
+    splits: int = 1,
 ) -> Gradients:
     """What :func:`tests.check.check_gradients` calls: the kernels of ``arch``, on o and LSE of the CPU backend.
 
-    ``longest_q``: what a caller says that it is; None is the truth.
+    ``longest_q``: what a caller says that it is; None is the truth. ``splits``: blocks that share a tile of keys.
     """
     problem = replace(backward_problem_of(inputs, upstream), deterministic=deterministic)
     if longest_q is not None:
@@ -44,10 +45,11 @@ def emulate_backward(
     made = [Poisoned.empty(array.shape, NUMPY_DTYPE[inputs.dtype], layout) for array in (inputs.q, inputs.k, inputs.v)]
     dsink = None if inputs.learned_sink is None else np.full(inputs.heads, np.nan, np.float32)
     gradients = GradientArrays(*(read_array(each.view, name) for each, name in zip(made, ("dq", "dk", "dv"), strict=True)))
-    spec = lookup(key_of_backward(problem, gradients, arch))
+    key = key_of_backward(problem, gradients, arch)
+    spec = lookup(replace(key, extras=replace(key.extras, head_split=splits > 1)))
     assert spec.shared_memory <= arch.shared_memory_per_block
     workspace = {
-        **{name: np.full(size // 4, np.nan, np.float32) for name, size in spec.workspace(problem.forward).items()},
+        **{name: np.full(size // 4, np.nan, np.float32) for name, size in spec.workspace(problem.forward, splits).items()},
         "dsink": dsink,
     }
     addresses = _addresses(problem, gradients, workspace)
@@ -55,9 +57,9 @@ def emulate_backward(
         tiles = step.work_tiles(problem.forward)
         if not tiles:
             continue
-        params: Any = step.pack(problem, gradients)
+        params: Any = step.pack(problem, gradients, splits)
         (ctypes.c_uint64 * len(params.SLOTS)).from_buffer(params)[:] = [addresses[name] for name in params.SLOTS]
-        run(step, params, step.grid(tiles, 1), seed=seed)
+        run(step, params, step.grid(tiles, 1, splits), seed=seed)
     for each in made:
         each.check()
     dq, dk, dv = (each.view for each in made)

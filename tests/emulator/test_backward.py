@@ -76,20 +76,51 @@ def test_every_block_finds_how_many_add_before_it(left: int | None, right: int |
         check_gradients(replace(case, sink_tokens=sinks), lambda inputs, upstream: emulate_backward(inputs, upstream, deterministic=True))
 
 
+SPLIT: dict[str, tuple[Case, int]] = {
+    "7/1": (replace(CAUSAL, heads=7), 7),
+    "6/2": (replace(CAUSAL, heads=6, heads_kv=2, head_dim=40, v_head_dim=24), 3),
+    "16/1": (replace(CAUSAL, heads=16, seqlen_q=70, right=None, head_dim=32, v_head_dim=32), 8),
+    "narrow": (replace(WINDOW, heads=4, head_dim=56, v_head_dim=64, batch=2), 2),
+    "wide": (replace(CAUSAL, heads=2, head_dim=256, v_head_dim=256), 2),
+    "everything": (replace(EVERYTHING, heads=8, heads_kv=2), 2),
+    "empty sequences": (Case(lengths_q=(0, 40, 26, 0), lengths_k=(79, 54, 26, 96), heads=12, heads_kv=2, right=0), 3),
+    "left bound": (Case(batch=2, seqlen_q=20, seqlen_k=150, heads=6, heads_kv=1, softmax_scale=-0.2, left=3), 6),
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", SPLIT)
+def test_blocks_that_share_keys(name: str, deterministic: bool):
+    case, splits = SPLIT[name]
+    options: dict[str, Any] = {"splits": splits, "deterministic": deterministic}
+    check_gradients(case, lambda inputs, upstream: emulate_backward(inputs, upstream, **options))
+    inputs = build(case)
+    first, second = (emulate_backward(inputs, _upstream(inputs), seed=seed, **options) for seed in (1, 2))
+    for gradient, one, other in zip(Gradients._fields, first, second, strict=True):
+        assert one is other is None or one.tobytes() == other.tobytes() or (gradient == "dq" and not deterministic)
+
+
+@pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_86])
+def test_blocks_that_share_keys_with_the_tiles_of_other_architectures(arch: SmArch):
+    case = replace(CAUSAL, heads=4, head_dim=96, v_head_dim=96)
+    check_gradients(case, lambda inputs, upstream: emulate_backward(inputs, upstream, arch=arch, splits=4))
+
+
 def test_deterministic_blocks_end_where_max_seqlen_q_is_too_small():
     """On a GPU nobody looks at lengths: such gradients are wrong, and a block that waited for ever would take the card with it."""
     inputs = build(Case(lengths_q=(150, 20), lengths_k=(170, 90), right=0))
     emulate_backward(inputs, _upstream(inputs), deterministic=True, longest_q=64)
 
 
-def _gradients(inputs: Inputs, *, seed: int = 0, dlse: bool = True, deterministic: bool = False) -> Gradients:
+def _gradients(inputs: Inputs, *, dlse: bool = True, **options: Any) -> Gradients:
     upstream = _upstream(inputs)
-    return emulate_backward(inputs, upstream if dlse else Upstream(upstream.dout), seed=seed, deterministic=deterministic)
+    return emulate_backward(inputs, upstream if dlse else Upstream(upstream.dout), **options)
 
 
-def test_sequences_without_queries_give_their_keys_zeros():
+@pytest.mark.parametrize("splits", [1, 4])
+def test_sequences_without_queries_give_their_keys_zeros(splits: int):
     case = Case(lengths_q=(0, 40, 26, 0), lengths_k=(79, 54, 26, 96), heads=4, heads_kv=1)
-    made = _gradients(build(case))
+    made = _gradients(build(case), splits=splits)
     for gradient in (made.dk, made.dv):
         assert not gradient[:79].any()
         assert not gradient[159:].any()
@@ -100,10 +131,11 @@ def test_sequences_without_queries_give_their_keys_zeros():
 @pytest.mark.parametrize("sizes", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0)], ids=str)
 @pytest.mark.parametrize("learned_sink", [False, True])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_empty_calls_give_zeros(sizes: tuple[int, int, int], learned_sink: bool, deterministic: bool):
+@pytest.mark.parametrize("splits", [1, 2])
+def test_empty_calls_give_zeros(sizes: tuple[int, int, int], learned_sink: bool, deterministic: bool, splits: int):
     batch, seqlen_q, seqlen_k = sizes
-    inputs = build(Case(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, learned_sink=learned_sink))
-    made = _gradients(inputs, dlse=False, deterministic=deterministic)
+    inputs = build(Case(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads=2, heads_kv=1, learned_sink=learned_sink))
+    made = _gradients(inputs, dlse=False, deterministic=deterministic, splits=splits)
     assert not any(gradient.any() for gradient in made if gradient is not None)
 
 
@@ -124,12 +156,13 @@ def test_rows_without_a_key_give_dq_exactly_zero():
     assert made.dv.any(axis=-1).all()
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("heads", "heads_kv"), [(6, 2), (7, 1)])
-def test_a_group_gets_the_sum_of_what_its_heads_would_get(heads: int, heads_kv: int):
+def test_a_group_gets_the_sum_of_what_its_heads_would_get(heads: int, heads_kv: int, split: bool):
     ratio, sizes = heads // heads_kv, {"seqlen_q": 40, "seqlen_k": 60}
     inputs = build(Case(heads=heads, heads_kv=heads_kv, right=0, learned_sink=True, **sizes))
     alone = _gradients(replace(inputs, k=inputs.k.repeat(ratio, 2), v=inputs.v.repeat(ratio, 2)))
-    grouped = _gradients(inputs)
+    grouped = _gradients(inputs, splits=ratio if split else 1)
     np.testing.assert_array_equal(grouped.dq, alone.dq)
     np.testing.assert_array_equal(grouped.dsink, alone.dsink)
     for name in ("dk", "dv"):
@@ -141,14 +174,15 @@ def _with_spare_rows(array: Any) -> Any:
     return np.concatenate([array, np.full((64, *array.shape[1:]), np.nan, array.dtype)])
 
 
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("learned_sink", [False, True])
-def test_rows_that_no_sequence_owns_are_not_read_and_get_zeros(learned_sink: bool):
+def test_rows_that_no_sequence_owns_are_not_read_and_get_zeros(learned_sink: bool, splits: int):
     inputs = build(Case(lengths_q=(40, 30), lengths_k=(50, 33), heads=4, heads_kv=2, learned_sink=learned_sink, right=0))
     padded = replace(inputs, **{name: _with_spare_rows(getattr(inputs, name)) for name in "qkv"})
     dout = _upstream(inputs).dout
     assert dout is not None
-    alone = emulate_backward(inputs, Upstream(dout))
-    made = emulate_backward(padded, Upstream(_with_spare_rows(dout)))
+    alone = emulate_backward(inputs, Upstream(dout), splits=splits)
+    made = emulate_backward(padded, Upstream(_with_spare_rows(dout)), splits=splits)
     for name, rows in (("dq", 70), ("dk", 83), ("dv", 83)):
         np.testing.assert_array_equal(getattr(made, name)[:rows], getattr(alone, name))
         assert not getattr(made, name)[rows:].any()

@@ -37,12 +37,16 @@ def run_backward_kernel(spec: BackwardSpec, params: BwdParams, *, grid: int) -> 
     if isinstance(spec, BackwardPostprocessSpec):
         assert p.convert_blocks == -(-p.fwd.seqlen_q // spec.tile.block_m) * p.fwd.batch * p.fwd.heads
         assert p.sink_blocks == (p.fwd.heads if spec.learned_sink else 0)
-        assert (grid > p.convert_blocks + p.sink_blocks) is spec.varlen
+        parts = -(-p.fwd.seqlen_k // spec.tile.block_m) * p.fwd.batch * p.heads_kv if spec.head_split else 0
+        assert (grid > parts + p.convert_blocks + p.sink_blocks) is spec.varlen
+        assert grid >= parts + p.convert_blocks + p.sink_blocks
         _postprocess(spec, p)
         return
     assert spec.exact_head_dim == ((spec.head_dim, spec.v_head_dim) == (p.fwd.head_dim, p.fwd.v_head_dim))
     assert p.blocks_n == -(-p.fwd.seqlen_k // spec.tile.block_n)
-    assert grid == p.blocks_n * p.fwd.batch * p.heads_kv
+    assert p.head_splits * p.heads_per_split == p.fwd.heads_per_kv
+    assert (p.head_splits > 1) is spec.head_split
+    assert grid == p.blocks_n * p.fwd.batch * p.heads_kv * p.head_splits
     _differentiate(spec, p)
 
 
@@ -76,7 +80,13 @@ def _differentiate(spec: BackwardSpec, p: Any) -> None:
     )
     dq = np.empty(known.q.shape, np.float32)
     dk, dv = (as_numpy(strided(spec, *each)) for each in ((p.dk, p.dk_stride, known.k.shape), (p.dv, p.dv_stride, known.v.shape)))
+    if spec.head_split:  # the heads of a group are the next kernel's to add
+        made = dk, dv = np.zeros(known.k.shape, np.float32), np.zeros(known.v.shape, np.float32)
     backward(problem, dq, dk, dv, None)
+    if spec.head_split:
+        for parts, whole in zip(_kv_parts(spec, p), made, strict=True):
+            rows = whole.reshape(-1, *whole.shape[-2:])
+            parts[:, : len(rows)] = rows / p.head_splits
     if known.softmax_scale:  # the scale is the next kernel's
         owned = _owned(spec, p, "q")
         _dq_sum(p)[:owned] += dq.reshape(_dq_sum(p).shape)[:owned] / np.float32(known.softmax_scale)
@@ -88,8 +98,13 @@ def _postprocess(spec: BackwardSpec, p: Any) -> None:
     sums = _dq_sum(p) * np.float32(p.softmax_scale)
     sums[owned:] = 0
     as_numpy(strided(spec, p.dq, p.dq_stride, shape))[...] = sums.reshape(shape)
+    if spec.head_split:
+        for (ptr, stride, width), parts in zip(_kv_gradients(p), _kv_parts(spec, p), strict=True):
+            as_numpy(strided(spec, ptr, stride, (*_lead(spec, p, "k"), p.heads_kv, width)))[...] = parts.sum(0).reshape(
+                *_lead(spec, p, "k"), p.heads_kv, width
+            )
     if spec.varlen:
-        for ptr, stride, width in ((p.dk, p.dk_stride, p.fwd.head_dim), (p.dv, p.dv_stride, p.fwd.v_head_dim)):
+        for ptr, stride, width in _kv_gradients(p):
             as_numpy(strided(spec, ptr, stride, (p.tokens_k, p.heads_kv, width)))[_owned(spec, p, "k") :] = 0
     assert bool(p.dsink) is spec.learned_sink
     if spec.learned_sink:
@@ -100,9 +115,23 @@ def _postprocess(spec: BackwardSpec, p: Any) -> None:
         as_numpy(array_at(p.dsink, (p.fwd.heads,), "float32"))[...] = terms.sum(0)
 
 
-def _lead(spec: BackwardSpec, p: Any) -> tuple[int, ...]:
-    """Dimensions of q before heads and columns."""
-    return (p.tokens_q,) if spec.varlen else (p.fwd.batch, p.fwd.seqlen_q)
+def _lead(spec: BackwardSpec, p: Any, of: str = "q") -> tuple[int, ...]:
+    """Dimensions of q or k before heads and columns."""
+    return (getattr(p, f"tokens_{of}"),) if spec.varlen else (p.fwd.batch, getattr(p.fwd, f"seqlen_{of}"))
+
+
+def _kv_gradients(p: Any) -> tuple[tuple[Any, Any, int], ...]:
+    """Address, strides and width of dK and dV."""
+    return (p.dk, p.dk_stride, p.fwd.head_dim), (p.dv, p.dv_stride, p.fwd.v_head_dim)
+
+
+def _kv_parts(spec: BackwardSpec, p: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The parts of dK and of dV, each (parts, tokens, KV heads, columns), where the kernels have both in tiles."""
+    tile_rows = p.kv_tile_rows if spec.varlen else p.fwd.batch * p.kv_tile_rows
+    assert p.tokens_k <= 16 * tile_rows
+    widths, first = (p.fwd.head_dim, p.fwd.v_head_dim), p.dq_sum + 4 * p.kv_parts
+    room = as_numpy(array_at(first, (p.head_splits, 16 * tile_rows, p.heads_kv, sum(widths)), "float32"))[:, : p.tokens_k]
+    return room[..., : widths[0]], room[..., widths[0] :]
 
 
 def _rows(spec: BackwardSpec, p: Any, ptr: int) -> NDArray[Any]:

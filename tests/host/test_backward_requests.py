@@ -18,6 +18,7 @@ from atomr_accel_flashattn.types import DType
 from tests.case_lists import pairwise_cases
 from tests.cases import ALL_DTYPES, Case, build
 from tests.check import check_gradients
+from tests.fakes.gpu import FakeGpu
 from tests.inputs import Inputs, Layout, Poisoned
 from tests.oracle import Gradients, Upstream
 from tests.upstream import build_upstream
@@ -169,6 +170,13 @@ def arguments_on_gpu() -> dict[str, Any]:
     return {name: on_gpu(x if name == "lse" else x.astype(np.float16)) for name, x in arrays.items() if x is not None}
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the arrays: how many SMs it has decides whether blocks share keys."""
+    FakeGpu().install(monkeypatch)
+
+
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("arch", [arch for arch in fa.SmArch if arch is not fa.SmArch.CPU])
 def test_on_a_gpu_three_kernels_of_the_mma_sync_family_do_it(arch: fa.SmArch):
     key = fa.Fa2BwdRequest(**arguments_on_gpu()).dispatch_key(arch)
@@ -179,6 +187,7 @@ def test_on_a_gpu_three_kernels_of_the_mma_sync_family_do_it(arch: fa.SmArch):
     assert {step.arch.value.removesuffix("a") for step in spec.steps()} == {arch.value.removesuffix("a")}
 
 
+@pytest.mark.usefixtures("gpu")
 def test_a_family_that_has_no_backward_is_refused_by_name():
     key = fa.Fa2BwdRequest(**arguments_on_gpu()).dispatch_key(fa.SmArch.SM_90A)
     with pytest.raises(fa.FeatureNotBuiltError, match="family ran the forward") as caught:
@@ -186,6 +195,7 @@ def test_a_family_that_has_no_backward_is_refused_by_name():
     assert caught.value.feature == "fa3_backward"
 
 
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(("name", "like"), [("q", "q"), ("v", "v"), ("out", "out"), ("dout", "out"), ("dk", "k")])
 def test_every_array_counts_for_the_alignment(name: str, like: str):
     odd = on_gpu(Call().arguments()[like].astype(np.float16), offset=2)

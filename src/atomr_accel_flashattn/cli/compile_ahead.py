@@ -251,11 +251,16 @@ def _launched(answers: Iterable[KernelSpec]) -> list[KernelSpec]:
 def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
     """A key in the forms that calls give it, which choose by lengths and strides.
 
-    With few tiles a block each, heads packed or not; over a cache tiles of so many rows, keys split or not.
+    With few tiles a block each, heads packed or not; over a cache tiles of so many rows, keys split or not; a backward of grouped heads
+    with blocks that share keys or not.
     """
     if key.paged or key.extras.kv_cache:
         for rows, split in product(_CACHE_ROWS, (False, True)):
             yield replace(key, extras=replace(key.extras, cache_rows=rows, split=split))
+        return
+    if key.extras.direction == "bwd" and key.gqa_ratio > 1:
+        for split in (False, True):
+            yield replace(key, extras=replace(key.extras, head_split=split))
         return
     for persistent, pack_gqa in product(
         (None, False) if key.family is Family.FA3 else (None,), (True, False) if key.packs_heads else (True,)
@@ -266,8 +271,8 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
 def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
     """All that make a difference.
 
-    Deterministic is a backward by itself, and a backward packs no heads, so gqa changes nothing. Nor does it over a cache, of which there
-    are two kinds, and which has no gradients and no dropout.
+    Deterministic is a backward by itself. Over a cache, of which there are two kinds, gqa changes nothing, and there are no gradients and
+    no dropout.
     """
     ordered = [name for name in FEATURES if name in set(names)]
     every = chain.from_iterable(combinations(ordered, size) for size in range(len(ordered) + 1))
@@ -279,7 +284,7 @@ def _makes_a_difference(subset: tuple[str, ...]) -> bool:
     backward, cached = chosen & set(_BACKWARD), chosen & set(_CACHED)
     if cached:
         return len(cached) == 1 and not backward and not chosen & {"gqa", "dropout"}
-    return not backward or len(chosen & {*_BACKWARD, "gqa"}) < 2
+    return len(backward) < 2
 
 
 def _archs(names: list[str] | None) -> list[SmArch]:

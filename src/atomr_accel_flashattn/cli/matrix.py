@@ -43,6 +43,7 @@ _LABELS = {
     "short_q": "short sequences of q (own tile)",
     "backward": "backward",
     "deterministic": "deterministic backward",
+    "head_split": "backward split over query heads",
     "paged": "paged KV cache",
     "kv_layout": "HND pages",
     "kv_cache": "contiguous KV cache",

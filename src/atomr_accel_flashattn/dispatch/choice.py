@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.kvcache import splits_for
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..launch.driver import device_properties
@@ -16,7 +17,7 @@ from .arch import best_arch
 from .key import DispatchKey, Extras
 from .resolve import lookup
 
-__all__ = ["key_of_backward", "key_of_problem", "splits_of"]
+__all__ = ["head_splits_of", "key_of_backward", "key_of_problem", "splits_of"]
 
 # Kernels that take the maximum of raw scores divide slopes by the scale and multiply infinity by it: in float32 the scale must be neither 0
 # nor so small that a slope overflows.
@@ -86,13 +87,25 @@ def key_of_backward(problem: BackwardProblem, gradients: GradientArrays, arch: S
 
     Every array that has strides of its own counts for the alignment. ``gradients``: where the caller wants them. Without queries nothing is
     added to dQ, in no order: then there is no block of bwd_preprocess either, which would set the counters of a deterministic call.
+
+    Blocks share keys where the GPU of the arrays has more SMs than there are tiles of keys, so to say (``head_splits`` of the kernel).
     """
     key = _asked(problem.forward, arch, None, None if arch is SmArch.CPU else Family.FA2)
     known = problem.forward
     arrays = (known.q, known.k, known.v, problem.out, problem.dout, *gradients)
     align = _load_align([array for array in arrays if array is not None])
     deterministic = problem.deterministic and known.seqlen_q > 0
-    return replace(key, extras=replace(key.extras, direction="bwd", load_align=align, deterministic=deterministic))
+    key = replace(key, extras=replace(key.extras, direction="bwd", load_align=align, deterministic=deterministic))
+    if key.gqa_ratio > 1 and _runs_here(known.q.device, arch):
+        spec = lookup(key)
+        split = isinstance(spec, Fa2BackwardSpec) and head_splits_of(known, spec) > 1
+        key = replace(key, extras=replace(key.extras, head_split=split))
+    return key
+
+
+def head_splits_of(problem: AttentionProblem, spec: Fa2BackwardSpec) -> int:
+    """Blocks of ``spec`` that share a tile of keys, on the GPU of the arrays."""
+    return spec.head_splits(problem, device_properties(problem.q.device.index).multiprocessors)
 
 
 def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, family: Family | None) -> DispatchKey:

@@ -41,6 +41,7 @@ FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
     "short_q": _extra(short_q=True),
     "backward": _extra(direction="bwd"),
     "deterministic": _extra(direction="bwd", deterministic=True),
+    "head_split": lambda key: replace(key, gqa_ratio=max(8, key.gqa_ratio), extras=replace(key.extras, direction="bwd", head_split=True)),
     "paged": _plain(paged=True),
     "kv_layout": lambda key: replace(key, paged=True, extras=replace(key.extras, kv_layout="HND")),
     "kv_cache": _extra(kv_cache=True),

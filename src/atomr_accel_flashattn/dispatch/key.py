@@ -26,6 +26,7 @@ _EXTRA_FLAGS: Final = (
     "short_q",
     "pack_gqa",
     "deterministic",
+    "head_split",
 )
 
 
@@ -73,6 +74,7 @@ class Extras:
         learned_sink: whether a learned sink joins the denominator.
         direction: ``"fwd"``, ``"bwd"``, or ``"dropout_mask"``, the kernel that writes the keep pattern.
         deterministic: of direction ``"bwd"``: whether gradients are bitwise equal from run to run.
+        head_split: of direction ``"bwd"``: whether blocks share keys, each with some of the query heads that read them.
         split: whether K/V are split over blocks and combined.
         kv_cache: whether K and V are the rows of a contiguous cache, of which each sequence uses some slots; pages are ``paged``.
         kv_layout: layout of a cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
@@ -103,6 +105,7 @@ class Extras:
     learned_sink: bool = False
     direction: Literal["fwd", "bwd", "dropout_mask"] = "fwd"
     deterministic: bool = False
+    head_split: bool = False
     split: bool = False
     kv_cache: bool = False
     kv_layout: str = "NHD"

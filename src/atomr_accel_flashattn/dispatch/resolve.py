@@ -115,7 +115,8 @@ def _backward(key: DispatchKey) -> Fa2BackwardSpec:
     width, v_width, arch = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch)
     crowded = key.extras.softcap > 0 or key.extras.dropout
     tile = backward_tile_for(key.extras.tiles_for or arch, width, v_width, crowded=crowded)
-    return Fa2BackwardSpec(arch=arch, tile=tile, deterministic=key.extras.deterministic, **_features(key, width, v_width))
+    features, extras = _features(key, width, v_width), key.extras
+    return Fa2BackwardSpec(arch=arch, tile=tile, deterministic=extras.deterministic, head_split=extras.head_split, **features)
 
 
 def _features(key: DispatchKey, width: int, v_width: int) -> dict[str, Any]:

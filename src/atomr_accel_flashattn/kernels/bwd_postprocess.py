@@ -1,4 +1,4 @@
-"""The kernel after the backward: ``cuda/kernels/bwd_postprocess.cuh``, dQ from its accumulator, dsink, and zeros in spare rows."""
+"""The kernel after the backward: ``cuda/kernels/bwd_postprocess.cuh``, sums of dQ, dK and dV to 16 bits, dsink, and zeros in spare rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _SPARE_BLOCKS: Final = 64  # that clear spare rows of dK and dV: seldom more tha
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardPostprocessSpec(BackwardSpec):
-    """Some blocks convert dQ, a block each sums the gradient of the sink of a head. Head dims are numbers to it."""
+    """Some blocks convert dQ, some add the parts of dK and dV, a block each sums the gradient of the sink of a head.
+
+    Head dims are numbers to it.
+    """
 
     HEADER: ClassVar[str] = "bwd_postprocess"
     ENTRY: ClassVar[str] = "backward_postprocess"
@@ -35,6 +38,7 @@ class BackwardPostprocessSpec(BackwardSpec):
             aligned=spec.aligned,
             learned_sink=spec.learned_sink,
             varlen=spec.varlen,
+            head_split=spec.head_split,
         )
 
     @property
@@ -50,4 +54,5 @@ class BackwardPostprocessSpec(BackwardSpec):
     def work_tiles(self, problem: AttentionProblem) -> int:
         """Those that convert, one for each learned sink, and those that clear spare rows of packed sequences."""
         sinks = 0 if problem.learned_sink is None else problem.heads
-        return convert_blocks(problem) + sinks + (_SPARE_BLOCKS if problem.is_varlen else 0)
+        parts = -(-problem.seqlen_k // self.tile.block_m) * problem.batch * problem.heads_kv if self.head_split else 0
+        return parts + convert_blocks(problem) + sinks + (_SPARE_BLOCKS if problem.is_varlen else 0)

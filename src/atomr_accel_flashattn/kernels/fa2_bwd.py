@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from ..problem import AttentionProblem
 from ..types import SmArch
-from .backward import BackwardSpec, workspace_of
+from .backward import BackwardSpec, kv_part_bytes, workspace_of
 from .bwd_postprocess import BackwardPostprocessSpec
 from .bwd_preprocess import BackwardPreprocessSpec
 
@@ -18,6 +19,11 @@ __all__ = ["Fa2BackwardSpec"]
 _OTHER_REGISTERS: Final = 31  # beside accumulators and scores
 _DQ_REGISTERS: Final = 64  # of dQ at a time
 _NARROW_KEYS, _NARROW_WIDTH, _NARROW_STAGES = 32, 64, 3  # of a warp, of heads, of Q and dO: fa2_bwd_narrow.cuh
+# Of a split over query heads. Times are in tiles of queries that a block visits.
+_BLOCK_TIME: Final = 3  # of a block beside them: it loads keys, stores dK and dV
+_SPLIT_TIME: Final = 8  # of what adds the parts; what does not save more than that is not split
+_AS_GOOD: Final = 1.01  # times the shortest time
+_MOST_PARTS: Final = 8  # bytes, for each element of q
 _NAMES_IT_REDG: Final = frozenset({SmArch.SM_90, SmArch.SM_100, SmArch.SM_120})  # ``red`` of global memory, in SASS
 
 
@@ -84,13 +90,46 @@ class Fa2BackwardSpec(BackwardSpec):
         """One for block_n keys of a KV head and sequence."""
         return -(-problem.seqlen_k // self.tile.block_n) * problem.batch * problem.heads_kv
 
+    def grid(self, tiles: int, multiprocessors: int, blocks: int | None = None) -> int:  # noqa: ARG002 - as its base
+        """A block for each tile of keys and part of the query heads; ``blocks``: how many parts."""
+        return tiles * (blocks or 1)
+
+    def head_splits(self, problem: AttentionProblem, multiprocessors: int) -> int:
+        """Blocks that shall share a tile of keys, each with equally many query heads of its group: 1 where there are blocks enough.
+
+        The fewest whose blocks are done about as early as those of any number, and whose parts of dK and dV take at most four times the
+        bytes of q. Lengths of packed sequences are not known: they count as equal.
+        """
+        group = problem.heads // problem.heads_kv
+        room = _MOST_PARTS * prod(problem.q.shape) // max(1, kv_part_bytes(problem))
+        allowed = (n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n <= room))
+        times = {n: self._time(problem, n, multiprocessors) for n in allowed}
+        return min(n for n, time in times.items() if time <= _AS_GOOD * min(times.values()))
+
+    def _time(self, problem: AttentionProblem, splits: int, multiprocessors: int) -> float:
+        """Until the last block is done, in tiles of queries that a block visits."""
+        band, tile, heads = problem.band, self.tile, problem.heads // (problem.heads_kv * splits)
+        tiles = min(self.work_tiles(problem), -(-prod(problem.k.shape[:-1]) // tile.block_n) + problem.batch * problem.heads_kv)
+        rows = problem.seqlen_q
+        if band.left is not None and band.right is not None and not band.sink_tokens:
+            rows = min(rows, band.left + band.right + tile.block_n)
+        of_head, slots = -(-rows // tile.block_m), multiprocessors * tile.min_blocks
+        waves = -(-tiles * splits // slots)
+        time = float(waves * heads * of_head)
+        shorter, longer = sorted((problem.seqlen_q, problem.seqlen_k))
+        if (band.left is None) != (band.right is None) and 2 * shorter > longer:
+            # A triangle: blocks of keys that few queries see fill up the time of the others.
+            share = 1 - shorter / (2 * longer)
+            time = max(heads * of_head, tiles * splits * heads * of_head * share / slots)
+        return time + waves * _BLOCK_TIME + (_SPLIT_TIME if splits > 1 else 0)
+
     def steps(self) -> tuple[BackwardPreprocessSpec, Fa2BackwardSpec, BackwardPostprocessSpec]:
         """Delta and zeros before it, and the conversion of dQ behind it."""
         return BackwardPreprocessSpec.of(self), self, BackwardPostprocessSpec.of(self)
 
-    def workspace(self, problem: AttentionProblem) -> dict[str, int]:
+    def workspace(self, problem: AttentionProblem, splits: int = 1) -> dict[str, int]:
         """Bytes of the arrays that the three kernels share, by their slots; each begins at a multiple of 256 bytes, and none is cleared."""
-        return workspace_of(problem, deterministic=self.deterministic)
+        return workspace_of(problem, splits if self.head_split else 0, deterministic=self.deterministic)
 
 
 def _share_evenly(rows: int, cols: int, warps: int) -> bool:

@@ -11,6 +11,7 @@ from ..arrays.read import as_numpy, contiguous_strides
 from ..arrays.streams import current_stream, raw_stream, used_on
 from ..arrays.torch_hooks import tell_written
 from ..dispatch import CpuSpec, DispatchKey, FaBwdDispatch, key_of_problem, lookup
+from ..dispatch.choice import head_splits_of
 from ..errors import DispatchError
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.spec import KernelSpec
@@ -155,11 +156,15 @@ def _spec_of(key: DispatchKey) -> Fa2BackwardSpec | CpuSpec:
 
 def _workspace_of(spec: Fa2BackwardSpec, problem: BackwardProblem) -> Workspace:
     """What the kernels of ``spec`` share, and o and LSE if the forward is to run first."""
-    known, sizes = problem.forward, spec.workspace(problem.forward)
+    known, sizes = problem.forward, spec.workspace(problem.forward, _splits(spec, problem.forward))
     if problem.out is None:
         assert known.q.dtype is not None  # noqa: S101 - requests have checked it
         sizes |= {"o": known.q.dtype.itemsize * prod(known.out_shape), "lse": 4 * prod(known.lse_shape)}
     return Workspace.of(sizes)
+
+
+def _splits(spec: Fa2BackwardSpec, known: AttentionProblem) -> int:
+    return head_splits_of(known, spec) if spec.head_split else 1
 
 
 def _row_major_results(known: AttentionProblem) -> tuple[ArrayInfo, ArrayInfo]:
@@ -182,7 +187,8 @@ def _make_plan(spec: Fa2BackwardSpec, problem: BackwardProblem, outputs: Gradien
         forward = lookup(key)
         assert isinstance(forward, KernelSpec)  # noqa: S101 - the same arch as that of spec
         launches.append(launch_of(forward, known, forward.pack(known, out), slots, key.extras.persistent_blocks))
-    launches += series_of(spec.steps(), known, spec.pack(problem, gradients), slots)
+    splits = _splits(spec, known)
+    launches += series_of(spec.steps(), known, spec.pack(problem, gradients, splits), slots, splits)
     return Plan(launches, outputs.strides, workspace)
 
 

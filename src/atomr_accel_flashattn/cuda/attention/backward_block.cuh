@@ -6,6 +6,7 @@
 #include "attention/dq_sum.cuh"
 #include "attention/dq_turns.cuh"
 #include "attention/epilogue.cuh"
+#include "attention/kv_parts.cuh"
 #include "attention/mask.cuh"
 #include "attention/row_statistics.cuh"
 #include "attention/score.cuh"
@@ -13,6 +14,12 @@
 #include "tile/product.cuh"
 
 namespace fa {
+
+// Of the query heads of a sequence, that blocks visit: those of a KV head, or several of these.
+template <Config C>
+__device__ __forceinline__ int head_parts(const BwdParams& p) {
+  return C.head_split ? p.heads_kv * p.head_splits : p.heads_kv;
+}
 
 template <Config C>
 struct BackwardBlock {
@@ -38,7 +45,9 @@ struct BackwardBlock {
   };
   const BwdParams& p;
   const Sequence seq;
-  const int batch, head_kv, first_key;
+  const int batch;
+  const int part;  // of the query heads: those of a KV head; split, counted over all KV heads
+  const int first_key;
   const Band<C> band;   // of all queries of the sequence
   const RowRange rows;  // those that see some of these keys; others count as zeros: they may be NaN
   const TileRange tiles;
@@ -48,16 +57,16 @@ struct BackwardBlock {
   const Loader<C.block_m, C.v_head_dim> load_o;
   const uint16_t *q_ahead, *dout_ahead;
 
-  __device__ __forceinline__ BackwardBlock(const BwdParams& params, const Sequence& s, int block_n, int head, int sequence)
+  __device__ __forceinline__ BackwardBlock(const BwdParams& params, const Sequence& s, int block_n, int part_of_heads, int sequence)
       : p(params),
         seq(s),
         batch(sequence),
-        head_kv(head),
+        part(part_of_heads),
         first_key(block_n * C.block_n),
         band(params.fwd, s, 0, s.length_q),
         rows(band.queries(first_key, C.block_n)),
         tiles(band.query_tiles(first_key, C.block_n)),
-        ahead{head_kv * p.fwd.heads_per_kv, first_tile()},
+        ahead{first_head(), first_tile()},
         load_q(nullptr, p.fwd.q_stride.row, p.fwd.head_dim),
         load_o(nullptr, p.dout_stride.row, p.fwd.v_head_dim) {
     find_ahead();
@@ -88,15 +97,18 @@ struct BackwardBlock {
   // Starts to copy K and V of the block.
   __device__ __forceinline__ void load_keys(uint32_t sK, uint32_t sV) const {
     const FwdParams& f = p.fwd;
-    const Loader<C.block_n, C.head_dim> load_k(base(f.k, f.k_stride, seq.k_row, head_kv), f.k_stride.row, f.head_dim);
-    const Loader<C.block_n, C.v_head_dim> load_v(base(f.v, f.v_stride, seq.k_row, head_kv), f.v_stride.row, f.v_head_dim);
+    const Loader<C.block_n, C.head_dim> load_k(base(f.k, f.k_stride, seq.k_row, head_kv()), f.k_stride.row, f.head_dim);
+    const Loader<C.block_n, C.v_head_dim> load_v(base(f.v, f.v_stride, seq.k_row, head_kv()), f.v_stride.row, f.v_head_dim);
     const RowRange keys = band.keys();
     load_k.load(sK, first_key, keys);
     load_v.load(sV, first_key, keys);
   }
 
-  // One past the query heads that read this KV head.
-  __device__ __forceinline__ int end_head() const { return (head_kv + 1) * p.fwd.heads_per_kv; }
+  __device__ __forceinline__ int head_kv() const { return C.head_split ? part / p.head_splits : part; }
+  // The query heads that this block visits: those that read its KV head, or its part of them.
+  __device__ __forceinline__ int heads() const { return C.head_split ? p.heads_per_split : p.fwd.heads_per_kv; }
+  __device__ __forceinline__ int first_head() const { return part * heads(); }
+  __device__ __forceinline__ int end_head() const { return (part + 1) * heads(); }
 
   // Starts to copy Q, dO, and LSE and delta of the next tile to a stage; nothing is left when all
   // heads are done.
@@ -194,11 +206,37 @@ struct BackwardBlock {
     }
   }
 
-  // dK or dV of this block's keys.
+  // dK and dV of this block's keys, or its part of them.
+  template <class ProductK, class ProductV>
+  __device__ __forceinline__ void store_dk_and_dv(const typename ProductK::Accumulator& rK,
+                                                  const typename ProductV::Accumulator& rV) const {
+    if constexpr (C.head_split) {
+      store_part<ProductK>(rK, 0, p.fwd.head_dim);
+      store_part<ProductV>(rV, p.fwd.head_dim, p.fwd.v_head_dim);
+    } else {
+      store<ProductK>(rK, p.dk, p.dk_stride, p.fwd.head_dim, p.softmax_scale);
+      store<ProductV>(rV, p.dv, p.dv_stride, p.fwd.v_head_dim, C.dropout ? p.fwd.dropout_rescale : 1.f);
+    }
+  }
+
+  // In float32 and not scaled, from column `first_col` of the parts on; tiles of 16 keys.
+  template <class P>
+  __device__ __forceinline__ void store_part(const typename P::Accumulator& x, int first_col, int cols) const {
+    const KvParts<C.varlen> parts{p};
+    const int key = first_key + P::row(), across = parts.tiles_across();
+    float* target = parts.tile(seq, batch, part, key) + (first_col + P::col()) / parts.kCols * parts.kTile;
+#pragma unroll
+    for (int b = 0; b < P::kBlocks; ++b)
+#pragma unroll
+      for (int t = 0; t < P::kTiles; ++t)
+        if (key + 16 * b < seq.length_k && (C.exact_head_dim || P::col() + 8 * t < cols))
+          ptx::store_global_fragment(target + (b * across + t) * parts.kTile, x[b][t]);
+  }
+
   template <class P>
   __device__ __forceinline__ void store(const typename P::Accumulator& x, void* gradient, const Strides& stride, int cols,
                                         float scale) const {
-    auto* out = static_cast<uint16_t*>(gradient) + seq.batch * stride.batch + seq.k_row * stride.row + head_kv * stride.head;
+    auto* out = static_cast<uint16_t*>(gradient) + seq.batch * stride.batch + seq.k_row * stride.row + head_kv() * stride.head;
     const int lane_first_key = first_key + P::row() + lane_row(), first_col = P::col();
 #pragma unroll
     for (int b = 0; b < P::kBlocks; ++b)

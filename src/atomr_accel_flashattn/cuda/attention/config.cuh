@@ -22,6 +22,7 @@ struct Config {
   bool ping_pong = false;      // FA3: ping-pong barriers between the warpgroups
   bool persistent = false;     // blocks compute several tiles: FA3 from a counter, FA2 by stride
   bool deterministic = false;  // backward: blocks add to dQ in the order of their keys
+  bool head_split = false;     // backward: blocks share keys, each with some heads of the group
   bool any_ratio = false;      // with pack_gqa: the group is heads_per_kv heads, whatever its size
   bool paged = false;          // K and V lie in the pages of a table
   bool split = false;          // keys are split over blocks, whose partial results are combined

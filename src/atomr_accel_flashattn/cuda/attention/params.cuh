@@ -64,6 +64,10 @@ struct BwdParams {
   int32_t section_pairs;                // (sequence, KV head) pairs that run side by side
   int32_t convert_blocks, sink_blocks;  // bwd_postprocess: blocks for dQ, blocks for dsink
   float softmax_scale;
+  // Split over query heads (kv_parts.cuh): where in dq_sum the parts of dK and dV begin, tile rows
+  // of one of a KV head, how many blocks share a tile of keys, and the query heads of each.
+  int64_t kv_parts, kv_tile_rows;
+  int32_t head_splits, heads_per_split;
 };
 
 // Attention over a cache of K and V. In `fwd`, k and v are the cache: their batch stride is that of

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// After the backward: dQ from its float32 accumulator, the gradient of a learned sink, and zeros in
-// the rows that no sequence owns. Blocks do one of the three.
+// After the backward: dQ from its float32 accumulator, dK and dV where blocks have left parts of
+// them, the gradient of a learned sink, and zeros in the rows that no sequence owns. Blocks do one
+// of the four.
 #pragma once
 
 #include "attention/dq_sum.cuh"
 #include "attention/epilogue.cuh"
+#include "attention/kv_parts.cuh"
 #include "attention/row_statistics.cuh"
 #include "attention/score.cuh"
 #include "attention/sequence.cuh"
@@ -34,18 +36,39 @@ struct BackwardPostprocess {
       const DqSum<C.varlen> sum{p};
       const float* tile = sum.tile(seq, batch, head, row) + 4 * group * sum.kTile;
       float x[4][4] = {};
+      load(x, tile, group, f.head_dim);
+      store(x, out, p.dq_stride, row, seq.length_q, lane_row, group, f.head_dim, p.softmax_scale);
+    }
+  }
+
+  // Of add_parts().
+  __device__ __forceinline__ int kv_blocks() const { return (p.fwd.seqlen_k + C.block_m - 1) / C.block_m * p.fwd.batch * p.heads_kv; }
+  // dK and dV of block_m keys of one KV head and sequence, from the parts of all its query heads.
+  __device__ __forceinline__ void add_parts(int block) const {
+    const FwdParams& f = p.fwd;
+    const int blocks_n = (f.seqlen_k + C.block_m - 1) / C.block_m;
+    const int pair = block / blocks_n, first_row = (block - pair * blocks_n) * C.block_m;
+    const int batch = pair / p.heads_kv, head = pair - batch * p.heads_kv;
+    const Sequence seq = read_sequence<C.varlen>(f, batch);
+    const KvParts<C.varlen> parts{p};
+    const int groups_k = (f.head_dim + 31) / 32, groups = groups_k + (f.v_head_dim + 31) / 32;
+    for (int i = warp_index(); i < C.block_m / 16 * groups; i += C.warps) {
+      const int tile_row = i / groups, group = i - tile_row * groups, row = first_row + 16 * tile_row;
+      if (row >= seq.length_k) break;
+      const bool of_k = group < groups_k;
+      const int cols = of_k ? f.head_dim : f.v_head_dim, number = of_k ? group : group - groups_k;
+      const float* tile =
+          parts.tile(seq, batch, head * p.head_splits, row) + (4 * number + (of_k ? 0 : f.head_dim / parts.kCols)) * parts.kTile;
+      float x[4][4] = {};
+      for (int part = 0; part < p.head_splits; ++part, tile += parts.part_stride()) {
+        float one[4][4] = {};
+        load(one, tile, number, cols);
 #pragma unroll
-      for (int t = 0; t < 4; ++t)
-        if (32 * group + 8 * t < f.head_dim) ptx::load_global_fragment(x[t], tile + t * sum.kTile);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        uint32_t words[4];
-#pragma unroll
-        for (int t = 0; t < 4; ++t) words[t] = MmaTraits<C.dtype>::pack(x[t][2 * r] * p.softmax_scale, x[t][2 * r + 1] * p.softmax_scale);
-        transpose_quad(words);
-        const int at = row + 8 * r + lane_row;
-        if (at < seq.length_q) store_quad<C>(out + at * p.dq_stride.row, 32 * group, f.head_dim, words);
+        for (int i = 0; i < 16; ++i) x[i / 4][i % 4] += one[i / 4][i % 4];
       }
+      const Strides& stride = of_k ? p.dk_stride : p.dv_stride;
+      auto* out = static_cast<uint16_t*>(of_k ? p.dk : p.dv) + seq.batch * stride.batch + seq.k_row * stride.row + head * stride.head;
+      store(x, out, stride, row, seq.length_k, threadIdx.x % 32 / 4, number, cols, of_k ? p.softmax_scale : f.dropout_rescale);
     }
   }
 
@@ -82,6 +105,27 @@ struct BackwardPostprocess {
   }
 
  private:
+  // 16 rows x 32 columns of a sum, from the first tile on, of which `cols` columns are left.
+  static __device__ __forceinline__ void load(float (&x)[4][4], const float* tile, int group, int cols) {
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+      if (32 * group + 8 * t < cols) ptx::load_global_fragment(x[t], tile + t * SumTile::kTile);
+  }
+
+  // Scaled, to columns [32 group, 32 group + 32) of rows from `row` on, of which there are `rows`.
+  static __device__ __forceinline__ void store(const float (&x)[4][4], uint16_t* out, const Strides& stride, int row, int rows,
+                                               int lane_row, int group, const int32_t& cols, const float& scale) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t words[4];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) words[t] = MmaTraits<C.dtype>::pack(x[t][2 * r] * scale, x[t][2 * r + 1] * scale);
+      transpose_quad(words);
+      const int at = row + 8 * r + lane_row;
+      if (at < rows) store_quad<C>(out + at * stride.row, 32 * group, cols, words);
+    }
+  }
+
   __device__ __forceinline__ void clear(void* gradient, const Strides& stride, int64_t first, int64_t tokens, int heads, int chunks,
                                         int64_t block, int64_t blocks) const {
     const int64_t count = tokens * heads * chunks;
@@ -106,13 +150,15 @@ template <Config C>
 __device__ __forceinline__ void backward_postprocess(const BwdParams& p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const BackwardPostprocess<C> post{p};
-  const int block = blockIdx.x, sinks = p.convert_blocks + p.sink_blocks;
+  const int block = blockIdx.x, sinks = p.convert_blocks + p.sink_blocks, spare = C.head_split ? sinks + post.kv_blocks() : sinks;
   if (block < p.convert_blocks) {
     post.convert_dq(block);
   } else if (C.learned_sink && block < sinks) {
     post.reduce_dsink(block - p.convert_blocks, reinterpret_cast<float*>(shared));
+  } else if (C.head_split && block < spare) {
+    post.add_parts(block - sinks);
   } else if (C.varlen) {
-    post.clear_spare_rows(block - sinks, gridDim.x - sinks);
+    post.clear_spare_rows(block - spare, gridDim.x - spare);
   }
 }
 

@@ -3,9 +3,11 @@
 // every later architecture.
 //
 // A block owns block_n keys of one KV head, and visits the tiles of Q and dO that see some of them,
-// of all query heads that read this KV head: dK and dV stay in registers and need no atomics. dQ is
-// added to a float32 accumulator in global memory. P and dS go through shared memory, so that each
-// of the five products may cut its result among the warps in its own way.
+// of all query heads that read this KV head: dK and dV stay in registers and need no atomics. Where
+// keys are few, several blocks own the same ones, each visits some of those heads, and
+// bwd_postprocess adds what they find. dQ is added to a float32 accumulator in global memory. P and
+// dS go through shared memory, so that each of the five products may cut its result among the warps
+// in its own way.
 #pragma once
 
 #include "attention/backward_block.cuh"
@@ -17,8 +19,7 @@ namespace fa {
 template <Config C>
 struct Fa2Backward : BackwardBlock<C> {
   using Base = BackwardBlock<C>;
-  using Base::kStages, Base::kStageBytes, Base::p, Base::seq, Base::batch, Base::head_kv, Base::first_key, Base::tiles, Base::next,
-      Base::kFragments;
+  using Base::kStages, Base::kStageBytes, Base::p, Base::seq, Base::batch, Base::first_key, Base::tiles, Base::next, Base::kFragments;
   using Base::lane_row, Base::lane_col;
   using typename Base::QueryTile, typename Base::DqPart, typename Base::TileQ, typename Base::TileK, typename Base::TileV;
   using typename Base::Traits;
@@ -41,8 +42,8 @@ struct Fa2Backward : BackwardBlock<C> {
   typename ProductK::Accumulator rK;  // dK, dV
   typename ProductV::Accumulator rV;
 
-  __device__ __forceinline__ Fa2Backward(const BwdParams& params, const Sequence& s, int block_n, int head, int sequence, uint32_t shared)
-      : Base(params, s, block_n, head, sequence),
+  __device__ __forceinline__ Fa2Backward(const BwdParams& params, const Sequence& s, int block_n, int heads, int sequence, uint32_t shared)
+      : Base(params, s, block_n, heads, sequence),
         sK(shared),
         sV(sK + TileK::kBytes),
         sQ(sV + TileV::kBytes),
@@ -54,8 +55,7 @@ struct Fa2Backward : BackwardBlock<C> {
     ProductV::clear(rV);
     if (tiles.begin < tiles.end) mainloop();
     ptx::cp_async_wait<0>();
-    this->template store<ProductK>(rK, p.dk, p.dk_stride, p.fwd.head_dim, p.softmax_scale);
-    this->template store<ProductV>(rV, p.dv, p.dv_stride, p.fwd.v_head_dim, C.dropout ? p.fwd.dropout_rescale : 1.f);
+    this->template store_dk_and_dv<ProductK, ProductV>(rK, rV);
   }
 
  private:
@@ -215,7 +215,8 @@ struct BackwardOf<C, true> {
 };
 
 // Blocks walk the (sequence, KV head) pairs in groups of `section_pairs`, whose keys they take side
-// by side, those that the most queries see first: the grid ends with short blocks.
+// by side, those that the most queries see first: the grid ends with short blocks. Split, each part
+// of the query heads of a KV head makes a pair of its own.
 template <Config C>
 __device__ __forceinline__ void fa2_backward(const BwdParams& p) {
   using Block = typename BackwardOf<C>::Block;
@@ -223,12 +224,12 @@ __device__ __forceinline__ void fa2_backward(const BwdParams& p) {
   int index = blockIdx.x;
   if constexpr (C.deterministic) index = DqTurns<C>::draw_ticket(p, ptx::shared_address(shared) + Block::kBytes);
   const int per_group = p.section_pairs * p.blocks_n, group = index / per_group;
-  const int first = group * p.section_pairs, width = min(p.section_pairs, p.fwd.batch * p.heads_kv - first);
+  const int first = group * p.section_pairs, width = min(p.section_pairs, p.fwd.batch * head_parts<C>(p) - first);
   const int rest = index - group * per_group, column = rest / width, pair = first + rest - column * width;
-  const int batch = pair / p.heads_kv, head_kv = pair - batch * p.heads_kv;
+  const int batch = pair / head_parts<C>(p), part = pair - batch * head_parts<C>(p);
   const int block_n = C.left_bound && !C.right_bound && !C.deterministic ? p.blocks_n - 1 - column : column;
   const Sequence seq = read_sequence<C.varlen>(p.fwd, batch);
-  if (block_n * C.block_n < seq.length_k) Block(p, seq, block_n, head_kv, batch, ptx::shared_address(shared)).run();
+  if (block_n * C.block_n < seq.length_k) Block(p, seq, block_n, part, batch, ptx::shared_address(shared)).run();
 }
 
 }  // namespace fa

@@ -18,7 +18,7 @@ constexpr bool kNarrow = C.block_n == 32 * C.warps && C.stages == 3 && C.head_di
 template <Config C>
 struct Fa2BackwardNarrow : BackwardBlock<C> {
   using Base = BackwardBlock<C>;
-  using Base::kStages, Base::kStageBytes, Base::p, Base::seq, Base::batch, Base::head_kv, Base::first_key, Base::tiles, Base::next;
+  using Base::kStages, Base::kStageBytes, Base::p, Base::seq, Base::batch, Base::first_key, Base::tiles, Base::next;
   using Base::lane_row, Base::lane_col;
   using typename Base::QueryTile, typename Base::TileQ, typename Base::TileK, typename Base::Traits;
   static_assert(kNarrow<C> && Base::kColsOfDq == C.head_dim);
@@ -38,9 +38,9 @@ struct Fa2BackwardNarrow : BackwardBlock<C> {
   typename ProductV::Accumulator rV;
   uint32_t v_operand[C.v_head_dim / 16][kBlocks][4];
 
-  __device__ __forceinline__ Fa2BackwardNarrow(const BwdParams& params, const Sequence& s, int block_n, int head, int sequence,
+  __device__ __forceinline__ Fa2BackwardNarrow(const BwdParams& params, const Sequence& s, int block_n, int heads, int sequence,
                                                uint32_t shared)
-      : Base(params, s, block_n, head, sequence), sK(shared), sQ(sK + TileK::kBytes), sS(sQ + kStages * kStageBytes) {}
+      : Base(params, s, block_n, heads, sequence), sK(shared), sQ(sK + TileK::kBytes), sS(sQ + kStages * kStageBytes) {}
 
   __device__ __forceinline__ void run() {
     this->load_keys(sK, sS);
@@ -48,8 +48,7 @@ struct Fa2BackwardNarrow : BackwardBlock<C> {
     ProductV::clear(rV);
     if (tiles.begin < tiles.end) mainloop();
     ptx::cp_async_wait<0>();
-    this->template store<ProductK>(rK, p.dk, p.dk_stride, p.fwd.head_dim, p.softmax_scale);
-    this->template store<ProductV>(rV, p.dv, p.dv_stride, p.fwd.v_head_dim, 1.f);
+    this->template store_dk_and_dv<ProductK, ProductV>(rK, rV);
   }
 
  private:

@@ -25,6 +25,17 @@ __device__ __forceinline__ void add_global_fragment(float* block, const float (&
 #endif
 }
 
+// Writes them.
+__device__ __forceinline__ void store_global_fragment(float* block, const float (&x)[4]) {
+  const int lane = threadIdx.x % 32;
+#if __CUDA_ARCH__ >= 900
+  *reinterpret_cast<float4*>(block + 4 * lane) = {x[0], x[1], x[2], x[3]};
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) block[32 * i + lane] = x[i];
+#endif
+}
+
 // This lane's four of those 128.
 __device__ __forceinline__ void load_global_fragment(float (&x)[4], const float* block) {
   const int lane = threadIdx.x % 32;
