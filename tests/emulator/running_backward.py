@@ -33,12 +33,16 @@ def emulate_backward(
     deterministic: bool = False,
     longest_q: int | None = None,
     splits: int = 1,
+    offsets_q: Any = None,
 ) -> Gradients:
     """What :func:`tests.check.check_gradients` calls: the kernels of ``arch``, on o and LSE of the CPU backend.
 
     ``longest_q``: what a caller says that it is; None is the truth. ``splits``: blocks that share a tile of keys.
+    ``offsets_q``: what lies in the place of the right ones when the kernels run.
     """
     problem = replace(backward_problem_of(inputs, upstream), deterministic=deterministic)
+    if offsets_q is not None:
+        problem = replace(problem, forward=replace(problem.forward, cu_seqlens_q=read_array(offsets_q, "cu_seqlens_q")))
     if longest_q is not None:
         problem = replace(problem, forward=replace(problem.forward, seqlen_q=longest_q))
     layout = Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED

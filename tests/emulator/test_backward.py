@@ -112,6 +112,14 @@ def test_deterministic_blocks_end_where_max_seqlen_q_is_too_small():
     emulate_backward(inputs, _upstream(inputs), deterministic=True, longest_q=64)
 
 
+@pytest.mark.parametrize("offsets", [(0, 120, 32, 170), (0, 170, 32, 100), (32, 170, 0, 170)], ids=str)
+@pytest.mark.parametrize("order", [1, -1])
+def test_deterministic_blocks_end_where_sequences_overlap(offsets: tuple[int, ...], order: int):
+    """On a GPU nobody looks at offsets either. Such sequences share the numbers by which blocks wait for each other."""
+    inputs = build(Case(lengths_q=(60, 60, 50), lengths_k=(450, 90, 300)[::order], right=0))
+    emulate_backward(inputs, _upstream(inputs), deterministic=True, longest_q=170, offsets_q=np.array(offsets, np.int32))
+
+
 def _gradients(inputs: Inputs, *, dlse: bool = True, **options: Any) -> Gradients:
     upstream = _upstream(inputs)
     return emulate_backward(inputs, upstream if dlse else Upstream(upstream.dout), **options)

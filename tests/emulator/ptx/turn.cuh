@@ -15,5 +15,6 @@ inline int32_t load_acquire(const int32_t* address) {
   return last;
 }
 inline void store_release(int32_t* address, int32_t x) { *address = x; }
+inline void raise_release(int32_t* address, int32_t x) { *address = std::max(*address, x); }
 
 }  // namespace fa::ptx

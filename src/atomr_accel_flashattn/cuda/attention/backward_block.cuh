@@ -195,14 +195,14 @@ struct BackwardBlock {
   }
   __device__ __forceinline__ bool is_my_turn(const QueryTile& tile) const {
     const DqTurns<C> turns{p};
-    return ptx::load_acquire(turns.number_of(seq, batch, tile.head, tile.m)) == turns.blocks_before(seq, tile.m, first_key / C.block_n);
+    return turns.has(turns.number_of(seq, batch, tile.head, tile.m), turns.blocks_before(seq, tile.m, first_key / C.block_n));
   }
   // Lets the next block add, behind a barrier that all additions of this one come before.
   __device__ __forceinline__ void pass_turn(const QueryTile& tile) const {
     if constexpr (C.deterministic) {
       const DqTurns<C> turns{p};
       if (threadIdx.x == 0)
-        ptx::store_release(turns.number_of(seq, batch, tile.head, tile.m), turns.blocks_before(seq, tile.m, first_key / C.block_n) + 1);
+        turns.set(turns.number_of(seq, batch, tile.head, tile.m), turns.blocks_before(seq, tile.m, first_key / C.block_n) + 1);
     }
   }
 

@@ -38,7 +38,27 @@ struct DqTurns {
   }
 
   __device__ __forceinline__ int32_t* number_of(const Sequence& seq, int batch, int head, int m) const {
-    return p.turns + 1 + DqSum<C.varlen>{p}.tile_row(seq, batch, head, m * C.block_m);
+    int64_t row = DqSum<C.varlen>{p}.tile_row(seq, batch, head, m * C.block_m);
+    if constexpr (C.varlen) {
+      const int64_t last = p.dq_tile_rows * p.fwd.heads - 1;
+      row = row < 0 ? 0 : row > last ? last : row;
+    }
+    return p.turns + 1 + row;
+  }
+
+  // Whether `count` blocks have added, and that they have. Nobody looks at the offsets of packed
+  // sequences on a GPU: where they are wrong, sequences may overlap, and several share a number. It
+  // only rises, so that each block finds what the one before it has left, and none waits for ever.
+  static __device__ __forceinline__ bool has(const int32_t* number, int count) {
+    const int32_t found = ptx::load_acquire(number);
+    return C.varlen ? found >= count : found == count;
+  }
+  static __device__ __forceinline__ void set(int32_t* number, int count) {
+    if constexpr (C.varlen) {
+      ptx::raise_release(number, count);
+    } else {
+      ptx::store_release(number, count);
+    }
   }
 
   // How many blocks add to tile m of queries before block n of keys does, which is one that sees

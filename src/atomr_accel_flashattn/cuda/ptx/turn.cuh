@@ -19,4 +19,9 @@ __device__ __forceinline__ void store_release(int32_t* address, int32_t x) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
 }
 
+// The same, where the number is less than x.
+__device__ __forceinline__ void raise_release(int32_t* address, int32_t x) {
+  asm volatile("red.release.gpu.global.max.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
+}
+
 }  // namespace fa::ptx
