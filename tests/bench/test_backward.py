@@ -54,10 +54,12 @@ def error_of(peer: Peer, cell: Cell) -> float:
 # --- cells and their arithmetic ---
 
 
-def test_the_cells_are_those_of_the_forward_and_deterministic_ones() -> None:
+def test_the_cells_are_those_of_the_forward_deterministic_ones_and_some_of_one_kv_head() -> None:
     names = [str(cell) for cell in backward_cells()]
     assert len(set(names)) == len(names)
-    assert set(names) - set(map(str, all_cells())) == {str(cell) for cell in backward_cells() if cell.deterministic} != set()
+    added = {str(cell): cell for cell in backward_cells() if str(cell) not in set(map(str, all_cells()))}
+    assert {name for name, cell in added.items() if not cell.deterministic} == {"gqa_d128_h16x1_causal_8k", "gqa_d128_h16x1_causal_4k"}
+    assert any(cell.deterministic for cell in added.values())
     assert {cell.group for cell in backward_cells()} == {"grid", "gqa", "varlen", "window", "deterministic"}
     assert set(names) > MEMORY_CELLS
 

@@ -185,6 +185,11 @@ def _grouped() -> list[Cell]:
     return [_dense("gqa", 128, s, heads=32, heads_kv=8) for s in (2048, 8192)]
 
 
+def _one_kv_head() -> list[Cell]:
+    """MQA, where a backward has few blocks: two sequences of 8k, and one of 4k."""
+    return [_dense("gqa", 128, 8192, heads_kv=1), _dense("gqa", 128, 4096, heads_kv=1, lengths=(4096,))]
+
+
 def _packed_and_windows() -> list[Cell]:
     return [*(_varlen(causal=causal) for causal in (False, True)), *(_dense("window", 128, s, window=1024) for s in (8192, 16384))]
 
@@ -195,7 +200,7 @@ def backward_cells() -> list[Cell]:
     The forward grid, grouped queries, packed sequences, windows, and some deterministic ones.
     """
     same_bits = [_dense("deterministic", d, s, deterministic=True) for d, s in ((128, 2048), (128, 8192), (64, 8192))]
-    return [*_grid(), *_grouped(), *_packed_and_windows(), *same_bits]
+    return [*_grid(), *_grouped(), *_one_kv_head(), *_packed_and_windows(), *same_bits]
 
 
 def all_cells() -> list[Cell]:
