@@ -223,8 +223,13 @@ struct BackwardBlock {
   template <class P>
   __device__ __forceinline__ void store_part(const typename P::Accumulator& x, int first_col, int cols) const {
     const KvParts<C.varlen> parts{p};
-    const int key = first_key + P::row(), across = parts.tiles_across();
-    float* target = parts.tile(seq, batch, part, key) + (first_col + P::col()) / parts.kCols * parts.kTile;
+    // Else addresses are computed before the loop over queries, and kept in registers or spilled.
+    int key = first_key + P::row(), number = part, sequence = batch;
+    ptx::optimisation_barrier(key);
+    ptx::optimisation_barrier(number);
+    ptx::optimisation_barrier(sequence);
+    const int across = parts.tiles_across();
+    float* target = parts.tile(seq, sequence, number, key) + (first_col + P::col()) / parts.kCols * parts.kTile;
 #pragma unroll
     for (int b = 0; b < P::kBlocks; ++b)
 #pragma unroll
