@@ -23,6 +23,8 @@ __all__ = [
     "KvCache",
     "NewTokens",
     "Rotary",
+    "StepBuffers",
+    "StepShape",
     "Strides",
 ]
 
@@ -144,6 +146,17 @@ class KvCache:
         return self.block_size * (self.blocks.shape[1] if self.blocks is not None and self.paged else 1)
 
 
+@dataclass(slots=True, eq=False)
+class StepBuffers:
+    """What a StepPlan has on a GPU: one array, the addresses in it of the schedule and of partial results, and whether a schedule was made."""
+
+    array: ArrayInfo
+    schedule: int
+    partial_o: int
+    partial_lse: int
+    scheduled: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionProblem:
     """One forward call. Dense: (B, S, H, D) arrays. Varlen: (total, H, D) arrays, ``seqlen_*`` are the maxima, ``cu_seqlens_*`` set.
@@ -175,6 +188,7 @@ class AttentionProblem:
     cache: KvCache | None = None
     num_splits: int = 0  # parts that the keys of a row are cut into, 0 for as many as suit
     batch_invariant: bool = False
+    step: StepBuffers | None = None  # on a GPU: blocks share the keys of all sequences as the schedule there says
 
     @property
     def is_varlen(self) -> bool:
@@ -199,6 +213,60 @@ class AttentionProblem:
     def dropout_mask_shape(self) -> tuple[int, ...]:
         """Shape of the bool keep pattern."""
         return (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """What the calls of one StepPlan have in common: all that says where the keys of a step lie, but their lengths.
+
+    Attributes:
+        device: of all arrays.
+        batch: sequences.
+        heads: of q.
+        heads_kv: of the cache.
+        head_dim: of q and k.
+        v_head_dim: of v.
+        seqlen_q: queries of a sequence, of a packed q at most.
+        packed_q: whether q is packed.
+        band: the mask.
+        capacity: slots that a sequence may have.
+        new_tokens: of each sequence, written by the call; None: packed ones.
+        left_pad: whether sequences are padded on the left.
+    """
+
+    device: Device
+    batch: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    v_head_dim: int
+    seqlen_q: int
+    packed_q: bool
+    band: Band
+    capacity: int
+    new_tokens: int | None
+    left_pad: bool
+
+    @classmethod
+    def of(cls, problem: AttentionProblem) -> StepShape:
+        """That of a call on a cache."""
+        cache = problem.cache
+        assert cache is not None  # noqa: S101 - callers have looked
+        new = cache.new
+        return cls(
+            device=problem.q.device,
+            batch=problem.batch,
+            heads=problem.heads,
+            heads_kv=problem.heads_kv,
+            head_dim=problem.head_dim,
+            v_head_dim=problem.v_head_dim,
+            seqlen_q=problem.seqlen_q,
+            packed_q=problem.is_varlen,
+            band=problem.band,
+            capacity=cache.capacity,
+            new_tokens=0 if new is None else new.longest if new.cu_seqlens is None else None,
+            left_pad=cache.left_pad is not None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

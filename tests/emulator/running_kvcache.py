@@ -13,7 +13,8 @@ from atomr_accel_flashattn.dispatch import key_of_problem
 from atomr_accel_flashattn.dispatch.resolve import _features
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec
 from atomr_accel_flashattn.kernels.spec import Tile
-from atomr_accel_flashattn.problem import KvCache, Strides
+from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec, schedule_bytes
+from atomr_accel_flashattn.problem import KvCache, StepShape, Strides
 from atomr_accel_flashattn.tiles.tables import head_dim_width
 from atomr_accel_flashattn.types import KvLayout, SmArch
 from tests.check import Run
@@ -25,23 +26,25 @@ from .build import run
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from atomr_accel_flashattn.kernels.spec import KernelSpec
     from atomr_accel_flashattn.problem import AttentionProblem
 
     Array = NDArray[Any]
 
-__all__ = ["Cached"]
+__all__ = ["Cached", "launch"]
 
 SMALL = Tile(block_m=16, block_n=32, warps=4, stages=2)
 
 
 @dataclass(frozen=True)
 class Cached:
-    """How a case is run: ``block_size`` None is a contiguous cache."""
+    """How a case is run: ``block_size`` None is a contiguous cache; with ``blocks`` in so many of a StepPlan."""
 
     block_size: int | None = 16
     splits: int = 1
     tile: Tile = SMALL
     left_pad: int = 0
+    blocks: int = 0
     seed: int = 0
 
     def __call__(self, inputs: Inputs) -> Run:
@@ -69,8 +72,6 @@ class Cached:
                 left_pad=None if held.get("left_pad") is None else read_array(held["left_pad"], "left_pad"),
             ),
         )
-        partial_o = np.full((self.splits, lse.size, problem.v_head_dim), np.nan, np.float32)
-        partial_lse = np.full((self.splits, lse.size), np.nan, np.float32)
         arrays = {
             **{name: held.get(name) for name in ("k", "v", "blocks", "cache_lengths", "left_pad")},
             "q": inputs.q,
@@ -79,25 +80,37 @@ class Cached:
             "cu_seqlens_q": inputs.cu_seqlens_q,
             "alibi_slopes": inputs.alibi_slopes,
             "learned_sink": inputs.learned_sink,
-            "partial_o": partial_o,
-            "partial_lse": partial_lse,
         }
-        params: Any = spec.pack_call(cache, out_info, self.splits)
+        if isinstance(spec, ScheduledKvCacheSpec):
+            arrays |= {name: np.full(size // 4, np.nan, np.float32) for name, size in spec.workspace(self.blocks).items()}
+            arrays["schedule"] = self.schedule(cache, spec, arrays)
+        else:
+            arrays["partial_o"] = np.full((self.splits, lse.size, problem.v_head_dim), np.nan, np.float32)
+            arrays["partial_lse"] = np.full((self.splits, lse.size), np.nan, np.float32)
+        params = spec.pack_call(cache, out_info, self.blocks or self.splits)
         for step in spec.steps():
             tiles = step.work_tiles(cache)
-            if not tiles:
-                continue
-            at = {name: 0 if array is None else array.ctypes.data for name, array in arrays.items()}
-            (ctypes.c_uint64 * len(params.SLOTS)).from_buffer(params)[:] = [at.get(name, 0) for name in params.SLOTS]
-            run(step, params, step.grid(tiles, 1, self.splits), seed=self.seed)
+            if tiles:
+                launch(step, params, arrays, step.grid(tiles, 1, self.blocks or self.splits), seed=self.seed)
         out.check()
         return Run(out.view, lse)
+
+    def schedule(self, problem: AttentionProblem, spec: ScheduledKvCacheSpec, arrays: dict[str, Any]) -> Array:
+        """What the kernel makes of these lengths, in the bytes that it is given and in no other."""
+        shape, before = StepShape.of(problem), StepScheduleSpec.before(spec)
+        params: Any = before.pack_shape(shape, spec, self.blocks)
+        size = schedule_bytes(shape.batch, params.cache.fwd.blocks_m, self.blocks)
+        room = np.full(size + 64, 0xA5, np.uint8)
+        launch(before, params, arrays | {"schedule": room}, 1, seed=self.seed)
+        assert (room[size:] == 0xA5).all(), "the schedule is longer than it says"
+        return room[:size]
 
     def _spec(self, problem: AttentionProblem) -> Fa2KvCacheSpec:
         key = key_of_problem(problem, SmArch.SM_90)
         features = _features(key, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim))
         split = self.splits > 1
-        spec = Fa2KvCacheSpec(arch=SmArch.SM_90, tile=self.tile, paged=self.block_size is not None, split=split, **features)
+        fields = {"arch": SmArch.SM_90, "tile": self.tile, "paged": self.block_size is not None, **features}
+        spec = ScheduledKvCacheSpec(**fields) if self.blocks else Fa2KvCacheSpec(split=split, **fields)
         assert not spec.misfit()
         assert spec.shared_memory <= SmArch.SM_90.shared_memory_per_block
         return spec
@@ -130,6 +143,13 @@ class Cached:
                 k[page, row], v[page, row] = sequence.k[j], sequence.v[j]
             first += needed[index]
         return {"k": k, "v": v, "cache_lengths": lengths, "blocks": table, "fits": width * size}
+
+
+def launch(spec: KernelSpec, params: Any, arrays: dict[str, Any], grid: int, *, seed: int) -> None:
+    """Run a kernel on these arrays, by slot; those that it does not have are null."""
+    at = {name: 0 if array is None else array.ctypes.data for name, array in arrays.items()}
+    (ctypes.c_uint64 * len(params.SLOTS)).from_buffer(params)[:] = [at.get(name, 0) for name in params.SLOTS]
+    run(spec, params, grid, seed=seed)
 
 
 def _empty_cache(lead: tuple[int, int], like: Array) -> Array:

@@ -28,6 +28,9 @@ WAYS = [
     Cached(tile=Tile(block_m=32, block_n=16, warps=4, stages=2), splits=4),
     Cached(tile=Tile(block_m=64, block_n=32, warps=4, stages=1), seed=1),
     Cached(tile=Tile(block_m=64, block_n=16, warps=8, stages=3), block_size=64),
+    Cached(blocks=1),
+    Cached(blocks=7, block_size=None, left_pad=5, seed=1),
+    Cached(blocks=40, tile=Tile(block_m=32, block_n=16, warps=4, stages=2), block_size=7, seed=2),
 ]
 FEATURES: dict[str, dict[str, Any]] = {
     "decode": DECODE,

@@ -9,11 +9,11 @@ from math import prod
 from typing import Final
 
 from ..limits import UNBOUNDED
-from ..problem import ArrayInfo, AttentionProblem
+from ..problem import ArrayInfo, AttentionProblem, Band
 from .attention import AttentionSpec
 from .params import KernelParams, StrideParams
 
-__all__ = ["ForwardSpec", "FwdParams", "forward_params"]
+__all__ = ["ForwardSpec", "FwdParams", "band_params", "forward_params"]
 
 _L2_BYTES: Final = 32 << 20  # K and V of the heads that run side by side should stay in L2
 _SECTION_KV_HEADS: Final = 16  # 4 and 8 are 3 to 5 % slower at 2k, 32 no faster
@@ -73,7 +73,7 @@ class ForwardSpec(AttentionSpec):
 
 def forward_params(problem: AttentionProblem, out: ArrayInfo, *, blocks_m: int, packed_heads: int = 1) -> FwdParams:
     """``fa::FwdParams`` of one call without addresses, with so many tiles of rows, of so many heads at once."""
-    band, softcap = problem.band, problem.softcap
+    softcap = problem.softcap
     slopes = problem.alibi_slopes
     lse_heads, lse_rows = problem.lse_shape[-2:]
     scale_log2 = problem.softmax_scale * math.log2(math.e)
@@ -93,9 +93,7 @@ def forward_params(problem: AttentionProblem, out: ArrayInfo, *, blocks_m: int, 
         seqlen_k=problem.seqlen_k,
         head_dim=problem.head_dim,
         v_head_dim=problem.v_head_dim,
-        window_left=UNBOUNDED if band.left is None else min(band.left, UNBOUNDED),
-        window_right=UNBOUNDED if band.right is None else min(band.right, UNBOUNDED),
-        sink_tokens=min(band.sink_tokens, UNBOUNDED),
+        **band_params(problem.band),
         blocks_m=blocks_m,
         section_heads=_section_heads(problem, packed_heads),
         work_heads=problem.heads // packed_heads,
@@ -107,6 +105,12 @@ def forward_params(problem: AttentionProblem, out: ArrayInfo, *, blocks_m: int, 
         softcap_log2=softcap * math.log2(math.e),
         **_softcap_polynomial(scale_log2, softcap_scale),
     )
+
+
+def band_params(band: Band) -> dict[str, int]:
+    """The fields of ``fa::FwdParams`` that are a mask."""
+    left, right = (UNBOUNDED if side is None else min(side, UNBOUNDED) for side in (band.left, band.right))
+    return {"window_left": left, "window_right": right, "sink_tokens": min(band.sink_tokens, UNBOUNDED)}
 
 
 def _softcap_polynomial(scale_log2: float, softcap_scale: float) -> dict[str, float]:

@@ -18,12 +18,12 @@ from .forward import FwdParams, forward_params
 from .params import KernelParams
 from .spec import Family, KernelSpec, Tile
 
-__all__ = ["Fa2KvCacheSpec", "KvCacheParams", "SplitCombineSpec", "splits_for"]
+__all__ = ["KEYS_OF_SPLIT", "Fa2KvCacheSpec", "KvCacheParams", "KvCacheSpec", "SplitCombineSpec", "row_blocks", "splits_for"]
 
 _COMBINE_TILE: Final = Tile(block_m=64, block_n=32, warps=4)
 _ROWS_OF_WARP: Final = 16
 _MOST_SPLITS: Final = 64
-_KEYS_OF_SPLIT: Final = 256  # at least: a split has a partial result to write and to read
+KEYS_OF_SPLIT: Final = 256  # at least: a split has a partial result to write and to read
 
 
 class KvCacheParams(KernelParams):
@@ -40,18 +40,23 @@ class KvCacheParams(KernelParams):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _KvCacheSpec(AttentionSpec):
+class KvCacheSpec(AttentionSpec):
+    """A kernel of a call over a cache."""
+
     FAMILY: ClassVar[Family] = Family.FA2
     PARAMS: ClassVar[str] = "KvCacheParams"
 
-    def pack_call(self, problem: AttentionProblem, out: ArrayInfo, splits: int) -> KvCacheParams:
-        """``fa::KvCacheParams`` of one call without addresses, for all its kernels."""
+    def pack_call(self, problem: AttentionProblem, out: ArrayInfo, parts: int) -> KernelParams:
+        """The parameters of one call without addresses, for all its kernels; ``parts``: splits of its keys."""
+        return self.pack_splits(problem, out, parts)
+
+    def pack_splits(self, problem: AttentionProblem, out: ArrayInfo, splits: int) -> KvCacheParams:
+        """``fa::KvCacheParams`` of one call without addresses."""
         cache, group = problem.cache, problem.heads // problem.heads_kv
         if cache is None:
             raise ValueError("a problem without a cache has no parameters of one")
-        rows = -(-max(1, problem.seqlen_q * group) // self.tile.block_m)
         return KvCacheParams(
-            fwd=forward_params(problem, out, blocks_m=rows, packed_heads=group),
+            fwd=forward_params(problem, out, blocks_m=row_blocks(problem.seqlen_q * group, self.tile), packed_heads=group),
             table_stride=cache.blocks.strides[0] if cache.blocks is not None and cache.paged else 0,
             lse_rows=prod(problem.lse_shape),
             block_size=cache.block_size,
@@ -61,13 +66,13 @@ class _KvCacheSpec(AttentionSpec):
             splits=splits,
         )
 
-    def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KvCacheParams:
+    def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
         """Those of a call whose keys are not split."""
         return self.pack_call(problem, out, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fa2KvCacheSpec(_KvCacheSpec):
+class Fa2KvCacheSpec(KvCacheSpec):
     """Groups of warps share the keys of a block, and read K and V with cp.async, row by row. Any architecture, any alignment."""
 
     HEADER: ClassVar[str] = "fa2_kvcache"
@@ -117,8 +122,7 @@ class Fa2KvCacheSpec(_KvCacheSpec):
 
     def work_tiles(self, problem: AttentionProblem) -> int:
         """One for block_m rows of the query heads of a KV head and sequence; each split has them all."""
-        group = problem.heads // problem.heads_kv
-        rows = -(-max(1, problem.seqlen_q * group) // self.tile.block_m)
+        rows = row_blocks(problem.seqlen_q * (problem.heads // problem.heads_kv), self.tile)
         return rows * problem.batch * problem.heads_kv if prod(problem.out_shape) else 0
 
     def grid(self, tiles: int, multiprocessors: int, blocks: int | None = None) -> int:  # noqa: ARG002 - as its base
@@ -131,7 +135,7 @@ class Fa2KvCacheSpec(_KvCacheSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SplitCombineSpec(_KvCacheSpec):
+class SplitCombineSpec(KvCacheSpec):
     """A block combines a row, whose splits its warps share."""
 
     HEADER: ClassVar[str] = "split_combine"
@@ -167,6 +171,11 @@ class SplitCombineSpec(_KvCacheSpec):
         return prod(problem.lse_shape) if prod(problem.out_shape) else 0
 
 
+def row_blocks(rows: int, tile: Tile) -> int:
+    """Blocks of ``block_m`` rows of a KV head, one at least: there may be rows of q that no sequence owns."""
+    return -(-max(1, rows) // tile.block_m)
+
+
 def splits_for(problem: AttentionProblem, tiles: int, multiprocessors: int) -> int:
     """Parts that the keys are cut into: as many as the caller wants, else as many as give every SM at most two blocks of ``tiles``.
 
@@ -177,4 +186,4 @@ def splits_for(problem: AttentionProblem, tiles: int, multiprocessors: int) -> i
     if problem.num_splits or not tiles or problem.batch_invariant:
         return max(1, problem.num_splits)
     wanted = 2 * multiprocessors // tiles if tiles < multiprocessors else 1
-    return max(1, min(wanted, _MOST_SPLITS, problem.seqlen_k // _KEYS_OF_SPLIT))
+    return max(1, min(wanted, _MOST_SPLITS, problem.seqlen_k // KEYS_OF_SPLIT))

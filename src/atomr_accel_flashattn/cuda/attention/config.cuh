@@ -26,6 +26,7 @@ struct Config {
   bool any_ratio = false;      // with pack_gqa: the group is heads_per_kv heads, whatever its size
   bool paged = false;          // K and V lie in the pages of a table
   bool split = false;          // keys are split over blocks, whose partial results are combined
+  bool scheduled = false;      // blocks have the parts of a schedule (step_schedule.cuh)
 };
 
 }  // namespace fa

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/config.cuh"
+#include "attention/mask.cuh"
 #include "attention/sequence.cuh"
 #include "ptx/common.cuh"
 #include "ptx/cp_async.cuh"
@@ -24,6 +25,17 @@ __device__ __forceinline__ Sequence read_cached_sequence(const KvCacheParams& p,
   } else {
     return {p.fwd.seqlen_q, keys, 0, 0, batch};
   }
+}
+
+// Tiles of keys that some row of a band sees: those of sink tokens below the window, then the
+// window's.
+template <Config C>
+__device__ __forceinline__ int sink_tile_count(const Band<C>& band) {
+  return C.sink_tokens ? min((band.keys().sinks + C.block_n - 1) / C.block_n, band.tile_begin()) : 0;
+}
+template <Config C>
+__device__ __forceinline__ int key_tile_count(const Band<C>& band) {
+  return sink_tile_count(band) + max(0, band.tile_end() - band.tile_begin());
 }
 
 // Elements from the beginning of K and of V to a key's row.

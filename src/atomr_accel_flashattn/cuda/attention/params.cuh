@@ -87,6 +87,15 @@ struct KvCacheParams {
   int32_t splits;
 };
 
+// The same in the blocks of a StepPlan (step_schedule.cuh), whose partial results are two a block:
+// (2 blocks, block_m, width of v) and (2 blocks, block_m).
+struct StepParams {
+  void* schedule;
+  KvCacheParams cache;
+  int32_t blocks;      // of the attention, at most
+  int32_t least_cost;  // of a part that shares its unit with others, in tiles
+};
+
 // New tokens into a cache, and rotary embedding of them and of q on the way. The batch stride of
 // the cache is that of its blocks.
 struct KvAppendParams {

@@ -62,19 +62,17 @@ struct Fa2KvCache {
     Scores::clear(rO);
   }
 
-  // Tiles of keys that some row sees: those of sink tokens below the window, then the window's.
-  __device__ __forceinline__ int sink_tiles() const {
-    return C.sink_tokens ? min((keys.sinks + C.block_n - 1) / C.block_n, band.tile_begin()) : 0;
-  }
-  __device__ __forceinline__ int tile_count() const { return sink_tiles() + max(0, band.tile_end() - band.tile_begin()); }
-
   __device__ __forceinline__ void run(int split) {
-    const int64_t tiles = tile_count();
-    const int first = static_cast<int>(tiles * split / p.splits), end = static_cast<int>(tiles * (split + 1) / p.splits);
+    const int64_t tiles = key_tile_count(band);
+    run(static_cast<int>(tiles * split / p.splits), static_cast<int>(tiles * (split + 1) / p.splits), split);
+  }
+
+  // Tiles [first, end), to partial result `part`; scheduled: -1 is o itself.
+  __device__ __forceinline__ void run(int first, int end, int part) {
     load_q();  // lands while the first keys are on their way
     mainloop(first + group, end);
     __syncthreads();  // all groups have read their last tiles, whose memory the merge takes
-    store(split);
+    store(part);
   }
 
  private:
@@ -133,7 +131,7 @@ struct Fa2KvCache {
   }
 
   __device__ __forceinline__ int tile_at(int i) const {
-    const int sinks = sink_tiles();
+    const int sinks = sink_tile_count(band);
     return i < sinks ? i : band.tile_begin() + i - sinks;
   }
 
@@ -201,7 +199,7 @@ struct Fa2KvCache {
   }
 
   // Merges the groups. Each brings its maximum, then its sums relative to the largest one.
-  __device__ __forceinline__ void store(int split) {
+  __device__ __forceinline__ void store(int part) {
     const int lane_first_row = warp_index() % kRowWarps * 16 + Scores::lane_row();
     float sum[2];
 #pragma unroll
@@ -224,11 +222,11 @@ struct Fa2KvCache {
     }
     __syncthreads();
     for (int chunk = threadIdx.x; chunk < C.block_m * kOutTiles; chunk += kThreads)
-      store_chunk(split, chunk / kOutTiles, chunk % kOutTiles);
+      store_chunk(part, chunk / kOutTiles, chunk % kOutTiles);
   }
 
   // Eight columns of a row.
-  __device__ __forceinline__ void store_chunk(int split, int r, int chunk) const {
+  __device__ __forceinline__ void store_chunk(int part, int r, int chunk) const {
     const int row = work.block_m * C.block_m + r;
     if (row >= row_count<C>(f, seq)) return;
     const int query = query_of<C>(f, row), head = head_of<C>(f, work.head, row);
@@ -239,14 +237,15 @@ struct Fa2KvCache {
 #pragma unroll
       for (int i = 0; i < 8; ++i) o[i] += part[i];
     }
-    const float sink = C.learned_sink ? f.learned_sink[head] * kLog2e : 0.f;
+    const bool partial = C.split || (C.scheduled && part >= 0);
+    const float sink = !C.learned_sink ? 0.f : partial ? negative_infinity() : f.learned_sink[head] * kLog2e;
     const RowResult end = finalize_row<C>(sum, largest(r), sink);
     const int64_t lse_row = work.batch * f.lse_batch_stride + head * f.lse_head_stride + seq.q_row + query;
-    if constexpr (C.split) {
-      const int64_t at = split * p.lse_rows + lse_row;
+    if (partial) {
+      const int64_t at = C.scheduled ? int64_t{part} * C.block_m + r : part * p.lse_rows + lse_row;
       if (chunk == 0) p.partial_lse[at] = end.lse;
       if (8 * chunk >= f.v_head_dim) return;
-      auto* target = reinterpret_cast<float4*>(p.partial_o + at * f.v_head_dim + 8 * chunk);
+      auto* target = reinterpret_cast<float4*>(p.partial_o + at * (C.scheduled ? C.v_head_dim : f.v_head_dim) + 8 * chunk);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         target[i] = {o[4 * i] * end.scale, o[4 * i + 1] * end.scale, o[4 * i + 2] * end.scale, o[4 * i + 3] * end.scale};

@@ -13,9 +13,8 @@
 
 namespace fa {
 
-// A block combines a row of the LSE: its sequence, head and query. Its warps share the splits: a call
-// that is split has few rows, and what they read should be in flight at once. A lane takes four
-// columns of every 128.
+// A block combines a row. Its warps share the parts: a call that is split has few rows, and what
+// they read should be in flight at once. A lane takes four columns of every 128.
 template <Config C>
 struct SplitCombine {
   static constexpr int kLoads = (C.v_head_dim + 127) / 128, kPitch = C.v_head_dim + 4;  // floats
@@ -27,31 +26,27 @@ struct SplitCombine {
     return reinterpret_cast<float*>(shared) + warp * kPitch;
   }
 
-  static __device__ __forceinline__ void run(const KvCacheParams& p) {
+  // A row says how many parts it has (`count`), which row of the partial LSE and o each is (at),
+  // floats from a row of the latter to the next (`pitch`), and where o and the LSE go.
+  template <class Row>
+  static __device__ __forceinline__ void run(const KvCacheParams& p, const Row& row) {
     const FwdParams& f = p.fwd;
     const int lane = threadIdx.x % 32;
-    // A grid has fewer than 2^31 blocks: 32 bits count rows.
-    const uint32_t row = blockIdx.x, rows_of_batch = static_cast<uint32_t>(C.varlen ? p.lse_rows : f.lse_batch_stride);
-    const uint32_t batch = row / rows_of_batch, rest = row - batch * rows_of_batch;
-    const uint32_t head = rest / static_cast<uint32_t>(f.lse_head_stride);
-    const int64_t query = rest - head * static_cast<uint32_t>(f.lse_head_stride);    // packed: a row of q
-    const int splits = !C.varlen || query < f.cu_seqlens_q[f.batch] ? p.splits : 0;  // none has written a row without an owner
-
     float top = negative_infinity();
-    for (int split = lane; split < splits; split += 32) top = fmaxf(top, p.partial_lse[split * p.lse_rows + row]);
+    for (int i = lane; i < row.count; i += 32) top = fmaxf(top, p.partial_lse[row.at(i)]);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-    const float sink = C.learned_sink && splits > 0 ? f.learned_sink[head] : negative_infinity();
+    const float sink = C.learned_sink && row.count > 0 ? f.learned_sink[row.head] : negative_infinity();
     top = fmaxf(top, sink);
     const bool empty = top == negative_infinity();
-    if (!empty) sum_splits(p, row, splits, top);
+    if (!empty) sum_parts(p, row, top);
     __syncthreads();
 
     float sum = C.learned_sink && !empty ? ptx::exp2((sink - top) * kLog2e) : 0.f;
     for (int warp = 0; warp < C.warps && !empty; ++warp) sum += part_of(warp)[C.v_head_dim];
     const float scale = sum == 0.f ? 0.f : ptx::reciprocal(sum);
-    if (f.lse != nullptr && threadIdx.x == 0) f.lse[row] = sum == 0.f ? negative_infinity() : top + ptx::log2(sum) * kLn2;
-    auto* out = static_cast<uint16_t*>(f.o) + (C.varlen ? 0 : batch * f.o_stride.batch) + query * f.o_stride.row + head * f.o_stride.head;
+    if (f.lse != nullptr && threadIdx.x == 0) f.lse[row.lse_row] = sum == 0.f ? negative_infinity() : top + ptx::log2(sum) * kLn2;
+    auto* out = static_cast<uint16_t*>(f.o) + row.batch * f.o_stride.batch + row.query * f.o_stride.row + row.head * f.o_stride.head;
     for (int col = 2 * static_cast<int>(threadIdx.x); col < C.v_head_dim; col += 64 * C.warps) {
       float x = 0.f, y = 0.f;
       for (int warp = 0; warp < C.warps && !empty; ++warp) x += part_of(warp)[col], y += part_of(warp)[col + 1];
@@ -60,23 +55,25 @@ struct SplitCombine {
   }
 
  private:
-  // Every C.warps-th split, relative to the largest LSE. A split without keys is zeros with weight 0.
-  static __device__ __forceinline__ void sum_splits(const KvCacheParams& p, uint32_t row, int splits, float top) {
+  // Every C.warps-th part, relative to the largest LSE. A part without keys is zeros with weight 0.
+  template <class Row>
+  static __device__ __forceinline__ void sum_parts(const KvCacheParams& p, const Row& row, float top) {
     const int lane = threadIdx.x % 32, warp = warp_index(), cols = p.fwd.v_head_dim;
     float sum = 0.f;
     float4 o[kLoads] = {};
-    for (int first = warp; first < splits; first += kInFlight * C.warps) {
+    for (int first = warp; first < row.count; first += kInFlight * C.warps) {
       float weight[kInFlight];
       float4 x[kInFlight][kLoads];
 #pragma unroll
       for (int s = 0; s < kInFlight; ++s) {
-        const int split = first + s * C.warps;
-        const int64_t at = min(split, splits - 1) * p.lse_rows + row;  // loads without a branch are in flight together
+        const int part = first + s * C.warps;
+        // Loads without a branch are in flight together.
+        const int64_t at = row.at(min(part, row.count - 1));
         const float lse = p.partial_lse[at];
-        weight[s] = split < splits ? ptx::exp2((lse - top) * kLog2e) : 0.f;
+        weight[s] = part < row.count ? ptx::exp2((lse - top) * kLog2e) : 0.f;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i)
-          x[s][i] = *reinterpret_cast<const float4*>(p.partial_o + at * cols + min(128 * i + 4 * lane, cols - 4));
+          x[s][i] = *reinterpret_cast<const float4*>(p.partial_o + at * row.pitch + min(128 * i + 4 * lane, cols - 4));
       }
 #pragma unroll
       for (int s = 0; s < kInFlight; ++s) {
@@ -96,9 +93,27 @@ struct SplitCombine {
   }
 };
 
+// A row of the LSE, and so of each split.
+struct SplitRow {
+  uint32_t lse_row, batch, head;
+  int64_t query, step;
+  int count, pitch;
+  __device__ __forceinline__ int64_t at(int split) const { return split * step + lse_row; }
+};
+
+// A block has a row of the LSE: its sequence, head and query.
 template <Config C>
 __device__ __forceinline__ void split_combine(const KvCacheParams& p) {
-  SplitCombine<C>::run(p);
+  const FwdParams& f = p.fwd;
+  // A grid has fewer than 2^31 blocks: 32 bits count rows.
+  const uint32_t row = blockIdx.x, rows_of_batch = static_cast<uint32_t>(C.varlen ? p.lse_rows : f.lse_batch_stride);
+  const uint32_t batch = row / rows_of_batch, rest = row - batch * rows_of_batch;
+  const uint32_t head = rest / static_cast<uint32_t>(f.lse_head_stride);
+  // Packed: a row of q.
+  const int64_t query = rest - head * static_cast<uint32_t>(f.lse_head_stride);
+  // No split has written a row without an owner.
+  const int splits = !C.varlen || query < f.cu_seqlens_q[f.batch] ? p.splits : 0;
+  SplitCombine<C>::run(p, SplitRow{row, C.varlen ? 0 : batch, head, query, p.lse_rows, splits, f.v_head_dim});
 }
 
 }  // namespace fa

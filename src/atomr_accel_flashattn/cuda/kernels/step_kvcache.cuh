@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward attention over a cache of K and V (fa2_kvcache.cuh) in the blocks of a StepPlan: block w
+// computes part w of the line of a schedule (attention/step_schedule.cuh).
+#pragma once
+
+#include "attention/step_schedule.cuh"
+#include "kernels/fa2_kvcache.cuh"
+
+namespace fa {
+
+// Rows that see no key: o = 0, and the LSE is -inf or the learned sink.
+template <Config C>
+__device__ __forceinline__ void write_idle_rows(const FwdParams& p, const Sequence& seq, int batch, int block_m) {
+  constexpr int kChunks = C.v_head_dim / 8;
+  const int first = block_m * C.block_m, rows = min(C.block_m, row_count<C>(p, seq) - first);
+  for (int i = threadIdx.x; i < p.work_heads * rows * kChunks; i += 32 * C.warps) {
+    const int chunk = i % kChunks, pair = i / kChunks, kv_head = pair / rows, row = first + pair - kv_head * rows;
+    const int query = query_of<C>(p, row), head = head_of<C>(p, kv_head, row);
+    const RowResult end = finalize_row<C>(0.f, negative_infinity(), C.learned_sink ? p.learned_sink[head] * kLog2e : 0.f);
+    if (p.lse != nullptr && chunk == 0) p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query] = end.lse;
+    auto* o = static_cast<uint16_t*>(p.o) + seq.batch * p.o_stride.batch + (seq.q_row + query) * p.o_stride.row + head * p.o_stride.head;
+    const uint32_t zeros = MmaTraits<C.dtype>::pack(0.f * end.scale, 0.f * end.scale);  // NaN with a sink that is none
+    if constexpr (C.aligned) {
+      if (8 * chunk < p.v_head_dim) *reinterpret_cast<uint4*>(o + 8 * chunk) = {zeros, zeros, zeros, zeros};
+    } else {
+#pragma unroll
+      for (int col = 0; col < 8; col += 2) store_pair<C>(o, 8 * chunk + col, p.v_head_dim, zeros);
+    }
+  }
+}
+
+template <Config C>
+__device__ __forceinline__ void step_kvcache(const StepParams& params) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const KvCacheParams& p = params.cache;
+  const FwdParams& f = p.fwd;
+  const StepSchedule line(params);
+  const StepSchedule::Head head = *line.head;
+  const int w = blockIdx.x, blocks = gridDim.x;
+
+  // First, as these stores go on while keys are on their way.
+  write_unowned_rows<C>(f, w, blocks, threadIdx.x, 32 * C.warps);
+  for (int i = w; i < head.idle; i += blocks) {
+    const int at = line.idle_row_block(i), batch = at / f.blocks_m;
+    write_idle_rows<C>(f, read_cached_sequence<C>(p, batch), batch, at - batch * f.blocks_m);
+  }
+
+  if (w >= head.blocks) return;
+  const int64_t begin = begin_of(head, w), end = begin_of(head, w + 1);
+  for (Unit unit(line, f.work_heads, w, begin);; unit.next()) {
+    const UnitPiece piece = unit.between(begin, end);
+    if (piece.first < piece.end) {
+      const int at = unit.row_block(), batch = at / f.blocks_m, block_m = at - batch * f.blocks_m;
+      const bool whole = piece.first == 0 && piece.end == unit.tiles();
+      const int part = whole ? -1 : part_of_block(w, piece);
+      const Sequence seq = read_cached_sequence<C>(p, batch);
+      Fa2KvCache<C>(p, {block_m, unit.head, batch}, seq, ptx::shared_address(shared)).run(piece.first, piece.end, part);
+    }
+    if (unit.end() >= end) return;
+    __syncthreads();  // the merge has been read, whose memory takes the next keys
+  }
+}
+
+}  // namespace fa
