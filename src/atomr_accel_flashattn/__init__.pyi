@@ -93,6 +93,7 @@ from .errors import (
     SoftcapError as SoftcapError,
     SplitError as SplitError,
     StaleArrayError as StaleArrayError,
+    StepPlanError as StepPlanError,
     StrideError as StrideError,
     UnknownMessageError as UnknownMessageError,
     UnsupportedArgumentError as UnsupportedArgumentError,
@@ -137,6 +138,7 @@ from .requests.options import (
     MaskKind as MaskKind,
     PositionBias as PositionBias,
 )
+from .requests.step_plan import StepPlan as StepPlan
 from .runtime.execute import run as run
 from .runtime.gradients import Gradients as Gradients
 from .runtime.plan import Output as Output

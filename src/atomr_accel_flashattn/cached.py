@@ -9,6 +9,7 @@ from .problem import AttentionProblem
 from .requests.forward import ForwardRequest
 from .requests.kv_cache import CacheArguments, cached_problem
 from .requests.seqlens import CumulativeSeqlens
+from .requests.step_plan import StepPlan
 from .types import KvLayout
 
 __all__ = ["CachedFwdRequest"]
@@ -37,11 +38,13 @@ class CachedFwdRequest(ForwardRequest):
         rotary_interleaved: whether element 2 i turns with 2 i + 1, or i with i + rotary dim / 2.
         num_splits: parts that the keys of a row are cut into, 0 for as many as suit; at most 128.
         max_seqlen_k: upper bound of the lengths, new tokens counted; None is what there is room for.
+        plan: a StepPlan, which cuts the keys by the lengths on the device; without ``num_splits``.
         mask, bias, sink_tokens, options, out, problem, out_array, plan_key: as in ForwardRequest; dropout is refused.
 
     Raises:
         SeqLensError: lengths (those in host memory are looked at) that are negative, or more than there are slots.
         BlockTableError: a table, rows or a layout that do not fit.
+        StepPlanError: a plan for other calls.
         RotaryError: cos and sin that do not fit, or without new tokens.
         ConstructionError: another subclass says which argument is wrong; nothing has been written.
     """
@@ -64,6 +67,7 @@ class CachedFwdRequest(ForwardRequest):
     rotary_interleaved: bool = field(default=True, kw_only=True)
     num_splits: int = field(default=0, kw_only=True)
     max_seqlen_k: int | None = field(default=None, kw_only=True)
+    plan: StepPlan | None = field(default=None, kw_only=True)
 
     def _lowered(self) -> AttentionProblem:
         given = CacheArguments(
@@ -81,5 +85,6 @@ class CachedFwdRequest(ForwardRequest):
             rotary_interleaved=self.rotary_interleaved,
             max_seqlen_k=self.max_seqlen_k,
             num_splits=self.num_splits,
+            plan=self.plan,
         )
         return cached_problem(self, given, self.q, self.cu_seqlens_q)

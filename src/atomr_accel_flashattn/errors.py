@@ -16,6 +16,7 @@
      │   ├─ RotaryError                    rotary cos and sin: size, or too few rows
      │   ├─ ChunkLayoutError               a ChunkLayout that makes no sense, or does not fit the arrays
      │   ├─ SplitError                     num_splits outside its range, or with batch_invariant
+     │   ├─ StepPlanError                  a StepPlan with numbers that make no sense, or with a call that it was not made for
      │   ├─ WindowError                    window sizes
      │   ├─ SinkWithoutMaskError           sink_tokens without a bounded window, where they would change nothing
      │   ├─ ScaleError                     softmax_scale not finite
@@ -110,6 +111,7 @@ __all__ = [
     "SoftcapError",
     "SplitError",
     "StaleArrayError",
+    "StepPlanError",
     "StrideError",
     "UnknownMessageError",
     "UnsupportedArgumentError",
@@ -172,6 +174,10 @@ class ChunkLayoutError(ConstructionError):
 
 class SplitError(ConstructionError):
     """``num_splits`` outside its range, or more than one with ``batch_invariant``."""
+
+
+class StepPlanError(ConstructionError):
+    """A StepPlan with numbers that make no sense, for another kind of call, without a schedule, or in another process."""
 
 
 class WindowError(ConstructionError):

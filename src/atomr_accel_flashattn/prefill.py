@@ -17,6 +17,7 @@ from .requests.forward import ForwardRequest
 from .requests.kv_cache import CacheArguments, cached_problem
 from .requests.options import MaskKind
 from .requests.seqlens import CumulativeSeqlens
+from .requests.step_plan import StepPlan
 
 __all__ = ["ChunkLayout", "ChunkedPrefillRequest"]
 
@@ -97,7 +98,7 @@ class ChunkedPrefillRequest(ForwardRequest):
         v_cache: (rows, slots, Hkv, Dv).
         chunks: a ChunkLayout for each sequence, in the order of q.
         cache_batch_idx: int32 (B,), the row of the cache that each sequence has; None is row b.
-        rotary_cos, rotary_sin, rotary_interleaved, num_splits: as in CachedFwdRequest.
+        rotary_cos, rotary_sin, rotary_interleaved, num_splits, plan: as in CachedFwdRequest.
         mask: causal unless given; hides tokens after the query's own.
         bias, sink_tokens, options, out, problem, out_array, plan_key: as in ForwardRequest; dropout is refused.
 
@@ -105,6 +106,7 @@ class ChunkedPrefillRequest(ForwardRequest):
         ChunkLayoutError: chunks that do not add up to the rows of q.
         WindowError: a mask that shows later tokens.
         SeqLensError: more tokens than the cache has slots.
+        StepPlanError: a plan for other calls.
         ConstructionError: another subclass says which argument is wrong; nothing has been written.
     """
 
@@ -121,6 +123,7 @@ class ChunkedPrefillRequest(ForwardRequest):
     rotary_sin: Any = field(default=None, kw_only=True)
     rotary_interleaved: bool = field(default=True, kw_only=True)
     num_splits: int = field(default=0, kw_only=True)
+    plan: StepPlan | None = field(default=None, kw_only=True)
     mask: MaskKind = field(default=MaskKind.causal(), kw_only=True)
 
     def _lowered(self) -> AttentionProblem:
@@ -152,6 +155,7 @@ class ChunkedPrefillRequest(ForwardRequest):
             rotary_sin=self.rotary_sin,
             rotary_interleaved=self.rotary_interleaved,
             num_splits=self.num_splits,
+            plan=self.plan,
         )
         return cached_problem(self, arguments, self.q, ends)
 

@@ -148,7 +148,7 @@ class KvCache:
 
 @dataclass(slots=True, eq=False)
 class StepBuffers:
-    """What a StepPlan has on a GPU: one array, the addresses in it of the schedule and of partial results, and whether a schedule was made."""
+    """What a StepPlan has on a GPU: one array, and the addresses in it. ``scheduled``: whether a schedule was ever asked for."""
 
     array: ArrayInfo
     schedule: int

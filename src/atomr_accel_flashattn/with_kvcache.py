@@ -1,7 +1,7 @@
 """``flash_attn_with_kvcache`` of the ``flash_attn`` package (2.8), name for name, position for position, default for default.
 
-On top come ``out``, ``learned_sink``, ``sink_tokens`` and ``batch_invariant``, by keyword only. What differs from flash-attn is in
-docs/flash-attn-differences.md, argument by argument.
+On top come ``out``, ``learned_sink``, ``sink_tokens``, ``batch_invariant`` and ``step_plan``, by keyword only. What differs from
+flash-attn is in docs/flash-attn-differences.md, argument by argument.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .functional import ArrayT, Window
 from .limits import as_integer
 from .requests.arguments import flag, mask_of, softcap_of
 from .requests.options import AttentionOptions, PositionBias
+from .requests.step_plan import StepPlan
 from .runtime.execute import run
 
 __all__ = ["flash_attn_with_kvcache"]
@@ -31,7 +32,8 @@ def flash_attn_with_kvcache(
     cache_seqlens: Any = ..., cache_batch_idx: Any = ..., cache_leftpad: Any = ..., block_table: Any = ...,
     softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
     rotary_interleaved: bool = ..., alibi_slopes: Any = ..., num_splits: int = ..., return_softmax_lse: Literal[False] = ..., *,
-    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ..., batch_invariant: bool = ...
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ..., batch_invariant: bool = ...,
+    step_plan: StepPlan | None = ...
 ) -> ArrayT: ...
 @overload
 def flash_attn_with_kvcache(
@@ -39,7 +41,8 @@ def flash_attn_with_kvcache(
     cache_seqlens: Any = ..., cache_batch_idx: Any = ..., cache_leftpad: Any = ..., block_table: Any = ...,
     softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
     rotary_interleaved: bool = ..., alibi_slopes: Any = ..., num_splits: int = ..., return_softmax_lse: bool = ..., *,
-    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ..., batch_invariant: bool = ...
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ..., batch_invariant: bool = ...,
+    step_plan: StepPlan | None = ...
 ) -> ArrayT | tuple[ArrayT, Any]: ...
 # fmt: on
 def flash_attn_with_kvcache(
@@ -67,6 +70,7 @@ def flash_attn_with_kvcache(
     learned_sink: Any = None,
     sink_tokens: int = 0,
     batch_invariant: bool = False,
+    step_plan: StepPlan | None = None,
 ) -> Any:
     """Attention of q over a KV cache, contiguous or paged; new keys and values are written to it first (docs/semantics.md, KV caches).
 
@@ -97,6 +101,7 @@ def flash_attn_with_kvcache(
         learned_sink: float32 (Hq,), exp(sink[h]) joins the denominator.
         sink_tokens: first keys that stay visible when the window has passed them.
         batch_invariant: whether a row's bits may not depend on batch, length of q, pages or chunks.
+        step_plan: a StepPlan, which cuts the keys by the lengths on the device; without ``num_splits``.
 
     Returns:
         o (B, Sq, Hq, Dv); with ``return_softmax_lse`` (o, lse (B, Hq, Sq) float32).
@@ -132,6 +137,7 @@ def flash_attn_with_kvcache(
             batch_invariant=flag(batch_invariant, "batch_invariant"),
         ),
         out=out,
+        plan=step_plan,
     )
     output = run(request, lse=flag(return_softmax_lse, "return_softmax_lse"))
     return (output.out, output.lse) if return_softmax_lse else output.out

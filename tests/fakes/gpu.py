@@ -13,7 +13,7 @@ from atomr_accel_flashattn.kernels.backward import BackwardSpec
 from atomr_accel_flashattn.launch import driver, launcher
 from atomr_accel_flashattn.launch.driver import DeviceProperties
 from atomr_accel_flashattn.launch.launcher import LoadedKernel
-from atomr_accel_flashattn.runtime import execute, gradients, plan
+from atomr_accel_flashattn.runtime import execute, gradients, plan, step
 from atomr_accel_flashattn.torch_ops import repeat
 from atomr_accel_flashattn.types import SmArch
 from tests.emulator.running import flat_tensor
@@ -64,11 +64,13 @@ class FakeGpu:
         for name in ("shortcuts", "latest"):
             monkeypatch.setattr(repeat, name, {})
         monkeypatch.setattr(dispatch_arch, "_arch_of_gpu", lambda _index: arch)
-        monkeypatch.setattr(plan, "load_kernel", self.load)
+        for module in (plan, step):
+            monkeypatch.setattr(module, "load_kernel", self.load)
         for module in (execute, gradients):
             monkeypatch.setattr(module, "empty_like_framework", empty_like)
-        for module in (execute, gradients):
+        for module in (execute, gradients, step):
             monkeypatch.setattr(module, "empty_workspace", self.empty_workspace)
+        for module in (execute, gradients):
             monkeypatch.setattr(module, "used_on", lambda info, stream: self.used_on.append((info.ptr, stream)))
         for name, stand_in in {
             "counters_for": self.counters_for,

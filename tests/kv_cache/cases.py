@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["CacheCase", "Filled", "check_cached", "download", "fill", "unused_entries", "upload"]
+__all__ = ["CacheCase", "Filled", "check_cached", "download", "fill", "unused_entries", "upload", "with_plan"]
 
 DEVICE = os.environ.get("ATOMR_FLASHATTN_TEST_DEVICE", "")
 
@@ -62,6 +62,7 @@ class CacheCase:
     poison: float = float("nan")
     num_splits: int = 0
     batch_invariant: bool = False
+    planned: bool = False
 
     def __str__(self) -> str:
         kind = f"page{self.block_size}{self.layout.value}" if self.block_size else "contiguous"
@@ -71,6 +72,7 @@ class CacheCase:
             f"poison{self.poison:g}",
             f"splits{self.num_splits}" if self.num_splits else "",
             "invariant" if self.batch_invariant else "",
+            "planned" if self.planned else "",
         )
         return "-".join(each for each in (str(self.call), kind, *more) if each)
 
@@ -152,10 +154,20 @@ def request_of(case: CacheCase, inputs: Inputs, cache: Filled) -> tuple[Any, Any
     return fa.CachedFwdRequest(upload(q), k, v, seq_lens, cache_batch_idx=rows, cache_leftpad=pads, **more), out
 
 
+def with_plan(request: Any) -> Any:
+    """The same in the blocks of a StepPlan of its own, which has its lengths."""
+    plan = fa.StepPlan.of(request)
+    planned = replace(request, plan=plan)
+    plan.schedule_for(planned)
+    return planned
+
+
 def check_cached(case: CacheCase) -> Report:
     """Run a case and compare it with the oracle of the packed call."""
     inputs = build(case.call)
     request, out = request_of(case, inputs, fill(case, inputs))
+    if case.planned:
+        request = with_plan(request)
     output = fa.run(request)
     assert output.out is out
     made, lse = download(output.out), download(output.lse)

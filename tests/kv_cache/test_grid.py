@@ -45,7 +45,15 @@ AXES: dict[str, tuple[dict[str, Any], ...]] = {
         {"block_size": 0, "left_pad": True, "batch_idx": True},
     ),
     "poison": ({"poison": NAN}, {"poison": INF}),
-    "order": ({}, {"num_splits": 1}, {"num_splits": 2}, {"num_splits": 7}, {"num_splits": 128}, {"batch_invariant": True}),
+    "order": (
+        {},
+        {"num_splits": 1},
+        {"num_splits": 2},
+        {"num_splits": 7},
+        {"num_splits": 128},
+        {"batch_invariant": True},
+        {"planned": True},
+    ),
 }
 OF_CACHE = ("cache", "poison", "order")
 

@@ -10,14 +10,14 @@ from ..kernels.kvcache import splits_for
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..launch.driver import device_properties
 from ..limits import MAX_GRID, VECTOR_BYTES
-from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
+from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays, StepShape
 from ..tiles.tables import cache_rows, is_short_q
-from ..types import Device, KvLayout, SmArch
+from ..types import Device, DType, KvLayout, SmArch
 from .arch import best_arch
 from .key import DispatchKey, Extras
 from .resolve import lookup
 
-__all__ = ["head_splits_of", "key_of_backward", "key_of_problem", "splits_of"]
+__all__ = ["head_splits_of", "key_of_backward", "key_of_problem", "key_of_step", "splits_of", "step_blocks"]
 
 # Kernels that take the maximum of raw scores divide slopes by the scale and multiply infinity by it: in float32 the scale must be neither 0
 # nor so small that a slope overflows.
@@ -68,8 +68,10 @@ def key_of_problem(
 
 def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None) -> DispatchKey:
     """The kernel over a cache, of the mma.sync family; keys are split where the GPU of the arrays has more SMs than there are tiles."""
-    rows = cache_rows(problem.seqlen_q * key.gqa_ratio)
-    key = replace(key, extras=replace(key.extras, family=Family.FA2, cache_rows=rows, tile=tile))
+    rows, scheduled = cache_rows(problem.seqlen_q * key.gqa_ratio), problem.step is not None
+    key = replace(key, extras=replace(key.extras, family=Family.FA2, cache_rows=rows, tile=tile, scheduled=scheduled))
+    if scheduled:
+        return key
     if not _runs_here(problem.q.device, key.arch):
         return key
     spec = lookup(key)
@@ -80,6 +82,29 @@ def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None) ->
 def splits_of(problem: AttentionProblem, spec: KernelSpec) -> int:
     """Parts that ``spec`` cuts the keys of a cache into, on the GPU of the arrays."""
     return splits_for(problem, spec.work_tiles(problem), device_properties(problem.q.device.index).multiprocessors)
+
+
+def key_of_step(shape: StepShape, arch: SmArch) -> DispatchKey:
+    """The key of the calls of a StepPlan, as far as they have it in common: the tile and the mask are those of all."""
+    left, right = (-1 if side is None else side for side in (shape.band.left, shape.band.right))
+    ratio = shape.heads // shape.heads_kv
+    return DispatchKey(
+        arch=arch,
+        dtype=DType.F16,
+        head_dim=shape.head_dim,
+        causal=shape.band.right == 0,
+        varlen=shape.packed_q,
+        sliding_window=None if left < 0 and right <= 0 else (left, right),
+        sink=shape.band.sink_tokens,
+        gqa_ratio=ratio,
+        paged=True,
+        extras=Extras(v_head_dim=shape.v_head_dim, family=Family.FA2, cache_rows=cache_rows(shape.seqlen_q * ratio), scheduled=True),
+    )
+
+
+def step_blocks(device: Device, spec: KernelSpec) -> int:
+    """Blocks of a StepPlan: as many as the SMs hold at a time."""
+    return spec.grid(1, device_properties(device.index).multiprocessors)
 
 
 def key_of_backward(problem: BackwardProblem, gradients: GradientArrays, arch: SmArch) -> DispatchKey:

@@ -47,6 +47,7 @@ FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
     "kv_cache": _extra(kv_cache=True),
     "left_pad": _extra(kv_cache=True, left_pad=True),
     "split": lambda key: replace(key, extras=replace(key.extras, split=True, kv_cache=not key.paged)),
+    "scheduled": lambda key: replace(key, extras=replace(key.extras, scheduled=True, kv_cache=not key.paged)),
     "batch_invariant": _extra(batch_invariant=True),
     "fa3": _extra(family=Family.FA3),
 }

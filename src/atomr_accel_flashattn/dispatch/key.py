@@ -19,6 +19,7 @@ _EXTRA_FLAGS: Final = (
     "dropout",
     "learned_sink",
     "split",
+    "scheduled",
     "kv_cache",
     "left_pad",
     "batch_invariant",
@@ -76,6 +77,7 @@ class Extras:
         deterministic: of direction ``"bwd"``: whether gradients are bitwise equal from run to run.
         head_split: of direction ``"bwd"``: whether blocks share keys, each with some of the query heads that read them.
         split: whether K/V are split over blocks and combined.
+        scheduled: on a KV cache: whether a fixed number of blocks share the keys of all sequences, as a StepPlan says.
         kv_cache: whether K and V are the rows of a contiguous cache, of which each sequence uses some slots; pages are ``paged``.
         kv_layout: layout of a cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
         cache_rows: on a KV cache, rows of a tile (tiles/tables.py): 16, 32, 64 or 128.
@@ -107,6 +109,7 @@ class Extras:
     deterministic: bool = False
     head_split: bool = False
     split: bool = False
+    scheduled: bool = False
     kv_cache: bool = False
     kv_layout: str = "NHD"
     cache_rows: int = 16

@@ -18,6 +18,7 @@ from ..kernels.fa3_fwd import Fa3ForwardSpec
 from ..kernels.forward import ForwardSpec
 from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import Family, KernelSpec, Tile
+from ..kernels.step import ScheduledKvCacheSpec
 from ..limits import dtypes_of, not_built
 from ..tiles.saved import forget_saved_tiles, saved_tile
 from ..tiles.space import misfit
@@ -70,6 +71,7 @@ def forget_lookups() -> None:
 @lru_cache(maxsize=4096)
 def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
     _refuse(key)
+    _refuse_schedule(key)
     if key.arch is SmArch.CPU:
         return CpuSpec(key.dtype)
     if key.extras.direction == "dropout_mask":
@@ -94,6 +96,8 @@ def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec:
     """The kernel over a KV cache that answers ``key``; its ``steps()`` are what is launched when new tokens are there."""
     width, v_width, arch, extras = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch), key.extras
     tile = cache_tile_for(extras.tiles_for or arch, width, v_width, extras.cache_rows)
+    if extras.scheduled:
+        return ScheduledKvCacheSpec.resident(arch=arch, tile=tile, paged=key.paged, **_features(key, width, v_width))
     return Fa2KvCacheSpec(arch=arch, tile=tile, paged=key.paged, split=extras.split, **_features(key, width, v_width))
 
 
@@ -149,7 +153,8 @@ def _with_chosen_tile(spec: _Spec, extras: Extras) -> _Spec:
     """``spec`` with the tile that the key names, else the one that was tuned for it on this machine, else its own."""
     short_q = extras.short_q and isinstance(spec, ForwardSpec)
     rows = extras.cache_rows if isinstance(spec, Fa2KvCacheSpec) else 0
-    tile = extras.tile or (None if extras.tiles_for else saved_tile(spec, short_q=short_q, cache_rows=rows))
+    kept = None if extras.tiles_for or extras.scheduled else saved_tile(spec, short_q=short_q, cache_rows=rows)
+    tile = extras.tile or kept
     if tile is None:
         return spec
     if extras.persistent is not None and "persistent" in spec.AXES:
@@ -181,6 +186,13 @@ def _is_plain(key: DispatchKey, width: int, v_width: int) -> bool:
     scored = key.alibi or extras.softcap > 0 or extras.scale_first
     whole = (key.head_dim, key.v_head_dim) == (width, v_width) and key.aligned
     return whole and not (masked or scored or key.varlen)
+
+
+def _refuse_schedule(key: DispatchKey) -> None:
+    extras = key.extras
+    if extras.scheduled and (extras.split or extras.batch_invariant or not (key.paged or extras.kv_cache)):
+        beside = "split" if extras.split else "batch_invariant" if extras.batch_invariant else "no KV cache"
+        raise DispatchError(f"scheduled: got a StepPlan with {beside}; allowed is a KV cache whose keys are cut by lengths alone")
 
 
 def _refuse(key: DispatchKey) -> None:

@@ -26,6 +26,7 @@ _SCHEDULE_WARPS: Final = 16
 _COMBINE_WARPS: Final = 4
 _COMBINE_BLOCKS: Final = 8  # of the combine for each of the attention: rows that are combined side by side
 _MOST_RESIDENT: Final = 2  # blocks of an SM: one loads while the other one merges and begins anew
+_MOST_REGISTERS: Final = 255  # of a thread: more blocks shall not take any
 _RESERVED_SHARED: Final = 1024  # bytes that CUDA takes of an SM's shared memory for each block
 
 
@@ -61,7 +62,9 @@ class ScheduledKvCacheSpec(Fa2KvCacheSpec):
         spec = cls(**fields)
         for blocks in range(_MOST_RESIDENT, 1, -1):
             fuller = replace(spec, tile=replace(spec.tile, min_blocks=blocks))
-            if blocks * (spec.shared_memory + _RESERVED_SHARED) <= spec.arch.shared_memory_per_sm and fuller.registers_suffice():
+            if blocks * (spec.shared_memory + _RESERVED_SHARED) <= spec.arch.shared_memory_per_sm and fuller.registers_hold(
+                _MOST_REGISTERS
+            ):
                 return fuller
         return spec
 
@@ -170,8 +173,8 @@ class StepScheduleSpec(KvCacheSpec):
 
     @property
     def shared_memory(self) -> int:
-        """Three sums of each thread."""
-        return 24 * self.threads
+        """The sums of each thread."""
+        return 16 * self.threads
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from ..problem import AttentionProblem
 from ..requests.forward import ForwardRequest
 from ..requests.kv_cache import CacheArguments, cached_problem
 from ..requests.seqlens import CumulativeSeqlens
+from ..requests.step_plan import StepPlan
 from ..types import KvLayout
 
 __all__ = ["PagedAttentionRequest"]
@@ -31,10 +32,12 @@ class PagedAttentionRequest(ForwardRequest):
         layout: order of dimensions of the pages.
         num_splits: parts that the keys of a row are cut into, 0 for as many as suit; at most 128.
         max_seqlen_k: upper bound of the lengths; None is what the table has room for.
+        plan: a StepPlan, which cuts the keys by the lengths on the device; without ``num_splits``.
         mask, bias, sink_tokens, options, out, problem, out_array, plan_key: as in ForwardRequest; dropout is refused.
 
     Raises:
         SeqLensError: lengths (those in host memory are looked at) that are negative, or more than the table has slots.
+        StepPlanError: a plan for other calls.
         BlockTableError: a table or a layout that does not fit.
         ConstructionError: another subclass says which argument is wrong; nothing has been written.
     """
@@ -50,6 +53,7 @@ class PagedAttentionRequest(ForwardRequest):
     layout: KvLayout = field(default=KvLayout.NHD, kw_only=True)
     num_splits: int = field(default=0, kw_only=True)
     max_seqlen_k: int | None = field(default=None, kw_only=True)
+    plan: StepPlan | None = field(default=None, kw_only=True)
 
     def _lowered(self) -> AttentionProblem:
         given = CacheArguments(
@@ -60,5 +64,6 @@ class PagedAttentionRequest(ForwardRequest):
             block_table=self.block_table,
             max_seqlen_k=self.max_seqlen_k,
             num_splits=self.num_splits,
+            plan=self.plan,
         )
         return cached_problem(self, given, self.q, self.cu_seqlens_q)

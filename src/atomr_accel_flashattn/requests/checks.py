@@ -36,6 +36,7 @@ __all__ = [
     "is_contiguous",
     "overlaps_itself",
     "read_dropout",
+    "read_int32",
     "read_learned_sink",
     "read_qkv",
     "read_slopes",
@@ -54,6 +55,20 @@ def read_qkv(q: Any, k: Any, v: Any, *, layout: str) -> tuple[ArrayInfo, ArrayIn
             raise ShapeError(f"{name}: got shape {info.shape} of rank {len(info.shape)}; allowed is rank {rank}, {layout}{advice}")
         refuse_gradients(info, name)
     return infos
+
+
+def read_int32(array: Any, name: str, shape: tuple[int | None, ...], q: ArrayInfo, error: type[Exception]) -> ArrayInfo:
+    """An int32 array on the device of q, rows of it contiguous; None in ``shape`` is any size."""
+    info = read_array(array, name)
+    if info.dtype_name != "int32":
+        raise DTypeError(f"{name}: got type {info.dtype_name}; allowed is int32; call .int() or .astype('int32')")
+    if len(info.shape) != len(shape) or any(want is not None and have != want for have, want in zip(info.shape, shape, strict=True)):
+        sizes = ", ".join("blocks" if size is None else str(size) for size in shape)
+        raise error(f"{name}: got shape {info.shape}; allowed is ({sizes}), for a batch of {shape[0]}")
+    check_device(info, name, q)
+    if info.shape[-1] > 1 and info.strides[-1] != 1:
+        raise error(f"{name}: got strides {info.strides}; allowed is a last stride of 1; call .contiguous() or numpy.ascontiguousarray")
+    return info
 
 
 def refuse_gradients(info: ArrayInfo, name: str) -> None:

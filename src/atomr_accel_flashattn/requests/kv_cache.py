@@ -18,14 +18,16 @@ from ..errors import (
     SeqLensError,
     ShapeError,
     SplitError,
+    StepPlanError,
     StrideError,
 )
 from ..limits import MAX_LENGTH, MAX_SPLITS, as_integer
 from ..problem import ArrayInfo, AttentionProblem, KvCache, NewTokens, Rotary, Strides
 from ..reference.cache import read_values
 from ..types import DType, KvLayout
-from .checks import check_device, check_qkv, is_contiguous, overlaps_itself, refuse_gradients, steps
+from .checks import check_device, check_qkv, is_contiguous, overlaps_itself, read_int32, refuse_gradients, steps
 from .seqlens import CumulativeSeqlens, check_seqlens
+from .step_plan import StepPlan
 
 if TYPE_CHECKING:
     from .forward import ForwardRequest
@@ -58,6 +60,7 @@ class CacheArguments:
     rotary_interleaved: bool = True
     max_seqlen_k: Any = None
     num_splits: Any = 0
+    plan: Any = None
 
 
 def cached_problem(request: ForwardRequest, given: CacheArguments, q: Any, cu_seqlens_q: CumulativeSeqlens | None) -> AttentionProblem:
@@ -109,7 +112,20 @@ def cached_problem(request: ForwardRequest, given: CacheArguments, q: Any, cu_se
             raise SeqLensError(
                 f"max_seqlen_k: got {longest}, and a sequence has {values.after.max()} tokens; allowed is at least the longest"
             )
-    return problem
+    return _with_plan(problem, given.plan)
+
+
+def _with_plan(problem: AttentionProblem, plan: Any) -> AttentionProblem:
+    """``problem`` in the blocks of a StepPlan.
+
+    Raises:
+        StepPlanError: no StepPlan, or one for other calls.
+    """
+    if plan is None:
+        return problem
+    if not isinstance(plan, StepPlan):
+        raise StepPlanError(f"plan: got {type(plan).__qualname__}; allowed is a StepPlan, or None")
+    return plan.adopt(problem)
 
 
 def _check_splits(num_splits: Any, *, batch_invariant: bool) -> int:
@@ -174,14 +190,14 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
     if isinstance(given.lengths, CumulativeSeqlens):
         _check_cumulative(given.lengths, q, batch)
     else:
-        lengths = _read_int32(given.lengths, "seq_lens", (batch,), q, SeqLensError)
+        lengths = read_int32(given.lengths, "seq_lens", (batch,), q, SeqLensError)
     if given.block_table is not None:
         for name, value in (("cache_batch_idx", given.rows), ("cache_leftpad", given.left_pad)):
             if value is not None:
                 raise BlockTableError(f"{name}: got an array with a block_table; allowed is None, because pages need neither")
-        blocks = _read_int32(given.block_table, "block_table", (batch, None), q, BlockTableError)
+        blocks = read_int32(given.block_table, "block_table", (batch, None), q, BlockTableError)
     elif given.rows is not None:
-        blocks = _read_int32(given.rows, "cache_batch_idx", (batch,), q, BlockTableError)
+        blocks = read_int32(given.rows, "cache_batch_idx", (batch,), q, BlockTableError)
     else:
         blocks = None
         if k.shape[0] < batch:
@@ -192,7 +208,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
         layout=given.layout,
         blocks=blocks,
         lengths=lengths,
-        left_pad=None if given.left_pad is None else _read_int32(given.left_pad, "cache_leftpad", (batch,), q, SeqLensError),
+        left_pad=None if given.left_pad is None else read_int32(given.left_pad, "cache_leftpad", (batch,), q, SeqLensError),
         new=_new_tokens(given, q, k, batch),
     )
     if cache.new is not None and cache.new.longest > cache.capacity:
@@ -205,20 +221,6 @@ def _check_cumulative(lengths: CumulativeSeqlens, q: ArrayInfo, batch: int) -> N
     check_device(lengths.array, "cu_seqlens_k", q)
     if lengths.batch != batch:
         raise CuSeqlensError(f"cu_seqlens_k: got {lengths.batch} sequences with {batch} in q; allowed are equal numbers of sequences")
-
-
-def _read_int32(array: Any, name: str, shape: tuple[int | None, ...], q: ArrayInfo, error: type[Exception]) -> ArrayInfo:
-    """An int32 array on the device of q, rows of it contiguous; None in ``shape`` is any size."""
-    info = read_array(array, name)
-    if info.dtype_name != "int32":
-        raise DTypeError(f"{name}: got type {info.dtype_name}; allowed is int32; call .int() or .astype('int32')")
-    if len(info.shape) != len(shape) or any(want is not None and have != want for have, want in zip(info.shape, shape, strict=True)):
-        sizes = ", ".join("blocks" if size is None else str(size) for size in shape)
-        raise error(f"{name}: got shape {info.shape}; allowed is ({sizes}), for a batch of {shape[0]}")
-    check_device(info, name, q)
-    if info.shape[-1] > 1 and info.strides[-1] != 1:
-        raise error(f"{name}: got strides {info.strides}; allowed is a last stride of 1; call .contiguous() or numpy.ascontiguousarray")
-    return info
 
 
 def _new_tokens(given: CacheArguments, q: ArrayInfo, k_slots: ArrayInfo, batch: int) -> NewTokens | None:

@@ -7,7 +7,8 @@ from math import prod
 from typing import Final
 
 from ..dispatch import DispatchKey, lookup
-from ..dispatch.choice import splits_of
+from ..dispatch.choice import splits_of, step_blocks
+from ..errors import StepPlanError
 from ..kernels.kv_append import KvAppendSpec, rotated_bytes, rotated_strides
 from ..kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
 from ..launch.launcher import Launch, LaunchSeries
@@ -17,21 +18,21 @@ from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series
 
 __all__ = ["cache_addresses", "plan_on_cache", "workspace_on_cache"]
 
-# Addresses of a call in this order: those of KvCacheParams, then those that only an append has. To it, q is what it reads.
+# Addresses of a call in this order: those of KvCacheParams, those that only an append has (to it, q is what it reads), a StepPlan's.
 _APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q", "error")
-_SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED)
+_SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED, "schedule")
 _SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot) for slot in _SLOTS)
 
 
 def workspace_on_cache(problem: AttentionProblem, key: DispatchKey) -> Workspace | None:
     """What a call on a KV cache needs beside its outputs: partial results of splits, and q after its rotation; None on the CPU."""
     spec = lookup(key)
-    return _workspace(problem, _splits(problem, spec)) if isinstance(spec, Fa2KvCacheSpec) else None
+    return _workspace(problem, _parts(problem, spec)) if isinstance(spec, Fa2KvCacheSpec) else None
 
 
 def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec, outputs: Outputs) -> Plan:
     """The launches of a call, into these outputs."""
-    splits, cache = _splits(problem, spec), problem.cache
+    parts, cache = _parts(problem, spec), problem.cache
     launches: list[Launch | LaunchSeries | None] = []
     rotated = problem
     if cache is not None and cache.new is not None:
@@ -46,9 +47,9 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec, outputs: Outp
         launches.append(launch_of(append, problem, append.pack(problem, outputs.out), _SLOTS_OF_APPEND))
         if rotary is not None:
             rotated = replace(problem, q_strides=rotated_strides(problem))
-    params = spec.pack_call(rotated, outputs.out, splits)
-    launches += series_of(spec.steps(), problem, params, _SLOTS, splits)
-    return Plan(launches, outputs.out.strides, _workspace(problem, splits))
+    params = spec.pack_call(rotated, outputs.out, parts)
+    launches += series_of(spec.steps(), problem, params, _SLOTS, parts)
+    return Plan(launches, outputs.out.strides, _workspace(problem, parts))
 
 
 def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Workspace) -> tuple[int, ...]:
@@ -57,6 +58,11 @@ def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Work
     assert cache is not None  # noqa: S101 - callers have looked
     base = 0 if outputs.workspace is None else outputs.workspace.ptr
     at = {slot: base + offset for slot, offset in workspace.offsets.items()}
+    step, schedule = problem.step, 0
+    if step is not None:
+        if not step.scheduled:
+            raise StepPlanError("plan: got a call before the first schedule of its StepPlan; allowed behind plan.schedule(...) of its step")
+        schedule, at["partial_o"], at["partial_lse"] = step.schedule, step.partial_o, step.partial_lse
     new = cache.new
     rotary = None if new is None else new.rotary
     raw_q, *others = forward_addresses(problem, outputs.out.ptr, 0 if outputs.lse is None else outputs.lse.ptr)
@@ -67,18 +73,21 @@ def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Work
         *(rotated_q or raw_q, *others),
         *((0, 0) if new is None else (new.k.ptr, new.v.ptr)),
         *((0, 0) if rotary is None else (rotary.cos.ptr, rotary.sin.ptr)),
-        *(rotated_q, raw_q, 0),
+        *(rotated_q, raw_q, 0, schedule),
     )
 
 
-def _splits(problem: AttentionProblem, spec: Fa2KvCacheSpec) -> int:
+def _parts(problem: AttentionProblem, spec: Fa2KvCacheSpec) -> int:
+    """Splits of the keys, or the blocks of a StepPlan."""
+    if problem.step is not None:
+        return step_blocks(problem.q.device, spec)
     return splits_of(problem, spec) if spec.split else 1
 
 
-def _workspace(problem: AttentionProblem, splits: int) -> Workspace:
+def _workspace(problem: AttentionProblem, parts: int) -> Workspace:
     sizes, rows = {}, prod(problem.lse_shape)
-    if splits > 1:
-        sizes = {"partial_o": 4 * splits * rows * problem.v_head_dim, "partial_lse": 4 * splits * rows}
+    if parts > 1 and problem.step is None:  # a StepPlan brings its own
+        sizes = {"partial_o": 4 * parts * rows * problem.v_head_dim, "partial_lse": 4 * parts * rows}
     cache = problem.cache
     if cache is not None and cache.new is not None and cache.new.rotary is not None:
         sizes["rotated_q"] = rotated_bytes(problem)

@@ -272,7 +272,7 @@ def _facts(problem: AttentionProblem, addresses: int) -> Key:
         None if problem.learned_sink is None else _layout(problem.learned_sink),
         None if problem.cu_seqlens_q is None else _layout(problem.cu_seqlens_q),
         None if dropout is None else dropout.p,
-        *(problem.num_splits, problem.batch_invariant),
+        *(problem.num_splits, problem.batch_invariant, problem.step is not None),
         None if problem.cache is None else _facts_of_cache(problem.cache),
     )
 

@@ -14,7 +14,8 @@ struct MakeStepSchedule {
 
   // Of the row blocks of a thread, then of all before them.
   struct Totals {
-    int64_t cost, busy, idle;
+    int64_t cost;
+    int32_t busy, idle;
     __device__ __forceinline__ Totals operator+(const Totals& x) const { return {cost + x.cost, busy + x.busy, idle + x.idle}; }
   };
 
@@ -52,10 +53,10 @@ struct MakeStepSchedule {
 
   // A block for each unit, and more where units are long; never more than there are.
   static __device__ __forceinline__ StepSchedule::Head cut(const StepParams& p, const Totals& all) {
-    const int64_t units = all.busy * p.cache.fwd.work_heads, wanted = max(units, (all.cost + p.least_cost - 1) / p.least_cost);
+    const int64_t units = int64_t{all.busy} * p.cache.fwd.work_heads, wanted = max(units, (all.cost + p.least_cost - 1) / p.least_cost);
     const int blocks = static_cast<int>(min(wanted, int64_t{p.blocks}));
     const int64_t share = blocks > 0 ? all.cost / blocks : 0;
-    return {share, static_cast<int32_t>(all.cost - share * blocks), blocks, static_cast<int32_t>(all.busy), static_cast<int32_t>(all.idle)};
+    return {share, static_cast<int32_t>(all.cost - share * blocks), blocks, all.busy, all.idle};
   }
 
   static __device__ __forceinline__ void run(const StepParams& p) {
