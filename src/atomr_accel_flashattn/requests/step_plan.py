@@ -155,9 +155,8 @@ class StepPlan:
             ("cu_seqlens_new", cu_seqlens_new, shape.new_tokens is None),
         ):
             if (given is not None) is not wanted:
-                raise StepPlanError(
-                    f"{name}: got {'None' if wanted else 'an array'}; allowed is {'one' if wanted else 'None'}, as declared"
-                )
+                got, allowed = ("None", "an array") if wanted else ("an array", "None")
+                raise StepPlanError(f"{name}: got {got}; allowed is {allowed}, as the plan was declared")
         arrays: dict[str, ArrayInfo | None] = {
             "cu_seqlens_q": self._offsets(cu_seqlens_q, "cu_seqlens_q"),
             "cu_seqlens_new": self._offsets(cu_seqlens_new, "cu_seqlens_new"),
