@@ -41,6 +41,7 @@ NAMES = (
     "bwd_",
     DropoutMaskSpec.HEADER,
     SplitCombineSpec.HEADER,
+    "step_",
     KvAppendSpec.HEADER,
 )  # how names of ours begin
 FILTERS = tuple(word for name in NAMES for word in ("--kernel-name", f"kns={name}"))

@@ -14,6 +14,7 @@ from typing import Any
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.spec import KernelSpec
+from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
 from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.pairwise import covering_rows
@@ -134,12 +135,15 @@ def cache_specs() -> list[KernelSpec]:
         key = _feature_key({"widths": (128, 128), **row})
         cache = {"kv_cache": i % 2 == 0, "dropout": False, "cache_rows": rows[i % 4], "split": i % 3 == 0}
         keys.append(replace(key, paged=i % 2 == 1, extras=replace(key.extras, **cache)))
+    keys += [replace(key, extras=replace(key.extras, split=False, scheduled=True)) for key in keys if not key.extras.split]
     flags = itertools.product((False, True), repeat=3)
     appends = [
         KvAppendSpec(arch=ARCHS[i % len(ARCHS)], dtype=DTYPES[i % 2], paged=paged, interleaved=interleaved, wide_rotary=wide)
         for i, (paged, interleaved, wide) in enumerate(flags)
     ]
-    return [*(step for key in keys for step in lookup(key).steps()), *appends]
+    answers = [lookup(key) for key in keys]
+    schedules = {StepScheduleSpec.before(spec) for spec in answers if isinstance(spec, ScheduledKvCacheSpec)}
+    return [*(step for spec in answers for step in spec.steps()), *sorted(schedules, key=lambda spec: spec.kernel_name), *appends]
 
 
 def all_specs() -> list[KernelSpec]:

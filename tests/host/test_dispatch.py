@@ -38,6 +38,7 @@ any_extras = st.fixed_dictionaries(
         "deterministic": st.booleans(),
         "head_split": st.booleans(),
         "split": st.booleans(),
+        "scheduled": st.booleans(),
         "kv_layout": st.sampled_from(["NHD", "HND", "VLLM_V1"]),
         "left_pad": st.booleans(),
         "kv_cache": st.booleans(),
@@ -232,6 +233,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "deterministic": (None, 1, "yes"),
     "head_split": (None, 4, "yes"),
     "split": (None, 2),
+    "scheduled": (None, "yes"),
     "kv_layout": (None, 3),
     "left_pad": (None, "left"),
     "kv_cache": (None, 1),
@@ -414,8 +416,10 @@ CACHED = fa.DispatchKey(SmArch.CPU, DType.F16, 128, paged=True)
         (replace(CACHED, extras=fa.Extras(dropout=True)), "dropout: got dropout with a KV cache"),
         (replace(CACHED, extras=fa.Extras(left_pad=True)), "left_pad: got left padding"),
         (replace(CACHED, extras=fa.Extras(split=True, batch_invariant=True)), "split: got split KV with batch_invariant"),
+        (replace(CACHED, extras=fa.Extras(scheduled=True, split=True)), "scheduled: got a StepPlan with split"),
+        (replace(CACHED, extras=fa.Extras(scheduled=True, batch_invariant=True)), "scheduled: got a StepPlan with batch_invariant"),
     ],
-    ids=["dropout", "left_pad", "split"],
+    ids=["dropout", "left_pad", "split", "scheduled", "scheduled and invariant"],
 )
 def test_what_no_cache_has_is_refused(key: fa.DispatchKey, message: str):
     with pytest.raises(DispatchError, match=message):

@@ -9,6 +9,7 @@ from atomr_accel_flashattn.kernels.fa3_fwd import Fa3ForwardSpec
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec
 from atomr_accel_flashattn.kernels.spec import Tile
+from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
 from atomr_accel_flashattn.types import DType, SmArch
 
 MASK = DropoutMaskSpec(arch=SmArch.SM_80)
@@ -25,4 +26,6 @@ CACHE = Fa2KvCacheSpec(
     arch=SmArch.SM_80, dtype=DType.F16, head_dim=32, v_head_dim=32, tile=Tile(block_m=16, block_n=16, warps=4), paged=True, split=True
 )
 COMBINE = SplitCombineSpec.of(CACHE)
+SCHEDULED = ScheduledKvCacheSpec(arch=SmArch.SM_80, dtype=DType.F16, head_dim=32, v_head_dim=32, tile=CACHE.tile, paged=True)
+STEP = (StepScheduleSpec.before(SCHEDULED), *SCHEDULED.steps())
 APPEND = KvAppendSpec(arch=SmArch.SM_80, dtype=DType.F16, paged=True)

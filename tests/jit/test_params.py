@@ -18,6 +18,7 @@ from atomr_accel_flashattn.kernels.kv_append import KvAppendParams
 from atomr_accel_flashattn.kernels.kvcache import KvCacheParams
 from atomr_accel_flashattn.kernels.params import KernelParams, StrideParams, TensorMapParams
 from atomr_accel_flashattn.kernels.spec import KernelSpec, Tile
+from atomr_accel_flashattn.kernels.step import StepParams
 from atomr_accel_flashattn.limits import UNBOUNDED
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
 from atomr_accel_flashattn.runtime.plan import SLOTS, Outputs, addresses_of, slots_of
@@ -33,6 +34,7 @@ _STRUCTS = {
     Fa3FwdParams: "fa::Fa3FwdParams",
     BwdParams: "fa::BwdParams",
     KvCacheParams: "fa::KvCacheParams",
+    StepParams: "fa::StepParams",
     KvAppendParams: "fa::KvAppendParams",
     DropoutMaskParams: "fa::DropoutMaskParams",
 }

@@ -49,6 +49,7 @@ _LABELS = {
     "kv_cache": "contiguous KV cache",
     "left_pad": "left padding",
     "split": "split KV",
+    "scheduled": "step plans",
     "batch_invariant": "batch invariance",
     "fa3": "wgmma family (FA3)",
 }

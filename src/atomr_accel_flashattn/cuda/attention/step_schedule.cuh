@@ -28,9 +28,10 @@ struct StepSchedule {
     int32_t busy, idle;  // row blocks that see keys, and those with rows that see none
   };
   Head* head;
-  int64_t* begin;      // of busy row blocks, and the end of the last one
-  int32_t* row_block;  // busy ones from the front, idle ones from the back; sequence * blocks_m + rows
-  int32_t* first;      // busy row block that each part begins in
+  int64_t* begin;  // of busy row blocks, and the end of the last one
+  // sequence * blocks_m + block of its rows; busy ones from the front, idle ones from the back
+  int32_t* row_block;
+  int32_t* first;  // busy row block that each part begins in
   int row_blocks;
 
   __device__ __forceinline__ explicit StepSchedule(const StepParams& p)

@@ -221,8 +221,7 @@ struct Fa2KvCache {
         for (int e = 0; e < 2; ++e) o[8 * t + e] = rO[0][t][2 * r + e] * weight;
     }
     __syncthreads();
-    for (int chunk = threadIdx.x; chunk < C.block_m * kOutTiles; chunk += kThreads)
-      store_chunk(part, chunk / kOutTiles, chunk % kOutTiles);
+    for (int chunk = threadIdx.x; chunk < C.block_m * kOutTiles; chunk += kThreads) store_chunk(part, chunk / kOutTiles, chunk % kOutTiles);
   }
 
   // Eight columns of a row.

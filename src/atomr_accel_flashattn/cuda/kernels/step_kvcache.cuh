@@ -19,7 +19,8 @@ __device__ __forceinline__ void write_idle_rows(const FwdParams& p, const Sequen
     const RowResult end = finalize_row<C>(0.f, negative_infinity(), C.learned_sink ? p.learned_sink[head] * kLog2e : 0.f);
     if (p.lse != nullptr && chunk == 0) p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query] = end.lse;
     auto* o = static_cast<uint16_t*>(p.o) + seq.batch * p.o_stride.batch + (seq.q_row + query) * p.o_stride.row + head * p.o_stride.head;
-    const uint32_t zeros = MmaTraits<C.dtype>::pack(0.f * end.scale, 0.f * end.scale);  // NaN with a sink that is none
+    // NaN where the sink is NaN.
+    const uint32_t zeros = MmaTraits<C.dtype>::pack(0.f * end.scale, 0.f * end.scale);
     if constexpr (C.aligned) {
       if (8 * chunk < p.v_head_dim) *reinterpret_cast<uint4*>(o + 8 * chunk) = {zeros, zeros, zeros, zeros};
     } else {
