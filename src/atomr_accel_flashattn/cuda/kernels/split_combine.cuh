@@ -18,7 +18,8 @@ namespace fa {
 template <Config C>
 struct SplitCombine {
   static constexpr int kLoads = (C.v_head_dim + 127) / 128, kPitch = C.v_head_dim + 4;  // floats
-  static constexpr int kInFlight = 8;                                                   // splits that a warp reads at a time
+  // Parts that a warp reads at a time.
+  static constexpr int kInFlight = 8;
 
   // Sums of the warps, each o and then its denominator.
   static __device__ __forceinline__ float* part_of(int warp) {
@@ -27,7 +28,7 @@ struct SplitCombine {
   }
 
   // A row says how many parts it has (`count`), which row of the partial LSE and o each is (at),
-  // floats from a row of the latter to the next (`pitch`), and where o and the LSE go.
+  // floats from a row of o to the next (pitch), and where o and the LSE go.
   template <class Row>
   static __device__ __forceinline__ void run(const KvCacheParams& p, const Row& row) {
     const FwdParams& f = p.fwd;
@@ -73,7 +74,7 @@ struct SplitCombine {
         weight[s] = part < row.count ? ptx::exp2((lse - top) * kLog2e) : 0.f;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i)
-          x[s][i] = *reinterpret_cast<const float4*>(p.partial_o + at * row.pitch + min(128 * i + 4 * lane, cols - 4));
+          x[s][i] = *reinterpret_cast<const float4*>(p.partial_o + at * row.pitch(cols) + min(128 * i + 4 * lane, cols - 4));
       }
 #pragma unroll
       for (int s = 0; s < kInFlight; ++s) {
@@ -97,8 +98,9 @@ struct SplitCombine {
 struct SplitRow {
   uint32_t lse_row, batch, head;
   int64_t query, step;
-  int count, pitch;
+  int count;
   __device__ __forceinline__ int64_t at(int split) const { return split * step + lse_row; }
+  __device__ __forceinline__ int pitch(int cols) const { return cols; }
 };
 
 // A block has a row of the LSE: its sequence, head and query.
@@ -113,7 +115,7 @@ __device__ __forceinline__ void split_combine(const KvCacheParams& p) {
   const int64_t query = rest - head * static_cast<uint32_t>(f.lse_head_stride);
   // No split has written a row without an owner.
   const int splits = !C.varlen || query < f.cu_seqlens_q[f.batch] ? p.splits : 0;
-  SplitCombine<C>::run(p, SplitRow{row, C.varlen ? 0 : batch, head, query, p.lse_rows, splits, f.v_head_dim});
+  SplitCombine<C>::run(p, SplitRow{row, C.varlen ? 0 : batch, head, query, p.lse_rows, splits});
 }
 
 }  // namespace fa

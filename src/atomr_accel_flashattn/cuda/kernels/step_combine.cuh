@@ -14,7 +14,7 @@ template <Config C>
 struct StepRow {
   int64_t lse_row, batch, query;
   int head, r, first_block, count;
-  static constexpr int pitch = C.v_head_dim;
+  __device__ __forceinline__ int pitch(int) const { return C.v_head_dim; }
   __device__ __forceinline__ int64_t at(int i) const {
     const int part = i == 0 ? part_of_block(first_block, {0, 1}) : part_of_block(first_block + i, {1, 2});
     return int64_t{part} * C.block_m + r;
