@@ -1,7 +1,7 @@
 """Decode steps with and without a StepPlan, in CUDA graphs: us a call, one JSON object a cell.
 
-``PYTHONPATH=src:. python tools/step_plan_bench.py``. A cell is a batch of lengths; its layers share one schedule. Rounds alternate the ways,
-so that both meet the same clocks, and the median counts.
+``PYTHONPATH=src:. python tools/step_plan_bench.py``. A cell is a batch of lengths; its layers share one schedule. Rounds
+alternate the ways, so that both meet the same clocks, and the median counts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def step_of(lengths: list[int], heads: int, heads_kv: int, *, planned: bool) -> 
         table[row, :count] = torch.arange(first, first + count)
         first += count
     normal = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
-    k, v, q = normal(pages, PAGE, heads_kv, WIDTH), normal(pages, PAGE, heads_kv, WIDTH), normal(len(lengths), 1, heads, WIDTH)
+    k, v, q = normal(pages, PAGE, heads_kv, WIDTH), normal(pages, PAGE, heads_kv, WIDTH), normal(len(lengths), 1, heads, WIDTH)  # type: ignore[no-untyped-call]
     asked: dict[str, Any] = {"block_table": table.to(device), "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device)}
     out = torch.empty_like(q)
     plan = fa.StepPlan.of(fa.PagedAttentionRequest(q, k, v, **asked)) if planned else None
@@ -68,12 +68,12 @@ _kept: list[Any] = []
 
 def microseconds(graph: torch.cuda.CUDAGraph) -> float:
     """Of one call, the schedule's share in it; caches hold what the call before left there."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     graph.replay()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) * 1000 / LAYERS
+    return float(begin.elapsed_time(end)) * 1000 / LAYERS
 
 
 def main() -> None:
