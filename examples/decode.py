@@ -1,8 +1,8 @@
 """Greedy decoding over a paged KV cache: a small Llama-shaped model with random weights, and requests that share a system prompt.
 
 The system prompt is prefilled once, in chunks, and forked for each request; prompts of unequal length are prefilled in chunks, several
-requests in one call; then all decode together. The tokens are those of plain dense attention over the whole text, wherever the two best
-logits differ by more than the tolerance.
+requests in one call; then all decode together. A StepPlan cuts the keys of a step, once for all layers. The tokens are those of plain dense
+attention over the whole text, wherever the two best logits differ by more than the tolerance.
 
 Runs without a GPU:  python examples/decode.py
 """
@@ -70,11 +70,12 @@ def rotated(x: Array, positions: NDArray[np.int64]) -> Array:
 
 
 class Server:
-    """The model beside a paged cache for each layer; a sequence has the same number in all of them."""
+    """The model beside a paged cache for each layer; a sequence has the same number in all of them, and the same length."""
 
     def __init__(self, model: Model, blocks: int = 64, block_size: int = 16) -> None:
         self.model = model
         self.caches = [fa.PagedKvCache(blocks, block_size, model.heads_kv, model.head_dim, dtype=fa.DType.F32) for _ in range(model.layers)]
+        self.plans: dict[tuple[int, int], fa.StepPlan] = {}
 
     def allocate(self) -> int:
         """A new sequence."""
@@ -91,17 +92,37 @@ class Server:
         for cache in self.caches:
             cache.free(sequences)
 
+    def plan(self, batch: int, longest: int) -> fa.StepPlan:
+        """The plan of all layers, for so many sequences with up to so many new tokens: made once, and used in every step like it."""
+        if (batch, longest) not in self.plans:
+            cache, model = self.caches[0], self.model
+            self.plans[batch, longest] = fa.StepPlan(
+                cache.k,
+                batch=batch,
+                heads=model.heads,
+                heads_kv=model.heads_kv,
+                head_dim=model.head_dim,
+                capacity=cache.num_blocks * cache.block_size,
+                seqlen_q=longest,
+                packed_q=True,
+                mask=fa.MaskKind.causal(),
+            )
+        return self.plans[batch, longest]
+
     def step(self, new: dict[int, list[int]]) -> dict[int, Array]:
         """Run new tokens of some sequences in one call. Gives the logits behind the last one of each."""
         sequences, counts = list(new), [len(tokens) for tokens in new.values()]
         before = [self.caches[0].length(each) for each in sequences]
         positions = np.concatenate([start + np.arange(count) for start, count in zip(before, counts, strict=True)])
-        packing = fa.CumulativeSeqlens.from_lengths(counts)
+        packing, plan = fa.CumulativeSeqlens.from_lengths(counts), self.plan(len(counts), max(counts))
 
         def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
             cache = self.caches[layer]
             cache.append(sequences, k, v, counts)
-            out: Array = fa.run(cache.request(q, sequences, cu_seqlens_q=packing, mask=fa.MaskKind.causal()), lse=False).out
+            request = cache.request(q, sequences, entries=cache.num_blocks, cu_seqlens_q=packing, mask=fa.MaskKind.causal(), plan=plan)
+            if layer == 0:  # the lengths of all layers are equal
+                plan.schedule_for(request)
+            out: Array = fa.run(request, lse=False).out
             return out
 
         logits = self.model.logits(np.concatenate(list(new.values())), positions, attend)

@@ -272,14 +272,21 @@ class PagedKvCache:
         """
         return int32_like(np.array([held.length for _, held in self._all(sequences)], np.int32), self.k)
 
-    def request(self, q: Any, sequences: int | Sequence[int], **asked: Any) -> PagedAttentionRequest:
-        """A PagedAttentionRequest of q (B, Sq, Hq, D) over these sequences, as they are now; ``asked``: its other arguments.
+    def request(self, q: Any, sequences: int | Sequence[int], *, entries: int | None = None, **asked: Any) -> PagedAttentionRequest:
+        """A PagedAttentionRequest of q (B, Sq, Hq, D) over these sequences, as they are now.
+
+        Args:
+            q: the queries.
+            sequences: their numbers.
+            entries: width of the block table, None is that of the longest; the calls of a StepPlan have one of equal width.
+            asked: other arguments of the request.
 
         Raises:
             SequenceError: a sequence was freed, is none, or is named twice.
+            ShapeError: fewer entries than a sequence has pages.
             ConstructionError: as PagedAttentionRequest.
         """
-        table, lengths = self.block_table(sequences), self.seq_lens(sequences)
+        table, lengths = self.block_table(sequences, entries), self.seq_lens(sequences)
         return PagedAttentionRequest(q, self.k, self.v, table, lengths, layout=self.layout, **asked)
 
     def _pages(self, tokens: int) -> int:
