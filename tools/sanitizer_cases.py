@@ -29,7 +29,7 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.jit.compile import CompiledKernel, compile_many
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
-from atomr_accel_flashattn.runtime import plan
+from atomr_accel_flashattn.runtime import plan, step
 from atomr_accel_flashattn.runtime.execute import run
 from atomr_accel_flashattn.torch_ops import repeat
 from tests.case_lists import grouped_cases, hazard_cases, pairwise_cases
@@ -38,11 +38,12 @@ from tests.check import check_case, check_gradients
 from tests.gpu.families import DEVICE, FAMILIES, blocks_for, use_family
 from tests.gpu.harness import Backward, make_call, run_inputs
 from tests.kv_cache import cases
-from tests.kv_cache.cases import CacheCase, check_cached, fill, request_of
-from tests.kv_cache.kernel_cases import APPENDS, GRID, check_append, with_new_tokens
+from tests.kv_cache.cases import CacheCase, check_cached, fill, request_of, with_plan
+from tests.kv_cache.kernel_cases import APPENDS, GRID, PLANNED, check_append, with_new_tokens
 from tests.upstream import build_upstream
 
 MAX_SCORES = 200_000
+ON_CACHES = (*GRID, *PLANNED[::3])
 GRACE = 30  # seconds from the end of the time for beginning cases to the end of the process, should a kernel hang
 
 
@@ -75,7 +76,8 @@ class Check(NamedTuple):
 
         def launch() -> object:
             inputs = build(case.call)
-            return run(request_of(case, inputs, fill(case, inputs))[0])
+            request = request_of(case, inputs, fill(case, inputs))[0]
+            return run(with_plan(request) if case.planned else request)
 
         return cls(str(case), lambda: check_cached(case), launch)
 
@@ -100,7 +102,7 @@ def checks(family: Family) -> list[Check]:
     small = [case for case in chosen if case.score_count <= MAX_SCORES]
     made = list(map(Check.forward, small))
     if family is Family.FA2:
-        made += [*map(Check.backward, small), *map(Check.cached, GRID), *map(Check.append, APPENDS)]
+        made += [*map(Check.backward, small), *map(Check.cached, ON_CACHES), *map(Check.append, APPENDS)]
     return sorted(made, key=lambda check: zlib.crc32(check.name.encode()))
 
 
@@ -122,7 +124,8 @@ def needed_specs(family: Family) -> list[KernelSpec]:
 
     for check in checks(family):
         with prepared(family, check) as patch:
-            patch.setattr(plan, "load_kernel", note)
+            for module in (plan, step):
+                patch.setattr(module, "load_kernel", note)
             patch.setattr(plan, "LaunchSeries", lambda *_: SimpleNamespace(launch=lambda *_: None))
             check.launch()
             repeat.clear()  # no later run finds these plans

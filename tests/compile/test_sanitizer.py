@@ -79,7 +79,7 @@ def test_the_kernels_that_cases_need_are_found_without_a_launch(monkeypatch: pyt
     monkeypatch.setattr(harness, "_flat_tensor", lambda storage, _device: fake(to_host(storage, "cpu")))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _index: STREAM, raising=False)
     monkeypatch.setattr(harness, "synchronize", lambda: None)
-    on_caches = len(sanitizer_cases.GRID) + len(sanitizer_cases.APPENDS)
+    on_caches = len(sanitizer_cases.ON_CACHES) + len(sanitizer_cases.APPENDS)
     assert len(sanitizer_cases.checks(Family.FA2)) == 2 * len(sanitizer_cases.checks(Family.FA3)) + on_caches > 200
     dropped = [case for case in pairwise_cases(GPU_DTYPES) if case.dropout_p]
     chosen = [next(case for case in dropped if case.is_varlen is varlen) for varlen in (False, True)]

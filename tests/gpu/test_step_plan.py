@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.runtime import step  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
+from tests.gpu.jitter import CACHE_NAPS, Flaw, headers_with_naps, use_headers  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
-from tests.kv_cache.cases import download, upload  # noqa: E402
-from tests.kv_cache.kernel_cases import APPENDS, HALF, close, with_new_tokens  # noqa: E402
+from tests.kv_cache.cases import CacheCase, check_cached, download, upload  # noqa: E402
+from tests.kv_cache.kernel_cases import APPENDS, HALF, PLANNED, close, with_new_tokens  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +46,11 @@ def on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return made
 
     monkeypatch.setattr(step, "empty_workspace", poisoned)
+
+
+@pytest.mark.parametrize("case", PLANNED, ids=str)
+def test_grid(case: CacheCase):
+    check_cached(case)
 
 
 def decode(batch: int, *, longest: int = LONGEST, pages: int | None = None, heads: int = 32, heads_kv: int = 8, width: int = 128) -> Any:
@@ -155,6 +162,21 @@ def test_a_captured_call_that_appends_follows_what_its_arrays_hold(name: str):
         host = {key: x.copy() if isinstance(x, np.ndarray) else x for key, x in asked.items()}
         close(made, fa.flash_attn_with_kvcache(**host, causal=True), **HALF)
         np.testing.assert_array_equal(download(device["k_cache"]), host["k_cache"], err_msg="bits of the cache")
+
+
+@pytest.mark.parametrize("flawed", [False, True], ids=["sound", "flawed"])
+def test_a_block_waits_between_its_units(flawed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Warps that nap between the steps of a merge: its memory takes the keys of the next unit, and bits change where nobody waits."""
+    asked = decode(512, longest=256, pages=64)
+    asked["seq_lens"].copy_(torch.arange(512) % 200 + 1)
+    request = cases.with_plan(fa.PagedAttentionRequest(**asked))
+    expected = fa.run(request).out.clone()
+    folder = headers_with_naps(tmp_path / "cuda", CACHE_NAPS)
+    if flawed:
+        Flaw("kernels/step_kvcache.cuh", ((r"__syncthreads\(\);", "ptx::nap();"),)).apply(folder)
+    use_headers(folder, monkeypatch)
+    runs = [fa.run(request).out for _ in range(100)]
+    assert any(not torch.equal(made, expected) for made in runs) is flawed
 
 
 def test_layers_share_one_plan():

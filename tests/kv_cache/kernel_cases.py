@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,16 @@ from tests.kv_cache import cases
 from tests.kv_cache.test_grid import AXES, case_of
 from tests.pairwise import covering_rows
 
-__all__ = ["APPENDS", "GRID", "HALF", "check_append", "check_entries_outside", "check_pages", "close", "with_new_tokens"]
+__all__ = ["APPENDS", "GRID", "HALF", "PLANNED", "check_append", "check_entries_outside", "check_pages", "close", "with_new_tokens"]
 
 HALF: dict[str, float] = {"rtol": 4e-3, "atol": 4e-3}
 
 _GPU_AXES = AXES | {
     "dtype": ({"dtype": DType.F16}, {"dtype": DType.BF16}),
-    "order": ({}, {"num_splits": 1}, {"num_splits": 2}, {"num_splits": 7}, {"planned": True}),
+    "order": ({}, {"num_splits": 1}, {"num_splits": 2}, {"num_splits": 7}),
 }
 GRID = [case_of(row) for row in covering_rows(_GPU_AXES)]
+PLANNED = [replace(case, num_splits=0, planned=True) for case in GRID]  # in the blocks of a StepPlan
 
 
 def with_new_tokens(

@@ -19,7 +19,15 @@ from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
 from tests.fakes.tensors import fake, fresh_hooks  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, check_cached  # noqa: E402
-from tests.kv_cache.kernel_cases import APPENDS, GRID, check_append, check_entries_outside, check_pages, with_new_tokens  # noqa: E402
+from tests.kv_cache.kernel_cases import (  # noqa: E402
+    APPENDS,
+    GRID,
+    PLANNED,
+    check_append,
+    check_entries_outside,
+    check_pages,
+    with_new_tokens,
+)
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")]
 
@@ -47,14 +55,19 @@ def on_card(array: Any) -> Any:
 
 @pytest.mark.parametrize("case", GRID[::4], ids=str)
 def test_pairs_of_features(gpu: FakeGpu, case: CacheCase):
-    if case.planned:
-        gpu.properties = gpu.properties._replace(multiprocessors=5)
     check_cached(case)
     split = case.num_splits > 1
     headers = [spec.HEADER for spec, *_ in gpu.launches]
-    assert headers == ["step_schedule", "step_kvcache", "step_combine"] if case.planned else headers[0] == "fa2_kvcache"
+    assert headers[0] == "fa2_kvcache"
     assert ("split_combine" in headers) >= split
     assert {stream for *_, stream in gpu.launches} == {STREAM}
+
+
+@pytest.mark.parametrize("case", PLANNED[::6], ids=str)
+def test_pairs_of_features_in_the_blocks_of_a_plan(gpu: FakeGpu, case: CacheCase):
+    gpu.properties = gpu.properties._replace(multiprocessors=5)
+    check_cached(case)
+    assert [spec.HEADER for spec, *_ in gpu.launches] == ["step_schedule", "step_kvcache", "step_combine"]
 
 
 def test_keys_are_split_where_there_are_more_sms_than_tiles(gpu: FakeGpu):
