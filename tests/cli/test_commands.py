@@ -30,6 +30,7 @@ from atomr_accel_flashattn.kernels.forward import ForwardSpec
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec
 from atomr_accel_flashattn.kernels.spec import KernelSpec
+from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
 from atomr_accel_flashattn.kernels.used import forget_recorded, read_kernels, record_kernel
 from atomr_accel_flashattn.launch import launcher
 from atomr_accel_flashattn.launch.driver import DeviceProperties, device_count
@@ -284,6 +285,8 @@ def test_a_run_records_the_kernels_it_used_and_compile_makes_those(
     used += lookup(with_features(DispatchKey(fa.SmArch.SM_80, fa.DType.F16, 64), ["causal", "backward"])).steps()
     used.append(KvAppendSpec(arch=fa.SmArch.SM_80, dtype=fa.DType.F16, paged=True, wide_rotary=True))
     used += lookup(with_features(DispatchKey(fa.SmArch.SM_80, fa.DType.F16, 64), ["paged", "split"])).steps()
+    planned: Any = lookup(with_features(DispatchKey(fa.SmArch.SM_80, fa.DType.F16, 64), ["paged", "scheduled"]))
+    used += [StepScheduleSpec.before(planned), *planned.steps()]
     assert used[0].pack_gqa
     monkeypatch.setattr(launcher, "_load", lambda spec, _device, _cache: spec)
     monkeypatch.setattr(launcher, "_loaded", {})
@@ -429,15 +432,16 @@ def test_a_cache_is_compiled_with_every_tile_its_splits_and_appends(ask: Ask, in
     asked = (*ONE_KERNEL, "--feature", "paged")
     count, *names = invoke(*asked, "--dry-run").stdout.splitlines()
     kinds = Counter(name.partition("_sm80")[0] for name in names)
-    assert kinds == {"fa2_fwd": 1, "fa2_kvcache": 8, "split_combine": 1, "kv_append": 4}  # four numbers of rows, split or not
-    assert count == "14 kernels: 14 for sm_80"
+    planned = {"step_schedule": 4, "step_kvcache": 4, "step_combine": 4}
+    assert kinds == {"fa2_fwd": 1, "fa2_kvcache": 8, "split_combine": 1, "kv_append": 4} | planned  # four numbers of rows, split or not
+    assert count == "26 kernels: 26 for sm_80"
     assert all("paged" in name for name in names if name.startswith(("fa2_kvcache", "kv_append")))
     both = specs_for([fa.SmArch.SM_80], [fa.DType.F16], [64], ["causal"], ["paged", "kv_cache", "gqa", "dropout", "backward"])
-    assert Counter(type(spec) for spec in both if "kv" in spec.HEADER) == {Fa2KvCacheSpec: 16, KvAppendSpec: 8}
+    assert Counter(type(spec) for spec in both if "kv" in spec.HEADER) == {Fa2KvCacheSpec: 16, KvAppendSpec: 8, ScheduledKvCacheSpec: 8}
     for rows, split in product((16, 32, 64, 128), (False, True)):
         key = DispatchKey(fa.SmArch.SM_80, fa.DType.F16, 64, causal=True, paged=True, extras=Extras(cache_rows=rows, split=split))
         assert set(lookup(key).steps()) <= set(both)
-    assert len(ask(*ONE_KERNEL, "--feature", "kv_cache", "--dry-run")["kernels"]) == 14
+    assert len(ask(*ONE_KERNEL, "--feature", "kv_cache", "--dry-run")["kernels"]) == 26
     small = [spec for spec in both if isinstance(spec, (KvAppendSpec, SplitCombineSpec))]
     assert not any(isinstance(made, fa.CompileError) for made in compile_many(small[:3], cache=KernelCache(cache_dir)))
 

@@ -19,6 +19,7 @@ from ..jit.compile import CompiledKernel, compile_many
 from ..kernels.kv_append import KvAppendSpec
 from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import Family, KernelSpec
+from ..kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
 from ..kernels.used import read_kernels
 from ..launch.driver import device_count, device_properties
 from ..limits import HEAD_DIM_WIDTHS, NOT_BUILT
@@ -72,7 +73,7 @@ def compile_ahead(
         list[str] | None,
         typer.Option(
             help=f"Each is compiled on and off, in all combinations: {', '.join(_COMBINABLE)}. With backward, paged and kv_cache all "
-            "kernels of a call are: of a cache those that append to it and combine splits.",
+            "kernels of a call are: of a cache those that append to it, combine splits and cut the keys of a StepPlan.",
             autocompletion=_names(_COMBINABLE),
         ),
     ] = None,
@@ -233,6 +234,7 @@ def _kernels(keys: Iterable[DispatchKey]) -> list[KernelSpec]:
     for key in keys:
         answers = [spec for spec in map(lookup, _as_calls_ask(key)) if isinstance(spec, KernelSpec)]
         specs.update(dict.fromkeys(_launched(answers)))
+        specs.update(dict.fromkeys(StepScheduleSpec.before(spec) for spec in answers if isinstance(spec, ScheduledKvCacheSpec)))
         specs.update(dict.fromkeys(append for spec in answers if isinstance(spec, Fa2KvCacheSpec) for append in _appends(spec)))
     return list(specs)
 
@@ -251,12 +253,12 @@ def _launched(answers: Iterable[KernelSpec]) -> list[KernelSpec]:
 def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
     """A key in the forms that calls give it, which choose by lengths and strides.
 
-    With few tiles a block each, heads packed or not; over a cache tiles of so many rows, keys split or not; a backward of grouped heads
-    with blocks that share keys or not.
+    With few tiles a block each, heads packed or not; over a cache tiles of so many rows, keys split or not, or cut by a StepPlan; a
+    backward of grouped heads with blocks that share keys or not.
     """
     if key.paged or key.extras.kv_cache:
-        for rows, split in product(_CACHE_ROWS, (False, True)):
-            yield replace(key, extras=replace(key.extras, cache_rows=rows, split=split))
+        for rows, cut in product(_CACHE_ROWS, ("", "split", "scheduled")):
+            yield replace(key, extras=replace(key.extras, cache_rows=rows, split=cut == "split", scheduled=cut == "scheduled"))
         return
     if key.extras.direction == "bwd" and key.gqa_ratio > 1:
         for split in (False, True):
