@@ -37,11 +37,11 @@ extern "C" int walk(const void* params, int w, int* out) {
   if (w >= head.blocks) return 0;
   const int64_t begin = fa::begin_of(head, w), end = fa::begin_of(head, w + 1);
   int count = 0;
-  for (fa::Unit unit(line, p.cache.fwd.work_heads, w, begin);; unit.next()) {
+  for (fa::Unit unit(line, p.cache.fwd.work_heads, w);; unit.next()) {
     const fa::UnitPiece piece = unit.between(begin, end);
     if (piece.first < piece.end) {
       const bool whole = piece.first == 0 && piece.end == unit.tiles();
-      const int found[] = {unit.row_block(), unit.head, piece.first, piece.end, whole ? -1 : fa::part_of_block(w, piece)};
+      const int found[] = {unit.row_block, unit.head, piece.first, piece.end, whole ? -1 : fa::part_of_block(w, piece)};
       for (int x : found) *out++ = x;
       ++count;
     }
@@ -158,11 +158,12 @@ def model(tiles: NDArray[np.int64], heads_kv: int, blocks: int) -> dict[str, Any
     return {"begin": begin, "busy": busy, "idle": idle, "parts": parts, "first": first}
 
 
-def read(schedule: NDArray[np.uint8], row_blocks: int) -> dict[str, Any]:
+def read(schedule: NDArray[np.uint8], row_blocks: int, blocks: int) -> dict[str, Any]:
     """The same of what the kernel wrote."""
     _longer, parts, busy, idle = schedule[8:24].view(np.int32)
-    begin, rest = schedule[24 : 24 + 8 * (row_blocks + 1)].view(np.int64), schedule[24 + 8 * (row_blocks + 1) :].view(np.int32)
-    order, first = rest[:row_blocks], rest[row_blocks:]
+    starts, rest = schedule[32 : 32 + 32 * blocks].view(np.int32).reshape(blocks, 8), schedule[32 + 32 * blocks :]
+    begin, order = rest[: 8 * (row_blocks + 1)].view(np.int64), rest[8 * (row_blocks + 1) :].view(np.int32)
+    first = starts[:, 4]
     return {
         "begin": begin[: busy + 1],
         "busy": order[:busy],
@@ -203,7 +204,7 @@ def test_every_tile_is_that_of_one_block(blocks: int):
     step = random_step(blocks)
     tiles = step.tiles()
     made = step.made()
-    expected, found = model(tiles, step.heads_kv, blocks), read(made, tiles.size)
+    expected, found = model(tiles, step.heads_kv, blocks), read(made, tiles.size, blocks)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
@@ -230,7 +231,7 @@ def test_every_tile_is_that_of_one_block(blocks: int):
 
 def test_a_step_without_keys_has_no_parts():
     step = Step(np.ones(3, np.int32), np.zeros(3, np.int32), 4, 4, Band(None, 0), 9)
-    found = read(step.made(), 3)
+    found = read(step.made(), 3, 9)
     assert found["parts"] == 0
     assert found["idle"].tolist() == [0, 1, 2]
 
@@ -238,7 +239,7 @@ def test_a_step_without_keys_has_no_parts():
 def test_numbers_of_a_line_exceed_32_bits():
     """2^16 sequences of 2^20 keys, 64 heads: 2^37 tiles."""
     step = Step(np.ones(1 << 16, np.int32), np.full(1 << 16, 1 << 20, np.int32), 64, 64, Band(), 128)
-    found = read(step.made(), 1 << 16)
+    found = read(step.made(), 1 << 16, 128)
     assert found["begin"][-1] == (1 << 16) * 64 * ((1 << 15) + UNIT_COST)
     assert found["first"] == list(range(0, 1 << 16, 1 << 9))
 

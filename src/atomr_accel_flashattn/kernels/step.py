@@ -42,9 +42,9 @@ class StepParams(KernelParams):
 
 
 def schedule_bytes(batch: int, blocks_m: int, blocks: int) -> int:
-    """Size of a ``fa::StepSchedule``: its head, where row blocks begin, which they are, and where each part of the line begins."""
+    """Size of a ``fa::StepSchedule``: its head, where each part of the line begins, where row blocks begin, and which they are."""
     count = batch * blocks_m
-    return 24 + 8 * (count + 1) + 4 * count + 4 * blocks
+    return 32 + 32 * blocks + 8 * (count + 1) + 4 * count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,19 +26,25 @@ struct StepSchedule {
     int64_t share;
     int32_t longer, blocks;
     int32_t busy, idle;  // row blocks that see keys, and those with rows that see none
+    int64_t unused;
+  };
+  // The unit that a part begins in: all that a block has to read before it reads lengths.
+  struct Start {
+    int64_t begin, cost;
+    int32_t busy, head, row_block, unused;
   };
   Head* head;
+  Start* start;    // of each part
   int64_t* begin;  // of busy row blocks, and the end of the last one
   // sequence * blocks_m + block of its rows; busy ones from the front, idle ones from the back
   int32_t* row_block;
-  int32_t* first;  // busy row block that each part begins in
   int row_blocks;
 
   __device__ __forceinline__ explicit StepSchedule(const StepParams& p)
       : head(static_cast<Head*>(p.schedule)),
-        begin(reinterpret_cast<int64_t*>(head + 1)),
+        start(reinterpret_cast<Start*>(head + 1)),
+        begin(reinterpret_cast<int64_t*>(start + p.blocks)),
         row_block(reinterpret_cast<int32_t*>(begin + p.cache.fwd.batch * p.cache.fwd.blocks_m + 1)),
-        first(row_block + p.cache.fwd.batch * p.cache.fwd.blocks_m),
         row_blocks(p.cache.fwd.batch * p.cache.fwd.blocks_m) {}
 
   __device__ __forceinline__ int idle_row_block(int i) const { return row_block[row_blocks - 1 - i]; }
@@ -65,16 +71,15 @@ __device__ __forceinline__ int part_of_block(int w, UnitPiece piece) { return 2 
 struct Unit {
   const StepSchedule& line;
   const int heads;  // of k and v
-  int busy, head;
+  int busy, head, row_block;
   int64_t begin, cost;
 
   // The one that part w begins in.
-  __device__ __forceinline__ Unit(const StepSchedule& s, int kv_heads, int w, int64_t at) : line(s), heads(kv_heads), busy(s.first[w]) {
-    enter();
-    head = static_cast<int>((at - begin) / cost);
-    begin += head * cost;
+  __device__ __forceinline__ Unit(const StepSchedule& s, int kv_heads, int w) : line(s), heads(kv_heads) {
+    const StepSchedule::Start start = line.start[w];
+    begin = start.begin, cost = start.cost;
+    busy = start.busy, head = start.head, row_block = start.row_block;
   }
-  __device__ __forceinline__ int row_block() const { return line.row_block[busy]; }
   __device__ __forceinline__ int tiles() const { return static_cast<int>(cost) - kUnitCost; }
   __device__ __forceinline__ int64_t end() const { return begin + cost; }
 
@@ -85,18 +90,15 @@ struct Unit {
   __device__ __forceinline__ void next() {
     begin += cost;
     if (++head < heads) return;
-    ++busy;
-    enter();
     head = 0;
+    ++busy;
+    row_block = line.row_block[busy];
+    cost = (line.begin[busy + 1] - begin) / heads;
   }
 
  private:
   __device__ __forceinline__ int tile_at(int64_t at) const {
     return static_cast<int>(min(max(at - begin - kUnitCost, int64_t{0}), int64_t{tiles()}));
-  }
-  __device__ __forceinline__ void enter() {
-    begin = line.begin[busy];
-    cost = (line.begin[busy + 1] - begin) / heads;
   }
 };
 

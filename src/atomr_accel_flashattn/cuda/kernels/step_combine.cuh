@@ -33,10 +33,10 @@ struct StepCombine {
     const int row_blocks = gridDim.x / params.blocks, w = blockIdx.x / row_blocks;
     if (w == 0 || w >= head.blocks) return;
     const int64_t begin = begin_of(head, w);
-    const Unit unit(line, f.work_heads, w, begin);
+    const Unit unit(line, f.work_heads, w);
     const UnitPiece before = unit.between(begin_of(head, w - 1), begin);
     if (before.first != 0 || before.end == 0) return;  // an earlier part begins it, or this one
-    const int at = unit.row_block(), batch = at / f.blocks_m, first_row = (at - batch * f.blocks_m) * C.block_m;
+    const int at = unit.row_block, batch = at / f.blocks_m, first_row = (at - batch * f.blocks_m) * C.block_m;
     const Sequence seq = read_cached_sequence<C>(p, batch);
     const int rows = min(C.block_m, row_count<C>(f, seq) - first_row), count = part_at(head, unit.end() - 1) - w + 2;
     for (int r = blockIdx.x % row_blocks; r < rows; r += row_blocks) {

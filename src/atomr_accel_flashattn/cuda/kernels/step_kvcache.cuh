@@ -48,10 +48,10 @@ __device__ __forceinline__ void step_kvcache(const StepParams& params) {
 
   if (w >= head.blocks) return;
   const int64_t begin = begin_of(head, w), end = begin_of(head, w + 1);
-  for (Unit unit(line, f.work_heads, w, begin);; unit.next()) {
+  for (Unit unit(line, f.work_heads, w);; unit.next()) {
     const UnitPiece piece = unit.between(begin, end);
     if (piece.first < piece.end) {
-      const int at = unit.row_block(), batch = at / f.blocks_m, block_m = at - batch * f.blocks_m;
+      const int at = unit.row_block, batch = at / f.blocks_m, block_m = at - batch * f.blocks_m;
       const bool whole = piece.first == 0 && piece.end == unit.tiles();
       const int part = whole ? -1 : part_of_block(w, piece);
       const Sequence seq = read_cached_sequence<C>(p, batch);

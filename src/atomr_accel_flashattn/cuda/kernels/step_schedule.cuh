@@ -56,7 +56,7 @@ struct MakeStepSchedule {
     const int64_t units = int64_t{all.busy} * p.cache.fwd.work_heads, wanted = max(units, (all.cost + p.least_cost - 1) / p.least_cost);
     const int blocks = static_cast<int>(min(wanted, int64_t{p.blocks}));
     const int64_t share = blocks > 0 ? all.cost / blocks : 0;
-    return {share, static_cast<int32_t>(all.cost - share * blocks), blocks, all.busy, all.idle};
+    return {share, static_cast<int32_t>(all.cost - share * blocks), blocks, all.busy, all.idle, 0};
   }
 
   static __device__ __forceinline__ void run(const StepParams& p) {
@@ -82,7 +82,13 @@ struct MakeStepSchedule {
       *line.head = head;
     }
     __syncthreads();  // the line is written
-    for (int w = threadIdx.x; w < head.blocks; w += kThreads) line.first[w] = busy_at(line, head, begin_of(head, w));
+    for (int w = threadIdx.x; w < head.blocks; w += kThreads) {
+      const int64_t place = begin_of(head, w);
+      const int busy = busy_at(line, head, place), heads = p.cache.fwd.work_heads;
+      const int64_t begin = line.begin[busy], cost = (line.begin[busy + 1] - begin) / heads;
+      const int kv_head = static_cast<int>((place - begin) / cost);
+      line.start[w] = {begin + kv_head * cost, cost, busy, kv_head, line.row_block[busy], 0};
+    }
   }
 
  private:
