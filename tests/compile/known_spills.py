@@ -51,7 +51,7 @@ _DIVISION = (
 )
 
 KNOWN_SPILLS = (
-    Spill("step_schedule_sm100_*", 24, _DIVISION),
+    Spill("step_schedule_*", 96, _DIVISION),
     Spill("fa2_fwd_*_d64_m128n128w4s1b2*", 24, _INVARIANTS),
     Spill("fa2_fwd_*_d96_m128n64w4s1b2*", 32, _INVARIANTS),
     Spill("fa2_fwd_*_d128_m128n64w4s1b2*", 144, _INVARIANTS),
