@@ -55,7 +55,6 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "batch_invariant": "tiles are chosen by the number of queries there",
         "double_backward": "first derivatives are built; for second ones write the attention in operations of torch",
         "fa3_backward": "gradients are those of the mma.sync family, whatever family ran the forward",
-        "fa3_kv_cache": "a KV cache is read by the mma.sync family",
         "forward_mode": "forward-mode derivatives are not built; use the primal, as forward_ad.unpack_dual(x).primal",
         "fp8": "f16 and bf16 are built",
         "kv_layout": "NHD and HND are built",

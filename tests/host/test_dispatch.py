@@ -393,7 +393,6 @@ PLAIN = fa.DispatchKey(SmArch.SM_90, DType.F16, 128)
         ("v_dtype", replace(PLAIN, extras=fa.Extras(v_dtype=DType.BF16))),
         ("out_dtype", replace(PLAIN, extras=fa.Extras(out_dtype=DType.F32))),
         ("batch_invariant", replace(PLAIN, paged=True, extras=fa.Extras(batch_invariant=True))),
-        ("fa3_kv_cache", replace(PLAIN, arch=SmArch.SM_90A, paged=True, extras=fa.Extras(family=Family.FA3))),
         ("batch_invariant", replace(PLAIN, extras=fa.Extras(batch_invariant=True))),
         ("kv_layout", replace(PLAIN, arch=SmArch.CPU, paged=True, extras=fa.Extras(kv_layout="VLLM_V1"))),
         ("paged_backward", replace(PLAIN, arch=SmArch.CPU, paged=True, extras=fa.Extras(direction="bwd"))),

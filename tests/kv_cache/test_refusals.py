@@ -10,6 +10,7 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.dispatch import choice
+from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec
 from atomr_accel_flashattn.types import SmArch
 from tests.fakes.arrays import FakeArray
@@ -234,15 +235,20 @@ class TestOnAGpu:
         assert None not in keys
 
     @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_90A, SmArch.SM_100])
-    def test_the_mma_sync_family_answers(self, arch: SmArch):
+    def test_the_mma_sync_family_answers_unless_wgmma_is_asked_for(self, arch: SmArch):
         for paged in (True, False):
             key = replace(self.request(paged=paged).dispatch_key(SmArch.SM_90), arch=arch, dtype=fa.DType.F16)
             spec = fa.lookup(replace(key, extras=replace(key.extras, family=None)))
             assert isinstance(spec, Fa2KvCacheSpec)
             assert (spec.paged, spec.arch) == (paged, SmArch.SM_90 if arch is SmArch.SM_90A else arch)
-            with pytest.raises(fa.FeatureNotBuiltError) as caught:
-                fa.lookup(replace(key, arch=SmArch.SM_90A, extras=replace(key.extras, family=fa.Family.FA3)))
-            assert caught.value.feature == "fa3_kv_cache"
+            asked = replace(key, extras=replace(key.extras, family=fa.Family.FA3))
+            if arch is SmArch.SM_80:
+                with pytest.raises(fa.ArchUnsupportedError, match="family: got fa3 on sm_80, which has no wgmma"):
+                    fa.lookup(asked)
+                continue
+            spec = fa.lookup(asked)
+            assert isinstance(spec, Fa3KvCacheSpec if arch is SmArch.SM_90A else Fa2KvCacheSpec)
+            assert (spec.paged, spec.arch) == (paged, arch)
 
     def test_batch_invariance_is_refused_by_name(self):
         key = self.request(options=fa.AttentionOptions(batch_invariant=True)).dispatch_key(SmArch.SM_90)

@@ -47,6 +47,7 @@ _LABELS = {
     "paged": "paged KV cache",
     "kv_layout": "HND pages",
     "kv_cache": "contiguous KV cache",
+    "paged_fa3": "paged KV cache for many queries (wgmma)",
     "left_pad": "left padding",
     "split": "split KV",
     "batch_invariant": "batch invariance",

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Final
 
 from ..kernels.fa2_bwd import Fa2BackwardSpec
+from ..kernels.fa3_fwd import WARPGROUP_ROWS
+from ..kernels.fa3_kvcache import Fa3KvCacheSpec, pages_fit_boxes, wgmma_splits_for
 from ..kernels.kvcache import splits_for
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..launch.driver import device_properties
@@ -67,19 +69,40 @@ def key_of_problem(
 
 
 def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None) -> DispatchKey:
-    """The kernel over a cache, of the mma.sync family; keys are split where the GPU of the arrays has more SMs than there are tiles."""
-    rows = cache_rows(problem.seqlen_q * key.gqa_ratio)
-    key = replace(key, extras=replace(key.extras, family=Family.FA2, cache_rows=rows, tile=tile))
+    """The kernel over a cache; keys are split where the GPU of the arrays has more SMs than there are tiles."""
+    key = _family_on_cache(problem, key)
+    rows = cache_rows(problem.seqlen_q * key.gqa_ratio) if key.family is Family.FA2 else key.extras.cache_rows
+    key = replace(key, extras=replace(key.extras, cache_rows=rows, tile=tile))
     if not _runs_here(problem.q.device, key.arch):
         return key
     spec = lookup(key)
-    split = isinstance(spec, KernelSpec) and splits_of(problem, spec) > 1
-    return replace(key, extras=replace(key.extras, split=split))
+    if not isinstance(spec, KernelSpec):
+        return key
+    splits = splits_of(problem, spec)
+    persistent = _is_persistent(spec, problem, splits) if key.family is Family.FA3 else None
+    return replace(key, extras=replace(key.extras, split=splits > 1, persistent=persistent))
+
+
+def _family_on_cache(problem: AttentionProblem, key: DispatchKey) -> DispatchKey:
+    """Wgmma where the rows of a KV head fill a warpgroup, and TMA can gather the keys; mma.sync for fewer rows, as in decoding.
+
+    The bits of batch-invariant calls depend on no length of q, so they have one family.
+    """
+    assert problem.cache is not None  # noqa: S101 - callers have looked
+    wgmma = replace(key, extras=replace(key.extras, pack_gqa=_rows_can_be_packed(problem, key)))
+    rows = problem.seqlen_q * (key.gqa_ratio if wgmma.packs_heads else 1)
+    gathers = pages_fit_boxes(problem.cache) and problem.cache.num_blocks > 0
+    if wgmma.family is Family.FA3 and gathers and rows >= WARPGROUP_ROWS and not problem.batch_invariant:
+        return wgmma
+    return replace(key, extras=replace(key.extras, family=Family.FA2))
 
 
 def splits_of(problem: AttentionProblem, spec: KernelSpec) -> int:
     """Parts that ``spec`` cuts the keys of a cache into, on the GPU of the arrays."""
-    return splits_for(problem, spec.work_tiles(problem), device_properties(problem.q.device.index).multiprocessors)
+    tiles, multiprocessors = spec.work_tiles(problem), device_properties(problem.q.device.index).multiprocessors
+    if isinstance(spec, Fa3KvCacheSpec):
+        return wgmma_splits_for(problem, tiles, spec.tile.block_n, multiprocessors)
+    return splits_for(problem, tiles, multiprocessors)
 
 
 def key_of_backward(problem: BackwardProblem, gradients: GradientArrays, arch: SmArch) -> DispatchKey:
@@ -155,10 +178,10 @@ def _runs_here(device: Device, arch: SmArch) -> bool:
     return device.kind == "cuda" and arch is best_arch(device)
 
 
-def _is_persistent(spec: KernelSpec, problem: AttentionProblem) -> bool:
-    """With no more tiles than SMs each tile gets a block of its own, whatever its kernel would do with more."""
+def _is_persistent(spec: KernelSpec, problem: AttentionProblem, splits: int = 1) -> bool:
+    """With no more tiles (of all splits) than SMs each gets a block of its own, whatever its kernel would do with more."""
     multiprocessors = device_properties(problem.q.device.index).multiprocessors
-    return spec.persistent and spec.work_tiles(problem) > multiprocessors
+    return spec.persistent and spec.work_tiles(problem) * splits > multiprocessors
 
 
 def _load_align(arrays: list[ArrayInfo]) -> int:

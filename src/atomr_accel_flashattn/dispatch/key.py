@@ -83,7 +83,7 @@ class Extras:
         batch_invariant: whether a row's bits may not depend on batch, length of q, pages or splits.
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads, and TMA needs it.
         scale_first: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
-        family: the family that is wanted, None is the best one of the arch.
+        family: the family that is wanted, None is the best one of the arch, which for few queries on a KV cache is mma.sync.
         pack_gqa: whether the query heads that share K and V may be rows of one tile; ``DispatchKey.packs_heads`` says whether they are.
         persistent: whether blocks take tile after tile; None is what the tile says: yes in the wgmma family, no in the mma.sync family,
             unless the tile that is used was tuned with the other answer.
@@ -217,9 +217,10 @@ class DispatchKey:
 
     @property
     def family(self) -> Family:
-        """Who answers on a GPU: wgmma on sm_90a, forward over arrays that TMA can read and that are no cache; mma.sync everywhere else."""
+        """Who answers on a GPU: wgmma on sm_90a, forward over arrays that TMA can read, a cache only if asked for; else mma.sync."""
         extras = self.extras
-        forward = extras.direction != "bwd" and extras.family is not Family.FA2 and not (self.paged or extras.kv_cache)
+        wanted = extras.family or (Family.FA2 if self.paged or extras.kv_cache else Family.FA3)
+        forward = extras.direction != "bwd" and wanted is Family.FA3
         return Family.FA3 if forward and self.arch is SmArch.SM_90A and self.aligned and not extras.tiles_for else Family.FA2
 
     @property

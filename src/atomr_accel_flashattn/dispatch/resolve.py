@@ -15,13 +15,14 @@ from ..kernels.dropout_mask import DropoutMaskSpec
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.fa2_fwd import Fa2ForwardSpec
 from ..kernels.fa3_fwd import Fa3ForwardSpec
+from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.forward import ForwardSpec
 from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..limits import dtypes_of, not_built
 from ..tiles.saved import forget_saved_tiles, saved_tile
 from ..tiles.space import misfit
-from ..tiles.tables import backward_tile_for, cache_tile_for, head_dim_width, tile_for, wgmma_tile_for
+from ..tiles.tables import backward_tile_for, cache_tile_for, head_dim_width, tile_for, wgmma_cache_tile_for, wgmma_tile_for
 from ..types import DType, SmArch
 from .key import DispatchKey, Extras
 
@@ -90,9 +91,14 @@ def _kernel(key: DispatchKey) -> ForwardSpec | Fa2BackwardSpec | Fa2KvCacheSpec:
     return _over_cache(key) if key.paged or key.extras.kv_cache else _forward(key)
 
 
-def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec:
+def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
     """The kernel over a KV cache that answers ``key``; its ``steps()`` are what is launched when new tokens are there."""
     width, v_width, arch, extras = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch), key.extras
+    if key.family is Family.FA3:
+        tile = wgmma_cache_tile_for(width, v_width, alibi=key.alibi, softcap=extras.softcap > 0)
+        tile = replace(tile, persistent=extras.persistent is not False)
+        fields = _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "paged": key.paged, "split": extras.split}
+        return Fa3KvCacheSpec(arch=key.arch, tile=tile, **fields)
     tile = cache_tile_for(extras.tiles_for or arch, width, v_width, extras.cache_rows)
     return Fa2KvCacheSpec(arch=arch, tile=tile, paged=key.paged, split=extras.split, **_features(key, width, v_width))
 
@@ -209,8 +215,8 @@ def _refuse(key: DispatchKey) -> None:
         raise DispatchError("left_pad: got left padding or rows of a contiguous cache with pages; allowed is one of the two kinds of cache")
     if extras.split and extras.batch_invariant:
         raise DispatchError("split: got split KV with batch_invariant; allowed is one of the two, as sums depend on where keys are cut")
-    if extras.family is Family.FA3 and (extras.direction == "bwd" or cached):
-        raise not_built("fa3_backward" if extras.direction == "bwd" else "fa3_kv_cache")
+    if extras.family is Family.FA3 and extras.direction == "bwd":
+        raise not_built("fa3_backward")
     if extras.tiles_for in {SmArch.CPU, SmArch.SM_90A}:
         raise ArchUnsupportedError(f"tiles_for: got {extras.tiles_for.value}; allowed are the architectures of the mma.sync family")
     if extras.family is Family.FA3 and arch in _BEFORE_WGMMA:

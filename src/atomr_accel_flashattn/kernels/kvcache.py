@@ -12,13 +12,13 @@ from math import prod
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Self
 
-from ..problem import ArrayInfo, AttentionProblem
+from ..problem import ArrayInfo, AttentionProblem, KvCache
 from .attention import AttentionSpec
 from .forward import FwdParams, forward_params
 from .params import KernelParams
 from .spec import Family, KernelSpec, Tile
 
-__all__ = ["Fa2KvCacheSpec", "KvCacheParams", "SplitCombineSpec", "splits_for"]
+__all__ = ["Fa2KvCacheSpec", "KvCacheParams", "SplitCombineSpec", "cache_numbers", "splits_for"]
 
 _COMBINE_TILE: Final = Tile(block_m=64, block_n=32, warps=4)
 _ROWS_OF_WARP: Final = 16
@@ -39,6 +39,19 @@ class KvCacheParams(KernelParams):
     )
 
 
+def cache_numbers(problem: AttentionProblem, cache: KvCache, splits: int) -> dict[str, int]:
+    """The numbers of ``fa::KvCacheParams`` beside those of ``fa::FwdParams``."""
+    return {
+        "table_stride": cache.blocks.strides[0] if cache.blocks is not None and cache.paged else 0,
+        "lse_rows": prod(problem.lse_shape),
+        "block_size": cache.block_size,
+        "num_blocks": cache.num_blocks,
+        "capacity": cache.capacity,
+        "new_tokens": 0 if cache.new is None or cache.new.cu_seqlens is not None else cache.new.longest,
+        "splits": splits,
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _KvCacheSpec(AttentionSpec):
     FAMILY: ClassVar[Family] = Family.FA2
@@ -52,13 +65,7 @@ class _KvCacheSpec(AttentionSpec):
         rows = -(-max(1, problem.seqlen_q * group) // self.tile.block_m)
         return KvCacheParams(
             fwd=forward_params(problem, out, blocks_m=rows, packed_heads=group),
-            table_stride=cache.blocks.strides[0] if cache.blocks is not None and cache.paged else 0,
-            lse_rows=prod(problem.lse_shape),
-            block_size=cache.block_size,
-            num_blocks=cache.num_blocks,
-            capacity=cache.capacity,
-            new_tokens=0 if cache.new is None or cache.new.cu_seqlens is not None else cache.new.longest,
-            splits=splits,
+            **cache_numbers(problem, cache, splits),
         )
 
     def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KvCacheParams:
@@ -138,7 +145,7 @@ class SplitCombineSpec(_KvCacheSpec):
     ENTRY: ClassVar[str] = "split_combine"
 
     @classmethod
-    def of(cls, spec: Fa2KvCacheSpec) -> Self:
+    def of(cls, spec: AttentionSpec) -> Self:
         """The one that goes behind ``spec``."""
         return cls(
             arch=spec.arch,

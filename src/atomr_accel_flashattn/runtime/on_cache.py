@@ -8,11 +8,14 @@ from typing import Final
 
 from ..dispatch import DispatchKey, lookup
 from ..dispatch.choice import splits_of
+from ..errors import ShapeError
+from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.kv_append import KvAppendSpec, rotated_bytes, rotated_strides
 from ..kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
 from ..launch.launcher import Launch, LaunchSeries
+from ..limits import MAX_GRID
 from ..problem import ArrayInfo, AttentionProblem
-from ..types import DType
+from ..types import DType, SmArch
 from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
 
 __all__ = ["cache_addresses", "plan_on_cache", "workspace_on_cache"]
@@ -26,18 +29,23 @@ _SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot
 def workspace_on_cache(problem: AttentionProblem, key: DispatchKey) -> Workspace | None:
     """What a call on a KV cache needs beside its outputs: partial results of splits, and q after its rotation; None on the CPU."""
     spec = lookup(key)
-    return _workspace(problem, _splits(problem, spec)) if isinstance(spec, Fa2KvCacheSpec) else None
+    return _workspace(problem, _splits(problem, spec)) if isinstance(spec, (Fa2KvCacheSpec, Fa3KvCacheSpec)) else None
 
 
-def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec, outputs: Outputs) -> Plan:
-    """The launches of a call, into these outputs."""
+def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSpec, outputs: Outputs) -> Plan:
+    """The launches of a call, into these outputs.
+
+    Raises:
+        ShapeError: more blocks than a grid has.
+        RuntimeFlashAttnError: a kernel does not compile or load.
+    """
     splits, cache = _splits(problem, spec), problem.cache
     launches: list[Launch | LaunchSeries | None] = []
     rotated = problem
     if cache is not None and cache.new is not None:
         rotary = cache.new.rotary
         append = KvAppendSpec(
-            arch=spec.arch,
+            arch=SmArch.SM_90 if spec.arch is SmArch.SM_90A else spec.arch,
             dtype=spec.dtype,
             paged=cache.paged,
             interleaved=rotary is not None and rotary.interleaved,
@@ -46,8 +54,17 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec, outputs: Outp
         launches.append(launch_of(append, problem, append.pack(problem, outputs.out), _SLOTS_OF_APPEND))
         if rotary is not None:
             rotated = replace(problem, q_strides=rotated_strides(problem))
+    blocks = spec.work_tiles(problem) * splits
+    if blocks > MAX_GRID:
+        raise ShapeError(f"num_splits: got {splits} for a call of {blocks // splits} work tiles, {blocks} in all; allowed are {MAX_GRID}")
     params = spec.pack_call(rotated, outputs.out, splits)
-    launches += series_of(spec.steps(), problem, params, _SLOTS, splits)
+    first, *others = spec.steps()
+    if params.MAPS:  # what follows reads through none
+        launches.append(launch_of(first, problem, params, _SLOTS, splits))
+        params = KvCacheParams.from_buffer_copy(params)
+    else:
+        others = [first, *others]
+    launches += series_of(others, problem, params, _SLOTS, splits)
     return Plan(launches, outputs.out.strides, _workspace(problem, splits))
 
 
@@ -71,7 +88,7 @@ def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Work
     )
 
 
-def _splits(problem: AttentionProblem, spec: Fa2KvCacheSpec) -> int:
+def _splits(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSpec) -> int:
     return splits_of(problem, spec) if spec.split else 1
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "is_short_q",
     "row_of",
     "tile_for",
+    "wgmma_cache_tile_for",
     "wgmma_tile_for",
 ]
 
@@ -140,6 +141,19 @@ def wgmma_tile_for(
     if softcap:
         tile = replace(tile, block_n=min(tile.block_n, _SOFTCAP_KEYS.get(wider, tile.block_n)), ping_pong=False)
     return tile
+
+
+# Over a KV cache: numbers of keys that have large common divisors with those of pages, so that TMA copies few boxes. Not measured.
+_WGMMA_CACHE_KEYS = {192: 96}
+_WGMMA_CACHE_SOFTCAP_KEYS = {192: 64}  # 172 bytes of spills beside 96, with two bounds and partial results
+
+
+def wgmma_cache_tile_for(head_dim: int, v_head_dim: int, *, alibi: bool = False, softcap: bool = False) -> Tile:
+    """The tile of the wgmma family over a KV cache. Arguments: :func:`wgmma_tile_for`."""
+    widths = (head_dim, v_head_dim)
+    tile = wgmma_tile_for(head_dim, v_head_dim, alibi=alibi, softcap=softcap, short_q=widths == (128, 128))
+    keys = _WGMMA_CACHE_SOFTCAP_KEYS if softcap else _WGMMA_CACHE_KEYS
+    return replace(tile, block_n=min(tile.block_n, keys.get(v_head_dim, tile.block_n)))
 
 
 def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, dropout: bool = False, plain: bool = False) -> Tile:

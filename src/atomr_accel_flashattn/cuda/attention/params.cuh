@@ -87,6 +87,14 @@ struct KvCacheParams {
   int32_t splits;
 };
 
+// The same by the FA3 family, which reads q, k and v by TMA.
+struct Fa3KvCacheParams : KvCacheParams {
+  int32_t* counters;  // as in Fa3FwdParams
+  int32_t tiles;      // of all splits
+  int32_t box_rows;   // rows of a page that a box of K and V has
+  TensorMap q_map, k_map, v_map;
+};
+
 // New tokens into a cache, and rotary embedding of them and of q on the way. The batch stride of
 // the cache is that of its blocks.
 struct KvAppendParams {
