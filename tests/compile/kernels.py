@@ -13,7 +13,7 @@ from typing import Any
 
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
-from atomr_accel_flashattn.kernels.spec import KernelSpec
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.pairwise import covering_rows
@@ -49,6 +49,11 @@ WGMMA_AXES: dict[str, tuple[Any, ...]] = {
     ),
     "persistent": (False, True),
     "short_q": (False, True),
+}
+# Over a KV cache there is no dropout, and one tile a pair of widths.
+WGMMA_CACHE_AXES = {axis: values for axis, values in WGMMA_AXES.items() if axis not in {"heads", "short_q"}} | {
+    "heads": tuple({"gqa_ratio": ratio, "alibi": alibi, "dropout": False} for ratio, alibi in ((1, False), (4, False), (1, True))),
+    "cache": tuple({"paged": paged, "split": split} for paged in (False, True) for split in (False, True)),
 }
 # Where registers are scarcest: all features at once that the tiles of three and four computing warpgroups are given.
 CROWDED_AXES: dict[str, tuple[Any, ...]] = {
@@ -142,9 +147,19 @@ def cache_specs() -> list[KernelSpec]:
     return [*(step for key in keys for step in lookup(key).steps()), *appends]
 
 
+def wgmma_cache_specs() -> list[KernelSpec]:
+    """A pairwise covering array of the wgmma family over a KV cache, with what combines splits."""
+    specs: list[KernelSpec] = []
+    for row in covering_rows(WGMMA_CACHE_AXES):
+        key, cache = _feature_key(row | row["heads"]), row["cache"]
+        extras = replace(key.extras, family=Family.FA3, kv_cache=not cache["paged"], split=cache["split"])
+        specs += lookup(replace(key, paged=cache["paged"], extras=extras)).steps()
+    return specs
+
+
 def all_specs() -> list[KernelSpec]:
     """Every kernel of this folder's tests, each once."""
-    wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs())
+    wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs(), *wgmma_cache_specs())
     return list(dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *backward_specs(), *cache_specs()]))
 
 

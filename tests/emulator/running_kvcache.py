@@ -11,8 +11,9 @@ import numpy as np
 from atomr_accel_flashattn.arrays.read import read_array
 from atomr_accel_flashattn.dispatch import key_of_problem
 from atomr_accel_flashattn.dispatch.resolve import _features
-from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec
-from atomr_accel_flashattn.kernels.spec import Tile
+from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
+from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
+from atomr_accel_flashattn.kernels.spec import Family, Tile
 from atomr_accel_flashattn.problem import KvCache, Strides
 from atomr_accel_flashattn.tiles.tables import head_dim_width
 from atomr_accel_flashattn.types import KvLayout, SmArch
@@ -21,6 +22,7 @@ from tests.inputs import Inputs, Layout, Poisoned
 from tests.reference.running import problem_of
 
 from .build import run
+from .running import flat_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,18 +33,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Cached"]
 
+_MULTIPROCESSORS = 3  # so few that persistent blocks take many tiles
 SMALL = Tile(block_m=16, block_n=32, warps=4, stages=2)
 
 
 @dataclass(frozen=True)
 class Cached:
-    """How a case is run: ``block_size`` None is a contiguous cache."""
+    """How a case is run: ``block_size`` None is a contiguous cache. ``layout`` is that of its pages."""
 
     block_size: int | None = 16
     splits: int = 1
     tile: Tile = SMALL
     left_pad: int = 0
     seed: int = 0
+    family: Family = Family.FA2
+    layout: KvLayout = KvLayout.NHD
 
     def __call__(self, inputs: Inputs) -> Run:
         """What :func:`tests.check.check_case` calls."""
@@ -63,7 +68,7 @@ class Cached:
             cache=KvCache(
                 num_blocks=held["k"].shape[0],
                 block_size=held["k"].shape[1],
-                layout=KvLayout.NHD,
+                layout=self.layout,
                 blocks=read_array(held["blocks"], "blocks"),
                 lengths=read_array(held["cache_lengths"], "lengths"),
                 left_pad=None if held.get("left_pad") is None else read_array(held["left_pad"], "left_pad"),
@@ -83,23 +88,35 @@ class Cached:
             "partial_lse": partial_lse,
         }
         params: Any = spec.pack_call(cache, out_info, self.splits)
+        counters = np.zeros(2, np.int32)
         for step in spec.steps():
             tiles = step.work_tiles(cache)
             if not tiles:
                 continue
+            if step is not spec:
+                params = KvCacheParams.from_buffer_copy(params)
+            for (name, _), described in zip(params.MAPS, params.tensor_maps, strict=True):
+                ctypes.memmove(ctypes.addressof(getattr(params, name)), flat_tensor(described), 128)
+            if params.counts:
+                params.counters = counters.ctypes.data
             at = {name: 0 if array is None else array.ctypes.data for name, array in arrays.items()}
             (ctypes.c_uint64 * len(params.SLOTS)).from_buffer(params)[:] = [at.get(name, 0) for name in params.SLOTS]
-            run(step, params, step.grid(tiles, 1, self.splits), seed=self.seed)
+            run(step, params, step.grid(tiles, _MULTIPROCESSORS, self.splits), seed=self.seed)
+        assert not counters.any(), "a persistent kernel must leave its counters zero"
         out.check()
         return Run(out.view, lse)
 
-    def _spec(self, problem: AttentionProblem) -> Fa2KvCacheSpec:
-        key = key_of_problem(problem, SmArch.SM_90)
+    def _spec(self, problem: AttentionProblem) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
+        arch = SmArch.SM_90 if self.family is Family.FA2 else SmArch.SM_90A
+        key = key_of_problem(problem, arch)
         features = _features(key, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim))
         split = self.splits > 1
-        spec = Fa2KvCacheSpec(arch=SmArch.SM_90, tile=self.tile, paged=self.block_size is not None, split=split, **features)
+        kind: Any = Fa2KvCacheSpec if self.family is Family.FA2 else Fa3KvCacheSpec
+        packs = self.family is Family.FA2 or key.packs_heads
+        paged = self.block_size is not None
+        spec: Any = kind(arch=arch, tile=self.tile, pack_gqa=packs, paged=paged, split=split, **features)
         assert not spec.misfit()
-        assert spec.shared_memory <= SmArch.SM_90.shared_memory_per_block
+        assert spec.shared_memory <= arch.shared_memory_per_block
         return spec
 
     def _hold(self, inputs: Inputs, random: np.random.Generator) -> dict[str, Any]:
@@ -123,6 +140,8 @@ class Cached:
         k, v = (_empty_cache((len(pages), size), x) for x in (inputs.k, inputs.v))
         table = random.choice(np.array([-1, 2**31 - 1, -(2**31)], np.int32), (len(sequences), width))  # never followed
         first = 0
+        if self.layout is KvLayout.HND:
+            k, v = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
         for index, sequence in enumerate(sequences):
             table[index, : needed[index]] = pages[first : first + needed[index]]
             for j in range(len(sequence.k)):

@@ -12,9 +12,30 @@ from tests.kv_cache import cases
 from tests.kv_cache.test_grid import AXES, case_of
 from tests.pairwise import covering_rows
 
-__all__ = ["APPENDS", "GRID", "HALF", "check_append", "check_entries_outside", "check_pages", "close", "with_new_tokens"]
+__all__ = ["APPENDS", "GRID", "HALF", "PREFILL", "check_append", "check_entries_outside", "check_pages", "close", "with_new_tokens"]
 
 HALF: dict[str, float] = {"rtol": 4e-3, "atol": 4e-3}
+
+# Of the wgmma family: rows of q that fill a warpgroup, and pages of whole boxes of TMA.
+_PREFILL_AXES = AXES | {
+    "dtype": ({"dtype": DType.F16}, {"dtype": DType.BF16}),
+    "lengths": (
+        {"lengths_q": (100, 1, 65), "lengths_k": (701, 77, 65)},
+        {"lengths_q": (130, 130), "lengths_k": (1003, 131)},
+        {"lengths_q": (257,), "lengths_k": (2099,)},
+        {"lengths_q": (65, 0, 300), "lengths_k": (70, 33, 1299)},
+        {"lengths_q": (90, 70), "lengths_k": (20, 0)},
+    ),
+    "heads": tuple({"heads": q, "heads_kv": kv} for q, kv in ((2, 2), (4, 1), (6, 2), (8, 1), (7, 1))),
+    "cache": (
+        *({"block_size": size} for size in (8, 16, 24, 64, 128, 256)),
+        *({"block_size": size, "layout": fa.KvLayout.HND} for size in (16, 64)),
+        {"block_size": 0},
+        {"block_size": 0, "left_pad": True, "batch_idx": True},
+    ),
+    "order": tuple({"num_splits": splits} for splits in range(9)),
+}
+PREFILL = [case_of(row) for row in covering_rows(_PREFILL_AXES)]
 
 _GPU_AXES = AXES | {
     "dtype": ({"dtype": DType.F16}, {"dtype": DType.BF16}),
@@ -71,13 +92,16 @@ def check_append(asked: dict[str, Any], *, causal: bool) -> None:
     close(made_lse, lse, rtol=1e-3, atol=1e-3)
 
 
-def check_entries_outside() -> None:
+def check_entries_outside(*, queries: int = 1, page: int = 16, softcap: float = 0.0, num_splits: int = 0) -> None:
     """Entries of a table that name no page count as no keys, as on the CPU backend."""
     random = np.random.default_rng(0)
-    q, k, v = (random.standard_normal(shape).astype(np.float16) for shape in ((2, 1, 4, 32), (6, 16, 2, 32), (6, 16, 2, 32)))
-    table, lengths = np.array([[0, -5, 2], [1 << 20, 4, 5]], np.int32), np.array([40, 48], np.int32)
-    expected = fa.run(fa.PagedAttentionRequest(q, k, v, table, lengths))
-    made = fa.run(fa.PagedAttentionRequest(*map(cases.upload, (q, k, v, table, lengths))))
+    slots = (6, page, 2, 32)
+    q, k, v = (random.standard_normal(shape).astype(np.float16) for shape in ((2, queries, 4, 32), slots, slots))
+    table, lengths = np.array([[0, -5, 2], [1 << 20, 4, 5]], np.int32), np.array([3 * page - page // 2, 3 * page], np.int32)
+    k[[1, 3]], v[[1, 3]] = np.nan, np.nan  # pages that no entry names
+    asked: dict[str, Any] = {"options": fa.AttentionOptions(softcap=softcap), "num_splits": num_splits}
+    expected = fa.run(fa.PagedAttentionRequest(q, k, v, table, lengths, **asked))
+    made = fa.run(fa.PagedAttentionRequest(*map(cases.upload, (q, k, v, table, lengths)), **asked))
     close(made.out, expected.out, **HALF)
     close(made.lse, expected.lse, atol=1e-3)
 

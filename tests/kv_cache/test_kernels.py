@@ -13,13 +13,25 @@ torch = pytest.importorskip("torch")
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn.arrays import new  # noqa: E402
 from atomr_accel_flashattn.arrays.torch_hooks import meet_torch  # noqa: E402
+from atomr_accel_flashattn.kernels.fa3_kvcache import wgmma_splits_for  # noqa: E402
+from atomr_accel_flashattn.runtime import on_cache  # noqa: E402
 from atomr_accel_flashattn.types import DType  # noqa: E402
+from tests.cases import Alibi  # noqa: E402
 from tests.emulator.build import compiler  # noqa: E402
 from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
 from tests.fakes.tensors import fake, fresh_hooks  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, check_cached  # noqa: E402
-from tests.kv_cache.kernel_cases import APPENDS, GRID, check_append, check_entries_outside, check_pages, with_new_tokens  # noqa: E402
+from tests.kv_cache.kernel_cases import (  # noqa: E402
+    APPENDS,
+    GRID,
+    HALF,
+    check_append,
+    check_entries_outside,
+    check_pages,
+    close,
+    with_new_tokens,
+)
 
 pytestmark = [pytest.mark.torch, pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")]
 
@@ -45,12 +57,19 @@ def on_card(array: Any) -> Any:
     return fake(torch.from_numpy(host.copy()))
 
 
+def fills_a_warpgroup(case: CacheCase) -> bool:
+    call = case.call
+    ratio = call.heads // call.heads_kv
+    packs = 64 % ratio == 0 and call.alibi is Alibi.NONE
+    return max(call.lengths_q) * (ratio if packs else 1) >= 64 and case.block_size % 8 == 0
+
+
 @pytest.mark.parametrize("case", GRID[::4], ids=str)
 def test_pairs_of_features(gpu: FakeGpu, case: CacheCase):
     check_cached(case)
     split = case.num_splits > 1
     headers = [spec.HEADER for spec, *_ in gpu.launches]
-    assert headers[0] == "fa2_kvcache"
+    assert headers[0] == ("fa3_kvcache" if fills_a_warpgroup(case) else "fa2_kvcache")
     assert ("split_combine" in headers) >= split
     assert {stream for *_, stream in gpu.launches} == {STREAM}
 
@@ -85,6 +104,72 @@ def test_tokens_that_do_not_fit_are_not_written(gpu: FakeGpu, monkeypatch: pytes
 def test_entries_outside_the_cache_are_no_keys(gpu: FakeGpu):
     check_entries_outside()
     assert gpu.launches
+
+
+@pytest.mark.parametrize(("softcap", "splits"), [(0.0, 1), (20.0, 2)])
+def test_entries_outside_the_cache_are_no_keys_of_many_queries(gpu: FakeGpu, softcap: float, splits: int):
+    check_entries_outside(queries=70, page=24, softcap=softcap, num_splits=splits)
+    assert [spec.HEADER for spec, *_ in gpu.launches] == ["fa3_kvcache", "split_combine"][:splits]
+
+
+def test_many_queries_are_answered_by_wgmma_and_few_or_odd_pages_by_mma_sync(gpu: FakeGpu):
+    q, k = (on_card(np.ones(shape, np.float16)) for shape in ((1, 64, 2, 32), (4, 16, 2, 32)))
+    odd = on_card(np.ones((4, 12, 2, 32), np.float16))
+    table, length = on_card(np.array([[0, 1, 2, 3]], np.int32)), on_card(np.array([48], np.int32))
+    asked = {
+        "fa3_kvcache": (q, k),
+        "fa2_kvcache": (q[:, :63], k),
+        "pages of 12": (q, odd),
+    }
+    headers = {name: fa.lookup(fa.PagedAttentionRequest(a, b, b, table, length).dispatch_key()).HEADER for name, (a, b) in asked.items()}
+    assert headers == {"fa3_kvcache": "fa3_kvcache", "fa2_kvcache": "fa2_kvcache", "pages of 12": "fa2_kvcache"}
+    invariant = fa.AttentionOptions(batch_invariant=True)
+    key = fa.PagedAttentionRequest(q, k, k, table, length, options=invariant).dispatch_key
+    assert key(fa.SmArch.SM_90).extras.family is fa.Family.FA2
+
+
+def test_a_call_of_many_queries_alike_moves_its_tensor_maps(gpu: FakeGpu):
+    random = np.random.default_rng(0)
+    for _ in range(2):
+        q, k, v = (random.standard_normal(shape).astype(np.float16) for shape in ((1, 70, 2, 32), (5, 16, 2, 32), (5, 16, 2, 32)))
+        asked = q, k, v, np.array([[3, 0, 4, 1, 2]], np.int32), np.array([77], np.int32)
+        causal: dict[str, Any] = {"mask": fa.MaskKind.causal(), "num_splits": 2}
+        made = fa.run(fa.PagedAttentionRequest(*map(on_card, asked), **causal))
+        close(made.out, fa.run(fa.PagedAttentionRequest(*asked, **causal)).out, **HALF)
+    assert [spec.HEADER for spec, *_ in gpu.launches] == ["fa3_kvcache", "split_combine"] * 2
+    assert gpu.repeated == [False, False, True, True]
+
+
+def test_more_parts_than_a_grid_has_are_refused(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
+    q, k = (on_card(np.ones(shape, np.float16)) for shape in ((1, 70, 2, 32), (4, 16, 2, 32)))
+    table, length = on_card(np.array([[0, 1, 2, 3]], np.int32)), on_card(np.array([48], np.int32))
+    monkeypatch.setattr(on_cache, "MAX_GRID", 255)
+    with pytest.raises(fa.ShapeError, match="num_splits: got 128 for a call of 2 work tiles, 256 in all; allowed are 255"):
+        fa.run(fa.PagedAttentionRequest(q, k, k, table, length, num_splits=128))
+    assert not gpu.launches
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 40, 78, 114, 132, 160])
+def test_the_planner_of_splits_is_never_slower_than_none_by_its_own_count(multiprocessors: int):
+    q, k = (np.ones(shape, np.float16) for shape in ((1, 512, 8, 32), (2, 16, 1, 32)))
+    problem = fa.PagedAttentionRequest(q, k, k, np.zeros((1, 4096), np.int32), np.array([9], np.int32)).problem
+    assert problem.seqlen_k == 65536
+    for tiles in (1, 7, 32, 100, 131, 132, 133, 500):
+        splits = wgmma_splits_for(problem, tiles, 128, multiprocessors)
+        assert 1 <= splits <= 64
+        waves = -(-tiles * splits // multiprocessors)
+        assert waves * -(-512 // splits) <= -(-tiles // multiprocessors) * 512
+        assert wgmma_splits_for(replace(problem, seqlen_k=128), tiles, 128, multiprocessors) == 1
+        assert wgmma_splits_for(replace(problem, num_splits=5), tiles, 128, multiprocessors) == 5
+        window = replace(problem, band=problem.band._replace(left=100, right=0))
+        assert wgmma_splits_for(window, tiles, 128, multiprocessors) <= splits
+    assert wgmma_splits_for(problem, 32, 128, 132) == 4  # 512 queries of 8 heads that share K and V: 128 of 132 SMs
+    assert wgmma_splits_for(problem, 0, 128, 132) == 1
+
+
+def test_a_prompt_in_a_chunk_is_appended_and_attended_by_wgmma(gpu: FakeGpu):
+    check_append(with_new_tokens(paged=True, new=33, rotary_dim=8), causal=True)
+    assert [spec.HEADER for spec, *_ in gpu.launches][:2] == ["kv_append", "fa3_kvcache"]
 
 
 def test_a_call_alike_goes_by_the_plan_of_before(gpu: FakeGpu):
