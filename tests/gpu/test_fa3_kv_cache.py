@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from tests.cases import Case  # noqa: E402
 from tests.gpu.families import DEVICE, HAS_WGMMA, blocks_for, use_family  # noqa: E402
+from tests.gpu.jitter import headers_with_naps, use_headers  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, build, check_cached, fill, request_of  # noqa: E402
 from tests.kv_cache.kernel_cases import PREFILL, check_append, check_entries_outside, with_new_tokens  # noqa: E402
@@ -65,6 +67,18 @@ def test_paged_fa3_bits_are_equal_from_run_to_run(case: CacheCase):
     request, _ = request_of(case, inputs, fill(case, inputs))
     first = [x.clone() for x in (fa.run(request).out, fa.run(request).lse)]
     for _ in range(20):
+        again = fa.run(request)
+        assert torch.equal(again.out, first[0])
+        assert torch.equal(again.lse, first[1])
+
+
+@pytest.mark.parametrize("case", PREFILL[::12], ids=str)
+def test_paged_fa3_naps_change_no_bits(case: CacheCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    inputs = build(case.call)
+    request, _ = request_of(case, inputs, fill(case, inputs))
+    first = [x.clone() for x in (fa.run(request).out, fa.run(request).lse)]
+    use_headers(headers_with_naps(tmp_path / "cuda"), monkeypatch)
+    for _ in range(100):
         again = fa.run(request)
         assert torch.equal(again.out, first[0])
         assert torch.equal(again.lse, first[1])

@@ -26,6 +26,7 @@ from tests.kv_cache.kernel_cases import (  # noqa: E402
     APPENDS,
     GRID,
     HALF,
+    PREFILL,
     check_append,
     check_entries_outside,
     check_pages,
@@ -72,6 +73,12 @@ def test_pairs_of_features(gpu: FakeGpu, case: CacheCase):
     assert headers[0] == ("fa3_kvcache" if fills_a_warpgroup(case) else "fa2_kvcache")
     assert ("split_combine" in headers) >= split
     assert {stream for *_, stream in gpu.launches} == {STREAM}
+
+
+@pytest.mark.parametrize("case", [case for case in PREFILL if sum(case.call.lengths_k) < 900][::5], ids=str)
+def test_pairs_of_features_of_many_queries(gpu: FakeGpu, case: CacheCase):
+    check_cached(case)
+    assert [spec.HEADER for spec, *_ in gpu.launches] == ["fa3_kvcache", "split_combine"][: 1 + (case.num_splits > 1)]
 
 
 def test_keys_are_split_where_there_are_more_sms_than_tiles(gpu: FakeGpu):
