@@ -26,6 +26,7 @@ from atomr_accel_flashattn.kernels.bwd_postprocess import BackwardPostprocessSpe
 from atomr_accel_flashattn.kernels.bwd_preprocess import BackwardPreprocessSpec
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
+from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec
@@ -434,6 +435,12 @@ def test_a_cache_is_compiled_with_every_tile_its_splits_and_appends(ask: Ask, in
     assert all("paged" in name for name in names if name.startswith(("fa2_kvcache", "kv_append")))
     both = specs_for([fa.SmArch.SM_80], [fa.DType.F16], [64], ["causal"], ["paged", "kv_cache", "gqa", "dropout", "backward"])
     assert Counter(type(spec) for spec in both if "kv" in spec.HEADER) == {Fa2KvCacheSpec: 16, KvAppendSpec: 8}
+    hopper = specs_for([fa.SmArch.SM_90A], [fa.DType.F16], [64], ["causal"], ["paged"])
+    of_wgmma = [spec for spec in hopper if isinstance(spec, Fa3KvCacheSpec)]
+    flags = {(spec.pack_gqa, spec.split, spec.persistent) for spec in of_wgmma}
+    assert flags == set(product((False, True), repeat=3))
+    assert len(of_wgmma) == 8
+    assert sum(isinstance(spec, SplitCombineSpec) for spec in hopper) == 1, "both families share what combines splits"
     for rows, split in product((16, 32, 64, 128), (False, True)):
         key = DispatchKey(fa.SmArch.SM_80, fa.DType.F16, 64, causal=True, paged=True, extras=Extras(cache_rows=rows, split=split))
         assert set(lookup(key).steps()) <= set(both)

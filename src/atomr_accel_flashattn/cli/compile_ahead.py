@@ -16,6 +16,7 @@ from ..env import settings
 from ..errors import CacheError, CompileError, DispatchError
 from ..jit.cache import KernelCache
 from ..jit.compile import CompiledKernel, compile_many
+from ..kernels.fa3_fwd import WARPGROUP_ROWS
 from ..kernels.kv_append import KvAppendSpec
 from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import Family, KernelSpec
@@ -257,6 +258,7 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
     if key.paged or key.extras.kv_cache:
         for rows, split in product(_CACHE_ROWS, (False, True)):
             yield replace(key, extras=replace(key.extras, cache_rows=rows, split=split))
+        yield from _of_many_queries(key)
         return
     if key.extras.direction == "bwd" and key.gqa_ratio > 1:
         for split in (False, True):
@@ -266,6 +268,15 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
         (None, False) if key.family is Family.FA3 else (None,), (True, False) if key.packs_heads else (True,)
     ):
         yield replace(key, extras=replace(key.extras, persistent=persistent, pack_gqa=pack_gqa))
+
+
+def _of_many_queries(key: DispatchKey) -> Iterator[DispatchKey]:
+    """The forms of a key over a cache that the wgmma family answers, none where it does not: heads packed or not, keys split or not."""
+    for ratio, persistent, split in product((1, WARPGROUP_ROWS), (None, False), (False, True)):
+        asked = replace(key.extras, family=Family.FA3, persistent=persistent, split=split)
+        many = replace(key, gqa_ratio=ratio, extras=asked)
+        if key.arch is SmArch.SM_90A and many.family is Family.FA3 and (ratio == 1 or many.packs_heads):
+            yield many
 
 
 def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
