@@ -50,8 +50,8 @@ WGMMA_AXES: dict[str, tuple[Any, ...]] = {
     "persistent": (False, True),
     "short_q": (False, True),
 }
-# Over a KV cache there is no dropout, and one tile a pair of widths.
-WGMMA_CACHE_AXES = {axis: values for axis, values in WGMMA_AXES.items() if axis not in {"heads", "short_q"}} | {
+# Over a KV cache there is no dropout.
+WGMMA_CACHE_AXES = WGMMA_AXES | {
     "heads": tuple({"gqa_ratio": ratio, "alibi": alibi, "dropout": False} for ratio, alibi in ((1, False), (4, False), (1, True))),
     "cache": tuple({"paged": paged, "split": split} for paged in (False, True) for split in (False, True)),
 }

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a
 
 SMALL = Tile(block_m=64, block_n=32, warps=8, stages=2)
 TWO = Tile(block_m=128, block_n=64, warps=12, stages=2, ping_pong=True, persistent=True)
-THREE = Tile(block_m=192, block_n=96, warps=16, stages=3, ping_pong=True, persistent=True)
+THREE = Tile(block_m=192, block_n=80, warps=16, stages=2, ping_pong=True, persistent=True)
 
 
 def way(**options: Any) -> Cached:

@@ -93,7 +93,7 @@ def _family_on_cache(problem: AttentionProblem, key: DispatchKey) -> DispatchKey
     rows = problem.seqlen_q * (key.gqa_ratio if wgmma.packs_heads else 1)
     gathers = pages_fit_boxes(problem.cache) and problem.cache.num_blocks > 0
     if wgmma.family is Family.FA3 and gathers and rows >= WARPGROUP_ROWS and not problem.batch_invariant:
-        return wgmma
+        return replace(wgmma, extras=replace(wgmma.extras, short_q=is_short_q(problem.head_dim, problem.v_head_dim, rows)))
     return replace(key, extras=replace(key.extras, family=Family.FA2))
 
 

@@ -95,7 +95,7 @@ def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
     """The kernel over a KV cache that answers ``key``; its ``steps()`` are what is launched when new tokens are there."""
     width, v_width, arch, extras = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch), key.extras
     if key.family is Family.FA3:
-        tile = wgmma_cache_tile_for(width, v_width, alibi=key.alibi, softcap=extras.softcap > 0)
+        tile = wgmma_cache_tile_for(width, v_width, alibi=key.alibi, softcap=extras.softcap > 0, short_q=extras.short_q)
         tile = replace(tile, persistent=extras.persistent is not False)
         fields = _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "paged": key.paged, "split": extras.split}
         return Fa3KvCacheSpec(arch=key.arch, tile=tile, **fields)

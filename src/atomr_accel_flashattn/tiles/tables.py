@@ -143,15 +143,14 @@ def wgmma_tile_for(
     return tile
 
 
-# Over a KV cache: numbers of keys that have large common divisors with those of pages, so that TMA copies few boxes. Not measured.
+# Over a KV cache, by v width: keys that have large common divisors with pages, so that TMA copies few boxes.
 _WGMMA_CACHE_KEYS = {192: 96}
 _WGMMA_CACHE_SOFTCAP_KEYS = {192: 64}  # 172 bytes of spills beside 96, with two bounds and partial results
 
 
-def wgmma_cache_tile_for(head_dim: int, v_head_dim: int, *, alibi: bool = False, softcap: bool = False) -> Tile:
-    """The tile of the wgmma family over a KV cache. Arguments: :func:`wgmma_tile_for`."""
-    widths = (head_dim, v_head_dim)
-    tile = wgmma_tile_for(head_dim, v_head_dim, alibi=alibi, softcap=softcap, short_q=widths == (128, 128))
+def wgmma_cache_tile_for(head_dim: int, v_head_dim: int, *, alibi: bool = False, softcap: bool = False, short_q: bool = False) -> Tile:
+    """The tile of the wgmma family over a KV cache: that of plain arrays, where it fits. Arguments: :func:`wgmma_tile_for`. Not measured."""
+    tile = wgmma_tile_for(head_dim, v_head_dim, alibi=alibi, softcap=softcap, short_q=short_q)
     keys = _WGMMA_CACHE_SOFTCAP_KEYS if softcap else _WGMMA_CACHE_KEYS
     return replace(tile, block_n=min(tile.block_n, keys.get(v_head_dim, tile.block_n)))
 
