@@ -149,7 +149,7 @@ _WGMMA_CACHE_SOFTCAP_KEYS = {192: 64}  # 172 bytes of spills beside 96, with two
 
 
 def wgmma_cache_tile_for(head_dim: int, v_head_dim: int, *, alibi: bool = False, softcap: bool = False, short_q: bool = False) -> Tile:
-    """The tile of the wgmma family over a KV cache: that of plain arrays, where it fits. Arguments: :func:`wgmma_tile_for`. Not measured."""
+    """The tile of the wgmma family over a KV cache: that of plain arrays. Arguments: :func:`wgmma_tile_for`. Not measured."""
     tile = wgmma_tile_for(head_dim, v_head_dim, alibi=alibi, softcap=softcap, short_q=short_q)
     keys = _WGMMA_CACHE_SOFTCAP_KEYS if softcap else _WGMMA_CACHE_KEYS
     return replace(tile, block_n=min(tile.block_n, keys.get(v_head_dim, tile.block_n)))
