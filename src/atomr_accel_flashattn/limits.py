@@ -31,6 +31,7 @@ __all__ = [
     "dtypes_of",
     "is_integer",
     "is_real",
+    "merged_dtypes_of",
     "not_built",
 ]
 
@@ -60,7 +61,6 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "fp8": "f16 and bf16 are built",
         "kv_layout": "NHD and HND are built",
         "left_pad": "on a GPU a contiguous KV cache may have it; pack other sequences with cu_seqlens",
-        "merge_states": "states are merged on the CPU; on a GPU do it in operations of torch",
         "out_dtype": "o has the type of q",
         "paged_backward": "gradients are those of calls on plain or packed K and V; a KV cache has none",
         "paged_over_ray": "a message would carry the whole cache; start an actor where the cache lies",
@@ -81,6 +81,11 @@ def not_built(feature: str, got: str = "") -> FeatureNotBuiltError:
 def dtypes_of(arch: SmArch) -> tuple[DType, ...]:
     """Element types of q, k and v on an architecture."""
     return CPU_DTYPES if arch is SmArch.CPU else GPU_DTYPES
+
+
+def merged_dtypes_of(arch: SmArch) -> tuple[DType, ...]:
+    """Element types of the outputs that ``merge_states`` takes on an architecture."""
+    return CPU_DTYPES if arch is SmArch.CPU else (*GPU_DTYPES, DType.F32)
 
 
 def is_integer(value: Any) -> bool:

@@ -101,6 +101,16 @@ def dropout_mask_specs() -> list[KernelSpec]:
     return [_spec(DispatchKey(arch, DType.F16, 64, varlen=varlen, extras=extras)) for arch in ARCHS for varlen in (False, True)]
 
 
+def merge_specs() -> list[KernelSpec]:
+    """The kernel that merges two states: every arch and type."""
+    return [
+        _spec(DispatchKey(arch, dtype, 64, extras=Extras(direction="merge_states", load_align=align)))
+        for arch in ARCHS
+        for dtype in (*DTYPES, DType.F32)
+        for align in (16, 2)
+    ]
+
+
 def backward_specs() -> list[KernelSpec]:
     """The three kernels of a backward: every arch and tile width plain, and the pairs of features at head dim 128.
 
@@ -145,7 +155,9 @@ def cache_specs() -> list[KernelSpec]:
 def all_specs() -> list[KernelSpec]:
     """Every kernel of this folder's tests, each once."""
     wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs())
-    return list(dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *backward_specs(), *cache_specs()]))
+    return list(
+        dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *merge_specs(), *backward_specs(), *cache_specs()])
+    )
 
 
 def _numbered(*axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:

@@ -7,13 +7,14 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from atomr_accel_flashattn import merge
 from atomr_accel_flashattn.actor import gpu as actor_gpu
 from atomr_accel_flashattn.dispatch import arch as dispatch_arch, choice
 from atomr_accel_flashattn.kernels.backward import BackwardSpec
 from atomr_accel_flashattn.launch import driver, launcher
 from atomr_accel_flashattn.launch.driver import DeviceProperties
 from atomr_accel_flashattn.launch.launcher import LoadedKernel
-from atomr_accel_flashattn.runtime import execute, gradients, plan
+from atomr_accel_flashattn.runtime import execute, gradients, merging, plan
 from atomr_accel_flashattn.torch_ops import repeat
 from atomr_accel_flashattn.types import SmArch
 from tests.emulator.running import flat_tensor
@@ -64,8 +65,10 @@ class FakeGpu:
         for name in ("shortcuts", "latest"):
             monkeypatch.setattr(repeat, name, {})
         monkeypatch.setattr(dispatch_arch, "_arch_of_gpu", lambda _index: arch)
-        monkeypatch.setattr(plan, "load_kernel", self.load)
-        for module in (execute, gradients):
+        monkeypatch.setattr(merging, "_launches", {})
+        for module in (plan, merging):
+            monkeypatch.setattr(module, "load_kernel", self.load)
+        for module in (execute, gradients, merge):
             monkeypatch.setattr(module, "empty_like_framework", empty_like)
         for module in (execute, gradients):
             monkeypatch.setattr(module, "empty_workspace", self.empty_workspace)

@@ -21,6 +21,7 @@ from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
 from atomr_accel_flashattn.kernels.kv_append import KvAppendParams, KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, KvCacheParams, SplitCombineSpec
+from atomr_accel_flashattn.kernels.merge_states import MergeStatesParams, MergeStatesSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.limits import UNBOUNDED
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
@@ -36,7 +37,7 @@ _FLAT_TENSOR = struct.Struct("<Q4q5i5ii")  # what ``tests.emulator.running.flat_
 
 def read_parameters(spec: KernelSpec, address: int) -> Any:
     """A copy of the parameters that lie there; those of the FA3 family are their ``fwd``."""
-    kinds = {DropoutMaskSpec: DropoutMaskParams, BackwardSpec: BwdParams, KvAppendSpec: KvAppendParams}
+    kinds = {DropoutMaskSpec: DropoutMaskParams, BackwardSpec: BwdParams, KvAppendSpec: KvAppendParams, MergeStatesSpec: MergeStatesParams}
     kinds |= dict.fromkeys((Fa2KvCacheSpec, SplitCombineSpec), KvCacheParams)
     kind = next((params for of, params in kinds.items() if isinstance(spec, of)), FwdParams)
     return kind.from_buffer_copy(kind.from_address(address))
@@ -48,7 +49,7 @@ def run_kernel(spec: KernelSpec, params: Any, address: int, *, grid: int, counte
         size = params.batch * params.heads * params.seqlen_q * params.seqlen_k
         np.frombuffer((ctypes.c_uint8 * size).from_address(params.keep), np.uint8)[:] = 1
         return
-    if isinstance(spec, (KvAppendSpec, Fa2KvCacheSpec, SplitCombineSpec)):  # they have no stand-in: their own source runs
+    if isinstance(spec, (KvAppendSpec, Fa2KvCacheSpec, SplitCombineSpec, MergeStatesSpec)):  # they have no stand-in: their own source runs
         emulate(spec, params, grid)
         return
     assert isinstance(spec, ForwardSpec)

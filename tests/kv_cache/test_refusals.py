@@ -249,8 +249,3 @@ class TestOnAGpu:
         with pytest.raises(fa.FeatureNotBuiltError) as caught:
             fa.lookup(replace(key, dtype=fa.DType.F16))
         assert caught.value.feature == "batch_invariant"
-
-    def test_states_are_merged_on_the_cpu(self):
-        o, lse = FakeArray(Q).info(), FakeArray(np.zeros((2, 4, 3), np.float32)).info()
-        with pytest.raises(fa.FeatureNotBuiltError, match="merge_states"):
-            fa.merge_states(o, lse, o, lse)

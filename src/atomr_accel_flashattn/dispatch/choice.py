@@ -7,9 +7,10 @@ from typing import Final
 
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.kvcache import splits_for
+from ..kernels.merge_states import States
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..launch.driver import device_properties
-from ..limits import MAX_GRID, VECTOR_BYTES
+from ..limits import HEAD_DIM_STEP, MAX_GRID, MAX_HEAD_DIM, VECTOR_BYTES
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays
 from ..tiles.tables import cache_rows, is_short_q
 from ..types import Device, KvLayout, SmArch
@@ -17,7 +18,7 @@ from .arch import best_arch
 from .key import DispatchKey, Extras
 from .resolve import lookup
 
-__all__ = ["head_splits_of", "key_of_backward", "key_of_problem", "splits_of"]
+__all__ = ["head_splits_of", "key_of_backward", "key_of_merge", "key_of_problem", "splits_of"]
 
 # Kernels that take the maximum of raw scores divide slopes by the scale and multiply infinity by it: in float32 the scale must be neither 0
 # nor so small that a slope overflows.
@@ -106,6 +107,17 @@ def key_of_backward(problem: BackwardProblem, gradients: GradientArrays, arch: S
 def head_splits_of(problem: AttentionProblem, spec: Fa2BackwardSpec) -> int:
     """Blocks of ``spec`` that share a tile of keys, on the GPU of the arrays."""
     return spec.head_splits(problem, device_properties(problem.q.device.index).multiprocessors)
+
+
+def key_of_merge(states: States, arch: SmArch) -> DispatchKey:
+    """The key of two states that are merged on ``arch``. Columns are no head dim that a product has, and may have any number."""
+    out = states.out
+    assert out.dtype is not None  # noqa: S101 - merge_states has checked it
+    neighbours = all(each.strides[-1] == 1 for each in states.outputs)
+    row = out.shape[-1] * out.dtype.itemsize
+    align = _load_align(list(states.outputs)) if neighbours and row % VECTOR_BYTES == 0 else 1
+    width = min(MAX_HEAD_DIM, max(1, -(-out.shape[-1] // HEAD_DIM_STEP)) * HEAD_DIM_STEP)
+    return DispatchKey(arch, out.dtype, width, extras=Extras(direction="merge_states", load_align=align))
 
 
 def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, family: Family | None) -> DispatchKey:

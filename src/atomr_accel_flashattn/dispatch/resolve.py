@@ -17,8 +17,9 @@ from ..kernels.fa2_fwd import Fa2ForwardSpec
 from ..kernels.fa3_fwd import Fa3ForwardSpec
 from ..kernels.forward import ForwardSpec
 from ..kernels.kvcache import Fa2KvCacheSpec
+from ..kernels.merge_states import MergeStatesSpec
 from ..kernels.spec import Family, KernelSpec, Tile
-from ..limits import dtypes_of, not_built
+from ..limits import dtypes_of, merged_dtypes_of, not_built
 from ..tiles.saved import forget_saved_tiles, saved_tile
 from ..tiles.space import misfit
 from ..tiles.tables import backward_tile_for, cache_tile_for, head_dim_width, tile_for, wgmma_tile_for
@@ -74,6 +75,8 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
         return CpuSpec(key.dtype)
     if key.extras.direction == "dropout_mask":
         return DropoutMaskSpec(arch=_arch_of_mma(key.arch), varlen=key.varlen)
+    if key.extras.direction == "merge_states":
+        return MergeStatesSpec(arch=_arch_of_mma(key.arch), dtype=key.dtype, aligned=key.aligned)
     spec = _with_chosen_tile(_kernel(key), key.extras)
     if spec.shared_memory > key.arch.shared_memory_per_block:
         tile_arch = key.extras.tiles_for or key.arch
@@ -218,7 +221,7 @@ def _refuse(key: DispatchKey) -> None:
             f"family: got fa3 on {arch.value}, which has no wgmma; allowed are sm_90a and, resolved to mma.sync, sm_100 and sm_120; "
             "use an Fa2FwdRequest"
         )
-    allowed = dtypes_of(arch)
+    allowed = merged_dtypes_of(arch) if extras.direction == "merge_states" else dtypes_of(arch)
     if key.dtype not in allowed:
         names = ", ".join(dtype.value for dtype in allowed)
         raise ArchUnsupportedError(

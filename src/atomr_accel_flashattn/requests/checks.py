@@ -33,6 +33,7 @@ __all__ = [
     "check_device",
     "check_out",
     "check_qkv",
+    "check_written",
     "is_contiguous",
     "overlaps_itself",
     "read_dropout",
@@ -206,12 +207,24 @@ def check_out(
     """
     if out is None:
         return None
-    info, q = read_array(out, name), inputs[0]
+    info = check_written(out, inputs[0], shape, name=name)
+    if any(share_memory(info, array) for array in inputs):
+        raise OutputError(f"{name}: got the memory of {taken}, which other blocks still read; allowed is an array of its own; pass a copy")
+    return info
+
+
+def check_written(array: Any, like: ArrayInfo, shape: tuple[int, ...] | None = None, *, name: str) -> ArrayInfo:
+    """An array of the caller's that is to be written: of the type and on the device of ``like``, of its shape unless another is named.
+
+    Raises:
+        OutputError: wrong shape, type, device or strides, read-only, or overlapping itself.
+    """
+    info, shape = read_array(array, name), like.shape if shape is None else shape
     refuse_gradients(info, name)
-    if (info.shape, info.dtype, info.device) != (shape, q.dtype, q.device):
+    if (info.shape, info.dtype, info.device) != (shape, like.dtype, like.device):
         raise OutputError(
             f"{name}: got {info.dtype_name} of shape {info.shape} on {info.device}; "
-            f"allowed is {q.dtype_name} of shape {shape} on {q.device}"
+            f"allowed is {like.dtype_name} of shape {shape} on {like.device}"
         )
     reason = why_not_written(info)
     if reason:
@@ -223,8 +236,6 @@ def check_out(
             f"{name}: got strides {info.strides} for shape {info.shape}, where elements share memory; "
             "allowed is an array of its own; pass a copy"
         )
-    if any(share_memory(info, array) for array in inputs):
-        raise OutputError(f"{name}: got the memory of {taken}, which other blocks still read; allowed is an array of its own; pass a copy")
     return info
 
 

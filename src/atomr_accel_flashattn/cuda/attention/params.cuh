@@ -105,6 +105,20 @@ struct KvAppendParams {
   int32_t q_advances;  // query i has the position of new token i; else all that of the first
 };
 
+// Two states of attention and where they go: o (batch, seqlen, heads, cols), LSE (batch, heads,
+// seqlen), each with strides of its own.
+struct MergeStatesParams {
+  const void *o1, *o2;
+  const float *lse1, *lse2;
+  void* o;
+  float* lse;
+  Strides o1_stride, o2_stride, o_stride, lse1_stride, lse2_stride, lse_stride;
+  int64_t o1_col, o2_col, o_col;  // from a column to the next
+  int64_t rows;                   // of all heads
+  int32_t seqlen, heads, cols;
+  int32_t lanes;  // of a warp, that share a row: a power of two
+};
+
 struct DropoutMaskParams {
   uint8_t* keep;
   const int64_t* rng;
