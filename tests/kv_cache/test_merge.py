@@ -94,6 +94,7 @@ def test_refusals(given: Any, error: type[Exception], message: str):
         fa.merge_states(*given)
 
 
+@pytest.mark.usefixtures("gpu")
 class TestOnAGpu:
     """The kernel's own source, run on the CPU thread by thread, behind the public call; the CPU backend is the oracle."""
 
@@ -120,7 +121,7 @@ class TestOnAGpu:
         assert [x.tobytes() for x in swapped] == [x.tobytes() for x in made]
 
     @pytest.mark.parametrize("dtype", [DType.F16, DType.BF16, DType.F32], ids=lambda dtype: dtype.value)
-    def test_an_empty_state_merges_to_the_other_bitwise(self, gpu: FakeGpu, dtype: DType):
+    def test_an_empty_state_merges_to_the_other_bitwise(self, dtype: DType):
         o, lse = state_of(dtype, (2, 3, 4, 16), 0)
         o[0, 1, 1, :3] = -0.0, np.inf, np.nan
         nothing, none = np.zeros_like(o), np.full_like(lse, -np.inf)
@@ -131,7 +132,7 @@ class TestOnAGpu:
         assert both[0].tobytes() == nothing.tobytes()
         assert np.isneginf(both[1]).all()
 
-    def test_huge_lses_stay_finite(self, gpu: FakeGpu):
+    def test_huge_lses_stay_finite(self):
         o, lse = np.ones((1, 1, 1, 8), np.float32), np.full((1, 1, 1), 3e38, np.float32)
         out, merged = on_card((o, lse), (3 * o, lse))
         np.testing.assert_array_equal(out, 2 * o)
@@ -152,7 +153,7 @@ class TestOnAGpu:
         check_close((out, lse), fa.merge_states(o1, lse1, *second))
 
     @pytest.mark.parametrize("place", [0, 1, None])
-    def test_out_may_be_one_of_the_states(self, gpu: FakeGpu, place: int | None):
+    def test_out_may_be_one_of_the_states(self, place: int | None):
         states = [state_of(DType.BF16, (2, 9, 3, 32), seed) for seed in range(2)]
         expected = fa.merge_states(*states[0], *states[1])
         held = [[FakeArray(x) for x in state] for state in states]
@@ -172,7 +173,7 @@ class TestOnAGpu:
         out, lse = on_card(*2 * [state_of(DType.F16, (2, 0, 4, 8), 0)])
         assert (out.shape, lse.shape, gpu.launches) == ((2, 0, 4, 8), (2, 4, 0), [])
 
-    def test_float64_is_refused(self, gpu: FakeGpu):
+    def test_float64_is_refused(self):
         with pytest.raises(
             fa.DTypeError, match=r"o2: got float64 with float64 in o1; allowed are float16, bfloat16 and, on a GPU too, float32"
         ):

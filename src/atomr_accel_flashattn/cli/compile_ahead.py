@@ -202,10 +202,10 @@ def specs_for(
 
 
 def all_specs(archs: Iterable[SmArch], found: Callable[[int], None] = lambda _count: None) -> list[KernelSpec]:
-    """The full product on ``archs``: exact and padded head dims of every width, both types, every mask and combination, dropout masks,
-    merges of states.
+    """The full product on ``archs``: exact and padded head dims of every width, both types, every mask and combination, and small kernels.
 
-    Over a cache, whose kernels come in many tiles, one feature at a time. What is not built (``NOT_BUILT``) is left out.
+    Those write dropout patterns and merge states. Over a cache, whose kernels come in many tiles, one feature at a time. What is not built
+    (``NOT_BUILT``) is left out.
     ``found`` is called after each arch, type and head dim, with the number of kernels so far.
     """
     archs = list(archs)
