@@ -103,7 +103,7 @@ def flash_attn_with_kvcache(
 
     Raises:
         ConstructionError: the subclass and the message say which argument is wrong; the cache is as it was.
-        FeatureNotBuiltError: torch tensors that want gradients; fp8; ``batch_invariant`` on a GPU.
+        FeatureNotBuiltError: torch tensors that want gradients; fp8.
     """
     queries = read_array(q, "q")
     if len(queries.shape) != 4:

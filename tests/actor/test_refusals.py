@@ -157,11 +157,11 @@ def test_requests_on_a_cache_are_answered_and_others_are_no_paged_ones():
 def test_what_is_not_built_is_refused_by_name_in_its_own_reply():
     inner = FlashAttnInner.mock(arch=fa.SmArch.SM_90A)
     with FlashAttnActor.start(FlashAttnProps(device="cpu"), inner) as actor:
+        q = np.zeros((1, 2, 2, 8), np.float16)
+        asked = actor.ask(FlashAttnMsg.Forward(fa.Fa3FwdRequest(q, q, q, options=fa.AttentionOptions(batch_invariant=True))))
         with pytest.raises(fa.FeatureNotBuiltError) as caught:
-            actor.ask(FlashAttnMsg.PagedForward(paged(dtype=np.float16, options=fa.AttentionOptions(batch_invariant=True)))).result(
-                PATIENCE
-            )
-        assert caught.value.feature == "batch_invariant"
+            asked.result(PATIENCE)
+        assert caught.value.feature == "fa3_batch_invariant"
 
 
 def test_the_mock_answers_with_the_kernel_that_would_have_run():

@@ -144,6 +144,12 @@ def cache_specs() -> list[KernelSpec]:
         key = _feature_key({"widths": (128, 128), **row})
         cache = {"kv_cache": i % 2 == 0, "dropout": False, "cache_rows": rows[i % 4], "split": i % 3 == 0}
         keys.append(replace(key, paged=i % 2 == 1, extras=replace(key.extras, **cache)))
+        if i % 4 == 1 and not row["dropout"]:
+            keys.append(replace(key, paged=i % 8 == 1, extras=replace(key.extras, cache_rows=rows[i % 4], batch_invariant=True)))
+    keys += [
+        DispatchKey(arch, DTYPES[(a + w) % 2], width, causal=True, extras=Extras(cache_rows=rows[(a + w) % 3], batch_invariant=True))
+        for a, w, arch, width in _numbered(ARCHS, HEAD_DIM_WIDTHS)
+    ]
     flags = itertools.product((False, True), repeat=3)
     appends = [
         KvAppendSpec(arch=ARCHS[i % len(ARCHS)], dtype=DTYPES[i % 2], paged=paged, interleaved=interleaved, wide_rotary=wide)

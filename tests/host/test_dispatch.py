@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn.dispatch import Cell, arch_of_capability, cells
+from atomr_accel_flashattn.dispatch import Cell, arch_of_capability, cells, resolve
 from atomr_accel_flashattn.errors import ArchUnsupportedError, DispatchError, FeatureNotBuiltError
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec
@@ -392,9 +392,9 @@ PLAIN = fa.DispatchKey(SmArch.SM_90, DType.F16, 128)
         ("kv_layout", replace(PLAIN, paged=True, extras=fa.Extras(kv_layout="VLLM_V1"))),
         ("v_dtype", replace(PLAIN, extras=fa.Extras(v_dtype=DType.BF16))),
         ("out_dtype", replace(PLAIN, extras=fa.Extras(out_dtype=DType.F32))),
-        ("batch_invariant", replace(PLAIN, paged=True, extras=fa.Extras(batch_invariant=True))),
+        ("invariant_dropout", replace(PLAIN, extras=fa.Extras(batch_invariant=True, dropout=True))),
         ("fa3_kv_cache", replace(PLAIN, arch=SmArch.SM_90A, paged=True, extras=fa.Extras(family=Family.FA3))),
-        ("batch_invariant", replace(PLAIN, extras=fa.Extras(batch_invariant=True))),
+        ("fa3_batch_invariant", replace(PLAIN, arch=SmArch.SM_90A, extras=fa.Extras(batch_invariant=True, family=Family.FA3))),
         ("kv_layout", replace(PLAIN, arch=SmArch.CPU, paged=True, extras=fa.Extras(kv_layout="VLLM_V1"))),
         ("paged_backward", replace(PLAIN, arch=SmArch.CPU, paged=True, extras=fa.Extras(direction="bwd"))),
     ],
@@ -403,6 +403,26 @@ def test_what_is_not_built_is_refused_by_name(feature: str, key: fa.DispatchKey)
     with pytest.raises(FeatureNotBuiltError, match=f"'{feature}' is not built") as raised:
         fa.lookup(key)
     assert raised.value.feature == feature
+
+
+@pytest.mark.parametrize("extras", [{"direction": "bwd"}, {"tile": TILE}], ids=str)
+def test_a_batch_invariant_call_has_one_direction_and_one_tile(extras: dict[str, Any]):
+    with pytest.raises(DispatchError, match=f"batch_invariant: got it with (a backward|tile {TILE})"):
+        fa.lookup(replace(PLAIN, extras=fa.Extras(batch_invariant=True, **extras)))
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHS)
+def test_batch_invariant_tiles_cut_the_keys_alike_for_every_number_of_rows(arch: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resolve, "saved_tile", lambda *_, **__: TILE)  # a tuned one would be another
+    resolve._resolve.cache_clear()
+    for width in HEAD_DIM_WIDTHS:
+        extras = [fa.Extras(batch_invariant=True, cache_rows=rows) for rows in (16, 32, 64, 128)]
+        specs: list[Any] = [fa.lookup(fa.DispatchKey(arch, DType.F16, width, extras=each)) for each in extras]
+        assert len({(spec.tile.block_n, spec.tile.warps / spec.tile.block_m) for spec in specs}) == 1
+        assert {(spec.tile.warps * 16 // spec.tile.block_m, spec.family) for spec in specs} == {(4, Family.FA2)}
+        assert not any(spec.misfit() or spec.shared_memory > arch.shared_memory_per_block for spec in specs)
+        wrong = replace(specs[0], tile=replace(specs[0].tile, warps=8))
+        assert "4 groups" in wrong.misfit()
 
 
 CACHED = fa.DispatchKey(SmArch.CPU, DType.F16, 128, paged=True)

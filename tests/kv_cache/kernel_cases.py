@@ -18,7 +18,7 @@ HALF: dict[str, float] = {"rtol": 4e-3, "atol": 4e-3}
 
 _GPU_AXES = AXES | {
     "dtype": ({"dtype": DType.F16}, {"dtype": DType.BF16}),
-    "order": ({}, {"num_splits": 1}, {"num_splits": 2}, {"num_splits": 7}),
+    "order": ({}, {"num_splits": 1}, {"num_splits": 2}, {"num_splits": 7}, {"batch_invariant": True}),
 }
 GRID = [case_of(row) for row in covering_rows(_GPU_AXES)]
 

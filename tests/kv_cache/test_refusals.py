@@ -244,8 +244,24 @@ class TestOnAGpu:
                 fa.lookup(replace(key, arch=SmArch.SM_90A, extras=replace(key.extras, family=fa.Family.FA3)))
             assert caught.value.feature == "fa3_kv_cache"
 
-    def test_batch_invariance_is_refused_by_name(self):
+    def test_batch_invariance_has_a_kernel_of_its_own(self):
         key = self.request(options=fa.AttentionOptions(batch_invariant=True)).dispatch_key(SmArch.SM_90)
+        spec = fa.lookup(replace(key, dtype=fa.DType.F16))
+        assert isinstance(spec, Fa2KvCacheSpec)
+        assert (spec.batch_invariant, spec.split, spec.paged, spec.plain_kv) == (True, False, True, False)
+
+    @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_90A, SmArch.SM_120])
+    def test_plain_requests_have_it_too_except_of_the_wgmma_family(self, arch: SmArch):
+        q = FakeArray(Q.astype(np.float16)).info()
+        options = fa.AttentionOptions(batch_invariant=True)
+        for kind in (fa.DenseFwdRequest, fa.Fa2FwdRequest):
+            spec = fa.lookup(kind(q, q, q, options=options).dispatch_key(arch))
+            assert isinstance(spec, Fa2KvCacheSpec)
+            assert (spec.batch_invariant, spec.plain_kv, spec.family) == (True, True, fa.Family.FA2)
         with pytest.raises(fa.FeatureNotBuiltError) as caught:
-            fa.lookup(replace(key, dtype=fa.DType.F16))
-        assert caught.value.feature == "batch_invariant"
+            fa.lookup(fa.Fa3FwdRequest(q, q, q, options=options).dispatch_key(arch))
+        assert caught.value.feature == "fa3_batch_invariant"
+        dropped = fa.AttentionOptions(batch_invariant=True, dropout_p=0.5, rng=FakeArray(np.zeros(2, np.int64)).info())
+        with pytest.raises(fa.FeatureNotBuiltError) as caught:
+            fa.lookup(fa.DenseFwdRequest(q, q, q, options=dropped).dispatch_key(arch))
+        assert caught.value.feature == "invariant_dropout"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from ..errors import ShapeError
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.kvcache import splits_for
 from ..kernels.merge_states import States
@@ -52,8 +53,8 @@ def key_of_problem(
     key = _asked(problem, arch, out, family)
     if arch is SmArch.CPU:
         return key
-    if problem.cache is not None:
-        return _on_cache(problem, key, tile)
+    if problem.cache is not None or problem.batch_invariant:
+        return _on_cache(problem, key, tile, family)
     may_pack = _rows_can_be_packed(problem, key)
     packs = key.packs_heads and may_pack
     short_q = is_short_q(problem.head_dim, problem.v_head_dim, problem.seqlen_q * (key.gqa_ratio if packs else 1))
@@ -67,10 +68,18 @@ def key_of_problem(
     return key
 
 
-def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None) -> DispatchKey:
-    """The kernel over a cache, of the mma.sync family; keys are split where the GPU of the arrays has more SMs than there are tiles."""
+def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None, family: Family | None) -> DispatchKey:
+    """The kernel over a cache, of the mma.sync family; keys are split where the GPU of the arrays has more SMs than there are tiles.
+
+    It answers batch-invariant calls on plain K and V, too. ``family``: what the caller wants.
+    """
+    if problem.seqlen_q * key.gqa_ratio > _MOST_ROWS:
+        raise ShapeError(
+            f"q: got length {problem.seqlen_q} with {key.gqa_ratio} query heads a KV head, whose rows are counted together; "
+            f"allowed are {_MOST_ROWS} of them"
+        )
     rows = cache_rows(problem.seqlen_q * key.gqa_ratio)
-    key = replace(key, extras=replace(key.extras, family=Family.FA2, cache_rows=rows, tile=tile))
+    key = replace(key, extras=replace(key.extras, family=family or Family.FA2, cache_rows=rows, tile=tile))
     if not _runs_here(problem.q.device, key.arch):
         return key
     spec = lookup(key)

@@ -218,9 +218,13 @@ class DispatchKey:
 
     @property
     def family(self) -> Family:
-        """Who answers on a GPU: wgmma on sm_90a, forward over arrays that TMA can read and that are no cache; mma.sync everywhere else."""
+        """Who answers on a GPU: wgmma on sm_90a, forward over arrays that TMA can read and that are no cache; mma.sync everywhere else.
+
+        Batch-invariant calls have one family.
+        """
         extras = self.extras
         forward = extras.direction != "bwd" and extras.family is not Family.FA2 and not (self.paged or extras.kv_cache)
+        forward = forward and not extras.batch_invariant
         return Family.FA3 if forward and self.arch is SmArch.SM_90A and self.aligned and not extras.tiles_for else Family.FA2
 
     @property

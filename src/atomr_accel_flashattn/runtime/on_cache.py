@@ -1,4 +1,7 @@
-"""Plans of calls on a KV cache: new tokens first, then the kernel over the cache, then what combines its splits."""
+"""Plans of calls on a KV cache: new tokens first, then the kernel over the cache, then what combines its splits.
+
+Batch-invariant calls on plain K and V have the plan of one without new tokens and splits.
+"""
 
 from __future__ import annotations
 
@@ -54,15 +57,15 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec, outputs: Outp
 def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Workspace) -> tuple[int, ...]:
     """The addresses of a call, in the order that its plan was made for; 0 for what it does not have."""
     cache = problem.cache
-    assert cache is not None  # noqa: S101 - callers have looked
     base = 0 if outputs.workspace is None else outputs.workspace.ptr
     at = {slot: base + offset for slot, offset in workspace.offsets.items()}
-    new = cache.new
+    new = None if cache is None else cache.new
     rotary = None if new is None else new.rotary
     raw_q, *others = forward_addresses(problem, outputs.out.ptr, 0 if outputs.lse is None else outputs.lse.ptr)
     rotated_q = at.get("rotated_q", 0)
     return (
-        *map(_address, (cache.blocks, cache.lengths, cache.left_pad, None if new is None else new.cu_seqlens)),
+        *((0, 0, 0) if cache is None else map(_address, (cache.blocks, cache.lengths, cache.left_pad))),
+        _address(None if new is None else new.cu_seqlens),
         *(at.get("partial_o", 0), at.get("partial_lse", 0)),
         *(rotated_q or raw_q, *others),
         *((0, 0) if new is None else (new.k.ptr, new.v.ptr)),
