@@ -79,9 +79,9 @@ REFUSED = {
     "more new tokens than slots": Refused(
         fa.SeqLensError, "k: got 65 new tokens; allowed are at most 64", {"k": normal(2, 65, 2, 8), "v": normal(2, 65, 2, 8)}
     ),
-    "type of lengths": Refused(fa.DTypeError, "seq_lens: got type int64; allowed is int32", {"cache_seqlens": np.array([5, 9])}),
-    "shape of lengths": Refused(fa.SeqLensError, r"seq_lens: got shape \(3,\)", {"cache_seqlens": np.array([5, 9, 1], np.int32)}),
-    "a bool": Refused(fa.ArrayTypeError, "seq_lens: got", {"cache_seqlens": True}),
+    "type of lengths": Refused(fa.DTypeError, "cache_seqlens: got type int64; allowed is int32", {"cache_seqlens": np.array([5, 9])}),
+    "shape of lengths": Refused(fa.SeqLensError, r"cache_seqlens: got shape \(3,\)", {"cache_seqlens": np.array([5, 9, 1], np.int32)}),
+    "a bool": Refused(fa.ArrayTypeError, "cache_seqlens: got", {"cache_seqlens": True}),
     "type of a table": Refused(fa.DTypeError, "block_table: got type int64", {"block_table": TABLE.astype(np.int64)}, paged=True),
     "shape of a table": Refused(fa.BlockTableError, r"block_table: got shape \(1, 4\)", {"block_table": TABLE[:1]}, paged=True),
     "strides of a table": Refused(

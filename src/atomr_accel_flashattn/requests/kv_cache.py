@@ -40,12 +40,14 @@ _CONTIGUOUS: Final = "(rows, slots, KV heads, head dim)"
 class CacheArguments:
     """A cache and what goes into it, as a request was given them. Shapes and errors: CachedFwdRequest.
 
-    ``cu_seqlens_new``: of new tokens that are packed. ``lengths``: an array, or a CumulativeSeqlens.
+    ``cu_seqlens_new``: of new tokens that are packed.
+    ``lengths``: an array, or a CumulativeSeqlens; ``lengths_name``: what messages call it.
     """
 
     k_cache: Any
     v_cache: Any
     lengths: Any
+    lengths_name: str = "seq_lens"
     layout: Any = KvLayout.NHD
     block_table: Any = None
     rows: Any = None
@@ -174,7 +176,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
     if isinstance(given.lengths, CumulativeSeqlens):
         _check_cumulative(given.lengths, q, batch)
     else:
-        lengths = _read_int32(given.lengths, "seq_lens", (batch,), q, SeqLensError)
+        lengths = _read_int32(given.lengths, given.lengths_name, (batch,), q, SeqLensError)
     if given.block_table is not None:
         for name, value in (("cache_batch_idx", given.rows), ("cache_leftpad", given.left_pad)):
             if value is not None:
@@ -194,6 +196,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
         lengths=lengths,
         left_pad=None if given.left_pad is None else _read_int32(given.left_pad, "cache_leftpad", (batch,), q, SeqLensError),
         new=_new_tokens(given, q, k, batch),
+        lengths_name=given.lengths_name,
     )
     if cache.new is not None and cache.new.longest > cache.capacity:
         raise SeqLensError(f"k: got {cache.new.longest} new tokens; allowed are at most {cache.capacity}, the slots of a sequence")

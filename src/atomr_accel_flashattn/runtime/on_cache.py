@@ -13,6 +13,7 @@ from ..dispatch import DispatchKey, lookup
 from ..dispatch.choice import splits_of
 from ..kernels.kv_append import KvAppendSpec, rotated_bytes, rotated_strides
 from ..kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
+from ..launch.error_word import error_word
 from ..launch.launcher import Launch, LaunchSeries
 from ..problem import ArrayInfo, AttentionProblem
 from ..types import DType
@@ -21,7 +22,7 @@ from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series
 __all__ = ["cache_addresses", "plan_on_cache", "workspace_on_cache"]
 
 # Addresses of a call in this order: those of KvCacheParams, then those that only an append has. To it, q is what it reads.
-_APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q", "error")
+_APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q")
 _SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED)
 _SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot) for slot in _SLOTS)
 
@@ -67,10 +68,11 @@ def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Work
         *((0, 0, 0) if cache is None else map(_address, (cache.blocks, cache.lengths, cache.left_pad))),
         _address(None if new is None else new.cu_seqlens),
         *(at.get("partial_o", 0), at.get("partial_lse", 0)),
+        0 if cache is None else error_word(problem.q.device.index),
         *(rotated_q or raw_q, *others),
         *((0, 0) if new is None else (new.k.ptr, new.v.ptr)),
         *((0, 0) if rotary is None else (rotary.cos.ptr, rotary.sin.ptr)),
-        *(rotated_q, raw_q, 0),
+        *(rotated_q, raw_q),
     )
 
 

@@ -16,8 +16,14 @@ __device__ __forceinline__ Sequence read_cached_sequence(const KvCacheParams& p,
   if constexpr (C.plain_kv) return read_sequence<C.varlen>(p.fwd, batch);
   int64_t used = p.new_tokens;
   if (p.cu_seqlens_new != nullptr) used = p.cu_seqlens_new[batch + 1] - p.cu_seqlens_new[batch];
-  used += p.cache_lengths != nullptr ? p.cache_lengths[batch] : p.fwd.cu_seqlens_k[batch + 1] - p.fwd.cu_seqlens_k[batch];
-  const int pad = p.left_pad == nullptr ? 0 : max(0, p.left_pad[batch]);
+  const int before = p.cache_lengths != nullptr ? p.cache_lengths[batch] : p.fwd.cu_seqlens_k[batch + 1] - p.fwd.cu_seqlens_k[batch];
+  used += before;
+  const int given = p.left_pad == nullptr ? 0 : p.left_pad[batch], pad = max(0, given);
+  if (threadIdx.x == 0 && p.error != nullptr) {
+    bool fits = before >= 0 && used <= p.capacity && given >= 0 && given <= before;
+    if (!C.paged && p.blocks != nullptr) fits &= p.blocks[batch] >= 0 && p.blocks[batch] < p.num_blocks;
+    if (!fits) atomicMax(p.error, batch + 1);
+  }
   const int keys = max(0, static_cast<int>(min(used, static_cast<int64_t>(p.capacity))) - pad);
   if constexpr (C.varlen) {
     const int row = p.fwd.cu_seqlens_q[batch];

@@ -80,6 +80,7 @@ struct KvCacheParams {
   const int32_t* cu_seqlens_new;  // null: new_tokens each
   // split: (splits, rows of the LSE, v_head_dim) and (splits, rows of the LSE)
   float *partial_o, *partial_lse;
+  int32_t* error;  // null, or raised to one more than the number of a sequence that does not fit
   FwdParams fwd;
   int64_t table_stride, lse_rows;
   int32_t block_size, num_blocks, capacity;  // capacity: slots that a sequence may have
@@ -96,7 +97,7 @@ struct KvAppendParams {
   const int32_t *blocks, *cache_lengths, *cu_seqlens_k, *cu_seqlens_new;  // as in KvCacheParams
   const int32_t* cu_seqlens_q;                                            // null: q is dense
   void *k, *v, *rotated_q;
-  int32_t* error;  // null, or set to 1 where a token does not fit
+  int32_t* error;  // as in KvCacheParams
   Strides new_k_stride, new_v_stride, q_stride, k_stride, v_stride, rotated_q_stride;
   int64_t table_stride;
   int32_t batch, heads, heads_kv, seqlen_q, seqlen_new, head_dim, v_head_dim;
