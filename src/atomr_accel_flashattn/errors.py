@@ -274,7 +274,7 @@ class CacheOverflowError(FlashAttnError, RuntimeError):
         self.device = device
         super().__init__(
             f"sequence {sequence} of a call over a KV cache on GPU {device} did not fit: got more tokens than slots, a new token without a "
-            "page or a row of rotary embedding, or a length, padding or row that the cache does not have; what did not fit was not written; "
+            "page or a row of rotary embedding, or a length, padding or row that the cache does not have; that was not written; "
             "allowed are lengths up to the slots of a sequence; reserve more and make the call again; ATOMR_FLASHATTN_DEBUG=1 checks each"
         )
 

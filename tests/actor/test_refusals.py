@@ -150,8 +150,21 @@ def test_requests_on_a_cache_are_answered_and_others_are_no_paged_ones():
             np.testing.assert_array_equal(made.out, expected.out)
             np.testing.assert_array_equal(made.lse, expected.lse)
         assert actor.ask(FlashAttnMsg.PagedForward(request, lse=False)).result(PATIENCE).lse is None
-        with pytest.raises(fa.UnknownMessageError, match=r"allowed is a PagedAttentionRequest; send it as FlashAttnMsg.Forward"):
-            actor.ask(FlashAttnMsg.PagedForward(message().request))
+        q, lengths = np.zeros((2, 1, 2, 8), np.float32), np.array([3, 3], np.int32)
+        contiguous = fa.CachedFwdRequest(q, np.zeros((2, 4, 2, 8), np.float32), np.zeros((2, 4, 2, 8), np.float32), lengths)
+        for other in (message().request, contiguous):
+            with pytest.raises(fa.UnknownMessageError, match=r"allowed is a PagedAttentionRequest; send it as FlashAttnMsg.Forward"):
+                actor.ask(FlashAttnMsg.PagedForward(other))
+        assert actor.ask(FlashAttnMsg.Forward(contiguous)).result(PATIENCE).out.shape == q.shape
+
+
+@pytest.mark.parametrize("flags", [{"lse": "x"}, {"lse": None}, {"dropout_mask": "no"}, {"lse": 2}])
+def test_flags_of_a_message_that_are_none(flags: dict[str, object]):
+    for kind in (FlashAttnMsg.Forward, FlashAttnMsg.PagedForward):
+        if "dropout_mask" in flags and kind is FlashAttnMsg.PagedForward:
+            continue
+        with pytest.raises(fa.UnsupportedArgumentError, match=r"(lse|dropout_mask): got .*; allowed are True and False"):
+            kind(message().request, **flags)  # type: ignore[arg-type]
 
 
 def test_what_is_not_built_is_refused_by_name_in_its_own_reply():

@@ -53,7 +53,7 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-BOTH = normal(2, 64, 2, 8)
+BOTH, POOL, SPARE = normal(2, 64, 2, 8), normal(9, 16, 2, 8), np.zeros_like(Q)
 REFUSED = {
     "rank of q": Refused(fa.ShapeError, r"q: got shape \(3, 4, 8\); allowed is \(batch", {"q": Q[0]}),
     "rank of a cache": Refused(fa.ShapeError, "k_cache", {"k_cache": K[0]}),
@@ -130,6 +130,24 @@ REFUSED = {
         fa.OutputError, "k_cache: got memory of q, k or v", {"k_cache": BOTH, "k": BOTH[:, :3]}
     ),
     "out of another shape": Refused(fa.OutputError, "out: got float16 of shape", {"out": Q[:1]}),
+    "a cache in its lengths": Refused(
+        fa.OutputError, "k_cache: got memory of lengths, a table", {"cache_seqlens": BOTH.view(np.int32).reshape(-1)[:2], "k_cache": BOTH}
+    ),
+    "a cache in its table": Refused(
+        fa.OutputError, "v_cache: got memory of lengths, a table",
+        {"block_table": POOL.view(np.int32).reshape(-1)[:8].reshape(2, 4), "v_cache": POOL}, paged=True,
+    ),
+    "a cache in slopes": Refused(
+        fa.OutputError, "k_cache: got memory of lengths, .* slopes",
+        {"alibi_slopes": BOTH.view(np.float32).reshape(-1)[:4], "k_cache": BOTH},
+    ),
+    "out in lengths": Refused(
+        fa.OutputError, "out: got memory of lengths, a table", {"cache_seqlens": SPARE.view(np.int32).reshape(-1)[:2], "out": SPARE}
+    ),
+    "out in rotary embedding": Refused(
+        fa.OutputError, "out: got memory of lengths, .* rotary embedding",
+        {"rotary_cos": SPARE.reshape(-1)[:48].reshape(12, 4), "rotary_sin": COS[:12], "out": SPARE},
+    ),
     "out in new tokens": Refused(fa.OutputError, "out: got the memory of q, k or v", {"q": NEW.copy(), "out": NEW}),
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .options import AttentionOptions, PositionBias
 
 __all__ = [
+    "check_apart",
     "check_device",
     "check_out",
     "check_qkv",
@@ -191,7 +192,13 @@ def read_dropout(options: AttentionOptions, q: ArrayInfo) -> Dropout | None:
 
 
 def check_out(
-    out: Any, shape: tuple[int, ...], inputs: tuple[ArrayInfo, ...], *, name: str = "out", taken: str = "q, k or v"
+    out: Any,
+    shape: tuple[int, ...],
+    inputs: tuple[ArrayInfo, ...],
+    *,
+    name: str = "out",
+    taken: str = "q, k or v",
+    others: tuple[ArrayInfo | None, ...] = (),
 ) -> ArrayInfo | None:
     """The caller's output array, fit to be written; None when a new one is to be made.
 
@@ -201,6 +208,7 @@ def check_out(
         inputs: q, whose type it has, k, v, and what else may not be its memory.
         name: what messages call it.
         taken: what they call the inputs.
+        others: lengths, tables, biases and the like, which may not be its memory either.
 
     Raises:
         OutputError: wrong shape, type, device or strides, read-only, overlapping itself, or the memory of an input.
@@ -210,6 +218,7 @@ def check_out(
     info = check_written(out, inputs[0], shape, name=name)
     if any(share_memory(info, array) for array in inputs):
         raise OutputError(f"{name}: got the memory of {taken}, which other blocks still read; allowed is an array of its own; pass a copy")
+    check_apart(info, others, name)
     return info
 
 
@@ -237,6 +246,15 @@ def check_written(array: Any, like: ArrayInfo, shape: tuple[int, ...] | None = N
             "allowed is an array of its own; pass a copy"
         )
     return info
+
+
+def check_apart(info: ArrayInfo, others: tuple[ArrayInfo | None, ...], name: str) -> None:
+    """Raise OutputError where an array to be written has memory of lengths, tables, biases and the like, which other blocks still read."""
+    if any(each is not None and share_memory(info, each) for each in others):
+        raise OutputError(
+            f"{name}: got memory of lengths, a table, padding, rotary embedding, slopes, a sink or a seed, which other blocks still read; "
+            "allowed is an array of its own; pass a copy"
+        )
 
 
 def overlaps_itself(info: ArrayInfo) -> bool:

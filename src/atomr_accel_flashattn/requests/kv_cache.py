@@ -23,8 +23,9 @@ from ..errors import (
 from ..limits import MAX_LENGTH, MAX_SPLITS, as_integer
 from ..problem import ArrayInfo, AttentionProblem, KvCache, NewTokens, Rotary, Strides
 from ..reference.cache import read_values
+from ..runtime.staleness import arrays_beside
 from ..types import DType, KvLayout
-from .checks import check_device, check_qkv, is_contiguous, overlaps_itself, refuse_gradients, steps
+from .checks import check_apart, check_device, check_qkv, is_contiguous, overlaps_itself, refuse_gradients, steps
 from .seqlens import CumulativeSeqlens, check_seqlens
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def cached_problem(request: ForwardRequest, given: CacheArguments, q: Any, cu_se
         num_splits=_check_splits(given.num_splits, batch_invariant=options["batch_invariant"]),
         **options,
     )
+    for name, written in (("k_cache", k), ("v_cache", v)) if cache.new is not None else ():
+        check_apart(written, arrays_beside(problem), name)
     if info.device.kind == "cpu" or settings().debug:
         values = read_values(problem, copy_to_host)
         if longest is not None and values.after.size and values.after.max() > longest:

@@ -25,7 +25,7 @@ from ..dispatch import FaBwdDispatch, FaFwdDispatch
 from ..errors import ArrayTypeError, StaleArrayError
 from ..problem import ArrayInfo, AttentionProblem, KvCache
 
-__all__ = ["NO_ARRAYS", "Fingerprint", "arrays_of_cache", "check_array"]
+__all__ = ["NO_ARRAYS", "Fingerprint", "arrays_beside", "arrays_of_cache", "check_array"]
 
 _INPUTS: Final = ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k", "rng")
 _BEHIND_LENGTHS: Final = ("left_pad", "k_new", "v_new", "cu_seqlens_new", "rotary_cos", "rotary_sin")
@@ -115,6 +115,12 @@ def _inputs(problem: AttentionProblem) -> tuple[ArrayInfo | None, ...]:
     """In the order of _INPUTS."""
     p, rng = problem, None if problem.dropout is None else problem.dropout.rng
     return p.q, p.k, p.v, p.alibi_slopes, p.learned_sink, p.cu_seqlens_q, p.cu_seqlens_k, rng
+
+
+def arrays_beside(problem: AttentionProblem) -> tuple[ArrayInfo | None, ...]:
+    """Lengths, tables, biases and the like: all that a forward reads beside q, k and v; new tokens of a cache among it."""
+    _, _, _, *others = _inputs(problem)
+    return tuple(others) if problem.cache is None else (*others, *arrays_of_cache(problem.cache))
 
 
 def arrays_of_cache(cache: KvCache) -> tuple[ArrayInfo | None, ...]:
