@@ -97,7 +97,7 @@ class Check(NamedTuple):
         lse_shape = (*shape[:-3], shape[-2], shape[-3])
         states = [(random.standard_normal(shape).astype(np.float16), random.standard_normal(lse_shape).astype(np.float32)) for _ in "ab"]
 
-        def launch() -> object:
+        def launch() -> tuple[Any, Any]:
             return fa.merge_states(*(cases.upload(x) for state in states for x in state))
 
         def judge() -> None:
