@@ -54,6 +54,7 @@ from .errors import (
     ArrayTypeError as ArrayTypeError,
     BlockTableError as BlockTableError,
     CacheError as CacheError,
+    CacheOverflowError as CacheOverflowError,
     CacheWarning as CacheWarning,
     ChunkLayoutError as ChunkLayoutError,
     CompileError as CompileError,
@@ -139,6 +140,7 @@ from .requests.options import (
 )
 from .runtime.execute import run as run
 from .runtime.gradients import Gradients as Gradients
+from .runtime.overflow import check as check
 from .runtime.plan import Output as Output
 from .types import (
     Device as Device,

@@ -30,6 +30,7 @@ from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec
+from atomr_accel_flashattn.kernels.merge_states import MergeStatesSpec
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.kernels.used import forget_recorded, read_kernels, record_kernel
 from atomr_accel_flashattn.launch import launcher
@@ -241,7 +242,7 @@ def test_dry_run_counts_and_names_the_kernels_and_makes_none(ask: Ask, invoke: I
 
 
 def test_a_dry_run_of_all_counts_and_lists_nothing(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_module, "_COMBINABLE", ("varlen", "alibi"))
+    monkeypatch.setattr(compile_module, "_COMBINABLE", ("varlen", *compile_module._CACHED))
     result = invoke("compile", "--all", "--dry-run")
     first, second = result.stdout.splitlines()
     total = int(first.split()[0].replace(",", ""))
@@ -423,6 +424,7 @@ def test_all_is_the_full_product_each_kernel_once(monkeypatch: pytest.MonkeyPatc
     over_cache = {name for spec in specs if isinstance(spec, Fa2KvCacheSpec) for name in spec.names_of_set_flags()}
     assert {"sinktokens", "alibi", "softcap", "scalefirst", "learnedsink", "varlen", "split", "paged"} <= over_cache
     assert of[SplitCombineSpec] > 0
+    assert of[MergeStatesSpec] == 2 * 3
     assert 0 < max(of[BackwardPreprocessSpec], of[BackwardPostprocessSpec]) < forward / 10, "backward kernels share what goes beside them"
 
 

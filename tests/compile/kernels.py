@@ -106,6 +106,16 @@ def dropout_mask_specs() -> list[KernelSpec]:
     return [_spec(DispatchKey(arch, DType.F16, 64, varlen=varlen, extras=extras)) for arch in ARCHS for varlen in (False, True)]
 
 
+def merge_specs() -> list[KernelSpec]:
+    """The kernel that merges two states: every arch and type."""
+    return [
+        _spec(DispatchKey(arch, dtype, 64, extras=Extras(direction="merge_states", load_align=align)))
+        for arch in ARCHS
+        for dtype in (*DTYPES, DType.F32)
+        for align in (16, 2)
+    ]
+
+
 def backward_specs() -> list[KernelSpec]:
     """The three kernels of a backward: every arch and tile width plain, and the pairs of features at head dim 128.
 
@@ -139,6 +149,12 @@ def cache_specs() -> list[KernelSpec]:
         key = _feature_key({"widths": (128, 128), **row})
         cache = {"kv_cache": i % 2 == 0, "dropout": False, "cache_rows": rows[i % 4], "split": i % 3 == 0}
         keys.append(replace(key, paged=i % 2 == 1, extras=replace(key.extras, **cache)))
+        if i % 4 == 1 and not row["dropout"]:
+            keys.append(replace(key, paged=i % 8 == 1, extras=replace(key.extras, cache_rows=rows[i % 4], batch_invariant=True)))
+    keys += [
+        DispatchKey(arch, DTYPES[(a + w) % 2], width, causal=True, extras=Extras(cache_rows=rows[(a + w) % 3], batch_invariant=True))
+        for a, w, arch, width in _numbered(ARCHS, HEAD_DIM_WIDTHS)
+    ]
     flags = itertools.product((False, True), repeat=3)
     appends = [
         KvAppendSpec(arch=ARCHS[i % len(ARCHS)], dtype=DTYPES[i % 2], paged=paged, interleaved=interleaved, wide_rotary=wide)
@@ -160,7 +176,9 @@ def wgmma_cache_specs() -> list[KernelSpec]:
 def all_specs() -> list[KernelSpec]:
     """Every kernel of this folder's tests, each once."""
     wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs(), *wgmma_cache_specs())
-    return list(dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *backward_specs(), *cache_specs()]))
+    return list(
+        dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *merge_specs(), *backward_specs(), *cache_specs()])
+    )
 
 
 def _numbered(*axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:

@@ -22,6 +22,7 @@ from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams, Fa3KvCac
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
 from atomr_accel_flashattn.kernels.kv_append import KvAppendParams, KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, KvCacheParams, SplitCombineSpec
+from atomr_accel_flashattn.kernels.merge_states import MergeStatesParams, MergeStatesSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.limits import UNBOUNDED
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
@@ -37,7 +38,7 @@ _FLAT_TENSOR = struct.Struct("<Q4q5i5ii")  # what ``tests.emulator.running.flat_
 
 def read_parameters(spec: KernelSpec, address: int) -> Any:
     """A copy of the parameters that lie there; those of the FA3 family are their ``fwd``."""
-    kinds = {DropoutMaskSpec: DropoutMaskParams, BackwardSpec: BwdParams, KvAppendSpec: KvAppendParams}
+    kinds = {DropoutMaskSpec: DropoutMaskParams, BackwardSpec: BwdParams, KvAppendSpec: KvAppendParams, MergeStatesSpec: MergeStatesParams}
     kinds |= dict.fromkeys((Fa2KvCacheSpec, SplitCombineSpec), KvCacheParams) | {Fa3KvCacheSpec: Fa3KvCacheParams}
     kind = next((params for of, params in kinds.items() if isinstance(spec, of)), FwdParams)
     return kind.from_buffer_copy(kind.from_address(address))
@@ -58,7 +59,7 @@ def run_kernel(spec: KernelSpec, params: Any, address: int, *, grid: int, counte
         emulate(spec, params, grid)
         assert not own.any(), "a persistent kernel must leave its counters zero"
         return
-    if isinstance(spec, (KvAppendSpec, Fa2KvCacheSpec, SplitCombineSpec)):  # they have no stand-in: their own source runs
+    if isinstance(spec, (KvAppendSpec, Fa2KvCacheSpec, SplitCombineSpec, MergeStatesSpec)):  # they have no stand-in: their own source runs
         emulate(spec, params, grid)
         return
     assert isinstance(spec, ForwardSpec)

@@ -9,6 +9,7 @@ from atomr_accel_flashattn.kernels.fa3_fwd import Fa3ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec
+from atomr_accel_flashattn.kernels.merge_states import MergeStatesSpec
 from atomr_accel_flashattn.kernels.spec import Tile
 from atomr_accel_flashattn.types import DType, SmArch
 
@@ -27,4 +28,5 @@ CACHE = Fa2KvCacheSpec(
 )
 WGMMA_CACHE = Fa3KvCacheSpec(arch=SmArch.SM_90A, dtype=DType.F16, head_dim=64, v_head_dim=64, tile=WGMMA.tile, paged=True, split=True)
 COMBINE = SplitCombineSpec.of(CACHE)
+MERGE = MergeStatesSpec(arch=SmArch.SM_80, dtype=DType.F16)
 APPEND = KvAppendSpec(arch=SmArch.SM_80, dtype=DType.F16, paged=True)

@@ -16,7 +16,7 @@ from atomr_accel_flashattn.jit.headers import closure_digest, include_closure
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.tiles.saved import headers_identity
 from atomr_accel_flashattn.types import DType, SmArch
-from tests.jit.kernels import APPEND, BACKWARD, CACHE, COMBINE, FORWARD, MASK, WGMMA, WGMMA_CACHE
+from tests.jit.kernels import APPEND, BACKWARD, CACHE, COMBINE, FORWARD, MASK, MERGE, WGMMA, WGMMA_CACHE
 
 ROOMS = ("ptx", "tile", "attention", "kernels")  # includes point to the same room or to one before it
 STEPS = dict(zip(("before", "backward", "behind"), BACKWARD.steps(), strict=True))
@@ -29,6 +29,7 @@ KERNELS = {
     "fa3_cache": WGMMA_CACHE,
     "combine": COMBINE,
     "append": APPEND,
+    "merge": MERGE,
 }
 HEADERS = sorted(path.relative_to(headers.headers_dir()).as_posix() for path in headers.headers_dir().rglob("*.cuh"))
 

@@ -17,6 +17,7 @@ from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
 from atomr_accel_flashattn.kernels.kv_append import KvAppendParams
 from atomr_accel_flashattn.kernels.kvcache import KvCacheParams
+from atomr_accel_flashattn.kernels.merge_states import MergeStatesParams
 from atomr_accel_flashattn.kernels.params import KernelParams, StrideParams, TensorMapParams
 from atomr_accel_flashattn.kernels.spec import KernelSpec, Tile
 from atomr_accel_flashattn.limits import UNBOUNDED
@@ -36,6 +37,7 @@ _STRUCTS = {
     KvCacheParams: "fa::KvCacheParams",
     KvAppendParams: "fa::KvAppendParams",
     DropoutMaskParams: "fa::DropoutMaskParams",
+    MergeStatesParams: "fa::MergeStatesParams",
 }
 _KERNELS = [FwdParams, Fa3FwdParams, DropoutMaskParams]
 _PADDING = {"_alignment"}  # which the kernels' compiler puts there by itself

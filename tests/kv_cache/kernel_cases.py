@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.types import DType
@@ -12,7 +13,22 @@ from tests.kv_cache import cases
 from tests.kv_cache.test_grid import AXES, case_of
 from tests.pairwise import covering_rows
 
-__all__ = ["APPENDS", "GRID", "HALF", "PREFILL", "check_append", "check_entries_outside", "check_pages", "close", "with_new_tokens"]
+__all__ = [
+    "APPENDS",
+    "GRID",
+    "HALF",
+    "PREFILL",
+    "UNFIT",
+    "check_append",
+    "check_entries_outside",
+    "check_length",
+    "check_new_tokens_without_room",
+    "check_pages",
+    "check_unfit",
+    "close",
+    "pages_of",
+    "with_new_tokens",
+]
 
 HALF: dict[str, float] = {"rtol": 4e-3, "atol": 4e-3}
 
@@ -39,7 +55,7 @@ PREFILL = [case_of(row) for row in covering_rows(_PREFILL_AXES)]
 
 _GPU_AXES = AXES | {
     "dtype": ({"dtype": DType.F16}, {"dtype": DType.BF16}),
-    "order": ({}, {"num_splits": 1}, {"num_splits": 2}, {"num_splits": 7}),
+    "order": ({}, {"num_splits": 1}, {"num_splits": 2}, {"num_splits": 7}, {"batch_invariant": True}),
 }
 GRID = [case_of(row) for row in covering_rows(_GPU_AXES)]
 
@@ -126,3 +142,88 @@ def check_pages(layout: fa.KvLayout) -> None:
 def close(made: Any, expected: Any, **allowed: float) -> None:
     """An array of the device against one in host memory."""
     np.testing.assert_allclose(cases.download(made).astype(np.float32), np.asarray(expected, np.float32), **allowed)
+
+
+def pages_of(random: np.random.Generator) -> tuple[Any, ...]:
+    """K and V in 10 pages of 16, and a table of 4 pages for each of 2 sequences; 2 KV heads, head dim 32."""
+    k, v = (random.standard_normal((10, 16, 2, 32)).astype(np.float16) for _ in "kv")
+    return k, v, random.permutation(10).astype(np.int32)[:8].reshape(2, 4)
+
+
+def check_length(length: int) -> None:
+    """A sequence of ``length`` tokens in 4 pages of 16: up to 64 pass, 65 count as 64, and ``check`` names the sequence once."""
+    random = np.random.default_rng(0)
+    k, v, table = pages_of(random)
+    q = random.standard_normal((2, 3, 4, 32)).astype(np.float16)
+    causal = fa.MaskKind.causal()
+    expected = fa.run(fa.PagedAttentionRequest(q, k, v, table, np.array([9, min(length, 64)], np.int32), mask=causal))
+    arrays = map(cases.upload, (q, k, v, table, np.array([9, length], np.int32)))
+    made = fa.run(fa.PagedAttentionRequest(*arrays, mask=causal))
+    _check_error(1 if length > 64 else None)
+    close(made.out, expected.out, **HALF)
+    close(made.lse, expected.lse, atol=1e-3)
+    with pytest.raises(fa.SeqLensError, match=r"seq_lens: got 65 tokens in sequence 1; allowed are 0..64 tokens"):
+        fa.run(fa.PagedAttentionRequest(q, k, v, table, np.array([9, 65], np.int32)))
+    fa.check()
+
+
+def check_new_tokens_without_room(*, interleaved: bool) -> None:
+    """62 + 3 tokens in 64 slots: two are written, the others' page is as it was, and attention covers 64."""
+    random = np.random.default_rng(1)
+    k, v, table = pages_of(random)
+    q, new_k, new_v = (random.standard_normal((2, 3, heads, 32)).astype(np.float16) for heads in (4, 2, 2))
+    angle = random.uniform(0, 6, (70, 8))
+    rotary = {"rotary_cos": np.cos(angle).astype(np.float16), "rotary_sin": np.sin(angle).astype(np.float16)}
+    asked: dict[str, Any] = {"causal": True, "return_softmax_lse": True, "rotary_interleaved": interleaved}
+    on_host = [k.copy(), v.copy()]
+    expected = []
+    for b, (length, fits) in enumerate(((62, 2), (5, 3))):
+        row = slice(b, b + 1)
+        lengths = {"cache_seqlens": np.array([length], np.int32), "block_table": table[row]}
+        expected.append(fa.flash_attn_with_kvcache(q[row], *on_host, new_k[row, :fits], new_v[row, :fits], **lengths, **rotary, **asked))
+    lengths = np.array([62, 5], np.int32)
+    with pytest.raises(fa.SeqLensError, match="cache_seqlens: got 62 tokens and 3 new tokens in sequence 0"):
+        fa.flash_attn_with_kvcache(q, k, v, new_k, new_v, cache_seqlens=lengths, block_table=table, **rotary, **asked)
+    device = [cases.upload(x) for x in (q, k, v, new_k, new_v)]
+    more = {name: cases.upload(x) for name, x in rotary.items()}
+    more |= {"cache_seqlens": cases.upload(lengths), "block_table": cases.upload(table)}
+    out, lse = fa.flash_attn_with_kvcache(*device, **more, **asked)
+    _check_error(0)
+    for cache, host in zip(device[1:3], on_host, strict=True):
+        np.testing.assert_array_equal(cases.download(cache), host, err_msg="bits of the cache")
+    close(out, np.concatenate([each[0] for each in expected]), **HALF)
+    close(lse, np.concatenate([each[1] for each in expected]), atol=1e-3, rtol=1e-3)
+
+
+UNFIT: dict[str, dict[str, list[int]]] = {
+    "more tokens than slots": {"cache_seqlens": [5, 64, 3]},
+    "a negative length": {"cache_seqlens": [5, -1, 3]},
+    "more padding than tokens": {"cache_leftpad": [0, 41, 0]},
+    "negative padding": {"cache_leftpad": [0, -1, 0]},
+    "a row beyond the cache": {"cache_batch_idx": [1, 5, 2]},
+    "a negative row": {"cache_batch_idx": [1, -1, 2]},
+}
+
+
+def check_unfit(name: str) -> None:
+    """What the CPU backend refuses, values on a GPU show in ``check``, with and without new tokens."""
+    random = np.random.default_rng(2)
+    normal = lambda *shape: random.standard_normal(shape).astype(np.float16)  # noqa: E731
+    asked: dict[str, Any] = {"cache_seqlens": [5, 40, 3]} | UNFIT[name]
+    arrays = {key: np.array(values, np.int32) for key, values in asked.items()}
+    q, caches, new = normal(3, 1, 4, 32), [normal(5, 64, 2, 32) for _ in "kv"], [normal(3, 1, 2, 32) for _ in "kv"]
+    for more in ([], new) if name != "more tokens than slots" else (new,):
+        with pytest.raises((fa.SeqLensError, fa.BlockTableError)):
+            fa.flash_attn_with_kvcache(q, *map(np.copy, caches), *more, **arrays)
+        uploaded = {key: cases.upload(x) for key, x in arrays.items()}
+        out = fa.flash_attn_with_kvcache(*map(cases.upload, (q, *caches, *more)), **uploaded)
+        _check_error(1)
+        assert np.isfinite(cases.download(out).astype(np.float32)).all()
+
+
+def _check_error(sequence: int | None) -> None:
+    if sequence is not None:
+        with pytest.raises(fa.CacheOverflowError, match=f"sequence {sequence} of a call over a KV cache on GPU . did not fit") as caught:
+            fa.check()
+        assert caught.value.sequence == sequence
+    fa.check()

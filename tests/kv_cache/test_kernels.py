@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +28,13 @@ from tests.kv_cache.kernel_cases import (  # noqa: E402
     GRID,
     HALF,
     PREFILL,
+    UNFIT,
     check_append,
     check_entries_outside,
+    check_length,
+    check_new_tokens_without_room,
     check_pages,
+    check_unfit,
     close,
     with_new_tokens,
 )
@@ -205,3 +210,44 @@ def test_every_width_and_number_of_rows_has_a_tile(arch: fa.SmArch):
 def test_pages_of_a_card_are_written_and_copied_with_torch(gpu: FakeGpu, layout: fa.KvLayout):
     check_pages(layout)
     assert [spec.HEADER for spec, *_ in gpu.launches] == ["fa2_kvcache"]
+
+
+@pytest.mark.usefixtures("gpu")
+class TestRoom:
+    """Lengths on a GPU are not looked at by a call: the kernels tell of those that do not fit."""
+
+    @pytest.mark.parametrize("length", [63, 64, 65, 2**30])
+    def test_a_length(self, length: int):
+        check_length(length)
+
+    @pytest.mark.parametrize("interleaved", [True, False])
+    def test_new_tokens(self, interleaved: bool):
+        check_new_tokens_without_room(interleaved=interleaved)
+
+    @pytest.mark.parametrize("name", UNFIT)
+    def test_what_the_cpu_backend_refuses(self, name: str):
+        check_unfit(name)
+
+    def test_a_cache_checks_its_gpu(self):
+        q = on_card(np.zeros((1, 1, 4, 32), np.float16))
+        cache = fa.PagedKvCache(8, 4, 2, 32, like=q)
+        first = cache.allocate(3)
+        cache.advance(first, 3)
+        fa.run(cache.request(q, first))
+        cache.check()
+        fa.run(fa.PagedAttentionRequest(q, cache.k, cache.v, cache.block_table(first), on_card(np.array([9], np.int32))))
+        with pytest.raises(fa.CacheOverflowError, match="sequence 0"):
+            cache.check()
+        cache.check()
+
+    @pytest.mark.parametrize("device", ["cuda", -1, 1.0, True])
+    def test_a_device_that_is_none(self, device: Any):
+        with pytest.raises(fa.DeviceMismatchError, match="device: got"):
+            fa.check(device)
+
+
+def test_a_cache_in_host_memory_has_nothing_to_check():
+    fa.PagedKvCache(8, 4, 2, 32, dtype=DType.F32).check()
+    fa.check(7)
+    error = pickle.loads(pickle.dumps(fa.CacheOverflowError(3, 1)))  # noqa: S301 - our own bytes
+    assert (error.sequence, error.device, str(error)) == (3, 1, str(fa.CacheOverflowError(3, 1)))

@@ -203,9 +203,10 @@ def specs_for(
 
 
 def all_specs(archs: Iterable[SmArch], found: Callable[[int], None] = lambda _count: None) -> list[KernelSpec]:
-    """The full product on ``archs``: exact and padded head dims of every width, both types, every mask and combination, dropout masks.
+    """The full product on ``archs``: exact and padded head dims of every width, both types, every mask and combination, and small kernels.
 
-    Over a cache, whose kernels come in many tiles, one feature at a time. What is not built (``NOT_BUILT``) is left out.
+    Those write dropout patterns and merge states. Over a cache, whose kernels come in many tiles, one feature at a time. What is not built
+    (``NOT_BUILT``) is left out.
     ``found`` is called after each arch, type and head dim, with the number of kernels so far.
     """
     archs = list(archs)
@@ -221,7 +222,13 @@ def all_specs(archs: Iterable[SmArch], found: Callable[[int], None] = lambda _co
     patterns = (
         with_features(DispatchKey(arch, DType.F16, 64, varlen=varlen), ["dropout_mask"]) for arch in archs for varlen in (False, True)
     )
-    return list(dict.fromkeys([*specs, *_kernels(patterns)]))
+    merges = (
+        with_features(DispatchKey(arch, dtype, 64), ["merge_states", *odd])
+        for arch in archs
+        for dtype in (*_DTYPES, DType.F32)
+        for odd in ([], ["unaligned"])
+    )
+    return list(dict.fromkeys([*specs, *_kernels(patterns), *_kernels(merges)]))
 
 
 def _masked(key: DispatchKey, mask: str) -> DispatchKey:

@@ -51,6 +51,7 @@ _LABELS = {
     "left_pad": "left padding",
     "split": "split KV",
     "batch_invariant": "batch invariance",
+    "merge_states": "`merge_states`",
     "fa3": "wgmma family (FA3)",
 }
 _DTYPE_LABELS = {

@@ -49,6 +49,7 @@ FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
     "left_pad": _extra(kv_cache=True, left_pad=True),
     "split": lambda key: replace(key, extras=replace(key.extras, split=True, kv_cache=not key.paged)),
     "batch_invariant": _extra(batch_invariant=True),
+    "merge_states": _extra(direction="merge_states"),
     "fa3": _extra(family=Family.FA3),
 }
 

@@ -18,8 +18,9 @@ from .forward import FwdParams, forward_params
 from .params import KernelParams
 from .spec import Family, KernelSpec, Tile
 
-__all__ = ["Fa2KvCacheSpec", "KvCacheParams", "SplitCombineSpec", "cache_numbers", "splits_for"]
+__all__ = ["INVARIANT_GROUPS", "Fa2KvCacheSpec", "KvCacheParams", "SplitCombineSpec", "cache_numbers", "splits_for"]
 
+INVARIANT_GROUPS: Final = 4  # of warps that share the keys of a batch-invariant call
 _COMBINE_TILE: Final = Tile(block_m=64, block_n=32, warps=4)
 _ROWS_OF_WARP: Final = 16
 _MOST_SPLITS: Final = 64
@@ -29,7 +30,7 @@ _KEYS_OF_SPLIT: Final = 256  # at least: a split has a partial result to write a
 class KvCacheParams(KernelParams):
     """``fa::KvCacheParams``. Its addresses run on into those of ``fa::FwdParams``."""
 
-    _OWN = ("blocks", "cache_lengths", "left_pad", "cu_seqlens_new", "partial_o", "partial_lse")
+    _OWN = ("blocks", "cache_lengths", "left_pad", "cu_seqlens_new", "partial_o", "partial_lse", "error")
     SLOTS = (*_OWN, *FwdParams.SLOTS)
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _OWN),
@@ -60,11 +61,12 @@ class _KvCacheSpec(AttentionSpec):
     def pack_call(self, problem: AttentionProblem, out: ArrayInfo, splits: int) -> KvCacheParams:
         """``fa::KvCacheParams`` of one call without addresses, for all its kernels."""
         cache, group = problem.cache, problem.heads // problem.heads_kv
-        if cache is None:
-            raise ValueError("a problem without a cache has no parameters of one")
         rows = -(-max(1, problem.seqlen_q * group) // self.tile.block_m)
+        forward = forward_params(problem, out, blocks_m=rows, packed_heads=group)
+        if cache is None:  # plain K and V, of a batch-invariant call
+            return KvCacheParams(fwd=forward, lse_rows=prod(problem.lse_shape), splits=splits)
         return KvCacheParams(
-            fwd=forward_params(problem, out, blocks_m=rows, packed_heads=group),
+            fwd=forward,
             **cache_numbers(problem, cache, splits),
         )
 
@@ -86,10 +88,13 @@ class Fa2KvCacheSpec(_KvCacheSpec):
     pack_gqa: bool = True
     paged: bool = False
     split: bool = False
+    batch_invariant: bool = False  # tile n of the keys goes to group n % 4, and rows do not look at each other
+    plain_kv: bool = False  # K and V are arrays like q, and no cache
 
     def config(self) -> dict[str, Any]:
         """With what a cache adds. The learned sink of a call that is split joins where the splits are combined, once."""
         added = {"any_ratio": True, "paged": self.paged, "split": self.split}
+        added |= {name: True for name in ("batch_invariant", "plain_kv") if getattr(self, name)}
         return AttentionSpec.config(self) | added | {"learned_sink": self.learned_sink and not self.split}
 
     @property
@@ -116,6 +121,10 @@ class Fa2KvCacheSpec(_KvCacheSpec):
         tile = self.tile
         if tile.block_m % _ROWS_OF_WARP or tile.warps % (tile.block_m // _ROWS_OF_WARP):
             return f"block_m: got {tile.block_m}; allowed with {tile.warps} warps are 16 rows a warp, or a part of that"
+        if self.batch_invariant and tile.warps * _ROWS_OF_WARP != INVARIANT_GROUPS * tile.block_m:
+            return (
+                f"warps: got {tile.warps}; allowed with batch_invariant are {INVARIANT_GROUPS} groups, in which every row has the same sums"
+            )
         return "" if tile.block_n <= 32 else f"block_n: got {tile.block_n}; allowed are at most 32"
 
     def registers_suffice(self) -> bool:

@@ -1,4 +1,7 @@
-"""Plans of calls on a KV cache: new tokens first, then the kernel over the cache, then what combines its splits."""
+"""Plans of calls on a KV cache: new tokens first, then the kernel over the cache, then what combines its splits.
+
+Batch-invariant calls on plain K and V have the plan of one without new tokens and splits.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from ..errors import ShapeError
 from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.kv_append import KvAppendSpec, rotated_bytes, rotated_strides
 from ..kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
+from ..launch.error_word import error_word
 from ..launch.launcher import Launch, LaunchSeries
 from ..limits import MAX_GRID
 from ..problem import ArrayInfo, AttentionProblem
@@ -21,7 +25,7 @@ from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series
 __all__ = ["cache_addresses", "plan_on_cache", "workspace_on_cache"]
 
 # Addresses of a call in this order: those of KvCacheParams, then those that only an append has. To it, q is what it reads.
-_APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q", "error")
+_APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q")
 _SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED)
 _SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot) for slot in _SLOTS)
 
@@ -71,20 +75,21 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
 def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Workspace) -> tuple[int, ...]:
     """The addresses of a call, in the order that its plan was made for; 0 for what it does not have."""
     cache = problem.cache
-    assert cache is not None  # noqa: S101 - callers have looked
     base = 0 if outputs.workspace is None else outputs.workspace.ptr
     at = {slot: base + offset for slot, offset in workspace.offsets.items()}
-    new = cache.new
+    new = None if cache is None else cache.new
     rotary = None if new is None else new.rotary
     raw_q, *others = forward_addresses(problem, outputs.out.ptr, 0 if outputs.lse is None else outputs.lse.ptr)
     rotated_q = at.get("rotated_q", 0)
     return (
-        *map(_address, (cache.blocks, cache.lengths, cache.left_pad, None if new is None else new.cu_seqlens)),
+        *((0, 0, 0) if cache is None else map(_address, (cache.blocks, cache.lengths, cache.left_pad))),
+        _address(None if new is None else new.cu_seqlens),
         *(at.get("partial_o", 0), at.get("partial_lse", 0)),
+        0 if cache is None else error_word(problem.q.device.index),
         *(rotated_q or raw_q, *others),
         *((0, 0) if new is None else (new.k.ptr, new.v.ptr)),
         *((0, 0) if rotary is None else (rotary.cos.ptr, rotary.sin.ptr)),
-        *(rotated_q, raw_q, 0),
+        *(rotated_q, raw_q),
     )
 
 
