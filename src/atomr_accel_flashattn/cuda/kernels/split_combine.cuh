@@ -13,13 +13,13 @@
 
 namespace fa {
 
-// A block combines a row of the LSE: its sequence, head and query. Its warps share the splits: a call
-// that is split has few rows, and what they read should be in flight at once. A lane takes four
-// columns of every 128.
+// A block combines a row of the LSE: its sequence, head and query. Its warps share the splits: a
+// call that is split has few rows, and what they read should be in flight at once. A lane takes
+// four columns of every 128.
 template <Config C>
 struct SplitCombine {
   static constexpr int kLoads = (C.v_head_dim + 127) / 128, kPitch = C.v_head_dim + 4;  // floats
-  static constexpr int kInFlight = 8;                                                   // splits that a warp reads at a time
+  static constexpr int kInFlight = 8;                                                   // splits of a warp
 
   // Sums of the warps, each o and then its denominator.
   static __device__ __forceinline__ float* part_of(int warp) {
@@ -34,8 +34,9 @@ struct SplitCombine {
     const uint32_t row = blockIdx.x, rows_of_batch = static_cast<uint32_t>(C.varlen ? p.lse_rows : f.lse_batch_stride);
     const uint32_t batch = row / rows_of_batch, rest = row - batch * rows_of_batch;
     const uint32_t head = rest / static_cast<uint32_t>(f.lse_head_stride);
-    const int64_t query = rest - head * static_cast<uint32_t>(f.lse_head_stride);    // packed: a row of q
-    const int splits = !C.varlen || query < f.cu_seqlens_q[f.batch] ? p.splits : 0;  // none has written a row without an owner
+    const int64_t query = rest - head * static_cast<uint32_t>(f.lse_head_stride);  // packed: of q
+    // No split has written a row without an owner.
+    const int splits = !C.varlen || query < f.cu_seqlens_q[f.batch] ? p.splits : 0;
 
     float top = negative_infinity();
     for (int split = lane; split < splits; split += 32) top = fmaxf(top, p.partial_lse[split * p.lse_rows + row]);
@@ -60,7 +61,8 @@ struct SplitCombine {
   }
 
  private:
-  // Every C.warps-th split, relative to the largest LSE. A split without keys is zeros with weight 0.
+  // Every C.warps-th split, relative to the largest LSE. A split without keys is zeros with weight
+  // 0.
   static __device__ __forceinline__ void sum_splits(const KvCacheParams& p, uint32_t row, int splits, float top) {
     const int lane = threadIdx.x % 32, warp = warp_index(), cols = p.fwd.v_head_dim;
     float sum = 0.f;
@@ -71,7 +73,8 @@ struct SplitCombine {
 #pragma unroll
       for (int s = 0; s < kInFlight; ++s) {
         const int split = first + s * C.warps;
-        const int64_t at = min(split, splits - 1) * p.lse_rows + row;  // loads without a branch are in flight together
+        // Loads without a branch are in flight together.
+        const int64_t at = min(split, splits - 1) * p.lse_rows + row;
         const float lse = p.partial_lse[at];
         weight[s] = split < splits ? ptx::exp2((lse - top) * kLog2e) : 0.f;
 #pragma unroll
