@@ -26,6 +26,7 @@ from atomr_accel_flashattn.bench.record import make_record
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import SplitCombineSpec
+from atomr_accel_flashattn.kernels.merge_states import MergeStatesSpec
 from atomr_accel_flashattn.kernels.spec import Family
 from tests.gpu.families import FAMILIES
 
@@ -43,6 +44,7 @@ NAMES = (
     SplitCombineSpec.HEADER,
     "step_",
     KvAppendSpec.HEADER,
+    MergeStatesSpec.HEADER,
 )  # how names of ours begin
 FILTERS = tuple(word for name in NAMES for word in ("--kernel-name", f"kns={name}"))
 OPTIONS = (*FILTERS, "--error-exitcode", str(FOUND), "--report-api-errors", "no", "--print-limit", "50", "--launch-timeout", "60")

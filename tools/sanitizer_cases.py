@@ -29,7 +29,7 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.jit.compile import CompiledKernel, compile_many
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
-from atomr_accel_flashattn.runtime import plan, step
+from atomr_accel_flashattn.runtime import merging, plan, step
 from atomr_accel_flashattn.runtime.execute import run
 from atomr_accel_flashattn.torch_ops import repeat
 from tests.case_lists import grouped_cases, hazard_cases, pairwise_cases
@@ -92,6 +92,25 @@ class Check(NamedTuple):
 
         return cls(name, lambda: check_append(asked, causal=True), launch)
 
+    @classmethod
+    def merge(cls, shape: tuple[int, ...]) -> Check:
+        """Two states made one."""
+        random = np.random.default_rng(0)
+        lse_shape = (*shape[:-3], shape[-2], shape[-3])
+        states = [(random.standard_normal(shape).astype(np.float16), random.standard_normal(lse_shape).astype(np.float32)) for _ in "ab"]
+
+        def launch() -> tuple[Any, Any]:
+            return fa.merge_states(*(cases.upload(x) for state in states for x in state))
+
+        def judge() -> None:
+            for made, expected in zip(launch(), fa.merge_states(*states[0], *states[1]), strict=True):
+                np.testing.assert_allclose(cases.download(made).astype(np.float32), expected.astype(np.float32), rtol=2e-3, atol=2e-3)
+
+        return cls(f"merge of {shape}", judge, launch)
+
+
+MERGED = ((3, 50, 4, 64), (1, 7, 3, 20), (70, 2, 8))
+
 
 def checks(family: Family) -> list[Check]:
     """The pairwise cases in both types, the others in one, those that are small; the FA2 family has the backward and KV caches.
@@ -102,7 +121,7 @@ def checks(family: Family) -> list[Check]:
     small = [case for case in chosen if case.score_count <= MAX_SCORES]
     made = list(map(Check.forward, small))
     if family is Family.FA2:
-        made += [*map(Check.backward, small), *map(Check.cached, ON_CACHES), *map(Check.append, APPENDS)]
+        made += [*map(Check.backward, small), *map(Check.cached, ON_CACHES), *map(Check.append, APPENDS), *map(Check.merge, MERGED)]
     return sorted(made, key=lambda check: zlib.crc32(check.name.encode()))
 
 
@@ -124,8 +143,9 @@ def needed_specs(family: Family) -> list[KernelSpec]:
 
     for check in checks(family):
         with prepared(family, check) as patch:
-            for module in (plan, step):
+            for module in (plan, merging, step):
                 patch.setattr(module, "load_kernel", note)
+            patch.setattr(merging, "_launches", {})
             patch.setattr(plan, "LaunchSeries", lambda *_: SimpleNamespace(launch=lambda *_: None))
             check.launch()
             repeat.clear()  # no later run finds these plans

@@ -54,6 +54,7 @@ from .errors import (
     ArrayTypeError as ArrayTypeError,
     BlockTableError as BlockTableError,
     CacheError as CacheError,
+    CacheOverflowError as CacheOverflowError,
     CacheWarning as CacheWarning,
     ChunkLayoutError as ChunkLayoutError,
     CompileError as CompileError,
@@ -141,6 +142,7 @@ from .requests.options import (
 from .requests.step_plan import StepPlan as StepPlan
 from .runtime.execute import run as run
 from .runtime.gradients import Gradients as Gradients
+from .runtime.overflow import check as check
 from .runtime.plan import Output as Output
 from .types import (
     Device as Device,

@@ -24,7 +24,7 @@ class CachedFwdRequest(ForwardRequest):
         k_cache: contiguous (rows, slots, Hkv, D), with at least B rows unless there is ``cache_batch_idx``; paged (blocks, block size, Hkv,
             D), or (blocks, Hkv, block size, D) with ``layout`` HND. Of q's type. Written in place where there are new tokens.
         v_cache: the same with Dv.
-        seq_lens: int32 (B,), slots in use before new tokens, left padding counted.
+        cache_seqlens: int32 (B,), slots in use before new tokens, left padding counted.
         k: (B, new, Hkv, D), new keys that are written behind the others; None for none.
         v: (B, new, Hkv, Dv).
         cu_seqlens_q: where the sequences of a packed q begin.
@@ -54,7 +54,7 @@ class CachedFwdRequest(ForwardRequest):
     q: Any
     k_cache: Any
     v_cache: Any
-    seq_lens: Any
+    cache_seqlens: Any
     k: Any = None
     v: Any = None
     cu_seqlens_q: CumulativeSeqlens | None = field(default=None, kw_only=True)
@@ -73,7 +73,8 @@ class CachedFwdRequest(ForwardRequest):
         given = CacheArguments(
             k_cache=self.k_cache,
             v_cache=self.v_cache,
-            lengths=self.seq_lens,
+            lengths=self.cache_seqlens,
+            lengths_name="cache_seqlens",
             layout=self.layout,
             block_table=self.block_table,
             rows=self.cache_batch_idx,

@@ -35,6 +35,7 @@
      ├─ PagedCacheError (RuntimeError)     a PagedKvCache could not do what was asked; nothing of it has changed
      │   ├─ OutOfBlocksError               not enough free blocks
      │   └─ SequenceError (LookupError)    a sequence that was freed or never allocated, or that is named twice
+     ├─ CacheOverflowError (RuntimeError)  `check` found a call over a KV cache on a GPU that had no room for a token; names the sequence
      ├─ ActorError (RuntimeError)          an actor or a pool could not take a request, or not bring it to an answer
      │   ├─ ActorStoppedError              it stopped, or had stopped, before the request was launched
      │   ├─ MailboxFullError               no place in the mailbox, and the caller did not want to wait for one
@@ -72,6 +73,7 @@ __all__ = [
     "ArrayTypeError",
     "BlockTableError",
     "CacheError",
+    "CacheOverflowError",
     "CacheWarning",
     "ChunkLayoutError",
     "CompileError",
@@ -263,6 +265,27 @@ class OutOfBlocksError(PagedCacheError):
 
 class SequenceError(PagedCacheError, LookupError):
     """A sequence that was freed, that was never allocated, or that is named twice in one call."""
+
+
+class CacheOverflowError(FlashAttnError, RuntimeError):
+    """A call over a KV cache, whose lengths lay on a GPU, had no room for a token. What fits was written and attended.
+
+    Args:
+        sequence: its number in the batch of that call; of several, the last.
+        device: number of the GPU.
+    """
+
+    def __init__(self, sequence: int, device: int) -> None:
+        self.sequence = sequence
+        self.device = device
+        super().__init__(
+            f"sequence {sequence} of a call over a KV cache on GPU {device} did not fit: got more tokens than slots, a new token without a "
+            "page or a row of rotary embedding, or a length, padding or row that the cache does not have; that was not written; "
+            "allowed are lengths up to the slots of a sequence; reserve more and make the call again; ATOMR_FLASHATTN_DEBUG=1 checks each"
+        )
+
+    def __reduce__(self) -> tuple[type[CacheOverflowError], tuple[int, int]]:
+        return type(self), (self.sequence, self.device)
 
 
 class ActorError(FlashAttnError, RuntimeError):

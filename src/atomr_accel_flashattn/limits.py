@@ -31,6 +31,7 @@ __all__ = [
     "dtypes_of",
     "is_integer",
     "is_real",
+    "merged_dtypes_of",
     "not_built",
 ]
 
@@ -52,15 +53,14 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
     {
         "autograd": "autograd records flash_attn_func and its forms, and no requests; a Fa2BwdRequest gives gradients without it",
         "append": "on a GPU pages are written and copied in caches of torch and CuPy, from arrays of the same library",
-        "batch_invariant": "tiles are chosen by the number of queries there",
         "double_backward": "first derivatives are built; for second ones write the attention in operations of torch",
         "fa3_backward": "gradients are those of the mma.sync family, whatever family ran the forward",
-        "fa3_kv_cache": "a KV cache is read by the mma.sync family",
+        "fa3_batch_invariant": "batch-invariant calls have one family on every GPU, that of mma.sync; ask by another request",
         "forward_mode": "forward-mode derivatives are not built; use the primal, as forward_ad.unpack_dual(x).primal",
         "fp8": "f16 and bf16 are built",
+        "invariant_dropout": "batch-invariant calls on a GPU drop nothing; the CPU backend does both",
         "kv_layout": "NHD and HND are built",
         "left_pad": "on a GPU a contiguous KV cache may have it; pack other sequences with cu_seqlens",
-        "merge_states": "states are merged on the CPU; on a GPU do it in operations of torch",
         "out_dtype": "o has the type of q",
         "paged_backward": "gradients are those of calls on plain or packed K and V; a KV cache has none",
         "paged_over_ray": "a message would carry the whole cache; start an actor where the cache lies",
@@ -81,6 +81,11 @@ def not_built(feature: str, got: str = "") -> FeatureNotBuiltError:
 def dtypes_of(arch: SmArch) -> tuple[DType, ...]:
     """Element types of q, k and v on an architecture."""
     return CPU_DTYPES if arch is SmArch.CPU else GPU_DTYPES
+
+
+def merged_dtypes_of(arch: SmArch) -> tuple[DType, ...]:
+    """Element types of the outputs that ``merge_states`` takes on an architecture."""
+    return CPU_DTYPES if arch is SmArch.CPU else (*GPU_DTYPES, DType.F32)
 
 
 def is_integer(value: Any) -> bool:

@@ -147,6 +147,7 @@ class ChunkedPrefillRequest(ForwardRequest):
             k_cache=self.k_cache,
             v_cache=self.v_cache,
             lengths=int32_like(prefixes, self._like()),
+            lengths_name="chunks",
             rows=self.cache_batch_idx,
             k=self.k,
             v=self.v,

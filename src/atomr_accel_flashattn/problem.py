@@ -134,6 +134,7 @@ class KvCache:
     lengths: ArrayInfo | None  # int32 (B,), slots in use before new tokens; None: ``cu_seqlens_k`` of the problem says them
     left_pad: ArrayInfo | None = None  # int32 (B,), slots before the first key; of contiguous caches only
     new: NewTokens | None = None
+    lengths_name: str = "seq_lens"  # what the caller calls ``lengths``
 
     @property
     def paged(self) -> bool:

@@ -85,6 +85,7 @@ def flash_attn_with_kvcache(
             counted, and q from slot ``cache_seqlens`` on; without causal or a window all of q by slot ``cache_seqlens``. Needs ``k``.
         rotary_sin: the same.
         cache_seqlens: slots in use before new tokens, left padding counted: an integer, or int32 (B,). None is all slots, without ``k``.
+            On a GPU values are not looked at: what does not fit is not written, and ``check`` tells (docs/semantics.md, KV caches).
         cache_batch_idx: int32 (B,), the row of the cache that each sequence has. Not with ``block_table``.
         cache_leftpad: int32 (B,), slots before the first key. Not with ``block_table``.
         block_table: int32 (B, entries), the pages of each sequence; entries past its length are not read, those outside of
@@ -108,7 +109,7 @@ def flash_attn_with_kvcache(
 
     Raises:
         ConstructionError: the subclass and the message say which argument is wrong; the cache is as it was.
-        FeatureNotBuiltError: torch tensors that want gradients; fp8; ``batch_invariant`` on a GPU.
+        FeatureNotBuiltError: torch tensors that want gradients; fp8.
     """
     queries = read_array(q, "q")
     if len(queries.shape) != 4:

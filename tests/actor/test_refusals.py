@@ -150,18 +150,31 @@ def test_requests_on_a_cache_are_answered_and_others_are_no_paged_ones():
             np.testing.assert_array_equal(made.out, expected.out)
             np.testing.assert_array_equal(made.lse, expected.lse)
         assert actor.ask(FlashAttnMsg.PagedForward(request, lse=False)).result(PATIENCE).lse is None
-        with pytest.raises(fa.UnknownMessageError, match=r"allowed is a PagedAttentionRequest; send it as FlashAttnMsg.Forward"):
-            actor.ask(FlashAttnMsg.PagedForward(message().request))
+        q, lengths = np.zeros((2, 1, 2, 8), np.float32), np.array([3, 3], np.int32)
+        contiguous = fa.CachedFwdRequest(q, np.zeros((2, 4, 2, 8), np.float32), np.zeros((2, 4, 2, 8), np.float32), lengths)
+        for other in (message().request, contiguous):
+            with pytest.raises(fa.UnknownMessageError, match=r"allowed is a PagedAttentionRequest; send it as FlashAttnMsg.Forward"):
+                actor.ask(FlashAttnMsg.PagedForward(other))
+        assert actor.ask(FlashAttnMsg.Forward(contiguous)).result(PATIENCE).out.shape == q.shape
+
+
+@pytest.mark.parametrize("flags", [{"lse": "x"}, {"lse": None}, {"dropout_mask": "no"}, {"lse": 2}])
+def test_flags_of_a_message_that_are_none(flags: dict[str, object]):
+    for kind in (FlashAttnMsg.Forward, FlashAttnMsg.PagedForward):
+        if "dropout_mask" in flags and kind is FlashAttnMsg.PagedForward:
+            continue
+        with pytest.raises(fa.UnsupportedArgumentError, match=r"(lse|dropout_mask): got .*; allowed are True and False"):
+            kind(message().request, **flags)  # type: ignore[arg-type]
 
 
 def test_what_is_not_built_is_refused_by_name_in_its_own_reply():
     inner = FlashAttnInner.mock(arch=fa.SmArch.SM_90A)
     with FlashAttnActor.start(FlashAttnProps(device="cpu"), inner) as actor:
+        q = np.zeros((1, 2, 2, 8), np.float16)
+        asked = actor.ask(FlashAttnMsg.Forward(fa.Fa3FwdRequest(q, q, q, options=fa.AttentionOptions(batch_invariant=True))))
         with pytest.raises(fa.FeatureNotBuiltError) as caught:
-            actor.ask(FlashAttnMsg.PagedForward(paged(dtype=np.float16, options=fa.AttentionOptions(batch_invariant=True)))).result(
-                PATIENCE
-            )
-        assert caught.value.feature == "batch_invariant"
+            asked.result(PATIENCE)
+        assert caught.value.feature == "fa3_batch_invariant"
 
 
 def test_the_mock_answers_with_the_kernel_that_would_have_run():

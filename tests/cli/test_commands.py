@@ -26,9 +26,11 @@ from atomr_accel_flashattn.kernels.bwd_postprocess import BackwardPostprocessSpe
 from atomr_accel_flashattn.kernels.bwd_preprocess import BackwardPreprocessSpec
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
+from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec
+from atomr_accel_flashattn.kernels.merge_states import MergeStatesSpec
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
 from atomr_accel_flashattn.kernels.used import forget_recorded, read_kernels, record_kernel
@@ -241,7 +243,7 @@ def test_dry_run_counts_and_names_the_kernels_and_makes_none(ask: Ask, invoke: I
 
 
 def test_a_dry_run_of_all_counts_and_lists_nothing(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_module, "_COMBINABLE", ("varlen", "alibi"))
+    monkeypatch.setattr(compile_module, "_COMBINABLE", ("varlen", *compile_module._CACHED))
     result = invoke("compile", "--all", "--dry-run")
     first, second = result.stdout.splitlines()
     total = int(first.split()[0].replace(",", ""))
@@ -425,6 +427,7 @@ def test_all_is_the_full_product_each_kernel_once(monkeypatch: pytest.MonkeyPatc
     over_cache = {name for spec in specs if isinstance(spec, Fa2KvCacheSpec) for name in spec.names_of_set_flags()}
     assert {"sinktokens", "alibi", "softcap", "scalefirst", "learnedsink", "varlen", "split", "paged"} <= over_cache
     assert of[SplitCombineSpec] > 0
+    assert of[MergeStatesSpec] == 2 * 3
     assert 0 < max(of[BackwardPreprocessSpec], of[BackwardPostprocessSpec]) < forward / 10, "backward kernels share what goes beside them"
 
 
@@ -438,6 +441,12 @@ def test_a_cache_is_compiled_with_every_tile_its_splits_and_appends(ask: Ask, in
     assert all("paged" in name for name in names if name.startswith(("fa2_kvcache", "kv_append")))
     both = specs_for([fa.SmArch.SM_80], [fa.DType.F16], [64], ["causal"], ["paged", "kv_cache", "gqa", "dropout", "backward"])
     assert Counter(type(spec) for spec in both if "kv" in spec.HEADER) == {Fa2KvCacheSpec: 16, KvAppendSpec: 8, ScheduledKvCacheSpec: 8}
+    hopper = specs_for([fa.SmArch.SM_90A], [fa.DType.F16], [64], ["causal"], ["paged"])
+    of_wgmma = [spec for spec in hopper if isinstance(spec, Fa3KvCacheSpec)]
+    flags = {(spec.pack_gqa, spec.split, spec.persistent) for spec in of_wgmma}
+    assert flags == set(product((False, True), repeat=3))
+    assert len(of_wgmma) == 2 * 8  # another tile for short q
+    assert sum(isinstance(spec, SplitCombineSpec) for spec in hopper) == 1, "both families share what combines splits"
     for rows, split in product((16, 32, 64, 128), (False, True)):
         key = DispatchKey(fa.SmArch.SM_80, fa.DType.F16, 64, causal=True, paged=True, extras=Extras(cache_rows=rows, split=split))
         assert set(lookup(key).steps()) <= set(both)

@@ -44,7 +44,7 @@ def test_cells_say_what_dispatch_says() -> None:
 def test_refusals_give_their_reason(invoke: Invoke) -> None:
     result = invoke("matrix")
     assert result.exit_code == 0
-    assert "batch_invariant: " in result.stdout
+    assert "fp8: " in result.stdout
     assert "family: " in result.stdout
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
-from atomr_accel_flashattn.kernels.spec import KernelSpec
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
 from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import DType, SmArch
@@ -50,6 +50,11 @@ WGMMA_AXES: dict[str, tuple[Any, ...]] = {
     ),
     "persistent": (False, True),
     "short_q": (False, True),
+}
+# Over a KV cache there is no dropout.
+WGMMA_CACHE_AXES = WGMMA_AXES | {
+    "heads": tuple({"gqa_ratio": ratio, "alibi": alibi, "dropout": False} for ratio, alibi in ((1, False), (4, False), (1, True))),
+    "cache": tuple({"paged": paged, "split": split} for paged in (False, True) for split in (False, True)),
 }
 # Where registers are scarcest: all features at once that the tiles of three and four computing warpgroups are given.
 CROWDED_AXES: dict[str, tuple[Any, ...]] = {
@@ -102,6 +107,16 @@ def dropout_mask_specs() -> list[KernelSpec]:
     return [_spec(DispatchKey(arch, DType.F16, 64, varlen=varlen, extras=extras)) for arch in ARCHS for varlen in (False, True)]
 
 
+def merge_specs() -> list[KernelSpec]:
+    """The kernel that merges two states: every arch and type."""
+    return [
+        _spec(DispatchKey(arch, dtype, 64, extras=Extras(direction="merge_states", load_align=align)))
+        for arch in ARCHS
+        for dtype in (*DTYPES, DType.F32)
+        for align in (16, 2)
+    ]
+
+
 def backward_specs() -> list[KernelSpec]:
     """The three kernels of a backward: every arch and tile width plain, and the pairs of features at head dim 128.
 
@@ -136,6 +151,14 @@ def cache_specs() -> list[KernelSpec]:
         cache = {"kv_cache": i % 2 == 0, "dropout": False, "cache_rows": rows[i % 4], "split": i % 3 == 0}
         keys.append(replace(key, paged=i % 2 == 1, extras=replace(key.extras, **cache)))
     keys += [replace(key, extras=replace(key.extras, split=False, scheduled=True)) for key in keys if not key.extras.split]
+    for i, row in enumerate(covering_rows(AXES)):
+        if i % 4 == 1 and not row["dropout"]:
+            key = _feature_key({"widths": (128, 128), **row})
+            keys.append(replace(key, paged=i % 8 == 1, extras=replace(key.extras, cache_rows=rows[i % 4], batch_invariant=True)))
+    keys += [
+        DispatchKey(arch, DTYPES[(a + w) % 2], width, causal=True, extras=Extras(cache_rows=rows[(a + w) % 3], batch_invariant=True))
+        for a, w, arch, width in _numbered(ARCHS, HEAD_DIM_WIDTHS)
+    ]
     flags = itertools.product((False, True), repeat=3)
     appends = [
         KvAppendSpec(arch=ARCHS[i % len(ARCHS)], dtype=DTYPES[i % 2], paged=paged, interleaved=interleaved, wide_rotary=wide)
@@ -146,10 +169,22 @@ def cache_specs() -> list[KernelSpec]:
     return [*(step for spec in answers for step in spec.steps()), *sorted(schedules, key=lambda spec: spec.kernel_name), *appends]
 
 
+def wgmma_cache_specs() -> list[KernelSpec]:
+    """A pairwise covering array of the wgmma family over a KV cache, with what combines splits."""
+    specs: list[KernelSpec] = []
+    for row in covering_rows(WGMMA_CACHE_AXES):
+        key, cache = _feature_key(row | row["heads"]), row["cache"]
+        extras = replace(key.extras, family=Family.FA3, kv_cache=not cache["paged"], split=cache["split"])
+        specs += lookup(replace(key, paged=cache["paged"], extras=extras)).steps()
+    return specs
+
+
 def all_specs() -> list[KernelSpec]:
     """Every kernel of this folder's tests, each once."""
-    wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs())
-    return list(dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *backward_specs(), *cache_specs()]))
+    wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs(), *wgmma_cache_specs())
+    return list(
+        dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *merge_specs(), *backward_specs(), *cache_specs()])
+    )
 
 
 def _numbered(*axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:

@@ -67,6 +67,7 @@ KNOWN_SPILLS = (
     Spill("fa2_bwd_*_d128_m64n128w8s2b1*", 192, _BACKWARD),
     Spill("fa2_bwd_*_d256_m64n64w8s*", 160, _BACKWARD),
     Spill("fa3_fwd_*_d64_m256n64w20s4*_softcap_scalefirst_learnedsink_varlen*", 80, _CROWDED),
+    Spill("fa3_kvcache_*_d64_m256n64w20s4*_softcap_scalefirst_learnedsink_varlen*", 24, _CROWDED),
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 from atomr_accel_flashattn.dispatch import DispatchKey, lookup
 from atomr_accel_flashattn.dispatch.key import Extras
 from atomr_accel_flashattn.jit.nvrtc import compile_source
+from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.types import DType, SmArch
@@ -29,6 +30,12 @@ def test_a_kernel_with_naps_compiles(tmp_path: Path, arch: SmArch, width: int, f
     assert spec.family is (Family.FA3 if arch is SmArch.SM_90A else Family.FA2)
     headers = headers_with_naps(tmp_path / "cuda", FLAWS[spec.family] if flawed else None)
     assert compile_source(spec.kernel_name, spec.source(), arch.value, [headers]).cubin
+
+
+def test_a_wgmma_kernel_over_a_cache_with_naps_compiles(tmp_path: Path):
+    spec = lookup(DispatchKey(SmArch.SM_90A, DType.BF16, 128, causal=True, paged=True, extras=Extras(family=Family.FA3, split=True)))
+    assert isinstance(spec, Fa3KvCacheSpec)
+    assert compile_source(spec.kernel_name, spec.source(), "sm_90a", [headers_with_naps(tmp_path / "cuda")]).cubin
 
 
 @pytest.mark.parametrize("flaw", [CACHE_NAPS, CACHE_FLAW], ids=["sound", "flawed"])

@@ -79,19 +79,19 @@ def test_the_kernels_that_cases_need_are_found_without_a_launch(monkeypatch: pyt
     monkeypatch.setattr(harness, "_flat_tensor", lambda storage, _device: fake(to_host(storage, "cpu")))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _index: STREAM, raising=False)
     monkeypatch.setattr(harness, "synchronize", lambda: None)
-    on_caches = len(sanitizer_cases.ON_CACHES) + len(sanitizer_cases.APPENDS)
+    on_caches = len(sanitizer_cases.ON_CACHES) + len(sanitizer_cases.APPENDS) + len(sanitizer_cases.MERGED)
     assert len(sanitizer_cases.checks(Family.FA2)) == 2 * len(sanitizer_cases.checks(Family.FA3)) + on_caches > 200
     dropped = [case for case in pairwise_cases(GPU_DTYPES) if case.dropout_p]
     chosen = [next(case for case in dropped if case.is_varlen is varlen) for varlen in (False, True)]
     made = [*map(sanitizer_cases.Check.forward, [*chosen, chosen[0]]), sanitizer_cases.Check.backward(chosen[0])]
     monkeypatch.setattr(sanitizer_cases, "checks", lambda _family: made)
-    made.append(sanitizer_cases.Check.append("one token, paged"))
+    made += [sanitizer_cases.Check.append("one token, paged"), sanitizer_cases.Check.merge((2, 3, 4, 8))]
     monkeypatch.setattr(sanitizer_cases.cases, "upload", lambda array: fake(torch.from_numpy(array.copy())))
-    *specs, again, before, backward, behind, append, cached = sanitizer_cases.needed_specs(Family.FA2)
+    *specs, again, before, backward, behind, append, cached, merged = sanitizer_cases.needed_specs(Family.FA2)
     assert [spec.kernel_name.split("_sm")[0] in {"fa2_fwd", "fa3_fwd"} for spec in specs] == [True, False] * 3
     assert [spec.kernel_name for spec in specs[1::2]] == ["dropout_mask_sm90", "dropout_mask_sm90_varlen", "dropout_mask_sm90"]
     assert again == specs[0]
     assert [spec.HEADER for spec in (before, backward, behind)] == ["bwd_preprocess", "fa2_bwd", "bwd_postprocess"]
-    assert [spec.HEADER for spec in (append, cached)] == ["kv_append", "fa2_kvcache"]
+    assert [spec.HEADER for spec in (append, cached, merged)] == ["kv_append", "fa2_kvcache", "merge_states"]
     assert gpu.launches == gpu.specs == []
     assert not store._plans

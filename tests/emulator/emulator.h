@@ -48,6 +48,14 @@ struct float4 {
   float x, y, z, w;
 };
 
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline int __float_as_int(float x) {
+  int y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
 inline float __int_as_float(int x) {
   float y;
   std::memcpy(&y, &x, 4);
@@ -376,6 +384,12 @@ inline void __syncwarp() { __shfl_sync(0xffffffffu, 0, 0); }
 inline int atomicAdd(int* address, int x) {
   const int old = *address;
   *address += x;
+  return old;
+}
+
+inline int atomicMax(int* address, int x) {
+  const int old = *address;
+  *address = old > x ? old : x;
   return old;
 }
 

@@ -11,8 +11,9 @@ import numpy as np
 from atomr_accel_flashattn.arrays.read import read_array
 from atomr_accel_flashattn.dispatch import key_of_problem
 from atomr_accel_flashattn.dispatch.resolve import _features
-from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec
-from atomr_accel_flashattn.kernels.spec import Tile
+from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
+from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
+from atomr_accel_flashattn.kernels.spec import Family, Tile
 from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec, schedule_bytes
 from atomr_accel_flashattn.problem import KvCache, StepShape, Strides
 from atomr_accel_flashattn.tiles.tables import head_dim_width
@@ -22,6 +23,7 @@ from tests.inputs import Inputs, Layout, Poisoned
 from tests.reference.running import problem_of
 
 from .build import run
+from .running import flat_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,12 +35,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Cached", "launch"]
 
+_MULTIPROCESSORS = 3  # so few that persistent blocks take many tiles
 SMALL = Tile(block_m=16, block_n=32, warps=4, stages=2)
 
 
 @dataclass(frozen=True)
 class Cached:
-    """How a case is run: ``block_size`` None is a contiguous cache; with ``blocks`` in so many of a StepPlan."""
+    """How a case is run: ``block_size`` None is a contiguous cache, ``layout`` is its pages'; with ``blocks`` in so many of a StepPlan."""
 
     block_size: int | None = 16
     splits: int = 1
@@ -46,6 +49,8 @@ class Cached:
     left_pad: int = 0
     blocks: int = 0
     seed: int = 0
+    family: Family = Family.FA2
+    layout: KvLayout = KvLayout.NHD
 
     def __call__(self, inputs: Inputs) -> Run:
         """What :func:`tests.check.check_case` calls."""
@@ -66,7 +71,7 @@ class Cached:
             cache=KvCache(
                 num_blocks=held["k"].shape[0],
                 block_size=held["k"].shape[1],
-                layout=KvLayout.NHD,
+                layout=self.layout,
                 blocks=read_array(held["blocks"], "blocks"),
                 lengths=read_array(held["cache_lengths"], "lengths"),
                 left_pad=None if held.get("left_pad") is None else read_array(held["left_pad"], "left_pad"),
@@ -87,11 +92,20 @@ class Cached:
         else:
             arrays["partial_o"] = np.full((self.splits, lse.size, problem.v_head_dim), np.nan, np.float32)
             arrays["partial_lse"] = np.full((self.splits, lse.size), np.nan, np.float32)
-        params = spec.pack_call(cache, out_info, self.blocks or self.splits)
+        params: Any = spec.pack_call(cache, out_info, self.blocks or self.splits)
+        counters = np.zeros(2, np.int32)
         for step in spec.steps():
             tiles = step.work_tiles(cache)
-            if tiles:
-                launch(step, params, arrays, step.grid(tiles, 1, self.blocks or self.splits), seed=self.seed)
+            if not tiles:
+                continue
+            if isinstance(spec, Fa3KvCacheSpec) and step is not spec:
+                params = KvCacheParams.from_buffer_copy(params)
+            for (name, _), described in zip(params.MAPS, params.tensor_maps, strict=True):
+                ctypes.memmove(ctypes.addressof(getattr(params, name)), flat_tensor(described), 128)
+            if params.counts:
+                params.counters = counters.ctypes.data
+            launch(step, params, arrays, step.grid(tiles, _MULTIPROCESSORS, self.blocks or self.splits), seed=self.seed)
+        assert not counters.any(), "a persistent kernel must leave its counters zero"
         out.check()
         return Run(out.view, lse)
 
@@ -105,14 +119,19 @@ class Cached:
         assert (room[size:] == 0xA5).all(), "the schedule is longer than it says"
         return room[:size]
 
-    def _spec(self, problem: AttentionProblem) -> Fa2KvCacheSpec:
-        key = key_of_problem(problem, SmArch.SM_90)
+    def _spec(self, problem: AttentionProblem) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
+        arch = SmArch.SM_90 if self.family is Family.FA2 else SmArch.SM_90A
+        key = key_of_problem(problem, arch)
         features = _features(key, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim))
-        split = self.splits > 1
-        fields = {"arch": SmArch.SM_90, "tile": self.tile, "paged": self.block_size is not None, **features}
-        spec = ScheduledKvCacheSpec(**fields) if self.blocks else Fa2KvCacheSpec(split=split, **fields)
+        fields = {"arch": arch, "tile": self.tile, "paged": self.block_size is not None, **features}
+        if self.blocks:
+            spec: Any = ScheduledKvCacheSpec(**fields)
+        elif self.family is Family.FA2:
+            spec = Fa2KvCacheSpec(split=self.splits > 1, **fields)
+        else:
+            spec = Fa3KvCacheSpec(split=self.splits > 1, pack_gqa=key.packs_heads, **fields)
         assert not spec.misfit()
-        assert spec.shared_memory <= SmArch.SM_90.shared_memory_per_block
+        assert spec.shared_memory <= arch.shared_memory_per_block
         return spec
 
     def _hold(self, inputs: Inputs, random: np.random.Generator) -> dict[str, Any]:
@@ -136,6 +155,8 @@ class Cached:
         k, v = (_empty_cache((len(pages), size), x) for x in (inputs.k, inputs.v))
         table = random.choice(np.array([-1, 2**31 - 1, -(2**31)], np.int32), (len(sequences), width))  # never followed
         first = 0
+        if self.layout is KvLayout.HND:
+            k, v = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
         for index, sequence in enumerate(sequences):
             table[index, : needed[index]] = pages[first : first + needed[index]]
             for j in range(len(sequence.k)):

@@ -7,13 +7,16 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
+from atomr_accel_flashattn import merge
 from atomr_accel_flashattn.actor import gpu as actor_gpu
 from atomr_accel_flashattn.dispatch import arch as dispatch_arch, choice
 from atomr_accel_flashattn.kernels.backward import BackwardSpec
 from atomr_accel_flashattn.launch import driver, launcher
 from atomr_accel_flashattn.launch.driver import DeviceProperties
 from atomr_accel_flashattn.launch.launcher import LoadedKernel
-from atomr_accel_flashattn.runtime import execute, gradients, plan, step
+from atomr_accel_flashattn.runtime import execute, gradients, merging, on_cache, overflow, plan, step
 from atomr_accel_flashattn.torch_ops import repeat
 from atomr_accel_flashattn.types import SmArch
 from tests.emulator.running import flat_tensor
@@ -53,6 +56,7 @@ class FakeGpu:
     workspaces: list[tuple[int, bool]] = field(default_factory=list)
     used_on: list[tuple[int, int]] = field(default_factory=list)
     status: int = 0  # what the next launches return, without computing; 0 computes
+    error: Any = field(default_factory=lambda: np.zeros(1, np.int32))  # the error word of every device
     raises: BaseException | None = None  # what the next launches raise, as a Ctrl-C would
     _numbers: set[int] = field(default_factory=set)
 
@@ -64,9 +68,13 @@ class FakeGpu:
         for name in ("shortcuts", "latest"):
             monkeypatch.setattr(repeat, name, {})
         monkeypatch.setattr(dispatch_arch, "_arch_of_gpu", lambda _index: arch)
-        for module in (plan, step):
+        monkeypatch.setattr(merging, "_launches", {})
+        monkeypatch.setattr(on_cache, "error_word", lambda _index: self.error.ctypes.data)
+        monkeypatch.setattr(overflow, "devices_with_a_word", lambda: (0,))
+        monkeypatch.setattr(overflow, "take_error", self.take_error)
+        for module in (plan, merging, step):
             monkeypatch.setattr(module, "load_kernel", self.load)
-        for module in (execute, gradients):
+        for module in (execute, gradients, merge):
             monkeypatch.setattr(module, "empty_like_framework", empty_like)
         for module in (execute, gradients, step):
             monkeypatch.setattr(module, "empty_workspace", self.empty_workspace)
@@ -103,6 +111,12 @@ class FakeGpu:
         made = empty_workspace(like, size)
         self.workspaces.append((made.ptr, other_stream))
         return made
+
+    def take_error(self, _index: int) -> int:
+        """Stands in for the function of that name."""
+        found = int(self.error[0])
+        self.error[0] = 0
+        return found
 
     def counters_for(self, device_index: int, stream: int) -> int:
         """Stands in for the function of that name."""

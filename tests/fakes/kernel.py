@@ -18,9 +18,11 @@ from atomr_accel_flashattn.kernels.attention import AttentionSpec
 from atomr_accel_flashattn.kernels.backward import BackwardSpec, BwdParams
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams, DropoutMaskSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
+from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams, Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
 from atomr_accel_flashattn.kernels.kv_append import KvAppendParams, KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, KvCacheParams, KvCacheSpec, SplitCombineSpec
+from atomr_accel_flashattn.kernels.merge_states import MergeStatesParams, MergeStatesSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepCombineSpec, StepParams, StepScheduleSpec
 from atomr_accel_flashattn.limits import UNBOUNDED
@@ -37,9 +39,9 @@ _FLAT_TENSOR = struct.Struct("<Q4q5i5ii")  # what ``tests.emulator.running.flat_
 
 def read_parameters(spec: KernelSpec, address: int) -> Any:
     """A copy of the parameters that lie there; those of the FA3 family are their ``fwd``."""
-    kinds = {DropoutMaskSpec: DropoutMaskParams, BackwardSpec: BwdParams, KvAppendSpec: KvAppendParams}
+    kinds = {DropoutMaskSpec: DropoutMaskParams, BackwardSpec: BwdParams, KvAppendSpec: KvAppendParams, MergeStatesSpec: MergeStatesParams}
     kinds |= dict.fromkeys((ScheduledKvCacheSpec, StepCombineSpec, StepScheduleSpec), StepParams)
-    kinds |= dict.fromkeys((Fa2KvCacheSpec, SplitCombineSpec), KvCacheParams)
+    kinds |= dict.fromkeys((Fa2KvCacheSpec, SplitCombineSpec), KvCacheParams) | {Fa3KvCacheSpec: Fa3KvCacheParams}
     kind = next((params for of, params in kinds.items() if isinstance(spec, of)), FwdParams)
     return kind.from_buffer_copy(kind.from_address(address))
 
@@ -50,7 +52,16 @@ def run_kernel(spec: KernelSpec, params: Any, address: int, *, grid: int, counte
         size = params.batch * params.heads * params.seqlen_q * params.seqlen_k
         np.frombuffer((ctypes.c_uint8 * size).from_address(params.keep), np.uint8)[:] = 1
         return
-    if isinstance(spec, (KvAppendSpec, KvCacheSpec)):  # they have no stand-in: their own source runs
+    if isinstance(spec, Fa3KvCacheSpec):
+        assert params.tiles % params.splits == 0
+        assert grid <= params.tiles if spec.tile.persistent else grid == params.tiles
+        assert not spec.tile.persistent or params.counters == counters, "a persistent kernel counts in another stream's counters"
+        own = np.zeros(2, np.int32)
+        params.counters = own.ctypes.data if params.counters else None
+        emulate(spec, params, grid)
+        assert not own.any(), "a persistent kernel must leave its counters zero"
+        return
+    if isinstance(spec, (KvAppendSpec, KvCacheSpec, MergeStatesSpec)):  # they have no stand-in: their own source runs
         emulate(spec, params, grid)
         return
     assert isinstance(spec, ForwardSpec)

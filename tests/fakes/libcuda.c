@@ -91,6 +91,21 @@ int cuMemsetD8Async(unsigned long long address, unsigned char value, size_t byte
   fake_cleared_unready = 1;
   return 0;
 }
+int cuMemcpyDtoH(void* to, unsigned long long from, size_t bytes) {
+  if (!depth || forbidden()) return 201;
+  memcpy(to, (void*)from, bytes);
+  return 0;
+}
+int cuMemsetD32(unsigned long long address, unsigned value, size_t count) {
+  if (!depth || forbidden()) return 201;
+  for (size_t i = 0; i < count; i++) ((unsigned*)address)[i] = value;
+  return 0;
+}
+int cuCtxSynchronize(void) {
+  if (!depth) return 201;
+  fake_syncs++;
+  return fake_sync_status;
+}
 int cuStreamCreate(void** stream, unsigned flags) {
   if (flags != 1) fake_forbidden++;  // a blocking stream waits for the default stream, which waits for captures
   *stream = (void*)0x77;

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import atomr_accel_flashattn as fa
-from atomr_accel_flashattn.dispatch import Cell, arch_of_capability, cells
+from atomr_accel_flashattn.dispatch import Cell, arch_of_capability, cells, resolve
 from atomr_accel_flashattn.errors import ArchUnsupportedError, DispatchError, FeatureNotBuiltError
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec
@@ -34,7 +34,7 @@ any_extras = st.fixed_dictionaries(
         "softcap": st.floats() | st.just(0.0),
         "dropout": st.booleans(),
         "learned_sink": st.booleans(),
-        "direction": st.sampled_from(["fwd", "bwd", "dropout_mask"]),
+        "direction": st.sampled_from(["fwd", "bwd", "dropout_mask", "merge_states"]),
         "deterministic": st.booleans(),
         "head_split": st.booleans(),
         "split": st.booleans(),
@@ -90,7 +90,7 @@ keys = st.builds(
         out_dtype=st.none() | st.sampled_from([None, None, *DType]),
         softcap=st.floats(0, 100),
         dropout=st.booleans(),
-        direction=st.sampled_from(["fwd"] * 6 + ["bwd", "dropout_mask"]),
+        direction=st.sampled_from(["fwd"] * 6 + ["bwd", "dropout_mask", "merge_states"]),
         split=st.sampled_from([False] * 9 + [True]),
         kv_layout=st.sampled_from(["NHD"] * 8 + ["HND", "VLLM_V1"]),
         left_pad=st.sampled_from([False] * 9 + [True]),
@@ -394,9 +394,8 @@ PLAIN = fa.DispatchKey(SmArch.SM_90, DType.F16, 128)
         ("kv_layout", replace(PLAIN, paged=True, extras=fa.Extras(kv_layout="VLLM_V1"))),
         ("v_dtype", replace(PLAIN, extras=fa.Extras(v_dtype=DType.BF16))),
         ("out_dtype", replace(PLAIN, extras=fa.Extras(out_dtype=DType.F32))),
-        ("batch_invariant", replace(PLAIN, paged=True, extras=fa.Extras(batch_invariant=True))),
-        ("fa3_kv_cache", replace(PLAIN, arch=SmArch.SM_90A, paged=True, extras=fa.Extras(family=Family.FA3))),
-        ("batch_invariant", replace(PLAIN, extras=fa.Extras(batch_invariant=True))),
+        ("invariant_dropout", replace(PLAIN, extras=fa.Extras(batch_invariant=True, dropout=True))),
+        ("fa3_batch_invariant", replace(PLAIN, arch=SmArch.SM_90A, extras=fa.Extras(batch_invariant=True, family=Family.FA3))),
         ("kv_layout", replace(PLAIN, arch=SmArch.CPU, paged=True, extras=fa.Extras(kv_layout="VLLM_V1"))),
         ("paged_backward", replace(PLAIN, arch=SmArch.CPU, paged=True, extras=fa.Extras(direction="bwd"))),
     ],
@@ -405,6 +404,26 @@ def test_what_is_not_built_is_refused_by_name(feature: str, key: fa.DispatchKey)
     with pytest.raises(FeatureNotBuiltError, match=f"'{feature}' is not built") as raised:
         fa.lookup(key)
     assert raised.value.feature == feature
+
+
+@pytest.mark.parametrize("extras", [{"direction": "bwd"}, {"tile": TILE}], ids=str)
+def test_a_batch_invariant_call_has_one_direction_and_one_tile(extras: dict[str, Any]):
+    with pytest.raises(DispatchError, match=f"batch_invariant: got it with (a backward|tile {TILE})"):
+        fa.lookup(replace(PLAIN, extras=fa.Extras(batch_invariant=True, **extras)))
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHS)
+def test_batch_invariant_tiles_cut_the_keys_alike_for_every_number_of_rows(arch: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resolve, "saved_tile", lambda *_, **__: TILE)  # a tuned one would be another
+    resolve._resolve.cache_clear()
+    for width in HEAD_DIM_WIDTHS:
+        extras = [fa.Extras(batch_invariant=True, cache_rows=rows) for rows in (16, 32, 64, 128)]
+        specs: list[Any] = [fa.lookup(fa.DispatchKey(arch, DType.F16, width, extras=each)) for each in extras]
+        assert len({(spec.tile.block_n, spec.tile.warps / spec.tile.block_m) for spec in specs}) == 1
+        assert {(spec.tile.warps * 16 // spec.tile.block_m, spec.family) for spec in specs} == {(4, Family.FA2)}
+        assert not any(spec.misfit() or spec.shared_memory > arch.shared_memory_per_block for spec in specs)
+        wrong = replace(specs[0], tile=replace(specs[0].tile, warps=8))
+        assert "4 groups" in wrong.misfit()
 
 
 CACHED = fa.DispatchKey(SmArch.CPU, DType.F16, 128, paged=True)
@@ -450,7 +469,7 @@ def test_wide_types_are_refused_on_gpus(arch: Any, dtype: Any):
         ({"load_align": 0}, "load_align: got 0"),
         ({"persistent": "yes"}, "persistent: got 'yes'; allowed is None, True or False"),
         ({"persistent_blocks": 3}, "persistent_blocks: got 3; allowed is None, or an integer >= 1 with persistent"),
-        ({"direction": "sideways"}, "direction: got 'sideways'; allowed is 'fwd', 'bwd' or 'dropout_mask'"),
+        ({"direction": "sideways"}, "direction: got 'sideways'; allowed is 'fwd', 'bwd', 'dropout_mask' or 'merge_states'"),
     ],
     ids=str,
 )

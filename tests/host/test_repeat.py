@@ -322,6 +322,29 @@ def test_an_out_that_is_an_input_is_refused_though_there_is_a_plan(gpu: FakeGpu)
             fa.flash_attn_func(q, k, v, out=taken)
 
 
+def test_an_out_in_lengths_or_biases_is_refused_though_there_is_a_plan(gpu: FakeGpu):
+    q, k, v = (x.reshape(10, 4, 16) for x in qkv())
+    ends = [0, 4, 10]
+    beside = {"cu_seqlens_q": (torch.int32, ends), "cu_seqlens_k": (torch.int32, ends), "alibi_slopes": (torch.float32, [0.5] * 4)}
+    beside["learned_sink"] = (torch.float32, [1.0] * 4)
+    asked = {name: fake(torch.tensor(values, dtype=dtype)) for name, (dtype, values) in beside.items()} | {
+        "max_seqlen_q": 6,
+        "max_seqlen_k": 6,
+    }
+    fa.flash_attn_varlen_func(q, k, v, **asked, out=fake(torch.empty_like(q)))
+    for name, (dtype, values) in beside.items():
+        memory = fake(torch.zeros(1280).half())
+        inside = memory[632 : 632 + 2 * len(values)].view(dtype)
+        inside.copy_(torch.tensor(values, dtype=dtype))
+        fa.flash_attn_varlen_func(q, k, v, **asked | {name: inside}, out=fake(torch.empty_like(q)))
+        for start in (0, 632):
+            with pytest.raises(fa.OutputError, match="out: got memory of lengths, a table"):
+                fa.flash_attn_varlen_func(q, k, v, **asked | {name: inside}, out=memory[start : start + 640].view(10, 4, 16))
+        apart = fake(torch.empty_like(q))
+        assert fa.flash_attn_varlen_func(q, k, v, **asked | {name: inside}, out=apart) is apart
+    assert gpu.repeated == [False] + [True] * 8
+
+
 @pytest.mark.parametrize("shift", [-600, -320, -8, 8, 320, 632])
 def test_an_out_that_overlaps_an_input_by_an_element_is_refused_though_there_is_a_plan(gpu: FakeGpu, shift: int):
     for name in range(3):

@@ -6,8 +6,10 @@ from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
 from atomr_accel_flashattn.kernels.fa2_fwd import Fa2ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3ForwardSpec
+from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec
+from atomr_accel_flashattn.kernels.merge_states import MergeStatesSpec
 from atomr_accel_flashattn.kernels.spec import Tile
 from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
 from atomr_accel_flashattn.types import DType, SmArch
@@ -25,7 +27,9 @@ WGMMA = Fa3ForwardSpec(
 CACHE = Fa2KvCacheSpec(
     arch=SmArch.SM_80, dtype=DType.F16, head_dim=32, v_head_dim=32, tile=Tile(block_m=16, block_n=16, warps=4), paged=True, split=True
 )
+WGMMA_CACHE = Fa3KvCacheSpec(arch=SmArch.SM_90A, dtype=DType.F16, head_dim=64, v_head_dim=64, tile=WGMMA.tile, paged=True, split=True)
 COMBINE = SplitCombineSpec.of(CACHE)
 SCHEDULED = ScheduledKvCacheSpec(arch=SmArch.SM_80, dtype=DType.F16, head_dim=32, v_head_dim=32, tile=CACHE.tile, paged=True)
 STEP = (StepScheduleSpec.before(SCHEDULED), *SCHEDULED.steps())
+MERGE = MergeStatesSpec(arch=SmArch.SM_80, dtype=DType.F16)
 APPEND = KvAppendSpec(arch=SmArch.SM_80, dtype=DType.F16, paged=True)

@@ -17,6 +17,7 @@ from atomr_accel_flashattn.jit.cache import KernelCache
 from atomr_accel_flashattn.kernels.forward import FwdParams
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.launch import driver as driver_module
+from atomr_accel_flashattn.launch.error_word import devices_with_a_word, error_word, take_error
 from atomr_accel_flashattn.launch.launcher import Launch, LoadedKernel, load_kernel
 from tests.fakes.libcuda import value as fake
 from tests.jit.kernels import FORWARD
@@ -210,6 +211,25 @@ def too_few_addresses_are_refused() -> None:
     with pytest.raises(ValueError, match="same size"):
         made.launch(0, (1, 2, 3))
     assert fake("launches").value == 0
+
+
+def the_error_word_of_a_device_is_taken_once() -> None:
+    word = error_word(1)
+    assert (fake("alloc_device").value, error_word(1), devices_with_a_word()) == (1, word, (1,))
+    assert take_error(1) == 0
+    ctypes.c_int32.from_address(word).value = 3
+    before = fake("syncs").value
+    assert [take_error(1), take_error(1), take_error(0)] == [3, 0, 0]
+    assert fake("syncs").value > before
+    fake("sync_status").value = 700
+    with pytest.raises(DeviceLostError):
+        take_error(1)
+
+
+def an_error_word_can_be_made_while_anything_is_captured() -> None:
+    fake("capturing").value = 1
+    assert error_word(0)
+    assert fake("forbidden").value == 0
 
 
 if __name__ == "__main__":

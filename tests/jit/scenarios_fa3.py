@@ -265,7 +265,7 @@ def memory_that_is_not_there_is_an_error_now_and_none_later() -> None:
     _use_device(0)
     fake("alloc_status").value = 2
     for _ in range(2):
-        with pytest.raises(LaunchError, match="allocating counters failed") as caught:
+        with pytest.raises(LaunchError, match="allocating zeros failed") as caught:
             counters_for(0, 4096)
         assert caught.value.cuda_error == "CUDA_ERROR_OUT_OF_MEMORY"
     fake("alloc_status").value = 0
@@ -295,7 +295,7 @@ def counters_that_could_not_be_had_are_asked_for_again() -> None:
     made.launch(4096, _at(4096))
     fake("alloc_status").value = 2
     for _ in range(2):
-        with pytest.raises(LaunchError, match="allocating counters failed"):
+        with pytest.raises(LaunchError, match="allocating zeros failed"):
             made.launch(0, _at(0))
     fake("alloc_status").value = 0
     fake("step").value = 0

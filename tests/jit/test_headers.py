@@ -16,12 +16,21 @@ from atomr_accel_flashattn.jit.headers import closure_digest, include_closure
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.tiles.saved import headers_identity
 from atomr_accel_flashattn.types import DType, SmArch
-from tests.jit.kernels import APPEND, BACKWARD, CACHE, COMBINE, FORWARD, MASK, STEP, WGMMA
+from tests.jit.kernels import APPEND, BACKWARD, CACHE, COMBINE, FORWARD, MASK, MERGE, STEP, WGMMA, WGMMA_CACHE
 
 ROOMS = ("ptx", "tile", "attention", "kernels")  # includes point to the same room or to one before it
 STEPS = dict(zip(("before", "backward", "behind"), BACKWARD.steps(), strict=True))
-KERNELS = {"fa2": FORWARD, "fa3": WGMMA, "dropout_mask": MASK, **STEPS, "cache": CACHE, "combine": COMBINE, "append": APPEND} | {
-    spec.HEADER: spec for spec in STEP
+KERNELS = {
+    "fa2": FORWARD,
+    "fa3": WGMMA,
+    "dropout_mask": MASK,
+    **STEPS,
+    "cache": CACHE,
+    "fa3_cache": WGMMA_CACHE,
+    "combine": COMBINE,
+    "append": APPEND,
+    "merge": MERGE,
+    **{spec.HEADER: spec for spec in STEP},
 }
 HEADERS = sorted(path.relative_to(headers.headers_dir()).as_posix() for path in headers.headers_dir().rglob("*.cuh"))
 

@@ -13,9 +13,11 @@ from atomr_accel_flashattn.jit.headers import headers_dir
 from atomr_accel_flashattn.kernels.backward import BwdParams
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
+from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
 from atomr_accel_flashattn.kernels.kv_append import KvAppendParams
 from atomr_accel_flashattn.kernels.kvcache import KvCacheParams
+from atomr_accel_flashattn.kernels.merge_states import MergeStatesParams
 from atomr_accel_flashattn.kernels.params import KernelParams, StrideParams, TensorMapParams
 from atomr_accel_flashattn.kernels.spec import KernelSpec, Tile
 from atomr_accel_flashattn.kernels.step import StepParams
@@ -37,6 +39,7 @@ _STRUCTS = {
     StepParams: "fa::StepParams",
     KvAppendParams: "fa::KvAppendParams",
     DropoutMaskParams: "fa::DropoutMaskParams",
+    MergeStatesParams: "fa::MergeStatesParams",
 }
 _KERNELS = [FwdParams, Fa3FwdParams, DropoutMaskParams]
 _PADDING = {"_alignment"}  # which the kernels' compiler puts there by itself
@@ -115,6 +118,29 @@ def test_structs_lie_in_memory_as_the_kernels_see_them(struct: type[ctypes.Struc
     lines.append(f'extern "C" __global__ void k(const __grid_constant__ {name} p) {{ const auto& [{names}] = p; }}')
     text = '#include "attention/params.cuh"\n' + "\n".join(lines)
     nvrtc.compile_source("layout", text, "sm_80", [headers_dir()])
+
+
+def test_parameters_of_wgmma_over_a_cache_begin_with_those_of_every_kernel_over_one():
+    base, whole = ctypes.sizeof(KvCacheParams), ctypes.sizeof(Fa3KvCacheParams)
+    assert issubclass(Fa3KvCacheParams, KvCacheParams)
+    fields = [name for name, _ in Fa3KvCacheParams._fields_ if name not in _PADDING]
+    assert fields == ["counters", "tiles", "box_rows", "q_map", "k_map", "v_map"]
+    # The struct in C++ with the base spelled out as a member: the same sizes and the same whole mean the same offsets.
+    lines = [
+        "using namespace fa;",
+        "struct Spelled { KvCacheParams base; int32_t* counters; int32_t tiles, box_rows; TensorMap q_map, k_map, v_map; };",
+        f"static_assert(sizeof(fa::KvCacheParams) == {base} && sizeof(fa::Fa3KvCacheParams) == {whole} && sizeof(Spelled) == {whole});",
+        "constexpr bool before(const void* a, const void* b) { return a < b; }\nconstexpr fa::Fa3KvCacheParams value{};",
+        "static_assert(alignof(fa::Fa3KvCacheParams) == 64);",
+    ]
+    lines += [f"static_assert(before(&value.{first}, &value.{second}));" for first, second in itertools.pairwise(fields)]
+    lines += [f"static_assert(sizeof(value.{name}) == {getattr(Fa3KvCacheParams, name).size});" for name in fields]
+    text = '#include "attention/params.cuh"\n' + "\n".join(lines) + '\nextern "C" __global__ void k() {}'
+    nvrtc.compile_source("cache_layout", text, "sm_90a", [headers_dir()])
+    assert Fa3KvCacheParams.counters.offset == base
+    assert all(getattr(Fa3KvCacheParams, name).offset % 64 == 0 for name, _ in Fa3KvCacheParams.MAPS)
+    first = Fa3KvCacheParams.SLOTS.index("q")
+    assert [slot for _, slot in Fa3KvCacheParams.MAPS] == list(Fa3KvCacheParams.SLOTS[first : first + 3])
 
 
 def test_maps_start_on_multiples_of_64_behind_padding_that_fills_the_gap():

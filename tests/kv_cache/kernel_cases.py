@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.types import DType
@@ -13,13 +14,50 @@ from tests.kv_cache import cases
 from tests.kv_cache.test_grid import AXES, case_of
 from tests.pairwise import covering_rows
 
-__all__ = ["APPENDS", "GRID", "HALF", "PLANNED", "check_append", "check_entries_outside", "check_pages", "close", "with_new_tokens"]
+__all__ = [
+    "APPENDS",
+    "GRID",
+    "HALF",
+    "PLANNED",
+    "PREFILL",
+    "UNFIT",
+    "check_append",
+    "check_entries_outside",
+    "check_length",
+    "check_new_tokens_without_room",
+    "check_pages",
+    "check_unfit",
+    "close",
+    "pages_of",
+    "with_new_tokens",
+]
 
 HALF: dict[str, float] = {"rtol": 4e-3, "atol": 4e-3}
 
+# Of the wgmma family: rows of q that fill a warpgroup, and pages of whole boxes of TMA.
+_PREFILL_AXES = AXES | {
+    "dtype": ({"dtype": DType.F16}, {"dtype": DType.BF16}),
+    "lengths": (
+        {"lengths_q": (100, 1, 65), "lengths_k": (701, 77, 65)},
+        {"lengths_q": (130, 130), "lengths_k": (1003, 131)},
+        {"lengths_q": (257,), "lengths_k": (2099,)},
+        {"lengths_q": (65, 0, 300), "lengths_k": (70, 33, 1299)},
+        {"lengths_q": (90, 70), "lengths_k": (20, 0)},
+    ),
+    "heads": tuple({"heads": q, "heads_kv": kv} for q, kv in ((2, 2), (4, 1), (6, 2), (8, 1), (7, 1))),
+    "cache": (
+        *({"block_size": size} for size in (8, 16, 24, 64, 128, 256)),
+        *({"block_size": size, "layout": fa.KvLayout.HND} for size in (16, 64)),
+        {"block_size": 0},
+        {"block_size": 0, "left_pad": True, "batch_idx": True},
+    ),
+    "order": tuple({"num_splits": splits} for splits in range(9)),
+}
+PREFILL = [case_of(row) for row in covering_rows(_PREFILL_AXES)]
+
 _GPU_AXES = AXES | {
     "dtype": ({"dtype": DType.F16}, {"dtype": DType.BF16}),
-    "order": ({}, {"num_splits": 1}, {"num_splits": 2}, {"num_splits": 7}),
+    "order": ({}, {"num_splits": 1}, {"num_splits": 2}, {"num_splits": 7}, {"batch_invariant": True}),
 }
 GRID = [case_of(row) for row in covering_rows(_GPU_AXES)]
 PLANNED = [replace(case, num_splits=0, planned=True) for case in GRID]  # in the blocks of a StepPlan
@@ -73,13 +111,16 @@ def check_append(asked: dict[str, Any], *, causal: bool) -> None:
     close(made_lse, lse, rtol=1e-3, atol=1e-3)
 
 
-def check_entries_outside() -> None:
+def check_entries_outside(*, queries: int = 1, page: int = 16, softcap: float = 0.0, num_splits: int = 0) -> None:
     """Entries of a table that name no page count as no keys, as on the CPU backend."""
     random = np.random.default_rng(0)
-    q, k, v = (random.standard_normal(shape).astype(np.float16) for shape in ((2, 1, 4, 32), (6, 16, 2, 32), (6, 16, 2, 32)))
-    table, lengths = np.array([[0, -5, 2], [1 << 20, 4, 5]], np.int32), np.array([40, 48], np.int32)
-    expected = fa.run(fa.PagedAttentionRequest(q, k, v, table, lengths))
-    made = fa.run(fa.PagedAttentionRequest(*map(cases.upload, (q, k, v, table, lengths))))
+    slots = (6, page, 2, 32)
+    q, k, v = (random.standard_normal(shape).astype(np.float16) for shape in ((2, queries, 4, 32), slots, slots))
+    table, lengths = np.array([[0, -5, 2], [1 << 20, 4, 5]], np.int32), np.array([3 * page - page // 2, 3 * page], np.int32)
+    k[[1, 3]], v[[1, 3]] = np.nan, np.nan  # pages that no entry names
+    asked: dict[str, Any] = {"options": fa.AttentionOptions(softcap=softcap), "num_splits": num_splits}
+    expected = fa.run(fa.PagedAttentionRequest(q, k, v, table, lengths, **asked))
+    made = fa.run(fa.PagedAttentionRequest(*map(cases.upload, (q, k, v, table, lengths)), **asked))
     close(made.out, expected.out, **HALF)
     close(made.lse, expected.lse, atol=1e-3)
 
@@ -104,3 +145,88 @@ def check_pages(layout: fa.KvLayout) -> None:
 def close(made: Any, expected: Any, **allowed: float) -> None:
     """An array of the device against one in host memory."""
     np.testing.assert_allclose(cases.download(made).astype(np.float32), np.asarray(expected, np.float32), **allowed)
+
+
+def pages_of(random: np.random.Generator) -> tuple[Any, ...]:
+    """K and V in 10 pages of 16, and a table of 4 pages for each of 2 sequences; 2 KV heads, head dim 32."""
+    k, v = (random.standard_normal((10, 16, 2, 32)).astype(np.float16) for _ in "kv")
+    return k, v, random.permutation(10).astype(np.int32)[:8].reshape(2, 4)
+
+
+def check_length(length: int) -> None:
+    """A sequence of ``length`` tokens in 4 pages of 16: up to 64 pass, 65 count as 64, and ``check`` names the sequence once."""
+    random = np.random.default_rng(0)
+    k, v, table = pages_of(random)
+    q = random.standard_normal((2, 3, 4, 32)).astype(np.float16)
+    causal = fa.MaskKind.causal()
+    expected = fa.run(fa.PagedAttentionRequest(q, k, v, table, np.array([9, min(length, 64)], np.int32), mask=causal))
+    arrays = map(cases.upload, (q, k, v, table, np.array([9, length], np.int32)))
+    made = fa.run(fa.PagedAttentionRequest(*arrays, mask=causal))
+    _check_error(1 if length > 64 else None)
+    close(made.out, expected.out, **HALF)
+    close(made.lse, expected.lse, atol=1e-3)
+    with pytest.raises(fa.SeqLensError, match=r"seq_lens: got 65 tokens in sequence 1; allowed are 0..64 tokens"):
+        fa.run(fa.PagedAttentionRequest(q, k, v, table, np.array([9, 65], np.int32)))
+    fa.check()
+
+
+def check_new_tokens_without_room(*, interleaved: bool) -> None:
+    """62 + 3 tokens in 64 slots: two are written, the others' page is as it was, and attention covers 64."""
+    random = np.random.default_rng(1)
+    k, v, table = pages_of(random)
+    q, new_k, new_v = (random.standard_normal((2, 3, heads, 32)).astype(np.float16) for heads in (4, 2, 2))
+    angle = random.uniform(0, 6, (70, 8))
+    rotary = {"rotary_cos": np.cos(angle).astype(np.float16), "rotary_sin": np.sin(angle).astype(np.float16)}
+    asked: dict[str, Any] = {"causal": True, "return_softmax_lse": True, "rotary_interleaved": interleaved}
+    on_host = [k.copy(), v.copy()]
+    expected = []
+    for b, (length, fits) in enumerate(((62, 2), (5, 3))):
+        row = slice(b, b + 1)
+        lengths = {"cache_seqlens": np.array([length], np.int32), "block_table": table[row]}
+        expected.append(fa.flash_attn_with_kvcache(q[row], *on_host, new_k[row, :fits], new_v[row, :fits], **lengths, **rotary, **asked))
+    lengths = np.array([62, 5], np.int32)
+    with pytest.raises(fa.SeqLensError, match="cache_seqlens: got 62 tokens and 3 new tokens in sequence 0"):
+        fa.flash_attn_with_kvcache(q, k, v, new_k, new_v, cache_seqlens=lengths, block_table=table, **rotary, **asked)
+    device = [cases.upload(x) for x in (q, k, v, new_k, new_v)]
+    more = {name: cases.upload(x) for name, x in rotary.items()}
+    more |= {"cache_seqlens": cases.upload(lengths), "block_table": cases.upload(table)}
+    out, lse = fa.flash_attn_with_kvcache(*device, **more, **asked)
+    _check_error(0)
+    for cache, host in zip(device[1:3], on_host, strict=True):
+        np.testing.assert_array_equal(cases.download(cache), host, err_msg="bits of the cache")
+    close(out, np.concatenate([each[0] for each in expected]), **HALF)
+    close(lse, np.concatenate([each[1] for each in expected]), atol=1e-3, rtol=1e-3)
+
+
+UNFIT: dict[str, dict[str, list[int]]] = {
+    "more tokens than slots": {"cache_seqlens": [5, 64, 3]},
+    "a negative length": {"cache_seqlens": [5, -1, 3]},
+    "more padding than tokens": {"cache_leftpad": [0, 41, 0]},
+    "negative padding": {"cache_leftpad": [0, -1, 0]},
+    "a row beyond the cache": {"cache_batch_idx": [1, 5, 2]},
+    "a negative row": {"cache_batch_idx": [1, -1, 2]},
+}
+
+
+def check_unfit(name: str) -> None:
+    """What the CPU backend refuses, values on a GPU show in ``check``, with and without new tokens."""
+    random = np.random.default_rng(2)
+    normal = lambda *shape: random.standard_normal(shape).astype(np.float16)  # noqa: E731
+    asked: dict[str, Any] = {"cache_seqlens": [5, 40, 3]} | UNFIT[name]
+    arrays = {key: np.array(values, np.int32) for key, values in asked.items()}
+    q, caches, new = normal(3, 1, 4, 32), [normal(5, 64, 2, 32) for _ in "kv"], [normal(3, 1, 2, 32) for _ in "kv"]
+    for more in ([], new) if name != "more tokens than slots" else (new,):
+        with pytest.raises((fa.SeqLensError, fa.BlockTableError)):
+            fa.flash_attn_with_kvcache(q, *map(np.copy, caches), *more, **arrays)
+        uploaded = {key: cases.upload(x) for key, x in arrays.items()}
+        out = fa.flash_attn_with_kvcache(*map(cases.upload, (q, *caches, *more)), **uploaded)
+        _check_error(1)
+        assert np.isfinite(cases.download(out).astype(np.float32)).all()
+
+
+def _check_error(sequence: int | None) -> None:
+    if sequence is not None:
+        with pytest.raises(fa.CacheOverflowError, match=f"sequence {sequence} of a call over a KV cache on GPU . did not fit") as caught:
+            fa.check()
+        assert caught.value.sequence == sequence
+    fa.check()

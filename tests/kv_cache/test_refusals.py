@@ -10,6 +10,7 @@ import pytest
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.dispatch import choice
+from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec
 from atomr_accel_flashattn.types import SmArch
 from tests.fakes.arrays import FakeArray
@@ -53,7 +54,7 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-BOTH = normal(2, 64, 2, 8)
+BOTH, POOL, SPARE = normal(2, 64, 2, 8), normal(9, 16, 2, 8), np.zeros_like(Q)
 REFUSED = {
     "rank of q": Refused(fa.ShapeError, r"q: got shape \(3, 4, 8\); allowed is \(batch", {"q": Q[0]}),
     "rank of a cache": Refused(fa.ShapeError, "k_cache", {"k_cache": K[0]}),
@@ -79,9 +80,9 @@ REFUSED = {
     "more new tokens than slots": Refused(
         fa.SeqLensError, "k: got 65 new tokens; allowed are at most 64", {"k": normal(2, 65, 2, 8), "v": normal(2, 65, 2, 8)}
     ),
-    "type of lengths": Refused(fa.DTypeError, "seq_lens: got type int64; allowed is int32", {"cache_seqlens": np.array([5, 9])}),
-    "shape of lengths": Refused(fa.SeqLensError, r"seq_lens: got shape \(3,\)", {"cache_seqlens": np.array([5, 9, 1], np.int32)}),
-    "a bool": Refused(fa.ArrayTypeError, "seq_lens: got", {"cache_seqlens": True}),
+    "type of lengths": Refused(fa.DTypeError, "cache_seqlens: got type int64; allowed is int32", {"cache_seqlens": np.array([5, 9])}),
+    "shape of lengths": Refused(fa.SeqLensError, r"cache_seqlens: got shape \(3,\)", {"cache_seqlens": np.array([5, 9, 1], np.int32)}),
+    "a bool": Refused(fa.ArrayTypeError, "cache_seqlens: got", {"cache_seqlens": True}),
     "type of a table": Refused(fa.DTypeError, "block_table: got type int64", {"block_table": TABLE.astype(np.int64)}, paged=True),
     "shape of a table": Refused(fa.BlockTableError, r"block_table: got shape \(1, 4\)", {"block_table": TABLE[:1]}, paged=True),
     "strides of a table": Refused(
@@ -130,6 +131,24 @@ REFUSED = {
         fa.OutputError, "k_cache: got memory of q, k or v", {"k_cache": BOTH, "k": BOTH[:, :3]}
     ),
     "out of another shape": Refused(fa.OutputError, "out: got float16 of shape", {"out": Q[:1]}),
+    "a cache in its lengths": Refused(
+        fa.OutputError, "k_cache: got memory of lengths, a table", {"cache_seqlens": BOTH.view(np.int32).reshape(-1)[:2], "k_cache": BOTH}
+    ),
+    "a cache in its table": Refused(
+        fa.OutputError, "v_cache: got memory of lengths, a table",
+        {"block_table": POOL.view(np.int32).reshape(-1)[:8].reshape(2, 4), "v_cache": POOL}, paged=True,
+    ),
+    "a cache in slopes": Refused(
+        fa.OutputError, "k_cache: got memory of lengths, .* slopes",
+        {"alibi_slopes": BOTH.view(np.float32).reshape(-1)[:4], "k_cache": BOTH},
+    ),
+    "out in lengths": Refused(
+        fa.OutputError, "out: got memory of lengths, a table", {"cache_seqlens": SPARE.view(np.int32).reshape(-1)[:2], "out": SPARE}
+    ),
+    "out in rotary embedding": Refused(
+        fa.OutputError, "out: got memory of lengths, .* rotary embedding",
+        {"rotary_cos": SPARE.reshape(-1)[:48].reshape(12, 4), "rotary_sin": COS[:12], "out": SPARE},
+    ),
     "out in new tokens": Refused(fa.OutputError, "out: got the memory of q, k or v", {"q": NEW.copy(), "out": NEW}),
 }  # fmt: skip
 
@@ -234,23 +253,39 @@ class TestOnAGpu:
         assert None not in keys
 
     @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_90A, SmArch.SM_100])
-    def test_the_mma_sync_family_answers(self, arch: SmArch):
+    def test_the_mma_sync_family_answers_unless_wgmma_is_asked_for(self, arch: SmArch):
         for paged in (True, False):
             key = replace(self.request(paged=paged).dispatch_key(SmArch.SM_90), arch=arch, dtype=fa.DType.F16)
             spec = fa.lookup(replace(key, extras=replace(key.extras, family=None)))
             assert isinstance(spec, Fa2KvCacheSpec)
             assert (spec.paged, spec.arch) == (paged, SmArch.SM_90 if arch is SmArch.SM_90A else arch)
-            with pytest.raises(fa.FeatureNotBuiltError) as caught:
-                fa.lookup(replace(key, arch=SmArch.SM_90A, extras=replace(key.extras, family=fa.Family.FA3)))
-            assert caught.value.feature == "fa3_kv_cache"
+            asked = replace(key, extras=replace(key.extras, family=fa.Family.FA3))
+            if arch is SmArch.SM_80:
+                with pytest.raises(fa.ArchUnsupportedError, match="family: got fa3 on sm_80, which has no wgmma"):
+                    fa.lookup(asked)
+                continue
+            spec = fa.lookup(asked)
+            assert isinstance(spec, Fa3KvCacheSpec if arch is SmArch.SM_90A else Fa2KvCacheSpec)
+            assert (spec.paged, spec.arch) == (paged, arch)
 
-    def test_batch_invariance_is_refused_by_name(self):
+    def test_batch_invariance_has_a_kernel_of_its_own(self):
         key = self.request(options=fa.AttentionOptions(batch_invariant=True)).dispatch_key(SmArch.SM_90)
-        with pytest.raises(fa.FeatureNotBuiltError) as caught:
-            fa.lookup(replace(key, dtype=fa.DType.F16))
-        assert caught.value.feature == "batch_invariant"
+        spec = fa.lookup(replace(key, dtype=fa.DType.F16))
+        assert isinstance(spec, Fa2KvCacheSpec)
+        assert (spec.batch_invariant, spec.split, spec.paged, spec.plain_kv) == (True, False, True, False)
 
-    def test_states_are_merged_on_the_cpu(self):
-        o, lse = FakeArray(Q).info(), FakeArray(np.zeros((2, 4, 3), np.float32)).info()
-        with pytest.raises(fa.FeatureNotBuiltError, match="merge_states"):
-            fa.merge_states(o, lse, o, lse)
+    @pytest.mark.parametrize("arch", [SmArch.SM_80, SmArch.SM_90A, SmArch.SM_120])
+    def test_plain_requests_have_it_too_except_of_the_wgmma_family(self, arch: SmArch):
+        q = FakeArray(Q.astype(np.float16)).info()
+        options = fa.AttentionOptions(batch_invariant=True)
+        for kind in (fa.DenseFwdRequest, fa.Fa2FwdRequest):
+            spec = fa.lookup(kind(q, q, q, options=options).dispatch_key(arch))
+            assert isinstance(spec, Fa2KvCacheSpec)
+            assert (spec.batch_invariant, spec.plain_kv, spec.family) == (True, True, fa.Family.FA2)
+        with pytest.raises(fa.FeatureNotBuiltError) as caught:
+            fa.lookup(fa.Fa3FwdRequest(q, q, q, options=options).dispatch_key(arch))
+        assert caught.value.feature == "fa3_batch_invariant"
+        dropped = fa.AttentionOptions(batch_invariant=True, dropout_p=0.5, rng=FakeArray(np.zeros(2, np.int64)).info())
+        with pytest.raises(fa.FeatureNotBuiltError) as caught:
+            fa.lookup(fa.DenseFwdRequest(q, q, q, options=dropped).dispatch_key(arch))
+        assert caught.value.feature == "invariant_dropout"

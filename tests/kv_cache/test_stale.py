@@ -12,7 +12,7 @@ import pytest
 
 import atomr_accel_flashattn as fa
 
-NAMES = ("k_cache", "v_cache", "seq_lens", "k", "v", "block_table", "rotary_cos", "rotary_sin")
+NAMES = ("k_cache", "v_cache", "cache_seqlens", "k", "v", "block_table", "rotary_cos", "rotary_sin")
 
 
 def arrays() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def arrays() -> dict[str, Any]:
         for name, shape in (("q", (2, 1, 2, 8)), ("k", (2, 1, 1, 8)), ("v", (2, 1, 1, 8)))
     }
     made |= {name: rng.standard_normal((6, 4, 1, 8)).astype(np.float32) for name in ("k_cache", "v_cache")}
-    made |= {"seq_lens": np.array([3, 5], np.int32), "block_table": np.array([[0, 1], [3, 5]], np.int32)}
+    made |= {"cache_seqlens": np.array([3, 5], np.int32), "block_table": np.array([[0, 1], [3, 5]], np.int32)}
     return made | {name: np.ones((8, 4), np.float32) for name in ("rotary_cos", "rotary_sin")}
 
 

@@ -35,6 +35,7 @@ class Kind:
     Attributes:
         name: of the message.
         protocol: what its requests satisfy.
+        fits: what else a request has to be.
         own: our classes of such requests: to ask the protocol takes longer than a launch.
         forward: the forward problem of a request.
         fingerprint: the arrays of a request, looked at once.
@@ -61,13 +62,18 @@ class Kind:
     answered: tuple[str, ...]
     answer: Callable[..., Output | Gradients]
     work: float
+    fits: Callable[[Any], bool] = lambda _request: True
+
+    def takes(self, request: Any) -> bool:
+        """Whether ``request`` is one of this kind."""
+        return isinstance(request, self.protocol) and not isinstance(request, type) and self.fits(request)
 
     def check(self, request: Any) -> None:
         """Raise UnknownMessageError unless ``request`` is one of this kind."""
-        if isinstance(request, self.protocol) and not isinstance(request, type):
+        if self.takes(request):
             return
         *others, last = (each.__name__ for each in self.own)
-        fitting = next((kind for kind in _KINDS.values() if isinstance(request, kind.protocol) and not isinstance(request, type)), None)
+        fitting = next((kind for kind in _KINDS.values() if kind.takes(request)), None)
         hint = "" if fitting is None else f"; send it as FlashAttnMsg.{fitting.name}"
         allowed = f"{', '.join(others)} or {last}" if others else last
         raise UnknownMessageError(f"message: got a {self.name} with {type(request).__qualname__}; allowed is a {allowed}{hint}")
@@ -131,6 +137,7 @@ _PAGED: Final = replace(
     name="PagedForward",
     protocol=FaPagedFwdDispatch,
     own=(PagedAttentionRequest,),
+    fits=lambda request: request.problem.cache is not None and request.problem.cache.paged,
     find=lambda message: find(message.request),
     make=lambda message, plan: make_outputs(message.request, plan, lse=message.lse),
 )

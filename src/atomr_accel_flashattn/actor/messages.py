@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from ..requests.arguments import flag
 from ..runtime.gradients import Gradients
 from ..runtime.plan import Output
 
@@ -38,11 +39,18 @@ class FlashAttnMsg:
                 satisfies FaFwdDispatch.
             lse: whether the log-sum-exp is wanted.
             dropout_mask: whether the dropout pattern is wanted.
+
+        Raises:
+            UnsupportedArgumentError: ``lse`` or ``dropout_mask`` that is neither True nor False.
         """
 
         request: Any
         lse: bool = True
         dropout_mask: bool = False
+
+        def __post_init__(self) -> None:
+            flag(self.lse, "lse")
+            flag(self.dropout_mask, "dropout_mask")
 
     @dataclass(frozen=True, slots=True, eq=False)
     class Backward(Message[Gradients]):
@@ -61,7 +69,13 @@ class FlashAttnMsg:
         Attributes:
             request: a PagedAttentionRequest, or anything that satisfies FaPagedFwdDispatch.
             lse: whether the log-sum-exp is wanted.
+
+        Raises:
+            UnsupportedArgumentError: ``lse`` that is neither True nor False.
         """
 
         request: Any
         lse: bool = True
+
+        def __post_init__(self) -> None:
+            flag(self.lse, "lse")

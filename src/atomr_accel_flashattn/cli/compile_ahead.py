@@ -16,6 +16,7 @@ from ..env import settings
 from ..errors import CacheError, CompileError, DispatchError
 from ..jit.cache import KernelCache
 from ..jit.compile import CompiledKernel, compile_many
+from ..kernels.fa3_fwd import WARPGROUP_ROWS
 from ..kernels.kv_append import KvAppendSpec
 from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import Family, KernelSpec
@@ -203,9 +204,10 @@ def specs_for(
 
 
 def all_specs(archs: Iterable[SmArch], found: Callable[[int], None] = lambda _count: None) -> list[KernelSpec]:
-    """The full product on ``archs``: exact and padded head dims of every width, both types, every mask and combination, dropout masks.
+    """The full product on ``archs``: exact and padded head dims of every width, both types, every mask and combination, and small kernels.
 
-    Over a cache, whose kernels come in many tiles, one feature at a time. What is not built (``NOT_BUILT``) is left out.
+    Those write dropout patterns and merge states. Over a cache, whose kernels come in many tiles, one feature at a time. What is not built
+    (``NOT_BUILT``) is left out.
     ``found`` is called after each arch, type and head dim, with the number of kernels so far.
     """
     archs = list(archs)
@@ -221,7 +223,13 @@ def all_specs(archs: Iterable[SmArch], found: Callable[[int], None] = lambda _co
     patterns = (
         with_features(DispatchKey(arch, DType.F16, 64, varlen=varlen), ["dropout_mask"]) for arch in archs for varlen in (False, True)
     )
-    return list(dict.fromkeys([*specs, *_kernels(patterns)]))
+    merges = (
+        with_features(DispatchKey(arch, dtype, 64), ["merge_states", *odd])
+        for arch in archs
+        for dtype in (*_DTYPES, DType.F32)
+        for odd in ([], ["unaligned"])
+    )
+    return list(dict.fromkeys([*specs, *_kernels(patterns), *_kernels(merges)]))
 
 
 def _masked(key: DispatchKey, mask: str) -> DispatchKey:
@@ -259,6 +267,7 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
     if key.paged or key.extras.kv_cache:
         for rows, cut in product(_CACHE_ROWS, ("", "split", "scheduled")):
             yield replace(key, extras=replace(key.extras, cache_rows=rows, split=cut == "split", scheduled=cut == "scheduled"))
+        yield from _of_many_queries(key)
         return
     if key.extras.direction == "bwd" and key.gqa_ratio > 1:
         for split in (False, True):
@@ -268,6 +277,15 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
         (None, False) if key.family is Family.FA3 else (None,), (True, False) if key.packs_heads else (True,)
     ):
         yield replace(key, extras=replace(key.extras, persistent=persistent, pack_gqa=pack_gqa))
+
+
+def _of_many_queries(key: DispatchKey) -> Iterator[DispatchKey]:
+    """The forms of a key over a cache that the wgmma family answers, none where it does not: heads packed or not, keys split or not."""
+    for ratio, persistent, split, short_q in product((1, WARPGROUP_ROWS), (None, False), (False, True), (False, True)):
+        asked = replace(key.extras, family=Family.FA3, persistent=persistent, split=split, short_q=short_q)
+        many = replace(key, gqa_ratio=ratio, extras=asked)
+        if key.arch is SmArch.SM_90A and many.family is Family.FA3 and (ratio == 1 or many.packs_heads):
+            yield many
 
 
 def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:

@@ -47,10 +47,12 @@ _LABELS = {
     "paged": "paged KV cache",
     "kv_layout": "HND pages",
     "kv_cache": "contiguous KV cache",
+    "paged_fa3": "paged KV cache for many queries (wgmma)",
     "left_pad": "left padding",
     "split": "split KV",
     "scheduled": "step plans",
     "batch_invariant": "batch invariance",
+    "merge_states": "`merge_states`",
     "fa3": "wgmma family (FA3)",
 }
 _DTYPE_LABELS = {

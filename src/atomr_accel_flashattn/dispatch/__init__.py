@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import DispatchError
 from ..types import DType, SmArch
 from .arch import arch_of_capability, best_arch
-from .choice import key_of_backward, key_of_problem
+from .choice import key_of_backward, key_of_merge, key_of_problem
 from .features import FEATURES, with_features
 from .key import DispatchKey, Extras
 from .protocols import F16, Bf16, F8E4m3, F8E5m2, FaBwdDispatch, FaFwdDispatch, FaPagedFwdDispatch, GemmSupported
@@ -36,6 +36,7 @@ __all__ = [
     "cells",
     "forget_lookups",
     "key_of_backward",
+    "key_of_merge",
     "key_of_problem",
     "lookup",
     "with_features",

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from ..errors import ShapeError
 from ..kernels.fa2_bwd import Fa2BackwardSpec
+from ..kernels.fa3_fwd import WARPGROUP_ROWS
+from ..kernels.fa3_kvcache import Fa3KvCacheSpec, pages_fit_boxes, wgmma_splits_for
 from ..kernels.kvcache import splits_for
+from ..kernels.merge_states import States
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..launch.driver import device_properties
-from ..limits import MAX_GRID, VECTOR_BYTES
+from ..limits import HEAD_DIM_STEP, MAX_GRID, MAX_HEAD_DIM, VECTOR_BYTES
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays, StepShape
 from ..tiles.tables import cache_rows, is_short_q
 from ..types import Device, DType, KvLayout, SmArch
@@ -17,7 +21,7 @@ from .arch import best_arch
 from .key import DispatchKey, Extras
 from .resolve import lookup
 
-__all__ = ["head_splits_of", "key_of_backward", "key_of_problem", "key_of_step", "splits_of", "step_blocks"]
+__all__ = ["head_splits_of", "key_of_backward", "key_of_merge", "key_of_problem", "key_of_step", "splits_of", "step_blocks"]
 
 # Kernels that take the maximum of raw scores divide slopes by the scale and multiply infinity by it: in float32 the scale must be neither 0
 # nor so small that a slope overflows.
@@ -51,8 +55,8 @@ def key_of_problem(
     key = _asked(problem, arch, out, family)
     if arch is SmArch.CPU:
         return key
-    if problem.cache is not None:
-        return _on_cache(problem, key, tile)
+    if problem.cache is not None or problem.batch_invariant:
+        return _on_cache(problem, key, tile, family)
     may_pack = _rows_can_be_packed(problem, key)
     packs = key.packs_heads and may_pack
     short_q = is_short_q(problem.head_dim, problem.v_head_dim, problem.seqlen_q * (key.gqa_ratio if packs else 1))
@@ -66,22 +70,57 @@ def key_of_problem(
     return key
 
 
-def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None) -> DispatchKey:
-    """The kernel over a cache, of the mma.sync family; keys are split where the GPU of the arrays has more SMs than there are tiles."""
-    rows, scheduled = cache_rows(problem.seqlen_q * key.gqa_ratio), problem.step is not None
-    key = replace(key, extras=replace(key.extras, family=Family.FA2, cache_rows=rows, tile=tile, scheduled=scheduled))
+def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None, family: Family | None) -> DispatchKey:
+    """The kernel over a cache; keys are split where the GPU of the arrays has more SMs than there are tiles.
+
+    It answers batch-invariant calls on plain K and V, too. ``family``: what the caller wants.
+    """
+    if problem.seqlen_q * key.gqa_ratio > _MOST_ROWS:
+        raise ShapeError(
+            f"q: got length {problem.seqlen_q} with {key.gqa_ratio} query heads a KV head, whose rows are counted together; "
+            f"allowed are {_MOST_ROWS} of them"
+        )
+    scheduled = problem.step is not None
+    key = _family_on_cache(problem, key, family)
+    rows = cache_rows(problem.seqlen_q * key.gqa_ratio) if key.family is Family.FA2 else key.extras.cache_rows
+    key = replace(key, extras=replace(key.extras, cache_rows=rows, tile=tile, scheduled=scheduled))
     if scheduled:
         return key
     if not _runs_here(problem.q.device, key.arch):
         return key
     spec = lookup(key)
-    split = isinstance(spec, KernelSpec) and splits_of(problem, spec) > 1
-    return replace(key, extras=replace(key.extras, split=split))
+    if not isinstance(spec, KernelSpec):
+        return key
+    splits = splits_of(problem, spec)
+    persistent = _is_persistent(spec, problem, splits) if key.family is Family.FA3 else None
+    return replace(key, extras=replace(key.extras, split=splits > 1, persistent=persistent))
+
+
+def _family_on_cache(problem: AttentionProblem, key: DispatchKey, family: Family | None) -> DispatchKey:
+    """Wgmma where the rows of a KV head fill a warpgroup, and TMA can gather the keys; mma.sync for fewer rows, as in decoding.
+
+    The bits of batch-invariant calls depend on no length of q, so they have one family. The blocks of a StepPlan are of mma.sync.
+    """
+    mma_sync = replace(key, extras=replace(key.extras, family=Family.FA2))
+    if problem.batch_invariant:  # lookup refuses another family by name
+        return mma_sync if family is None else key
+    if problem.step is not None:
+        return mma_sync
+    assert problem.cache is not None  # noqa: S101 - callers have looked
+    wgmma = replace(key, extras=replace(key.extras, pack_gqa=_rows_can_be_packed(problem, key)))
+    rows = problem.seqlen_q * (key.gqa_ratio if wgmma.packs_heads else 1)
+    gathers = pages_fit_boxes(problem.cache) and problem.cache.num_blocks > 0
+    if wgmma.family is Family.FA3 and gathers and rows >= WARPGROUP_ROWS:
+        return replace(wgmma, extras=replace(wgmma.extras, short_q=is_short_q(problem.head_dim, problem.v_head_dim, rows)))
+    return mma_sync
 
 
 def splits_of(problem: AttentionProblem, spec: KernelSpec) -> int:
     """Parts that ``spec`` cuts the keys of a cache into, on the GPU of the arrays."""
-    return splits_for(problem, spec.work_tiles(problem), device_properties(problem.q.device.index).multiprocessors)
+    tiles, multiprocessors = spec.work_tiles(problem), device_properties(problem.q.device.index).multiprocessors
+    if isinstance(spec, Fa3KvCacheSpec):
+        return wgmma_splits_for(problem, tiles, spec.tile.block_n, multiprocessors)
+    return splits_for(problem, tiles, multiprocessors)
 
 
 def key_of_step(shape: StepShape, arch: SmArch) -> DispatchKey:
@@ -133,6 +172,17 @@ def head_splits_of(problem: AttentionProblem, spec: Fa2BackwardSpec) -> int:
     return spec.head_splits(problem, device_properties(problem.q.device.index).multiprocessors)
 
 
+def key_of_merge(states: States, arch: SmArch) -> DispatchKey:
+    """The key of two states that are merged on ``arch``. Columns are no head dim that a product has, and may have any number."""
+    out = states.out
+    assert out.dtype is not None  # noqa: S101 - merge_states has checked it
+    neighbours = all(each.strides[-1] == 1 for each in states.outputs)
+    row = out.shape[-1] * out.dtype.itemsize
+    align = _load_align(list(states.outputs)) if neighbours and row % VECTOR_BYTES == 0 else 1
+    width = min(MAX_HEAD_DIM, max(1, -(-out.shape[-1] // HEAD_DIM_STEP)) * HEAD_DIM_STEP)
+    return DispatchKey(arch, out.dtype, width, extras=Extras(direction="merge_states", load_align=align))
+
+
 def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, family: Family | None) -> DispatchKey:
     """What is asked, and the family that does it: on sm_90a mma.sync where TMA cannot step through the arrays."""
     band, cache = problem.band, problem.cache
@@ -180,10 +230,10 @@ def _runs_here(device: Device, arch: SmArch) -> bool:
     return device.kind == "cuda" and arch is best_arch(device)
 
 
-def _is_persistent(spec: KernelSpec, problem: AttentionProblem) -> bool:
-    """With no more tiles than SMs each tile gets a block of its own, whatever its kernel would do with more."""
+def _is_persistent(spec: KernelSpec, problem: AttentionProblem, splits: int = 1) -> bool:
+    """With no more tiles (of all splits) than SMs each gets a block of its own, whatever its kernel would do with more."""
     multiprocessors = device_properties(problem.q.device.index).multiprocessors
-    return spec.persistent and spec.work_tiles(problem) > multiprocessors
+    return spec.persistent and spec.work_tiles(problem) * splits > multiprocessors
 
 
 def _load_align(arrays: list[ArrayInfo]) -> int:

@@ -73,7 +73,8 @@ class Extras:
         softcap: c of c * tanh(s / c), 0 is none.
         dropout: whether probabilities are dropped.
         learned_sink: whether a learned sink joins the denominator.
-        direction: ``"fwd"``, ``"bwd"``, or ``"dropout_mask"``, the kernel that writes the keep pattern.
+        direction: ``"fwd"``, ``"bwd"``, ``"dropout_mask"``, the kernel that writes the keep pattern, or ``"merge_states"``, the one
+            that merges two outputs of this type and head dim; it takes float32 on a GPU, too.
         deterministic: of direction ``"bwd"``: whether gradients are bitwise equal from run to run.
         head_split: of direction ``"bwd"``: whether blocks share keys, each with some of the query heads that read them.
         split: whether K/V are split over blocks and combined.
@@ -85,7 +86,7 @@ class Extras:
         batch_invariant: whether a row's bits may not depend on batch, length of q, pages or splits.
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads, and TMA needs it.
         scale_first: whether scores are scaled before the maximum, as a softmax_scale needs that is not positive, or hardly.
-        family: the family that is wanted, None is the best one of the arch.
+        family: the family that is wanted, None is the best one of the arch, which for few queries on a KV cache is mma.sync.
         pack_gqa: whether the query heads that share K and V may be rows of one tile; ``DispatchKey.packs_heads`` says whether they are.
         persistent: whether blocks take tile after tile; None is what the tile says: yes in the wgmma family, no in the mma.sync family,
             unless the tile that is used was tuned with the other answer.
@@ -105,7 +106,7 @@ class Extras:
     softcap: float = 0.0
     dropout: bool = False
     learned_sink: bool = False
-    direction: Literal["fwd", "bwd", "dropout_mask"] = "fwd"
+    direction: Literal["fwd", "bwd", "dropout_mask", "merge_states"] = "fwd"
     deterministic: bool = False
     head_split: bool = False
     split: bool = False
@@ -136,7 +137,7 @@ class Extras:
             ("kv_layout", self.kv_layout, isinstance(self.kv_layout, str), "'NHD', 'HND' or 'VLLM_V1'"),
             ("load_align", self.load_align, _is_at_least(1, self.load_align), "an integer >= 1"),
             _one_of("cache_rows", self.cache_rows, 16, 32, 64, 128),
-            _one_of("direction", self.direction, "fwd", "bwd", "dropout_mask"),
+            _one_of("direction", self.direction, "fwd", "bwd", "dropout_mask", "merge_states"),
             ("family", self.family, self.family is None or isinstance(self.family, Family), "None or a Family"),
             ("tiles_for", self.tiles_for, self.tiles_for is None or isinstance(self.tiles_for, SmArch), "None or an SmArch"),
             ("persistent_blocks", blocks, blocks is None or asked_blocks, "None, or an integer >= 1 with persistent=True"),
@@ -220,9 +221,13 @@ class DispatchKey:
 
     @property
     def family(self) -> Family:
-        """Who answers on a GPU: wgmma on sm_90a, forward over arrays that TMA can read and that are no cache; mma.sync everywhere else."""
+        """Who answers on a GPU: wgmma on sm_90a, forward over arrays that TMA can read, a cache only if asked for; else mma.sync.
+
+        Batch-invariant calls have one family.
+        """
         extras = self.extras
-        forward = extras.direction != "bwd" and extras.family is not Family.FA2 and not (self.paged or extras.kv_cache)
+        wanted = extras.family or (Family.FA2 if self.paged or extras.kv_cache else Family.FA3)
+        forward = extras.direction != "bwd" and wanted is Family.FA3 and not extras.batch_invariant
         return Family.FA3 if forward and self.arch is SmArch.SM_90A and self.aligned and not extras.tiles_for else Family.FA2
 
     @property

@@ -15,14 +15,24 @@ from ..kernels.dropout_mask import DropoutMaskSpec
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.fa2_fwd import Fa2ForwardSpec
 from ..kernels.fa3_fwd import Fa3ForwardSpec
+from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.forward import ForwardSpec
 from ..kernels.kvcache import Fa2KvCacheSpec
+from ..kernels.merge_states import MergeStatesSpec
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..kernels.step import ScheduledKvCacheSpec
-from ..limits import dtypes_of, not_built
+from ..limits import dtypes_of, merged_dtypes_of, not_built
 from ..tiles.saved import forget_saved_tiles, saved_tile
 from ..tiles.space import misfit
-from ..tiles.tables import backward_tile_for, cache_tile_for, head_dim_width, tile_for, wgmma_tile_for
+from ..tiles.tables import (
+    backward_tile_for,
+    cache_tile_for,
+    head_dim_width,
+    invariant_tile_for,
+    tile_for,
+    wgmma_cache_tile_for,
+    wgmma_tile_for,
+)
 from ..types import DType, SmArch
 from .key import DispatchKey, Extras
 
@@ -76,6 +86,8 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
         return CpuSpec(key.dtype)
     if key.extras.direction == "dropout_mask":
         return DropoutMaskSpec(arch=_arch_of_mma(key.arch), varlen=key.varlen)
+    if key.extras.direction == "merge_states":
+        return MergeStatesSpec(arch=_arch_of_mma(key.arch), dtype=key.dtype, aligned=key.aligned)
     spec = _with_chosen_tile(_kernel(key), key.extras)
     if spec.shared_memory > key.arch.shared_memory_per_block:
         tile_arch = key.extras.tiles_for or key.arch
@@ -86,19 +98,33 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
     return spec
 
 
-def _kernel(key: DispatchKey) -> ForwardSpec | Fa2BackwardSpec | Fa2KvCacheSpec:
+def _kernel(key: DispatchKey) -> ForwardSpec | Fa2BackwardSpec | Fa2KvCacheSpec | Fa3KvCacheSpec:
     if key.extras.direction == "bwd":
         return _backward(key)
-    return _over_cache(key) if key.paged or key.extras.kv_cache else _forward(key)
+    return _over_cache(key) if key.paged or key.extras.kv_cache or key.extras.batch_invariant else _forward(key)
 
 
-def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec:
-    """The kernel over a KV cache that answers ``key``; its ``steps()`` are what is launched when new tokens are there."""
+def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
+    """The kernel over a KV cache that answers ``key``, and batch-invariant calls on plain K and V; its ``steps()`` are what is launched."""
     width, v_width, arch, extras = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch), key.extras
-    tile = cache_tile_for(extras.tiles_for or arch, width, v_width, extras.cache_rows)
+    if key.family is Family.FA3:
+        tile = wgmma_cache_tile_for(width, v_width, alibi=key.alibi, softcap=extras.softcap > 0, short_q=extras.short_q)
+        tile = replace(tile, persistent=extras.persistent is not False)
+        fields = _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "paged": key.paged, "split": extras.split}
+        return Fa3KvCacheSpec(arch=key.arch, tile=tile, **fields)
+    choose = invariant_tile_for if extras.batch_invariant else cache_tile_for
+    tile = choose(extras.tiles_for or arch, width, v_width, extras.cache_rows)
     if extras.scheduled:
         return ScheduledKvCacheSpec.resident(arch=arch, tile=tile, paged=key.paged, **_features(key, width, v_width))
-    return Fa2KvCacheSpec(arch=arch, tile=tile, paged=key.paged, split=extras.split, **_features(key, width, v_width))
+    return Fa2KvCacheSpec(
+        arch=arch,
+        tile=tile,
+        paged=key.paged,
+        split=extras.split,
+        batch_invariant=extras.batch_invariant,
+        plain_kv=not (key.paged or extras.kv_cache),
+        **_features(key, width, v_width),
+    )
 
 
 def _forward(key: DispatchKey) -> ForwardSpec:
@@ -151,6 +177,8 @@ def _arch_of_mma(arch: SmArch) -> SmArch:
 
 def _with_chosen_tile(spec: _Spec, extras: Extras) -> _Spec:
     """``spec`` with the tile that the key names, else the one that was tuned for it on this machine, else its own."""
+    if extras.batch_invariant:  # tuned tiles cut keys in other places
+        return spec
     short_q = extras.short_q and isinstance(spec, ForwardSpec)
     rows = extras.cache_rows if isinstance(spec, Fa2KvCacheSpec) else 0
     kept = None if extras.tiles_for or extras.scheduled else saved_tile(spec, short_q=short_q, cache_rows=rows)
@@ -204,7 +232,6 @@ def _refuse(key: DispatchKey) -> None:
         (bool(fp8), "fp8", f"got {', '.join(fp8)}"),
         (gpu and extras.split and not cached, "split", ""),
         (gpu and extras.left_pad and not extras.kv_cache, "left_pad", ""),
-        (gpu and extras.batch_invariant, "batch_invariant", ""),
         (extras.kv_layout not in {"NHD", "HND"}, "kv_layout", f"got {extras.kv_layout!r}"),
         (cached and extras.direction == "bwd", "paged_backward", ""),
         (extras.v_dtype not in {None, key.dtype}, "v_dtype", ""),
@@ -213,16 +240,16 @@ def _refuse(key: DispatchKey) -> None:
     for asked, feature, got in unbuilt:
         if asked:
             raise not_built(feature, got)
+    if extras.batch_invariant:
+        _refuse_invariant(key)
     if cached and extras.dropout:
         raise DispatchError(
             "dropout: got dropout with a KV cache, which decodes; allowed is none; K and V of a training step are plain arrays"
         )
     if key.paged and (extras.left_pad or extras.kv_cache):
         raise DispatchError("left_pad: got left padding or rows of a contiguous cache with pages; allowed is one of the two kinds of cache")
-    if extras.split and extras.batch_invariant:
-        raise DispatchError("split: got split KV with batch_invariant; allowed is one of the two, as sums depend on where keys are cut")
-    if extras.family is Family.FA3 and (extras.direction == "bwd" or cached):
-        raise not_built("fa3_backward" if extras.direction == "bwd" else "fa3_kv_cache")
+    if extras.family is Family.FA3 and extras.direction == "bwd":
+        raise not_built("fa3_backward")
     if extras.tiles_for in {SmArch.CPU, SmArch.SM_90A}:
         raise ArchUnsupportedError(f"tiles_for: got {extras.tiles_for.value}; allowed are the architectures of the mma.sync family")
     if extras.family is Family.FA3 and arch in _BEFORE_WGMMA:
@@ -230,9 +257,21 @@ def _refuse(key: DispatchKey) -> None:
             f"family: got fa3 on {arch.value}, which has no wgmma; allowed are sm_90a and, resolved to mma.sync, sm_100 and sm_120; "
             "use an Fa2FwdRequest"
         )
-    allowed = dtypes_of(arch)
+    allowed = merged_dtypes_of(arch) if extras.direction == "merge_states" else dtypes_of(arch)
     if key.dtype not in allowed:
         names = ", ".join(dtype.value for dtype in allowed)
         raise ArchUnsupportedError(
             f"dtype: got {key.dtype.value} on {arch.value}; allowed there are {names}; convert, or run on the CPU backend"
         )
+
+
+def _refuse_invariant(key: DispatchKey) -> None:
+    """What a batch-invariant call has not."""
+    extras = key.extras
+    if key.arch is not SmArch.CPU and (extras.family is Family.FA3 or extras.dropout):
+        raise not_built("fa3_batch_invariant" if extras.family is Family.FA3 else "invariant_dropout")
+    if extras.split:
+        raise DispatchError("split: got split KV with batch_invariant; allowed is one of the two, as sums depend on where keys are cut")
+    if extras.direction == "bwd" or extras.tile is not None:
+        got = "a backward" if extras.direction == "bwd" else f"tile {extras.tile}"
+        raise DispatchError(f"batch_invariant: got it with {got}; allowed is a forward with the tile of the package, which fixes its sums")

@@ -15,7 +15,7 @@ from .params import KernelParams, TensorMapParams, TensorMapSpec
 from .spec import Family
 from .wgmma import wgmma_leaves
 
-__all__ = ["WARPGROUP_ROWS", "Fa3ForwardSpec", "Fa3FwdParams", "fits_warpgroup"]
+__all__ = ["WARPGROUP_ROWS", "Fa3ForwardSpec", "Fa3FwdParams", "fits_warpgroup", "tensor_map_of", "tensor_map_of_q"]
 
 WARPGROUP_ROWS: Final = 64  # of Q, in a buffer of its own
 _BARRIER_BYTES: Final = 512  # the kernel asserts that its barriers fit
@@ -119,20 +119,31 @@ class Fa3ForwardSpec(ForwardSpec):
 
     def tensor_maps(self, problem: AttentionProblem) -> tuple[TensorMapSpec, TensorMapSpec, TensorMapSpec]:
         """The maps of q, k and v: boxes are the swizzled tiles of ``cuda/tile``."""
-        q = _map(problem.q, problem.q_strides, problem.batch, self.head_dim, WARPGROUP_ROWS)
         return (
-            _packed(q, problem.heads // problem.heads_kv) if self.pack_gqa else q,
+            tensor_map_of_q(problem, self.head_dim, packed=self.pack_gqa),
             _map(problem.k, problem.k_strides, problem.batch, self.head_dim, self.tile.block_n),
             _map(problem.v, problem.v_strides, problem.batch, self.v_head_dim, self.tile.block_n),
         )
 
 
+def tensor_map_of_q(problem: AttentionProblem, width: int, *, packed: bool) -> TensorMapSpec:
+    """The map of q, in boxes of the rows of a warpgroup; ``packed``: those of all heads that share K and V."""
+    q = _map(problem.q, problem.q_strides, problem.batch, width, WARPGROUP_ROWS)
+    return _packed(q, problem.heads // problem.heads_kv) if packed else q
+
+
 def _map(array: ArrayInfo, strides: Strides, batch: int, width: int, rows: int) -> TensorMapSpec:
-    """Packed arrays are one batch of all tokens. A size of 0 is not allowed in a map, and is never read: it becomes 1."""
+    """Packed arrays are one batch of all tokens."""
     *lead, tokens, heads, columns = array.shape
+    return tensor_map_of(array, strides if lead else strides._replace(batch=0), (columns, tokens, heads, batch if lead else 1), width, rows)
+
+
+def tensor_map_of(array: ArrayInfo, strides: Strides, sizes: tuple[int, int, int, int], width: int, rows: int) -> TensorMapSpec:
+    """A map of (columns, rows, heads, batches), in boxes of ``rows`` rows. A size of 0 is not allowed, and is never read: it becomes 1."""
     dtype = array.dtype or DType.F16
-    sizes = (columns, max(1, tokens), max(1, heads), max(1, batch if lead else 1))
-    steps = (strides.row, strides.head, strides.batch if lead else 0)
+    columns, tokens, heads, batches = sizes
+    sizes = (columns, max(1, tokens), max(1, heads), max(1, batches))
+    steps = (strides.row, strides.head, strides.batch)
     box = (_WIDE_ROW if width % _WIDE_ROW == 0 else 32, rows, 1, 1)
     return TensorMapSpec(dtype, array.ptr or _NOWHERE, sizes, _bytes(steps, sizes, dtype), box)
 

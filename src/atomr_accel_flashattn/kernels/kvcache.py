@@ -12,14 +12,25 @@ from math import prod
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Self
 
-from ..problem import ArrayInfo, AttentionProblem
+from ..problem import ArrayInfo, AttentionProblem, KvCache
 from .attention import AttentionSpec
 from .forward import FwdParams, forward_params
 from .params import KernelParams
 from .spec import Family, KernelSpec, Tile
 
-__all__ = ["KEYS_OF_SPLIT", "Fa2KvCacheSpec", "KvCacheParams", "KvCacheSpec", "SplitCombineSpec", "row_blocks", "splits_for"]
+__all__ = [
+    "INVARIANT_GROUPS",
+    "KEYS_OF_SPLIT",
+    "Fa2KvCacheSpec",
+    "KvCacheParams",
+    "KvCacheSpec",
+    "SplitCombineSpec",
+    "cache_numbers",
+    "row_blocks",
+    "splits_for",
+]
 
+INVARIANT_GROUPS: Final = 4  # of warps that share the keys of a batch-invariant call
 _COMBINE_TILE: Final = Tile(block_m=64, block_n=32, warps=4)
 _ROWS_OF_WARP: Final = 16
 _MOST_SPLITS: Final = 64
@@ -29,7 +40,7 @@ KEYS_OF_SPLIT: Final = 256  # at least: a split has a partial result to write an
 class KvCacheParams(KernelParams):
     """``fa::KvCacheParams``. Its addresses run on into those of ``fa::FwdParams``."""
 
-    _OWN = ("blocks", "cache_lengths", "left_pad", "cu_seqlens_new", "partial_o", "partial_lse")
+    _OWN = ("blocks", "cache_lengths", "left_pad", "cu_seqlens_new", "partial_o", "partial_lse", "error")
     SLOTS = (*_OWN, *FwdParams.SLOTS)
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _OWN),
@@ -37,6 +48,19 @@ class KvCacheParams(KernelParams):
         *((name, ctypes.c_int64) for name in ("table_stride", "lse_rows")),
         *((name, ctypes.c_int32) for name in ("block_size", "num_blocks", "capacity", "new_tokens", "splits")),
     )
+
+
+def cache_numbers(problem: AttentionProblem, cache: KvCache, splits: int) -> dict[str, int]:
+    """The numbers of ``fa::KvCacheParams`` beside those of ``fa::FwdParams``."""
+    return {
+        "table_stride": cache.blocks.strides[0] if cache.blocks is not None and cache.paged else 0,
+        "lse_rows": prod(problem.lse_shape),
+        "block_size": cache.block_size,
+        "num_blocks": cache.num_blocks,
+        "capacity": cache.capacity,
+        "new_tokens": 0 if cache.new is None or cache.new.cu_seqlens is not None else cache.new.longest,
+        "splits": splits,
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +77,12 @@ class KvCacheSpec(AttentionSpec):
     def pack_splits(self, problem: AttentionProblem, out: ArrayInfo, splits: int) -> KvCacheParams:
         """``fa::KvCacheParams`` of one call without addresses."""
         cache, group = problem.cache, problem.heads // problem.heads_kv
-        if cache is None:
-            raise ValueError("a problem without a cache has no parameters of one")
+        forward = forward_params(problem, out, blocks_m=row_blocks(problem.seqlen_q * group, self.tile), packed_heads=group)
+        if cache is None:  # plain K and V, of a batch-invariant call
+            return KvCacheParams(fwd=forward, lse_rows=prod(problem.lse_shape), splits=splits)
         return KvCacheParams(
-            fwd=forward_params(problem, out, blocks_m=row_blocks(problem.seqlen_q * group, self.tile), packed_heads=group),
-            table_stride=cache.blocks.strides[0] if cache.blocks is not None and cache.paged else 0,
-            lse_rows=prod(problem.lse_shape),
-            block_size=cache.block_size,
-            num_blocks=cache.num_blocks,
-            capacity=cache.capacity,
-            new_tokens=0 if cache.new is None or cache.new.cu_seqlens is not None else cache.new.longest,
-            splits=splits,
+            fwd=forward,
+            **cache_numbers(problem, cache, splits),
         )
 
     def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
@@ -84,10 +103,13 @@ class Fa2KvCacheSpec(KvCacheSpec):
     pack_gqa: bool = True
     paged: bool = False
     split: bool = False
+    batch_invariant: bool = False  # tile n of the keys goes to group n % 4, and rows do not look at each other
+    plain_kv: bool = False  # K and V are arrays like q, and no cache
 
     def config(self) -> dict[str, Any]:
         """With what a cache adds. The learned sink of a call that is split joins where the splits are combined, once."""
         added = {"any_ratio": True, "paged": self.paged, "split": self.split}
+        added |= {name: True for name in ("batch_invariant", "plain_kv") if getattr(self, name)}
         return AttentionSpec.config(self) | added | {"learned_sink": self.learned_sink and not self.split}
 
     @property
@@ -114,6 +136,10 @@ class Fa2KvCacheSpec(KvCacheSpec):
         tile = self.tile
         if tile.block_m % _ROWS_OF_WARP or tile.warps % (tile.block_m // _ROWS_OF_WARP):
             return f"block_m: got {tile.block_m}; allowed with {tile.warps} warps are 16 rows a warp, or a part of that"
+        if self.batch_invariant and tile.warps * _ROWS_OF_WARP != INVARIANT_GROUPS * tile.block_m:
+            return (
+                f"warps: got {tile.warps}; allowed with batch_invariant are {INVARIANT_GROUPS} groups, in which every row has the same sums"
+            )
         return "" if tile.block_n <= 32 else f"block_n: got {tile.block_n}; allowed are at most 32"
 
     def registers_suffice(self) -> bool:
@@ -142,7 +168,7 @@ class SplitCombineSpec(KvCacheSpec):
     ENTRY: ClassVar[str] = "split_combine"
 
     @classmethod
-    def of(cls, spec: Fa2KvCacheSpec) -> Self:
+    def of(cls, spec: AttentionSpec) -> Self:
         """The one that goes behind ``spec``."""
         return cls(
             arch=spec.arch,

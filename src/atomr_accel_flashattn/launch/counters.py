@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from .driver import check, current_context, driver, driver_function
 
-__all__ = ["LEGACY_STREAMS", "counters_for"]
+__all__ = ["LEGACY_STREAMS", "counters_for", "zeros"]
 
 _PAIR = 8  # bytes
 _PAIRS = 1 << 16  # in a block of 512 KB
@@ -51,7 +51,7 @@ class _Pool:
 
     def _cut(self) -> int:
         if self._next == self._end:
-            self._next = _zeros(self._device_index, _PAIR * _PAIRS)
+            self._next = zeros(self._device_index, _PAIR * _PAIRS)
             self._end = self._next + _PAIR * _PAIRS
         self._next += _PAIR
         return self._next - _PAIR
@@ -126,15 +126,15 @@ def _new_pool(device_index: int) -> _Pool:
         return _pools.setdefault(device_index, _Pool(device_index))
 
 
-def _zeros(device_index: int, size: int) -> int:
+def zeros(device_index: int, size: int) -> int:
     """Address of new device memory that holds zeros when this returns, whatever is captured meanwhile, by this thread or another."""
     with current_context(device_index), _beside_captures():
         cuda = driver()
-        address = int(check(cuda.cuMemAlloc(size), "allocating counters"))
-        stream = check(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING), "a stream to clear counters in")
-        check(cuda.cuMemsetD8Async(address, 0, size, stream), "clearing counters")
-        check(cuda.cuStreamSynchronize(stream), "clearing counters")
-        check(cuda.cuStreamDestroy(stream), "a stream to clear counters in")
+        address = int(check(cuda.cuMemAlloc(size), "allocating zeros"))
+        stream = check(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING), "a stream to clear memory in")
+        check(cuda.cuMemsetD8Async(address, 0, size, stream), "clearing memory")
+        check(cuda.cuStreamSynchronize(stream), "clearing memory")
+        check(cuda.cuStreamDestroy(stream), "a stream to clear memory in")
     return address
 
 

@@ -87,7 +87,7 @@ class _ParameterStorage:
 
 
 class _MappedStorage(_ParameterStorage):
-    """Of a kernel with tensor maps, which follow the leading addresses, and counters, which follow the stream.
+    """Of a kernel with tensor maps, which follow the addresses of q, k and v, and counters, which follow the stream.
 
     Nothing has to :meth:`follow` when those addresses are ``mapped`` and the stream is the one in ``settled``.
     """
@@ -106,7 +106,7 @@ class _MappedStorage(_ParameterStorage):
         self.settled = _NO_STREAM
 
     def follow(self, stream: int, mapped: tuple[int, ...]) -> None:
-        """Read the leading addresses ``mapped`` through the maps, and count in the counters of ``stream``.
+        """Read the addresses ``mapped`` through the maps, and count in the counters of ``stream``.
 
         Every launch asks anew for those of a stream that may be captured, or be another one under the same handle. The legacy default
         stream is neither.
@@ -148,12 +148,13 @@ class Launch:
         self.kernel = kernel
         self.grid = grid
         self.params = params
+        first = params.SLOTS.index(params.MAPS[0][1]) if params.MAPS else 0
         for (name, slot), described in zip(params.MAPS, params.tensor_maps, strict=True):
-            assert slot == params.SLOTS[params.MAPS.index((name, slot))]  # noqa: S101 - mapped addresses lead the others
+            assert slot == params.SLOTS[first + params.MAPS.index((name, slot))]  # noqa: S101 - mapped addresses are neighbours
             setattr(params, name, type(getattr(params, name)).from_buffer_copy(encode(described, kernel.device_index)))
         self._function = launch_function()
         self._threads = _StoragePerThread(kernel, params, grid)
-        self._mapped = len(params.MAPS)
+        self._mapped = slice(first, first + len(params.MAPS)) if params.MAPS else None
         self._select: Any = None if slots == params.SLOTS else itemgetter(*map(slots.index, params.SLOTS))
 
     def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
@@ -170,8 +171,8 @@ class Launch:
         storage.addresses[:] = addresses
         if stream != storage.stream:
             storage.set_stream(stream)
-        if self._mapped:
-            mapped = addresses[: self._mapped]
+        if self._mapped is not None:
+            mapped = addresses[self._mapped]
             if stream != storage.settled or mapped != storage.mapped:
                 storage.follow(stream, mapped)
         code = self._function(*storage.arguments)

@@ -16,6 +16,7 @@ from ..limits import CPU_DTYPES, MAX_HEAD_DIM, MAX_LENGTH, as_integer, not_built
 from ..problem import ArrayInfo
 from ..reference.cache import Slots
 from ..requests.checks import refuse_gradients
+from ..runtime.overflow import check
 from ..types import DType, KvLayout
 from .blocks import BlockAllocator
 from .request import PagedAttentionRequest
@@ -271,6 +272,15 @@ class PagedKvCache:
             SequenceError: a sequence was freed, is none, or is named twice.
         """
         return int32_like(np.array([held.length for _, held in self._all(sequences)], np.int32), self.k)
+
+    def check(self) -> None:
+        """Whether calls over KV caches on the GPU of this cache had room for all their tokens; :func:`~..runtime.overflow.check` says more.
+
+        Raises:
+            CacheOverflowError: names a sequence that did not fit, by its place in the batch of its call.
+        """
+        if self._arrays[0].device.kind != "cpu":
+            check(self._arrays[0].device.index)
 
     def request(self, q: Any, sequences: int | Sequence[int], *, entries: int | None = None, **asked: Any) -> PagedAttentionRequest:
         """A PagedAttentionRequest of q (B, Sq, Hq, D) over these sequences, as they are now.

@@ -45,7 +45,7 @@ def read_values(problem: AttentionProblem, read: Callable[[ArrayInfo], Array] = 
     cache = problem.cache
     assert cache is not None  # noqa: S101 - callers have looked
     if cache.lengths is not None:
-        name, before = "seq_lens", read(cache.lengths).astype(np.int64)
+        name, before = cache.lengths_name, read(cache.lengths).astype(np.int64)
     else:
         assert problem.cu_seqlens_k is not None  # noqa: S101 - one of them is there
         ends = read(problem.cu_seqlens_k).astype(np.int64)

@@ -17,7 +17,7 @@ __all__ = ["merge"]
 def merge(states: tuple[tuple[Array, Array], tuple[Array, Array]], out: Array, lse: Array) -> None:
     """Write the state of both. Outputs are (..., rows, heads, Dv), LSEs float32 (..., heads, rows); in float32, or in o's type if wider.
 
-    A state without keys, LSE -inf, changes no bit of the other.
+    A state without keys, LSE -inf, changes no bit of the other; two of them make (0, -inf). What is written may lie where a state does.
     """
     compute = np.promote_types(np.float32, out.dtype) if out.dtype == np.float64 else np.dtype(np.float32)
     (o1, lse1), (o2, lse2) = states
@@ -30,5 +30,5 @@ def merge(states: tuple[tuple[Array, Array], tuple[Array, Array]], out: Array, l
         first, second = (np.swapaxes(each / np.where(total == 0, 1, total), -1, -2)[..., None] for each in (w1, w2))
         both = (o1.astype(compute) * first + o2.astype(compute) * second).astype(out.dtype)
         alone1, alone2 = (np.swapaxes(np.isneginf(each), -1, -2)[..., None] for each in (lse2, lse1))
-        out[...] = np.where(alone1, o1, np.where(alone2, o2, both))
+        out[...] = np.where(alone1 & alone2, 0, np.where(alone1, o1, np.where(alone2, o2, both)))
         lse[...] = np.where(np.isneginf(lse2), lse1, np.where(np.isneginf(lse1), lse2, top + np.log(total)))

@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from .options import AttentionOptions, PositionBias
 
 __all__ = [
+    "check_apart",
     "check_device",
     "check_out",
     "check_qkv",
+    "check_written",
     "is_contiguous",
     "overlaps_itself",
     "read_dropout",
@@ -205,7 +207,13 @@ def read_dropout(options: AttentionOptions, q: ArrayInfo) -> Dropout | None:
 
 
 def check_out(
-    out: Any, shape: tuple[int, ...], inputs: tuple[ArrayInfo, ...], *, name: str = "out", taken: str = "q, k or v"
+    out: Any,
+    shape: tuple[int, ...],
+    inputs: tuple[ArrayInfo, ...],
+    *,
+    name: str = "out",
+    taken: str = "q, k or v",
+    others: tuple[ArrayInfo | None, ...] = (),
 ) -> ArrayInfo | None:
     """The caller's output array, fit to be written; None when a new one is to be made.
 
@@ -215,18 +223,32 @@ def check_out(
         inputs: q, whose type it has, k, v, and what else may not be its memory.
         name: what messages call it.
         taken: what they call the inputs.
+        others: lengths, tables, biases and the like, which may not be its memory either.
 
     Raises:
         OutputError: wrong shape, type, device or strides, read-only, overlapping itself, or the memory of an input.
     """
     if out is None:
         return None
-    info, q = read_array(out, name), inputs[0]
+    info = check_written(out, inputs[0], shape, name=name)
+    if any(share_memory(info, array) for array in inputs):
+        raise OutputError(f"{name}: got the memory of {taken}, which other blocks still read; allowed is an array of its own; pass a copy")
+    check_apart(info, others, name)
+    return info
+
+
+def check_written(array: Any, like: ArrayInfo, shape: tuple[int, ...] | None = None, *, name: str) -> ArrayInfo:
+    """An array of the caller's that is to be written: of the type and on the device of ``like``, of its shape unless another is named.
+
+    Raises:
+        OutputError: wrong shape, type, device or strides, read-only, or overlapping itself.
+    """
+    info, shape = read_array(array, name), like.shape if shape is None else shape
     refuse_gradients(info, name)
-    if (info.shape, info.dtype, info.device) != (shape, q.dtype, q.device):
+    if (info.shape, info.dtype, info.device) != (shape, like.dtype, like.device):
         raise OutputError(
             f"{name}: got {info.dtype_name} of shape {info.shape} on {info.device}; "
-            f"allowed is {q.dtype_name} of shape {shape} on {q.device}"
+            f"allowed is {like.dtype_name} of shape {shape} on {like.device}"
         )
     reason = why_not_written(info)
     if reason:
@@ -238,9 +260,16 @@ def check_out(
             f"{name}: got strides {info.strides} for shape {info.shape}, where elements share memory; "
             "allowed is an array of its own; pass a copy"
         )
-    if any(share_memory(info, array) for array in inputs):
-        raise OutputError(f"{name}: got the memory of {taken}, which other blocks still read; allowed is an array of its own; pass a copy")
     return info
+
+
+def check_apart(info: ArrayInfo, others: tuple[ArrayInfo | None, ...], name: str) -> None:
+    """Raise OutputError where an array to be written has memory of lengths, tables, biases and the like, which other blocks still read."""
+    if any(each is not None and share_memory(info, each) for each in others):
+        raise OutputError(
+            f"{name}: got memory of lengths, a table, padding, rotary embedding, slopes, a sink or a seed, which other blocks still read; "
+            "allowed is an array of its own; pass a copy"
+        )
 
 
 def overlaps_itself(info: ArrayInfo) -> bool:

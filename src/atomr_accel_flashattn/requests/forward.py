@@ -9,6 +9,7 @@ from typing import Any
 from ..dispatch import DispatchKey, best_arch, key_of_problem
 from ..problem import ArrayInfo, AttentionProblem
 from ..runtime.plan import Key, key_of_request
+from ..runtime.staleness import arrays_beside
 from ..short_repr import ShortRepr
 from ..types import SmArch
 from .checks import check_out, read_dropout, read_learned_sink, read_slopes
@@ -47,7 +48,7 @@ class ForwardRequest(MadeAnew, ShortRepr):
         object.__setattr__(self, "problem", problem)
         new = None if problem.cache is None else problem.cache.new
         inputs = (problem.q, problem.k, problem.v, *(() if new is None else (new.k, new.v)))
-        object.__setattr__(self, "out_array", check_out(self.out, problem.out_shape, inputs))
+        object.__setattr__(self, "out_array", check_out(self.out, problem.out_shape, inputs, others=arrays_beside(problem)))
         object.__setattr__(self, "plan_key", key_of_request(self))
 
     @abstractmethod

@@ -24,8 +24,9 @@ from ..errors import (
 from ..limits import MAX_LENGTH, MAX_SPLITS, as_integer
 from ..problem import ArrayInfo, AttentionProblem, KvCache, NewTokens, Rotary, Strides
 from ..reference.cache import read_values
+from ..runtime.staleness import arrays_beside
 from ..types import DType, KvLayout
-from .checks import check_device, check_qkv, is_contiguous, overlaps_itself, read_int32, refuse_gradients, steps
+from .checks import check_apart, check_device, check_qkv, is_contiguous, overlaps_itself, read_int32, refuse_gradients, steps
 from .seqlens import CumulativeSeqlens, check_seqlens
 from .step_plan import StepPlan
 
@@ -42,12 +43,14 @@ _CONTIGUOUS: Final = "(rows, slots, KV heads, head dim)"
 class CacheArguments:
     """A cache and what goes into it, as a request was given them. Shapes and errors: CachedFwdRequest.
 
-    ``cu_seqlens_new``: of new tokens that are packed. ``lengths``: an array, or a CumulativeSeqlens.
+    ``cu_seqlens_new``: of new tokens that are packed.
+    ``lengths``: an array, or a CumulativeSeqlens; ``lengths_name``: what messages call it.
     """
 
     k_cache: Any
     v_cache: Any
     lengths: Any
+    lengths_name: str = "seq_lens"
     layout: Any = KvLayout.NHD
     block_table: Any = None
     rows: Any = None
@@ -106,6 +109,8 @@ def cached_problem(request: ForwardRequest, given: CacheArguments, q: Any, cu_se
         num_splits=_check_splits(given.num_splits, batch_invariant=options["batch_invariant"]),
         **options,
     )
+    for name, written in (("k_cache", k), ("v_cache", v)) if cache.new is not None else ():
+        check_apart(written, arrays_beside(problem), name)
     if info.device.kind == "cpu" or settings().debug:
         values = read_values(problem, copy_to_host)
         if longest is not None and values.after.size and values.after.max() > longest:
@@ -190,7 +195,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
     if isinstance(given.lengths, CumulativeSeqlens):
         _check_cumulative(given.lengths, q, batch)
     else:
-        lengths = read_int32(given.lengths, "seq_lens", (batch,), q, SeqLensError)
+        lengths = read_int32(given.lengths, given.lengths_name, (batch,), q, SeqLensError)
     if given.block_table is not None:
         for name, value in (("cache_batch_idx", given.rows), ("cache_leftpad", given.left_pad)):
             if value is not None:
@@ -210,6 +215,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
         lengths=lengths,
         left_pad=None if given.left_pad is None else read_int32(given.left_pad, "cache_leftpad", (batch,), q, SeqLensError),
         new=_new_tokens(given, q, k, batch),
+        lengths_name=given.lengths_name,
     )
     if cache.new is not None and cache.new.longest > cache.capacity:
         raise SeqLensError(f"k: got {cache.new.longest} new tokens; allowed are at most {cache.capacity}, the slots of a sequence")

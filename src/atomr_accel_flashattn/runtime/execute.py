@@ -15,6 +15,7 @@ from ..arrays.streams import current_stream, raw_stream, used_on
 from ..arrays.torch_hooks import empty_on, hooks, meet_torch, tell_written
 from ..dispatch import CpuSpec, DispatchKey, Extras, FaBwdDispatch, FaFwdDispatch, lookup
 from ..errors import ArrayTypeError, UnsupportedArgumentError
+from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import KernelSpec
 from ..problem import ArrayInfo, AttentionProblem
@@ -189,7 +190,7 @@ def _key(request: FaFwdDispatch, tiles_for: SmArch | None) -> DispatchKey:
 
 def _make_plan(problem: AttentionProblem, key: DispatchKey, spec: KernelSpec, outputs: Outputs) -> Plan:
     """The kernel that ``lookup`` names, and beside it the one that writes the dropout pattern where that is wanted."""
-    if isinstance(spec, Fa2KvCacheSpec):
+    if isinstance(spec, (Fa2KvCacheSpec, Fa3KvCacheSpec)):
         return plan_on_cache(problem, spec, outputs)
     specs = [spec]
     if outputs.dropout_mask is not None:

@@ -1,4 +1,7 @@
-"""Plans of calls on a KV cache: new tokens first, then the kernel over the cache, then what combines its splits."""
+"""Plans of calls on a KV cache: new tokens first, then the kernel over the cache, then what combines its splits.
+
+Batch-invariant calls on plain K and V have the plan of one without new tokens and splits.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,21 @@ from typing import Final
 
 from ..dispatch import DispatchKey, lookup
 from ..dispatch.choice import splits_of, step_blocks
-from ..errors import StepPlanError
+from ..errors import ShapeError, StepPlanError
+from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.kv_append import KvAppendSpec, rotated_bytes, rotated_strides
 from ..kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
+from ..launch.error_word import error_word
 from ..launch.launcher import Launch, LaunchSeries
+from ..limits import MAX_GRID
 from ..problem import ArrayInfo, AttentionProblem
-from ..types import DType
+from ..types import DType, SmArch
 from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
 
 __all__ = ["cache_addresses", "plan_on_cache", "workspace_on_cache"]
 
 # Addresses of a call in this order: those of KvCacheParams, those that only an append has (to it, q is what it reads), a StepPlan's.
-_APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q", "error")
+_APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q")
 _SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED, "schedule")
 _SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot) for slot in _SLOTS)
 
@@ -27,18 +33,23 @@ _SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot
 def workspace_on_cache(problem: AttentionProblem, key: DispatchKey) -> Workspace | None:
     """What a call on a KV cache needs beside its outputs: partial results of splits, and q after its rotation; None on the CPU."""
     spec = lookup(key)
-    return _workspace(problem, _parts(problem, spec)) if isinstance(spec, Fa2KvCacheSpec) else None
+    return _workspace(problem, _parts(problem, spec)) if isinstance(spec, (Fa2KvCacheSpec, Fa3KvCacheSpec)) else None
 
 
-def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec, outputs: Outputs) -> Plan:
-    """The launches of a call, into these outputs."""
+def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSpec, outputs: Outputs) -> Plan:
+    """The launches of a call, into these outputs.
+
+    Raises:
+        ShapeError: more blocks than a grid has.
+        RuntimeFlashAttnError: a kernel does not compile or load.
+    """
     parts, cache = _parts(problem, spec), problem.cache
     launches: list[Launch | LaunchSeries | None] = []
     rotated = problem
     if cache is not None and cache.new is not None:
         rotary = cache.new.rotary
         append = KvAppendSpec(
-            arch=spec.arch,
+            arch=SmArch.SM_90 if spec.arch is SmArch.SM_90A else spec.arch,
             dtype=spec.dtype,
             paged=cache.paged,
             interleaved=rotary is not None and rotary.interleaved,
@@ -47,15 +58,23 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec, outputs: Outp
         launches.append(launch_of(append, problem, append.pack(problem, outputs.out), _SLOTS_OF_APPEND))
         if rotary is not None:
             rotated = replace(problem, q_strides=rotated_strides(problem))
+    blocks = spec.work_tiles(problem) * parts
+    if blocks > MAX_GRID and problem.step is None:
+        raise ShapeError(f"num_splits: got {parts} for a call of {blocks // parts} work tiles, {blocks} in all; allowed are {MAX_GRID}")
     params = spec.pack_call(rotated, outputs.out, parts)
-    launches += series_of(spec.steps(), problem, params, _SLOTS, parts)
+    first, *others = spec.steps()
+    if params.MAPS:  # what follows reads through none
+        launches.append(launch_of(first, problem, params, _SLOTS, parts))
+        params = KvCacheParams.from_buffer_copy(params)
+    else:
+        others = [first, *others]
+    launches += series_of(others, problem, params, _SLOTS, parts)
     return Plan(launches, outputs.out.strides, _workspace(problem, parts))
 
 
 def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Workspace) -> tuple[int, ...]:
     """The addresses of a call, in the order that its plan was made for; 0 for what it does not have."""
     cache = problem.cache
-    assert cache is not None  # noqa: S101 - callers have looked
     base = 0 if outputs.workspace is None else outputs.workspace.ptr
     at = {slot: base + offset for slot, offset in workspace.offsets.items()}
     step, schedule = problem.step, 0
@@ -63,21 +82,23 @@ def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Work
         if not step.scheduled:
             raise StepPlanError("plan: got a call before the first schedule of its StepPlan; allowed behind plan.schedule(...) of its step")
         schedule, at["partial_o"], at["partial_lse"] = step.schedule, step.partial_o, step.partial_lse
-    new = cache.new
+    new = None if cache is None else cache.new
     rotary = None if new is None else new.rotary
     raw_q, *others = forward_addresses(problem, outputs.out.ptr, 0 if outputs.lse is None else outputs.lse.ptr)
     rotated_q = at.get("rotated_q", 0)
     return (
-        *map(_address, (cache.blocks, cache.lengths, cache.left_pad, None if new is None else new.cu_seqlens)),
+        *((0, 0, 0) if cache is None else map(_address, (cache.blocks, cache.lengths, cache.left_pad))),
+        _address(None if new is None else new.cu_seqlens),
         *(at.get("partial_o", 0), at.get("partial_lse", 0)),
+        0 if cache is None else error_word(problem.q.device.index),
         *(rotated_q or raw_q, *others),
         *((0, 0) if new is None else (new.k.ptr, new.v.ptr)),
         *((0, 0) if rotary is None else (rotary.cos.ptr, rotary.sin.ptr)),
-        *(rotated_q, raw_q, 0, schedule),
+        *(rotated_q, raw_q, schedule),
     )
 
 
-def _parts(problem: AttentionProblem, spec: Fa2KvCacheSpec) -> int:
+def _parts(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSpec) -> int:
     """Splits of the keys, or the blocks of a StepPlan."""
     if problem.step is not None:
         return step_blocks(problem.q.device, spec)

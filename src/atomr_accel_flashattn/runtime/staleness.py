@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -24,12 +25,11 @@ from ..dispatch import FaBwdDispatch, FaFwdDispatch
 from ..errors import ArrayTypeError, StaleArrayError
 from ..problem import ArrayInfo, AttentionProblem, KvCache
 
-__all__ = ["NO_ARRAYS", "Fingerprint", "arrays_of_cache", "check_array"]
+__all__ = ["NO_ARRAYS", "Fingerprint", "arrays_beside", "arrays_of_cache", "check_array"]
 
 _INPUTS: Final = ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k", "rng")
-_OF_CACHE: Final = ("block_table", "seq_lens", "left_pad", "k_new", "v_new", "cu_seqlens_new", "rotary_cos", "rotary_sin")
+_BEHIND_LENGTHS: Final = ("left_pad", "k_new", "v_new", "cu_seqlens_new", "rotary_cos", "rotary_sin")
 _NAMES: Final = (*_INPUTS, "out")
-_CACHE_NAMES: Final = (*_NAMES, *_OF_CACHE)
 _BACKWARD_NAMES: Final = (*_INPUTS, "out", "lse", "dout", "dlse", "dq", "dk", "dv")
 _SINCE_MADE: Final = "since the request was made"
 _SINCE_ASK: Final = "between ask and reply"
@@ -56,7 +56,10 @@ class Fingerprint:
         """
         arrays = (*_inputs(request.problem), request.out_array)
         cache = request.problem.cache
-        found = Fingerprint(arrays, _NAMES) if cache is None else Fingerprint((*arrays, *arrays_of_cache(cache)), _CACHE_NAMES)
+        if cache is None:
+            found = Fingerprint(arrays, _NAMES)
+        else:
+            found = Fingerprint((*arrays, *arrays_of_cache(cache)), _names_on_cache(cache.lengths_name))
         found.check(_SINCE_MADE)
         return found
 
@@ -114,13 +117,25 @@ def _inputs(problem: AttentionProblem) -> tuple[ArrayInfo | None, ...]:
     return p.q, p.k, p.v, p.alibi_slopes, p.learned_sink, p.cu_seqlens_q, p.cu_seqlens_k, rng
 
 
+def arrays_beside(problem: AttentionProblem) -> tuple[ArrayInfo | None, ...]:
+    """Lengths, tables, biases and the like: all that a forward reads beside q, k and v; new tokens of a cache among it."""
+    _, _, _, *others = _inputs(problem)
+    return tuple(others) if problem.cache is None else (*others, *arrays_of_cache(problem.cache))
+
+
 def arrays_of_cache(cache: KvCache) -> tuple[ArrayInfo | None, ...]:
-    """Those beside k and v, in the order of _OF_CACHE."""
+    """Those beside k and v, in the order of their names."""
     new = cache.new
     rotary = None if new is None else new.rotary
     tables = cache.blocks, cache.lengths, cache.left_pad
     of_new = (None,) * 3 if new is None else (new.k, new.v, new.cu_seqlens)
     return *tables, *of_new, *((None, None) if rotary is None else (rotary.cos, rotary.sin))
+
+
+@lru_cache(maxsize=8)
+def _names_on_cache(lengths: str) -> tuple[str, ...]:
+    """Of the arrays of a call on a cache whose lengths the caller calls so."""
+    return *_NAMES, "block_table", lengths, *_BEHIND_LENGTHS
 
 
 def _moved(info: ArrayInfo) -> bool:

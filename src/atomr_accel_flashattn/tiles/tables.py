@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..kernels.attention import AttentionSpec
+from ..kernels.kvcache import INVARIANT_GROUPS
 from ..kernels.spec import Family, Tile
 from ..limits import HEAD_DIM_WIDTHS, PHILOX_KEYS
 from ..types import SmArch
@@ -15,9 +16,11 @@ __all__ = [
     "cache_tile_for",
     "has_row_for_short_q",
     "head_dim_width",
+    "invariant_tile_for",
     "is_short_q",
     "row_of",
     "tile_for",
+    "wgmma_cache_tile_for",
     "wgmma_tile_for",
 ]
 
@@ -142,6 +145,18 @@ def wgmma_tile_for(
     return tile
 
 
+# Over a KV cache, by v width: keys that have large common divisors with pages, so that TMA copies few boxes.
+_WGMMA_CACHE_KEYS = {192: 96}
+_WGMMA_CACHE_SOFTCAP_KEYS = {192: 64}  # 172 bytes of spills beside 96, with two bounds and partial results
+
+
+def wgmma_cache_tile_for(head_dim: int, v_head_dim: int, *, alibi: bool = False, softcap: bool = False, short_q: bool = False) -> Tile:
+    """The tile of the wgmma family over a KV cache: that of plain arrays. Arguments: :func:`wgmma_tile_for`. Not measured."""
+    tile = wgmma_tile_for(head_dim, v_head_dim, alibi=alibi, softcap=softcap, short_q=short_q)
+    keys = _WGMMA_CACHE_SOFTCAP_KEYS if softcap else _WGMMA_CACHE_KEYS
+    return replace(tile, block_n=min(tile.block_n, keys.get(v_head_dim, tile.block_n)))
+
+
 def tile_for(arch: SmArch, head_dim: int, v_head_dim: int, *, dropout: bool = False, plain: bool = False) -> Tile:
     """The tile of the mma.sync family for two widths.
 
@@ -225,3 +240,23 @@ def cache_tile_for(arch: SmArch, width: int, v_width: int, rows: int) -> Tile:
     block_m = rows if wider <= 128 else min(rows, 32)
     tile = Tile(block_m=block_m, block_n=32 if wider <= 96 else 16, warps=4 if block_m < 64 else 8, stages=2)
     return replace(tile, stages=1) if _TABLES[arch] is _SMALL and wider > 128 and block_m == 16 else tile
+
+
+# Rows of a batch-invariant tile, by the wider head dim: what the merge of four groups leaves room for in 99 KB, and in 163 KB or more.
+_INVARIANT_ROWS = {32: (64, 64), 64: (64, 64), 96: (32, 64), 128: (32, 64), 192: (16, 32), 256: (16, 32)}
+
+
+def invariant_tile_for(arch: SmArch, width: int, v_width: int, rows: int) -> Tile:
+    """The tile of a batch-invariant call. Not measured.
+
+    The bits of a row depend on the keys of a tile and on the number of groups that share them, which are one for each width; on the rows of
+    a tile and on stages they do not. ``rows``: what :func:`cache_rows` says.
+    """
+    wider, small = max(width, v_width), _TABLES[arch] is _SMALL
+    block_m = min(rows, _INVARIANT_ROWS[wider][0 if small else 1])
+    return Tile(
+        block_m=block_m,
+        block_n=32 if wider <= 96 else 16,
+        warps=INVARIANT_GROUPS * block_m // 16,
+        stages=1 if small and wider in {96, 192, 256} else 2,
+    )

@@ -90,6 +90,7 @@ class Shortcut(Known):
         launch: runs the plan.
         reaches: bytes between the first and the last element of q, k, v and o, both included.
         out: the output, None when the caller brings it.
+        reaches_beside: the same bytes of lengths and biases, where the caller brings the output.
         make_out: makes it; None where that takes a look at the current device.
         plain: whether q, k, v and o are all the arrays that there are.
         recording: how autograd records the call.
@@ -101,6 +102,7 @@ class Shortcut(Known):
     reaches: tuple[int, ...]
     out: NewTensor | None
     make_out: Any
+    reaches_beside: tuple[int, ...]
     lse: NewTensor | None
     dropout: bool
     plain: bool
@@ -163,8 +165,8 @@ def repeat(  # noqa: C901, PLR0911, PLR0912 - each frame less is 0.1 us
     if found.out is not None:
         out = empty_on(found.device_index, q, found.out) if found.make_out is None else found.make_out()
         out_ptr = out.data_ptr()
-    elif _overlap(out_ptr, q_ptr, k_ptr, v_ptr, found.reaches):  # the checks know whether they share an element
-        return None, None
+    elif _overlap(out_ptr, q_ptr, k_ptr, v_ptr, found.reaches) or _meets(out_ptr, found.reaches[-1], tensors[3:-1], found.reaches_beside):
+        return None, None  # the checks know whether they share an element
     if found.plain:
         found.launch(hooks.raw_stream(found.device_index), (q_ptr, k_ptr, v_ptr, out_ptr, 0, 0, 0, 0, 0, 0))
         return None, out
@@ -294,6 +296,11 @@ def _overlap(out: int, q: int, k: int, v: int, reaches: tuple[int, ...]) -> bool
     return (out < q + of_q and q < end) or (out < k + of_k and k < end) or (out < v + of_v and v < end)
 
 
+def _meets(out: int, reach: int, beside: Tensors, reaches: tuple[int, ...]) -> bool:
+    """Whether the bytes of ``out``, ``reach`` of them, and those of another array lie within each other."""
+    return any(out < x.data_ptr() + own and x.data_ptr() < out + reach for x, own in zip(beside, reaches, strict=True))
+
+
 def launch_more(
     found: Shortcut, pointers: tuple[int, int, int, int], q: Any, packing: Packing | None, others: Others, rng: Any = None
 ) -> tuple[Any, Any]:
@@ -334,6 +341,7 @@ def remember(key: Key, plan: Plan, output: Output, *, brings_out: bool = False, 
         alignment=alignment,
         reaches=(*(_reach(*facts[4 * i : 4 * i + 3]) for i in range(3)), _reach(*_array(output.out))),
         out=out,
+        reaches_beside=tuple(_reach(*facts[4 * i : 4 * i + 3]) for i in range(3, len(facts) // 4 - 1)) if brings_out else (),
         make_out=partial(hooks.empty_on_current, *out) if one_gpu and out is not None else None,
         lse=None if output.lse is None else _array(output.lse),
         dropout=dropout,

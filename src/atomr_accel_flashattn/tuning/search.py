@@ -301,7 +301,9 @@ def _stand(cell: Shape, options: Options) -> Stand:
     if isinstance(cell, CacheCell):
         held = make_cache_inputs(cell, device, seed=options.seed)
         key = cache_request(cell, held[0]).dispatch_key()
-        return CacheStand(cell, held, _spec_of(cell, key, options), cache_rows=key.extras.cache_rows, clock=clock_of(device))
+        spec = _spec_of(cell, key, options)
+        rows = key.extras.cache_rows if spec.family is Family.FA2 else 0  # wgmma has one tile for all numbers of rows
+        return CacheStand(cell, held, spec, cache_rows=rows, clock=clock_of(device))
     sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed, dout=options.backward)
     request = backward_request_of(cell, sets[0]) if options.backward else request_of(cell, sets[0], options.family)
     key = request.dispatch_key()

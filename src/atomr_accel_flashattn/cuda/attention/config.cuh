@@ -27,6 +27,9 @@ struct Config {
   bool paged = false;          // K and V lie in the pages of a table
   bool split = false;          // keys are split over blocks, whose partial results are combined
   bool scheduled = false;      // blocks have the parts of a schedule (step_schedule.cuh)
+  // The bits of a row depend on nothing but the row and what it sees (docs/semantics.md).
+  bool batch_invariant = false;
+  bool plain_kv = false;  // of a kernel over a cache: K and V are dense or packed arrays instead
 };
 
 }  // namespace fa

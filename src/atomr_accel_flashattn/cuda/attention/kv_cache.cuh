@@ -14,10 +14,17 @@ namespace fa {
 // Rows of q are dense or packed. There are never more keys than fit.
 template <Config C>
 __device__ __forceinline__ Sequence read_cached_sequence(const KvCacheParams& p, int batch) {
+  if constexpr (C.plain_kv) return read_sequence<C.varlen>(p.fwd, batch);
   int64_t used = p.new_tokens;
   if (p.cu_seqlens_new != nullptr) used = p.cu_seqlens_new[batch + 1] - p.cu_seqlens_new[batch];
-  used += p.cache_lengths != nullptr ? p.cache_lengths[batch] : p.fwd.cu_seqlens_k[batch + 1] - p.fwd.cu_seqlens_k[batch];
-  const int pad = p.left_pad == nullptr ? 0 : max(0, p.left_pad[batch]);
+  const int before = p.cache_lengths != nullptr ? p.cache_lengths[batch] : p.fwd.cu_seqlens_k[batch + 1] - p.fwd.cu_seqlens_k[batch];
+  used += before;
+  const int given = p.left_pad == nullptr ? 0 : p.left_pad[batch], pad = max(0, given);
+  if (threadIdx.x == 0 && p.error != nullptr) {
+    bool fits = before >= 0 && used <= p.capacity && given >= 0 && given <= before;
+    if (!C.paged && p.blocks != nullptr) fits &= p.blocks[batch] >= 0 && p.blocks[batch] < p.num_blocks;
+    if (!fits) atomicMax(p.error, batch + 1);
+  }
   const int keys = max(0, static_cast<int>(min(used, static_cast<int64_t>(p.capacity))) - pad);
   if constexpr (C.varlen) {
     const int row = p.fwd.cu_seqlens_q[batch];
@@ -52,13 +59,16 @@ struct KvCacheSource {
   int64_t k_base, v_base;
   bool in_cache = true;  // contiguous: whether there is such a block
 
-  __device__ __forceinline__ KvCacheSource(const KvCacheParams& params, int batch, int head_kv)
+  __device__ __forceinline__ KvCacheSource(const KvCacheParams& params, const Sequence& seq, int batch, int head_kv)
       : p(params),
         table(C.paged ? params.blocks + batch * params.table_stride : nullptr),
         first_slot(params.left_pad == nullptr ? 0 : max(0, params.left_pad[batch])),
         k_base(head_kv * params.fwd.k_stride.head),
         v_base(head_kv * params.fwd.v_stride.head) {
-    if constexpr (!C.paged) {
+    if constexpr (C.plain_kv) {
+      k_base += seq.batch * params.fwd.k_stride.batch + seq.k_row * params.fwd.k_stride.row;
+      v_base += seq.batch * params.fwd.v_stride.batch + seq.k_row * params.fwd.v_stride.row;
+    } else if constexpr (!C.paged) {
       const int64_t block = params.blocks == nullptr ? batch : params.blocks[batch];
       k_base += block * params.fwd.k_stride.batch;
       v_base += block * params.fwd.v_stride.batch;

@@ -40,6 +40,8 @@ struct Band {
 
   __device__ __forceinline__ int tile_end() const { return (key_end() + C.block_n - 1) / C.block_n; }
   __device__ __forceinline__ int tile_begin() const { return key_begin() / C.block_n; }
+  // Tiles of sink tokens below the window: 0 .. sink_tiles() - 1.
+  __device__ __forceinline__ int sink_tiles() const { return before_window() + 1; }
 
   // Tiles are visited from the last to the first, then those of the sink tokens below the window.
   // -1 ends the loop.

@@ -80,6 +80,7 @@ struct KvCacheParams {
   const int32_t* cu_seqlens_new;  // null: new_tokens each
   // split: (splits, rows of the LSE, v_head_dim) and (splits, rows of the LSE)
   float *partial_o, *partial_lse;
+  int32_t* error;  // null, or raised to one more than the number of a sequence that does not fit
   FwdParams fwd;
   int64_t table_stride, lse_rows;
   int32_t block_size, num_blocks, capacity;  // capacity: slots that a sequence may have
@@ -96,6 +97,14 @@ struct StepParams {
   int32_t least_cost;  // of a part that shares its unit with others, in tiles
 };
 
+// The same by the FA3 family, which reads q, k and v by TMA.
+struct Fa3KvCacheParams : KvCacheParams {
+  int32_t* counters;  // as in Fa3FwdParams
+  int32_t tiles;      // of all splits
+  int32_t box_rows;   // rows of a page that a box of K and V has
+  TensorMap q_map, k_map, v_map;
+};
+
 // New tokens into a cache, and rotary embedding of them and of q on the way. The batch stride of
 // the cache is that of its blocks.
 struct KvAppendParams {
@@ -105,13 +114,27 @@ struct KvAppendParams {
   const int32_t *blocks, *cache_lengths, *cu_seqlens_k, *cu_seqlens_new;  // as in KvCacheParams
   const int32_t* cu_seqlens_q;                                            // null: q is dense
   void *k, *v, *rotated_q;
-  int32_t* error;  // null, or set to 1 where a token does not fit
+  int32_t* error;  // as in KvCacheParams
   Strides new_k_stride, new_v_stride, q_stride, k_stride, v_stride, rotated_q_stride;
   int64_t table_stride;
   int32_t batch, heads, heads_kv, seqlen_q, seqlen_new, head_dim, v_head_dim;
   int32_t block_size, num_blocks, capacity;
   int32_t rotary_dim, rotary_rows;
   int32_t q_advances;  // query i has the position of new token i; else all that of the first
+};
+
+// Two states of attention and where they go: o (batch, seqlen, heads, cols), LSE (batch, heads,
+// seqlen), each with strides of its own.
+struct MergeStatesParams {
+  const void *o1, *o2;
+  const float *lse1, *lse2;
+  void* o;
+  float* lse;
+  Strides o1_stride, o2_stride, o_stride, lse1_stride, lse2_stride, lse_stride;
+  int64_t o1_col, o2_col, o_col;  // from a column to the next
+  int64_t rows;                   // of all heads
+  int32_t seqlen, heads, cols;
+  int32_t lanes;  // of a warp, that share a row: a power of two
 };
 
 struct DropoutMaskParams {

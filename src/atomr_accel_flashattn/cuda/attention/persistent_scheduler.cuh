@@ -13,12 +13,12 @@ namespace fa {
 // The producer warp of K takes tiles and broadcasts them to all other warps through a pipeline of
 // two slots in shared memory. It alone decodes a tile, off the critical path: the integer divisions
 // cost 600 clocks.
-template <bool kPersistent>
+template <class Params, bool kPersistent, bool kSplit>
 struct PersistentScheduler {
   static constexpr int kSlots = 2, kSlotBytes = 16;
   static constexpr int kBytes = kPersistent ? TmaPipeline<kSlots>::kBytes + kSlotBytes * kSlots : 0;
 
-  const Fa3FwdParams& p;
+  const Params& p;
   uint32_t slots;
   TmaPipeline<kSlots> pipe;
   int taken = 0;
@@ -26,10 +26,10 @@ struct PersistentScheduler {
   static __device__ __forceinline__ void init(uint32_t address, int consumer_warps) {
     if constexpr (kPersistent) TmaPipeline<kSlots>::init(address, 1, consumer_warps);
   }
-  __device__ __forceinline__ PersistentScheduler(const Fa3FwdParams& params, uint32_t address)
+  __device__ __forceinline__ PersistentScheduler(const Params& params, uint32_t address)
       : p(params), slots(address + TmaPipeline<kSlots>::kBytes), pipe(address) {}
 
-  __device__ __forceinline__ WorkTile first() const { return decode_work_tile(p.fwd, blockIdx.x); }
+  __device__ __forceinline__ WorkTile first() const { return decode_split_tile<kSplit>(p, blockIdx.x); }
 
   // Producer: starts the atomic whose result broadcast_next() needs. Call once a tile, towards its
   // end: a block that prefetches early takes a long tile while still at a long one, and others run
@@ -44,11 +44,12 @@ struct PersistentScheduler {
     if constexpr (!kPersistent) return WorkTile::none();
     // Below 2^32: there are fewer than 2^31 tiles, and fewer than 2^31 blocks.
     const uint32_t tile = __shfl_sync(0xffffffffu, taken, 0) + gridDim.x;
-    const WorkTile work = tile < static_cast<uint32_t>(p.tiles) ? decode_work_tile(p.fwd, tile) : WorkTile::none();
+    const WorkTile work = tile < static_cast<uint32_t>(p.tiles) ? decode_split_tile<kSplit>(p, tile) : WorkTile::none();
     pipe.producer_acquire();
     if (threadIdx.x % 32 == 0) {
       ptx::store_shared_16(slots + kSlotBytes * pipe.stage,
-                           {static_cast<uint32_t>(work.block_m), static_cast<uint32_t>(work.head), static_cast<uint32_t>(work.batch), 0});
+                           {static_cast<uint32_t>(work.block_m), static_cast<uint32_t>(work.head), static_cast<uint32_t>(work.batch),
+                            static_cast<uint32_t>(kSplit ? work.split : 0)});
       ptx::mbarrier_arrive(pipe.full_barrier());
     }
     pipe.advance();
@@ -65,7 +66,8 @@ struct PersistentScheduler {
       ptx::mbarrier_arrive(pipe.empty_barrier());
     }
     pipe.advance();
-    return {uniform(static_cast<int>(slot.x)), uniform(static_cast<int>(slot.y)), uniform(static_cast<int>(slot.z))};
+    return {uniform(static_cast<int>(slot.x)), uniform(static_cast<int>(slot.y)), uniform(static_cast<int>(slot.z)),
+            kSplit ? uniform(static_cast<int>(slot.w)) : 0};
   }
   // Producer, at its end: the last block resets the counters for the next launch.
   __device__ __forceinline__ void reset_counters(bool leader) const {

@@ -13,7 +13,7 @@ namespace fa {
 template <Config C, int kBlocks>
 struct WarpRows : ScoreTile<C, kBlocks> {
   using Tile = ScoreTile<C, kBlocks>;
-  using Tile::apply_scale_and_bias, Tile::apply_mask, Tile::apply_dropout;
+  using Tile::apply_scale_and_bias, Tile::apply_mask, Tile::apply_dropout, Tile::hide_absent;
   using Tile::clear, Tile::row_at, Tile::lane_col, Tile::decides;
   using Tile::kRows, Tile::kKeyTiles, Tile::kFoldsBias;
   using Tile::p, Tile::work, Tile::seq, Tile::first_row, Tile::band, Tile::score, Tile::row_bias;
@@ -34,11 +34,16 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   }
 
   // Scale, bias and mask of tile n. Scores that take the polynomial softcap stay raw.
-  __device__ __forceinline__ void apply_bias_and_mask(Scores& rS, int n) {
+  template <bool kHasHoles = false>
+  __device__ __forceinline__ void apply_bias_and_mask(Scores& rS, int n, const KeysThere<kHasHoles>& keys = {}) {
     if constexpr (Score<C>::kHasPolynomial)
       use_polynomial = !band.needs_mask(n) && !__any_sync(0xffffffffu, largest_magnitude(rS) > polynomial_limit);
+    if constexpr (kHasHoles) use_polynomial &= keys.all();
     if (!use_polynomial) apply_scale_and_bias(rS, n);
-    if (band.needs_mask(n)) apply_mask(rS, n);
+    if (band.needs_mask(n) || !keys.all()) {
+      apply_mask(rS, n);
+      if constexpr (kHasHoles) hide_absent(rS, keys.there);
+    }
   }
 
   // Scores of tile n to unnormalised probabilities, with dropout. Returns whether rescale_output()
@@ -65,7 +70,9 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   }
 
   // Normalisation factors, and LSE if wanted. Reads no output: it may overlap the last PV product.
-  __device__ __forceinline__ void finalize() {
+  // `lse()` is where the LSE goes, null for nowhere.
+  template <class Lse>
+  __device__ __forceinline__ void finalize(Lse lse) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
@@ -75,10 +82,33 @@ struct WarpRows : ScoreTile<C, kBlocks> {
         const float sink = C.learned_sink && exists ? p.learned_sink[head] * kLog2e : 0.f;
         const float sum = quad_reduce(softmax.sum[b][r], [](float x, float y) { return x + y; });
         const RowResult end = finalize_row<C>(sum, softmax.max[b][r] * score.factor, sink);
-        if (p.lse != nullptr && lane_col() == 0 && exists) {
-          p.lse[work.batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query_of<C>(p, row)] = end.lse;
+        if (lse() != nullptr && lane_col() == 0 && exists) {
+          lse()[work.batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query_of<C>(p, row)] = end.lse;
         }
         rescale[b][r] = C.dropout ? end.scale * p.dropout_rescale : end.scale;
+      }
+  }
+
+  // Of an LSE.
+  __device__ __forceinline__ int64_t lse_row(int head, int row) const {
+    return work.batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query_of<C>(p, row);
+  }
+
+  // Normalise and store a partial O in float32, rows in the order of the LSE.
+  __device__ __forceinline__ void store_partial(float* partial) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = row_at(b, r);
+        if (row >= row_count<C>(p, seq)) continue;
+        float* target = partial + lse_row(head_of<C>(p, work.head, row), row) * p.v_head_dim;
+#pragma unroll
+        for (int t = 0; t < kOutTiles; ++t) {
+          const int col = 8 * t + lane_col();
+          if (C.exact_head_dim || col < p.v_head_dim)
+            *reinterpret_cast<float2*>(target + col) = {rO[b][t][2 * r] * rescale[b][r], rO[b][t][2 * r + 1] * rescale[b][r]};
+        }
       }
   }
 

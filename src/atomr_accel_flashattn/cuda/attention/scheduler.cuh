@@ -8,6 +8,7 @@ namespace fa {
 
 struct WorkTile {
   int block_m, head, batch;
+  int split = 0;
 
   static __device__ __forceinline__ WorkTile none() { return {-1, 0, 0}; }
   __device__ __forceinline__ bool past_end() const { return block_m < 0; }
@@ -28,6 +29,19 @@ __device__ __forceinline__ WorkTile decode_work_tile(const FwdParams& p, int ind
   const int pair = first + rest - row * width;
   const int batch = pair / p.work_heads;
   return {p.blocks_m - 1 - row, pair - batch * p.work_heads, batch};
+}
+
+// With splits of the keys, those of a work tile lie side by side.
+template <bool kSplit, class Params>
+__device__ __forceinline__ WorkTile decode_split_tile(const Params& p, int index) {
+  if constexpr (kSplit) {
+    const int unsplit = index / p.splits;
+    WorkTile work = decode_work_tile(p.fwd, unsplit);
+    work.split = index - unsplit * p.splits;
+    return work;
+  } else {
+    return decode_work_tile(p.fwd, index);
+  }
 }
 
 }  // namespace fa

@@ -16,6 +16,17 @@
 
 namespace fa {
 
+// Which keys of a tile there are.
+template <bool kHasHoles>
+struct KeysThere {
+  __device__ __forceinline__ bool all() const { return true; }
+};
+template <>
+struct KeysThere<true> {
+  uint32_t there;  // bit i is that of keys 8 i .. 8 i + 7
+  __device__ __forceinline__ bool all() const { return there == 0xffffffffu; }
+};
+
 // kBlocks blocks of 16 queries, kKeys keys: tile n of that width. This lane holds rows lane / 4 and
 // lane / 4 + 8 of each block, columns 2 * (lane % 4) and + 1 of each 8-column tile.
 // kMayFold: the caller adds row_bias where apply_scale_and_bias() left it out.
@@ -133,6 +144,20 @@ struct ScoreTile {
             if (row.masks(8 * t + e)) rS[b][t][2 * r + e] = negative_infinity();
           }
       }
+  }
+
+  // Keys 8 t .. 8 t + 7 of the tile are nowhere unless bit t of `there` is set.
+  static __device__ __forceinline__ void hide_absent(Scores& rS, uint32_t there) {
+    static_assert(kKeyTiles <= 32, "a bit for eight keys");
+#pragma unroll
+    for (int t = 0; t < kKeyTiles; ++t) {
+      const bool hidden = !(there >> t & 1);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (hidden) rS[b][t][e] = negative_infinity();
+    }
   }
 
   // Calls drop(b, t, e) for every element that dropout drops.

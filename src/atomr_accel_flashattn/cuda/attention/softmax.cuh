@@ -75,6 +75,39 @@ struct OnlineSoftmax {
     return grew;
   }
 
+  // update() of batch-invariant kernels: what becomes of a row depends on that row alone, and on no
+  // compiler. Exponents are differences to the reference for all scores, not only beside a row of
+  // huge ones, and products are rounded before sums. A row that sees nothing of the tile stays as
+  // it is, bit for bit: its probabilities are 0 and its factor is 1.
+  template <int kTiles>
+  __device__ __forceinline__ bool update_each_row(float (&s)[kBlocks][kTiles][4], float (&rescale)[kBlocks][2], float factor) {
+    float top[kBlocks][2];  // of this lane
+    bool look = false, grew = false;
+#pragma unroll
+    for (int i = 0; i < kBlocks * 2; ++i) {
+      top[i / 2][i % 2] = row_max(s[i / 2], i % 2);
+      look |= (top[i / 2][i % 2] - max[i / 2][i % 2]) * factor > kRescaleThreshold;
+    }
+    // Raises just the rows of which a lane looked, whichever row of the warp that was.
+    if (__any_sync(0xffffffffu, look)) grew = raise_max(top, rescale, factor);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float reference = max[b][r] == negative_infinity() ? 0.f : max[b][r];
+        float even = 0.f, odd = 0.f;
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          s[b][t][2 * r] = ptx::exp2(__fmul_rn(__fsub_rn(s[b][t][2 * r], reference), factor));
+          s[b][t][2 * r + 1] = ptx::exp2(__fmul_rn(__fsub_rn(s[b][t][2 * r + 1], reference), factor));
+          even = __fadd_rn(even, s[b][t][2 * r]);
+          odd = __fadd_rn(odd, s[b][t][2 * r + 1]);
+        }
+        sum[b][r] = __fadd_rn(sum[b][r], __fadd_rn(even, odd));
+      }
+    return grew;
+  }
+
   // In place: scores, or their differences to the references, to unnormalised probabilities.
   // `exponent` takes a score and its reference.
   template <bool kHasRowBias, int kTiles, class Exponent>

@@ -60,7 +60,7 @@ struct Fa2Forward {
 
     load_q.load(sQ, rows.work.block_m * C.block_m, {0, rows.seq.length_q, 0});
     mainloop(load_k, load_v, keys);
-    rows.finalize();
+    rows.finalize([&] { return p.lse; });
     rows.store();
   }
 

@@ -7,6 +7,10 @@
 // are read once. Its warps are groups of block_m / 16, a warp of a group for 16 rows. The groups
 // share the keys: each has a pipeline and a softmax of its own, waits for itself alone, and their
 // states are merged at the end, as those of the splits are by another kernel.
+//
+// Batch-invariant kernels (docs/architecture.md says why the bits of a row are its own) differ in
+// three things: tile n of the keys goes to group n % kGroups, wherever the block begins; rows do
+// not look at each other; and nothing is split.
 #pragma once
 
 #include "attention/epilogue.cuh"
@@ -23,6 +27,8 @@ struct Fa2KvCache {
   static_assert(C.pack_gqa && C.any_ratio && !C.dropout && C.block_m % 16 == 0 && C.block_n <= 32, "tiles of few rows");
   static constexpr int kRowWarps = C.block_m / 16, kGroups = C.warps / kRowWarps, kGroupThreads = 32 * kRowWarps;
   static_assert(kGroups * kRowWarps == C.warps, "groups are equally large");
+  static_assert(!C.batch_invariant || (kGroups == 4 && !C.split), "the order of sums");
+  static constexpr int kStep = C.batch_invariant ? 1 : kGroups;  // what tile_at() counts
   static constexpr int kThreads = 32 * C.warps, kSteps = C.head_dim / 16, kOutTiles = C.v_head_dim / 8;
 
   using Traits = MmaTraits<C.dtype>;
@@ -63,19 +69,29 @@ struct Fa2KvCache {
   }
 
   __device__ __forceinline__ void run(int split) {
-    const int64_t tiles = key_tile_count(band);
-    run(static_cast<int>(tiles * split / p.splits), static_cast<int>(tiles * (split + 1) / p.splits), split);
+    if constexpr (C.batch_invariant) {
+      load_q();
+      mainloop(0, own_count(0, sink_tile_count(band)) + own_count(band.tile_begin(), band.tile_end()));
+      merge_and_store(split);
+    } else {
+      const int64_t tiles = key_tile_count(band);
+      run(static_cast<int>(tiles * split / p.splits), static_cast<int>(tiles * (split + 1) / p.splits), split);
+    }
   }
 
   // Tiles [first, end), to partial result `part`; scheduled: -1 is o itself.
   __device__ __forceinline__ void run(int first, int end, int part) {
     load_q();  // lands while the first keys are on their way
     mainloop(first + group, end);
+    merge_and_store(part);
+  }
+
+ private:
+  __device__ __forceinline__ void merge_and_store(int part) {
     __syncthreads();  // all groups have read their last tiles, whose memory the merge takes
     store(part);
   }
 
- private:
   __device__ __forceinline__ void group_sync() const {
     if constexpr (kRowWarps == 1) {
       __syncwarp();
@@ -102,14 +118,14 @@ struct Fa2KvCache {
     ptx::cp_async_commit();
   }
 
-  // Every kGroups-th tile from `i` on.
+  // Every kStep-th tile from `i` on.
   __device__ __forceinline__ void mainloop(int i, int end) {
-    const KvCacheSource<C> source(p, work.batch, work.head);
+    const KvCacheSource<C> source(p, seq, work.batch, work.head);
     int ahead = i;
     const auto fetch = [&](int stage) {
       if (ahead < end) exists[stage] = load(source, tile_at(ahead), stages + stage * kStageBytes);
       ptx::cp_async_commit();
-      ahead += kGroups;
+      ahead += kStep;
     };
 #pragma unroll
     for (int stage = 0; stage < C.stages; ++stage) fetch(stage);
@@ -124,16 +140,24 @@ struct Fa2KvCache {
         compute(tile_at(i), exists[stage], stages + stage * kStageBytes);
         group_sync();  // all warps of the group have read the tile
         fetch(stage);
-        i += kGroups;
+        i += kStep;
       }
     }
     ptx::cp_async_wait<0>();
   }
 
   __device__ __forceinline__ int tile_at(int i) const {
+    if constexpr (C.batch_invariant) {
+      const int sinks = own_count(0, sink_tile_count(band));
+      return i < sinks ? group + i * kGroups : first_own(band.tile_begin()) + (i - sinks) * kGroups;
+    }
     const int sinks = sink_tile_count(band);
     return i < sinks ? i : band.tile_begin() + i - sinks;
   }
+  // Batch-invariant: of the tiles from `begin` on, the first of this group, and how many lie before
+  // `end`.
+  __device__ __forceinline__ int first_own(int begin) const { return begin + (group + kGroups - begin % kGroups) % kGroups; }
+  __device__ __forceinline__ int own_count(int begin, int end) const { return max(0, (end - first_own(begin) + kGroups - 1) / kGroups); }
 
   // Starts the copies of tile n; returns which of its keys there are.
   __device__ __forceinline__ uint32_t load(const KvCacheSource<C>& source, int n, uint32_t shared) const {
@@ -168,8 +192,7 @@ struct Fa2KvCache {
     if (tile.band.needs_mask(n)) tile.apply_mask(rS, n);
     if (there != kAllKeys) hide_absent(rS, there);
     float rescale[1][2];
-    if (softmax.template update<false>(rS, tile.row_bias, rescale, tile.score.factor,
-                                       [this](int b, int r) { return tile.decides(b, r); })) {
+    if (update_softmax(rS, rescale)) {
 #pragma unroll
       for (int t = 0; t < kOutTiles; ++t)
 #pragma unroll
@@ -186,6 +209,18 @@ struct Fa2KvCache {
         Traits::mma(rO[0][t + 1], a, b[2], b[3]);
       }
     }
+  }
+
+  __device__ __forceinline__ bool update_softmax(typename Scores::Scores& rS, float (&rescale)[1][2]) {
+    if constexpr (C.batch_invariant) return softmax.update_each_row(rS, rescale, tile.score.factor);
+    return softmax.template update<false>(rS, tile.row_bias, rescale, tile.score.factor,
+                                          [this](int b, int r) { return tile.decides(b, r); });
+  }
+
+  // A product that the compiler fuses with no sum, in one kernel and not in another.
+  static __device__ __forceinline__ float product(float x, float y) {
+    if constexpr (C.batch_invariant) return __fmul_rn(x, y);
+    return x * y;
   }
 
   // Keys of blocks that the cache does not have.
@@ -205,13 +240,13 @@ struct Fa2KvCache {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] = quad_reduce(softmax.sum[0][r], [](float x, float y) { return x + y; });
-      if (Scores::lane_col() == 0) maxima()[group * C.block_m + lane_first_row + 8 * r] = softmax.max[0][r] * tile.score.factor;
+      if (Scores::lane_col() == 0) maxima()[group * C.block_m + lane_first_row + 8 * r] = product(softmax.max[0][r], tile.score.factor);
     }
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = lane_first_row + 8 * r;
-      const float top = largest(row), own = softmax.max[0][r] * tile.score.factor;
+      const float top = largest(row), own = product(softmax.max[0][r], tile.score.factor);
       const float weight = own == negative_infinity() ? 0.f : ptx::exp2(own - top);
       if (Scores::lane_col() == 0) sums()[group * C.block_m + row] = sum[r] * weight;
       float* o = outputs() + (group * C.block_m + row) * kPitch + Scores::lane_col();
@@ -237,7 +272,7 @@ struct Fa2KvCache {
       for (int i = 0; i < 8; ++i) o[i] += part[i];
     }
     const bool partial = C.split || (C.scheduled && part >= 0);
-    const float sink = !C.learned_sink ? 0.f : partial ? negative_infinity() : f.learned_sink[head] * kLog2e;
+    const float sink = !C.learned_sink ? 0.f : partial ? negative_infinity() : product(f.learned_sink[head], kLog2e);
     const RowResult end = finalize_row<C>(sum, largest(r), sink);
     const int64_t lse_row = work.batch * f.lse_batch_stride + head * f.lse_head_stride + seq.q_row + query;
     if (partial) {

@@ -7,6 +7,8 @@
 // next (3.2).
 #pragma once
 
+#include "attention/block_band.cuh"
+#include "attention/kv_source.cuh"
 #include "attention/persistent_scheduler.cuh"
 #include "attention/rows.cuh"
 #include "attention/unowned_rows.cuh"
@@ -19,7 +21,8 @@
 
 namespace fa {
 
-template <Config C>
+// `Source` says where K and V are (attention/kv_source.cuh).
+template <Config C, class Source = TensorKv<C>>
 struct Fa3Forward {
   static constexpr int kConsumers = C.warps / 4 - 1;
   static constexpr int kWarpgroupRows = 64;
@@ -33,7 +36,8 @@ struct Fa3Forward {
   using TileQ = SwizzledTile<kWarpgroupRows, C.head_dim>;  // of one warpgroup
   using TileK = SwizzledTile<C.block_n, C.head_dim>;
   using TileV = SwizzledTile<C.block_n, C.v_head_dim>;
-  using Scheduler = PersistentScheduler<C.persistent>;
+  using Params = typename Source::Params;
+  using Scheduler = PersistentScheduler<Params, C.persistent, C.split>;
 
   // Offsets in shared memory, from an address aligned to 1024 bytes, the period of the swizzle.
   static constexpr int kQ = 0, kK = kQ + kConsumers * TileQ::kBytes, kV = kK + C.stages * TileK::kBytes,
@@ -41,7 +45,8 @@ struct Fa3Forward {
   static constexpr int kBarriersK = kBarriersQ + kConsumers * TmaPipeline<1>::kBytes,
                        kBarriersV = kBarriersK + TmaPipeline<C.stages>::kBytes;
   static constexpr int kZeroFill = kBarriersV + TmaPipeline<C.stages>::kBytes, kScheduler = kZeroFill + TmaPipeline<1>::kBytes;
-  static_assert(kScheduler + Scheduler::kBytes <= kBarriersQ + 512, "kernels/fa3_fwd.py leaves 512 bytes for barriers");
+  static constexpr int kThere = kScheduler + Scheduler::kBytes;  // a word for each stage of K
+  static_assert(kThere + (Source::kHasHoles ? 4 * C.stages : 0) <= kBarriersQ + 512, "kernels/fa3_fwd.py leaves 512 bytes for barriers");
 
   // Registers per thread after setmaxnreg, which moves them from the producer warpgroup to the
   // consumers; 64 Ki in all.
@@ -49,12 +54,9 @@ struct Fa3Forward {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
 
   // Every row sees every key that the tensor has.
-  static constexpr bool kUnmasked = !C.varlen && !C.left_bound && !C.right_bound;
+  static constexpr bool kUnmasked = Source::kEndsWithTensor && !C.left_bound && !C.right_bound;
 
-  // L2 cache policies (PTX ISA, createpolicy): q is read once, k and v by many blocks.
-  static constexpr uint64_t kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
-
-  const Fa3FwdParams& p;
+  const Params& p;
   const uint32_t shared;
   TmaPipeline<1> pipe_q;
   TmaPipeline<C.stages> pipe_k, pipe_v;
@@ -63,7 +65,7 @@ struct Fa3Forward {
   static constexpr PingPongBarrier<C.ping_pong, kConsumers> ping_pong{};
 
   // `warpgroup`: index among the consumers; unused by producers.
-  __device__ __forceinline__ Fa3Forward(const Fa3FwdParams& params, uint32_t address, int warpgroup)
+  __device__ __forceinline__ Fa3Forward(const Params& params, uint32_t address, int warpgroup)
       : p(params),
         shared(address),
         pipe_q(address + kBarriersQ + warpgroup * TmaPipeline<1>::kBytes),
@@ -82,7 +84,7 @@ struct Fa3Forward {
 
   // Registers of asynchronous wgmma: S is its accumulator, P its A operand. Neither may be touched
   // between issue and wgmma_wait.
-  struct Fragments {
+  struct Fragments : KeysThere<Source::kHasHoles> {
     typename Rows::Scores S;
     uint32_t P[kStepsPV][4];
 
@@ -98,8 +100,9 @@ struct Fa3Forward {
     const bool leader = ptx::elect_one();
     if (leader) ptx::tma_prefetch_map(&p.k_map);
     for (WorkTile work = scheduler.first(); !work.past_end(); work = scheduler.broadcast_next()) {
-      const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
-      const Band<C> band(p.fwd, seq, work.block_m * C.block_m, C.block_m);
+      const Sequence seq = Source::read_sequence(p, work.batch);
+      const BlockBand<C> band = block_band(work, seq, work.block_m * C.block_m);
+      const Source source(p, seq, work.batch);
       const int head_kv = kv_head_of<C>(p.fwd, work.head);
       int n = first_tile(work, seq, band);
       if (n < 0) scheduler.prefetch_next();
@@ -107,8 +110,12 @@ struct Fa3Forward {
       for (int next; n >= 0; n = next) {
         next = band.next_tile(n);
         if (next < 0) scheduler.prefetch_next();  // its latency hides behind the wait below
+        const auto at = source.locate(n, band.keys());
         pipe_k.producer_acquire();
-        if (leader) load_tile<TileK>(pipe_k, shared + kK, &p.k_map, pipe_k.full_barrier(), head_kv, seq, n);
+        if constexpr (Source::kHasHoles) {
+          if (leader) ptx::store_shared_4(shared + kThere + 4 * pipe_k.stage, at.there);
+        }
+        source.template load<TileK>(at, shared + kK, pipe_k.stage, &p.k_map, pipe_k.full_barrier(), head_kv, n, leader);
         pipe_k.advance();
       }
     }
@@ -121,8 +128,8 @@ struct Fa3Forward {
     const bool leader = ptx::elect_one();
     if (leader) ptx::tma_prefetch_map(&p.q_map);
     for (WorkTile work = scheduler.first(); !work.past_end(); work = scheduler.get_next()) {
-      const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
-      if (first_tile(work, seq, Band<C>(p.fwd, seq, work.block_m * C.block_m, C.block_m)) < 0) continue;
+      const Sequence seq = Source::read_sequence(p, work.batch);
+      if (first_tile(work, seq, block_band(work, seq, work.block_m * C.block_m)) < 0) continue;
 #pragma unroll 1
       for (int i = 0; i < kConsumers; ++i) {
         // In the order in which they release Q: with a left bound, later rows reach their last tile
@@ -142,17 +149,19 @@ struct Fa3Forward {
     const bool leader = ptx::elect_one();
     if (leader) ptx::tma_prefetch_map(&p.v_map);
     for (WorkTile work = scheduler.first(); !work.past_end(); work = scheduler.get_next()) {
-      const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
-      const Band<C> band(p.fwd, seq, work.block_m * C.block_m, C.block_m);
+      const Sequence seq = Source::read_sequence(p, work.batch);
+      const BlockBand<C> band = block_band(work, seq, work.block_m * C.block_m);
+      const Source source(p, seq, work.batch);
       const int head_kv = kv_head_of<C>(p.fwd, work.head);
 #pragma unroll 1
       for (int n = first_tile(work, seq, band); n >= 0; n = band.next_tile(n)) {
+        const auto at = source.locate(n, band.keys());
         pipe_v.producer_acquire();
         const RowRange seen = v_rows_seen(band);
         if (kUnmasked || seen.covers(n * C.block_n, C.block_n)) {
-          if (leader) load_tile<TileV>(pipe_v, shared + kV, &p.v_map, pipe_v.full_barrier(), head_kv, seq, n);
+          source.template load<TileV>(at, shared + kV, pipe_v.stage, &p.v_map, pipe_v.full_barrier(), head_kv, n, leader);
         } else if constexpr (!kUnmasked) {
-          if (leader) load_tile<TileV>(pipe_v, shared + kV, &p.v_map, shared + kZeroFill, head_kv, seq, n);
+          source.template load<TileV>(at, shared + kV, pipe_v.stage, &p.v_map, shared + kZeroFill, head_kv, n, leader);
           ptx::mbarrier_wait(shared + kZeroFill, zero_fill_phase);
           zero_fill_phase ^= 1;
           zero_unseen(seen, n);
@@ -182,6 +191,13 @@ struct Fa3Forward {
         if (pending) pipe_v.consumer_release();
         pending = false;
       };
+      const auto lse = [&] {
+        if constexpr (C.split) {
+          return p.partial_lse + current.work.split * p.lse_rows;
+        } else {
+          return p.fwd.lse;
+        }
+      };
       // With sink tokens no tile is skipped at the end, and draining later costs registers that
       // spill.
       if constexpr (C.sink_tokens) drain_pv();
@@ -190,16 +206,22 @@ struct Fa3Forward {
       TileContext next{WorkTile::none()};
       if constexpr (C.persistent) {
         next = prologue(scheduler.get_next(), r, warpgroup, drain_pv);
-        rows.finalize();
+        rows.finalize(lse);
         ptx::wgmma_wait<1>();
         ptx::warpgroup_fence_operand(rows.rO[0]);
         if (pending) pipe_v.consumer_release();
       } else {
         ptx::optimisation_barrier(next.work.block_m);
-        rows.finalize();
+        rows.finalize(lse);
         drain_pv();
       }
-      if (first_row < row_count<C>(p.fwd, current.seq)) rows.store();
+      if (first_row < row_count<C>(p.fwd, current.seq)) {
+        if constexpr (C.split) {
+          rows.store_partial(p.partial_o + current.work.split * p.lse_rows * p.fwd.v_head_dim);
+        } else {
+          rows.store();
+        }
+      }
       ptx::wgmma_wait<0>();
       ptx::warpgroup_fence_operand(r.S[0]);
       current = next;
@@ -207,8 +229,12 @@ struct Fa3Forward {
   }
 
  private:
+  // The keys that a block visits for a work tile whose rows begin at `first_row`.
+  __device__ __forceinline__ BlockBand<C> block_band(const WorkTile& work, const Sequence& seq, int first_row) const {
+    return BlockBand<C>(p.fwd, seq, first_row, work.split, Source::splits(p));
+  }
   // -1 if the rows of this work tile do not exist or see no key: no role then touches a pipeline.
-  __device__ __forceinline__ int first_tile(const WorkTile& work, const Sequence& seq, const Band<C>& band) const {
+  __device__ __forceinline__ int first_tile(const WorkTile& work, const Sequence& seq, const BlockBand<C>& band) const {
     return work.block_m * C.block_m < row_count<C>(p.fwd, seq) ? band.first_tile() : -1;
   }
 
@@ -224,20 +250,13 @@ struct Fa3Forward {
     }
   }
 
-  template <class Tile>
-  static __device__ __forceinline__ void load_tile(const TmaPipeline<C.stages>& pipe, uint32_t tiles, const TensorMap* map,
-                                                   uint32_t barrier, int head_kv, const Sequence& seq, int n) {
-    ptx::mbarrier_arrive_expect_tx(barrier, Tile::kBytes);
-    Tile::load(tiles + pipe.stage * Tile::kBytes, map, barrier, seq.k_row + n * C.block_n, head_kv, seq.batch, kEvictLast);
-  }
-
   // Rows of V that some query sees. TMA zero-fills what lies outside the tensor, not what lies
   // outside this sequence or what no query of the block sees. A NaN there would survive a
   // probability of zero (0 * NaN), so the producer zeroes those rows. K needs none of this: its NaN
   // ends in masked scores.
   static __device__ __forceinline__ RowRange v_rows_seen(const Band<C>& band) {
     RowRange seen = band.keys();
-    if (!C.varlen && seen.end == band.length_k) seen.end = kUnbounded;
+    if (Source::kEndsWithTensor && seen.end == band.length_k) seen.end = kUnbounded;
     return seen;
   }
   __device__ __forceinline__ void zero_unseen(const RowRange& seen, int n) const {
@@ -258,7 +277,8 @@ struct Fa3Forward {
   // The K / V tiles that the block visits, of which a warpgroup computes those that its own rows
   // see.
   struct TileWalk {
-    Band<C> block, own;
+    BlockBand<C> block;
+    Band<C> own;
     // The next tile that this warpgroup computes, -1 if there is none. With sink tokens it computes
     // all: tiles that it does not see may lie between its window and the sinks.
     __device__ __forceinline__ int next(int n) const {
@@ -279,9 +299,8 @@ struct Fa3Forward {
   template <class DrainPv>
   __device__ __forceinline__ TileContext prologue(const WorkTile& work, Fragments& r, int warpgroup, DrainPv drain_pv) {
     const int first_row = max(work.block_m, 0) * C.block_m;
-    const Sequence seq = read_sequence<C.varlen>(p.fwd, work.batch);
-    const TileWalk walk{Band<C>(p.fwd, seq, first_row, C.block_m),
-                        Band<C>(p.fwd, seq, first_row + warpgroup * kWarpgroupRows, kWarpgroupRows)};
+    const Sequence seq = Source::read_sequence(p, work.batch);
+    const TileWalk walk{block_band(work, seq, first_row), Band<C>(p.fwd, seq, first_row + warpgroup * kWarpgroupRows, kWarpgroupRows)};
     int n = work.past_end() ? -1 : first_tile(work, seq, walk.block);
     const bool visited = n >= 0;
     if (visited) pipe_q.consumer_wait();
@@ -289,6 +308,7 @@ struct Fa3Forward {
     for (; n >= 0 && !walk.own.sees(n); n = walk.block.next_tile(n)) skip_tile(warpgroup, drain_pv);
     if (n >= 0) {
       pipe_k.consumer_wait();
+      read_there(r);
       ping_pong.sync(warpgroup);
     } else if (visited) {
       pipe_q.consumer_release();
@@ -306,11 +326,12 @@ struct Fa3Forward {
     int next = walk.next(n);
     pipe_k.consumer_release();
     if (next < 0) pipe_q.consumer_release();
-    rows.apply_bias_and_mask(r.S, n);
+    rows.apply_bias_and_mask(r.S, n, static_cast<const KeysThere<Source::kHasHoles>&>(r));
     rows.online_softmax(r.S, n);  // nothing to rescale yet
     r.pack_p();
     while (next >= 0) {
       pipe_k.consumer_wait();
+      read_there(r);
       ping_pong.sync(warpgroup);
       multiply_qk(r, warpgroup);
       pipe_v.consumer_wait();
@@ -322,7 +343,7 @@ struct Fa3Forward {
       ptx::warpgroup_fence_operand(r.S[0]);
       pipe_k.consumer_release();
       if (next < 0) pipe_q.consumer_release();  // early: the producer waits for it
-      rows.apply_bias_and_mask(r.S, n);
+      rows.apply_bias_and_mask(r.S, n, static_cast<const KeysThere<Source::kHasHoles>&>(r));
       const bool grew = rows.online_softmax(r.S, n);
       ptx::wgmma_wait<0>();
       ptx::warpgroup_fence_operand(rows.rO[0]);
@@ -353,6 +374,12 @@ struct Fa3Forward {
     pipe_v.consumer_release();
   }
 
+  // Which keys of the stage of K there are. Read before the product of the warpgroup, whose end
+  // releases the stage.
+  __device__ __forceinline__ void read_there(Fragments& r) const {
+    if constexpr (Source::kHasHoles) r.there = ptx::load_shared_4(shared + kThere + 4 * pipe_k.stage);
+  }
+
   // S = Q K^T: SS-wgmma, one commit group.
   __device__ __forceinline__ void multiply_qk(Fragments& r, int warpgroup) {
     using Mma = ptx::Wgmma<C.block_n, C.dtype>;
@@ -374,9 +401,9 @@ struct Fa3Forward {
   }
 };
 
-template <Config C>
-__device__ __forceinline__ void fa3_forward(const Fa3FwdParams& p) {
-  using Kernel = Fa3Forward<C>;
+template <Config C, class Source = TensorKv<C>>
+__device__ __forceinline__ void fa3_forward(const typename Source::Params& p) {
+  using Kernel = Fa3Forward<C, Source>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t address = (ptx::shared_address(shared) + 1023) & ~1023u;
   const int warpgroup = warpgroup_index(), warp = warp_index();
@@ -388,7 +415,7 @@ __device__ __forceinline__ void fa3_forward(const Fa3FwdParams& p) {
     if (warp == 0) kernel.produce_k();
     if (warp == 1) kernel.produce_v();
     if (warp == 2) kernel.produce_q();
-    if (warp == 3) write_unowned_rows<C>(p.fwd, blockIdx.x, gridDim.x, threadIdx.x % 32, 32);
+    if (warp == 3 && !C.split) write_unowned_rows<C>(p.fwd, blockIdx.x, gridDim.x, threadIdx.x % 32, 32);
   } else {
     if constexpr (Kernel::kConsumers > 1) ptx::setmaxnreg_inc<Kernel::kConsumerRegisters>();
     kernel.consume(warpgroup - 1);

@@ -42,7 +42,7 @@ struct KvAppend {
     int64_t at;
     const bool known = p.cos == nullptr || slot < p.rotary_rows;  // V goes where its K goes
     if (slot < 0 || slot >= p.capacity || !known || !locate(batch, slot, cache_stride, at)) {
-      if (p.error != nullptr) *p.error = 1;
+      if (p.error != nullptr) atomicMax(p.error, batch + 1);
       return;
     }
     const int64_t from = p.cu_seqlens_new == nullptr ? batch * stride.batch + index * stride.row : (first + index) * stride.row;
@@ -79,7 +79,7 @@ struct KvAppend {
     if (index >= count) return;
     const int64_t slot = length(batch) + (p.q_advances ? index : 0);
     const bool known = slot >= 0 && slot < p.rotary_rows;
-    if (!known && p.error != nullptr) *p.error = 1;
+    if (!known && p.error != nullptr) atomicMax(p.error, batch + 1);
     const auto at = [&](const Strides& stride) {
       return (p.cu_seqlens_q == nullptr ? batch * stride.batch : 0) + (first + index) * stride.row + head * stride.head;
     };

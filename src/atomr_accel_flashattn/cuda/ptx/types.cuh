@@ -12,7 +12,7 @@ using uint32_t = unsigned int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
 
-enum class DType { F16, BF16 };
+enum class DType { F16, BF16, F32 };
 
 // CUtensorMap, encoded on the host by cuTensorMapEncodeTiled.
 struct alignas(64) TensorMap {
