@@ -49,7 +49,7 @@ stage() { # name, default limit in seconds, command...
 run_tests() {
   # NumPy's threads would fight over the cores: the processes are the parallelism. Warnings of this machine's packages are no failures.
   # shellcheck disable=SC2086
-  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest tests/gpu tests/cli/test_demo.py tests/operators -m gpu -q -n "$JOBS" --dist worksteal -p no:cacheprovider \
+  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest tests/gpu tests/cli/test_demo.py tests/kv_cache/test_example.py tests/operators -m gpu -q -n "$JOBS" --dist worksteal -p no:cacheprovider \
     -p no:benchmark --timeout 180 --maxfail 100 --tb short --show-capture no -r fE -W default --disable-warnings ${PYTEST_ARGS:-}
 }
 

@@ -1,4 +1,4 @@
-"""examples/decode.py: its tokens are those of dense attention, whatever the pages and the chunks."""
+"""examples/decode.py and decode_graph.py: their tokens are those of dense attention, whatever the pages and the chunks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 
 if TYPE_CHECKING:
-    import pytest
+    from typing import Any
 
-EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "decode.py"))
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE = runpy.run_path(str(EXAMPLES / "decode.py"))
 
 
 def test_it_runs(capsys: pytest.CaptureFixture[str]):
@@ -28,3 +30,12 @@ def test_pages_and_chunks_change_no_token():
     for prompt, tokens in zip(prompts, made[0], strict=True):
         sure, equal = EXAMPLE["agreement"](model, system + prompt, tokens)
         assert equal == sure > 0
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_steps_of_torch(device: str, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("torch")
+    graph: dict[str, Any] = runpy.run_path(str(EXAMPLES / "decode_graph.py"))
+    graph["main"](["--device", device, "--layers", "2", "--tokens", "6" if device == "cpu" else "40"])
+    assert capsys.readouterr().out.count("sure tokens as by dense attention") == 4
