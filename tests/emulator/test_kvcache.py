@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from atomr_accel_flashattn.kernels.spec import Tile
 from atomr_accel_flashattn.types import DType
 from tests.cases import Alibi, Case
 from tests.check import check_case
-from tests.inputs import Layout
+from tests.inputs import Inputs, Layout
 
 from .build import compiler
 from .running_kvcache import Cached
@@ -56,3 +57,17 @@ def test_feature(name: str, way: Cached):
     if name not in {"decode", "everything"} and number % 3:
         pytest.skip("each third")
     check_case(Case(label=name, dtype=(DType.F16, DType.BF16)[number % 2], **FEATURES[name]), way)
+
+
+class NoLength(Cached):
+    """Lengths and padding whose difference is no int32: no sequence has a key."""
+
+    def _hold(self, inputs: Inputs, random: np.random.Generator) -> dict[str, Any]:
+        held = super()._hold(inputs, random)
+        held["cache_lengths"][:], held["left_pad"][:] = -40, 2**31 - 1
+        return held
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_a_length_that_overflows_with_its_padding_is_no_keys(blocks: int):
+    check_case(Case(**DECODE | {"lengths_k": (0, 0, 0)}), NoLength(block_size=None, left_pad=5, blocks=blocks))

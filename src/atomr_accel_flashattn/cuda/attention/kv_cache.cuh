@@ -25,7 +25,8 @@ __device__ __forceinline__ Sequence read_cached_sequence(const KvCacheParams& p,
     if (!C.paged && p.blocks != nullptr) fits &= p.blocks[batch] >= 0 && p.blocks[batch] < p.num_blocks;
     if (!fits) atomicMax(p.error, batch + 1);
   }
-  const int keys = max(0, static_cast<int>(min(used, static_cast<int64_t>(p.capacity))) - pad);
+  // In 64 bits: no length on a GPU has been looked at.
+  const int keys = static_cast<int>(max(int64_t{0}, min(used, int64_t{p.capacity}) - pad));
   if constexpr (C.varlen) {
     const int row = p.fwd.cu_seqlens_q[batch];
     return {p.fwd.cu_seqlens_q[batch + 1] - row, keys, row, 0, 0};
