@@ -9,7 +9,7 @@ import pytest
 
 from atomr_accel_flashattn.kernels.spec import Tile
 from atomr_accel_flashattn.types import DType
-from tests.cases import Alibi, Case
+from tests.cases import Alibi, Case, build
 from tests.check import check_case
 from tests.inputs import Inputs, Layout
 
@@ -71,3 +71,26 @@ class NoLength(Cached):
 @pytest.mark.parametrize("blocks", [0, 3])
 def test_a_length_that_overflows_with_its_padding_is_no_keys(blocks: int):
     check_case(Case(**DECODE | {"lengths_k": (0, 0, 0)}), NoLength(block_size=None, left_pad=5, blocks=blocks))
+
+
+@pytest.mark.parametrize("way", [Cached(), Cached(splits=3), Cached(blocks=7)], ids=str)
+def test_a_row_of_nan_is_nan_however_its_keys_are_cut(way: Cached):
+    inputs = build(Case(**DECODE))
+    inputs.q[0, 3] = np.nan
+    made = way(inputs)
+    for row in range(3):
+        for head in range(8):
+            nan = (row, head) == (0, 3)
+            assert np.isnan(made.out[row, head].astype(np.float32)).all() == nan
+            assert np.isnan(made.lse[head, row]) == nan
+
+
+@pytest.mark.parametrize("way", [Cached(), Cached(splits=3), Cached(blocks=7)], ids=str)
+def test_a_learned_sink_of_nan_is_seen_by_rows_without_keys(way: Cached):
+    inputs = build(Case(**DECODE | {"lengths_k": (150, 0, 70), "learned_sink": True}))
+    inputs.learned_sink[5] = np.nan
+    made = way(inputs)
+    assert np.isnan(made.lse[5]).all()
+    assert np.isnan(made.out[:, 5].astype(np.float32)).all()
+    others = np.arange(8) != 5
+    assert np.isfinite(made.lse[others]).all()

@@ -34,12 +34,16 @@ struct SplitCombine {
     const FwdParams& f = p.fwd;
     const int lane = threadIdx.x % 32;
     float top = negative_infinity();
-    for (int i = lane; i < row.count; i += 32) top = fmaxf(top, p.partial_lse[row.at(i)]);
+    bool seen = false;  // a key or a sink, perhaps of NaN, which is no maximum
+    for (int i = lane; i < row.count; i += 32) {
+      const float lse = p.partial_lse[row.at(i)];
+      top = fmaxf(top, lse), seen |= lse != negative_infinity();
+    }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
     const float sink = C.learned_sink && row.count > 0 ? f.learned_sink[row.head] : negative_infinity();
     top = fmaxf(top, sink);
-    const bool empty = top == negative_infinity();
+    const bool empty = !__any_sync(0xffffffffu, seen || sink != negative_infinity());
     if (!empty) sum_parts(p, row, top);
     __syncthreads();
 
