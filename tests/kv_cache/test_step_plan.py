@@ -316,6 +316,14 @@ class TestOnACard:
         request.plan.schedule(card["seq_lens"], stream=99)
         assert [stream for *_, stream in gpu.launches] == [STREAM, 99]
 
+    def test_a_batch_of_none_has_an_empty_answer(self, gpu: FakeGpu):
+        host = {name: x if name.endswith("cache") else x[:0] for name, x in paged([40]).items()}
+        card = {name: on_card(x) for name, x in host.items()}
+        plan = fa.StepPlan.of(fa.PagedAttentionRequest(**card))
+        plan.schedule(card["seq_lens"])
+        assert fa.run(fa.PagedAttentionRequest(**card, plan=plan)).out.shape == (0, 1, 4, 32)
+        assert not gpu.launches
+
     @pytest.mark.usefixtures("gpu")
     def test_what_no_kernel_has_is_refused(self):
         with pytest.raises(fa.StepPlanError, match="head_dim: got 20; allowed on a GPU is a multiple of 8"):

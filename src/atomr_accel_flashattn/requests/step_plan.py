@@ -196,11 +196,12 @@ class StepPlan:
 
     def _enqueue(self, arrays: dict[str, ArrayInfo | None], stream: Any) -> None:
         buffers = self._buffers
-        if buffers is None or not self.shape.batch:
+        if buffers is None:
             return
         check_array(buffers.array, "plan")
         raw = current_stream(buffers.array) if stream is None else raw_stream(stream)
-        self._launch.launch(raw, schedule_addresses(buffers, arrays))
+        if self.shape.batch:
+            self._launch.launch(raw, schedule_addresses(buffers, arrays))
         buffers.scheduled = True
 
     def check(self, problem: AttentionProblem) -> None:
