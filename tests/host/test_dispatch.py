@@ -437,8 +437,12 @@ CACHED = fa.DispatchKey(SmArch.CPU, DType.F16, 128, paged=True)
         (replace(CACHED, extras=fa.Extras(split=True, batch_invariant=True)), "split: got split KV with batch_invariant"),
         (replace(CACHED, extras=fa.Extras(scheduled=True, split=True)), "scheduled: got a StepPlan with split"),
         (replace(CACHED, extras=fa.Extras(scheduled=True, batch_invariant=True)), "scheduled: got a StepPlan with batch_invariant"),
+        (
+            replace(CACHED, extras=fa.Extras(scheduled=True, tile=TILE)),
+            "scheduled: got a StepPlan with tile .*; allowed is the tile that the plan",
+        ),
     ],
-    ids=["dropout", "left_pad", "split", "scheduled", "scheduled and invariant"],
+    ids=["dropout", "left_pad", "split", "scheduled", "scheduled and invariant", "scheduled and a tile"],
 )
 def test_what_no_cache_has_is_refused(key: fa.DispatchKey, message: str):
     with pytest.raises(DispatchError, match=message):

@@ -324,6 +324,14 @@ class TestOnACard:
         assert fa.run(fa.PagedAttentionRequest(**card, plan=plan)).out.shape == (0, 1, 4, 32)
         assert not gpu.launches
 
+    def test_tiles_of_another_architecture_are_refused(self, gpu: FakeGpu):
+        card = {name: on_card(x) for name, x in paged([40, 7]).items()}
+        plan = fa.StepPlan.of(fa.PagedAttentionRequest(**card))
+        plan.schedule(card["seq_lens"])
+        with pytest.raises(fa.DispatchError, match="got a StepPlan with tiles_for; allowed is the tile that the plan was made for"):
+            fa.run(fa.PagedAttentionRequest(**card, plan=plan), tiles_for=fa.SmArch.SM_86)
+        assert len(gpu.launches) == 1
+
     @pytest.mark.usefixtures("gpu")
     def test_what_no_kernel_has_is_refused(self):
         with pytest.raises(fa.StepPlanError, match="head_dim: got 20; allowed on a GPU is a multiple of 8"):

@@ -221,6 +221,9 @@ def _refuse_schedule(key: DispatchKey) -> None:
     if extras.scheduled and (extras.split or extras.batch_invariant or not (key.paged or extras.kv_cache)):
         beside = "split" if extras.split else "batch_invariant" if extras.batch_invariant else "no KV cache"
         raise DispatchError(f"scheduled: got a StepPlan with {beside}; allowed is a KV cache whose keys are cut by lengths alone")
+    if extras.scheduled and (extras.tile or extras.tiles_for):  # its memory has the size that its own tile needs
+        beside = "tiles_for" if extras.tiles_for else f"tile {extras.tile}"
+        raise DispatchError(f"scheduled: got a StepPlan with {beside}; allowed is the tile that the plan was made for")
 
 
 def _refuse(key: DispatchKey) -> None:
