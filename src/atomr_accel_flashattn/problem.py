@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from .errors import ArrayTypeError
+from .limits import MAX_LENGTH
 from .types import Device, DType, KvLayout
 
 __all__ = [
@@ -143,8 +144,8 @@ class KvCache:
 
     @property
     def capacity(self) -> int:
-        """Slots that a sequence may have."""
-        return self.block_size * (self.blocks.shape[1] if self.blocks is not None and self.paged else 1)
+        """Slots that a sequence may have: those of its blocks, and no more than kernels count."""
+        return min(MAX_LENGTH, self.block_size * (self.blocks.shape[1] if self.blocks is not None and self.paged else 1))
 
 
 @dataclass(slots=True, eq=False)

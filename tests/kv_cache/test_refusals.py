@@ -11,7 +11,8 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.dispatch import choice
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
-from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec
+from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, KvCacheParams, cache_numbers
+from atomr_accel_flashattn.limits import MAX_LENGTH
 from atomr_accel_flashattn.types import SmArch
 from tests.fakes.arrays import FakeArray
 
@@ -289,3 +290,12 @@ class TestOnAGpu:
         with pytest.raises(fa.FeatureNotBuiltError) as caught:
             fa.lookup(fa.DenseFwdRequest(q, q, q, options=dropped).dispatch_key(arch))
         assert caught.value.feature == "invariant_dropout"
+
+
+def test_a_table_of_more_slots_than_kernels_count_has_as_many_as_they_do():
+    pages, table = np.zeros((2, 1 << 16, 2, 8), np.float16), np.zeros((2, 1 << 15), np.int32)  # 2^31 slots
+    q, k, blocks, lengths = (FakeArray(x).info() for x in (Q, pages, table, LENGTHS))
+    problem = fa.PagedAttentionRequest(q, k, k, blocks, lengths).problem
+    assert problem.cache is not None
+    params: Any = KvCacheParams(**cache_numbers(problem, problem.cache, 1))
+    assert params.capacity == problem.seqlen_k == MAX_LENGTH

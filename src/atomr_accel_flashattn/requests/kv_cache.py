@@ -101,7 +101,7 @@ def cached_problem(request: ForwardRequest, given: CacheArguments, q: Any, cu_se
         v_strides=Strides(*steps(v_slots)),
         heads_kv=k_slots.shape[2],
         seqlen_q=info.shape[1] if cu_seqlens_q is None else cu_seqlens_q.longest,
-        seqlen_k=min(cache.capacity, MAX_LENGTH) if longest is None else longest,
+        seqlen_k=cache.capacity if longest is None else longest,
         v_head_dim=v.shape[3],
         cu_seqlens_q=None if cu_seqlens_q is None else cu_seqlens_q.array,
         cu_seqlens_k=given.lengths.array if isinstance(given.lengths, CumulativeSeqlens) else None,
