@@ -39,11 +39,20 @@ from tests.gpu.families import DEVICE, FAMILIES, blocks_for, use_family
 from tests.gpu.harness import Backward, make_call, run_inputs
 from tests.kv_cache import cases
 from tests.kv_cache.cases import CacheCase, check_cached, fill, request_of, with_plan
-from tests.kv_cache.kernel_cases import APPENDS, GRID, PLANNED, check_append, with_new_tokens
+from tests.kv_cache.kernel_cases import (
+    APPENDS,
+    GRID,
+    PLANNED,
+    PREFILL,
+    check_append,
+    check_entries_outside,
+    with_entries_outside,
+    with_new_tokens,
+)
 from tests.upstream import build_upstream
 
 MAX_SCORES = 200_000
-ON_CACHES = (*GRID, *PLANNED[::3])
+ON_CACHES = {Family.FA2: (*GRID, *PLANNED[::3]), Family.FA3: tuple(PREFILL[::4])}
 GRACE = 30  # seconds from the end of the time for beginning cases to the end of the process, should a kernel hang
 
 
@@ -93,6 +102,17 @@ class Check(NamedTuple):
         return cls(name, lambda: check_append(asked, causal=True), launch)
 
     @classmethod
+    def outside(cls, queries: int, page: int, splits: int) -> Check:
+        """Entries of a table that name no page."""
+
+        def launch() -> object:
+            arrays = map(cases.upload, with_entries_outside(queries, page))
+            return run(fa.PagedAttentionRequest(*arrays, num_splits=splits))
+
+        judge = lambda: check_entries_outside(queries=queries, page=page, num_splits=splits)  # noqa: E731
+        return cls(f"{queries} queries, {splits} splits, entries outside of pages of {page}", judge, launch)
+
+    @classmethod
     def merge(cls, shape: tuple[int, ...]) -> Check:
         """Two states made one."""
         random = np.random.default_rng(0)
@@ -109,11 +129,13 @@ class Check(NamedTuple):
         return cls(f"merge of {shape}", judge, launch)
 
 
+QUERIES = {Family.FA2: 1, Family.FA3: 70}  # that the family answers over a KV cache
+OUTSIDE = tuple((page, splits) for page in (8, 16, 24) for splits in (1, 3))
 MERGED = ((3, 50, 4, 64), (1, 7, 3, 20), (70, 2, 8))
 
 
 def checks(family: Family) -> list[Check]:
-    """The pairwise cases in both types, the others in one, those that are small; the FA2 family has the backward and KV caches.
+    """The pairwise cases in both types, the others in one, those that are small; the FA2 family has the backward, new tokens and states.
 
     Shuffled, so that a run cut short sees some of all.
     """
@@ -121,7 +143,9 @@ def checks(family: Family) -> list[Check]:
     small = [case for case in chosen if case.score_count <= MAX_SCORES]
     made = list(map(Check.forward, small))
     if family is Family.FA2:
-        made += [*map(Check.backward, small), *map(Check.cached, ON_CACHES), *map(Check.append, APPENDS), *map(Check.merge, MERGED)]
+        made += [*map(Check.backward, small), *map(Check.append, APPENDS), *map(Check.merge, MERGED)]
+    made += map(Check.cached, ON_CACHES[family])
+    made += [Check.outside(QUERIES[family], page, splits) for page, splits in OUTSIDE]
     return sorted(made, key=lambda check: zlib.crc32(check.name.encode()))
 
 

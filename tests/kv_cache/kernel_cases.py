@@ -29,6 +29,7 @@ __all__ = [
     "check_unfit",
     "close",
     "pages_of",
+    "with_entries_outside",
     "with_new_tokens",
 ]
 
@@ -111,16 +112,22 @@ def check_append(asked: dict[str, Any], *, causal: bool) -> None:
     close(made_lse, lse, rtol=1e-3, atol=1e-3)
 
 
-def check_entries_outside(*, queries: int = 1, page: int = 16, softcap: float = 0.0, num_splits: int = 0) -> None:
-    """Entries of a table that name no page count as no keys, as on the CPU backend."""
+def with_entries_outside(queries: int, page: int) -> tuple[Any, ...]:
+    """q, K, V, table and lengths, NumPy, of 2 sequences; two of the entries that are read name no page."""
     random = np.random.default_rng(0)
     slots = (6, page, 2, 32)
     q, k, v = (random.standard_normal(shape).astype(np.float16) for shape in ((2, queries, 4, 32), slots, slots))
     table, lengths = np.array([[0, -5, 2], [1 << 20, 4, 5]], np.int32), np.array([3 * page - page // 2, 3 * page], np.int32)
     k[[1, 3]], v[[1, 3]] = np.nan, np.nan  # pages that no entry names
+    return q, k, v, table, lengths
+
+
+def check_entries_outside(*, queries: int = 1, page: int = 16, softcap: float = 0.0, num_splits: int = 0) -> None:
+    """Entries of a table that name no page count as no keys, as on the CPU backend."""
+    arrays = with_entries_outside(queries, page)
     asked: dict[str, Any] = {"options": fa.AttentionOptions(softcap=softcap), "num_splits": num_splits}
-    expected = fa.run(fa.PagedAttentionRequest(q, k, v, table, lengths, **asked))
-    made = fa.run(fa.PagedAttentionRequest(*map(cases.upload, (q, k, v, table, lengths)), **asked))
+    expected = fa.run(fa.PagedAttentionRequest(*arrays, **asked))
+    made = fa.run(fa.PagedAttentionRequest(*map(cases.upload, arrays), **asked))
     close(made.out, expected.out, **HALF)
     close(made.lse, expected.lse, atol=1e-3)
 
