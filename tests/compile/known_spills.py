@@ -50,6 +50,8 @@ _DIVISION = (
     "a 64-bit division is a call, which leaves 40 registers to what lives across it; it cuts the work of a step, once for all its layers"
 )
 
+_SIXTEEN_WARPS = "sixteen warps leave 128 registers a thread; a loop invariant spills where the order of sums is fixed, stored once"
+
 KNOWN_SPILLS = (
     Spill("step_schedule_*", 96, _DIVISION),
     Spill("fa2_fwd_*_d64_m128n128w4s1b2*", 24, _INVARIANTS),
@@ -66,6 +68,7 @@ KNOWN_SPILLS = (
     Spill("fa2_bwd_*_d96_m64n128w8s2b1*", 32, _BACKWARD),
     Spill("fa2_bwd_*_d128_m64n128w8s2b1*", 192, _BACKWARD),
     Spill("fa2_bwd_*_d256_m64n64w8s*", 160, _BACKWARD),
+    Spill("fa2_kvcache_*_d96_m64n32w16s2b1_*batchinvariant*", 8, _SIXTEEN_WARPS),
     Spill("fa3_fwd_*_d64_m256n64w20s4*_softcap_scalefirst_learnedsink_varlen*", 80, _CROWDED),
     Spill("fa3_kvcache_*_d64_m256n64w20s4*_softcap_scalefirst_learnedsink_varlen*", 24, _CROWDED),
 )

@@ -71,7 +71,8 @@ struct Fa2KvCache {
   __device__ __forceinline__ void run(int split) {
     if constexpr (C.batch_invariant) {
       load_q();
-      mainloop(0, own_count(0, sink_tile_count(band)) + own_count(band.tile_begin(), band.tile_end()));
+      const int sinks = sink_tile_count(band), tiles = max(0, band.tile_end() - band.tile_begin());
+      mainloop(0, own_count(0, sinks) + own_count(band.tile_begin(), band.tile_end()), rounds(sinks) + rounds(tiles));
       merge_and_store(split);
     } else {
       const int64_t tiles = key_tile_count(band);
@@ -82,11 +83,14 @@ struct Fa2KvCache {
   // Tiles [first, end), to partial result `part`; scheduled: -1 is o itself.
   __device__ __forceinline__ void run(int first, int end, int part) {
     load_q();  // lands while the first keys are on their way
-    mainloop(first + group, end);
+    mainloop(first + group, end, rounds(max(0, end - first)));
     merge_and_store(part);
   }
 
  private:
+  // Of the group that has most of so many tiles.
+  static __device__ __forceinline__ int rounds(int tiles) { return (tiles + kGroups - 1) / kGroups; }
+
   __device__ __forceinline__ void merge_and_store(int part) {
     __syncthreads();  // all groups have read their last tiles, whose memory the merge takes
     store(part);
@@ -118,8 +122,10 @@ struct Fa2KvCache {
     ptx::cp_async_commit();
   }
 
-  // Every kStep-th tile from `i` on.
-  __device__ __forceinline__ void mainloop(int i, int end) {
+  // Every kStep-th tile from `i` on. Groups of several warps all make `most` rounds, with a tile or
+  // without: racecheck misreports the merge where groups came to their barriers unequally often.
+  __device__ __forceinline__ void mainloop(int i, int end, int most) {
+    const int last = kRowWarps > 1 ? i + most * kStep : end;
     const KvCacheSource<C> source(p, seq, work.batch, work.head);
     int ahead = i;
     const auto fetch = [&](int stage) {
@@ -131,13 +137,13 @@ struct Fa2KvCache {
     for (int stage = 0; stage < C.stages; ++stage) fetch(stage);
     ptx::cp_async_wait<C.stages>();
     __syncthreads();  // Q has landed, which all threads of the block copied
-    while (i < end) {
+    while (i < last) {
 #pragma unroll
       for (int stage = 0; stage < C.stages; ++stage) {
-        if (i >= end) break;
+        if (i >= last) break;
         ptx::cp_async_wait<C.stages - 1>();
         group_sync();  // the copies of all threads of the group have landed
-        compute(tile_at(i), exists[stage], stages + stage * kStageBytes);
+        if (kRowWarps == 1 || i < end) compute(tile_at(i), exists[stage], stages + stage * kStageBytes);
         group_sync();  // all warps of the group have read the tile
         fetch(stage);
         i += kStep;
