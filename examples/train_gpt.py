@@ -6,7 +6,7 @@ runs see the same batches and begin with the same weights; only the pattern of t
 scaled_dot_product_attention takes a block-diagonal mask, which is made anew for each batch and is part of its speed and memory.
 
     python examples/train_gpt.py                                    # on a GPU
-    python examples/train_gpt.py --width 64 --layers 2 --batch 4    # on the CPU: minutes
+    python examples/train_gpt.py --width 64 --layers 2 --batch 4    # on the CPU: 20 minutes, or --steps 20
     python examples/train_gpt.py --checkpoint run.pt --out run.json # Ctrl-C stops, the same command goes on; run.png is the picture
     python examples/train_gpt.py --draw one.json two.json --out all.png # one picture of several runs, without training
 

@@ -54,6 +54,7 @@ _SIXTEEN_WARPS = "sixteen warps leave 128 registers a thread; a loop invariant s
 
 KNOWN_SPILLS = (
     Spill("step_schedule_*", 96, _DIVISION),
+    Spill("step_combine_sm100_*", 8, _DIVISION),
     Spill("fa2_fwd_*_d64_m128n128w4s1b2*", 24, _INVARIANTS),
     Spill("fa2_fwd_*_d96_m128n64w4s1b2*", 32, _INVARIANTS),
     Spill("fa2_fwd_*_d128_m128n64w4s1b2*", 144, _INVARIANTS),
