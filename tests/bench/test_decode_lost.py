@@ -6,9 +6,12 @@ import itertools
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from atomr_accel_flashattn.bench.apart import Died, said_apart  # noqa: E402
 from atomr_accel_flashattn.bench.cache_cells import CacheCell, cache_cells  # noqa: E402
 from atomr_accel_flashattn.bench.cache_inputs import CacheInputs  # noqa: E402
 from atomr_accel_flashattn.bench.cache_peers import OurCalls, cache_peers  # noqa: E402
+from atomr_accel_flashattn.bench.graphs import GraphClock  # noqa: E402
 from atomr_accel_flashattn.bench.measure import Options  # noqa: E402
 from atomr_accel_flashattn.bench.probe import probe_cell, probe_peers  # noqa: E402
 
@@ -111,6 +115,12 @@ def test_a_peer_that_hangs_in_its_probe_is_left_out_of_that_layout(monkeypatch: 
     assert barred == {ROWS: {}, PAGED: {"xqa": "left out, as its probe failed: no answer in 3 s"}}
 
 
+@pytest.fixture
+def _unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "probe_peers", lambda _peers, cells, _device, _seed: {cell: {} for cell in cells})
+
+
+@pytest.mark.usefixtures("_unprobed")
 @pytest.mark.parametrize("fails", [exits, raises])
 def test_a_peer_that_dies_in_its_turn_is_left_out_and_the_run_goes_on(
     fails: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -127,6 +137,7 @@ def test_a_peer_that_dies_in_its_turn_is_left_out_and_the_run_goes_on(
     assert len(record["ceilings"]) == 2
 
 
+@pytest.mark.usefixtures("_unprobed")
 def test_only_the_peer_that_was_prepared_is_left_out_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, record, _ = run([Bad("fa3", "page16", exits, fatal=1), Bad("xqa", "none", exits)], tmp_path, monkeypatch)
     assert report.lost == [f"{PAGED}: lost while fa3 ran: the process ended with status 7"]
@@ -203,3 +214,20 @@ def test_what_a_process_said_before_it_failed_arrives() -> None:
     with pytest.raises(Died, match="ValueError: no more"):
         came.extend(said_apart(counts, 3, patience=lambda _came: 300.0))
     assert came == [0, 1, 2]
+
+
+def test_what_the_calls_of_a_graph_hold_lives_as_long_as_the_graph_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    replays: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(workspace() is not None)))
+    monkeypatch.setattr(torch.cuda, "graph", lambda _graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    held = torch.zeros(1)
+    workspace = weakref.ref(held)
+    contestant, count = GraphClock(CPU).ready(ROWS, [lambda held=held: held])
+    del held
+    assert count > 1
+    for call in contestant.calls:
+        call()
+    assert replays == [True, True]
+    del contestant, call
+    assert workspace() is None

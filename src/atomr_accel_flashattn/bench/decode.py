@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["DecodeReport", "main_decode", "run_decode"]
 
 _TRUSTED: Final = (OURS, "fa3")  # of those that took turns in a cell that was lost, others are left out first
-CELL_SECONDS: Final = 300.0  # that a process may be silent: a peer is prepared, or all take their turns
+CELL_SECONDS: Final = 120.0  # that a process may be silent: a peer is prepared, or all take their turns
 
 
 @dataclass(slots=True, kw_only=True)

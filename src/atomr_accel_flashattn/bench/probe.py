@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 from .apart import Died, said_apart
 from .cache_inputs import make_cache_inputs
 from .cache_peers import OurCalls
-from .graphs import clock_of
 from .measure import OURS
 from .peers import Refused
-from .turns import CacheResult, check_answer, enter, is_lost
+from .turns import CacheResult, check_answer, enter, is_lost, ready_clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from .cache_cells import CacheCell
     from .cache_peers import CachePeer
+    from .graphs import Clock
     from .turns import Entered
 
 __all__ = ["probe_cell", "probe_peers"]
@@ -72,17 +72,16 @@ def _probe(say: Callable[[Any], None], peer: CachePeer, kinds: Sequence[CacheCel
     """Say None when the device is ready, then per kind why the peer is to be left out, empty where it is not."""
     import torch
 
-    torch.zeros(1, device=device)
+    clock = ready_clock(device)
     say(None)
     with torch.no_grad():
         for kind in kinds:
-            say(_trial(peer, kind, device, seed))
+            say(_trial(peer, kind, device, clock, seed))
 
 
-def _trial(peer: CachePeer, kind: CacheCell, device: torch.device, seed: int) -> str:
+def _trial(peer: CachePeer, kind: CacheCell, device: torch.device, clock: Clock, seed: int) -> str:
     """Capture ours and the peer as they are measured, replay them in turns, look at the peer's answer."""
     sets = make_cache_inputs(kind, device, reuse_bytes=SETS * kind.kv_bytes, seed=seed)
-    clock = clock_of(device)
     entered: list[Entered] = []
     for each in (OurCalls(), peer):
         try:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .graphs import Clock
     from .timing import Contestant
 
-__all__ = ["CacheResult", "CacheRow", "Entered", "Work", "check_answer", "enter", "is_lost", "row_of", "run_cells"]
+__all__ = ["CacheResult", "CacheRow", "Entered", "Work", "check_answer", "enter", "is_lost", "ready_clock", "row_of", "run_cells"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,7 +119,7 @@ def run_cells(say: Callable[[Any], None], work: Work) -> None:
     """
     import torch
 
-    began, clock = time.perf_counter(), clock_of(work.device)
+    began, clock = time.perf_counter(), ready_clock(work.device)
     with torch.no_grad():
         read_gbs = work.read_gbs
         if read_gbs is None:
@@ -196,6 +196,16 @@ def check_answer(cell: CacheCell, inputs: CacheInputs, answer: torch.Tensor) -> 
     if not error <= limit:
         raise Refused(f"wrong: relative error {error:.3g}, at most {limit:g} allowed; not timed")
     return error
+
+
+def ready_clock(device: torch.device) -> Clock:
+    """The clock of a device that is now the current one, in a process that begins."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.synchronize()
+    return clock_of(device)
 
 
 def is_lost(device: torch.device) -> bool:
