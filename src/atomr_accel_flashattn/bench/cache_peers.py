@@ -282,7 +282,7 @@ class CudnnCache(_Package):
         def call_of(x: CacheInputs) -> Call:
             out = torch.empty_like(x.q)
             tensors = (x.q, *x.cache(cell.page), out)
-            pack = fixed | {handle: _heads_first(each) for handle, each in zip((q, k, v, o), tensors, strict=True)}
+            pack = fixed | {symbol: _heads_first(each) for symbol, each in zip((q, k, v, o), tensors, strict=True)}
 
             def call() -> torch.Tensor:
                 package.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)

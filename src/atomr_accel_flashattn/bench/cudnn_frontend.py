@@ -66,7 +66,7 @@ class CudnnFrontend(Peer):
             raise Refused(first_line(error)) from error
         built, handle = self._built, self._handle
         assert built is not None  # noqa: S101 - for the type checker
-        fixed = built.constants | {handle: _seen(cell, x) for handle, x in ((built.q, inputs.q), (built.k, inputs.k), (built.v, inputs.v))}
+        fixed = built.constants | {symbol: _seen(cell, x) for symbol, x in ((built.q, inputs.q), (built.k, inputs.k), (built.v, inputs.v))}
 
         def call() -> torch.Tensor:
             o = torch.empty_like(inputs.q)

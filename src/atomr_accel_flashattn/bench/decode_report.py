@@ -53,6 +53,8 @@ def decode_summary(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name} has no time in {count} of {len(report['rows'])} cells: {reason}"
     if report["skipped"]:
         yield f"not begun: {', '.join(report['skipped'])}"
+    for lost in report["lost"]:
+        yield f"LOST {lost}"
     for failure in report["failures"]:
         yield f"FAILED {failure}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from .measure import ceilings
@@ -37,6 +38,17 @@ class Clock(Protocol):
         """``read_gbs``, and others that the device has."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """A captured graph with the calls that it was captured from, whose workspaces, plans and outputs its kernels address."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: Sequence[Callable[[], object]]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 class GraphClock(Clock):
     """CUDA graphs on a GPU."""
 
@@ -57,7 +69,7 @@ class GraphClock(Clock):
                     call()
         graph.replay()
         torch.cuda.synchronize()
-        return Contestant([graph.replay], nullcontext), turns * len(calls)
+        return Contestant([_Replay(graph, calls)], nullcontext), turns * len(calls)
 
     def measure(self, contestants: Mapping[str, Contestant], *, rounds: int, seed: int) -> dict[str, Timing]:
         """In turns."""
