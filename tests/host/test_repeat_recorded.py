@@ -253,6 +253,22 @@ def test_slopes_that_came_back_row_major_go_by_a_request(gpu: FakeGpu):
     assert gpu.launches
 
 
+def test_a_transform_of_torch_takes_no_recorded_shortcut(gpu: FakeGpu):
+    """Of tensors from outside, whose history the operator records at their level."""
+    tensors, dout = leaves(6), upstream()[0]
+    for _ in range(2):
+        out = dense(tensors)[0]
+
+    def loss(weight: Any) -> Any:
+        made = dense(tensors)[0].as_subclass(torch.Tensor)
+        return (made * weight).sum(), made
+
+    weights, made = torch.func.grad(loss, has_aux=True)(dout)
+    torch.testing.assert_close(weights, out.detach().as_subclass(torch.Tensor), rtol=1e-2, atol=1e-2)
+    assert made.requires_grad
+    assert gpu.launches
+
+
 def test_a_second_derivative_of_a_repeated_call_is_refused(gpu: FakeGpu):
     for _ in range(3):
         tensors = leaves(6)
