@@ -214,8 +214,8 @@ def test_a_functional_call_does_not_find_what_an_operator_left(gpu: FakeGpu):
 
 
 def test_memory_that_was_freed_is_refused_and_not_read(gpu: FakeGpu):
-    call = CALLS[0]
-    for name in ("q", "k", "v", "dout"):
+    call = Call(packed=True, more=("learned_sink", "alibi_slopes", "dlse"), numbers=(("dropout_p", 0.3),))
+    for name in ("q", "k", "v", "dout", "dlse", "learned_sink", "alibi_slopes", "rng", "cu_seqlens_q"):
         call.check()
         tensors = {each: x if x is None else fake(x) for each, x in call.tensors().items()}
         tensors[name].untyped_storage().resize_(0)

@@ -212,6 +212,63 @@ def test_tensors_that_hooks_brought_back_go_by_a_request(gpu: FakeGpu, asked: li
     assert gpu.launches
 
 
+def test_tensors_that_came_back_row_major_to_where_they_lay_go_by_a_request(gpu: FakeGpu, asked: list[str]):
+    """As those of ``save_on_cpu``, which find their memory free."""
+
+    def restored(saved: tuple[Any, Any]) -> Any:
+        before, values = saved
+        room = before.as_subclass(torch.Tensor).as_strided(values.shape, values.stride())
+        return fake(room.copy_(values))
+
+    def transposed() -> list[Any]:
+        return [fake(x.detach().transpose(1, 2).contiguous().transpose(1, 2)).requires_grad_() for x in host(leaves(5))]
+
+    dout = fake(upstream()[0])
+    tensors = transposed()
+    right = grad(dense(tensors), tensors, dout, None)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (x, x.contiguous().clone().as_subclass(torch.Tensor)), restored):
+        for step in range(4):
+            asked.clear()
+            tensors = transposed()
+            for one, other in zip(grad(dense(tensors), tensors, dout, None), right, strict=True):
+                torch.testing.assert_close(one, other)
+            assert asked == BOTH[1:], f"step {step}"
+    assert gpu.launches
+
+
+def test_slopes_that_came_back_row_major_go_by_a_request(gpu: FakeGpu):
+    def restored(saved: tuple[Any, Any]) -> Any:
+        before, values = saved
+        return before if values.ndim != 2 else fake(values)
+
+    dout, wide = fake(upstream()[0]), torch.rand(2, 12)
+    slopes = {"alibi_slopes": fake(wide)[:, :4]}
+    for _ in range(2):
+        tensors = leaves(5)
+        right = grad(dense(tensors, **slopes), tensors, dout, None)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (x, x.contiguous().clone().as_subclass(torch.Tensor)), restored):
+        tensors = leaves(5)
+        for one, other in zip(grad(dense(tensors, **slopes), tensors, dout, None), right, strict=True):
+            torch.testing.assert_close(one, other)
+    assert gpu.launches
+
+
+def test_a_transform_of_torch_takes_no_recorded_shortcut(gpu: FakeGpu):
+    """Of tensors from outside, whose history the operator records at their level."""
+    tensors, dout = leaves(6), upstream()[0]
+    for _ in range(2):
+        out = dense(tensors)[0]
+
+    def loss(weight: Any) -> Any:
+        made = dense(tensors)[0].as_subclass(torch.Tensor)
+        return (made * weight).sum(), made
+
+    weights, made = torch.func.grad(loss, has_aux=True)(dout)
+    torch.testing.assert_close(weights, out.detach().as_subclass(torch.Tensor), rtol=1e-2, atol=1e-2)
+    assert made.requires_grad
+    assert gpu.launches
+
+
 def test_a_second_derivative_of_a_repeated_call_is_refused(gpu: FakeGpu):
     for _ in range(3):
         tensors = leaves(6)

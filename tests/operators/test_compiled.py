@@ -101,8 +101,10 @@ def test_the_lse_alone_has_gradients():
     assert all(torch.equal(one, other) and one.abs().sum() > 0 for one, other in zip(made, expected, strict=True))
 
 
-def test_dropout_is_drawn_anew_by_every_run():
-    q, k, v = (x.detach() for x in leaves(1, 40))
+@pytest.mark.parametrize("wanting", [False, True], ids=["forward", "training"])
+def test_dropout_is_drawn_anew_by_every_run(wanting: bool):
+    """The graph of a training step is split by a partitioner, which merges equal nodes."""
+    q, k, v = (x.detach().requires_grad_(wanting) for x in leaves(1, 40))
     function = compiled(lambda q, k, v: (fa.flash_attn_func(q, k, v, 0.4), fa.flash_attn_func(q, k, v, 0.4)))
     first, second = function(q, k, v)
     assert not torch.equal(first, second), "two draws of one graph were taken for one"

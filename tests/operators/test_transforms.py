@@ -183,6 +183,32 @@ def test_vmap_of_dropout_says_what_to_pass():
     assert not torch.equal(pattern[0], pattern[1])
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_mapped_gradients_of_one_call_have_its_dropout(packed: bool):
+    sizes, call = FORMS["flash_attn_varlen_func" if packed else "flash_attn_func"]
+    arrays = (*plain(*sizes), torch.tensor([0.5, -1.0, 2.0, 0.0]))
+
+    def function(q: Any, k: Any, v: Any, sink: Any) -> Any:
+        return call(q, k, v, dropout_p=0.4, learned_sink=sink, return_attn_probs=True)[:2]
+
+    made, back = torch.func.vjp(function, *arrays)
+    upstream = tuple(torch.randn(3, *x.shape) for x in made)
+    expected = [torch.stack(each) for each in zip(*(back(each) for each in zip(*upstream, strict=True)), strict=True)]
+    for randomness in ("different", "error"):
+        close(torch.func.vmap(back, randomness=randomness)(upstream), expected)
+
+
+def test_mapped_gradients_of_mapped_dropout():
+    arrays = plain(3, 2, 40)
+    call = lambda q, k, v: fa.flash_attn_func(q, k, v, 0.4)  # noqa: E731
+    torch.manual_seed(3)
+    tensors = [x.clone().requires_grad_() for x in arrays]
+    expected = gradients(torch.func.vmap(call, randomness="different")(*tensors).sin().sum(), tensors)
+    torch.manual_seed(3)
+    loss = torch.func.grad(lambda *x: call(*x).sin().sum(), argnums=(0, 1, 2))
+    close(torch.func.vmap(loss, randomness="different")(*arrays), expected)
+
+
 def test_vmap_over_offsets_is_refused():
     ends = torch.tensor([[0, 5, 12], [0, 6, 12]], dtype=torch.int32)
     arrays = plain(12)

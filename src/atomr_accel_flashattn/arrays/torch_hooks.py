@@ -23,6 +23,7 @@ __all__ = [
     "empty_on",
     "guard_of",
     "hooks",
+    "is_random_to_compilers",
     "is_transformed",
     "is_watched",
     "keep_out_of_graphs",
@@ -231,6 +232,17 @@ def keep_out_of_graphs(functions: tuple[Callable[..., Any], ...]) -> None:
             frames.set_code_exec_strategy(function.__code__, skip)
 
     once_torch_is_there(mark)
+
+
+def is_random_to_compilers(operator: Any) -> None:
+    """Have the partitioner of torch.compile keep equal calls of ``operator`` apart; it goes by a list of its own, not by tags."""
+
+    def add(utils: Any) -> None:
+        listed = getattr(utils, "rand_ops", None)
+        if isinstance(listed, list):
+            listed.append(operator)
+
+    wrapt.register_post_import_hook(add, "torch._functorch.compile_utils")
 
 
 def answer_compiler(torch: Any) -> None:

@@ -3,6 +3,7 @@
 ``torch.ops.atomr_accel_flashattn`` has three. ``attention`` is one call, dense or packed; ``attention_backward`` is its gradients;
 ``draw_seed`` draws the (seed, offset) of a dropout and alone has the tag of random operators. So ``attention`` is a function of its
 arguments: what recomputes it (activation checkpointing, the partitioner of torch.compile) gets the same dropout for the same ``rng``.
+That partitioner is told that equal draws are different ones.
 
 An operator costs 8 to 22 us of host time, so eager calls do not take it. What records operations of torch (torch.compile, make_fx, export,
 transforms of torch.func, dispatch modes) does: torch_ops/traced.py. Real kernels and the rules of vmap are loaded by the first call.
@@ -15,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from ..arrays.new import empty_torch
-from ..arrays.torch_hooks import below_autograd, may_have_tangents, one_level, tangent_of
+from ..arrays.torch_hooks import below_autograd, is_random_to_compilers, may_have_tangents, one_level, tangent_of
 from ..errors import ShapeError
 from ..limits import not_built
 
@@ -103,6 +104,7 @@ def register() -> None:
         library.impl(name, _late("kernels", name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=library)
         torch.library.register_vmap(f"{NAMESPACE}::{name}", _late("vmap_rules", name), lib=library)
+    is_random_to_compilers(torch.ops.atomr_accel_flashattn.draw_seed)
     library.impl("attention", _recorded("attention", _Differentiable), "Autograd")
     library.impl("attention_backward", _recorded("attention_backward", _DifferentiatedOnce), "Autograd")
 

@@ -29,7 +29,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from ..arrays.new import draw_seed
-from ..arrays.torch_hooks import NewTensor, autocast_changes, autocast_is_on, empty_on, guard_of, hooks, meet_torch, recorder
+from ..arrays.torch_hooks import NewTensor, autocast_changes, autocast_is_on, empty_on, guard_of, hooks, is_watched, meet_torch
 from ..env import settings
 from ..limits import VECTOR_BYTES
 from ..runtime import plan as store
@@ -223,9 +223,10 @@ def _describe(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers,
 
 
 def recording_of(tensors: Tensors, others: Others, deterministic: bool) -> Recording | None:  # noqa: FBT001 - part of the result
-    """How autograd records a call on these tensors; None where they are not plain ones on a GPU, or something else records them.
+    """How autograd records a call on these tensors; None where they are not plain ones on a GPU, or where something else does.
 
-    Views with other signs, gradients of slopes and a recorded call into ``out`` are for the checks.
+    That is a trace, a dispatch mode or a transform of torch.func. Views with other signs, gradients of slopes and a recorded call into
+    ``out`` are for the checks.
     """
     if not hooks.plain_types:
         meet_torch()
@@ -234,7 +235,7 @@ def recording_of(tensors: Tensors, others: Others, deterministic: bool) -> Recor
         all(type(tensor) in types for tensor in tensors)
         and tensors[0].is_cuda
         and not any(tensor.is_neg() for tensor in tensors)
-        and not recorder()
+        and not is_watched()
         and all(map(_has_memory, tensors))
         and not autocast_changes(tensors[:3])
     ):

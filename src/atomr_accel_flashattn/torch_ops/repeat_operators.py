@@ -3,7 +3,7 @@
 It is found as functional calls are (:mod:`.repeat`): by a guard of torch, else by its full key, in the same tables. An operator has its
 numbers from a schema, so they are numbers; autograd is done with it; and its dropout seed was drawn before. So its keys are its own.
 
-A key has which arrays there are and all numbers, the low bits of the addresses that kernels load vectors from, and of every array what
+A key has which arrays there are and all numbers, the low bits of all addresses and whether one of them is none, and of every array what
 a guard looks at. A backward launches what :mod:`.repeat_recorded` launches.
 """
 
@@ -48,7 +48,7 @@ def repeat_attention(call: Operands) -> tuple[Key | None, tuple[Any, Any] | None
     asked: Key = (call.dropout_p, *_numbers(call)), "attention", *[x is None for x in others]
     q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
     tensors, asked = _present((q, k, v), others, asked)
-    key, found = _known(asked, (q_ptr, k_ptr, v_ptr), tensors)
+    key, found = _known(asked, (q_ptr, k_ptr, v_ptr, *_addresses(others)), tensors)
     if found is None:
         return key, None
     out = empty_on(found.device_index, q, found.out) if found.make_out is None else found.make_out()
@@ -66,10 +66,9 @@ def repeat_backward(
     numbers = (call.dropout_p, *_numbers(call), deterministic)
     asked: Key = numbers, "backward", dout is None, dlse is None, *[x is None for x in others]
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr())
-    addresses = pointers[:4] if dout is None else (*pointers[:4], dout.data_ptr())
     tensors, asked = _present((q, k, v, out, lse), (dout, dlse, *others), asked)
-    key, found = _known(asked, addresses, tensors)
-    if found is None or not pointers[4]:
+    key, found = _known(asked, (*pointers, *_addresses((dout, dlse, *others))), tensors)
+    if found is None:
         return key, None
     sink, slopes, *lengths = others
     return None, found.launch.gradients(q, dout, dlse, pointers, sink, (slopes, *lengths))
@@ -83,6 +82,11 @@ def remember_backward(key: Key, plan: Plan, saved: Saved) -> None:
 
 def _numbers(call: Operands) -> tuple[Any, ...]:
     return call.softmax_scale, call.window_left, call.window_right, call.softcap, call.sink_tokens, call.max_seqlen_q, call.max_seqlen_k
+
+
+def _addresses(others: Any) -> list[int]:
+    """Of the arrays that there are. A kernel takes the address 0 for no array."""
+    return [x.data_ptr() for x in others if x is not None]
 
 
 def _present(tensors: Tensors, others: Any, asked: Key) -> tuple[Tensors, Key]:

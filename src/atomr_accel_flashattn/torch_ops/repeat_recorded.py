@@ -2,8 +2,9 @@
 
 The forward goes by a shortcut, whose key has in it which tensors want gradients. The backward goes by plans that are kept beside it, found
 by the strides and alignment of dO, the presence of dLSE, and whether gradients are to be deterministic: all else that a backward plan
-depends on is fixed by the forward's key, as long as the saved tensors lie where they lay. Where they do not, as when hooks of autograd
-brought them back from the host, or where a gradient is no plain tensor, the backward goes the whole way of a request.
+depends on is fixed by the forward's key, as long as the saved tensors lie where they lay, as they lay. Where they do not, as when hooks of
+autograd brought them back from the host (``save_on_cpu`` makes them row-major, and they may find the very memory that they left), or where
+a gradient is no plain tensor, the backward goes the whole way of a request.
 """
 
 from __future__ import annotations
@@ -109,22 +110,23 @@ class _Recorded:
         saved: Saved = (q, k, v, learned_sink, out, lse)
         if others or rng is not None:
             saved = (*saved, slopes, rng, cu_seqlens_q, cu_seqlens_k)
-        return (out, lse, None) if self.gives_lse else out, saved, _Again(self, (*pointers, lse.data_ptr()))
+        return (out, lse, None) if self.gives_lse else out, saved, _Again(self, (*pointers, lse.data_ptr()), _strides_of(saved))
 
 
 @dataclass(slots=True, eq=False)
 class _Again:
-    """The backward of one call; ``pointers``: where q, k, v, o and LSE lay."""
+    """The backward of one call; ``pointers``: where q, k, v, o and LSE lay; ``strides``: those of all arrays that have several."""
 
     call: _Recorded
     pointers: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
 
     def gradients(self, saved: Saved, dout: Any, dlse: Any) -> tuple[Any, Any, Any, Any]:
         """By a plan of before, else by a request, whose plan is kept."""
         q, k, v, learned_sink, out, lse, *others = saved
         call = self.call
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr())
-        if pointers != self.pointers or not _are_usual(dout, dlse):
+        if pointers != self.pointers or _strides_of(saved) != self.strides or not _are_usual(dout, dlse):
             return call.asked.gradients(saved, dout, dlse)
         key = (None, 0) if dout is None else (dout.stride(), dout.data_ptr() & 15)
         key = (*key, dlse is None, call.asked.wants_determinism)
@@ -135,6 +137,13 @@ class _Again:
                 call.keep(key, found, saved)
             return made
         return plan.gradients(q, dout, dlse, pointers, learned_sink, others)
+
+
+def _strides_of(saved: Saved) -> tuple[tuple[int, ...], ...]:
+    """Of q, k, v, o and slopes. The other saved tensors are row-major."""
+    q, k, v, _, out, _, *others = saved
+    strides = q.stride(), k.stride(), v.stride(), out.stride()
+    return (*strides, others[0].stride()) if others and others[0] is not None else strides
 
 
 def _are_usual(dout: Any, dlse: Any) -> bool:

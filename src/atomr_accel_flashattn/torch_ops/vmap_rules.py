@@ -1,7 +1,8 @@
 """How the operators of torch are mapped over a dimension (torch.func.vmap): its elements become heads of one call.
 
 Heads are independent, in dense calls and in packed ones, so V mapped calls of Hq query and Hkv KV heads are one call of V * Hq and
-V * Hkv. An array that is not mapped is repeated. Offsets, lengths and seeds are shared, and refused where they are mapped.
+V * Hkv. An array that is not mapped is repeated. Offsets, lengths and seeds are shared, and refused where they are mapped. With dropout
+the gradients of one call that was not mapped are taken one by one: as heads of one call they would have other patterns than that call had.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def attention_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: A
     if not info.batch_size:
         return _of_none(attention_backward, info, in_dims, arguments)
     (dout, dlse, out, lse), operands = arguments[:4], arguments[4:]
+    if Operands(*operands).dropout_p > 0 and in_dims[2] is in_dims[3] is None:
+        return _one_by_one(info, in_dims, arguments)
     call = _fold(info, in_dims[4:], operands)
     read = (None if x is None else _together(info, x, dim, -2) for x, dim in zip((dout, dlse, out, lse), in_dims[:4], strict=True))
     *gradients, dsink = torch.ops.atomr_accel_flashattn.attention_backward(*read, *call[:-1])
@@ -42,6 +45,18 @@ def attention_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: A
     if call.learned_sink is None:
         return (*made, dsink), (*dims, None)
     return (*made, _unfold(info, dsink, 0)), (*dims, 0)
+
+
+def _one_by_one(info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Gradients of one call, for several dout or dlse."""
+    dims = (*in_dims, *(None,) * (len(arguments) - len(in_dims)))
+    made = [
+        torch.ops.atomr_accel_flashattn.attention_backward(
+            *(x if dim is None else x.select(dim, at) for x, dim in zip(arguments, dims, strict=True))
+        )
+        for at in range(info.batch_size)
+    ]
+    return tuple(torch.stack(each) for each in zip(*made, strict=True)), (0,) * len(made[0])
 
 
 def draw_seed(info: Any, _in_dims: tuple[int | None, ...], q: Any) -> tuple[Any, None]:
