@@ -517,6 +517,9 @@ def _first(call: _Call, packing: Packing | None, key: Key | None) -> Any:
     return call.finish(request, key)
 
 
+keep_out_of_graphs((_first,))  # Dynamo gave way to it; in frames below, arrays of NumPy would be its tensors, and no memory
+
+
 class _Call:
     """A functional call on its way to a request: arguments in our terms, and the copies of arrays that flash-attn makes too.
 

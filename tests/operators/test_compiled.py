@@ -208,6 +208,30 @@ def test_a_refusal_in_one_graph_says_why(said: str, options: dict[str, Any]):
         compiled(lambda q, k, v: fa.flash_attn_func(q, k, v, **options))(*(x.detach() for x in leaves()))
 
 
+def without_longest(q: Any) -> Any:
+    """A packed call that leaves the longest length to the values of the offsets."""
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+    return fa.flash_attn_varlen_func(q, q, q, ends, ends, None, None)  # type: ignore[arg-type]
+
+
+def test_a_longest_length_of_none_is_refused_in_one_graph_and_read_outside_of_it():
+    q = torch.randn(5, 2, 8)
+    said = "max_seqlen of cu_seqlens_q: got None in a call that torch records; pass an integer"
+    with pytest.raises(Exception, match=re.escape(said)):
+        compiled(without_longest)(q)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(without_longest, backend="eager")(q), without_longest(q))
+
+
+def test_arrays_of_two_libraries_are_refused_in_one_graph_and_taken_outside_of_it():
+    q, k = torch.randn(1, 5, 2, 8), np.random.default_rng(0).standard_normal((1, 5, 2, 8)).astype(np.float32)
+    call = lambda q, k: fa.flash_attn_func(q, k, k)  # noqa: E731
+    with pytest.raises(Exception, match="k: got ndarray in a call that torch records; allowed are torch tensors"):
+        compiled(call)(q, k)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(call, backend="eager")(q, k), call(q, k))
+
+
 def test_a_first_call_that_is_refused_is_refused_by_name():
     """Eager calls meet torch first; a compiled one that gives way may be what does."""
     program = (

@@ -142,6 +142,8 @@ def _length(length: Any, name: str) -> tuple[Any, Any]:
 
     if isinstance(length, (int, torch.SymInt)) and not isinstance(length, bool):
         return length, None
+    if length is None:
+        raise CuSeqlensError(f"max_seqlen of cu_seqlens_{name}: got None in a call that torch records; pass an integer")
     tensor = length if isinstance(length, torch.Tensor) else torch.as_tensor(length)  # an integer of NumPy is traced as an array
     if tensor.ndim or tensor.is_floating_point() or tensor.dtype is torch.bool:
         raise CuSeqlensError(
