@@ -150,7 +150,10 @@ class KvCache:
 
 @dataclass(slots=True, eq=False)
 class StepBuffers:
-    """What a StepPlan has on a GPU: one array, and the addresses in it. ``scheduled``: whether a schedule was ever asked for."""
+    """What a StepPlan has: on a GPU one array, and the addresses in it; on the CPU ``array`` describes ``like``, and there are none.
+
+    ``scheduled``: whether a schedule was ever asked for.
+    """
 
     array: ArrayInfo
     schedule: int
@@ -190,7 +193,7 @@ class AttentionProblem:
     cache: KvCache | None = None
     num_splits: int = 0  # parts that the keys of a row are cut into, 0 for as many as suit
     batch_invariant: bool = False
-    step: StepBuffers | None = None  # on a GPU: blocks share the keys of all sequences as the schedule there says
+    step: StepBuffers | None = None  # of a StepPlan: on a GPU blocks share the keys of all sequences as the schedule there says
 
     @property
     def is_varlen(self) -> bool:

@@ -28,12 +28,48 @@ def test_on_the_cpu_it_changes_nothing():
     plan = fa.StepPlan(Q, **NUMBERS)
     plan.schedule(LENGTHS)
     planned = request_of(plan=plan)
-    assert planned.problem.step is None
     np.testing.assert_array_equal(fa.run(planned).out, fa.run(request_of()).out)
     given = {"cache_seqlens": LENGTHS, "block_table": TABLE}
     np.testing.assert_array_equal(
         fa.flash_attn_with_kvcache(Q, PAGES, PAGES, **given, step_plan=plan), fa.flash_attn_with_kvcache(Q, PAGES, PAGES, **given)
     )
+
+
+def test_a_call_before_the_first_schedule_is_refused_on_the_cpu_too():
+    plan = fa.StepPlan(Q, **NUMBERS)
+    request = request_of(plan=plan)
+    said = "plan: got a call before the first schedule of its StepPlan"
+    with pytest.raises(fa.StepPlanError, match=said):
+        fa.run(request)
+    with pytest.raises(fa.StepPlanError, match=said):
+        fa.flash_attn_with_kvcache(Q, PAGES, PAGES, cache_seqlens=LENGTHS, block_table=TABLE, step_plan=plan)
+    plan.schedule_for(request)
+    np.testing.assert_array_equal(fa.run(request).out, fa.run(request_of()).out)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "declared", "message"),
+    [
+        ([900, 5], {}, r"seq_lens: got 900 tokens in sequence 0; allowed are 0\.\.64 tokens.*as the plan was declared"),
+        ([5, -9], {}, "seq_lens: got -9 tokens in sequence 1"),
+        ([64, 5], {"new_tokens": 1}, "seq_lens: got 64 tokens and 1 new tokens in sequence 0"),
+        ([64, 5], {"new_tokens": None}, "seq_lens: got 64 tokens and 1 new tokens in sequence 0"),
+        ([2, 5], {"left_pad": True}, "cache_leftpad: got 3 slots in sequence 0 with 2 in use"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_no_schedule(lengths: list[int], declared: dict[str, Any], message: str):
+    plan = fa.StepPlan(Q, **NUMBERS, **declared)
+    beside: dict[str, Any] = {"cu_seqlens_new": OFFSETS} if declared == {"new_tokens": None} else {}
+    if "left_pad" in declared:
+        beside["cache_leftpad"] = np.array([3, 3], np.int32)
+    with pytest.raises(fa.SeqLensError, match=message):
+        plan.schedule(np.array(lengths, np.int32), **beside)
+
+
+def test_cumulative_lengths_of_a_schedule_are_looked_at():
+    plan = fa.StepPlan(Q, **NUMBERS)
+    with pytest.raises(fa.SeqLensError, match="seq_lens: got 896 tokens in sequence 1"):
+        plan.schedule(fa.CumulativeSeqlens(np.array([0, 4, 900], np.int32)))
 
 
 def test_one_that_is_made_of_a_request_is_that_of_its_numbers():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
     Ints = NDArray[np.int64]
 
-__all__ = ["CacheValues", "Slots", "keys_of", "read_values", "rotate", "write_new_tokens"]
+__all__ = ["CacheValues", "Slots", "check_lengths", "keys_of", "read_values", "rotate", "write_new_tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +53,8 @@ def read_values(problem: AttentionProblem, read: Callable[[ArrayInfo], Array] = 
     left_pad = np.zeros_like(before) if cache.left_pad is None else read(cache.left_pad).astype(np.int64)
     added = _new_tokens(cache, problem.batch, read)
     after = before + added
-    for index, (used, new, pad) in enumerate(zip(before.tolist(), added.tolist(), left_pad.tolist(), strict=True)):
-        if used < 0 or used + new > cache.capacity:
-            more = f" and {new} new tokens" if new else ""
-            pages = (
-                f" ({cache.capacity // cache.block_size} blocks of {cache.block_size}); reserve more"
-                if cache.paged
-                else "; make a longer cache"
-            )
-            raise SeqLensError(
-                f"{name}: got {used} tokens{more} in sequence {index}; allowed are 0..{cache.capacity} tokens, "
-                f"the slots of a sequence{pages}, or shorten it"
-            )
-        if not 0 <= pad <= used:
-            raise SeqLensError(
-                f"cache_leftpad: got {pad} slots in sequence {index} with {used} in use; allowed is at most the length, which counts them"
-            )
+    pages = f" ({cache.capacity // cache.block_size} blocks of {cache.block_size}); reserve more" if cache.paged else "; make a longer cache"
+    check_lengths(before, added, left_pad, name=name, capacity=cache.capacity, advice=f"{pages}, or shorten it")
     if cache.blocks is not None and not cache.paged:
         rows = read(cache.blocks)
         wrong = np.flatnonzero((rows < 0) | (rows >= cache.num_blocks))
@@ -79,6 +65,24 @@ def read_values(problem: AttentionProblem, read: Callable[[ArrayInfo], Array] = 
             )
     _check_rotary(problem, before, added)
     return CacheValues(before, after, left_pad)
+
+
+def check_lengths(before: Ints, added: Ints, left_pad: Ints, *, name: str, capacity: int, advice: str) -> None:
+    """Lengths, new tokens and padding, each (B,), within the ``capacity`` slots of a sequence. ``advice`` ends the message on a length.
+
+    Raises:
+        SeqLensError: a length that is negative, shorter than its padding, or beyond the slots.
+    """
+    for index, (used, new, pad) in enumerate(zip(before.tolist(), added.tolist(), left_pad.tolist(), strict=True)):
+        if used < 0 or used + new > capacity:
+            more = f" and {new} new tokens" if new else ""
+            raise SeqLensError(
+                f"{name}: got {used} tokens{more} in sequence {index}; allowed are 0..{capacity} tokens, the slots of a sequence{advice}"
+            )
+        if not 0 <= pad <= used:
+            raise SeqLensError(
+                f"cache_leftpad: got {pad} slots in sequence {index} with {used} in use; allowed is at most the length, which counts them"
+            )
 
 
 def _new_tokens(cache: KvCache, batch: int, read: Callable[[ArrayInfo], Array]) -> Ints:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Any, NoReturn, Self
 
+import numpy as np
+
 from ..arrays.read import read_array
-from ..arrays.streams import current_stream, raw_stream
+from ..arrays.streams import copy_to_host, current_stream, raw_stream
+from ..env import settings
 from ..errors import ArrayTypeError, SeqLensError, StepPlanError
 from ..limits import HEAD_DIM_STEP, MAX_HEAD_DIM, MAX_LENGTH, as_integer
 from ..problem import ArrayInfo, AttentionProblem, StepBuffers, StepShape
+from ..reference.cache import check_lengths
 from ..runtime.staleness import check_array
 from ..runtime.step import prepare_step, schedule_addresses
 from ..types import Device
@@ -31,7 +35,7 @@ class StepPlan:
 
     Make it once; in each step call :meth:`schedule`, then run requests that were given ``plan=``. A plan serves one stream at a time:
     the calls of a step write to its memory one after the other. It outlives the work that it is used in, graphs included. On the CPU it
-    does its checks and nothing else.
+    does its checks and nothing else: lengths fit, and a schedule comes before the calls.
 
     Attributes:
         like: any array of the library and device of q; nothing of it is read or kept.
@@ -69,26 +73,19 @@ class StepPlan:
     new_tokens: int | None = field(default=0, kw_only=True)
     left_pad: bool = field(default=False, kw_only=True)
     shape: StepShape = field(init=False)
-    _buffers: StepBuffers | None = field(init=False, default=None)
+    _buffers: StepBuffers = field(init=False)
     _launch: Any = field(init=False, default=None)
-    _like: ArrayInfo = field(init=False)
 
     def __post_init__(self, like: Any) -> None:
         info = read_array(like, "like")
         shape = self._checked_shape(info.device)
-        buffers, launch = None, None
+        buffers, launch = StepBuffers(replace(info, source=None), 0, 0, 0), None
         if shape.device.kind != "cpu":
             for name in ("head_dim", "v_head_dim"):
                 if getattr(shape, name) % HEAD_DIM_STEP:
                     raise StepPlanError(f"{name}: got {getattr(shape, name)}; allowed on a GPU is a multiple of {HEAD_DIM_STEP}")
             buffers, launch = prepare_step(shape, info)
-        made = {
-            "shape": shape,
-            "_buffers": buffers,
-            "_launch": launch,
-            "_like": replace(info, source=None) if buffers is None else buffers.array,
-        }
-        for name, value in made.items():
+        for name, value in {"shape": shape, "_buffers": buffers, "_launch": launch}.items():
             object.__setattr__(self, name, value)
 
     def _checked_shape(self, device: Device) -> StepShape:
@@ -146,9 +143,10 @@ class StepPlan:
 
         Raises:
             StepPlanError: an array that the plan was not made for, or one that is missing.
+            SeqLensError: lengths in host memory that are negative, shorter than their padding, or beyond ``capacity``.
             ConstructionError: an array that does not fit.
         """
-        shape, like, batch = self.shape, self._like, (self.shape.batch,)
+        shape, like, batch = self.shape, self._buffers.array, (self.shape.batch,)
         for name, given, wanted in (
             ("cu_seqlens_q", cu_seqlens_q, shape.packed_q),
             ("cache_leftpad", cache_leftpad, shape.left_pad),
@@ -169,7 +167,23 @@ class StepPlan:
             arrays["cache_lengths"] = read_int32(seq_lens, "seq_lens", batch, like, SeqLensError)
         if cache_leftpad is not None:
             arrays["left_pad"] = read_int32(cache_leftpad, "cache_leftpad", batch, like, SeqLensError)
+        if shape.device.kind == "cpu" or settings().debug:
+            self._check_lengths(arrays)
         self._enqueue(arrays, stream)
+
+    def _check_lengths(self, arrays: dict[str, ArrayInfo | None]) -> None:
+        """Look at the values: what requests check of theirs."""
+        values = {name: copy_to_host(array).astype(np.int64) for name, array in arrays.items() if array is not None}
+        before = values["cache_lengths"] if "cache_lengths" in values else np.diff(values["cu_seqlens_k"])
+        new = self.shape.new_tokens
+        check_lengths(
+            before,
+            np.diff(values["cu_seqlens_new"]) if new is None else np.full_like(before, new),
+            values.get("left_pad", np.zeros_like(before)),
+            name="seq_lens",
+            capacity=self.shape.capacity,
+            advice=", as the plan was declared",
+        )
 
     def schedule_for(self, request: Any, *, stream: Any = None) -> None:
         """The same with the lengths of a request, which the plan has to fit.
@@ -196,12 +210,11 @@ class StepPlan:
 
     def _enqueue(self, arrays: dict[str, ArrayInfo | None], stream: Any) -> None:
         buffers = self._buffers
-        if buffers is None:
-            return
-        check_array(buffers.array, "plan")
-        raw = current_stream(buffers.array) if stream is None else raw_stream(stream)
-        if self.shape.batch:
-            self._launch.launch(raw, schedule_addresses(buffers, arrays))
+        if self._launch is not None:
+            check_array(buffers.array, "plan")
+            raw = current_stream(buffers.array) if stream is None else raw_stream(stream)
+            if self.shape.batch:
+                self._launch.launch(raw, schedule_addresses(buffers, arrays))
         buffers.scheduled = True
 
     def check(self, problem: AttentionProblem) -> None:
@@ -227,14 +240,14 @@ class StepPlan:
     def adopt(self, problem: AttentionProblem) -> AttentionProblem:
         """The call with the plan; arguments and errors: :meth:`check`."""
         self.check(problem)
-        return problem if self._buffers is None else replace(problem, step=self._buffers, seqlen_q=self.shape.seqlen_q)
+        return replace(problem, step=self._buffers, seqlen_q=self.shape.seqlen_q if self._launch is not None else problem.seqlen_q)
 
     def _offsets(self, seqlens: CumulativeSeqlens | None, name: str) -> ArrayInfo | None:
         if seqlens is None:
             return None
         if not isinstance(seqlens, CumulativeSeqlens):
             raise ArrayTypeError(f"{name}: got {type(seqlens).__qualname__}; allowed is a CumulativeSeqlens")
-        check_device(seqlens.array, name, self._like)
+        check_device(seqlens.array, name, self._buffers.array)
         check_array(seqlens.array, name)
         if seqlens.batch != self.shape.batch:
             raise StepPlanError(f"{name}: got {seqlens.batch} sequences; allowed are {self.shape.batch}, as declared")

@@ -23,7 +23,7 @@ from ..reference import attention as reference
 from ..types import DType, SmArch
 from .backend import check_backend
 from .gradients import Gradients, differentiate
-from .on_cache import cache_addresses, plan_on_cache, workspace_on_cache
+from .on_cache import cache_addresses, check_scheduled, plan_on_cache, workspace_on_cache
 from .plan import Output, Outputs, Plan, addresses_of, find, keep, launch_of, slots_of
 from .staleness import Fingerprint
 
@@ -205,6 +205,7 @@ def _make_plan(problem: AttentionProblem, key: DispatchKey, spec: KernelSpec, ou
 
 def _compute_on_cpu(request: FaFwdDispatch, outputs: Outputs) -> None:
     lse, mask = outputs.lse, outputs.dropout_mask
+    check_scheduled(request.problem)
     arrays = Fingerprint.of(request)
     held = arrays.hold()  # other threads run while BLAS does
     reference.forward(

@@ -22,12 +22,18 @@ from ..problem import ArrayInfo, AttentionProblem
 from ..types import DType, SmArch
 from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
 
-__all__ = ["cache_addresses", "plan_on_cache", "workspace_on_cache"]
+__all__ = ["cache_addresses", "check_scheduled", "plan_on_cache", "workspace_on_cache"]
 
 # Addresses of a call in this order: those of KvCacheParams, those that only an append has (to it, q is what it reads), a StepPlan's.
 _APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q")
 _SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED, "schedule")
 _SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot) for slot in _SLOTS)
+
+
+def check_scheduled(problem: AttentionProblem) -> None:
+    """Raise StepPlanError where a call has a StepPlan that was never scheduled."""
+    if problem.step is not None and not problem.step.scheduled:
+        raise StepPlanError("plan: got a call before the first schedule of its StepPlan; allowed behind plan.schedule(...) of its step")
 
 
 def workspace_on_cache(problem: AttentionProblem, key: DispatchKey) -> Workspace | None:
@@ -79,8 +85,7 @@ def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Work
     at = {slot: base + offset for slot, offset in workspace.offsets.items()}
     step, schedule = problem.step, 0
     if step is not None:
-        if not step.scheduled:
-            raise StepPlanError("plan: got a call before the first schedule of its StepPlan; allowed behind plan.schedule(...) of its step")
+        check_scheduled(problem)
         schedule, at["partial_o"], at["partial_lse"] = step.schedule, step.partial_o, step.partial_lse
     new = None if cache is None else cache.new
     rotary = None if new is None else new.rotary
