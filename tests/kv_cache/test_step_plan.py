@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -110,29 +111,42 @@ def test_other_arguments_that_are_refused():
     for other in (Q, fa.DenseFwdRequest(Q, Q, Q)):
         with pytest.raises(fa.StepPlanError, match="allowed is a request on a KV cache"):
             fa.StepPlan.of(other)
-    with pytest.raises(fa.StepPlanError, match="plan: got dict; allowed is a StepPlan, or None"):
+    with pytest.raises(fa.StepPlanError, match=r"plan \(step_plan of flash_attn_with_kvcache\): got dict; allowed is a StepPlan, or None"):
         request_of(plan={})
 
 
-OTHER_CALLS: dict[str, tuple[str, dict[str, Any]]] = {
-    "batch": ("got batch 1 with a StepPlan for 2", {"batch": 1}),
-    "heads": ("got heads 8 with", {"heads": 8}),
-    "heads_kv": ("got heads_kv 4", {"heads_kv": 4}),
-    "head_dim": ("got head_dim 16", {"head_dim": 16}),
-    "v_head_dim": ("got v_head_dim 16", {"v_head_dim": 16}),
-    "queries": ("got seqlen_q 2", {"seqlen_q": 2}),
-    "packed": ("got packed_q True", {"packed_q": True}),
-    "mask": ("got band Band", {"mask": fa.MaskKind.causal()}),
-    "sinks": ("got band Band", {"mask": fa.MaskKind.sliding_causal(4), "sink_tokens": 2}),
-    "capacity": ("got capacity 80", {"capacity": 80}),
-    "new tokens": ("got new_tokens 1", {"new_tokens": 1}),
-    "padding": ("got left_pad True", {"left_pad": True}),
+# what the call has, what the plan was made with, and the change of the call
+OTHER_CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "batch": ("batch=1", "batch=2", {"batch": 1}),
+    "heads": ("heads=8", "heads=4", {"heads": 8}),
+    "heads_kv": ("heads_kv=4", "heads_kv=2", {"heads_kv": 4}),
+    "head_dim": ("head_dim=16", "head_dim=8", {"head_dim": 16}),
+    "v_head_dim": ("v_head_dim=16", "v_head_dim=8", {"v_head_dim": 16}),
+    "queries": ("seqlen_q=2", "seqlen_q=1", {"seqlen_q": 2}),
+    "packed": ("packed_q=True", "packed_q=False", {"packed_q": True}),
+    "mask": ("mask=MaskKind.causal()", "mask=MaskKind.full()", {"mask": fa.MaskKind.causal()}),
+    "window": ("mask=MaskKind.window(3, 1)", "mask=MaskKind.full()", {"mask": fa.MaskKind.window(3, 1)}),
+    "open window": ("mask=MaskKind.window(-1, 1)", "mask=MaskKind.full()", {"mask": fa.MaskKind.window(-1, 1)}),
+    "sinks": (
+        "mask=MaskKind.sliding_causal(4), sink_tokens=2",
+        "mask=MaskKind.full(), sink_tokens=0",
+        {"mask": fa.MaskKind.sliding_causal(4), "sink_tokens": 2},
+    ),
+    "capacity": ("capacity=80", "capacity=64", {"capacity": 80}),
+    "new tokens": ("new_tokens=1", "new_tokens=0", {"new_tokens": 1}),
+    "padding": ("left_pad=True", "left_pad=False", {"left_pad": True}),
+    "all that differs": (
+        "heads=8, capacity=80, mask=MaskKind.causal()",
+        "heads=4, capacity=64, mask=MaskKind.full()",
+        {"heads": 8, "capacity": 80, "mask": fa.MaskKind.causal()},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OTHER_CALLS)
 def test_calls_that_a_plan_was_not_made_for(name: str):
-    message, change = OTHER_CALLS[name]
+    got, made_with, change = OTHER_CALLS[name]
+    said = f"plan (step_plan of flash_attn_with_kvcache): got a call with {got} and a StepPlan made with {made_with}; allowed"
     numbers = {"seqlen_q": 1, "v_head_dim": 8} | NUMBERS | change
     batch, rows = numbers["batch"], numbers["seqlen_q"]
     q = np.ones((batch, rows, numbers["heads"], numbers["head_dim"]), np.float16)
@@ -150,7 +164,7 @@ def test_calls_that_a_plan_was_not_made_for(name: str):
     lengths = LENGTHS[:batch] - 1
     fitting = fa.StepPlan(Q, **numbers | {name: x for name, x in change.items() if name != "heads"})
     assert fa.CachedFwdRequest(q, k, v, lengths, **asked, plan=fitting).plan is fitting
-    with pytest.raises(fa.StepPlanError, match=message + ".*make a plan for each kind of layer"):
+    with pytest.raises(fa.StepPlanError, match=re.escape(said) + ".*make a plan for each kind of layer"):
         fa.CachedFwdRequest(q, k, v, lengths, **asked, plan=fa.StepPlan(Q, **NUMBERS))
 
 
@@ -163,7 +177,7 @@ def test_calls_that_a_plan_was_not_made_for(name: str):
     ],
 )
 def test_another_way_to_cut_keys_is_refused(asked: dict[str, Any], got: str):
-    with pytest.raises(fa.StepPlanError, match=f"plan: got a StepPlan with {got}; allowed is one of the two"):
+    with pytest.raises(fa.StepPlanError, match=f"got a StepPlan with {got}; allowed is one of the two"):
         request_of(plan=fa.StepPlan(Q, **NUMBERS), **asked)
 
 
@@ -195,7 +209,7 @@ def test_what_a_schedule_refuses():
 def test_a_packed_call_may_have_fewer_queries_than_its_plan():
     plan = fa.StepPlan(Q, **NUMBERS, packed_q=True, seqlen_q=5)
     assert request_of(q=Q[:, 0], cu_seqlens_q=OFFSETS, plan=plan).plan is plan
-    with pytest.raises(fa.StepPlanError, match="got seqlen_q 7 with a StepPlan for 5"):
+    with pytest.raises(fa.StepPlanError, match="got a call with seqlen_q=7 and a StepPlan made with seqlen_q=5"):
         request_of(q=Q[:, 0], cu_seqlens_q=fa.CumulativeSeqlens(OFFSETS.offsets, 7), plan=plan)
 
 

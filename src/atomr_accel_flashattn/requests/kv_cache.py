@@ -28,7 +28,7 @@ from ..runtime.staleness import arrays_beside
 from ..types import DType, KvLayout
 from .checks import check_apart, check_device, check_qkv, is_contiguous, overlaps_itself, read_int32, refuse_gradients, steps
 from .seqlens import CumulativeSeqlens, check_seqlens
-from .step_plan import StepPlan
+from .step_plan import PLAN_NAMES, StepPlan
 
 if TYPE_CHECKING:
     from .forward import ForwardRequest
@@ -129,7 +129,7 @@ def _with_plan(problem: AttentionProblem, plan: Any) -> AttentionProblem:
     if plan is None:
         return problem
     if not isinstance(plan, StepPlan):
-        raise StepPlanError(f"plan: got {type(plan).__qualname__}; allowed is a StepPlan, or None")
+        raise StepPlanError(f"{PLAN_NAMES}: got {type(plan).__qualname__}; allowed is a StepPlan, or None")
     return plan.adopt(problem)
 
 

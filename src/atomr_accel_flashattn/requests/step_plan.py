@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, field, fields, replace
-from typing import Any, NoReturn, Self
+from typing import Any, Final, NoReturn, Self
 
 import numpy as np
 
@@ -22,7 +22,9 @@ from .checks import check_device, read_int32
 from .options import MaskKind
 from .seqlens import CumulativeSeqlens
 
-__all__ = ["StepPlan"]
+__all__ = ["PLAN_NAMES", "StepPlan"]
+
+PLAN_NAMES: Final = "plan (step_plan of flash_attn_with_kvcache)"  # the argument that messages name: of requests, and of that call
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -225,15 +227,16 @@ class StepPlan:
         """
         if problem.num_splits or problem.batch_invariant:
             name, got = ("batch_invariant", True) if problem.batch_invariant else ("num_splits", problem.num_splits)
-            raise StepPlanError(f"plan: got a StepPlan with {name}={got}; allowed is one of the two, because the plan cuts keys by lengths")
+            raise StepPlanError(f"{PLAN_NAMES}: got a StepPlan with {name}={got}; allowed is one of the two, because the plan cuts keys by lengths")
         asked = StepShape.of(problem)
         if asked.packed_q and asked.seqlen_q < self.shape.seqlen_q:
             asked = replace(asked, seqlen_q=self.shape.seqlen_q)
         if asked == self.shape:
             return
-        name = next(each.name for each in fields(StepShape) if getattr(asked, each.name) != getattr(self.shape, each.name))
+        given, made = _arguments_of(asked), _arguments_of(self.shape)
+        misfits = [name for name in made if given[name] != made[name]]
         raise StepPlanError(
-            f"plan: got {name} {getattr(asked, name)} with a StepPlan for {getattr(self.shape, name)}; "
+            f"{PLAN_NAMES}: got a call with {_listed(given, misfits)} and a StepPlan made with {_listed(made, misfits)}; "
             "allowed are calls of the shape and mask that it was made for; make a plan for each kind of layer"
         )
 
@@ -273,6 +276,26 @@ def _problem_of(request: Any) -> AttentionProblem:
     if not isinstance(problem, AttentionProblem) or problem.cache is None:
         raise StepPlanError(f"request: got {type(request).__qualname__}; allowed is a request on a KV cache")
     return problem
+
+
+def _arguments_of(shape: StepShape) -> dict[str, Any]:
+    """The arguments of a StepPlan of this shape, as a caller writes them."""
+    arguments = {each.name: getattr(shape, each.name) for each in fields(shape)}
+    band = arguments.pop("band")
+    return arguments | {"mask": _spelled(band.left, band.right), "sink_tokens": band.sink_tokens}
+
+
+def _spelled(left: int | None, right: int | None) -> str:
+    """The call that makes a MaskKind."""
+    if left is None and right in {None, 0}:
+        return "MaskKind.full()" if right is None else "MaskKind.causal()"
+    if right == 0 and left is not None:
+        return f"MaskKind.sliding_causal({left + 1})"
+    return f"MaskKind.window({-1 if left is None else left}, {-1 if right is None else right})"
+
+
+def _listed(arguments: dict[str, Any], names: list[str]) -> str:
+    return ", ".join(f"{name}={arguments[name]}" for name in names)
 
 
 def _in_range(name: str, given: Any, least: int, most: int = MAX_LENGTH) -> int:
