@@ -286,6 +286,13 @@ PACKED = [
         "start", fa.CuSeqlensError, "cu_seqlens_q: got 1 as its first value", "allowed is 0", cu_seqlens_q=np.array([1, 2, SQ], np.int32)
     ),
     varlen(
+        "lengths",
+        fa.CuSeqlensError,
+        "cu_seqlens_q: got 2 as its first value",
+        "allowed is 0; these look like lengths: use torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))",
+        cu_seqlens_q=np.array([2, 3], np.int32),
+    ),
+    varlen(
         "decreasing", fa.CuSeqlensError, "got 6 followed by 5 at index 1", "never decrease", cu_seqlens_q=np.array([0, 6, SQ], np.int32)
     ),
     varlen(
@@ -330,6 +337,11 @@ PACKED = [
         "allowed is a CumulativeSeqlens",
     ),
 ]
+
+
+def test_a_negative_start_looks_like_no_length():
+    with pytest.raises(fa.CuSeqlensError, match="cu_seqlens: got -1 as its first value; allowed is 0$"):
+        fa.CumulativeSeqlens(np.array([-1, 2], np.int32))
 
 
 @pytest.mark.parametrize("refusal", [*ARRAYS, *ON_GPU, *NUMBERS, *OUTPUTS, *PACKED], ids=str)

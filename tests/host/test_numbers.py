@@ -99,8 +99,10 @@ def test_options_hold_floats():
 def test_a_flag_one_place_too_early_is_refused():
     with pytest.raises(fa.ScaleError, match="softmax_scale: got True; allowed is a finite float32 number"):
         fa.flash_attn_func(Q, Q, Q, 0.0, True)
-    with pytest.raises(fa.DropoutError, match="dropout_p: got True"):
+    with pytest.raises(fa.DropoutError, match=r"dropout_p: got True; allowed is 0 <= p < 1 .*; is this causal\? pass it by name$"):
         fa.flash_attn_func(Q, Q, Q, True)
+    with pytest.raises(fa.DropoutError, match=r"dropout_p: got 1\.0; .*would drop everything\)$"):
+        fa.flash_attn_func(Q, Q, Q, 1.0)
     with pytest.raises(fa.UnsupportedArgumentError, match=r"causal: got \(-1, -1\)"):
         fa.flash_attn_func(Q, Q, Q, 0.0, None, (-1, -1))
     with pytest.raises(fa.WindowError, match="window_size: got 30"):

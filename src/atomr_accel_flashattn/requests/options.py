@@ -178,7 +178,9 @@ class AttentionOptions(ShortRepr):
                 "allowed is a cap with softmax_scale / softcap below 3.4e38"
             )
         if p is None or not 0 <= p < 1:
-            raise DropoutError(f"dropout_p: got {self.dropout_p!r}; allowed is 0 <= p < 1 (p = 1 would drop everything)")
+            given = self.dropout_p
+            advice = "; is this causal? pass it by name" if isinstance(given, (bool, np.bool_)) else ""
+            raise DropoutError(f"dropout_p: got {given!r}; allowed is 0 <= p < 1 (p = 1 would drop everything){advice}")
         if not isinstance(self.batch_invariant, bool):
             raise UnsupportedArgumentError(f"batch_invariant: got {self.batch_invariant!r}; allowed are True and False")
         for name, value in (("softmax_scale", scale), ("softcap", cap), ("dropout_p", p)):
