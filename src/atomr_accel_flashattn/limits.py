@@ -51,8 +51,8 @@ LARGEST_SCORE_FACTOR: Final = 2.358e38  # of softmax_scale and softcap: times lo
 # Features of the design that this version refuses, and why. Building one removes its line here.
 NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "autograd": "autograd records flash_attn_func and its forms, and no requests; a Fa2BwdRequest gives gradients without it",
         "append": "on a GPU pages are written and copied in caches of torch and CuPy, from arrays of the same library",
+        "cache_gradients": "calls on a KV cache have no gradients",
         "double_backward": "first derivatives are built; for second ones write the attention in operations of torch",
         "fa3_backward": "gradients are those of the mma.sync family, whatever family ran the forward",
         "fa3_batch_invariant": "batch-invariant calls have one family on every GPU, that of mma.sync; ask by another request",
@@ -61,9 +61,11 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "invariant_dropout": "batch-invariant calls on a GPU drop nothing; the CPU backend does both",
         "kv_layout": "NHD and HND are built",
         "left_pad": "on a GPU a contiguous KV cache may have it; pack other sequences with cu_seqlens",
+        "mixed_gradients": "autograd records calls whose q is a torch tensor",
         "out_dtype": "o has the type of q",
         "paged_backward": "gradients are those of calls on plain or packed K and V; a KV cache has none",
         "paged_over_ray": "a message would carry the whole cache; start an actor where the cache lies",
+        "request_gradients": "autograd records flash_attn_func and its forms, and no requests; a Fa2BwdRequest gives gradients without it",
         "slopes_gradient": "ALiBi slopes are constants: pass slopes.detach()",
         "split": "on a GPU the keys of a KV cache are split; elsewhere one block visits all keys of its rows",
         "tracing": "requests read memory; flash_attn_func and its forms are operators of torch where they are recorded",

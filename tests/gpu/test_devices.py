@@ -90,7 +90,7 @@ def test_float32_is_refused_on_a_gpu() -> None:
 
 def test_requests_refuse_gradients_and_never_drop_them() -> None:
     q = torch.randn(1, 8, 1, 64, device=DEVICE, dtype=torch.float16, requires_grad=True)
-    with pytest.raises(FeatureNotBuiltError, match=r"autograd.*q requires grad.*flash_attn_func"):
+    with pytest.raises(FeatureNotBuiltError, match=r"q requires grad.*autograd records flash_attn_func"):
         dense(q, q, q)
     with torch.no_grad():
         assert run(dense(q, q, q)).out.shape == q.shape

@@ -455,7 +455,8 @@ def test_a_request_is_not_recorded_and_says_so(device: fa.Device):
     arrays = [replace(read_array(x, "x"), device=device) for x in tensors(2, 7)]
     with pytest.raises(fa.FeatureNotBuiltError, match=r"q requires grad.*autograd records flash_attn_func") as caught:
         fa.DenseFwdRequest(*arrays)
-    assert caught.value.feature == "autograd"
+    assert caught.value.feature == "request_gradients"
+    assert "autograd' is not built" not in str(caught.value)
 
 
 def test_a_parameter_trains():

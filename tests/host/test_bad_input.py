@@ -340,7 +340,7 @@ PACKED = [
 
 
 def test_a_negative_start_looks_like_no_length():
-    with pytest.raises(fa.CuSeqlensError, match="cu_seqlens: got -1 as its first value; allowed is 0$"):
+    with pytest.raises(fa.CuSeqlensError, match=r"cu_seqlens: got -1 as its first value; allowed is 0$"):
         fa.CumulativeSeqlens(np.array([-1, 2], np.int32))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import numpy as np
@@ -206,8 +207,15 @@ def test_tensors_of_torch_in_and_out_and_autograd_is_told():
     assert torch.equal(v_cache[1, 0], v[1, 0])
     assert k_cache._version > version
     torch.testing.assert_close(made[1, 0, 0], v[1, 0, 0])
-    with pytest.raises(fa.FeatureNotBuiltError, match="q requires grad"):
-        fa.flash_attn_with_kvcache(q.requires_grad_(), k_cache, v_cache, cache_seqlens=3)
+    said = "{0} requires grad, and calls on a KV cache have no gradients; use torch.no_grad() or {0}.detach()"
+    leaves = {name: torch.ones(4, requires_grad=True) for name in ("alibi_slopes", "learned_sink")}
+    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    for name, leaf in {**leaves, **{name: x.clone().requires_grad_() for name, x in given.items()}}.items():
+        with pytest.raises(fa.FeatureNotBuiltError, match=re.escape(said.format(name))) as caught:
+            fa.flash_attn_with_kvcache(**given | {name: leaf}, cache_seqlens=lengths)
+        assert caught.value.feature == "cache_gradients"
+    with pytest.raises(fa.FeatureNotBuiltError, match=re.escape(said.format("q"))):
+        fa.PagedAttentionRequest(q.requires_grad_(), k_cache, v_cache, torch.arange(2, dtype=torch.int32)[:, None], lengths)
     table = torch.zeros(2, 1, dtype=torch.int32)
     ends = torch.tensor([0, 1, 2], dtype=torch.int32)
     with pytest.raises(fa.FeatureNotBuiltError, match="block_table"):

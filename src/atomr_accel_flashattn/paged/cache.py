@@ -373,7 +373,7 @@ class PagedKvCache:
     def _check_new(self, infos: tuple[ArrayInfo, ArrayInfo], batch: int, tokens: Sequence[int] | None) -> list[range]:
         """The rows of each sequence in k and v without their batch."""
         for name, info, width, cache in zip("kv", infos, (self.head_dim, self.v_head_dim), self._arrays, strict=True):
-            refuse_gradients(info, name)
+            refuse_gradients(info, name, on_cache=True)
             lead = (batch, infos[0].shape[1]) if tokens is None and len(infos[0].shape) == 4 else infos[0].shape[:1]
             if info.shape != (*lead, self.heads_kv, width) or (tokens is None) != (len(info.shape) == 4):
                 form = f"({batch}, tokens, {self.heads_kv}, {width})" if tokens is None else f"(total, {self.heads_kv}, {width})"

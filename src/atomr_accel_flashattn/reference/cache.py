@@ -53,7 +53,9 @@ def read_values(problem: AttentionProblem, read: Callable[[ArrayInfo], Array] = 
     left_pad = np.zeros_like(before) if cache.left_pad is None else read(cache.left_pad).astype(np.int64)
     added = _new_tokens(cache, problem.batch, read)
     after = before + added
-    pages = f" ({cache.capacity // cache.block_size} blocks of {cache.block_size}); reserve more" if cache.paged else "; make a longer cache"
+    pages = (
+        f" ({cache.capacity // cache.block_size} blocks of {cache.block_size}); reserve more" if cache.paged else "; make a longer cache"
+    )
     check_lengths(before, added, left_pad, name=name, capacity=cache.capacity, advice=f"{pages}, or shorten it")
     if cache.blocks is not None and not cache.paged:
         rows = read(cache.blocks)

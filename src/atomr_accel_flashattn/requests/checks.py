@@ -15,6 +15,7 @@ from ..errors import (
     DeviceMismatchError,
     DropoutError,
     DTypeError,
+    FeatureNotBuiltError,
     HeadCountError,
     HeadDimError,
     OutputError,
@@ -22,7 +23,7 @@ from ..errors import (
     SlopesError,
     StrideError,
 )
-from ..limits import CPU_DTYPES, GPU_DTYPES, HEAD_DIM_STEP, MAX_HEAD_DIM, not_built
+from ..limits import CPU_DTYPES, GPU_DTYPES, HEAD_DIM_STEP, MAX_HEAD_DIM, NOT_BUILT, not_built
 from ..problem import ArrayInfo, Dropout
 from ..types import DType
 
@@ -73,13 +74,19 @@ def read_int32(array: Any, name: str, shape: tuple[int | None, ...], q: ArrayInf
     return info
 
 
-def refuse_gradients(info: ArrayInfo, name: str) -> None:
-    """A torch tensor that requires grad, or has a tangent, would silently get no derivative from a request."""
+def refuse_gradients(info: ArrayInfo, name: str, *, on_cache: bool = False) -> None:
+    """A torch tensor that requires grad, or has a tangent, would silently get no derivative from a request.
+
+    ``on_cache``: whether that is one on a KV cache, for which no other call has gradients either.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(info.source, torch.Tensor):
         return
     if info.source.requires_grad and torch.is_grad_enabled():
-        raise not_built("autograd", f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()")
+        if on_cache:
+            reason = NOT_BUILT["cache_gradients"]
+            raise FeatureNotBuiltError("cache_gradients", f"{name} requires grad, and {reason}; use torch.no_grad() or {name}.detach()")
+        raise not_built("request_gradients", f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()")
     if tangent_of(info.source) is not None:
         raise not_built("forward_mode", f"{name} is a dual tensor")
 
@@ -150,21 +157,21 @@ def _check_head_dim(name: str, info: ArrayInfo) -> None:
         raise HeadDimError(f"{name}: got head dim {size} on {info.device}; allowed are {what}{pads}")
 
 
-def read_slopes(bias: PositionBias, q: ArrayInfo, *, batch: int, heads: int) -> ArrayInfo | None:
+def read_slopes(bias: PositionBias, q: ArrayInfo, *, batch: int, heads: int, on_cache: bool = False) -> ArrayInfo | None:
     """ALiBi slopes, float32 (Hq,) or (B, Hq), or None."""
-    return _read_per_head(bias.slopes, "alibi_slopes", q, shapes=((heads,), (batch, heads)))
+    return _read_per_head(bias.slopes, "alibi_slopes", q, shapes=((heads,), (batch, heads)), on_cache=on_cache)
 
 
-def read_learned_sink(options: AttentionOptions, q: ArrayInfo, *, heads: int) -> ArrayInfo | None:
+def read_learned_sink(options: AttentionOptions, q: ArrayInfo, *, heads: int, on_cache: bool = False) -> ArrayInfo | None:
     """The learned sink, float32 (Hq,), or None."""
-    return _read_per_head(options.learned_sink, "learned_sink", q, shapes=((heads,),))
+    return _read_per_head(options.learned_sink, "learned_sink", q, shapes=((heads,),), on_cache=on_cache)
 
 
-def _read_per_head(x: Any, name: str, q: ArrayInfo, *, shapes: tuple[tuple[int, ...], ...]) -> ArrayInfo | None:
+def _read_per_head(x: Any, name: str, q: ArrayInfo, *, shapes: tuple[tuple[int, ...], ...], on_cache: bool) -> ArrayInfo | None:
     if x is None:
         return None
     info = read_array(x, name)
-    refuse_gradients(info, name)
+    refuse_gradients(info, name, on_cache=on_cache)
     if info.dtype is not DType.F32:
         raise SlopesError(f"{name}: got type {info.dtype_name}; allowed is float32; call .float() or .astype('float32')")
     if info.shape not in shapes:

@@ -59,8 +59,8 @@ class ForwardRequest(MadeAnew, ShortRepr):
         """The key of this request on ``arch``; None is the best one for the device of q."""
         return key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array)
 
-    def _options_for(self, q: ArrayInfo, batch: int) -> dict[str, Any]:
-        """The fields of a problem that say what is computed, checked for ``batch`` sequences of queries."""
+    def _options_for(self, q: ArrayInfo, batch: int, *, on_cache: bool = False) -> dict[str, Any]:
+        """The fields of a problem that say what is computed, checked for ``batch`` sequences of queries; ``on_cache``: of a KV cache."""
         check_kinds(self.mask, self.bias, self.options)
         heads, head_dim = q.shape[-2:]
         return {
@@ -70,8 +70,8 @@ class ForwardRequest(MadeAnew, ShortRepr):
             "softmax_scale": self.options.scale_for(head_dim),
             "band": self.mask.band(self.sink_tokens),
             "softcap": float(self.options.softcap),
-            "alibi_slopes": read_slopes(self.bias, q, batch=batch, heads=heads),
-            "learned_sink": read_learned_sink(self.options, q, heads=heads),
+            "alibi_slopes": read_slopes(self.bias, q, batch=batch, heads=heads, on_cache=on_cache),
+            "learned_sink": read_learned_sink(self.options, q, heads=heads, on_cache=on_cache),
             "dropout": read_dropout(self.options, q),
             "batch_invariant": self.options.batch_invariant,
         }

@@ -87,7 +87,7 @@ def cached_problem(request: ForwardRequest, given: CacheArguments, q: Any, cu_se
     longest = None if given.max_seqlen_k is None else as_integer(given.max_seqlen_k)
     if given.max_seqlen_k is not None and (longest is None or not 0 <= longest <= MAX_LENGTH):
         raise SeqLensError(f"max_seqlen_k: got {given.max_seqlen_k!r}; allowed is an integer in 0..{MAX_LENGTH}, or None")
-    options = request._options_for(info, batch)  # noqa: SLF001 - its base is in this room
+    options = request._options_for(info, batch, on_cache=True)  # noqa: SLF001 - its base is in this room
     if options["dropout"] is not None:
         raise DropoutError(
             f"dropout_p: got {options['dropout'].p} with a KV cache; allowed is 0, because a cache serves and does not train"
@@ -162,7 +162,7 @@ def _read_queries(q: Any, cu_seqlens_q: CumulativeSeqlens | None) -> ArrayInfo:
     rank, layout = (4, "(batch, length, heads, head dim)") if cu_seqlens_q is None else (3, "(total, heads, head dim) with cu_seqlens_q")
     if len(info.shape) != rank:
         raise ShapeError(f"q: got shape {info.shape} of rank {len(info.shape)}; allowed is rank {rank}, {layout}")
-    refuse_gradients(info, "q")
+    refuse_gradients(info, "q", on_cache=True)
     if cu_seqlens_q is None:
         if info.shape[1] > MAX_LENGTH:
             raise ShapeError(f"q: got length {info.shape[1]}; allowed is at most {MAX_LENGTH} tokens")
@@ -180,7 +180,7 @@ def _read_cache(array: Any, name: str, given: CacheArguments) -> ArrayInfo:
     if layout is not KvLayout.NHD and given.block_table is None:
         raise BlockTableError(f"layout: got {layout} with a contiguous cache; allowed is KvLayout.NHD; pages may have the other")
     info = read_array(array, name)
-    refuse_gradients(info, name)
+    refuse_gradients(info, name, on_cache=True)
     if len(info.shape) != 4:
         raise ShapeError(f"{name}: got shape {info.shape}; allowed is {_CONTIGUOUS if given.block_table is None else _PAGED}")
     slots = _slots_first(info, layout).shape[1]
@@ -240,7 +240,7 @@ def _new_tokens(given: CacheArguments, q: ArrayInfo, k_slots: ArrayInfo, batch: 
     packed = given.cu_seqlens_new
     rank, heads_kv = 4 if packed is None else 3, k_slots.shape[2]
     for name, info in (("k", k), ("v", v)):
-        refuse_gradients(info, name)
+        refuse_gradients(info, name, on_cache=True)
         if len(info.shape) != rank:
             raise ShapeError(f"{name}: got shape {info.shape}; allowed is rank {rank}, (batch, new tokens, KV heads, head dim)")
     check_qkv(q, k, v)
@@ -273,7 +273,7 @@ def _rotary(given: CacheArguments, q: ArrayInfo) -> Rotary | None:
         raise RotaryError(f"rotary_{'cos' if given.rotary_cos is None else 'sin'}: got None; allowed are cos and sin together, or neither")
     cos, sin = read_array(given.rotary_cos, "rotary_cos"), read_array(given.rotary_sin, "rotary_sin")
     for name, info in (("rotary_cos", cos), ("rotary_sin", sin)):
-        refuse_gradients(info, name)
+        refuse_gradients(info, name, on_cache=True)
         if info.dtype not in {q.dtype, DType.F32}:
             own = "" if q.dtype is DType.F32 else f"that of q, {q.dtype_name}, and "
             raise DTypeError(f"{name}: got type {info.dtype_name}; allowed is {own}float32; convert {name}")

@@ -63,7 +63,11 @@ class CumulativeSeqlens(MadeAnew, ShortRepr):
             return None
         values = copy_to_host(self.array).astype(np.int64)
         if values[0] != 0:
-            advice = "; these look like lengths: use torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))" if values[0] > 0 else ""
+            advice = (
+                "; these look like lengths: use torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))"
+                if values[0] > 0
+                else ""
+            )
             raise CuSeqlensError(f"{self.name}: got {values[0]} as its first value; allowed is 0{advice}")
         lengths = np.diff(values)
         if (lengths < 0).any():

@@ -227,7 +227,9 @@ class StepPlan:
         """
         if problem.num_splits or problem.batch_invariant:
             name, got = ("batch_invariant", True) if problem.batch_invariant else ("num_splits", problem.num_splits)
-            raise StepPlanError(f"{PLAN_NAMES}: got a StepPlan with {name}={got}; allowed is one of the two, because the plan cuts keys by lengths")
+            raise StepPlanError(
+                f"{PLAN_NAMES}: got a StepPlan with {name}={got}; allowed is one of the two, because the plan cuts keys by lengths"
+            )
         asked = StepShape.of(problem)
         if asked.packed_q and asked.seqlen_q < self.shape.seqlen_q:
             asked = replace(asked, seqlen_q=self.shape.seqlen_q)

@@ -43,7 +43,9 @@ def is_recorded(q: Any, k: Any, v: Any, others: tuple[Any, Any, Any]) -> bool:
     if "alibi_slopes" in wanting:
         raise not_built("slopes_gradient", "alibi_slopes requires grad and gradients are enabled")
     if "q" not in tensors:
-        raise not_built("autograd", f"{got}, and q, in whose library o is made, is a {type(q).__qualname__}; use a torch tensor as q")
+        raise not_built(
+            "mixed_gradients", f"{got}, and q, in whose library o is made, is a {type(q).__qualname__}; use a torch tensor as q"
+        )
     if out is not None:
         raise OutputError(f"out: got an array, and {got}; allowed is None, because autograd cannot record a call into an array of before")
     for dual in (each for each, tensor in tensors.items() if tangent_of(tensor) is not None):
