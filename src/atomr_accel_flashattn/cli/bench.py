@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from contextlib import redirect_stdout
-from enum import Enum
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +30,7 @@ PEERS_HELP = (
 )
 
 
-class What(Enum):
+class What(StrEnum):
     """What is measured."""
 
     FORWARD = "forward"
