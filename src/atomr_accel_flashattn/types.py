@@ -45,6 +45,11 @@ class SmArch(Enum):
     SM_120 = "sm_120"
 
     @property
+    def without_wgmma(self) -> SmArch:
+        """What kernels without wgmma are compiled for: sm_90 on Hopper."""
+        return SmArch.SM_90 if self is SmArch.SM_90A else self
+
+    @property
     def shared_memory_per_block(self) -> int:
         """Bytes of dynamic shared memory that one block may use (CUDA C++ Programming Guide, compute capabilities)."""
         return _SHARED_PER_BLOCK[self]

@@ -85,9 +85,9 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
     if key.arch is SmArch.CPU:
         return CpuSpec(key.dtype)
     if key.extras.direction == "dropout_mask":
-        return DropoutMaskSpec(arch=_arch_of_mma(key.arch), varlen=key.varlen)
+        return DropoutMaskSpec(arch=key.arch.without_wgmma, varlen=key.varlen)
     if key.extras.direction == "merge_states":
-        return MergeStatesSpec(arch=_arch_of_mma(key.arch), dtype=key.dtype, aligned=key.aligned)
+        return MergeStatesSpec(arch=key.arch.without_wgmma, dtype=key.dtype, aligned=key.aligned)
     spec = _with_chosen_tile(_kernel(key), key.extras)
     if spec.shared_memory > key.arch.shared_memory_per_block:
         tile_arch = key.extras.tiles_for or key.arch
@@ -106,7 +106,7 @@ def _kernel(key: DispatchKey) -> ForwardSpec | Fa2BackwardSpec | Fa2KvCacheSpec 
 
 def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
     """The kernel over a KV cache that answers ``key``, and batch-invariant calls on plain K and V; its ``steps()`` are what is launched."""
-    width, v_width, arch, extras = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch), key.extras
+    width, v_width, arch, extras = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), key.arch.without_wgmma, key.extras
     if key.family is Family.FA3:
         tile = wgmma_cache_tile_for(width, v_width, alibi=key.alibi, softcap=extras.softcap > 0, short_q=extras.short_q)
         tile = replace(tile, persistent=extras.persistent is not False)
@@ -133,7 +133,7 @@ def _forward(key: DispatchKey) -> ForwardSpec:
     wgmma = key.family is Family.FA3
     kind: type[ForwardSpec] = Fa3ForwardSpec if wgmma else Fa2ForwardSpec
     return kind(
-        arch=key.arch if wgmma else _arch_of_mma(key.arch),
+        arch=key.arch if wgmma else key.arch.without_wgmma,
         tile=_wgmma_tile(key, width, v_width) if wgmma else _mma_tile(key, width, v_width),
         pack_gqa=key.packs_heads,
         **_features(key, width, v_width),
@@ -142,7 +142,7 @@ def _forward(key: DispatchKey) -> ForwardSpec:
 
 def _backward(key: DispatchKey) -> Fa2BackwardSpec:
     """The backward kernel that answers ``key``; its ``steps()`` are what is launched."""
-    width, v_width, arch = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), _arch_of_mma(key.arch)
+    width, v_width, arch = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), key.arch.without_wgmma
     crowded = key.extras.softcap > 0 or key.extras.dropout
     tile = backward_tile_for(key.extras.tiles_for or arch, width, v_width, crowded=crowded)
     features, extras = _features(key, width, v_width), key.extras
@@ -168,11 +168,6 @@ def _features(key: DispatchKey, width: int, v_width: int) -> dict[str, Any]:
         "dropout": extras.dropout,
         "varlen": key.varlen,
     }
-
-
-def _arch_of_mma(arch: SmArch) -> SmArch:
-    """Kernels without wgmma are compiled for sm_90 on Hopper."""
-    return SmArch.SM_90 if arch is SmArch.SM_90A else arch
 
 
 def _with_chosen_tile(spec: _Spec, extras: Extras) -> _Spec:
@@ -202,7 +197,7 @@ def _wgmma_tile(key: DispatchKey, width: int, v_width: int) -> Tile:
 
 def _mma_tile(key: DispatchKey, width: int, v_width: int) -> Tile:
     extras = key.extras
-    tile_arch = extras.tiles_for or _arch_of_mma(key.arch)
+    tile_arch = extras.tiles_for or key.arch.without_wgmma
     tile = tile_for(tile_arch, width, v_width, dropout=extras.dropout, plain=_is_plain(key, width, v_width))
     return replace(tile, persistent=extras.persistent is True)
 

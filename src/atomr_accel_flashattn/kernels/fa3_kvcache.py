@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 from typing import Any, ClassVar, Final
 
 from ..problem import ArrayInfo, AttentionProblem, KvCache
-from ..types import SmArch
 from .fa3_fwd import Fa3ForwardSpec, tensor_map_of, tensor_map_of_q
 from .kvcache import KvCacheParams, SplitCombineSpec, cache_numbers
 from .params import TensorMapParams, TensorMapSpec
@@ -97,7 +96,7 @@ class Fa3KvCacheSpec(Fa3ForwardSpec):
 
     def steps(self) -> tuple[KernelSpec, ...]:
         """And what combines its splits, without wgmma."""
-        return (self, replace(SplitCombineSpec.of(self), arch=SmArch.SM_90)) if self.split else (self,)
+        return (self, SplitCombineSpec.of(self)) if self.split else (self,)
 
 
 def wgmma_splits_for(problem: AttentionProblem, tiles: int, block_n: int, multiprocessors: int) -> int:

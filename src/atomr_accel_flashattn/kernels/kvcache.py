@@ -21,6 +21,7 @@ from .spec import Family, KernelSpec, Tile
 __all__ = [
     "INVARIANT_GROUPS",
     "KEYS_OF_SPLIT",
+    "CombineSpec",
     "Fa2KvCacheSpec",
     "KvCacheParams",
     "KvCacheSpec",
@@ -161,25 +162,23 @@ class Fa2KvCacheSpec(KvCacheSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SplitCombineSpec(KvCacheSpec):
-    """A block combines a row, whose splits its warps share."""
-
-    HEADER: ClassVar[str] = "split_combine"
-    ENTRY: ClassVar[str] = "split_combine"
+class CombineSpec(KvCacheSpec):
+    """What goes behind a kernel whose blocks share the keys of a row: its warps share the parts of a row."""
 
     @classmethod
-    def of(cls, spec: AttentionSpec) -> Self:
-        """The one that goes behind ``spec``."""
+    def behind(cls, spec: AttentionSpec, tile: Tile, **more: bool) -> Self:
+        """The one of ``spec``, with ``more`` fields."""
         return cls(
-            arch=spec.arch,
+            arch=spec.arch.without_wgmma,
             dtype=spec.dtype,
             head_dim=spec.v_head_dim,
             v_head_dim=spec.v_head_dim,
-            tile=_COMBINE_TILE,
+            tile=tile,
             exact_head_dim=spec.exact_head_dim,
             aligned=spec.aligned,
             learned_sink=spec.learned_sink,
             varlen=spec.varlen,
+            **more,
         )
 
     @property
@@ -191,6 +190,19 @@ class SplitCombineSpec(KvCacheSpec):
     def expected_instructions(self) -> tuple[str, ...]:
         """The maximum over the lanes of a warp."""
         return ("SHFL.BFLY",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitCombineSpec(CombineSpec):
+    """A block combines a row."""
+
+    HEADER: ClassVar[str] = "split_combine"
+    ENTRY: ClassVar[str] = "split_combine"
+
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> Self:
+        """The one that goes behind ``spec``."""
+        return cls.behind(spec, _COMBINE_TILE)
 
     def work_tiles(self, problem: AttentionProblem) -> int:
         """One for a row."""

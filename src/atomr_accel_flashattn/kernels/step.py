@@ -16,7 +16,7 @@ from ..problem import ArrayInfo, AttentionProblem, StepShape
 from ..types import DType
 from .attention import AttentionSpec
 from .forward import FwdParams, band_params
-from .kvcache import KEYS_OF_SPLIT, Fa2KvCacheSpec, KvCacheParams, KvCacheSpec, row_blocks
+from .kvcache import KEYS_OF_SPLIT, CombineSpec, Fa2KvCacheSpec, KvCacheParams, KvCacheSpec, row_blocks
 from .params import KernelParams
 from .spec import KernelSpec, Tile
 
@@ -96,8 +96,8 @@ class ScheduledKvCacheSpec(Fa2KvCacheSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepCombineSpec(KvCacheSpec):
-    """A block combines some rows of a unit, one after the other, whose parts its warps share."""
+class StepCombineSpec(CombineSpec):
+    """A block combines some rows of a unit, one after the other."""
 
     HEADER: ClassVar[str] = "step_combine"
     ENTRY: ClassVar[str] = "step_combine"
@@ -106,32 +106,11 @@ class StepCombineSpec(KvCacheSpec):
     @classmethod
     def after(cls, spec: ScheduledKvCacheSpec) -> Self:
         """The one that goes behind ``spec``."""
-        return cls(
-            arch=spec.arch,
-            dtype=spec.dtype,
-            head_dim=spec.v_head_dim,
-            v_head_dim=spec.v_head_dim,
-            tile=replace(spec.tile, warps=_COMBINE_WARPS, stages=1),
-            exact_head_dim=spec.exact_head_dim,
-            aligned=spec.aligned,
-            learned_sink=spec.learned_sink,
-            varlen=spec.varlen,
-            pack_gqa=True,
-        )
+        return cls.behind(spec, replace(spec.tile, warps=_COMBINE_WARPS, stages=1), pack_gqa=True)
 
     def config(self) -> dict[str, Any]:
         """As of what it goes behind."""
         return AttentionSpec.config(self) | {"any_ratio": True, "scheduled": True}
-
-    @property
-    def shared_memory(self) -> int:
-        """The sums of each warp: o and its denominator."""
-        return self.tile.warps * (self.v_head_dim + 4) * 4
-
-    @property
-    def expected_instructions(self) -> tuple[str, ...]:
-        """The maximum over the lanes of a warp."""
-        return ("SHFL.BFLY",)
 
     def work_tiles(self, problem: AttentionProblem) -> int:
         """Some, where there is an output."""

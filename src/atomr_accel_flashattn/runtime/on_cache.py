@@ -19,7 +19,7 @@ from ..launch.error_word import error_word
 from ..launch.launcher import Launch, LaunchSeries
 from ..limits import MAX_GRID
 from ..problem import ArrayInfo, AttentionProblem
-from ..types import DType, SmArch
+from ..types import DType
 from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
 
 __all__ = ["cache_addresses", "check_scheduled", "plan_on_cache", "workspace_on_cache"]
@@ -55,7 +55,7 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
     if cache is not None and cache.new is not None:
         rotary = cache.new.rotary
         append = KvAppendSpec(
-            arch=SmArch.SM_90 if spec.arch is SmArch.SM_90A else spec.arch,
+            arch=spec.arch.without_wgmma,
             dtype=spec.dtype,
             paged=cache.paged,
             interleaved=rotary is not None and rotary.interleaved,
