@@ -5,15 +5,14 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from ..problem import ArrayInfo, AttentionProblem
 from .params import KernelParams
-from .spec import Family, KernelSpec, literal
+from .spec import SimpleKernelSpec, literal
 
 __all__ = ["DropoutMaskParams", "DropoutMaskSpec"]
 
-_THREADS: Final = 128
 _ROWS, _KEYS = 64, 32  # patch of one block
 
 _SOURCE = """\
@@ -36,28 +35,13 @@ class DropoutMaskParams(KernelParams):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DropoutMaskSpec(KernelSpec):
+class DropoutMaskSpec(SimpleKernelSpec):
     """The pattern depends on positions alone, so there is one kernel per architecture, and one for packed sequences."""
 
     HEADER: ClassVar[str] = "dropout_mask"
-    FAMILY: ClassVar[Family] = Family.FA2
+    THREADS: ClassVar[int] = 128
 
     varlen: bool = False
-
-    @property
-    def kernel_name(self) -> str:
-        """Header, architecture, and whether sequences are packed."""
-        return "_".join([self.HEADER, self.arch.value.replace("_", ""), *self.names_of_set_flags()])
-
-    @property
-    def threads(self) -> int:
-        """Threads per block."""
-        return _THREADS
-
-    @property
-    def shared_memory(self) -> int:
-        """None."""
-        return 0
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
@@ -66,7 +50,7 @@ class DropoutMaskSpec(KernelSpec):
 
     def body(self) -> str:
         """One include and one entry."""
-        return _SOURCE.format(threads=_THREADS, name=self.kernel_name, varlen=literal(self.varlen))
+        return _SOURCE.format(threads=self.THREADS, name=self.kernel_name, varlen=literal(self.varlen))
 
     def work_tiles(self, problem: AttentionProblem) -> int:
         """A block writes 64 rows by 32 keys."""

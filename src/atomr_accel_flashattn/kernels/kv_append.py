@@ -10,11 +10,10 @@ from typing import ClassVar, Final
 from ..problem import ArrayInfo, AttentionProblem, Strides
 from ..types import DType
 from .params import KernelParams, StrideParams
-from .spec import Family, KernelSpec, literal
+from .spec import SimpleKernelSpec, literal
 
 __all__ = ["KvAppendParams", "KvAppendSpec", "rotated_bytes", "rotated_strides"]
 
-_THREADS: Final = 256
 _CHUNK: Final = 8  # columns of a thread
 
 _SOURCE = """\
@@ -43,31 +42,16 @@ class KvAppendParams(KernelParams):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KvAppendSpec(KernelSpec):
+class KvAppendSpec(SimpleKernelSpec):
     """A thread copies eight columns of a row of K, V or Q. Any architecture, any alignment."""
 
     HEADER: ClassVar[str] = "kv_append"
-    FAMILY: ClassVar[Family] = Family.FA2
+    THREADS: ClassVar[int] = 256
 
     dtype: DType
     paged: bool = False
     interleaved: bool = False
     wide_rotary: bool = False  # cos and sin are float32
-
-    @property
-    def kernel_name(self) -> str:
-        """Header, architecture, type, and every flag that is set."""
-        return "_".join([self.HEADER, self.arch.value.replace("_", ""), self.dtype.value, *self.names_of_set_flags()])
-
-    @property
-    def threads(self) -> int:
-        """Threads per block."""
-        return _THREADS
-
-    @property
-    def shared_memory(self) -> int:
-        """None."""
-        return 0
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
@@ -77,7 +61,7 @@ class KvAppendSpec(KernelSpec):
     def body(self) -> str:
         """One include and one entry."""
         flags = ", ".join(literal(flag) for flag in (self.paged, self.interleaved, self.wide_rotary))
-        return _SOURCE.format(threads=_THREADS, name=self.kernel_name, dtype=self.dtype.name, flags=flags)
+        return _SOURCE.format(threads=self.THREADS, name=self.kernel_name, dtype=self.dtype.name, flags=flags)
 
     def work_tiles(self, problem: AttentionProblem) -> int:
         """A block for as many chunks of rows as it has threads: of new K and V, and of Q where it is rotated."""
@@ -88,7 +72,7 @@ class KvAppendSpec(KernelSpec):
         work = problem.batch * cache.new.longest * problem.heads_kv * (k_chunks + v_chunks)
         if cache.new.rotary is not None:
             work += problem.batch * problem.seqlen_q * problem.heads * k_chunks
-        return -(-work // _THREADS)
+        return -(-work // self.THREADS)
 
     def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KvAppendParams:  # noqa: ARG002 - o has no part in it
         """``fa::KvAppendParams`` of one call without addresses. Rotated q is row-major."""

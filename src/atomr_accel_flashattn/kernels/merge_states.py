@@ -11,11 +11,10 @@ from ..limits import VECTOR_BYTES
 from ..problem import ArrayInfo
 from ..types import DType
 from .params import KernelParams, StrideParams
-from .spec import Family, KernelSpec, literal
+from .spec import SimpleKernelSpec, literal
 
 __all__ = ["MergeStatesParams", "MergeStatesSpec", "States"]
 
-_THREADS: Final = 256
 _WARP: Final = 32
 
 _SOURCE = """\
@@ -56,29 +55,14 @@ class MergeStatesParams(KernelParams):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeStatesSpec(KernelSpec):
+class MergeStatesSpec(SimpleKernelSpec):
     """Some lanes of a warp merge a row, 16 bytes at a time. Any architecture; f16, bf16 and float32."""
 
     HEADER: ClassVar[str] = "merge_states"
-    FAMILY: ClassVar[Family] = Family.FA2
+    THREADS: ClassVar[int] = 256
 
     dtype: DType
     aligned: bool = False  # every address and stride, and the size of a row, is a multiple of 16 bytes, and columns are neighbours
-
-    @property
-    def kernel_name(self) -> str:
-        """Header, architecture, type, and whether arrays are aligned."""
-        return "_".join([self.HEADER, self.arch.value.replace("_", ""), self.dtype.value, *self.names_of_set_flags()])
-
-    @property
-    def threads(self) -> int:
-        """Threads per block."""
-        return _THREADS
-
-    @property
-    def shared_memory(self) -> int:
-        """None."""
-        return 0
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
@@ -87,11 +71,11 @@ class MergeStatesSpec(KernelSpec):
 
     def body(self) -> str:
         """One include and one entry."""
-        return _SOURCE.format(threads=_THREADS, name=self.kernel_name, dtype=self.dtype.name, aligned=literal(self.aligned))
+        return _SOURCE.format(threads=self.THREADS, name=self.kernel_name, dtype=self.dtype.name, aligned=literal(self.aligned))
 
     def work_tiles(self, problem: States) -> int:  # type: ignore[override]
         """A block for as many rows as it has groups of lanes."""
-        return -(-prod(problem.lse.shape) * self._lanes(problem) // _THREADS)
+        return -(-prod(problem.lse.shape) * self._lanes(problem) // self.THREADS)
 
     def pack(self, problem: States, out: ArrayInfo) -> MergeStatesParams:  # type: ignore[override]
         """``fa::MergeStatesParams`` of two states without addresses."""

@@ -14,10 +14,10 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from ..problem import ArrayInfo, AttentionProblem
-from ..types import SmArch
+from ..types import DType, SmArch
 from .params import KernelParams
 
-__all__ = ["Family", "KernelSpec", "Tile"]
+__all__ = ["Family", "KernelSpec", "SimpleKernelSpec", "Tile"]
 
 
 class Family(Enum):
@@ -119,6 +119,30 @@ class KernelSpec(ABC):
     def names_of_set_flags(self) -> list[str]:
         """Boolean fields that are off by default and on here, as parts of a kernel's name."""
         return [f.name.replace("_", "") for f in fields(self) if f.type == "bool" and f.default is False and getattr(self, f.name)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimpleKernelSpec(KernelSpec):
+    """A kernel without products and without shared memory, for any architecture."""
+
+    FAMILY: ClassVar[Family] = Family.FA2
+    THREADS: ClassVar[int]
+
+    @property
+    def kernel_name(self) -> str:
+        """Header, architecture, type, and every flag that is set."""
+        types = [value.value for f in fields(self) if isinstance(value := getattr(self, f.name), DType)]
+        return "_".join([self.HEADER, self.arch.value.replace("_", ""), *types, *self.names_of_set_flags()])
+
+    @property
+    def threads(self) -> int:
+        """Threads per block."""
+        return self.THREADS
+
+    @property
+    def shared_memory(self) -> int:
+        """None."""
+        return 0
 
 
 def config_text(members: Mapping[str, Any]) -> str:
