@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atomr_accel_flashattn.arrays.torch_hooks import Hooks, hooks
+import atomr_accel_flashattn as fa
+from atomr_accel_flashattn.arrays.torch_hooks import Hooks, hooks, meet_torch
 from atomr_accel_flashattn.torch_ops import first_call
 from atomr_accel_flashattn.torch_ops.attention_function import Attention
 
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["FakeCuda", "fake", "fresh_hooks", "let_autograd_keep_the_card"]
+__all__ = ["FakeCuda", "fake", "fresh_hooks", "let_autograd_keep_the_card", "note_requests", "take_for_cuda"]
 
 
 class FakeCuda(torch.Tensor):
@@ -43,6 +44,30 @@ def fresh_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As before torch was met; what the test puts there is gone at its end."""
     for each in fields(Hooks):
         monkeypatch.setattr(hooks, each.name, getattr(Hooks(), each.name))
+
+
+def take_for_cuda(monkeypatch: pytest.MonkeyPatch, stream: int) -> None:
+    """Tensors of the fake card count as plain ones on a GPU, whose current stream is ``stream`` plus its index."""
+    fresh_hooks(monkeypatch)
+    meet_torch()
+    monkeypatch.setattr(hooks, "plain_types", frozenset({FakeCuda}))
+    monkeypatch.setattr(hooks, "raw_stream", lambda index: stream + index)
+
+
+def note_requests(monkeypatch: pytest.MonkeyPatch, on: type = object) -> list[str]:
+    """Requests that are made from now on, whose q is an ``on``: "forward" and "backward"."""
+    made: list[str] = []
+    for kind, name in ((fa.DenseFwdRequest, "forward"), (fa.VarlenFwdRequest, "forward"),
+                       (fa.DenseBwdRequest, "backward"), (fa.VarlenBwdRequest, "backward")):  # fmt: skip
+        check = kind.__post_init__
+
+        def noted(request: Any, check: Any = check, name: str = name) -> None:
+            if isinstance(request.q, on):
+                made.append(name)
+            check(request)
+
+        monkeypatch.setattr(kind, "__post_init__", noted)
+    return made
 
 
 def let_autograd_keep_the_card(monkeypatch: pytest.MonkeyPatch) -> None:

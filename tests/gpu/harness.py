@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +25,9 @@ from tests.check import Run
 from tests.gpu.families import DEVICE
 from tests.inputs import Inputs, Layout, place, storage_of
 from tests.oracle import Gradients, Upstream
+
+if TYPE_CHECKING:
+    import pytest
 
 Array = NDArray[Any]
 
@@ -201,3 +204,15 @@ def synchronize() -> None:
     """Wait for the device."""
     if DEVICE != "cpu":
         torch.cuda.synchronize(DEVICE)
+
+
+def poison_workspaces(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    """Every workspace that ``module`` takes is full of NaN first."""
+    make = module.empty_workspace
+
+    def poisoned(*arguments: Any, **options: Any) -> Any:
+        made = make(*arguments, **options)
+        made.source.fill_(float("nan"))
+        return made
+
+    monkeypatch.setattr(module, "empty_workspace", poisoned)

@@ -18,7 +18,7 @@ from tests.case_lists import grid_cases, grouped_cases, hazard_cases, head_dim_c
 from tests.cases import GPU_DTYPES, Alibi, Case, build  # noqa: E402
 from tests.check import check_gradients  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
-from tests.gpu.harness import Backward  # noqa: E402
+from tests.gpu.harness import Backward, poison_workspaces  # noqa: E402
 from tests.oracle import Upstream  # noqa: E402
 from tests.strategies import random_cases  # noqa: E402
 
@@ -38,14 +38,7 @@ def family() -> Family:
 @pytest.fixture(autouse=True)
 def poisoned_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every workspace is full of NaN before a call."""
-    make = gradients.empty_workspace
-
-    def poisoned(*arguments: Any, **options: Any) -> Any:
-        made = make(*arguments, **options)
-        made.source.fill_(float("nan"))
-        return made
-
-    monkeypatch.setattr(gradients, "empty_workspace", poisoned)
+    poison_workspaces(monkeypatch, gradients)
 
 
 @pytest.mark.parametrize("case", grid_cases(GPU_DTYPES), ids=str)

@@ -15,6 +15,7 @@ from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from tests.cases import Case  # noqa: E402
 from tests.gpu.families import DEVICE, HAS_WGMMA, blocks_for, use_family  # noqa: E402
+from tests.gpu.harness import poison_workspaces  # noqa: E402
 from tests.gpu.jitter import headers_with_naps, use_headers  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, build, check_cached, fill, request_of  # noqa: E402
@@ -35,14 +36,7 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, reco
 def on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases are made on the device, and every workspace is full of NaN before a call."""
     monkeypatch.setattr(cases, "DEVICE", DEVICE)
-    make = execute.empty_workspace
-
-    def poisoned(*arguments: Any, **options: Any) -> Any:
-        made = make(*arguments, **options)
-        made.source.fill_(float("nan"))
-        return made
-
-    monkeypatch.setattr(execute, "empty_workspace", poisoned)
+    poison_workspaces(monkeypatch, execute)
 
 
 def header(case: CacheCase) -> str:

@@ -18,6 +18,7 @@ from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from atomr_accel_flashattn.tiles.tables import cache_rows, cache_tile_for, head_dim_width  # noqa: E402
 from atomr_accel_flashattn.types import SmArch  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
+from tests.gpu.harness import poison_workspaces  # noqa: E402
 from tests.gpu.jitter import CACHE_FLAW, CACHE_NAPS, headers_with_naps, use_headers  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, build, check_cached, download, fill, request_of, upload  # noqa: E402
@@ -58,14 +59,7 @@ NAPPING = sorted((case for case in WINDOWED if groups_of(case) > 1), key=lambda 
 def on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases are made on the device, and every workspace is full of NaN before a call."""
     monkeypatch.setattr(cases, "DEVICE", DEVICE)
-    make = execute.empty_workspace
-
-    def poisoned(*arguments: Any, **options: Any) -> Any:
-        made = make(*arguments, **options)
-        made.source.fill_(float("nan"))
-        return made
-
-    monkeypatch.setattr(execute, "empty_workspace", poisoned)
+    poison_workspaces(monkeypatch, execute)
 
 
 def on_device(asked: dict[str, Any]) -> dict[str, Any]:

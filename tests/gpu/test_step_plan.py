@@ -14,6 +14,7 @@ import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.runtime import step  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
+from tests.gpu.harness import poison_workspaces  # noqa: E402
 from tests.gpu.jitter import CACHE_NAPS, Flaw, headers_with_naps, use_headers  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, check_cached, download, upload  # noqa: E402
@@ -38,14 +39,7 @@ def family() -> Family:
 def on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases are made on the device, and the memory of every plan is full of NaN when it is made."""
     monkeypatch.setattr(cases, "DEVICE", DEVICE)
-    make = step.empty_workspace
-
-    def poisoned(*arguments: Any, **options: Any) -> Any:
-        made = make(*arguments, **options)
-        made.source.fill_(float("nan"))
-        return made
-
-    monkeypatch.setattr(step, "empty_workspace", poisoned)
+    poison_workspaces(monkeypatch, step)
 
 
 @pytest.mark.parametrize("case", PLANNED, ids=str)

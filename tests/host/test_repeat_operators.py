@@ -11,10 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
-from atomr_accel_flashattn.arrays.torch_hooks import hooks, meet_torch  # noqa: E402
 from atomr_accel_flashattn.torch_ops import first_call, kernels, repeat  # noqa: E402
 from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
-from tests.fakes.tensors import FakeCuda, fake, fresh_hooks  # noqa: E402
+from tests.fakes.tensors import FakeCuda, fake, note_requests, take_for_cuda  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -23,10 +22,7 @@ operators = torch.ops.atomr_accel_flashattn
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    fresh_hooks(monkeypatch)
-    meet_torch()
-    monkeypatch.setattr(hooks, "plain_types", frozenset({FakeCuda}))
-    monkeypatch.setattr(hooks, "raw_stream", lambda index: STREAM + index)
+    take_for_cuda(monkeypatch, STREAM)
     card = FakeGpu()
     card.install(monkeypatch, fa.SmArch.SM_90)
     return card
@@ -34,19 +30,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The requests that were made on the fake card: "forward" and "backward"."""
-    made: list[str] = []
-    for kind, name in ((fa.DenseFwdRequest, "forward"), (fa.VarlenFwdRequest, "forward"),
-                       (fa.DenseBwdRequest, "backward"), (fa.VarlenBwdRequest, "backward")):  # fmt: skip
-        check = kind.__post_init__
-
-        def noted(request: Any, check: Any = check, name: str = name) -> None:
-            if isinstance(request.q, FakeCuda):
-                made.append(name)
-            check(request)
-
-        monkeypatch.setattr(kind, "__post_init__", noted)
-    return made
+    """Those on the fake card."""
+    return note_requests(monkeypatch, FakeCuda)
 
 
 @dataclass(frozen=True)

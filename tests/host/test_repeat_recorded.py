@@ -11,10 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
-from atomr_accel_flashattn.arrays.torch_hooks import hooks, meet_torch  # noqa: E402
 from atomr_accel_flashattn.torch_ops import first_call, repeat, repeat_recorded  # noqa: E402
 from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
-from tests.fakes.tensors import FakeCuda, fake, fresh_hooks, let_autograd_keep_the_card  # noqa: E402
+from tests.fakes.tensors import FakeCuda, fake, let_autograd_keep_the_card, note_requests, take_for_cuda  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -23,10 +22,7 @@ Made = tuple[Any, ...]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    fresh_hooks(monkeypatch)
-    meet_torch()
-    monkeypatch.setattr(hooks, "plain_types", frozenset({FakeCuda}))
-    monkeypatch.setattr(hooks, "raw_stream", lambda index: STREAM + index)
+    take_for_cuda(monkeypatch, STREAM)
     let_autograd_keep_the_card(monkeypatch)
     card = FakeGpu()
     card.install(monkeypatch, fa.SmArch.SM_90)
@@ -35,18 +31,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The requests that were made: "forward" and "backward"."""
-    made: list[str] = []
-    for kind, name in ((fa.DenseFwdRequest, "forward"), (fa.VarlenFwdRequest, "forward"),
-                       (fa.DenseBwdRequest, "backward"), (fa.VarlenBwdRequest, "backward")):  # fmt: skip
-        check = kind.__post_init__
-
-        def noted(request: Any, check: Any = check, name: str = name) -> None:
-            made.append(name)
-            check(request)
-
-        monkeypatch.setattr(kind, "__post_init__", noted)
-    return made
+    return note_requests(monkeypatch)
 
 
 def leaves(seed: int = 0, *, packed: bool = False, wanting: tuple[bool, ...] = (True, True, True), width: int = 16) -> list[Any]:
