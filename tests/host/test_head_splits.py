@@ -86,6 +86,7 @@ def splits(known: AttentionProblem, multiprocessors: int = H200) -> int:
         (problem(0, 8192, 8192, 16, 1), 1),
         (problem(1, 0, 8192, 16, 1), 1),
         (problem(1, 8192, 0, 16, 1), 1),
+        (problem(0, 2, 2, 10, 1, packed=True), 1),  # tokens of no sequence
     ],
 )
 def test_how_many_blocks_share_keys(known: AttentionProblem, expected: int):

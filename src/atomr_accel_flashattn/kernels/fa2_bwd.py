@@ -100,8 +100,8 @@ class Fa2BackwardSpec(BackwardSpec):
         The fewest whose blocks are done about as early as those of any number, and whose parts of dK and dV take at most four times the
         bytes of q. Lengths of packed sequences are not known: they count as equal.
         """
-        group = problem.heads // problem.heads_kv
-        room = _MOST_PARTS * prod(problem.q.shape) // max(1, kv_part_bytes(problem))
+        group, part = problem.heads // problem.heads_kv, kv_part_bytes(problem)
+        room = _MOST_PARTS * prod(problem.q.shape) // part if part else 1
         allowed = (n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n <= room))
         times = {n: self._time(problem, n, multiprocessors) for n in allowed}
         return min(n for n, time in times.items() if time <= _AS_GOOD * min(times.values()))
