@@ -59,7 +59,7 @@ compile-all: $(VENV)/.dev ## compile the full product of archs and features (lon
 	$(BIN)/atomr-flashattn compile --all $(ARGS)
 
 gpu-test: $(VENV)/.dev $(EXTRAS) ## the tests that need a GPU (and TORCH=1; two GPUs want RAY=1 too); writes benchmarks/results/gpu_tests.json
-	ATOMR_FLASHATTN_TEST_RECORD=benchmarks/results/gpu_tests.json $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gpu $(ARGS)
+	ATOMR_FLASHATTN_TEST_RECORD=benchmarks/results/gpu_tests.json $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m gpu --hypothesis-profile=explore $(ARGS)
 
 bench: $(VENV)/.dev ## measure against the peers found on this machine (needs a GPU)
 	$(BIN)/atomr-flashattn bench $(ARGS)

@@ -7,6 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run: what merges is decided by the change, not by luck. `--hypothesis-profile=explore` draws new ones.
+settings.register_profile("explore", deadline=None)
+settings.register_profile("fixed", deadline=None, derandomize=True)
+settings.load_profile("fixed")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers share the cores already; read when NumPy is imported

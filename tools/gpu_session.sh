@@ -49,7 +49,7 @@ stage() { # name, default limit in seconds, command...
 run_tests() {
   # NumPy's threads would fight over the cores: the processes are the parallelism. Warnings of this machine's packages are no failures.
   # shellcheck disable=SC2086
-  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest tests/gpu tests/cli/test_demo.py tests/kv_cache/test_example.py tests/operators -m gpu -q -n "$JOBS" --dist worksteal -p no:cacheprovider \
+  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest tests/gpu tests/cli/test_demo.py tests/kv_cache/test_example.py tests/operators -m gpu --hypothesis-profile=explore -q -n "$JOBS" --dist worksteal -p no:cacheprovider \
     -p no:benchmark --timeout 180 --maxfail 100 --tb short --show-capture no -r fE -W default --disable-warnings ${PYTEST_ARGS:-}
 }
 
@@ -70,12 +70,12 @@ run_tune() { # winners go to a cache of their own: the other stages measure the 
 }
 
 run_devices() {
-  ATOMR_FLASHATTN_TEST_RECORD=$OUT/two_gpus.json "$PYTHON" -m pytest tests/gpu/test_actor.py tests/gpu/test_devices.py -m gpu -q \
+  ATOMR_FLASHATTN_TEST_RECORD=$OUT/two_gpus.json "$PYTHON" -m pytest tests/gpu/test_actor.py tests/gpu/test_devices.py -m gpu --hypothesis-profile=explore -q \
     -p no:cacheprovider -p no:benchmark --timeout 120 -r fEs -W default --disable-warnings
 }
 
 run_ddp() { # without NVLink multicast, which not every machine that lends two GPUs of a host allows
-  NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} "$PYTHON" -m pytest tests/operators/test_distributed.py -m gpu -q \
+  NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} "$PYTHON" -m pytest tests/operators/test_distributed.py -m gpu --hypothesis-profile=explore -q \
     -p no:cacheprovider -p no:benchmark --timeout 120 -r fEs -W default --disable-warnings
 }
 
