@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pytest
@@ -35,18 +35,19 @@ AVAILABLE = torch.distributed.is_available()
 )
 @pytest.mark.parametrize("compiled", ["eager", "compiled"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_two_steps_of_two_processes_are_those_of_one(way: str, compiled: str, backend: str):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    workers = []
-    for rank in ("0", "1"):
-        place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", str(WORKER), backend, way, compiled]
-        workers.append(subprocess.Popen(command, env=os.environ | place, stderr=subprocess.PIPE, text=True))
-    try:
-        errors = [worker.communicate(timeout=PATIENCE[backend])[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(each[-3000:] for each in errors)
+def test_two_steps_of_two_processes_are_those_of_one(way: str, compiled: str, backend: str, tmp_path: Path):
+    logs, workers = [tmp_path / "0.log", tmp_path / "1.log"], []
+    for rank, log in enumerate(logs):
+        command = [sys.executable, "-W", "ignore", str(WORKER), backend, way, compiled, str(tmp_path / "store"), str(rank)]
+        with log.open("wb") as stderr:
+            workers.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=stderr))
+    with ThreadPoolExecutor() as pool:
+        ends = [pool.submit(worker.wait, PATIENCE[backend]) for worker in workers]
+        try:
+            for end in as_completed(ends):
+                if end.result() != 0:
+                    break  # the other one would wait for it
+        finally:
+            for worker in workers:
+                worker.kill()
+    assert [end.result() for end in ends] == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)

@@ -1,13 +1,15 @@
-"""One of two processes that train a small layer for two steps: ``python two_processes.py gloo|nccl ddp|fsdp2 eager|compiled``.
+"""One of two processes that train a small layer for two steps: ``python two_processes.py gloo|nccl ddp|fsdp2 eager|compiled STORE 0|1``.
 
-torch's launcher says which one it is (RANK, MASTER_ADDR and so on). It exits with 0 where its parameters are those of one process that saw
-all the data. With nccl each has a GPU of its own, whose attention is in bfloat16.
+They meet in a file, STORE, as a port that is free now may be taken the moment after. The last argument says which of them it is. It exits
+with 0 where its parameters are those of one process that saw all the data. With nccl each has a GPU of its own, whose attention is in
+bfloat16.
 """
 
 from __future__ import annotations
 
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,10 +54,10 @@ def values(model: Any) -> list[Any]:
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
 
 
-def main(backend: str, way: str, compiled: bool) -> None:
+def main(backend: str, way: str, compiled: bool, store: Path, rank: int) -> None:
     """Train alone on all the data, and with the other process on half of it each; compare."""
-    dist.init_process_group(backend, timeout=PATIENCE[backend])
-    rank, device = dist.get_rank(), "cpu"
+    dist.init_process_group(backend, store.as_uri(), timeout=PATIENCE[backend], world_size=2, rank=rank)
+    device = "cpu"
     if backend == "nccl":
         device = f"cuda:{rank}"
         torch.cuda.set_device(rank)
@@ -75,4 +77,4 @@ def main(backend: str, way: str, compiled: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3] == "compiled")
+    main(sys.argv[1], sys.argv[2], sys.argv[3] == "compiled", Path(sys.argv[4]), int(sys.argv[5]))
