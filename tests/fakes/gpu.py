@@ -78,6 +78,7 @@ class FakeGpu:
             monkeypatch.setattr(module, "empty_like_framework", empty_like)
         for module in (execute, gradients, step):
             monkeypatch.setattr(module, "empty_workspace", self.empty_workspace)
+        monkeypatch.setattr(step, "clear", lambda _index, address, size, _stream: ctypes.memset(address, 0, size))
         for module in (execute, gradients):
             monkeypatch.setattr(module, "used_on", lambda info, stream: self.used_on.append((info.ptr, stream)))
         for name, stand_in in {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import pickle
 import re
 from dataclasses import replace
@@ -257,6 +258,7 @@ torch = pytest.importorskip("torch")
 
 from atomr_accel_flashattn.arrays import new  # noqa: E402 - after the skip
 from atomr_accel_flashattn.arrays.torch_hooks import meet_torch  # noqa: E402
+from atomr_accel_flashattn.runtime import step  # noqa: E402
 from tests.emulator.build import compiler  # noqa: E402
 from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
 from tests.fakes.tensors import fresh_hooks  # noqa: E402
@@ -335,6 +337,45 @@ class TestOnACard:
         with pytest.raises(fa.StepPlanError, match="a call before the first schedule of its StepPlan"):
             fa.run(fa.PagedAttentionRequest(**card, plan=plan))
         assert not gpu.launches
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_schedule_that_never_ran_gives_nan(self, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, packed: bool):
+        """As one that was captured in a graph: the host was asked for it, and the plan's memory has none."""
+        card = {name: on_card(x) for name, x in paged([40, 7, 0]).items()}
+        if packed:
+            card |= {"q": card["q"][:, 0], "cu_seqlens_q": fa.CumulativeSeqlens(on_card(np.array([0, 1, 1, 3], np.int32)), 2)}
+        make = gpu.empty_workspace
+
+        def poisoned(*arguments: Any, **options: Any) -> Any:
+            made = make(*arguments, **options)
+            ctypes.memset(made.ptr, 0xA5, arguments[1])
+            return made
+
+        monkeypatch.setattr(step, "empty_workspace", poisoned)
+        plan = fa.StepPlan.of(fa.PagedAttentionRequest(**card))
+        plan._buffers.scheduled = True
+        request = fa.PagedAttentionRequest(**card, plan=plan)
+        made = fa.run(request)
+        assert made.out.isnan().all()
+        assert made.lse.isnan().all()
+        plan.schedule_for(request)
+        made = fa.run(request)
+        np.testing.assert_allclose(made.out.numpy(), fa.run(fa.PagedAttentionRequest(**card)).out.numpy(), **HALF)
+
+    @pytest.mark.parametrize("offsets", [None, (0, 1, 1, 3), (0, 1, 1, 1)])
+    @pytest.mark.parametrize(("wrong", "length"), [(1, 999), (1, -4), (2, -1)])
+    def test_wrong_lengths_are_told_of_sequences_without_keys_or_queries_too(
+        self, gpu: FakeGpu, offsets: tuple[int, ...] | None, wrong: int, length: int
+    ):
+        card = {name: on_card(x) for name, x in paged([40, 7, 9]).items()}
+        if offsets is not None:
+            card |= {"q": card["q"][:, 0], "cu_seqlens_q": fa.CumulativeSeqlens(on_card(np.array(offsets, np.int32)), 2)}
+        request = with_plan(fa.PagedAttentionRequest(**card))
+        for each, told in ((7 + 2 * (wrong == 2), 0), (length, wrong + 1)):
+            card["seq_lens"][wrong] = each
+            request.plan.schedule_for(request)
+            fa.run(request)
+            assert gpu.take_error(0) == told
 
     @pytest.mark.parametrize("name", APPENDS)
     def test_new_tokens_count(self, gpu: FakeGpu, name: str):

@@ -20,8 +20,9 @@ from .kvcache import KEYS_OF_SPLIT, CombineSpec, Fa2KvCacheSpec, KvCacheParams, 
 from .params import KernelParams
 from .spec import KernelSpec, Tile
 
-__all__ = ["ScheduledKvCacheSpec", "StepCombineSpec", "StepParams", "StepScheduleSpec", "schedule_bytes"]
+__all__ = ["SCHEDULE_HEAD", "ScheduledKvCacheSpec", "StepCombineSpec", "StepParams", "StepScheduleSpec", "schedule_bytes"]
 
+SCHEDULE_HEAD: Final = 32  # bytes of its head; zeros there say that there was no schedule yet
 _SCHEDULE_WARPS: Final = 16
 _COMBINE_WARPS: Final = 4
 _COMBINE_BLOCKS: Final = 8  # of the combine for each of the attention: rows that are combined side by side
@@ -44,7 +45,7 @@ class StepParams(KernelParams):
 def schedule_bytes(batch: int, blocks_m: int, blocks: int) -> int:
     """Size of a ``fa::StepSchedule``: its head, where each part of the line begins, where row blocks begin, and which they are."""
     count = batch * blocks_m
-    return 32 + 32 * blocks + 8 * (count + 1) + 4 * count
+    return SCHEDULE_HEAD + 32 * blocks + 8 * (count + 1) + 4 * count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from .driver import check, current_context, driver, driver_function
 
-__all__ = ["LEGACY_STREAMS", "counters_for", "zeros"]
+__all__ = ["LEGACY_STREAMS", "clear", "counters_for", "zeros"]
 
 _PAIR = 8  # bytes
 _PAIRS = 1 << 16  # in a block of 512 KB
@@ -136,6 +136,16 @@ def zeros(device_index: int, size: int) -> int:
         check(cuda.cuStreamSynchronize(stream), "clearing memory")
         check(cuda.cuStreamDestroy(stream), "a stream to clear memory in")
     return address
+
+
+def clear(device_index: int, address: int, size: int, stream: int) -> None:
+    """Set device memory to zero on ``stream``; when this returns, it is done or, where the stream is captured, part of the graph."""
+    with current_context(device_index), _beside_captures():
+        cuda = driver()
+        check(cuda.cuMemsetD8Async(address, 0, size, stream), "clearing memory")
+        if stream > LEGACY_STREAMS and int(check(cuda.cuStreamIsCapturing(stream), "asking for the capture of a stream")):
+            return
+        check(cuda.cuStreamSynchronize(stream), "clearing memory")
 
 
 @contextlib.contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from ..arrays.new import empty_workspace
+from ..arrays.streams import current_stream
 from ..dispatch import best_arch, lookup
 from ..dispatch.choice import key_of_step, step_blocks
 from ..errors import ShapeError
 from ..kernels.kvcache import row_blocks
-from ..kernels.step import ScheduledKvCacheSpec, StepParams, StepScheduleSpec, schedule_bytes
+from ..kernels.step import SCHEDULE_HEAD, ScheduledKvCacheSpec, StepParams, StepScheduleSpec, schedule_bytes
+from ..launch.counters import clear
 from ..launch.launcher import Launch, load_kernel
 from ..limits import MAX_GRID
 from ..problem import ArrayInfo, StepBuffers, StepShape
@@ -36,6 +38,7 @@ def prepare_step(shape: StepShape, like: ArrayInfo) -> tuple[StepBuffers, Launch
     memory = Workspace.of({**spec.workspace(blocks), "schedule": schedule_bytes(shape.batch, rows, blocks)})
     array = empty_workspace(like, memory.size, other_stream=False)
     at = {slot: array.ptr + offset for slot, offset in memory.offsets.items()}
+    clear(index, at["schedule"], SCHEDULE_HEAD, current_stream(array))  # a schedule may be captured only, and never replayed
     cut = StepScheduleSpec.before(spec)
     launch = load_kernel(cut, index).launch_of(cut.pack_shape(shape, spec, blocks), 1, StepParams.SLOTS)
     return StepBuffers(array, at["schedule"], at["partial_o"], at["partial_lse"]), launch

@@ -157,6 +157,10 @@ def repeat(  # noqa: C901, PLR0911, PLR0912 - each frame less is 0.1 us
         )
         if found is None:
             return key, None
+    if len(tensors) > 3:
+        for beside in tensors[3:]:
+            if not beside.data_ptr():
+                return None, None  # freed under its tensor: to a kernel, address 0 is an array that there is not
     if found.recorded is not None:
         if packing is None and slopes is learned_sink is None:
             return None, found.recorded(q, k, v)

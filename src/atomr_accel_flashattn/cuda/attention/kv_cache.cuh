@@ -11,28 +11,45 @@
 
 namespace fa {
 
-// Rows of q are dense or packed. There are never more keys than fit.
+// Sets the error word where the lengths, the padding or the row of a sequence do not fit.
+template <Config C>
+__device__ __forceinline__ void check_cached_sequence(const KvCacheParams& p, int batch, int before, int64_t used, int pad) {
+  bool fits = before >= 0 && used <= p.capacity && pad >= 0 && pad <= before;
+  if (!C.paged && p.blocks != nullptr) fits &= p.blocks[batch] >= 0 && p.blocks[batch] < p.num_blocks;
+  if (!fits) atomicMax(p.error, batch + 1);
+}
+
+// Tokens of a sequence before a call, and with its new ones: in 64 bits, as no length on a GPU has
+// been looked at.
+struct CachedLength {
+  int before;
+  int64_t used;
+  __device__ __forceinline__ CachedLength(const KvCacheParams& p, int batch) : used(p.new_tokens) {
+    if (p.cu_seqlens_new != nullptr) used = p.cu_seqlens_new[batch + 1] - p.cu_seqlens_new[batch];
+    before = p.cache_lengths != nullptr ? p.cache_lengths[batch] : p.fwd.cu_seqlens_k[batch + 1] - p.fwd.cu_seqlens_k[batch];
+    used += before;
+  }
+};
+
+// Rows of q are dense or packed.
+template <Config C>
+__device__ __forceinline__ Sequence rows_of_sequence(const FwdParams& p, int batch, int keys) {
+  if constexpr (C.varlen) {
+    const int row = p.cu_seqlens_q[batch];
+    return {p.cu_seqlens_q[batch + 1] - row, keys, row, 0, 0};
+  } else {
+    return {p.seqlen_q, keys, 0, 0, batch};
+  }
+}
+
+// There are never more keys than fit.
 template <Config C>
 __device__ __forceinline__ Sequence read_cached_sequence(const KvCacheParams& p, int batch) {
   if constexpr (C.plain_kv) return read_sequence<C.varlen>(p.fwd, batch);
-  int64_t used = p.new_tokens;
-  if (p.cu_seqlens_new != nullptr) used = p.cu_seqlens_new[batch + 1] - p.cu_seqlens_new[batch];
-  const int before = p.cache_lengths != nullptr ? p.cache_lengths[batch] : p.fwd.cu_seqlens_k[batch + 1] - p.fwd.cu_seqlens_k[batch];
-  used += before;
+  const CachedLength length(p, batch);
   const int given = p.left_pad == nullptr ? 0 : p.left_pad[batch], pad = max(0, given);
-  if (threadIdx.x == 0 && p.error != nullptr) {
-    bool fits = before >= 0 && used <= p.capacity && given >= 0 && given <= before;
-    if (!C.paged && p.blocks != nullptr) fits &= p.blocks[batch] >= 0 && p.blocks[batch] < p.num_blocks;
-    if (!fits) atomicMax(p.error, batch + 1);
-  }
-  // In 64 bits: no length on a GPU has been looked at.
-  const int keys = static_cast<int>(max(int64_t{0}, min(used, int64_t{p.capacity}) - pad));
-  if constexpr (C.varlen) {
-    const int row = p.fwd.cu_seqlens_q[batch];
-    return {p.fwd.cu_seqlens_q[batch + 1] - row, keys, row, 0, 0};
-  } else {
-    return {p.fwd.seqlen_q, keys, 0, 0, batch};
-  }
+  if (threadIdx.x == 0 && p.error != nullptr) check_cached_sequence<C>(p, batch, length.before, length.used, given);
+  return rows_of_sequence<C>(p.fwd, batch, static_cast<int>(max(int64_t{0}, min(length.used, int64_t{p.capacity}) - pad)));
 }
 
 // Tiles of keys that some row of a band sees: those of sink tokens below the window, then the

@@ -27,6 +27,8 @@ struct StepSchedule {
     int32_t longer, blocks;
     int32_t busy, idle;  // row blocks that see keys, and those with rows that see none
     int64_t unused;
+    // Memory that was cleared, or packed sequences without a query.
+    __device__ __forceinline__ bool unset() const { return (busy | idle) == 0; }
   };
   // The unit that a part begins in: all that a block has to read before it reads lengths.
   struct Start {

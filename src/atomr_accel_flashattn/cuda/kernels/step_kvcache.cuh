@@ -8,25 +8,47 @@
 
 namespace fa {
 
-// Rows that see no key: o = 0, and the LSE is -inf or the learned sink.
+// Rows that see no key: o = 0, and the LSE is -inf or the learned sink. A warp writes a row block.
+// `add`: to o and the LSE, 0 or NaN.
 template <Config C>
-__device__ __forceinline__ void write_idle_rows(const FwdParams& p, const Sequence& seq, int batch, int block_m) {
+__device__ __forceinline__ void write_idle_rows(const FwdParams& p, int batch, int block_m, float add) {
+  const Sequence seq = rows_of_sequence<C>(p, batch, 0);
   constexpr int kChunks = C.v_head_dim / 8;
   const int first = block_m * C.block_m, rows = min(C.block_m, row_count<C>(p, seq) - first);
-  for (int i = threadIdx.x; i < p.work_heads * rows * kChunks; i += 32 * C.warps) {
+  for (int i = threadIdx.x % 32; i < p.work_heads * rows * kChunks; i += 32) {
     const int chunk = i % kChunks, pair = i / kChunks, kv_head = pair / rows, row = first + pair - kv_head * rows;
     const int query = query_of<C>(p, row), head = head_of<C>(p, kv_head, row);
     const RowResult end = finalize_row<C>(0.f, negative_infinity(), C.learned_sink ? p.learned_sink[head] * kLog2e : 0.f);
-    if (p.lse != nullptr && chunk == 0) p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query] = end.lse;
+    if (p.lse != nullptr && chunk == 0) p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query] = end.lse + add;
     auto* o = static_cast<uint16_t*>(p.o) + seq.batch * p.o_stride.batch + (seq.q_row + query) * p.o_stride.row + head * p.o_stride.head;
     // NaN where the sink is NaN.
-    const uint32_t zeros = MmaTraits<C.dtype>::pack(0.f * end.scale, 0.f * end.scale);
+    const uint32_t zeros = MmaTraits<C.dtype>::pack(0.f * end.scale + add, 0.f * end.scale + add);
     if constexpr (C.aligned) {
       if (8 * chunk < p.v_head_dim) *reinterpret_cast<uint4*>(o + 8 * chunk) = {zeros, zeros, zeros, zeros};
     } else {
 #pragma unroll
       for (int col = 0; col < 8; col += 2) store_pair<C>(o, 8 * chunk + col, p.v_head_dim, zeros);
     }
+  }
+}
+
+// Row blocks without keys, and what is wrong with lengths, of all sequences: those without queries
+// are in no unit. A warp takes a row block, so that its reads do not wait for those of others. Before
+// the first schedule all rows are NaN.
+template <Config C>
+__device__ __forceinline__ void finish_idle(const KvCacheParams& p, const StepSchedule& line, const StepSchedule::Head& head) {
+  const FwdParams& f = p.fwd;
+  const int first = blockIdx.x * C.warps + threadIdx.x / 32, step = gridDim.x * C.warps;
+  const bool unset = head.unset();
+  const int count = unset ? line.row_blocks : head.idle;
+  for (int i = first; i < count; i += step) {
+    const int at = unset ? i : line.idle_row_block(i), batch = at / f.blocks_m;
+    write_idle_rows<C>(f, batch, at - batch * f.blocks_m, unset ? __int_as_float(0x7fffffff) : 0.f);
+  }
+  if (p.error == nullptr) return;
+  for (int batch = blockIdx.x + gridDim.x * threadIdx.x; batch < f.batch; batch += gridDim.x * 32 * C.warps) {
+    const CachedLength length(p, batch);
+    check_cached_sequence<C>(p, batch, length.before, length.used, p.left_pad == nullptr ? 0 : p.left_pad[batch]);
   }
 }
 
@@ -41,10 +63,7 @@ __device__ __forceinline__ void step_kvcache(const StepParams& params) {
 
   // First, as these stores go on while keys are on their way.
   write_unowned_rows<C>(f, w, blocks, threadIdx.x, 32 * C.warps);
-  for (int i = w; i < head.idle; i += blocks) {
-    const int at = line.idle_row_block(i), batch = at / f.blocks_m;
-    write_idle_rows<C>(f, read_cached_sequence<C>(p, batch), batch, at - batch * f.blocks_m);
-  }
+  finish_idle<C>(p, line, head);
 
   if (w >= head.blocks) return;
   const int64_t begin = begin_of(head, w), end = begin_of(head, w + 1);
