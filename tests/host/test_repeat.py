@@ -675,6 +675,30 @@ def test_a_tensor_whose_storage_was_freed_is_refused_by_a_repeated_call_too(gpu:
     assert len(gpu.launches) == launched
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("which", ["cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "learned_sink"])
+def test_lengths_and_biases_whose_storage_was_freed_are_refused_by_a_repeated_call_too(gpu: FakeGpu, which: str, recorded: bool):
+    """To a kernel, the address 0 is an array that there is not."""
+    q, k, v = (x[0] for x in qkv())
+    given = {
+        "cu_seqlens_q": fake(torch.tensor([0, len(q)], dtype=torch.int32)),
+        "cu_seqlens_k": fake(torch.tensor([0, len(k)], dtype=torch.int32)),
+        "alibi_slopes": fake(torch.ones(q.shape[1])),
+        "learned_sink": fake(torch.zeros(q.shape[1])),
+    }
+    if recorded:
+        q.requires_grad_()
+    call = lambda: fa.flash_attn_varlen_func(q, k, v, max_seqlen_q=len(q), max_seqlen_k=len(k), **given)  # noqa: E731
+    call()
+    assert repeat.shortcuts
+    call()
+    launched = len(gpu.launches)
+    given[which].untyped_storage().resize_(0)
+    with pytest.raises(fa.ArrayTypeError, match="without memory"):
+        call()
+    assert len(gpu.launches) == launched
+
+
 def test_a_view_of_other_signs_than_its_memory_finds_no_plan(gpu: FakeGpu):
     q, k, v = qkv()
     fa.flash_attn_func(q, k, v)
