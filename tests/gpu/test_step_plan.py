@@ -88,6 +88,20 @@ def test_a_graph_captured_at_16_follows_lengths_and_table():
         close(replayed[1], download(alone.lse), rtol=0, atol=1e-3)
 
 
+def test_a_schedule_that_was_only_captured_gives_nan():
+    asked = decode(3)
+    plan = fa.StepPlan.of(fa.PagedAttentionRequest(**asked))
+    request = fa.PagedAttentionRequest(**asked, plan=plan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.schedule(asked["seq_lens"])
+    made = fa.run(request)
+    assert made.out.isnan().all()
+    assert made.lse.isnan().all()
+    graph.replay()
+    close(fa.run(request).out, download(fa.run(fa.PagedAttentionRequest(**asked)).out), **CLOSE)
+
+
 @pytest.mark.parametrize("sink", [False, True])
 def test_a_long_request_beside_1023_empty_slots_has_the_bits_that_it_has_alone(sink: bool):
     options = fa.AttentionOptions(learned_sink=torch.linspace(-1, 1, 32, device=DEVICE) if sink else None)

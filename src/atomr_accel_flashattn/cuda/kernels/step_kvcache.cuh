@@ -38,7 +38,7 @@ __device__ __forceinline__ void write_idle_rows(const FwdParams& p, int batch, i
 template <Config C>
 __device__ __forceinline__ void finish_idle(const KvCacheParams& p, const StepSchedule& line, const StepSchedule::Head& head) {
   const FwdParams& f = p.fwd;
-  const int first = blockIdx.x * C.warps + threadIdx.x / 32, step = gridDim.x * C.warps;
+  const int first = blockIdx.x + gridDim.x * (threadIdx.x / 32), step = gridDim.x * C.warps;
   const bool unset = head.unset();
   const int count = unset ? line.row_blocks : head.idle;
   for (int i = first; i < count; i += step) {
