@@ -158,7 +158,7 @@ class StepBuffers:
     array: ArrayInfo
     schedule: int
     partial_o: int
-    partial_lse: int
+    partial_sum: int
     scheduled: bool = False
 
 

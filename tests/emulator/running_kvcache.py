@@ -91,7 +91,7 @@ class Cached:
             arrays["schedule"] = self.schedule(cache, spec, arrays)
         else:
             arrays["partial_o"] = np.full((self.splits, lse.size, problem.v_head_dim), np.nan, np.float32)
-            arrays["partial_lse"] = np.full((self.splits, lse.size), np.nan, np.float32)
+            arrays["partial_sum"] = np.full((self.splits, lse.size, 2), np.nan, np.float32)
         params: Any = spec.pack_call(cache, out_info, self.blocks or self.splits)
         counters = np.zeros(2, np.int32)
         for step in spec.steps():

@@ -41,7 +41,7 @@ KEYS_OF_SPLIT: Final = 256  # at least: a split has a partial result to write an
 class KvCacheParams(KernelParams):
     """``fa::KvCacheParams``. Its addresses run on into those of ``fa::FwdParams``."""
 
-    _OWN = ("blocks", "cache_lengths", "left_pad", "cu_seqlens_new", "partial_o", "partial_lse", "error")
+    _OWN = ("blocks", "cache_lengths", "left_pad", "cu_seqlens_new", "partial_o", "partial_sum", "error")
     SLOTS = (*_OWN, *FwdParams.SLOTS)
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _OWN),

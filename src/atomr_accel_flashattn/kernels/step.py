@@ -93,7 +93,7 @@ class ScheduledKvCacheSpec(Fa2KvCacheSpec):
     def workspace(self, blocks: int) -> dict[str, int]:
         """Bytes of the partial results of so many blocks, two each, by slot."""
         rows = 2 * blocks * self.tile.block_m
-        return {"partial_o": 4 * rows * self.v_head_dim, "partial_lse": 4 * rows}
+        return {"partial_o": 4 * rows * self.v_head_dim, "partial_sum": 8 * rows}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,7 +86,7 @@ def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Work
     step, schedule = problem.step, 0
     if step is not None:
         check_scheduled(problem)
-        schedule, at["partial_o"], at["partial_lse"] = step.schedule, step.partial_o, step.partial_lse
+        schedule, at["partial_o"], at["partial_sum"] = step.schedule, step.partial_o, step.partial_sum
     new = None if cache is None else cache.new
     rotary = None if new is None else new.rotary
     raw_q, *others = forward_addresses(problem, outputs.out.ptr, 0 if outputs.lse is None else outputs.lse.ptr)
@@ -94,7 +94,7 @@ def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Work
     return (
         *((0, 0, 0) if cache is None else map(_address, (cache.blocks, cache.lengths, cache.left_pad))),
         _address(None if new is None else new.cu_seqlens),
-        *(at.get("partial_o", 0), at.get("partial_lse", 0)),
+        *(at.get("partial_o", 0), at.get("partial_sum", 0)),
         0 if cache is None else error_word(problem.q.device.index),
         *(rotated_q or raw_q, *others),
         *((0, 0) if new is None else (new.k.ptr, new.v.ptr)),
@@ -113,7 +113,7 @@ def _parts(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSpec) -> 
 def _workspace(problem: AttentionProblem, parts: int) -> Workspace:
     sizes, rows = {}, prod(problem.lse_shape)
     if parts > 1 and problem.step is None:  # a StepPlan brings its own
-        sizes = {"partial_o": 4 * parts * rows * problem.v_head_dim, "partial_lse": 4 * parts * rows}
+        sizes = {"partial_o": 4 * parts * rows * problem.v_head_dim, "partial_sum": 8 * parts * rows}
     cache = problem.cache
     if cache is not None and cache.new is not None and cache.new.rotary is not None:
         sizes["rotated_q"] = rotated_bytes(problem)

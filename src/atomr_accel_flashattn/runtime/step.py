@@ -41,7 +41,7 @@ def prepare_step(shape: StepShape, like: ArrayInfo) -> tuple[StepBuffers, Launch
     clear(index, at["schedule"], SCHEDULE_HEAD, current_stream(array))  # a schedule may be captured only, and never replayed
     cut = StepScheduleSpec.before(spec)
     launch = load_kernel(cut, index).launch_of(cut.pack_shape(shape, spec, blocks), 1, StepParams.SLOTS)
-    return StepBuffers(array, at["schedule"], at["partial_o"], at["partial_lse"]), launch
+    return StepBuffers(array, at["schedule"], at["partial_o"], at["partial_sum"]), launch
 
 
 def schedule_addresses(buffers: StepBuffers, arrays: dict[str, ArrayInfo | None]) -> tuple[int, ...]:

@@ -70,6 +70,12 @@ struct BwdParams {
   int32_t head_splits, heads_per_split;
 };
 
+// Denominator of a row over some keys: `sum` of 2^(score - max), in log2 units. The two stay apart,
+// since an LSE in float32 loses the sum beside a huge maximum.
+struct alignas(8) PartialSum {
+  float max_log2, sum;
+};
+
 // Attention over a cache of K and V. In `fwd`, k and v are the cache: their batch stride is that of
 // its blocks. A sequence has the slots from left_pad to its length, which counts the padding and
 // not the new tokens, and those.
@@ -79,7 +85,8 @@ struct KvCacheParams {
   const int32_t* left_pad;        // (batch); null: 0
   const int32_t* cu_seqlens_new;  // null: new_tokens each
   // split: (splits, rows of the LSE, v_head_dim) and (splits, rows of the LSE)
-  float *partial_o, *partial_lse;
+  float* partial_o;
+  PartialSum* partial_sum;
   int32_t* error;  // null, or raised to one more than the number of a sequence that does not fit
   FwdParams fwd;
   int64_t table_stride, lse_rows;

@@ -70,7 +70,7 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   }
 
   // Normalisation factors, and LSE if wanted. Reads no output: it may overlap the last PV product.
-  // `lse()` is where the LSE goes, null for nowhere.
+  // `lse()` is where the LSE goes, null for nowhere; split: where the PartialSum goes.
   template <class Lse>
   __device__ __forceinline__ void finalize(Lse lse) {
 #pragma unroll
@@ -83,7 +83,7 @@ struct WarpRows : ScoreTile<C, kBlocks> {
         const float sum = quad_reduce(softmax.sum[b][r], [](float x, float y) { return x + y; });
         const RowResult end = finalize_row<C>(sum, softmax.max[b][r] * score.factor, sink);
         if (lse() != nullptr && lane_col() == 0 && exists) {
-          lse()[work.batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query_of<C>(p, row)] = end.lse;
+          lse()[work.batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query_of<C>(p, row)] = lse_or_parts(end.lse, b, r, sum);
         }
         rescale[b][r] = C.dropout ? end.scale * p.dropout_rescale : end.scale;
       }
@@ -138,6 +138,14 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   }
 
  private:
+  __device__ __forceinline__ auto lse_or_parts(float lse, int b, int r, float sum) const {
+    if constexpr (C.split) {
+      return PartialSum{softmax.max[b][r] * score.factor, sum};
+    } else {
+      return lse;
+    }
+  }
+
   __device__ __forceinline__ float largest_magnitude(const Scores& rS) const {
     float magnitude = 0.f;
 #pragma unroll

@@ -283,7 +283,7 @@ struct Fa2KvCache {
     const int64_t lse_row = work.batch * f.lse_batch_stride + head * f.lse_head_stride + seq.q_row + query;
     if (partial) {
       const int64_t at = C.scheduled ? int64_t{part} * C.block_m + r : part * p.lse_rows + lse_row;
-      if (chunk == 0) p.partial_lse[at] = end.lse;
+      if (chunk == 0) p.partial_sum[at] = {largest(r), sum};
       if (8 * chunk >= f.v_head_dim) return;
       auto* target = reinterpret_cast<float4*>(p.partial_o + at * (C.scheduled ? C.v_head_dim : f.v_head_dim) + 8 * chunk);
 #pragma unroll

@@ -193,7 +193,7 @@ struct Fa3Forward {
       };
       const auto lse = [&] {
         if constexpr (C.split) {
-          return p.partial_lse + current.work.split * p.lse_rows;
+          return p.partial_sum + current.work.split * p.lse_rows;
         } else {
           return p.fwd.lse;
         }

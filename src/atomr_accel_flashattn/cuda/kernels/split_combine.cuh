@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Combines the partial results of splits of the keys (flash-decoding): each is an attention over
-// some keys with an LSE of its own. A learned sink joins here, once.
+// some keys with a maximum and a sum of its own. A learned sink joins here, once.
 #pragma once
 
 #include "attention/config.cuh"
@@ -27,7 +27,7 @@ struct SplitCombine {
     return reinterpret_cast<float*>(shared) + warp * kPitch;
   }
 
-  // A row says how many parts it has (`count`), which row of the partial LSE and o each is (at),
+  // A row says how many parts it has (`count`), which row of the partial sums and o each is (at),
   // floats from a row of o to the next (pitch), and where o and the LSE go.
   template <class Row>
   static __device__ __forceinline__ void run(const KvCacheParams& p, const Row& row) {
@@ -36,21 +36,21 @@ struct SplitCombine {
     float top = negative_infinity();
     bool seen = false;  // a key or a sink, perhaps of NaN, which is no maximum
     for (int i = lane; i < row.count; i += 32) {
-      const float lse = p.partial_lse[row.at(i)];
-      top = fmaxf(top, lse), seen |= lse != negative_infinity();
+      const PartialSum part = p.partial_sum[row.at(i)];
+      top = fmaxf(top, part.max_log2), seen |= part.sum != 0.f;
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-    const float sink = C.learned_sink && row.count > 0 ? f.learned_sink[row.head] : negative_infinity();
+    const float sink = C.learned_sink && row.count > 0 ? f.learned_sink[row.head] * kLog2e : negative_infinity();
     top = fmaxf(top, sink);
     const bool empty = !__any_sync(0xffffffffu, seen || sink != negative_infinity());
     if (!empty) sum_parts(p, row, top);
     __syncthreads();
 
-    float sum = C.learned_sink && !empty ? ptx::exp2((sink - top) * kLog2e) : 0.f;
+    float sum = C.learned_sink && !empty ? ptx::exp2(sink - top) : 0.f;
     for (int warp = 0; warp < C.warps && !empty; ++warp) sum += part_of(warp)[C.v_head_dim];
     const float scale = sum == 0.f ? 0.f : ptx::reciprocal(sum);
-    if (f.lse != nullptr && threadIdx.x == 0) f.lse[row.lse_row] = sum == 0.f ? negative_infinity() : top + ptx::log2(sum) * kLn2;
+    if (f.lse != nullptr && threadIdx.x == 0) f.lse[row.lse_row] = sum == 0.f ? negative_infinity() : (top + ptx::log2(sum)) * kLn2;
     auto* out = static_cast<uint16_t*>(f.o) + row.batch * f.o_stride.batch + row.query * f.o_stride.row + row.head * f.o_stride.head;
     for (int col = 2 * static_cast<int>(threadIdx.x); col < C.v_head_dim; col += 64 * C.warps) {
       float x = 0.f, y = 0.f;
@@ -60,7 +60,7 @@ struct SplitCombine {
   }
 
  private:
-  // Every C.warps-th part, relative to the largest LSE. A part without keys is zeros with weight 0.
+  // Every C.warps-th part, relative to the largest maximum, in log2 units. A part without keys is zeros with weight 0.
   template <class Row>
   static __device__ __forceinline__ void sum_parts(const KvCacheParams& p, const Row& row, float top) {
     const int lane = threadIdx.x % 32, warp = warp_index(), cols = p.fwd.v_head_dim;
@@ -74,8 +74,8 @@ struct SplitCombine {
         const int part = first + s * C.warps;
         // Loads without a branch are in flight together.
         const int64_t at = row.at(min(part, row.count - 1));
-        const float lse = p.partial_lse[at];
-        weight[s] = part < row.count ? ptx::exp2((lse - top) * kLog2e) : 0.f;
+        const PartialSum own = p.partial_sum[at];
+        weight[s] = part < row.count && own.sum != 0.f ? ptx::exp2(own.max_log2 - top) * own.sum : 0.f;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i)
           x[s][i] = *reinterpret_cast<const float4*>(p.partial_o + at * row.pitch(cols) + min(128 * i + 4 * lane, cols - 4));
