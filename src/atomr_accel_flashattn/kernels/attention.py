@@ -51,14 +51,33 @@ class AttentionSpec(KernelSpec):
     dropout: bool = False
     varlen: bool = False
     pack_gqa: bool = False  # the rows of Q are those of all query heads that share K and V
+    # Types that differ from that of q; None: the same.
+    k_dtype: DType | None = None
+    v_dtype: DType | None = None
+    out_dtype: DType | None = None
 
     @property
     def kernel_name(self) -> str:
         """Header, architecture, type, widths, tile, and every flag that is set."""
         head = str(self.head_dim) if self.head_dim == self.v_head_dim else f"{self.head_dim}v{self.v_head_dim}"
-        parts = [self.HEADER, self.arch.value.replace("_", ""), self.dtype.value, f"d{head}", str(self.tile), *self.names_of_set_flags()]
+        types = [self.dtype.value, *(f"{name[0]}{dtype.value}" for name, dtype in self._other_types().items())]
+        parts = [self.HEADER, self.arch.value.replace("_", ""), *types, f"d{head}", str(self.tile), *self.names_of_set_flags()]
         parts += [name for name, on in (("padded", not self.exact_head_dim), ("unaligned", not self.aligned)) if on]
         return "_".join(parts)
+
+    @property
+    def k_type(self) -> DType:
+        """The element type of k."""
+        return self.k_dtype or self.dtype
+
+    @property
+    def v_type(self) -> DType:
+        """The element type of v."""
+        return self.v_dtype or self.dtype
+
+    def _other_types(self) -> dict[str, DType]:
+        """Those fields of types that are set, which ``fa::Config`` has too."""
+        return {name: dtype for name in ("k_dtype", "v_dtype", "out_dtype") if (dtype := getattr(self, name)) is not None}
 
     @property
     def threads(self) -> int:
@@ -98,7 +117,7 @@ class AttentionSpec(KernelSpec):
             name=self.kernel_name,
             params=self.PARAMS,
             entry=self.ENTRY,
-            config=config_text(self.config()),
+            config=config_text(self.config() | self.types_config()),
         )
 
     def config(self) -> dict[str, Any]:
@@ -126,3 +145,7 @@ class AttentionSpec(KernelSpec):
             "ping_pong": self.tile.ping_pong,
             "persistent": self.tile.persistent,
         }
+
+    def types_config(self) -> dict[str, Any]:
+        """Members behind all others."""
+        return {name: f"fa::DType::{dtype.name}" for name, dtype in self._other_types().items()}

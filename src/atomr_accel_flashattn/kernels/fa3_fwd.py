@@ -20,7 +20,7 @@ __all__ = ["WARPGROUP_ROWS", "Fa3ForwardSpec", "Fa3FwdParams", "fits_warpgroup",
 WARPGROUP_ROWS: Final = 64  # of Q, in a buffer of its own
 _BARRIER_BYTES: Final = 512  # the kernel asserts that its barriers fit
 _SWIZZLE_BYTES: Final = 1024  # the swizzle repeats over 1024 bytes, dynamic shared memory starts on 16
-_WIDE_ROW: Final = 64  # elements of a tile's row: 128 bytes, and so the swizzle's span; 32 otherwise
+_WIDE_ROW, _NARROW_ROW = 128, 64  # bytes of a tile's row, and so the swizzle's span
 _OTHER_REGISTERS: Final = 24  # beside accumulators and scores
 _CONSUMER_REGISTERS: Final = {1: 255, 2: 240, 3: 160, 4: 112}  # per thread, by consumer warpgroups: the header sets the same
 _LONGEST_WGMMA: Final = 256
@@ -99,7 +99,11 @@ class Fa3ForwardSpec(ForwardSpec):
 
     def leaves(self) -> str:
         """Wgmma for the N of both products: an instruction names each of its accumulators."""
-        return '#include "ptx/wgmma.cuh"\n\n' + wgmma_leaves({self.tile.block_n, self.v_head_dim}, self.dtype) + "\n"
+        return '#include "ptx/wgmma.cuh"\n\n' + wgmma_leaves(self.products()) + "\n"
+
+    def products(self) -> tuple[tuple[int, DType, DType], ...]:
+        """N, and the types of both operands, of Q K^T and P V."""
+        return (self.tile.block_n, self.dtype, self.k_type), (self.v_head_dim, self.v_type, self.v_type)
 
     @property
     def launch_bounds(self) -> str:
@@ -144,7 +148,8 @@ def tensor_map_of(array: ArrayInfo, strides: Strides, sizes: tuple[int, int, int
     columns, tokens, heads, batches = sizes
     sizes = (columns, max(1, tokens), max(1, heads), max(1, batches))
     steps = (strides.row, strides.head, strides.batch)
-    box = (_WIDE_ROW if width % _WIDE_ROW == 0 else 32, rows, 1, 1)
+    row_bytes = _NARROW_ROW if width * dtype.itemsize % _WIDE_ROW else _WIDE_ROW
+    box = (row_bytes // dtype.itemsize, rows, 1, 1)
     return TensorMapSpec(dtype, array.ptr or _NOWHERE, sizes, _bytes(steps, sizes, dtype), box)
 
 

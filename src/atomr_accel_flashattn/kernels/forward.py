@@ -45,8 +45,8 @@ class ForwardSpec(AttentionSpec):
 
     def shared_tiles(self) -> tuple[int, int]:
         """Bytes of shared memory that hold Q, and all stages of K and V."""
-        tile, size = self.tile, self.dtype.itemsize
-        return tile.block_m * self.head_dim * size, tile.stages * tile.block_n * (self.head_dim + self.v_head_dim) * size
+        tile, row = self.tile, self.head_dim * self.k_type.itemsize + self.v_head_dim * self.v_type.itemsize
+        return tile.block_m * self.head_dim * self.dtype.itemsize, tile.stages * tile.block_n * row
 
     def work_tiles(self, problem: AttentionProblem) -> int:
         """One for block_m rows of one head and sequence, or of all heads that share K and V where they are packed."""

@@ -166,7 +166,7 @@ class CombineSpec(KvCacheSpec):
     """What goes behind a kernel whose blocks share the keys of a row: its warps share the parts of a row."""
 
     @classmethod
-    def behind(cls, spec: AttentionSpec, tile: Tile, **more: bool) -> Self:
+    def behind(cls, spec: AttentionSpec, tile: Tile, **more: Any) -> Self:
         """The one of ``spec``, with ``more`` fields."""
         return cls(
             arch=spec.arch.without_wgmma,

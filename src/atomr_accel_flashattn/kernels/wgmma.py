@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..types import DType
 
 __all__ = ["wgmma_leaves"]
 
 _LEAVES = """\
 template <>
-struct Wgmma<{n}, DType::{dtype}> {{
+struct Wgmma<{n}, DType::{a_dtype}, DType::{b_dtype}> {{
   static __device__ __forceinline__ void ss(float (&d)[{tiles}][4], uint64_t a, uint64_t b, int accumulate) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{acc}, 0;\\n"
-                 "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{d}}}, %{a}, %{b}, p, 1, 1, 0, 0;\\n}}\\n"
+                 "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{a_ptx}.{b_ptx} {{{d}}}, %{a}, %{b}, p, 1, 1, 0, 0;\\n}}\\n"
                  : {outputs}
                  : "l"(a), "l"(b), "r"(accumulate));
   }}
   static __device__ __forceinline__ void rs(float (&d)[{tiles}][4], const uint32_t (&a)[4], uint64_t b) {{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} {{{d}}}, {{%{a}, %{a1}, %{a2}, %{a3}}}, %{b4}, 1, 1, 1, 1;\\n"
+    asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{a_ptx}.{b_ptx} {{{d}}}, {{%{a}, %{a1}, %{a2}, %{a3}}}, %{b4}, 1, 1, 1, 1;\\n"
                  : {outputs}
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }}
@@ -24,17 +26,23 @@ struct Wgmma<{n}, DType::{dtype}> {{
 """
 
 
-def wgmma_leaves(sizes: set[int], dtype: DType) -> str:
-    """Specialisations of ``fa::ptx::Wgmma`` for these N (multiples of 8 up to 256) in one element type (PTX ISA, "wgmma.mma_async")."""
-    return "namespace fa::ptx {\n" + "".join(_leaf(n, dtype) for n in sorted(sizes)) + "}  // namespace fa::ptx\n"
+def wgmma_leaves(products: Iterable[tuple[int, DType, DType]]) -> str:
+    """Specialisations of ``fa::ptx::Wgmma`` (PTX ISA, "wgmma.mma_async"), each product once.
+
+    A product is N, a multiple of 8 up to 256, and the types of A and B, which are one type of 16 bits.
+    """
+    ordered = sorted(set(products), key=lambda product: (product[0], product[1].name, product[2].name))
+    return "namespace fa::ptx {\n" + "".join(_leaf(*product) for product in ordered) + "}  // namespace fa::ptx\n"
 
 
-def _leaf(n: int, dtype: DType) -> str:
+def _leaf(n: int, a_dtype: DType, b_dtype: DType) -> str:
     count = n // 2
     return _LEAVES.format(
         n=n,
-        dtype=dtype.name,
-        ptx=dtype.value,
+        a_dtype=a_dtype.name,
+        b_dtype=b_dtype.name,
+        a_ptx=a_dtype.value,
+        b_ptx=b_dtype.value,
         tiles=n // 8,
         d=", ".join(f"%{i}" for i in range(count)),
         outputs=", ".join(f'"+f"(d[{i // 4}][{i % 4}])' for i in range(count)),

@@ -20,11 +20,11 @@ __all__ = ["TENSOR_MAP_ALIGNMENT", "TENSOR_MAP_BYTES", "encode", "move", "move_f
 
 TENSOR_MAP_BYTES = 128
 TENSOR_MAP_ALIGNMENT = 64
-_WIDE_ROW = 64  # elements of a box's row that the wide swizzle spans: 128 bytes
+_WIDE_ROW = 128  # bytes of a box's row that the wide swizzle spans
 
-# Of cuda.h: CU_TENSOR_MAP_DATA_TYPE_FLOAT16 and _BFLOAT16, _INTERLEAVE_NONE, _SWIZZLE_64B and _128B, _L2_PROMOTION_L2_256B,
-# _FLOAT_OOB_FILL_NONE (zeros).
-_FLOAT16, _BFLOAT16 = 6, 9
+# Of cuda.h: CU_TENSOR_MAP_DATA_TYPE_UINT8, as which fp8 is copied, _FLOAT16 and _BFLOAT16, _INTERLEAVE_NONE, _SWIZZLE_64B and _128B,
+# _L2_PROMOTION_L2_256B, _FLOAT_OOB_FILL_NONE (zeros).
+_ELEMENTS = {DType.F8E4M3: 0, DType.F8E5M2: 0, DType.F16: 6, DType.BF16: 9}
 _NO_INTERLEAVE, _SWIZZLE_64, _SWIZZLE_128, _PROMOTE_TO_256, _FILL_WITH_ZEROS = 0, 2, 3, 3, 0
 
 # Sizes, strides between dimensions, the box: of four dimensions or five, and where each of the three begins.
@@ -70,7 +70,7 @@ class _Form:
                 *(ctypes.byref(first, start), element, rank, self._address, *numbers_at, _EVERY_ELEMENT),
                 *(_NO_INTERLEAVE, swizzle, _PROMOTE_TO_256, _FILL_WITH_ZEROS),
             )
-            for element, rank, swizzle in product((_FLOAT16, _BFLOAT16), _NUMBERS, (_SWIZZLE_64, _SWIZZLE_128))
+            for element, rank, swizzle in product(set(_ELEMENTS.values()), _NUMBERS, (_SWIZZLE_64, _SWIZZLE_128))
         }
 
     def filled(self, spec: TensorMapSpec) -> tuple[Any, ...]:
@@ -79,8 +79,8 @@ class _Form:
         rank = len(sizes)
         _NUMBERS[rank].pack_into(self._numbers, 0, *sizes, *spec.strides, *box)
         self._address.value = spec.ptr
-        element = _FLOAT16 if spec.dtype is DType.F16 else _BFLOAT16
-        return self._arguments[element, rank, _SWIZZLE_128 if box[0] == _WIDE_ROW else _SWIZZLE_64]
+        swizzle = _SWIZZLE_128 if box[0] * spec.dtype.itemsize == _WIDE_ROW else _SWIZZLE_64
+        return self._arguments[_ELEMENTS[spec.dtype], rank, swizzle]
 
 
 _free_forms: list[_Form] = []

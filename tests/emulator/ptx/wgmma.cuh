@@ -91,9 +91,10 @@ void wgmma_wait() {
 template <int kTiles>
 void warpgroup_fence_operand(float (&)[kTiles][4]) {}
 
-template <int kN, DType kDType>
+template <int kN, DType kA, DType kB>
 struct Wgmma {
-  static float widen(uint32_t bits) { return kDType == DType::F16 ? widen_f16(bits) : widen_bf16(bits); }
+  static_assert(kA == kB);
+  static float widen(uint32_t bits) { return kA == DType::F16 ? widen_f16(bits) : widen_bf16(bits); }
   static void ss(float (&d)[kN / 8][4], uint64_t a, uint64_t b, int accumulate) {
     push({&d[0][0], nullptr, a, b, accumulate != 0, false, kN, widen});
   }

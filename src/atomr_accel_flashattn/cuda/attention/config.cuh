@@ -8,7 +8,7 @@
 namespace fa {
 
 struct Config {
-  DType dtype;
+  DType dtype;               // of q, and where nothing else is said of k, v and o
   int head_dim, v_head_dim;  // tile widths; the user's sizes may be smaller
   int block_m, block_n;      // rows of Q, rows of K and V
   int warps;
@@ -30,6 +30,7 @@ struct Config {
   // The bits of a row depend on nothing but the row and what it sees (docs/semantics.md).
   bool batch_invariant = false;
   bool plain_kv = false;  // of a kernel over a cache: K and V are dense or packed arrays instead
+  DType k_dtype = dtype, v_dtype = dtype, out_dtype = dtype;
 };
 
 }  // namespace fa

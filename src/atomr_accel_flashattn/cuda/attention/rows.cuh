@@ -17,7 +17,7 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   using Tile::clear, Tile::row_at, Tile::lane_col, Tile::decides;
   using Tile::kRows, Tile::kKeyTiles, Tile::kFoldsBias;
   using Tile::p, Tile::work, Tile::seq, Tile::first_row, Tile::band, Tile::score, Tile::row_bias;
-  using typename Tile::Scores, typename Tile::Traits;
+  using typename Tile::Scores;
   static constexpr int kOutTiles = C.v_head_dim / 8;
 
   float rO[kBlocks][kOutTiles][4];
@@ -123,7 +123,7 @@ struct WarpRows : ScoreTile<C, kBlocks> {
       for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int t = 0; t < kOutTiles; ++t)
-          w[r][t / 4][t % 4] = Traits::pack(rO[b][t][2 * r] * rescale[b][r], rO[b][t][2 * r + 1] * rescale[b][r]);
+          w[r][t / 4][t % 4] = MmaTraits<C.out_dtype>::pack(rO[b][t][2 * r] * rescale[b][r], rO[b][t][2 * r + 1] * rescale[b][r]);
 #pragma unroll
       for (int i = 0; i < kOutTiles / 2; ++i) transpose_quad(w[i % 2][i / 2]);
 #pragma unroll

@@ -26,16 +26,16 @@ template <Config C, class Source = TensorKv<C>>
 struct Fa3Forward {
   static constexpr int kConsumers = C.warps / 4 - 1;
   static constexpr int kWarpgroupRows = 64;
-  static constexpr int kStepsQK = C.head_dim / 16;  // of Q K^T
-  static constexpr int kStepsPV = C.block_n / 16;   // of P V
+  static constexpr int kStepsQK = C.head_dim / MmaTraits<C.dtype>::kStep;   // of Q K^T
+  static constexpr int kStepsPV = C.block_n / MmaTraits<C.v_dtype>::kStep;  // of P V
   static_assert(C.block_m == kConsumers * kWarpgroupRows, "a consumer warpgroup has 64 rows");
   static_assert(C.aligned, "TMA needs 16-byte strides");
   static_assert(!C.pack_gqa || !(C.alibi || C.dropout), "slopes and the generator's counter differ between the heads of a tile");
 
   using Rows = WarpRows<C, 1>;
-  using TileQ = SwizzledTile<kWarpgroupRows, C.head_dim>;  // of one warpgroup
-  using TileK = SwizzledTile<C.block_n, C.head_dim>;
-  using TileV = SwizzledTile<C.block_n, C.v_head_dim>;
+  using TileQ = SwizzledTile<kWarpgroupRows, C.head_dim, bytes_of(C.dtype)>;  // of one warpgroup
+  using TileK = SwizzledTile<C.block_n, C.head_dim, bytes_of(C.k_dtype)>;
+  using TileV = SwizzledTile<C.block_n, C.v_head_dim, bytes_of(C.v_dtype)>;
   using Params = typename Source::Params;
   using Scheduler = PersistentScheduler<Params, C.persistent, C.split>;
 
@@ -267,7 +267,7 @@ struct Fa3Forward {
     __syncwarp();
   }
   __device__ __forceinline__ void zero_rows(int begin, int end) const {
-    constexpr int kChunks = C.v_head_dim / 8;
+    constexpr int kChunks = C.v_head_dim * bytes_of(C.v_dtype) / 16;
     const uint32_t sV = shared + kV + pipe_v.stage * TileV::kBytes;
     for (int i = begin * kChunks + static_cast<int>(threadIdx.x) % 32; i < end * kChunks; i += 32) {
       ptx::store_shared_16(sV + TileV::offset(i / kChunks, i % kChunks), {0, 0, 0, 0});
@@ -382,7 +382,7 @@ struct Fa3Forward {
 
   // S = Q K^T: SS-wgmma, one commit group.
   __device__ __forceinline__ void multiply_qk(Fragments& r, int warpgroup) {
-    using Mma = ptx::Wgmma<C.block_n, C.dtype>;
+    using Mma = ptx::Wgmma<C.block_n, C.dtype, C.k_dtype>;
     const uint32_t sQ = shared + kQ + warpgroup * TileQ::kBytes, sK = shared + kK + pipe_k.stage * TileK::kBytes;
     ptx::wgmma_fence();
 #pragma unroll
@@ -392,7 +392,7 @@ struct Fa3Forward {
 
   // O += P V: RS-wgmma, one commit group.
   __device__ __forceinline__ void multiply_pv(Rows& rows, const Fragments& r) {
-    using Mma = ptx::Wgmma<C.v_head_dim, C.dtype>;
+    using Mma = ptx::Wgmma<C.v_head_dim, C.v_dtype, C.v_dtype>;
     const uint32_t sV = shared + kV + pipe_v.stage * TileV::kBytes;
     ptx::wgmma_fence();
 #pragma unroll

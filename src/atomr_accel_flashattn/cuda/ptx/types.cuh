@@ -12,7 +12,9 @@ using uint32_t = unsigned int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
 
-enum class DType { F16, BF16, F32 };
+enum class DType { F16, BF16, F32, F8E4M3, F8E5M2 };
+
+constexpr int bytes_of(DType t) { return t == DType::F32 ? 4 : t == DType::F16 || t == DType::BF16 ? 2 : 1; }
 
 // CUtensorMap, encoded on the host by cuTensorMapEncodeTiled.
 struct alignas(64) TensorMap {

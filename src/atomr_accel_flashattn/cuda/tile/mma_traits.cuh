@@ -9,6 +9,8 @@ namespace fa {
 
 template <DType kDType>
 struct MmaTraits {
+  static constexpr int kStep = 32 / bytes_of(kDType);  // k of one product: 32 bytes
+
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (kDType == DType::F16) {
       ptx::mma_f16(d, a, b0, b1);

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Swizzled tile, the layout of TMA and wgmma: panels of 64 (or 32) columns, whose rows of 128 (64)
-// bytes the hardware swizzles over 8 (4) rows.
+// Swizzled tile, the layout of TMA and wgmma: panels of as many columns as 128 (or 64) bytes hold,
+// whose rows the hardware swizzles over 8 (4) rows.
 #pragma once
 
 #include "ptx/tma.cuh"
 
 namespace fa {
 
-template <int kRows, int kCols>
+template <int kRows, int kCols, int kElementBytes>
 struct SwizzledTile {
-  static constexpr int kPanelCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kRowBytes = kCols * kElementBytes % 128 == 0 ? 128 : 64;
+  static constexpr int kPanelCols = kRowBytes / kElementBytes;
   static constexpr int kPanels = kCols / kPanelCols;
-  static constexpr int kRowBytes = kPanelCols * 2;
   static constexpr int kPanelBytes = kRows * kRowBytes;
   static constexpr int kBytes = kPanels * kPanelBytes;
   static constexpr int kGroupBytes = 8 * kRowBytes;  // stride of descriptors: 8 rows
@@ -35,20 +35,23 @@ struct SwizzledTile {
     }
   }
 
-  // Descriptor of a K-major operand (Q, K): k runs along the columns. `k` counts 16-column steps.
+  // Descriptor of a K-major operand (Q, K): k runs along the columns. `k` counts steps of the
+  // product: 32 bytes, whatever the type.
   static __device__ __forceinline__ uint64_t k_major(uint32_t tile, int k) {
-    constexpr int kSteps = kPanelCols / 16;
+    constexpr int kSteps = kRowBytes / 32;
     return descriptor(tile, 16) + ((k / kSteps * kPanelBytes + k % kSteps * 32) >> 4);
   }
-  // Descriptor of an MN-major operand (V): k runs down the rows. `k` counts 16-row steps.
+  // Descriptor of an MN-major operand (V of 16 bits): k runs down the rows. `k` counts steps of 16
+  // rows.
   static __device__ __forceinline__ uint64_t mn_major(uint32_t tile, int k) {
+    static_assert(kElementBytes == 2, "wgmma takes 8-bit operands K-major only");
     return descriptor(tile, kPanelBytes) + ((k * 16 * kRowBytes) >> 4);
   }
 
-  // Byte offset of an 8-column chunk, for st.shared.
+  // Byte offset of a chunk of 16 bytes, for st.shared.
   static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
-    constexpr int kChunks = kPanelCols / 8;
-    const int swizzle = kPanelCols == 64 ? row & 7 : (row >> 1) & 3;
+    constexpr int kChunks = kRowBytes / 16;
+    const int swizzle = kRowBytes == 128 ? row & 7 : (row >> 1) & 3;
     return chunk / kChunks * kPanelBytes + row * kRowBytes + ((chunk % kChunks ^ swizzle) << 4);
   }
 
@@ -56,7 +59,7 @@ struct SwizzledTile {
   // Matrix descriptor (PTX ISA, "Matrix descriptor format"): address, leading and stride byte
   // offset in units of 16 bytes, swizzle mode.
   static __device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading) {
-    constexpr uint64_t kSwizzle = kPanelCols == 64 ? 1 : 2;
+    constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
     return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(kGroupBytes >> 4) << 32 |
            kSwizzle << 62;
   }
