@@ -105,7 +105,7 @@ def make_gradients(
     problem, given = request.problem, request.gradient_arrays
     forward = problem.forward
     spec = None if plan is not None else _spec_of(key or request.dispatch_key())
-    workspace = _workspace_of(spec, problem) if isinstance(spec, Fa2BackwardSpec) else None if plan is None else plan.workspace
+    workspace = _workspace_of(spec, request) if isinstance(spec, Fa2BackwardSpec) else None if plan is None else plan.workspace
     inputs = (forward.q, forward.k, forward.v)
     dq, dk, dv = (array or empty_like_framework(like, like.shape) for array, like in zip(given, inputs, strict=True))
     dsink = None if forward.learned_sink is None else empty_like_framework(forward.q, (forward.heads,), "float32")
@@ -132,7 +132,7 @@ def fill_gradients(
             _compute_on_cpu(request, outputs)
             _tell_written(request)
             return None
-        plan = _make_plan(spec, problem, outputs, key.arch)
+        plan = _make_plan(spec, request, outputs, key.arch)
         if key.extras.tiles_for is None:
             keep(request, plan)
     raw = current_stream(q) if stream is None else raw_stream(stream)
@@ -154,9 +154,16 @@ def _spec_of(key: DispatchKey) -> Fa2BackwardSpec | CpuSpec:
     return spec
 
 
-def _workspace_of(spec: Fa2BackwardSpec, problem: BackwardProblem) -> Workspace:
-    """What the kernels of ``spec`` share, and o and LSE if the forward is to run first."""
+def _workspace_of(spec: Fa2BackwardSpec, request: FaBwdDispatch) -> Workspace:
+    """What the kernels of ``spec`` share, and o and LSE if the forward is to run first.
+
+    The statistics of rows, 8 bytes each, lie in dq where the call makes it, until dq is written: bwd_postprocess is the first to write
+    it, and reads statistics only for the gradient of a learned sink. A row of dq has 16 bytes or more, so that they fit.
+    """
+    problem = request.problem
     known, sizes = problem.forward, spec.workspace(problem.forward, _splits(spec, problem.forward))
+    if request.gradient_arrays.dq is None and known.learned_sink is None and prod(known.q.shape):
+        del sizes["statistics"]
     if problem.out is None:
         assert known.q.dtype is not None  # noqa: S101 - requests have checked it
         sizes |= {"o": known.q.dtype.itemsize * prod(known.out_shape), "lse": 4 * prod(known.lse_shape)}
@@ -174,11 +181,13 @@ def _row_major_results(known: AttentionProblem) -> tuple[ArrayInfo, ArrayInfo]:
     return out, ArrayInfo(0, rows, contiguous_strides(rows), DType.F32, "float32", q.device, None)
 
 
-def _make_plan(spec: Fa2BackwardSpec, problem: BackwardProblem, outputs: GradientOutputs, arch: SmArch) -> Plan:
+def _make_plan(spec: Fa2BackwardSpec, request: FaBwdDispatch, outputs: GradientOutputs, arch: SmArch) -> Plan:
     """The kernels of ``spec``, behind that of the forward where o and LSE are not given."""
+    problem = request.problem
     known, gradients = problem.forward, GradientArrays(*outputs.gradients)
-    workspace = _workspace_of(spec, problem)
-    slots = (*_READ, *(slot for slot in workspace.offsets if slot not in SLOTS), *_WRITTEN, *SLOTS)
+    workspace = _workspace_of(spec, request)
+    shared = (slot for slot in workspace.offsets if slot not in SLOTS and slot != "statistics")
+    slots = (*_READ, "statistics", *shared, *_WRITTEN, *SLOTS)
     launches: list[Launch | LaunchSeries | None] = []
     if problem.out is None:
         out, lse = _row_major_results(known)
@@ -195,7 +204,7 @@ def _make_plan(spec: Fa2BackwardSpec, problem: BackwardProblem, outputs: Gradien
 def gradient_addresses(problem: BackwardProblem, outputs: GradientOutputs, workspace: Workspace) -> tuple[int, ...]:
     """What launches bring, in the order of the plan's slots; 0 for what the call does not have."""
     base = 0 if outputs.workspace is None else outputs.workspace.ptr
-    at = {slot: base + offset for slot, offset in workspace.offsets.items()}
+    at = {"statistics": outputs.gradients[0].ptr, **{slot: base + offset for slot, offset in workspace.offsets.items()}}
     out = at.pop("o") if problem.out is None else problem.out.ptr
     lse = at.pop("lse") if problem.lse is None else problem.lse.ptr
     read = (problem.dout, problem.dlse)

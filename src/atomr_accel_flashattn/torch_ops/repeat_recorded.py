@@ -36,13 +36,17 @@ def remember_recorded(key: Key, plan: Plan, output: Output, asked: Asked, *, giv
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BackwardLaunch:
-    """A plan, and what its call makes: dq, dk, dv and the workspace, and dsink; ``offsets`` in the workspace."""
+    """A plan, and what its call makes: dq, dk, dv and the workspace, and dsink; ``offsets`` in the workspace.
+
+    ``statistics_in_dq``: those of the rows lie there until dq is written, else they are the first array of the workspace.
+    """
 
     launch: Callable[[int, tuple[int, ...]], None]
     device_index: int
     arrays: tuple[NewTensor, ...]
     dsink: NewTensor | None
     offsets: tuple[int, ...]
+    statistics_in_dq: bool
 
     @classmethod
     def of(cls, plan: Plan, saved: Saved) -> BackwardLaunch:
@@ -52,7 +56,8 @@ class BackwardLaunch:
         arrays = tuple((tuple(x.shape), strides, x.dtype) for x, strides in zip((q, k, v), plan.out_strides, strict=True))
         workspace = (plan.workspace.size // lse.dtype.itemsize,), (1,), lse.dtype
         dsink = None if learned_sink is None else (tuple(learned_sink.shape), (1,), lse.dtype)
-        return cls(plan.launch, q.get_device(), (*arrays, workspace), dsink, tuple(plan.workspace.offsets.values()))
+        offsets = plan.workspace.offsets
+        return cls(plan.launch, q.get_device(), (*arrays, workspace), dsink, tuple(offsets.values()), "statistics" not in offsets)
 
     def gradients(
         self, q: Any, dout: Any, dlse: Any, pointers: tuple[int, ...], learned_sink: Any, others: Sequence[Any]
@@ -65,6 +70,7 @@ class BackwardLaunch:
         addresses = (
             0 if dout is None else dout.data_ptr(),
             0 if dlse is None else dlse.data_ptr(),
+            *((dq.data_ptr(),) if self.statistics_in_dq else ()),
             *[base + offset for offset in self.offsets],
             dq.data_ptr(),
             dk.data_ptr(),
