@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
+from atomr_accel_flashattn.kernels.backward import _section_pairs
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
 from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Strides
 from atomr_accel_flashattn.types import Device, DType, SmArch
@@ -91,6 +92,12 @@ def splits(known: AttentionProblem, multiprocessors: int = H200) -> int:
 )
 def test_how_many_blocks_share_keys(known: AttentionProblem, expected: int):
     assert splits(known) == expected
+
+
+def test_at_least_half_of_the_pairs_of_a_split_run_side_by_side():
+    """One after the other, the longest block of the last pair ended a fifth after all others."""
+    known = problem(2, 8192, 8192, 16, 1)
+    assert [_section_pairs(known, splits, deterministic=False, blocks=1) for splits in (1, 2, 4, 16)] == [1, 2, 4, 16]
 
 
 def test_a_card_with_fewer_multiprocessors_needs_fewer_blocks():

@@ -138,7 +138,7 @@ def _section_pairs(problem: AttentionProblem, splits: int, *, deterministic: boo
 
     Without a bound, or with two, blocks are equally long, and one pair after the other reads the least of Q and dO at a time. Deterministic
     blocks of a pair wait for each other, so that many pairs shall have few blocks each at a time; ``blocks``: of an SM. ``splits`` make as
-    many pairs of one.
+    many pairs of one, and at least half of them run side by side: the longest block of a last section of few would end after all others.
     """
     pairs = problem.batch * problem.heads_kv * splits
     if deterministic:
@@ -147,7 +147,8 @@ def _section_pairs(problem: AttentionProblem, splits: int, *, deterministic: boo
         return 1
     group = problem.heads // (problem.heads_kv * splits)
     bytes_of_pair = max(1, problem.seqlen_q * group * (6 * problem.head_dim + 2 * problem.v_head_dim))  # Q, the sum of dQ, dO
-    return max(1, min(pairs, _L2_BYTES // bytes_of_pair))
+    least = 1 if splits == 1 else -(-pairs // 2)
+    return max(least, min(pairs, _L2_BYTES // bytes_of_pair))
 
 
 def _strides_of(info: ArrayInfo) -> StrideParams:
