@@ -190,7 +190,10 @@ def compile_all(family: Family) -> int:
 
 
 def run_all(family: Family, seconds: float, part: int, parts: int) -> int:
-    """Every ``parts``-th case from number ``part`` on. How many cases failed, at most 125. The last line of output is a JSON object with the numbers."""
+    """How many of every ``parts``-th case, from number ``part`` on, failed, at most 125.
+
+    The last line of output is a JSON object with the numbers.
+    """
     faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
     began, failed, done, chosen = time.perf_counter(), [], 0, checks(family)[part::parts]
     for check in chosen:
