@@ -162,7 +162,7 @@ def _workspace_of(spec: Fa2BackwardSpec, request: FaBwdDispatch) -> Workspace:
     """
     problem = request.problem
     known, sizes = problem.forward, spec.workspace(problem.forward, _splits(spec, problem.forward))
-    if request.gradient_arrays.dq is None and known.learned_sink is None and prod(known.q.shape):
+    if request.gradient_arrays.dq is None and known.learned_sink is None and 0 not in known.q.shape:
         del sizes["statistics"]
     if problem.out is None:
         assert known.q.dtype is not None  # noqa: S101 - requests have checked it
