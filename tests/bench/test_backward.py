@@ -27,7 +27,7 @@ from atomr_accel_flashattn.bench.peers import CudnnPeer, Ours, Peer, Refused, To
 from atomr_accel_flashattn.bench.report import markdown  # noqa: E402
 from atomr_accel_flashattn.bench.timing import Contestant, Timing  # noqa: E402
 from atomr_accel_flashattn.functional import flash_attn_func, flash_attn_varlen_func  # noqa: E402
-from atomr_accel_flashattn.limits import not_built  # noqa: E402
+from atomr_accel_flashattn.limits import NOT_BUILT, not_built  # noqa: E402
 
 from .test_forward import CELLS as FORWARD_CELLS, CPU, SIZES  # noqa: E402
 
@@ -251,7 +251,7 @@ def test_what_is_not_built_is_left_out_by_name_and_no_failure(tmp_path: Path, mo
     report, _ = entry.main_backward(Options(peers=("ours",)), out=tmp_path, picture=False, say=lines.append)
     assert [row.cell for row in report.rows] == [str(cell) for cell in CELLS[:5]]
     assert report.failures == report.skipped == []
-    assert f"not measured, because this version refuses it: {DETERMINISTIC}: fp8: f16 and bf16 are built" in lines
+    assert f"not measured, because this version refuses it: {DETERMINISTIC}: fp8: {NOT_BUILT['fp8']}" in lines
 
 
 @pytest.mark.usefixtures("made_up")
