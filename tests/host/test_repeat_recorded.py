@@ -109,6 +109,27 @@ def test_packed_sequences_sinks_and_slopes(gpu: FakeGpu, asked: list[str]):
     assert len(gpu.launches) == 12
 
 
+@pytest.mark.parametrize("which", ["cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "learned_sink"])
+def test_lengths_and_biases_freed_before_a_repeated_backward_are_refused(gpu: FakeGpu, which: str):
+    """To a kernel, the address 0 is an array that there is not."""
+    q, k, v = leaves(packed=True)
+    lengths = torch.tensor([0, 5, 12], dtype=torch.int32)
+    given = {
+        "cu_seqlens_q": fake(lengths.clone()),
+        "cu_seqlens_k": fake(lengths),
+        "alibi_slopes": fake(torch.rand(4)),
+        "learned_sink": fake(torch.rand(4)),
+    }
+    outs = [fa.flash_attn_varlen_func(q, k, v, max_seqlen_q=7, max_seqlen_k=7, **given) for _ in range(4)]
+    for out in outs[:3]:
+        out.backward(fake(torch.ones(12, 4, 16).half()))
+    launched = len(gpu.launches)
+    given[which].untyped_storage().resize_(0)
+    with pytest.raises((fa.ArrayTypeError, fa.StaleArrayError)):
+        outs[3].backward(fake(torch.ones(12, 4, 16).half()))
+    assert len(gpu.launches) == launched
+
+
 def test_dropout_has_a_seed_of_its_own_each_time_and_the_backward_that_of_its_forward(gpu: FakeGpu):
     seen, (q, k, v) = [], leaves(1)
     for _ in range(3):
