@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 from ..env import PREFIX, settings
 from ..errors import CacheError, CacheWarning
@@ -106,6 +107,9 @@ def _from_dict(cls: type[KernelSpec], values: Mapping[str, Any]) -> KernelSpec:
 
 
 def _typed(hint: Any, value: Any) -> Any:
+    if isinstance(hint, UnionType):  # of one type and None
+        (one,) = (each for each in get_args(hint) if each is not NoneType)
+        return None if value is None else _typed(one, value)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return hint(value)
     if isinstance(hint, type) and is_dataclass(hint):

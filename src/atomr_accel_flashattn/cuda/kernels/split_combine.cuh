@@ -60,7 +60,8 @@ struct SplitCombine {
   }
 
  private:
-  // Every C.warps-th part, relative to the largest maximum, in log2 units. A part without keys is zeros with weight 0.
+  // Every C.warps-th part, relative to the largest maximum, in log2 units. A part without keys is
+  // zeros with weight 0.
   template <class Row>
   static __device__ __forceinline__ void sum_parts(const KvCacheParams& p, const Row& row, float top) {
     const int lane = threadIdx.x % 32, warp = warp_index(), cols = p.fwd.v_head_dim;

@@ -33,8 +33,8 @@ __device__ __forceinline__ void write_idle_rows(const FwdParams& p, int batch, i
 }
 
 // Row blocks without keys, and what is wrong with lengths, of all sequences: those without queries
-// are in no unit. A warp takes a row block, so that its reads do not wait for those of others. Before
-// the first schedule all rows are NaN.
+// are in no unit. A warp takes a row block, so that its reads do not wait for those of others.
+// Before the first schedule all rows are NaN.
 template <Config C>
 __device__ __forceinline__ void finish_idle(const KvCacheParams& p, const StepSchedule& line, const StepSchedule::Head& head) {
   const FwdParams& f = p.fwd;
