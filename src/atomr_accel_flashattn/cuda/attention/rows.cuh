@@ -83,7 +83,8 @@ struct WarpRows : ScoreTile<C, kBlocks> {
         const float sum = quad_reduce(softmax.sum[b][r], [](float x, float y) { return x + y; });
         const RowResult end = finalize_row<C>(sum, softmax.max[b][r] * score.factor, sink);
         if (lse() != nullptr && lane_col() == 0 && exists) {
-          lse()[work.batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query_of<C>(p, row)] = lse_or_parts(end.lse, b, r, sum);
+          lse()[work.batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query_of<C>(p, row)] =
+              lse_or_parts(end.lse, b, r, sum);
         }
         rescale[b][r] = C.dropout ? end.scale * p.dropout_rescale : end.scale;
       }
