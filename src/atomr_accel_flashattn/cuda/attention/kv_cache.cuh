@@ -42,13 +42,14 @@ __device__ __forceinline__ Sequence rows_of_sequence(const FwdParams& p, int bat
   }
 }
 
-// There are never more keys than fit.
+// There are never more keys than fit. With a StepPlan, finish_idle (step_kvcache.cuh) checks all
+// sequences once.
 template <Config C>
 __device__ __forceinline__ Sequence read_cached_sequence(const KvCacheParams& p, int batch) {
   if constexpr (C.plain_kv) return read_sequence<C.varlen>(p.fwd, batch);
   const CachedLength length(p, batch);
   const int given = p.left_pad == nullptr ? 0 : p.left_pad[batch], pad = max(0, given);
-  if (threadIdx.x == 0 && p.error != nullptr) check_cached_sequence<C>(p, batch, length.before, length.used, given);
+  if (!C.scheduled && threadIdx.x == 0 && p.error != nullptr) check_cached_sequence<C>(p, batch, length.before, length.used, given);
   return rows_of_sequence<C>(p.fwd, batch, static_cast<int>(max(int64_t{0}, min(length.used, int64_t{p.capacity}) - pad)));
 }
 
