@@ -60,6 +60,7 @@ from .errors import (
     CompileError as CompileError,
     ConstructionError as ConstructionError,
     CuSeqlensError as CuSeqlensError,
+    DescaleError as DescaleError,
     DeviceLostError as DeviceLostError,
     DeviceMismatchError as DeviceMismatchError,
     DispatchError as DispatchError,
@@ -136,6 +137,7 @@ from .requests.backward import DenseBwdRequest as DenseBwdRequest
 from .requests.dense import DenseFwdRequest as DenseFwdRequest
 from .requests.options import (
     AttentionOptions as AttentionOptions,
+    Fp8Options as Fp8Options,
     MaskKind as MaskKind,
     PositionBias as PositionBias,
 )
@@ -147,6 +149,7 @@ from .runtime.plan import Output as Output
 from .types import (
     Device as Device,
     DType as DType,
+    ScaleUnit as ScaleUnit,
     SmArch as SmArch,
 )
 from .varlen import (

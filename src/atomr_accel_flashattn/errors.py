@@ -23,6 +23,7 @@
      │   ├─ SoftcapError                   softcap negative or not finite
      │   ├─ DropoutError                   drop probability, or its (seed, offset) array
      │   ├─ SlopesError                    ALiBi slopes or learned sink
+     │   ├─ DescaleError                   descales of fp8: type, shape, or with an array that is not fp8
      │   ├─ OutputError                    out=: shape, type, device, or needed and missing
      │   ├─ ArrayTypeError (TypeError)     an object that is no array we can read
      │   ├─ UnsupportedArgumentError       an argument of another package that has no meaning here
@@ -80,6 +81,7 @@ __all__ = [
     "ConstructionError",
     "CuSeqlensError",
     "DTypeError",
+    "DescaleError",
     "DeviceLostError",
     "DeviceMismatchError",
     "DispatchError",
@@ -204,6 +206,10 @@ class DropoutError(ConstructionError):
 
 class SlopesError(ConstructionError):
     """ALiBi slopes or a learned sink of the wrong shape, type or device."""
+
+
+class DescaleError(ConstructionError):
+    """A descale: type, shape, or given with an array that is not fp8."""
 
 
 class OutputError(ConstructionError):

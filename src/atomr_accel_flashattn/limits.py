@@ -14,6 +14,9 @@ from .types import DType, SmArch
 
 __all__ = [
     "CPU_DTYPES",
+    "FP8_DTYPES",
+    "FP8_HEAD_DIM_STEP",
+    "FP8_OUT_DTYPES",
     "GPU_DTYPES",
     "HEAD_DIM_STEP",
     "HEAD_DIM_WIDTHS",
@@ -24,6 +27,7 @@ __all__ = [
     "MAX_SPLITS",
     "NOT_BUILT",
     "PHILOX_KEYS",
+    "SCALED_TOKENS",
     "UNBOUNDED",
     "VECTOR_BYTES",
     "as_integer",
@@ -40,6 +44,10 @@ MAX_HEAD_DIM: Final = HEAD_DIM_WIDTHS[-1]
 HEAD_DIM_STEP: Final = 8  # of head dims on a GPU: 16 bytes of a 16-bit type; functional calls pad
 GPU_DTYPES: Final = (DType.F16, DType.BF16)
 CPU_DTYPES: Final = (DType.F16, DType.BF16, DType.F32, DType.F64)
+FP8_DTYPES: Final = (DType.F8E4M3, DType.F8E5M2)
+FP8_OUT_DTYPES: Final = (DType.BF16, DType.F16, DType.F32)  # of o where k and v are fp8
+FP8_HEAD_DIM_STEP: Final = 16  # of head dims of fp8: 16 bytes, everywhere; nobody pads
+SCALED_TOKENS: Final = 128  # that share a descale of ScaleUnit.BLOCK
 VECTOR_BYTES: Final = 16  # one cp.async, and what strides and addresses of TMA are multiples of
 PHILOX_KEYS: Final = 32  # one call of the generator covers 32 keys, so no tile with dropout is narrower
 UNBOUNDED: Final = 1 << 30  # a window without a bound: kUnbounded of cuda/attention/params.cuh
@@ -57,8 +65,10 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "fa3_backward": "gradients are those of the mma.sync family, whatever family ran the forward",
         "fa3_batch_invariant": "batch-invariant calls have one family on every GPU, that of mma.sync; ask by another request",
         "forward_mode": "forward-mode derivatives are not built; use the primal, as forward_ad.unpack_dual(x).primal",
-        "fp8": "f16 and bf16 are built",
+        "fp8": "no kernel takes fp8 yet; f16 and bf16 are built",
+        "fp8_backward": "fp8 has no backward: convert q, k and v to bfloat16 for a call with gradients",
         "invariant_dropout": "batch-invariant calls on a GPU drop nothing; the CPU backend does both",
+        "k_dtype": "q, k and v share one type, except that k and v may be fp8",
         "kv_layout": "NHD and HND are built",
         "left_pad": "on a GPU a contiguous KV cache may have it; pack other sequences with cu_seqlens",
         "mixed_gradients": "autograd records calls whose q is a torch tensor",
@@ -69,7 +79,7 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "slopes_gradient": "ALiBi slopes are constants: pass slopes.detach()",
         "split": "on a GPU the keys of a KV cache are split; elsewhere one block visits all keys of its rows",
         "tracing": "requests read memory; flash_attn_func and its forms are operators of torch where they are recorded",
-        "v_dtype": "q, k and v share one type",
+        "v_dtype": "q, k and v share one type, except that k and v may be fp8",
     }
 )
 

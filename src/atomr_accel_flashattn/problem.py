@@ -12,13 +12,15 @@ from typing import Any, NamedTuple, NoReturn
 
 from .errors import ArrayTypeError
 from .limits import MAX_LENGTH
-from .types import Device, DType, KvLayout
+from .types import Device, DType, KvLayout, ScaleUnit
 
 __all__ = [
     "ArrayInfo",
     "AttentionProblem",
     "BackwardProblem",
     "Band",
+    "Descale",
+    "Descales",
     "Dropout",
     "GradientArrays",
     "KvCache",
@@ -87,6 +89,25 @@ class Dropout:
     def rescale(self) -> float:
         """256 / T, the factor on kept probabilities."""
         return 256 / self.keep_threshold
+
+
+class Descale(NamedTuple):
+    """Factors that turn fp8 elements into values: float32, of shape (), (B, Hkv), (B, Hkv, n) or (cache blocks, block size, Hkv).
+
+    ``n`` is at least the number of blocks of 128 tokens in the longest sequence. Query head h of q takes that of its KV head.
+    """
+
+    array: ArrayInfo
+    unit: ScaleUnit
+    strides: Strides  # batch: to the next sequence, or block of a paged cache; row: block of 128 tokens, or slot; head: KV head
+
+
+class Descales(NamedTuple):
+    """Those of q, k and v; None is a factor of 1."""
+
+    q: Descale | None = None
+    k: Descale | None = None
+    v: Descale | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +187,8 @@ class StepBuffers:
 class AttentionProblem:
     """One forward call. Dense: (B, S, H, D) arrays. Varlen: (total, H, D) arrays, ``seqlen_*`` are the maxima, ``cu_seqlens_*`` set.
 
+    Types: q, k and v have one; or k and v are fp8, each of its own type, and q is fp8 or of 16 bits.
+
     With ``cache``, k and v are that of the cache, q is either, and ``seqlen_k`` is an upper bound of the lengths.
     """
 
@@ -194,6 +217,8 @@ class AttentionProblem:
     num_splits: int = 0  # parts that the keys of a row are cut into, 0 for as many as suit
     batch_invariant: bool = False
     step: StepBuffers | None = None  # of a StepPlan: on a GPU blocks share the keys of all sequences as the schedule there says
+    descales: Descales | None = None  # where k and v are fp8, and only there
+    out_dtype: DType | None = None  # of o; None is that of q, which it is wherever k and v are not fp8
 
     @property
     def is_varlen(self) -> bool:

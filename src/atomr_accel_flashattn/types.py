@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["DType", "Device", "KvLayout", "SmArch"]
+__all__ = ["DType", "Device", "KvLayout", "ScaleUnit", "SmArch"]
 
 
 class DType(Enum):
@@ -77,6 +77,15 @@ class KvLayout(Enum):
 
     NHD = "NHD"  # (blocks, slots, KV heads, head dim)
     HND = "HND"  # (blocks, KV heads, slots, head dim)
+
+
+class ScaleUnit(Enum):
+    """What elements of q, k or v share one descale. The value is the name in dispatch keys."""
+
+    TENSOR = "tensor"  # (): all
+    HEAD = "head"  # (batch, KV heads): those of a sequence and KV head
+    BLOCK = "block"  # (batch, KV heads, blocks): 128 tokens of these, counted inside each sequence
+    TOKEN = "token"  # noqa: S105 - (cache blocks, block size, KV heads): a slot of a paged cache and KV head
 
 
 class Device(NamedTuple):

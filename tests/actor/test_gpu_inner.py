@@ -203,7 +203,7 @@ def test_a_gpu_array_that_changed_in_flight_fails_its_own_request(cuda: FakeDriv
 def test_every_gpu_array_is_looked_at_and_told_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setitem(staleness._readers, FakeArray, lambda array: (array.array.ctypes.data, array.array.shape))
     infos = {each: FakeArray(np.zeros(4, np.float32)).info() for each in NAMES}
-    problem = SimpleNamespace(cache=None, **infos, dropout=SimpleNamespace(rng=infos["rng"]))
+    problem = SimpleNamespace(cache=None, descales=None, **infos, dropout=SimpleNamespace(rng=infos["rng"]))
     request: Any = SimpleNamespace(problem=problem, out_array=infos["out"])
     fingerprint = staleness.Fingerprint.of(request)
     fingerprint.check()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from ..errors import ShapeError
 from ..kernels.fa2_bwd import Fa2BackwardSpec
@@ -205,6 +205,7 @@ def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, famil
         paged=cache is not None and cache.paged,
         extras=Extras(
             v_head_dim=None if problem.v_head_dim == problem.head_dim else problem.v_head_dim,
+            **_types(problem),
             softcap=problem.softcap,
             dropout=problem.dropout is not None,
             learned_sink=problem.learned_sink is not None,
@@ -218,6 +219,15 @@ def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, famil
             family=family or (Family.FA3 if arch is SmArch.SM_90A else Family.FA2 if arch is not SmArch.CPU else None),
         ),
     )
+
+
+def _types(problem: AttentionProblem) -> dict[str, Any]:
+    """Types other than that of q, and descales, of a call with fp8 K and V."""
+    if problem.descales is None:
+        return {}
+    q, types = problem.q.dtype, (problem.k.dtype, problem.v.dtype, problem.out_dtype)
+    found = {name: None if dtype is q else dtype for name, dtype in zip(("k_dtype", "v_dtype", "out_dtype"), types, strict=True)}
+    return found | {f"{name}_descale": each and each.unit for name, each in zip("qkv", problem.descales, strict=True)}
 
 
 def _rows_can_be_packed(problem: AttentionProblem, key: DispatchKey) -> bool:

@@ -10,7 +10,7 @@ from ..errors import DispatchError
 from ..kernels.fa3_fwd import fits_warpgroup
 from ..kernels.spec import Family, Tile
 from ..limits import HEAD_DIM_STEP, MAX_HEAD_DIM, VECTOR_BYTES, as_real, is_integer
-from ..types import DType, SmArch
+from ..types import DType, ScaleUnit, SmArch
 
 __all__ = ["DispatchKey", "Extras"]
 
@@ -44,6 +44,11 @@ def _one_of(name: str, value: object, *allowed: object) -> tuple[str, object, bo
     return name, value, fine, f"{', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}"
 
 
+def _none_or(name: str, value: object, kind: type) -> tuple[str, object, bool, str]:
+    """The check of a field that may be left open."""
+    return name, value, value is None or isinstance(value, kind), f"None or a {kind.__name__}"
+
+
 def _is_number_below(limit: float, value: Any) -> bool:
     number = as_real(value)
     return number is not None and 0 <= number < limit
@@ -68,8 +73,12 @@ class Extras:
 
     Attributes:
         v_head_dim: head dim of v and o, None is that of q.
-        v_dtype: element type of v, None is that of q.
-        out_dtype: element type of o, None is that of q.
+        k_dtype: element type of k, None is that of q. Another one is fp8, with fp8 or 16 bits in q.
+        v_dtype: element type of v, None is that of q; as that of k.
+        out_dtype: element type of o, None is that of q, and bf16 where q is fp8.
+        q_descale: what elements of q share a factor, None is a factor of 1.
+        k_descale: the same of k.
+        v_descale: the same of v.
         softcap: c of c * tanh(s / c), 0 is none.
         dropout: whether probabilities are dropped.
         learned_sink: whether a learned sink joins the denominator.
@@ -101,8 +110,12 @@ class Extras:
     """
 
     v_head_dim: int | None = None
+    k_dtype: DType | None = None
     v_dtype: DType | None = None
     out_dtype: DType | None = None
+    q_descale: ScaleUnit | None = None
+    k_descale: ScaleUnit | None = None
+    v_descale: ScaleUnit | None = None
     softcap: float = 0.0
     dropout: bool = False
     learned_sink: bool = False
@@ -131,15 +144,16 @@ class Extras:
         tile: Any = self.tile
         asked_blocks = self.persistent is True and _is_at_least(1, blocks)
         _check_all(
-            ("v_dtype", self.v_dtype, self.v_dtype is None or isinstance(self.v_dtype, DType), "None or a DType"),
-            ("out_dtype", self.out_dtype, self.out_dtype is None or isinstance(self.out_dtype, DType), "None or a DType"),
+            *(_none_or(name, getattr(self, name), DType) for name in ("k_dtype", "v_dtype", "out_dtype")),
+            _one_of("q_descale", self.q_descale, None, ScaleUnit.TENSOR, ScaleUnit.HEAD, ScaleUnit.BLOCK),
+            *(_none_or(name, getattr(self, name), ScaleUnit) for name in ("k_descale", "v_descale")),
             ("softcap", self.softcap, _is_number_below(inf, self.softcap), "a finite number >= 0"),
             ("kv_layout", self.kv_layout, isinstance(self.kv_layout, str), "'NHD', 'HND' or 'VLLM_V1'"),
             ("load_align", self.load_align, _is_at_least(1, self.load_align), "an integer >= 1"),
             _one_of("cache_rows", self.cache_rows, 16, 32, 64, 128),
             _one_of("direction", self.direction, "fwd", "bwd", "dropout_mask", "merge_states"),
-            ("family", self.family, self.family is None or isinstance(self.family, Family), "None or a Family"),
-            ("tiles_for", self.tiles_for, self.tiles_for is None or isinstance(self.tiles_for, SmArch), "None or an SmArch"),
+            _none_or("family", self.family, Family),
+            _none_or("tiles_for", self.tiles_for, SmArch),
             ("persistent_blocks", blocks, blocks is None or asked_blocks, "None, or an integer >= 1 with persistent=True"),
             ("tile", tile, tile is None or (_is_tile(tile) and not self.tiles_for), "None, or a Tile without tiles_for"),
             _one_of("persistent", self.persistent, None, True, False),
@@ -208,6 +222,21 @@ class DispatchKey:
     def v_head_dim(self) -> int:
         """Head dim of v and o."""
         return self.head_dim if self.extras.v_head_dim is None else self.extras.v_head_dim
+
+    @property
+    def k_dtype(self) -> DType:
+        """Element type of k."""
+        return self.extras.k_dtype or self.dtype
+
+    @property
+    def v_dtype(self) -> DType:
+        """Element type of v."""
+        return self.extras.v_dtype or self.dtype
+
+    @property
+    def out_dtype(self) -> DType:
+        """Element type of o."""
+        return self.extras.out_dtype or (DType.BF16 if self.dtype.is_fp8 else self.dtype)
 
     @property
     def left_bound(self) -> bool:

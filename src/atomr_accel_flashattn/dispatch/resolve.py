@@ -224,7 +224,7 @@ def _refuse_schedule(key: DispatchKey) -> None:
 def _refuse(key: DispatchKey) -> None:
     """Features of the design that this version does not have, and element types that the arch does not take."""
     extras, arch = key.extras, key.arch
-    fp8 = [dtype.value for dtype in (key.dtype, extras.v_dtype, extras.out_dtype) if dtype is not None and dtype.is_fp8]
+    fp8 = [dtype.value for dtype in (key.dtype, extras.k_dtype, extras.v_dtype, extras.out_dtype) if dtype is not None and dtype.is_fp8]
     gpu, cached = arch is not SmArch.CPU, key.paged or extras.kv_cache
     unbuilt = (
         (bool(fp8), "fp8", f"got {', '.join(fp8)}"),
@@ -232,6 +232,7 @@ def _refuse(key: DispatchKey) -> None:
         (gpu and extras.left_pad and not extras.kv_cache, "left_pad", ""),
         (extras.kv_layout not in {"NHD", "HND"}, "kv_layout", f"got {extras.kv_layout!r}"),
         (cached and extras.direction == "bwd", "paged_backward", ""),
+        (extras.k_dtype not in {None, key.dtype}, "k_dtype", ""),
         (extras.v_dtype not in {None, key.dtype}, "v_dtype", ""),
         (extras.out_dtype not in {None, key.dtype}, "out_dtype", ""),
     )

@@ -149,6 +149,8 @@ def _check_backward(request: Any, forward: AttentionProblem) -> None:
     Raises:
         ConstructionError: the subclass says which argument is wrong.
     """
+    if forward.descales is not None:
+        raise not_built("fp8_backward", f"q, k and v have types {forward.q.dtype_name}, {forward.k.dtype_name}, {forward.v.dtype_name}")
     for name in ("recompute", "deterministic"):
         if not isinstance(getattr(request, name), bool):
             raise UnsupportedArgumentError(f"{name}: got {getattr(request, name)!r}; allowed are True and False")

@@ -23,7 +23,7 @@ from ..errors import (
     SlopesError,
     StrideError,
 )
-from ..limits import CPU_DTYPES, GPU_DTYPES, HEAD_DIM_STEP, MAX_HEAD_DIM, NOT_BUILT, not_built
+from ..limits import CPU_DTYPES, FP8_HEAD_DIM_STEP, GPU_DTYPES, HEAD_DIM_STEP, MAX_HEAD_DIM, NOT_BUILT, not_built
 from ..problem import ArrayInfo, Dropout
 from ..types import DType
 
@@ -43,6 +43,7 @@ __all__ = [
     "read_learned_sink",
     "read_qkv",
     "read_slopes",
+    "refuse_fp8_gradients",
     "refuse_gradients",
     "steps",
 ]
@@ -51,6 +52,7 @@ __all__ = [
 def read_qkv(q: Any, k: Any, v: Any, *, layout: str) -> tuple[ArrayInfo, ArrayInfo, ArrayInfo]:
     """Describe q, k and v, of the rank that ``layout`` spells, as ``"(batch, length, heads, head dim)"``."""
     infos = read_array(q, "q"), read_array(k, "k"), read_array(v, "v")
+    refuse_fp8_gradients(infos)
     rank = layout.count(",") + 1
     for name, info in zip("qkv", infos, strict=True):
         if len(info.shape) != rank:
@@ -91,13 +93,25 @@ def refuse_gradients(info: ArrayInfo, name: str, *, on_cache: bool = False) -> N
         raise not_built("forward_mode", f"{name} is a dual tensor")
 
 
-def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo, names: tuple[str, str] = ("k", "v")) -> None:
+def refuse_fp8_gradients(infos: tuple[ArrayInfo, ...]) -> None:
+    """Raise FeatureNotBuiltError where q, k or v is a torch tensor that wants a gradient, and one of them is fp8."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled() or all(info.dtype is None or not info.dtype.is_fp8 for info in infos):
+        return
+    for name, info in zip("qkv", infos, strict=True):
+        if isinstance(info.source, torch.Tensor) and info.source.requires_grad:
+            raise not_built("fp8_backward", f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()")
+
+
+def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo, names: tuple[str, str] = ("k", "v"), *, dtypes: bool = True) -> None:
     """Element types, devices, heads, head dims and last strides: what is the same for dense and packed arrays.
 
-    ``names``: what messages call k and v.
+    ``names``: what messages call k and v. ``dtypes``: whether element types are looked at.
     """
     of_k, of_v = names
-    _check_dtypes((("q", q), (of_k, k), (of_v, v)))
+    named = (("q", q), (of_k, k), (of_v, v))
+    if dtypes:
+        _check_dtypes(named)
     for name, info in ((of_k, k), (of_v, v)):
         check_device(info, name, q)
     heads, heads_kv = q.shape[-2], k.shape[-2]
@@ -112,8 +126,9 @@ def check_qkv(q: ArrayInfo, k: ArrayInfo, v: ArrayInfo, names: tuple[str, str] =
             f"{of_k}: got head dim {k.shape[-1]} with {q.shape[-1]} in q; "
             f"allowed are equal head dims of q and {of_k} ({of_v} may have its own)"
         )
-    for name, info in (("q", q), (of_k, k), (of_v, v)):
-        _check_head_dim(name, info)
+    fp8 = v.dtype is not None and v.dtype.is_fp8
+    for name, info in named:
+        _check_head_dim(name, info, fp8=fp8)
         if info.shape[-1] > 1 and info.strides[-1] != 1:
             raise StrideError(
                 f"{name}: got strides {info.strides}; allowed is a last stride of 1; call .contiguous() or numpy.ascontiguousarray"
@@ -132,25 +147,38 @@ def _check_dtypes(named: tuple[tuple[str, ArrayInfo], ...]) -> None:
     """Of q and the others, by what messages call them."""
     _, q = named[0]
     for name, info in named:
-        if info.dtype is not None and info.dtype.is_fp8:
-            raise not_built("fp8", f"{name} has type {info.dtype_name}")
         if info.dtype is None:
             names = ", ".join(map(dtype_name_of, CPU_DTYPES))
             raise DTypeError(f"{name}: got type {info.dtype_name}; allowed are {names} (on a GPU float16 and bfloat16); convert {name}")
-        if info.device.kind != "cpu" and info.dtype not in GPU_DTYPES:
+        if info.device.kind != "cpu" and info.dtype not in GPU_DTYPES and not info.dtype.is_fp8:
             raise DTypeError(
-                f"{name}: got type {info.dtype_name} on {info.device}; allowed on a GPU are float16 and bfloat16; "
+                f"{name}: got type {info.dtype_name} on {info.device}; allowed on a GPU are float16, bfloat16 and fp8; "
                 "convert, or move to the CPU"
             )
         if info.dtype is not q.dtype:
-            raise DTypeError(
-                f"{name}: got type {info.dtype_name} with {q.dtype_name} in q; allowed is one type for q, k and v; convert {name}"
-            )
+            _check_mixed(named)
 
 
-def _check_head_dim(name: str, info: ArrayInfo) -> None:
-    step = 1 if info.device.kind == "cpu" else HEAD_DIM_STEP
+def _check_mixed(named: tuple[tuple[str, ArrayInfo], ...]) -> None:
+    """Types that are not all the same: k and v are fp8, and q is fp8 or of 16 bits."""
+    (_, q), *others = named
+    fp8 = [info.dtype is not None and info.dtype.is_fp8 for _, info in others]
+    if all(fp8) and (q.dtype in GPU_DTYPES or (q.dtype is not None and q.dtype.is_fp8)):
+        return
+    name, info = next((name, info) for name, info in others if info.dtype is not q.dtype)
+    raise DTypeError(
+        f"{name}: got type {info.dtype_name} with {q.dtype_name} in q; allowed is one type for q, k and v, "
+        f"or fp8 in {others[0][0]} and {others[1][0]} with fp8, float16 or bfloat16 in q; convert {name}"
+    )
+
+
+def _check_head_dim(name: str, info: ArrayInfo, *, fp8: bool) -> None:
     size = info.shape[-1]
+    if fp8 and (not 1 <= size <= MAX_HEAD_DIM or size % FP8_HEAD_DIM_STEP):
+        raise HeadDimError(
+            f"{name}: got head dim {size} with fp8; allowed are multiples of {FP8_HEAD_DIM_STEP} up to {MAX_HEAD_DIM}; pad with zeros"
+        )
+    step = 1 if info.device.kind == "cpu" else HEAD_DIM_STEP
     if not 1 <= size <= MAX_HEAD_DIM or size % step:
         what = f"1..{MAX_HEAD_DIM}" if step == 1 else f"multiples of {step} up to {MAX_HEAD_DIM}"
         pads = "; the functional calls pad to the next multiple of 8" if 1 <= size < MAX_HEAD_DIM else ""
@@ -221,41 +249,43 @@ def check_out(
     name: str = "out",
     taken: str = "q, k or v",
     others: tuple[ArrayInfo | None, ...] = (),
+    dtype: DType | None = None,
 ) -> ArrayInfo | None:
     """The caller's output array, fit to be written; None when a new one is to be made.
 
     Args:
         out: what the caller gave.
         shape: what o has.
-        inputs: q, whose type it has, k, v, and what else may not be its memory.
+        inputs: q, whose device it is on, k, v, and what else may not be its memory.
         name: what messages call it.
         taken: what they call the inputs.
         others: lengths, tables, biases and the like, which may not be its memory either.
+        dtype: its type, None is that of q.
 
     Raises:
         OutputError: wrong shape, type, device or strides, read-only, overlapping itself, or the memory of an input.
     """
     if out is None:
         return None
-    info = check_written(out, inputs[0], shape, name=name)
+    info = check_written(out, inputs[0], shape, name=name, dtype=dtype)
     if any(share_memory(info, array) for array in inputs):
         raise OutputError(f"{name}: got the memory of {taken}, which other blocks still read; allowed is an array of its own; pass a copy")
     check_apart(info, others, name)
     return info
 
 
-def check_written(array: Any, like: ArrayInfo, shape: tuple[int, ...] | None = None, *, name: str) -> ArrayInfo:
-    """An array of the caller's that is to be written: of the type and on the device of ``like``, of its shape unless another is named.
+def check_written(array: Any, like: ArrayInfo, shape: tuple[int, ...] | None = None, *, name: str, dtype: DType | None = None) -> ArrayInfo:
+    """An array of the caller's that is to be written, on the device of ``like``, of its shape and type unless others are named.
 
     Raises:
         OutputError: wrong shape, type, device or strides, read-only, or overlapping itself.
     """
     info, shape = read_array(array, name), like.shape if shape is None else shape
     refuse_gradients(info, name)
-    if (info.shape, info.dtype, info.device) != (shape, like.dtype, like.device):
+    if (info.shape, info.dtype, info.device) != (shape, dtype or like.dtype, like.device):
         raise OutputError(
             f"{name}: got {info.dtype_name} of shape {info.shape} on {info.device}; "
-            f"allowed is {like.dtype_name} of shape {shape} on {like.device}"
+            f"allowed is {dtype_name_of(dtype) if dtype else like.dtype_name} of shape {shape} on {like.device}"
         )
     reason = why_not_written(info)
     if reason:

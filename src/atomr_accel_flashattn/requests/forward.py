@@ -14,7 +14,8 @@ from ..short_repr import ShortRepr
 from ..types import SmArch
 from .checks import check_out, read_dropout, read_learned_sink, read_slopes
 from .copies import MadeAnew
-from .options import AttentionOptions, MaskKind, PositionBias, check_kinds
+from .fp8 import with_fp8
+from .options import AttentionOptions, Fp8Options, MaskKind, PositionBias, check_kinds
 
 __all__ = ["ForwardRequest"]
 
@@ -28,6 +29,7 @@ class ForwardRequest(MadeAnew, ShortRepr):
         bias: ALiBi slopes, or none.
         sink_tokens: first keys that stay visible when a window has passed them.
         options: scale, softcap, learned sink, dropout.
+        fp8: descales and the type of o, of calls whose k and v are fp8; None for factors of 1.
         out: shaped like q, with v's head dim, to be written; None for a new array of q's library.
         problem: the request in its normal form (made, not given).
         out_array: the description of ``out`` (made, not given).
@@ -38,17 +40,19 @@ class ForwardRequest(MadeAnew, ShortRepr):
     bias: PositionBias = field(default=PositionBias.none(), kw_only=True)
     sink_tokens: int = field(default=0, kw_only=True)
     options: AttentionOptions = field(default=AttentionOptions(), kw_only=True)
+    fp8: Fp8Options | None = field(default=None, kw_only=True)
     out: Any = field(default=None, kw_only=True)
     problem: AttentionProblem = field(init=False, repr=False)
     out_array: ArrayInfo | None = field(init=False, repr=False)
     plan_key: Key | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        problem = self._lowered()
+        problem = with_fp8(self._lowered(), self.fp8)
         object.__setattr__(self, "problem", problem)
         new = None if problem.cache is None else problem.cache.new
         inputs = (problem.q, problem.k, problem.v, *(() if new is None else (new.k, new.v)))
-        object.__setattr__(self, "out_array", check_out(self.out, problem.out_shape, inputs, others=arrays_beside(problem)))
+        out = check_out(self.out, problem.out_shape, inputs, others=arrays_beside(problem), dtype=problem.out_dtype)
+        object.__setattr__(self, "out_array", out)
         object.__setattr__(self, "plan_key", key_of_request(self))
 
     @abstractmethod

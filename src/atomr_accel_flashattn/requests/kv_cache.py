@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from ..arrays.read import read_array, share_memory, why_not_written
+from ..arrays.read import dtype_name_of, read_array, share_memory, why_not_written
 from ..arrays.streams import copy_to_host
 from ..env import settings
 from ..errors import (
@@ -21,7 +21,7 @@ from ..errors import (
     StepPlanError,
     StrideError,
 )
-from ..limits import MAX_LENGTH, MAX_SPLITS, as_integer
+from ..limits import GPU_DTYPES, MAX_LENGTH, MAX_SPLITS, as_integer
 from ..problem import ArrayInfo, AttentionProblem, KvCache, NewTokens, Rotary, Strides
 from ..reference.cache import read_values
 from ..runtime.staleness import arrays_beside
@@ -81,7 +81,7 @@ def cached_problem(request: ForwardRequest, given: CacheArguments, q: Any, cu_se
             f"v_cache: got {v_slots.shape[:2]} blocks and slots with {k_slots.shape[:2]} in k_cache; allowed are equal numbers"
         )
     batch = info.shape[0] if cu_seqlens_q is None else cu_seqlens_q.batch
-    cache = _cache(given, info, k_slots, batch)
+    cache = _cache(given, info, (k_slots, v_slots), batch)
     if cache.new is not None:
         _check_written(info, k, v, cache.new)
     longest = None if given.max_seqlen_k is None else as_integer(given.max_seqlen_k)
@@ -189,8 +189,9 @@ def _read_cache(array: Any, name: str, given: CacheArguments) -> ArrayInfo:
     return info
 
 
-def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvCache:
-    """Tables, lengths and new tokens; values are not looked at."""
+def _cache(given: CacheArguments, q: ArrayInfo, slots: tuple[ArrayInfo, ArrayInfo], batch: int) -> KvCache:
+    """Tables, lengths and new tokens; values are not looked at. ``slots``: k and v of the cache in the order of NHD."""
+    k, _ = slots
     lengths: ArrayInfo | None = None
     if isinstance(given.lengths, CumulativeSeqlens):
         _check_cumulative(given.lengths, q, batch)
@@ -214,7 +215,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, k: ArrayInfo, batch: int) -> KvC
         blocks=blocks,
         lengths=lengths,
         left_pad=None if given.left_pad is None else read_int32(given.left_pad, "cache_leftpad", (batch,), q, SeqLensError),
-        new=_new_tokens(given, q, k, batch),
+        new=_new_tokens(given, q, slots, batch),
         lengths_name=given.lengths_name,
     )
     if cache.new is not None and cache.new.longest > cache.capacity:
@@ -229,7 +230,7 @@ def _check_cumulative(lengths: CumulativeSeqlens, q: ArrayInfo, batch: int) -> N
         raise CuSeqlensError(f"cu_seqlens_k: got {lengths.batch} sequences with {batch} in q; allowed are equal numbers of sequences")
 
 
-def _new_tokens(given: CacheArguments, q: ArrayInfo, k_slots: ArrayInfo, batch: int) -> NewTokens | None:
+def _new_tokens(given: CacheArguments, q: ArrayInfo, slots: tuple[ArrayInfo, ArrayInfo], batch: int) -> NewTokens | None:
     if given.k is None and given.v is None:
         if given.rotary_cos is not None or given.rotary_sin is not None:
             raise RotaryError("rotary_cos: got cos or sin without new keys; allowed with k and v, whose slots are the positions")
@@ -238,16 +239,18 @@ def _new_tokens(given: CacheArguments, q: ArrayInfo, k_slots: ArrayInfo, batch: 
         raise ShapeError(f"{'k' if given.k is None else 'v'}: got None; allowed are new k and v together, or neither")
     k, v = read_array(given.k, "k"), read_array(given.v, "v")
     packed = given.cu_seqlens_new
-    rank, heads_kv = 4 if packed is None else 3, k_slots.shape[2]
+    rank, heads_kv, width = 4 if packed is None else 3, slots[0].shape[2], slots[1].shape[3]
     for name, info in (("k", k), ("v", v)):
         refuse_gradients(info, name, on_cache=True)
         if len(info.shape) != rank:
             raise ShapeError(f"{name}: got shape {info.shape}; allowed is rank {rank}, (batch, new tokens, KV heads, head dim)")
-    check_qkv(q, k, v)
-    if k.shape[-2] != heads_kv or v.shape[-1] != _width(given.v_cache):
+    fp8 = slots[1].dtype is not None and slots[1].dtype.is_fp8
+    if fp8:
+        _check_quantised(q, (k, v), slots)
+    check_qkv(q, k, v, dtypes=not fp8)
+    if k.shape[-2] != heads_kv or v.shape[-1] != width:
         raise ShapeError(
-            f"k, v: got {k.shape[-2]} KV heads and v head dim {v.shape[-1]}; allowed are those of the cache, "
-            f"{heads_kv} and {_width(given.v_cache)}"
+            f"k, v: got {k.shape[-2]} KV heads and v head dim {v.shape[-1]}; allowed are those of the cache, {heads_kv} and {width}"
         )
     if v.shape[:-1] != k.shape[:-1] or (packed is None and k.shape[0] != batch):
         raise ShapeError(f"v: got shape {v.shape} with {k.shape} in k and a batch of {batch}; allowed are as many tokens in both")
@@ -258,17 +261,32 @@ def _new_tokens(given: CacheArguments, q: ArrayInfo, k_slots: ArrayInfo, batch: 
         v_strides=Strides(*steps(v)) if packed is None else Strides(0, *steps(v)),
         longest=k.shape[1] if packed is None else packed.longest,
         cu_seqlens=None if packed is None else packed.array,
-        rotary=_rotary(given, q),
+        rotary=_rotary(given, q, k),
     )
 
 
-def _width(array: Any) -> int:
-    return read_array(array, "v_cache").shape[-1]
+def _check_quantised(q: ArrayInfo, new: tuple[ArrayInfo, ArrayInfo], slots: tuple[ArrayInfo, ArrayInfo]) -> None:
+    """New tokens of an fp8 cache have its types and are copied, or share one 16-bit type, that of a 16-bit q, and are quantised."""
+    types = tuple(info.dtype for info in new)
+    own = tuple(info.dtype for info in slots)
+    wide = (q.dtype,) if q.dtype in GPU_DTYPES else GPU_DTYPES
+    if types == own or (types[0] is types[1] and types[0] in wide):
+        return
+    raise DTypeError(
+        f"k, v: got types {new[0].dtype_name} and {new[1].dtype_name}; allowed are those of the cache, {slots[0].dtype_name} and "
+        f"{slots[1].dtype_name}, or {' or '.join(map(dtype_name_of, wide))} in both, which is quantised on the way"
+    )
 
 
-def _rotary(given: CacheArguments, q: ArrayInfo) -> Rotary | None:
+def _rotary(given: CacheArguments, q: ArrayInfo, k: ArrayInfo) -> Rotary | None:
     if given.rotary_cos is None and given.rotary_sin is None:
         return None
+    for name, info in (("q", q), ("k", k)):
+        if info.dtype is not None and info.dtype.is_fp8:
+            raise RotaryError(
+                f"rotary_cos: got it with {info.dtype_name} in {name}; allowed is 16 bits, because fp8 is not turned; turn {name} before "
+                "it is quantised"
+            )
     if given.rotary_cos is None or given.rotary_sin is None:
         raise RotaryError(f"rotary_{'cos' if given.rotary_cos is None else 'sin'}: got None; allowed are cos and sin together, or neither")
     cos, sin = read_array(given.rotary_cos, "rotary_cos"), read_array(given.rotary_sin, "rotary_sin")

@@ -11,17 +11,19 @@ import numpy as np
 from ..errors import (
     ArrayTypeError,
     DropoutError,
+    DTypeError,
     ScaleError,
     SinkWithoutMaskError,
     SoftcapError,
     UnsupportedArgumentError,
     WindowError,
 )
-from ..limits import LARGEST_SCORE_FACTOR, MAX_LENGTH, as_integer, as_real
+from ..limits import FP8_OUT_DTYPES, LARGEST_SCORE_FACTOR, MAX_LENGTH, as_integer, as_real
 from ..problem import Band
 from ..short_repr import ShortRepr
+from ..types import DType
 
-__all__ = ["AttentionOptions", "MaskKind", "PositionBias", "check_kinds"]
+__all__ = ["AttentionOptions", "Fp8Options", "MaskKind", "PositionBias", "check_kinds"]
 
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 
@@ -189,6 +191,34 @@ class AttentionOptions(ShortRepr):
     def scale_for(self, head_dim: int) -> float:
         """The factor on q.k."""
         return 1.0 / sqrt(head_dim) if self.softmax_scale is None else self.softmax_scale
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True, repr=False)
+class Fp8Options(ShortRepr):
+    """What a call with fp8 K and V says besides: a value is its fp8 element times its descale (docs/semantics.md, fp8).
+
+    Descales are float32 arrays on the device of q, of any strides: of shape () for all elements, (B, Hkv), or (B, Hkv, blocks) for blocks
+    of 128 tokens that are counted inside each sequence; those of k and v beside a paged cache also (cache blocks, block size, Hkv). With
+    lengths on the device there may be more blocks than the longest sequence has. None is a factor of 1.
+
+    Attributes:
+        q_descale: of q, by KV head; None where q has 16 bits.
+        k_descale: of k.
+        v_descale: of v.
+        out_dtype: element type of o, BF16, F16 or F32; None is that of q, and BF16 where q is fp8.
+
+    Raises:
+        DTypeError: an ``out_dtype`` that is none of them.
+    """
+
+    q_descale: Any = None
+    k_descale: Any = None
+    v_descale: Any = None
+    out_dtype: DType | None = None
+
+    def __post_init__(self) -> None:
+        if self.out_dtype is not None and self.out_dtype not in FP8_OUT_DTYPES:
+            raise DTypeError(f"out_dtype: got {self.out_dtype!r}; allowed are {', '.join(map(str, FP8_OUT_DTYPES))}, or None")
 
 
 def check_kinds(mask: Any, bias: Any, options: Any) -> None:

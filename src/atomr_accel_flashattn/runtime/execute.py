@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, overload
 
 from ..arrays.new import empty_like_framework, empty_workspace
-from ..arrays.read import as_numpy, contiguous_strides
+from ..arrays.read import as_numpy, contiguous_strides, dtype_name_of
 from ..arrays.streams import current_stream, raw_stream, used_on
 from ..arrays.torch_hooks import empty_on, hooks, meet_torch, tell_written
 from ..dispatch import CpuSpec, DispatchKey, Extras, FaBwdDispatch, FaFwdDispatch, lookup
@@ -135,7 +135,7 @@ def _outputs(request: FaFwdDispatch, plan: Plan | None, *, lse: bool, dropout_ma
         return _tensors_again(problem, plan.out_strides, lse=lse)
     like = request.out_array or problem.q
     return Outputs(
-        request.out_array or empty_like_framework(like, problem.out_shape),
+        request.out_array or empty_like_framework(like, problem.out_shape, problem.out_dtype and dtype_name_of(problem.out_dtype)),
         empty_like_framework(like, problem.lse_shape, "float32") if lse else None,
         empty_like_framework(like, problem.dropout_mask_shape, "bool") if dropout_mask and problem.dropout is not None else None,
     )
@@ -217,8 +217,12 @@ def _compute_on_cpu(request: FaFwdDispatch, outputs: Outputs) -> None:
 def _tensors_again(problem: AttentionProblem, out_strides: tuple[int, ...], *, lse: bool) -> Outputs:
     """New torch tensors whose shapes and strides are known, and need not be read."""
     q, shape = problem.q, problem.out_shape
-    out = empty_on(q.device.index, q.source, (shape, out_strides, q.source.dtype))
-    outputs = Outputs(ArrayInfo(out.data_ptr(), shape, out_strides, q.dtype, q.dtype_name, q.device, out))
+    kind, dtype, name = q.source.dtype, q.dtype, q.dtype_name
+    if problem.out_dtype is not None:
+        dtype, name = problem.out_dtype, dtype_name_of(problem.out_dtype)
+        kind = getattr(sys.modules["torch"], name)
+    out = empty_on(q.device.index, q.source, (shape, out_strides, kind))
+    outputs = Outputs(ArrayInfo(out.data_ptr(), shape, out_strides, dtype, name, q.device, out))
     if lse:
         shape = problem.lse_shape
         strides = contiguous_strides(shape)

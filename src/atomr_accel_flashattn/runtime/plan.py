@@ -32,7 +32,7 @@ from ..kernels.spec import KernelSpec
 from ..launch.driver import device_properties
 from ..launch.launcher import Launch, LaunchSeries, LoadedKernel, load_kernel
 from ..limits import MAX_GRID, VECTOR_BYTES
-from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays, KvCache
+from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, Descales, GradientArrays, KvCache
 from ..short_repr import ShortRepr
 from .staleness import arrays_of_cache
 
@@ -274,7 +274,14 @@ def _facts(problem: AttentionProblem, addresses: int) -> Key:
         None if dropout is None else dropout.p,
         *(problem.num_splits, problem.batch_invariant, problem.step is not None),
         None if problem.cache is None else _facts_of_cache(problem.cache),
+        None if problem.descales is None else _facts_of_fp8(problem, problem.descales),
     )
+
+
+def _facts_of_fp8(problem: AttentionProblem, descales: Descales) -> Key:
+    """Types of k, v and o, and where the descales lie."""
+    units = (None if each is None else (each.unit, *_layout(each.array)) for each in descales)
+    return problem.k.dtype_name, problem.v.dtype_name, problem.out_dtype, *units
 
 
 def _facts_of_cache(cache: KvCache) -> Key:

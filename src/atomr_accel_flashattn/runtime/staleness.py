@@ -30,6 +30,7 @@ __all__ = ["NO_ARRAYS", "Fingerprint", "arrays_beside", "arrays_of_cache", "chec
 _INPUTS: Final = ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k", "rng")
 _BEHIND_LENGTHS: Final = ("left_pad", "k_new", "v_new", "cu_seqlens_new", "rotary_cos", "rotary_sin")
 _NAMES: Final = (*_INPUTS, "out")
+_DESCALES: Final = ("q_descale", "k_descale", "v_descale")
 _BACKWARD_NAMES: Final = (*_INPUTS, "out", "lse", "dout", "dlse", "dq", "dk", "dv")
 _SINCE_MADE: Final = "since the request was made"
 _SINCE_ASK: Final = "between ask and reply"
@@ -56,10 +57,12 @@ class Fingerprint:
         """
         arrays = (*_inputs(request.problem), request.out_array)
         cache = request.problem.cache
-        if cache is None:
-            found = Fingerprint(arrays, _NAMES)
-        else:
-            found = Fingerprint((*arrays, *arrays_of_cache(cache)), _names_on_cache(cache.lengths_name))
+        names: tuple[str, ...] = _NAMES
+        if cache is not None:
+            arrays, names = (*arrays, *arrays_of_cache(cache)), _names_on_cache(cache.lengths_name)
+        if request.problem.descales is not None:
+            arrays, names = (*arrays, *_descales(request.problem)), (*names, *_DESCALES)
+        found = Fingerprint(arrays, names)
         found.check(_SINCE_MADE)
         return found
 
@@ -120,7 +123,13 @@ def _inputs(problem: AttentionProblem) -> tuple[ArrayInfo | None, ...]:
 def arrays_beside(problem: AttentionProblem) -> tuple[ArrayInfo | None, ...]:
     """Lengths, tables, biases and the like: all that a forward reads beside q, k and v; new tokens of a cache among it."""
     _, _, _, *others = _inputs(problem)
-    return tuple(others) if problem.cache is None else (*others, *arrays_of_cache(problem.cache))
+    on_cache = () if problem.cache is None else arrays_of_cache(problem.cache)
+    return (*others, *on_cache, *_descales(problem))
+
+
+def _descales(problem: AttentionProblem) -> tuple[ArrayInfo | None, ...]:
+    """In the order of _DESCALES; none where K and V are not fp8."""
+    return () if problem.descales is None else tuple(each and each.array for each in problem.descales)
 
 
 def arrays_of_cache(cache: KvCache) -> tuple[ArrayInfo | None, ...]:

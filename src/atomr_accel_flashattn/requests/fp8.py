@@ -1,0 +1,111 @@
+"""What a call with fp8 K and V has besides: descales and the type of o, checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final
+
+from ..arrays.read import read_array, share_memory
+from ..errors import ArrayTypeError, DescaleError, DropoutError, OutputError
+from ..limits import SCALED_TOKENS
+from ..problem import ArrayInfo, AttentionProblem, Descale, Descales, Strides
+from ..types import DType, ScaleUnit
+from .checks import check_device, refuse_gradients
+from .options import Fp8Options
+
+__all__ = ["with_fp8"]
+
+_NOTHING: Final = Fp8Options()
+
+
+def with_fp8(problem: AttentionProblem, options: Fp8Options | None) -> AttentionProblem:
+    """``problem`` with its descales and the type of its o, which are left as they are where K and V are not fp8 and nothing is asked.
+
+    Raises:
+        ArrayTypeError: ``options`` that are none.
+        DescaleError: a descale of another type or shape, or of an array that is not fp8; options without any fp8 array.
+        DropoutError: dropout.
+        OutputError: a descale that lies in a cache which new tokens are written to.
+        DeviceMismatchError: a descale elsewhere than q.
+    """
+    given: Any = options
+    if given is not None and not isinstance(given, Fp8Options):
+        raise ArrayTypeError(
+            f"fp8: got {type(given).__qualname__}; allowed is an Fp8Options, as Fp8Options(k_descale=scale); leave it out for none"
+        )
+    if problem.v.dtype is None or not problem.v.dtype.is_fp8:
+        if options is not None:
+            raise DescaleError(
+                f"fp8: got Fp8Options with {problem.k.dtype_name} in k and {problem.v.dtype_name} in v; "
+                "allowed are descales and an out_dtype with fp8 k and v; multiply, or convert o"
+            )
+        return problem
+    options = options or _NOTHING
+    if problem.dropout is not None:
+        raise DropoutError(f"dropout_p: got {problem.dropout.p} with fp8 k and v; allowed is 0, because fp8 has no backward to drop for")
+    out_dtype = options.out_dtype or (DType.BF16 if problem.q.dtype is not None and problem.q.dtype.is_fp8 else problem.q.dtype)
+    descales = Descales(*(_read(getattr(options, f"{name}_descale"), name, problem) for name in "qkv"))
+    _check_apart(problem, descales)
+    return replace(problem, descales=descales, out_dtype=out_dtype)
+
+
+def _read(x: Any, of: str, problem: AttentionProblem) -> Descale | None:
+    """The descale of q, k or v."""
+    if x is None:
+        return None
+    name, scaled = f"{of}_descale", getattr(problem, of)
+    if not scaled.dtype.is_fp8:
+        raise DescaleError(
+            f"{name}: got an array with {scaled.dtype_name} in {of}; allowed is None, because only fp8 is scaled; multiply {of}"
+        )
+    info = read_array(x, name)
+    refuse_gradients(info, name, on_cache=problem.cache is not None)
+    if info.dtype is not DType.F32:
+        raise DescaleError(f"{name}: got type {info.dtype_name}; allowed is float32; call .float() or .astype('float32')")
+    check_device(info, name, problem.q)
+    return _described(info, of, problem)
+
+
+def _described(info: ArrayInfo, of: str, problem: AttentionProblem) -> Descale:
+    """A descale with the unit that its shape tells.
+
+    Raises:
+        DescaleError: a shape that tells none, or two.
+    """
+    shape, cache, name = info.shape, problem.cache, f"{of}_descale"
+    heads = (problem.batch, problem.heads_kv)
+    blocks = -(-(problem.seqlen_q if of == "q" else problem.seqlen_k) // SCALED_TOKENS)
+    exact = cache is None and not problem.is_varlen
+    fits_blocks = len(shape) == 3 and shape[:2] == heads and (shape[2] == blocks if exact else shape[2] >= blocks)
+    pages = None if cache is None or not cache.paged or of == "q" else (cache.num_blocks, cache.block_size, problem.heads_kv)
+    more = "" if exact else " or more"
+    allowed = f"() for all elements, {heads} for a sequence and KV head, {(*heads, blocks)}{more} for blocks of {SCALED_TOKENS} tokens"
+    allowed += "" if pages is None else f", and {pages} for slots of the cache"
+    if len(shape) == 1:
+        raise DescaleError(f"{name}: got shape {shape}, which may be that of the batch or of the KV heads; allowed are {allowed}")
+    if fits_blocks and shape == pages:
+        raise DescaleError(
+            f"{name}: got shape {shape}, which fits blocks of tokens and slots of the cache; allowed are {allowed}; "
+            "give one block of tokens more for the former, or another number of pages for the latter"
+        )
+    steps = tuple(step if size > 1 else 0 for size, step in zip(shape, info.strides, strict=True))
+    if not shape:
+        return Descale(info, ScaleUnit.TENSOR, Strides(0, 0, 0))
+    if shape == heads:
+        return Descale(info, ScaleUnit.HEAD, Strides(steps[0], 0, steps[1]))
+    if fits_blocks:
+        return Descale(info, ScaleUnit.BLOCK, Strides(steps[0], steps[2], steps[1]))
+    if shape == pages:
+        return Descale(info, ScaleUnit.TOKEN, Strides(*steps))
+    raise DescaleError(f"{name}: got shape {shape}; allowed are {allowed}")
+
+
+def _check_apart(problem: AttentionProblem, descales: Descales) -> None:
+    """Raise OutputError where new tokens are written to a cache over descales."""
+    if problem.cache is None or problem.cache.new is None:
+        return
+    for name, each in zip("qkv", descales, strict=True):
+        if each is not None and any(share_memory(each.array, array) for array in (problem.k, problem.v)):
+            raise OutputError(
+                f"{name}_descale: got memory of a cache that new tokens are written to; allowed is an array of its own; pass a copy"
+            )

@@ -1,0 +1,147 @@
+"""fp8 requests: what is taken, what is refused by name, and the key that tells types and descales."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import atomr_accel_flashattn as fa
+from atomr_accel_flashattn import DType, Fp8Options, ScaleUnit, SmArch
+from atomr_accel_flashattn.dispatch import key_of_problem
+from atomr_accel_flashattn.problem import Descales, Strides
+from atomr_accel_flashattn.runtime import staleness
+
+E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
+B, S, HQ, HKV, D = 3, 300, 4, 2, 32
+NO_KERNEL = [arch for arch in SmArch if arch is not SmArch.CPU]
+
+
+def scale(*shape: int) -> np.ndarray[Any, Any]:
+    return np.ones(shape, np.float32)
+
+
+def request(q: Any = E4M3, k: Any = E4M3, v: Any = E4M3, *, head_dim: int = D, **options: Any) -> fa.DenseFwdRequest:
+    """A dense request of these types; ``options`` of Fp8Options."""
+    arrays = (np.zeros((B, S, heads, head_dim), dtype) for heads, dtype in ((HQ, q), (HKV, k), (HKV, v)))
+    return fa.DenseFwdRequest(*arrays, fp8=Fp8Options(**options) if options else None)
+
+
+def paged(*, blocks: int = 5, block_size: int = 16, **options: Any) -> fa.PagedAttentionRequest:
+    q, cache = np.zeros((B, 1, HQ, D), ml_dtypes.bfloat16), np.zeros((blocks, block_size, HKV, D), E4M3)
+    table, lengths = np.zeros((B, 2), np.int32), np.full(B, min(20, 2 * block_size), np.int32)
+    return fa.PagedAttentionRequest(q, cache, cache, table, lengths, fp8=Fp8Options(**options))
+
+
+@pytest.mark.parametrize("q", [E4M3, E5M2, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize(("k", "v"), [(E4M3, E4M3), (E4M3, E5M2), (E5M2, E4M3)])
+def test_types_are_free_among_the_two_formats(q: Any, k: Any, v: Any):
+    problem = request(q, k, v).problem
+    assert problem.descales == Descales()
+    key = key_of_problem(problem, SmArch.SM_90A)
+    assert (key.dtype, key.k_dtype, key.v_dtype) == tuple(array.dtype for array in (problem.q, problem.k, problem.v))
+    assert key.out_dtype is problem.out_dtype
+    assert problem.out_dtype is (problem.q.dtype if np.dtype(q).itemsize == 2 else DType.BF16)
+
+
+@pytest.mark.parametrize(
+    ("given", "unit", "strides"),
+    [
+        (scale(), ScaleUnit.TENSOR, Strides(0, 0, 0)),
+        (scale(B, HKV), ScaleUnit.HEAD, Strides(HKV, 0, 1)),
+        (np.broadcast_to(scale(1, HKV), (B, HKV)), ScaleUnit.HEAD, Strides(0, 0, 1)),
+        (np.broadcast_to(scale(), (B, HKV)), ScaleUnit.HEAD, Strides(0, 0, 0)),
+        (scale(B, HKV, 3), ScaleUnit.BLOCK, Strides(HKV * 3, 1, 3)),
+        (scale(B, 3, HKV).swapaxes(1, 2), ScaleUnit.BLOCK, Strides(HKV * 3, HKV, 1)),
+    ],
+)
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_the_shape_tells_what_shares_a_descale(name: str, given: Any, unit: ScaleUnit, strides: Strides):
+    made = request(**{f"{name}_descale": given})
+    descale = getattr(made.problem.descales, name)
+    assert (descale.unit, descale.strides, descale.array.source is given) == (unit, strides, True)
+    assert getattr(key_of_problem(made.problem, SmArch.SM_90A).extras, f"{name}_descale") is unit
+
+
+def test_beside_pages_a_descale_may_be_that_of_a_slot():
+    made = paged(k_descale=scale(5, 16, HKV), v_descale=scale(B, HKV, 1)).problem.descales
+    assert made is not None
+    assert (made.k.unit, made.k.strides) == (ScaleUnit.TOKEN, Strides(32, 2, 1))
+    assert (made.v.unit, made.v.strides) == (ScaleUnit.BLOCK, Strides(2, 0, 1))
+
+
+def test_lengths_that_vary_leave_room_for_more_blocks_of_tokens():
+    assert paged(k_descale=scale(B, HKV, 9)).problem.descales.k.unit is ScaleUnit.BLOCK
+    with pytest.raises(fa.DescaleError, match=r"k_descale: got shape \(3, 2, 9\).*\(3, 2, 3\) for blocks"):
+        request(k_descale=scale(B, HKV, 9))
+
+
+REFUSED = {
+    "one dimension": (fa.DescaleError, r"k_descale: got shape \(2,\), which may be", lambda: request(k_descale=scale(HKV))),
+    "wrong shape": (
+        fa.DescaleError,
+        r"v_descale: got shape \(2, 3\); allowed are \(\).*\(3, 2\)",
+        lambda: request(v_descale=scale(HKV, B)),
+    ),
+    "query heads": (fa.DescaleError, r"q_descale: got shape \(3, 4\)", lambda: request(q_descale=scale(B, HQ))),
+    "slots without pages": (fa.DescaleError, r"k_descale: got shape \(3, 300, 2\)", lambda: request(k_descale=scale(B, S, HKV))),
+    "q by slots": (fa.DescaleError, "q_descale: got an array with bfloat16 in q", lambda: paged(q_descale=scale(5, 16, HKV))),
+    "two readings": (
+        fa.DescaleError,
+        "fits blocks of tokens and slots",
+        lambda: paged(blocks=B, block_size=HKV, k_descale=scale(B, HKV, 2)),
+    ),
+    "type": (fa.DescaleError, "k_descale: got type float64", lambda: request(k_descale=np.ones((B, HKV)))),
+    "16-bit q": (fa.DescaleError, "q_descale: got an array with float16 in q", lambda: request(np.float16, q_descale=scale())),
+    "16 bits": (fa.DescaleError, "fp8: got Fp8Options with float16 in k", lambda: request(*[np.float16] * 3, k_descale=scale())),
+    "no options": (fa.ArrayTypeError, "fp8: got ndarray", lambda: replace(request(), fp8=scale())),
+    "out_dtype": (fa.DTypeError, "out_dtype: got <DType.F64", lambda: Fp8Options(out_dtype=DType.F64)),
+    "only v": (fa.DTypeError, "v: got type float8_e4m3fn with bfloat16 in q", lambda: request(*[ml_dtypes.bfloat16] * 2)),
+    "only q": (fa.DTypeError, "k: got type bfloat16 with float8_e4m3fn in q", lambda: request(E4M3, *[ml_dtypes.bfloat16] * 2)),
+    "wide q": (fa.DTypeError, "k: got type float8_e4m3fn with float32 in q", lambda: request(np.float32)),
+    "bytes": (fa.DTypeError, "q: got type uint8", lambda: request(*[np.uint8] * 3)),
+    "head dim": (fa.HeadDimError, "q: got head dim 24 with fp8; allowed are multiples of 16", lambda: request(head_dim=24)),
+    "dropout": (fa.DropoutError, "with fp8 k and v", lambda: replace(request(), options=fa.AttentionOptions(dropout_p=0.5))),
+    "out": (fa.OutputError, "allowed is float32", lambda: replace(request(out_dtype=DType.F32), out=np.zeros((B, S, HQ, D), E4M3))),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_fits_nothing_is_refused(name: str):
+    error, message, make = REFUSED[name]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_backward_is_refused_by_name():
+    q = np.zeros((1, 2, 2, 16), E4M3)
+    out = np.zeros((1, 2, 2, 16), ml_dtypes.bfloat16)
+    with pytest.raises(fa.FeatureNotBuiltError, match="'fp8_backward' is not built"):
+        fa.DenseBwdRequest(q, q, q, dout=out, recompute=True)
+
+
+@pytest.mark.parametrize("wants", ["q", "k", "v"])
+def test_a_gradient_is_refused_by_name(wants: str):
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.zeros((1, 2, 2, 16), dtype=torch.bfloat16 if name == wants else torch.float8_e4m3fn) for name in "qkv"}
+    tensors[wants].requires_grad_()
+    with pytest.raises(fa.FeatureNotBuiltError, match=f"'fp8_backward' is not built.*{wants} requires grad"):
+        fa.DenseFwdRequest(**tensors)
+
+
+@pytest.mark.parametrize("arch", NO_KERNEL, ids=lambda arch: arch.value)
+def test_no_gpu_has_a_kernel_yet(arch: SmArch):
+    with pytest.raises(fa.FeatureNotBuiltError, match="'fp8' is not built"):
+        fa.lookup(key_of_problem(request().problem, arch))
+
+
+def test_a_descale_that_moved_is_told_by_its_name():
+    given = scale(B, HKV)
+    made = request(k_descale=given)
+    staleness.Fingerprint.of(made)
+    given.resize((B, HKV + 1), refcheck=False)
+    with pytest.raises(fa.StaleArrayError, match=r"^k_descale: its memory changed since the request was made"):
+        staleness.Fingerprint.of(made)
