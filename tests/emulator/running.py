@@ -90,7 +90,7 @@ def flat_tensor(spec: TensorMapSpec) -> bytes:
     assert spec.ptr % 16 == 0, "a tensor map starts on a multiple of 16 bytes"
     more = (1,) * (5 - len(spec.sizes))
     strides, sizes, box = (*spec.strides, *more), (*spec.sizes, *more), (*spec.box, *more)
-    return struct.pack("<Q4q5i5ii", spec.ptr, *strides, *sizes, *box, len(spec.sizes)).ljust(128, b"\0")
+    return struct.pack("<Q4q5i5iii", spec.ptr, *strides, *sizes, *box, len(spec.sizes), spec.dtype.itemsize).ljust(128, b"\0")
 
 
 def _keep_pattern(problem: AttentionProblem, key: DispatchKey, outputs: Outputs, inputs: Inputs, seed: int) -> Any:

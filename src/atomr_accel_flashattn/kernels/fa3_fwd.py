@@ -94,7 +94,11 @@ class Fa3ForwardSpec(ForwardSpec):
 
     def registers_suffice(self) -> bool:
         """O and S in float32, and P in 16 bits, of a consumer's registers."""
-        held = self.v_head_dim // 2 + self.tile.block_n // 2 + self.tile.block_n // 4
+        return self._registers_suffice(self.tile.block_n // 4)
+
+    def _registers_suffice(self, of_p: int) -> bool:
+        """With P in so many registers."""
+        held = self.v_head_dim // 2 + self.tile.block_n // 2 + of_p
         return held + _OTHER_REGISTERS <= _CONSUMER_REGISTERS[self.tile.warps // 4 - 1]
 
     def leaves(self) -> str:

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ptx/common.cuh"
+#include "ptx/types.cuh"
 
 namespace fa {
 
@@ -17,19 +18,38 @@ __device__ __forceinline__ float quad_reduce(float x, Op op) {
   return op(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
+// Range of P, in log2 units. p is 2^(score - max + kOffset), and up to kRescaleThreshold more with
+// lazy rescaling; kOverflowThreshold: the same for scores of which no maximum is taken.
+template <DType kP>
+struct ProbabilityRange {
+  static constexpr float kOffset = 0.f, kRescaleThreshold = 8.f, kOverflowThreshold = 15.f;
+};
+// e4m3 ends at 448 = 2^8.81 and begins at 2^-9: the maximum is 2^8, and may grow by 2^0.75 before O
+// is rescaled, so that P never clips.
+template <>
+struct ProbabilityRange<DType::F8E4M3> {
+  static constexpr float kOffset = 8.f, kRescaleThreshold = 0.75f, kOverflowThreshold = 0.75f;
+};
+// e5m2 ends at 57344 = 2^15.81.
+template <>
+struct ProbabilityRange<DType::F8E5M2> {
+  static constexpr float kOffset = 8.f, kRescaleThreshold = 7.f, kOverflowThreshold = 7.f;
+};
+
 // State of this lane's 2 * kBlocks rows: lane / 4 and lane / 4 + 8 of each 16-row block.
-template <int kBlocks>
+template <int kBlocks, DType kP = DType::F16>
 struct OnlineSoftmax {
+  using Range = ProbabilityRange<kP>;
   float max[kBlocks][2];  // reference maximum, in score units; -inf before the first visible key
   float sum[kBlocks][2];  // this lane's part of the denominator
 
   // Lazy rescale: the output is rescaled only if a maximum grew by more than 8 in log2 units. Until
   // then the old one stays the reference, and probabilities reach 256 instead of 1, which f16, bf16
-  // and float32 hold. That is rare after the first tiles: each lane compares its own scores, and
+  // and float32 hold (fp8: ProbabilityRange). That is rare after the first tiles: each lane compares its own scores, and
   // the quads exchange maxima only if some lane of the warp exceeded the threshold. Scores of the
   // polynomial softcap, of which no maximum is taken, may exceed their reference by 15: f16 holds
   // it.
-  static constexpr float kRescaleThreshold = 8.f, kOverflowThreshold = 15.f;
+  static constexpr float kRescaleThreshold = Range::kRescaleThreshold, kOverflowThreshold = Range::kOverflowThreshold;
 
   // Huge scores: the exponent is one FMA, x * factor - round(max * factor). What that rounding
   // drops is common to a row and cancels in the normalisation, unless it is large: 2^-13 at this
@@ -71,8 +91,14 @@ struct OnlineSoftmax {
       look_above = differences ? negative_infinity() : kRescaleThreshold;
       if (differences) subtract_reference<kHasRowBias>(s, row_bias);
     }
-    accumulate<kHasRowBias>(s, row_bias, differences, [factor](float x, float reference) { return fmaf(x, factor, -reference * factor); });
+    accumulate<kHasRowBias>(s, row_bias, differences, [factor](float x, float reference) { return fmaf(x, factor, addend(reference, factor)); });
     return grew;
+  }
+
+  // What `sum` is a sum of 2^(score - ...) of, in log2 units.
+  __device__ __forceinline__ float reference_log2(int b, int r, float factor) const {
+    if constexpr (Range::kOffset == 0.f) return max[b][r] * factor;
+    return fmaf(max[b][r], factor, -Range::kOffset);
   }
 
   // update() of batch-invariant kernels: what becomes of a row depends on that row alone, and on no
@@ -133,6 +159,11 @@ struct OnlineSoftmax {
   }
 
  private:
+  static __device__ __forceinline__ float addend(float reference, float factor) {
+    if constexpr (Range::kOffset == 0.f) return -reference * factor;
+    return fmaf(-reference, factor, Range::kOffset);
+  }
+
   // Whether a row of the warp that decides has a reference beyond the limit; -inf is none yet.
   template <class Decides>
   __device__ __forceinline__ bool any_huge(float factor, Decides decides) const {
