@@ -105,7 +105,13 @@ struct WarpRows : ScoreTile<C, kBlocks> {
       for (int r = 0; r < 2; ++r) {
         const int row = row_at(b, r);
         if (row >= row_count<C>(p, seq)) continue;
-        store_floats(partial + lse_row(head_of<C>(p, work.head, row), row) * p.v_head_dim, b, r);
+        float* target = partial + lse_row(head_of<C>(p, work.head, row), row) * p.v_head_dim;
+#pragma unroll
+        for (int t = 0; t < kOutTiles; ++t) {
+          const int col = 8 * t + lane_col();
+          if (C.exact_head_dim || col < p.v_head_dim)
+            *reinterpret_cast<float2*>(target + col) = {rO[b][t][2 * r] * rescale[b][r], rO[b][t][2 * r + 1] * rescale[b][r]};
+        }
       }
   }
 
@@ -144,17 +150,13 @@ struct WarpRows : ScoreTile<C, kBlocks> {
       for (int r = 0; r < 2; ++r) {
         const int row = row_at(b, r);
         if (row >= row_count<C>(p, seq)) continue;
-        store_floats(out + query_of<C>(p, row) * p.o_stride.row + head_of<C>(p, work.head, row) * p.o_stride.head, b, r);
-      }
-  }
-  // Normalise and store this lane's columns of a row.
-  __device__ __forceinline__ void store_floats(float* target, int b, int r) const {
+        float* target = out + query_of<C>(p, row) * p.o_stride.row + head_of<C>(p, work.head, row) * p.o_stride.head + lane_col();
 #pragma unroll
-    for (int t = 0; t < kOutTiles; ++t) {
-      const int col = 8 * t + lane_col();
-      if (C.exact_head_dim || col < p.v_head_dim)
-        *reinterpret_cast<float2*>(target + col) = {rO[b][t][2 * r] * rescale[b][r], rO[b][t][2 * r + 1] * rescale[b][r]};
-    }
+        for (int t = 0; t < kOutTiles; ++t) {
+          if (C.exact_head_dim || 8 * t + lane_col() < p.v_head_dim)
+            *reinterpret_cast<float2*>(target + 8 * t) = {rO[b][t][2 * r] * rescale[b][r], rO[b][t][2 * r + 1] * rescale[b][r]};
+        }
+      }
   }
 
   __device__ __forceinline__ auto lse_or_parts(float lse, int b, int r, float sum) const {

@@ -24,6 +24,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
   using Block::p, Block::shared, Block::pipe_q, Block::pipe_k, Block::pipe_v, Block::scheduler;
   using Block::block_band, Block::first_tile;
   using typename Block::Params, typename Block::TileQ, typename Block::TileK, typename Block::TileV, typename Block::Values;
+  static constexpr bool kDescaled = Score<C>::kDescaled;
   using Rows = WarpRows<C, 1>;
   using Total = OutputTotal<C>;
   static constexpr int kStepsQK = C.head_dim / MmaTraits<C.dtype>::kStep;   // of Q K^T
@@ -53,7 +54,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     ptx::warpgroup_fence_operand(r.S[0]);
     while (!current.work.past_end()) {
       const int first_row = current.work.block_m * C.block_m;
-      Rows rows(p.fwd, current.work, current.seq, first_row + (warp_index() - 4) * 16, descale(Operand::QK, current.work));
+      Rows rows(p.fwd, current.work, current.seq, first_row + (warp_index() - 4) * 16, kDescaled ? descale(Operand::QK, current.work) : 1.f);
       typename Total::Memory memory;
       Total total(memory);
       bool pending = current.n >= 0;  // a PV product is in flight
@@ -79,13 +80,13 @@ struct Fa3Forward : Fa3Producer<C, Source> {
       TileContext next{WorkTile::none()};
       if constexpr (C.persistent) {
         next = prologue(scheduler.get_next(), r, warpgroup, drain_pv);
-        rows.finalize(lse, descale(Operand::V, current.work));
+        rows.finalize(lse, kDescaled ? descale(Operand::V, current.work) : 1.f);
         ptx::wgmma_wait<1>();
         ptx::warpgroup_fence_operand(rows.rO[0]);
         if (pending) pipe_v.consumer_release();
       } else {
         ptx::optimisation_barrier(next.work.block_m);
-        rows.finalize(lse, descale(Operand::V, current.work));
+        rows.finalize(lse, kDescaled ? descale(Operand::V, current.work) : 1.f);
         drain_pv();
       }
       total.add_to(rows.rO[0]);
@@ -106,7 +107,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
   enum class Operand { QK, V };
   // The factor of what is multiplied with q and k, or v.
   __device__ __forceinline__ float descale(Operand operand, const WorkTile& work) const {
-    if constexpr (bytes_of(C.k_dtype) == 1) {
+    if constexpr (kDescaled) {
       const int head_kv = kv_head_of<C>(p.fwd, work.head);
       const auto read = [&](const float* x, const Strides& step) {
         return x == nullptr ? 1.f : x[work.batch * step.batch + head_kv * step.head];
