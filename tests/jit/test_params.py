@@ -204,8 +204,8 @@ def test_what_is_packed_has_no_addresses(spec: KernelSpec):
 
 def test_every_kernel_finds_its_addresses_among_those_of_a_call():
     problem = dense(dropout=Dropout(0.25, array(10, 2, dtype=None)))
-    assert slots_of(outputs(problem)) == SLOTS == FwdParams.SLOTS
-    slots = slots_of(outputs(problem, keep=True))
+    assert slots_of(problem, outputs(problem)) == SLOTS == FwdParams.SLOTS
+    slots = slots_of(problem, outputs(problem, keep=True))
     assert all(set(struct.SLOTS) <= set(slots) for struct in _KERNELS)
     assert dict(zip(slots, addresses_of(problem, outputs(problem, keep=True)), strict=True))["keep"] == 11
 

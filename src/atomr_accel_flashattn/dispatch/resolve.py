@@ -14,6 +14,7 @@ from ..kernels.attention import AttentionSpec
 from ..kernels.dropout_mask import DropoutMaskSpec
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.fa2_fwd import Fa2ForwardSpec
+from ..kernels.fa3_fp8 import Fa3Fp8ForwardSpec, fp8_width
 from ..kernels.fa3_fwd import Fa3ForwardSpec
 from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.forward import ForwardSpec
@@ -21,19 +22,20 @@ from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.merge_states import MergeStatesSpec
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..kernels.step import ScheduledKvCacheSpec
-from ..limits import dtypes_of, merged_dtypes_of, not_built
+from ..limits import FP8_OUT_DTYPES, dtypes_of, merged_dtypes_of, not_built
 from ..tiles.saved import forget_saved_tiles, saved_tile
 from ..tiles.space import misfit
 from ..tiles.tables import (
     backward_tile_for,
     cache_tile_for,
+    fp8_wgmma_tile_for,
     head_dim_width,
     invariant_tile_for,
     tile_for,
     wgmma_cache_tile_for,
     wgmma_tile_for,
 )
-from ..types import DType, SmArch
+from ..types import DType, ScaleUnit, SmArch
 from .key import DispatchKey, Extras
 
 __all__ = ["CpuSpec", "forget_lookups", "lookup"]
@@ -129,6 +131,8 @@ def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
 
 def _forward(key: DispatchKey) -> ForwardSpec:
     """The forward kernel of the family that answers ``key``, with the tile of the package."""
+    if key.v_dtype.is_fp8:
+        return _forward_fp8(key)
     width, v_width = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim)
     wgmma = key.family is Family.FA3
     kind: type[ForwardSpec] = Fa3ForwardSpec if wgmma else Fa2ForwardSpec
@@ -138,6 +142,15 @@ def _forward(key: DispatchKey) -> ForwardSpec:
         pack_gqa=key.packs_heads,
         **_features(key, width, v_width),
     )
+
+
+def _forward_fp8(key: DispatchKey) -> Fa3Fp8ForwardSpec:
+    """The same of fp8 q, k and v."""
+    width, v_width = fp8_width(key.head_dim), fp8_width(key.v_head_dim)
+    tile = replace(fp8_wgmma_tile_for(width, v_width), persistent=key.extras.persistent is not False)
+    named = (("k_dtype", key.k_dtype), ("v_dtype", key.v_dtype), ("out_dtype", key.out_dtype))
+    others: dict[str, Any] = {name: dtype for name, dtype in named if dtype is not key.dtype}
+    return Fa3Fp8ForwardSpec(arch=key.arch, tile=tile, pack_gqa=key.packs_heads, **_features(key, width, v_width), **others)
 
 
 def _backward(key: DispatchKey) -> Fa2BackwardSpec:
@@ -226,15 +239,16 @@ def _refuse(key: DispatchKey) -> None:
     extras, arch = key.extras, key.arch
     fp8 = [dtype.value for dtype in (key.dtype, extras.k_dtype, extras.v_dtype, extras.out_dtype) if dtype is not None and dtype.is_fp8]
     gpu, cached = arch is not SmArch.CPU, key.paged or extras.kv_cache
+    built = _has_fp8_kernel(key)
     unbuilt = (
-        (bool(fp8), "fp8", f"got {', '.join(fp8)}"),
+        (bool(fp8) and not built, "fp8", f"got {', '.join(fp8)}"),
         (gpu and extras.split and not cached, "split", ""),
         (gpu and extras.left_pad and not extras.kv_cache, "left_pad", ""),
         (extras.kv_layout not in {"NHD", "HND"}, "kv_layout", f"got {extras.kv_layout!r}"),
         (cached and extras.direction == "bwd", "paged_backward", ""),
-        (extras.k_dtype not in {None, key.dtype}, "k_dtype", ""),
-        (extras.v_dtype not in {None, key.dtype}, "v_dtype", ""),
-        (extras.out_dtype not in {None, key.dtype}, "out_dtype", ""),
+        (not built and extras.k_dtype not in {None, key.dtype}, "k_dtype", ""),
+        (not built and extras.v_dtype not in {None, key.dtype}, "v_dtype", ""),
+        (not built and extras.out_dtype not in {None, key.dtype}, "out_dtype", ""),
     )
     for asked, feature, got in unbuilt:
         if asked:
@@ -257,11 +271,20 @@ def _refuse(key: DispatchKey) -> None:
             "use an Fa2FwdRequest"
         )
     allowed = merged_dtypes_of(arch) if extras.direction == "merge_states" else dtypes_of(arch)
-    if key.dtype not in allowed:
+    if key.dtype not in allowed and not built:
         names = ", ".join(dtype.value for dtype in allowed)
         raise ArchUnsupportedError(
             f"dtype: got {key.dtype.value} on {arch.value}; allowed there are {names}; convert, or run on the CPU backend"
         )
+
+
+def _has_fp8_kernel(key: DispatchKey) -> bool:
+    """Whether there is a kernel for the fp8 arrays of ``key``: fp8 q, k and v with factors by tensor or KV head, of the wgmma family."""
+    extras = key.extras
+    types = key.dtype.is_fp8 and key.k_dtype.is_fp8 and key.v_dtype.is_fp8 and key.out_dtype in FP8_OUT_DTYPES
+    coarse = all(unit in {None, ScaleUnit.TENSOR, ScaleUnit.HEAD} for unit in (extras.q_descale, extras.k_descale, extras.v_descale))
+    beside = key.paged or extras.kv_cache or extras.dropout or extras.split or extras.direction != "fwd"
+    return types and coarse and not beside and key.family is Family.FA3
 
 
 def _refuse_invariant(key: DispatchKey) -> None:

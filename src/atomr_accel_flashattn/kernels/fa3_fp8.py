@@ -1,4 +1,4 @@
-"""The forward kernel of the wgmma family over fp8 tensors: ``cuda/kernels/fa3_fp8.cuh`` (FlashAttention-3, arXiv 2407.08608, section 3.3)."""
+"""The forward kernel of the wgmma family over fp8 tensors: ``cuda/kernels/fa3_fp8.cuh`` (arXiv 2407.08608, section 3.3)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from ..problem import ArrayInfo, AttentionProblem
-from ..types import DType
 from .fa3_fwd import Fa3ForwardSpec
-from .forward import FwdParams
+from .forward import DESCALE_SLOTS, FwdParams, descale_strides
 from .params import KernelParams, StrideParams, TensorMapParams
 
-__all__ = ["DESCALE_SLOTS", "FLUSH_KEYS", "FP8_WIDTHS", "Fa3Fp8ForwardSpec", "Fa3Fp8FwdParams", "fp8_width"]
+__all__ = ["FLUSH_KEYS", "FP8_WIDTHS", "Fa3Fp8ForwardSpec", "Fa3Fp8FwdParams", "fp8_width"]
 
 FP8_WIDTHS: Final = (64, 128, 192, 256)  # rows of tiles are whole panels of 64 or 128 bytes
-DESCALE_SLOTS: Final = ("q_descale", "k_descale", "v_descale")
 # Keys between two flushes of O: an accumulator has lost 0.3 % by then, a tenth of what e4m3 costs, and to move O takes a few per cent of
 # the time of so many keys. By arithmetic, not measured.
 FLUSH_KEYS: Final = 2048
@@ -62,15 +60,14 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
 
     single_level: bool = False
 
-    @property
-    def shared_memory(self) -> int:
-        """And buffers of V before it is transposed."""
-        loaded = min(self.tile.stages, _MOST_LOADED) * self.tile.block_n * self.v_head_dim
-        return Fa3ForwardSpec.shared_memory.fget(self) + loaded  # type: ignore[attr-defined]  # super() has no slots class to look in
+    def shared_tiles(self) -> tuple[int, int]:
+        """With the buffers of V before it is transposed."""
+        q, kv = Fa3ForwardSpec.shared_tiles(self)
+        return q, kv + min(self.tile.stages, _MOST_LOADED) * self.tile.block_n * self.v_head_dim
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
-        """wgmma of 8 bits, TMA loads, mbarriers, the transposition of V."""
+        """Wgmma of 8 bits, TMA loads, mbarriers, the transposition of V."""
         return ("QGMMA", "UTMALDG", "SYNCS", "LDSM", "STSM")
 
     def misfit(self) -> str:
@@ -95,9 +92,3 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
         params.tensor_maps = self.tensor_maps(problem)
         params.counts = self.tile.persistent
         return params
-
-
-def descale_strides(problem: AttentionProblem) -> dict[str, StrideParams]:
-    """Of factors per tensor, and per (sequence, KV head)."""
-    given = problem.descales or (None, None, None)
-    return {f"{name}_stride": StrideParams(*each.strides) for name, each in zip(DESCALE_SLOTS, given, strict=True) if each is not None}

@@ -118,7 +118,7 @@ class Fa3ForwardSpec(ForwardSpec):
         """A block for each tile; persistent blocks as many as asked for, or one for each SM."""
         return min(tiles, blocks or multiprocessors) if self.tile.persistent else tiles
 
-    def pack(self, problem: AttentionProblem, out: ArrayInfo) -> Fa3FwdParams:
+    def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
         """``fa::Fa3FwdParams`` with its maps still to be encoded."""
         params = Fa3FwdParams(fwd=self.pack_forward(problem, out), tiles=self.work_tiles(problem))
         params.tensor_maps = self.tensor_maps(problem)

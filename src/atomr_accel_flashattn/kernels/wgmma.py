@@ -23,7 +23,8 @@ struct Wgmma<{n}, DType::{a_dtype}, DType::{b_dtype}> {{
                  : "l"(a), "l"(b), "r"(accumulate));
   }}
   static __device__ __forceinline__ void rs(float (&d)[{tiles}][4], const uint32_t (&a)[4], uint64_t b) {{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n{n}{k}.f32.{a_ptx}.{b_ptx} {{{d}}}, {{%{a}, %{a1}, %{a2}, %{a3}}}, %{b4}, 1, 1, 1{rs_majors};\\n"
+    asm volatile("wgmma.mma_async.sync.aligned.m64n{n}{k}.f32.{a_ptx}.{b_ptx} {{{d}}}, {{%{a}, %{a1}, %{a2}, %{a3}}}, "
+                 "%{b4}, 1, 1, 1{rs_majors};\\n"
                  : {outputs}
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }}

@@ -14,6 +14,7 @@ __all__ = [
     "backward_tile_for",
     "cache_rows",
     "cache_tile_for",
+    "fp8_wgmma_tile_for",
     "has_row_for_short_q",
     "head_dim_width",
     "invariant_tile_for",
@@ -143,6 +144,20 @@ def wgmma_tile_for(
     if softcap:
         tile = replace(tile, block_n=min(tile.block_n, _SOFTCAP_KEYS.get(wider, tile.block_n)), ping_pong=False)
     return tile
+
+
+# fp8 of the wgmma family, by the wider width. Keys as many as registers hold without spills; not measured.
+_WGMMA_FP8 = {
+    64: Tile(block_m=192, block_n=128, warps=16, stages=3, ping_pong=True),
+    128: Tile(block_m=128, block_n=192, warps=12, stages=2, ping_pong=True),
+    192: Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True),
+    256: Tile(block_m=128, block_n=64, warps=12, stages=2, ping_pong=True),
+}
+
+
+def fp8_wgmma_tile_for(head_dim: int, v_head_dim: int) -> Tile:
+    """The tile of the wgmma family for two widths of fp8 (kernels/fa3_fp8.py)."""
+    return _WGMMA_FP8[max(head_dim, v_head_dim)]
 
 
 # Over a KV cache, by v width: keys that have large common divisors with pages, so that TMA copies few boxes.

@@ -91,7 +91,8 @@ struct OnlineSoftmax {
       look_above = differences ? negative_infinity() : kRescaleThreshold;
       if (differences) subtract_reference<kHasRowBias>(s, row_bias);
     }
-    accumulate<kHasRowBias>(s, row_bias, differences, [factor](float x, float reference) { return fmaf(x, factor, addend(reference, factor)); });
+    accumulate<kHasRowBias>(s, row_bias, differences,
+                            [factor](float x, float reference) { return fmaf(x, factor, addend(reference, factor)); });
     return grew;
   }
 

@@ -20,9 +20,9 @@ namespace fa {
 template <Config C, class Source = TensorKv<C>>
 struct Fa3Forward : Fa3Producer<C, Source> {
   using Block = Fa3Producer<C, Source>;
+  using Block::block_band, Block::first_tile;
   using Block::kConsumers, Block::kWarpgroupRows, Block::kQ, Block::kK, Block::kV, Block::kThere;
   using Block::p, Block::shared, Block::pipe_q, Block::pipe_k, Block::pipe_v, Block::scheduler;
-  using Block::block_band, Block::first_tile;
   using typename Block::Params, typename Block::TileQ, typename Block::TileK, typename Block::TileV, typename Block::Values;
   static constexpr bool kDescaled = Score<C>::kDescaled;
   using Rows = WarpRows<C, 1>;
@@ -54,7 +54,8 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     ptx::warpgroup_fence_operand(r.S[0]);
     while (!current.work.past_end()) {
       const int first_row = current.work.block_m * C.block_m;
-      Rows rows(p.fwd, current.work, current.seq, first_row + (warp_index() - 4) * 16, kDescaled ? descale(Operand::QK, current.work) : 1.f);
+      Rows rows(p.fwd, current.work, current.seq, first_row + (warp_index() - 4) * 16,
+                kDescaled ? descale(Operand::QK, current.work) : 1.f);
       typename Total::Memory memory;
       Total total(memory);
       bool pending = current.n >= 0;  // a PV product is in flight

@@ -106,7 +106,8 @@ struct Fa3Producer {
         pipe_k.advance();
         if constexpr (kTransposesV) {
           pipe_loaded_v.producer_acquire();
-          source.template load<LoadedV>(at, shared + kLoadedV, pipe_loaded_v.stage, &p.v_map, pipe_loaded_v.full_barrier(), head_kv, n, leader);
+          source.template load<LoadedV>(at, shared + kLoadedV, pipe_loaded_v.stage, &p.v_map, pipe_loaded_v.full_barrier(), head_kv, n,
+                                        leader);
           pipe_loaded_v.advance();
         }
       }
@@ -145,7 +146,8 @@ struct Fa3Producer {
       for (int n = first_tile(work, seq, band); n >= 0; n = band.next_tile(n)) {
         pipe_loaded_v.consumer_wait();
         pipe_v.producer_acquire();
-        Values::transpose(shared + kLoadedV + pipe_loaded_v.stage * LoadedV::kBytes, shared + kV + pipe_v.stage * TileV::kBytes, n, seen, part);
+        Values::transpose(shared + kLoadedV + pipe_loaded_v.stage * LoadedV::kBytes, shared + kV + pipe_v.stage * TileV::kBytes, n, seen,
+                          part);
         if (threadIdx.x % 32 == 0) {
           ptx::mbarrier_arrive(pipe_loaded_v.empty_barrier());
           ptx::mbarrier_arrive(pipe_v.full_barrier());
@@ -184,6 +186,7 @@ struct Fa3Producer {
       }
     }
   }
+
  protected:
   // The keys that a block visits for a work tile whose rows begin at `first_row`.
   __device__ __forceinline__ BlockBand<C> block_band(const WorkTile& work, const Sequence& seq, int first_row) const {

@@ -34,7 +34,7 @@ struct ByteTranspose {
       for (int i = 0; i < kInFlight; ++i) ptx::ldmatrix_x4_trans(pairs[i], from + From::offset(group * kGroup + lane, c + i));
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const uint32_t(&x)[4] = pairs[i];
+        const uint32_t (&x)[4] = pairs[i];
         const uint32_t bytes[4] = {__byte_perm(x[0], x[1], first), __byte_perm(x[0], x[1], second), __byte_perm(x[2], x[3], first),
                                    __byte_perm(x[2], x[3], second)};
         ptx::stmatrix_x4(to + To::offset((c + i) * 16 + col, chunk), bytes);
