@@ -12,6 +12,7 @@ from atomr_accel_flashattn.jit import nvrtc
 from atomr_accel_flashattn.jit.headers import headers_dir
 from atomr_accel_flashattn.kernels.backward import BwdParams
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
+from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8FwdParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
@@ -34,6 +35,7 @@ _STRUCTS = {
     FwdParams: "fa::FwdParams",
     TensorMapParams: "fa::TensorMap",
     Fa3FwdParams: "fa::Fa3FwdParams",
+    Fa3Fp8FwdParams: "fa::Fa3Fp8FwdParams",
     BwdParams: "fa::BwdParams",
     KvCacheParams: "fa::KvCacheParams",
     StepParams: "fa::StepParams",

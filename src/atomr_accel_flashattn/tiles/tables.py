@@ -151,7 +151,7 @@ _WGMMA_FP8 = {
     64: Tile(block_m=192, block_n=128, warps=16, stages=3, ping_pong=True),
     128: Tile(block_m=128, block_n=192, warps=12, stages=2, ping_pong=True),
     192: Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True),
-    256: Tile(block_m=128, block_n=64, warps=12, stages=2, ping_pong=True),
+    256: Tile(block_m=128, block_n=96, warps=12, stages=2, ping_pong=True),
 }
 
 

@@ -46,9 +46,10 @@ struct OutputTotal<C, true> {
   }
 
   __device__ __forceinline__ void flush(Output& rO) {
-    if (tiles > C.flush_tiles) add(rO);
+    const bool first = tiles == C.flush_tiles;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
+      if (!first) add(rO[t], t);
       ptx::store_local_16(address + 16 * t, rO[t]);
 #pragma unroll
       for (int e = 0; e < 4; ++e) rO[t][e] = 0.f;
@@ -58,18 +59,17 @@ struct OutputTotal<C, true> {
 
   // At the end: what was flushed comes back.
   __device__ __forceinline__ void add_to(Output& rO) const {
-    if (tiles >= C.flush_tiles) add(rO);
+    if (tiles < C.flush_tiles) return;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) add(rO[t], t);
   }
 
  private:
-  __device__ __forceinline__ void add(Output& rO) const {
+  __device__ __forceinline__ void add(float (&rO)[4], int t) const {
+    float total[4];
+    ptx::load_local_16(total, address + 16 * t);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      float total[4];
-      ptx::load_local_16(total, address + 16 * t);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) rO[t][e] = fmaf(total[e], scale[e / 2], rO[t][e]);
-    }
+    for (int e = 0; e < 4; ++e) rO[e] = fmaf(total[e], scale[e / 2], rO[e]);
   }
 };
 

@@ -45,13 +45,9 @@ struct Fa3FwdParams {
   TensorMap q_map, k_map, v_map;
 };
 
-// Factors of fp8 tensors: a number is what is stored, times the factor of its group. Null: 1.
-struct Descales {
-  const float *q_descale, *k_descale, *v_descale;
-};
-
-// Fa3FwdParams of fp8 tensors.
-struct Fa3Fp8FwdParams : Descales {
+// Fa3FwdParams of fp8 tensors. A number is what is stored, times the factor of its group.
+struct Fa3Fp8FwdParams {
+  const float *q_descale, *k_descale, *v_descale;  // null: 1
   FwdParams fwd;
   // In elements; rows are blocks of 128 tokens. q has the factors of its KV heads.
   Strides q_descale_stride, k_descale_stride, v_descale_stride;

@@ -71,8 +71,8 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   }
 
   // Normalisation factors, and LSE if wanted. Reads no output: it may overlap the last PV product.
-  // `lse()` is where the LSE goes, null for nowhere; split: where the PartialSum goes. `descale`: of
-  // v, fp8 only.
+  // `lse()` is where the LSE goes, null for nowhere; split: where the PartialSum goes. `descale`:
+  // of v, fp8 only.
   template <class Lse>
   __device__ __forceinline__ void finalize(Lse lse, float descale = 1.f) {
 #pragma unroll

@@ -63,8 +63,8 @@ struct ScoreTile {
         for (int e = 0; e < 4; ++e) x[b][t][e] = 0.f;
   }
 
-  // P to its type: two neighbouring accumulator tiles are the A operand of one k step of P V. In fp8
-  // they are four, and a step has its keys in the order of ByteTranspose (tile/transpose.cuh).
+  // P to its type: two neighbouring accumulator tiles are the A operand of one k step of P V. In
+  // fp8 they are four, and a step has its keys in the order of ByteTranspose (tile/transpose.cuh).
   static __device__ __forceinline__ void pack_probabilities(uint32_t (&a)[4], const Scores& rS, int b, int k) {
     using Traits = MmaTraits<C.p_dtype()>;
 #pragma unroll

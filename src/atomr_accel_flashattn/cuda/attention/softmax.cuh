@@ -43,12 +43,12 @@ struct OnlineSoftmax {
   float max[kBlocks][2];  // reference maximum, in score units; -inf before the first visible key
   float sum[kBlocks][2];  // this lane's part of the denominator
 
-  // Lazy rescale: the output is rescaled only if a maximum grew by more than 8 in log2 units. Until
-  // then the old one stays the reference, and probabilities reach 256 instead of 1, which f16, bf16
-  // and float32 hold (fp8: ProbabilityRange). That is rare after the first tiles: each lane compares its own scores, and
-  // the quads exchange maxima only if some lane of the warp exceeded the threshold. Scores of the
-  // polynomial softcap, of which no maximum is taken, may exceed their reference by 15: f16 holds
-  // it.
+  // Lazy rescale: the output is rescaled only if a maximum grew by more than 8 in log2 units (fp8:
+  // ProbabilityRange). Until then the old one stays the reference, and probabilities reach 256
+  // instead of 1, which f16, bf16 and float32 hold. That is rare after the first tiles: each lane
+  // compares its own scores, and the quads exchange maxima only if some lane of the warp exceeded
+  // the threshold. Scores of the polynomial softcap, of which no maximum is taken, may exceed their
+  // reference by 15: f16 holds it.
   static constexpr float kRescaleThreshold = Range::kRescaleThreshold, kOverflowThreshold = Range::kOverflowThreshold;
 
   // Huge scores: the exponent is one FMA, x * factor - round(max * factor). What that rounding

@@ -5,6 +5,7 @@
 
 #include "attention/config.cuh"
 #include "ptx/common.cuh"
+#include "tile/layout.cuh"
 #include "tile/swizzled_tile.cuh"
 #include "tile/transpose.cuh"
 
@@ -30,8 +31,8 @@ struct ValueOperand<C, true> {
 
   static __device__ __forceinline__ uint64_t descriptor(uint32_t tile, int k) { return Tile::k_major(tile, k); }
 
-  // Warp `part` of kWarps transposes its share of tile n. Rows that no query sees become zeros first,
-  // as a NaN there would survive a probability of zero.
+  // Warp `part` of kWarps transposes its share of tile n. Rows that no query sees become zeros
+  // first, as a NaN there would survive a probability of zero.
   static __device__ __forceinline__ void transpose(uint32_t loaded, uint32_t tile, int n, const RowRange& seen, int part) {
     const bool whole = seen.covers(n * C.block_n, C.block_n);
 #pragma unroll 1

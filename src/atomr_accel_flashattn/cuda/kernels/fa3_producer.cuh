@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The FA3 family: what roles of a block share, and its producer warps, which load tiles of Q, K and V
-// by TMA.
+// The FA3 family: what the roles of a block share, and its producer warps, which load tiles of Q, K
+// and V by TMA.
 #pragma once
 
 #include "attention/block_band.cuh"
@@ -80,8 +80,8 @@ struct Fa3Producer {
     ptx::mbarrier_init_fence();
   }
 
-  // Producer warp of K, and of V that is still to be transposed, which also runs the tile scheduler.
-  // Control flow is uniform over the warp; one elected lane issues.
+  // Producer warp of K, and of V that is still to be transposed, which also runs the tile
+  // scheduler. Control flow is uniform over the warp; one elected lane issues.
   __device__ __forceinline__ void produce_k() {
     const bool leader = ptx::elect_one();
     if (leader) ptx::tma_prefetch_map(&p.k_map);
