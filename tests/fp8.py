@@ -10,7 +10,7 @@ import numpy as np
 
 from atomr_accel_flashattn.types import DType, ScaleUnit
 
-from .cases import Case, build
+from .cases import Alibi, Case, Values, build
 from .check import Run, _same_pattern, _within
 from .inputs import NUMPY_DTYPE, Inputs
 from .oracle import LSE_TOLERANCE, Precision, Tolerance, _softmax, oracle
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["FP8", "Fp8Call", "Fp8Types", "check_fp8", "fp8_call", "place_aligned", "plain_fp8"]
+__all__ = ["FP8", "FP8_FEATURES", "FP8_KINDS", "Fp8Call", "Fp8Types", "check_fp8", "fp8_call", "place_aligned", "plain_fp8"]
 
 FP8 = {DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn), DType.F8E5M2: np.dtype(ml_dtypes.float8_e5m2)}
 _SCORE_ERROR = 2.0**-11  # relative: accumulators of 8-bit wgmma have 14 bits and truncate, up to eight times for a score
@@ -41,6 +41,31 @@ class Fp8Types:
 
     def __str__(self) -> str:
         return "-".join([*(each.value for each in (self.q, self.k, self.v, self.out)), self.unit.value if self.unit else "unscaled"])
+
+
+_UNEQUAL: dict[str, Any] = {"lengths_q": (5, 0, 140), "lengths_k": (150, 20, 301), "heads": 4, "heads_kv": 2}
+FP8_FEATURES: dict[str, dict[str, Any]] = {
+    "causal": _UNEQUAL | {"right": 0},
+    "full": {"batch": 2, "seqlen_q": 150, "seqlen_k": 333, "heads": 2, "heads_kv": 1},
+    "window": _UNEQUAL | {"left": 33, "right": 0},
+    "sinks": _UNEQUAL | {"left": 20, "right": 0, "sink_tokens": 40},
+    "learned_sink": _UNEQUAL | {"right": 0, "learned_sink": True},
+    "alibi": _UNEQUAL | {"right": 0, "alibi": Alibi.BATCH},
+    "softcap": _UNEQUAL | {"softcap": 30.0, "right": 0},
+    "everything": _UNEQUAL | {"left": 60, "right": 2, "sink_tokens": 3, "learned_sink": True, "alibi": Alibi.HEADS, "softcap": 20.0},
+    "ratio": _UNEQUAL | {"heads": 6, "heads_kv": 2, "right": 0},
+    "padded": _UNEQUAL | {"head_dim": 48, "v_head_dim": 32},
+    "negative": _UNEQUAL | {"softmax_scale": -0.2},
+    "more queries than keys": {"lengths_q": (70, 9), "lengths_k": (40, 0), "heads": 2, "heads_kv": 2, "right": 0, "learned_sink": True},
+    "unseen_nan": _UNEQUAL | {"left": 33, "right": 0, "values": Values.NAN_UNSEEN},
+    "rising": _UNEQUAL | {"values": Values.RISING},
+}
+FP8_KINDS = (
+    Fp8Types(),
+    Fp8Types(DType.F8E4M3, DType.F8E5M2, DType.F8E5M2, DType.F16, ScaleUnit.TENSOR),
+    Fp8Types(DType.F8E5M2, DType.F8E4M3, DType.F8E4M3, DType.F32, None),
+    Fp8Types(DType.F8E5M2, DType.F8E5M2, DType.F8E4M3),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

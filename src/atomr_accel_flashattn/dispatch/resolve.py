@@ -147,7 +147,8 @@ def _forward(key: DispatchKey) -> ForwardSpec:
 def _forward_fp8(key: DispatchKey) -> Fa3Fp8ForwardSpec:
     """The same of fp8 q, k and v."""
     width, v_width = fp8_width(key.head_dim), fp8_width(key.v_head_dim)
-    tile = replace(fp8_wgmma_tile_for(width, v_width), persistent=key.extras.persistent is not False)
+    tile = fp8_wgmma_tile_for(width, v_width, crowded=key.alibi or key.extras.softcap > 0)
+    tile = replace(tile, persistent=key.extras.persistent is not False)
     named = (("k_dtype", key.k_dtype), ("v_dtype", key.v_dtype), ("out_dtype", key.out_dtype))
     others: dict[str, Any] = {name: dtype for name, dtype in named if dtype is not key.dtype}
     return Fa3Fp8ForwardSpec(arch=key.arch, tile=tile, pack_gqa=key.packs_heads, **_features(key, width, v_width), **others)

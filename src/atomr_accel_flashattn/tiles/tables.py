@@ -155,9 +155,14 @@ _WGMMA_FP8 = {
 }
 
 
-def fp8_wgmma_tile_for(head_dim: int, v_head_dim: int) -> Tile:
-    """The tile of the wgmma family for two widths of fp8 (kernels/fa3_fp8.py)."""
-    return _WGMMA_FP8[max(head_dim, v_head_dim)]
+_WGMMA_FP8_CROWDED_KEYS = {128: 160, 192: 96, 256: 64}  # with slopes or a softcap in registers
+
+
+def fp8_wgmma_tile_for(head_dim: int, v_head_dim: int, *, crowded: bool = False) -> Tile:
+    """The tile of the wgmma family for two widths of fp8 (kernels/fa3_fp8.py); ``crowded``: whether ALiBi or softcap need registers."""
+    wider = max(head_dim, v_head_dim)
+    tile = _WGMMA_FP8[wider]
+    return replace(tile, block_n=_WGMMA_FP8_CROWDED_KEYS.get(wider, tile.block_n)) if crowded else tile
 
 
 # Over a KV cache, by v width: keys that have large common divisors with pages, so that TMA copies few boxes.

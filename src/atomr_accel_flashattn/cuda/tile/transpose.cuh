@@ -17,7 +17,7 @@ struct ByteTranspose {
   using From = SwizzledTile<kRows, kCols, 1>;
   using To = SwizzledTile<kCols, kRows, 1>;
   static constexpr int kGroup = 32, kGroups = kRows / kGroup;  // keys of a step of wgmma
-  static constexpr int kInFlight = 2;                          // loads before the first store
+  static constexpr int kInFlight = 4;                          // loads before the first store
   static constexpr int kChunks = From::kRowBytes / 16;          // of a panel
   static_assert(kRows % kGroup == 0 && kChunks % kInFlight == 0);
 
@@ -32,7 +32,7 @@ struct ByteTranspose {
     to += To::offset(col, chunk);
 #pragma unroll 1
     for (int panel = 0; panel < From::kPanels; ++panel) {
-#pragma unroll
+#pragma unroll 1
       for (int c = 0; c < kChunks; c += kInFlight) {
         uint32_t pairs[kInFlight][4];
 #pragma unroll
