@@ -21,7 +21,7 @@ from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.merge_states import MergeStatesSpec
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..kernels.step import ScheduledKvCacheSpec
-from ..limits import dtypes_of, merged_dtypes_of, not_built
+from ..limits import FP8_HEAD_DIM_STEP, FP8_OUT_DTYPES, GPU_DTYPES, dtypes_of, merged_dtypes_of, not_built
 from ..tiles.saved import forget_saved_tiles, saved_tile
 from ..tiles.space import misfit
 from ..tiles.tables import (
@@ -224,17 +224,18 @@ def _refuse_schedule(key: DispatchKey) -> None:
 def _refuse(key: DispatchKey) -> None:
     """Features of the design that this version does not have, and element types that the arch does not take."""
     extras, arch = key.extras, key.arch
-    fp8 = [dtype.value for dtype in (key.dtype, extras.k_dtype, extras.v_dtype, extras.out_dtype) if dtype is not None and dtype.is_fp8]
+    _refuse_fp8(key)
+    fp8 = key.v_dtype.is_fp8
     gpu, cached = arch is not SmArch.CPU, key.paged or extras.kv_cache
     unbuilt = (
-        (bool(fp8), "fp8", f"got {', '.join(fp8)}"),
+        (gpu and fp8, "fp8", f"got {key.k_dtype.value} and {key.v_dtype.value} in k and v"),
         (gpu and extras.split and not cached, "split", ""),
         (gpu and extras.left_pad and not extras.kv_cache, "left_pad", ""),
         (extras.kv_layout not in {"NHD", "HND"}, "kv_layout", f"got {extras.kv_layout!r}"),
         (cached and extras.direction == "bwd", "paged_backward", ""),
-        (extras.k_dtype not in {None, key.dtype}, "k_dtype", ""),
-        (extras.v_dtype not in {None, key.dtype}, "v_dtype", ""),
-        (extras.out_dtype not in {None, key.dtype}, "out_dtype", ""),
+        (not fp8 and key.k_dtype is not key.dtype, "k_dtype", ""),
+        (not fp8 and key.v_dtype is not key.dtype, "v_dtype", ""),
+        (not fp8 and key.out_dtype is not key.dtype, "out_dtype", ""),
     )
     for asked, feature, got in unbuilt:
         if asked:
@@ -261,6 +262,31 @@ def _refuse(key: DispatchKey) -> None:
         names = ", ".join(dtype.value for dtype in allowed)
         raise ArchUnsupportedError(
             f"dtype: got {key.dtype.value} on {arch.value}; allowed there are {names}; convert, or run on the CPU backend"
+        )
+
+
+def _refuse_fp8(key: DispatchKey) -> None:
+    """Types that do not go together, descales of other types, and what a call with fp8 has not."""
+    extras, types = key.extras, {"q": key.dtype, "k": key.k_dtype, "v": key.v_dtype}
+    for name, dtype in types.items():
+        if getattr(extras, f"{name}_descale") is not None and not dtype.is_fp8:
+            raise DispatchError(f"{name}_descale: got one with {dtype.value} in {name}; allowed is None, because only fp8 is scaled")
+    if not any(dtype.is_fp8 for dtype in (*types.values(), key.out_dtype)):
+        return
+    if extras.direction == "bwd":
+        raise not_built("fp8_backward", f"got {key.dtype.value}")
+    if extras.dropout:
+        raise DispatchError("dropout: got dropout with fp8, which has no backward to drop for; allowed is none")
+    q_fits = key.dtype.is_fp8 or key.dtype in GPU_DTYPES
+    if not (q_fits and key.k_dtype.is_fp8 and key.v_dtype.is_fp8 and key.out_dtype in FP8_OUT_DTYPES):
+        got = ", ".join(dtype.value for dtype in (*types.values(), key.out_dtype))
+        raise DispatchError(
+            f"dtype: got {got} in q, k, v and o; "
+            "allowed is one type, or fp8 in k and v with fp8, f16 or bf16 in q and f16, bf16 or f32 in o"
+        )
+    if extras.direction == "fwd" and (key.head_dim % FP8_HEAD_DIM_STEP or key.v_head_dim % FP8_HEAD_DIM_STEP):
+        raise DispatchError(
+            f"head_dim: got {key.head_dim} and {key.v_head_dim} with fp8; allowed are multiples of {FP8_HEAD_DIM_STEP}; pad with zeros"
         )
 
 
