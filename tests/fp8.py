@@ -1,4 +1,7 @@
-"""fp8 calls for tests: inputs rounded to 8 bits with factors, the oracle on what they stand for, and the evaluation that bounds errors."""
+"""fp8 calls for tests: arrays quantised with descales, the values that they mean, and the plain evaluation that bounds errors.
+
+It shares no code with the package's CPU backend.
+"""
 
 from __future__ import annotations
 
@@ -8,144 +11,110 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from atomr_accel_flashattn.types import DType, ScaleUnit
+from atomr_accel_flashattn import DType, ScaleUnit
 
-from .cases import Alibi, Case, Values, build
-from .check import Run, _same_pattern, _within
-from .inputs import NUMPY_DTYPE, Inputs
+from .check import _same_pattern, _within
+from .inputs import NUMPY_DTYPE
 from .oracle import LSE_TOLERANCE, Precision, Tolerance, _softmax, oracle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
+
+    from .check import Run
+    from .inputs import Inputs
 
     Array = NDArray[Any]
 
-__all__ = ["FP8", "FP8_FEATURES", "FP8_KINDS", "Fp8Call", "Fp8Types", "check_fp8", "fp8_call", "place_aligned", "plain_fp8"]
+__all__ = ["Quantised", "check_fp8", "plain_fp8", "quantised"]
 
-FP8 = {DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn), DType.F8E5M2: np.dtype(ml_dtypes.float8_e5m2)}
-_SCORE_ERROR = 2.0**-11  # relative: accumulators of 8-bit wgmma have 14 bits and truncate, up to eight times for a score
-_OFFSET = 2.0**8  # of the largest P of a row, as kernels have it
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8Types:
-    """Of q, k, v and o, and what shares a factor."""
-
-    q: DType = DType.F8E4M3
-    k: DType = DType.F8E4M3
-    v: DType = DType.F8E4M3
-    out: DType = DType.BF16
-    unit: ScaleUnit | None = ScaleUnit.HEAD
-
-    def __str__(self) -> str:
-        return "-".join([*(each.value for each in (self.q, self.k, self.v, self.out)), self.unit.value if self.unit else "unscaled"])
+DTYPES = NUMPY_DTYPE | {DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn), DType.F8E5M2: np.dtype(ml_dtypes.float8_e5m2)}
+TILE = 128  # keys whose probabilities are rounded against one maximum
+HEADROOM = {DType.F8E4M3: 2.0**8, DType.F8E5M2: 2.0**15}  # factor on probabilities before they are rounded: it overflows nothing
 
 
-_UNEQUAL: dict[str, Any] = {"lengths_q": (5, 0, 140), "lengths_k": (150, 20, 301), "heads": 4, "heads_kv": 2}
-FP8_FEATURES: dict[str, dict[str, Any]] = {
-    "causal": _UNEQUAL | {"right": 0},
-    "full": {"batch": 2, "seqlen_q": 150, "seqlen_k": 333, "heads": 2, "heads_kv": 1},
-    "window": _UNEQUAL | {"left": 33, "right": 0},
-    "sinks": _UNEQUAL | {"left": 20, "right": 0, "sink_tokens": 40},
-    "learned_sink": _UNEQUAL | {"right": 0, "learned_sink": True},
-    "alibi": _UNEQUAL | {"right": 0, "alibi": Alibi.BATCH},
-    "softcap": _UNEQUAL | {"softcap": 30.0, "right": 0},
-    "everything": _UNEQUAL | {"left": 60, "right": 2, "sink_tokens": 3, "learned_sink": True, "alibi": Alibi.HEADS, "softcap": 20.0},
-    "ratio": _UNEQUAL | {"heads": 6, "heads_kv": 2, "right": 0},
-    "padded": _UNEQUAL | {"head_dim": 48, "v_head_dim": 32},
-    "negative": _UNEQUAL | {"softmax_scale": -0.2},
-    "more queries than keys": {"lengths_q": (70, 9), "lengths_k": (40, 0), "heads": 2, "heads_kv": 2, "right": 0, "learned_sink": True},
-    "unseen_nan": _UNEQUAL | {"left": 33, "right": 0, "values": Values.NAN_UNSEEN},
-    "rising": _UNEQUAL | {"values": Values.RISING},
-}
-FP8_KINDS = (
-    Fp8Types(),
-    Fp8Types(DType.F8E4M3, DType.F8E5M2, DType.F8E5M2, DType.F16, ScaleUnit.TENSOR),
-    Fp8Types(DType.F8E5M2, DType.F8E4M3, DType.F8E4M3, DType.F32, None),
-    Fp8Types(DType.F8E5M2, DType.F8E5M2, DType.F8E4M3),
-)
+@dataclass(frozen=True)
+class Quantised:
+    """q, k and v of a call with k and v in fp8, and ``meant``: the same call on the values that they mean, in float64."""
+
+    q: Array
+    k: Array
+    v: Array
+    dtypes: tuple[DType, DType, DType]
+    descales: dict[str, Array]
+    meant: Inputs
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Fp8Call:
-    """``inputs`` has 8-bit q, k and v; ``exact`` the float32 numbers that they stand for. Factors: float32 (), (B, Hkv), or None."""
-
-    types: Fp8Types
-    inputs: Inputs
-    exact: Inputs
-    q_descale: Array | None
-    k_descale: Array | None
-    v_descale: Array | None
-
-
-def fp8_call(case: Case, types: Fp8Types) -> Fp8Call:
-    """The call of a case, whose arrays are first divided by factors from 0.25 to 3 and rounded."""
-    inputs = build(replace(case, dtype=DType.F32))
-    random = np.random.default_rng(len(str(case)))
-    shape = {None: None, ScaleUnit.TENSOR: (), ScaleUnit.HEAD: (inputs.batch, inputs.heads_kv)}[types.unit]
-    factors = [None if shape is None else random.choice(np.array([0.25, 0.5, 3.0], np.float32), shape) for _ in range(3)]
-    stored, exact = {}, {}
-    for name, factor in zip("qkv", factors, strict=True):
-        array = getattr(inputs, name)
-        scale = _spread(factor, inputs, array)
-        with np.errstate(all="ignore"):
-            stored[name] = place_aligned((array / scale).astype(FP8[getattr(types, name)]))
-        exact[name] = stored[name].astype(np.float32) * scale
-    return Fp8Call(types, replace(inputs, **stored), replace(inputs, **exact), *(None if x is None else np.asarray(x) for x in factors))
+def quantised(inputs: Inputs, dtypes: tuple[DType, DType, DType], units: tuple[ScaleUnit | None, ...], seed: int = 0) -> Quantised:
+    """The arrays of ``inputs``, of float32, over random descales of these units (None: of 1), rounded to ``dtypes``."""
+    rng = np.random.default_rng(seed)
+    arrays, values, descales = {}, {}, {}
+    for name, dtype, unit in zip("qkv", dtypes, units, strict=True):
+        wide = getattr(inputs, name)
+        factor = np.ones((*wide.shape[:-1], 1), np.float32)
+        if unit is not None:
+            descales[f"{name}_descale"], factor = _random_descale(inputs, name, unit, rng)
+        arrays[name] = (wide / factor).astype(DTYPES[dtype])
+        values[name] = arrays[name].astype(np.float64) * factor
+    return Quantised(arrays["q"], arrays["k"], arrays["v"], dtypes, descales, replace(inputs, dtype=DType.F32, **values))
 
 
-def _spread(factor: Any, inputs: Inputs, array: Array) -> Array:
-    """The factor of every row and head of an array, to be multiplied with it."""
-    if factor is None or np.ndim(factor) == 0:
-        return np.float32(1 if factor is None else factor)
-    rows = np.repeat(np.asarray(factor), array.shape[-2] // inputs.heads_kv, axis=1)  # (B, heads)
-    lengths = inputs.cu_seqlens_q if array is inputs.q else inputs.cu_seqlens_k
-    if lengths is None:
-        return rows[:, None, :, None]
-    return np.repeat(rows, np.diff(lengths), axis=0)[:, :, None]
+def _random_descale(inputs: Inputs, name: str, unit: ScaleUnit, rng: np.random.Generator) -> tuple[Array, Array]:
+    """One between 1/2 and 2, all of its elements different, and the factor (..., heads, 1) of every row of the array."""
+    array = getattr(inputs, name)
+    offsets = inputs.cu_seqlens_q if name == "q" else inputs.cu_seqlens_k
+    longest = inputs.max_seqlen_q if name == "q" else inputs.max_seqlen_k
+    blocks = -(-longest // 128)
+    if unit is ScaleUnit.TOKEN:  # for each row of a packed array, to be laid out as the slots of a cache are
+        descale = np.asarray(2.0 ** rng.uniform(-1, 1, array.shape[:-1]), np.float32)
+        return descale, descale[..., None]
+    by_block = (inputs.batch, inputs.heads_kv, blocks)
+    shape = {ScaleUnit.TENSOR: (), ScaleUnit.HEAD: by_block[:2], ScaleUnit.BLOCK: by_block}[unit]
+    descale = np.asarray(2.0 ** rng.uniform(-1, 1, shape), np.float32)
+    each = np.broadcast_to(descale[..., None] if unit is ScaleUnit.HEAD else descale, by_block)
+    each = np.repeat(each, array.shape[-2] // inputs.heads_kv, axis=1)  # query heads of a KV head
+    factor = np.ones((*array.shape[:-1], 1), np.float32)
+    for index in range(inputs.batch):
+        rows = factor[index] if offsets is None else factor[int(offsets[index]) : int(offsets[index + 1])]
+        rows[..., 0] = np.repeat(each[index], 128, axis=1)[:, : len(rows)].T
+    return descale, factor
 
 
-def place_aligned(array: Array) -> Array:
-    """The same values with 16 bytes of NaN between heads, and rows and sequences apart."""
-    *lead, tokens, heads, width = array.shape
-    whole = np.full((*lead, tokens + 1, heads + 1, width + 16 + -width % 16), np.nan, array.dtype)
-    view = whole[..., :tokens, :heads, :width]
-    view[...] = array
-    return view
-
-
-def plain_fp8(call: Fp8Call) -> Array:
-    """A plain evaluation in the types of the call: P, at most 2^8 in a row, is rounded to the type of v; o to its own."""
-    inputs, kind = call.exact, NUMPY_DTYPE[call.types.out]
-    single = np.dtype(np.float32)
-    out = np.full(inputs.out_shape, np.nan, kind)
+def plain_fp8(call: Quantised, out_dtype: DType) -> Array:
+    """A plain float32 evaluation, whose probabilities are rounded as kernels do: tile by tile, against the maximum so far."""
+    inputs, precision = call.meant, Precision(np.dtype(np.float32), DTYPES[out_dtype])
+    q_type, _, v_type = call.dtypes
+    rounded = DTYPES[v_type if q_type in HEADROOM else q_type]
+    headroom = np.float32(HEADROOM.get(v_type if q_type in HEADROOM else q_type, 1.0))
+    out = np.full(inputs.out_shape, np.nan, DTYPES[out_dtype])
     with np.errstate(all="ignore"):
         for sequence in inputs.sequences():
-            head, query = np.arange(inputs.heads), np.arange(len(sequence.q))
-            made = _softmax(inputs, sequence, head, query, Precision(single, single))
-            top = made.probability.max(axis=-1, keepdims=True, initial=0)
-            scale = np.where(top > 0, _OFFSET / np.where(top > 0, top, 1), 0)
-            rounded = (made.probability * scale).astype(FP8[call.types.v]).astype(single)
-            o = np.where(top > 0, rounded @ made.v / np.where(scale > 0, scale, 1), 0)
-            out[sequence.out_rows] = o.astype(kind).transpose(1, 0, 2)
+            made = _softmax(inputs, sequence, np.arange(inputs.heads), np.arange(len(sequence.q)), precision)
+            o = np.zeros((*made.probability.shape[:-1], made.v.shape[-1]), np.float32)
+            top = np.zeros(made.probability.shape[:-1], np.float32)
+            for start in range(0, made.probability.shape[-1], TILE):
+                tile = made.probability[..., start : start + TILE]
+                top = np.maximum(top, tile.max(axis=-1))
+                unit = np.where(top > 0, top, 1)[..., None] / headroom
+                o += ((tile / unit).astype(rounded).astype(np.float32) * unit) @ made.v[:, start : start + TILE]
+            out[sequence.out_rows] = o.transpose(1, 0, 2).astype(out.dtype)
     return out
 
 
-def check_fp8(name: str, call: Fp8Call, run: Callable[[Fp8Call], Run]) -> Run:
-    """Run a call and compare with the oracle on the numbers that its arrays stand for."""
-    made, kind = run(call), NUMPY_DTYPE[call.types.out]
-    exact = oracle(call.exact)
-    tolerance = Tolerance.of_output(call.types.out, exact.out, [plain_fp8(call)])
-    assert made.out.shape == call.exact.out_shape
-    assert made.out.dtype == kind
-    _same_pattern(f"{name}: out", made.out, exact.out.astype(kind))
-    origin = f"2 x {tolerance.plain_error:.3e} (plain evaluation) + {tolerance.floor:.3e} (rounding floor)"
-    _within(f"{name}: out", made.out, exact.out, tolerance.bound, origin)
-    if made.lse is not None:
-        _same_pattern(f"{name}: lse", made.lse, exact.lse)
+def check_fp8(name: str, call: Quantised, run: Run, out_dtype: DType, score_error: float = 0.0) -> float:
+    """Compare a run with the oracle on what the arrays mean; the bound is that of the plain evaluation. Returns the relative error.
+
+    ``score_error``: what the products of q and k may lose, relative.
+    """
+    exact = oracle(call.meant)
+    assert run.out.shape == exact.out.shape, f"{name}: out has shape {run.out.shape}, expected {exact.out.shape}"
+    assert run.out.dtype == DTYPES[out_dtype], f"{name}: out has type {run.out.dtype}, expected {out_dtype}"
+    tolerance = Tolerance.of_output(out_dtype, exact.out, [plain_fp8(call, out_dtype)])
+    _same_pattern(f"{name}: out", run.out, exact.out.astype(DTYPES[out_dtype]))
+    _within(f"{name}: out", run.out, exact.out, tolerance.bound, f"2 x {tolerance.plain_error:.3e} (plain evaluation) + floor")
+    if run.lse is not None:
+        _same_pattern(f"{name}: lse", run.lse, exact.lse)
         largest = float(np.abs(exact.lse[np.isfinite(exact.lse)]).max(initial=0))
-        bound = LSE_TOLERANCE + _SCORE_ERROR * largest
-        _within(f"{name}: lse", made.lse, exact.lse, bound, f"{LSE_TOLERANCE} + {_SCORE_ERROR:.1e} x {largest:.3g} (scores)")
-    return made
+        _within(f"{name}: lse", run.lse, exact.lse, LSE_TOLERANCE + score_error * largest, f"absolute and {score_error:.1e} of the largest")
+    finite = np.isfinite(exact.out)
+    error = np.where(finite, run.out.astype(np.float64) - exact.out, 0)
+    return float(np.linalg.norm(error) / max(np.linalg.norm(np.where(finite, exact.out, 0)), 1e-30))

@@ -107,6 +107,7 @@ from .fa2 import (
     Fa2FwdRequest as Fa2FwdRequest,
 )
 from .fa3 import (
+    Fa3FwdFp8Request as Fa3FwdFp8Request,
     Fa3FwdRequest as Fa3FwdRequest,
     PersistentMode as PersistentMode,
 )

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .dispatch import DispatchKey, best_arch, key_of_problem
-from .errors import ScheduleError
+from .errors import DTypeError, ScheduleError
 from .kernels.spec import Family
 from .requests.dense import DenseFwdRequest
 from .types import SmArch
 
-__all__ = ["Fa3FwdRequest", "PersistentMode"]
+__all__ = ["Fa3FwdFp8Request", "Fa3FwdRequest", "PersistentMode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +77,25 @@ class Fa3FwdRequest(DenseFwdRequest):
         """The key of this request on ``arch``; None is the best one for the device of q."""
         arch, mode = arch or best_arch(self.problem.q.device), self.persistent
         return key_of_problem(self.problem, arch, self.out_array, Family.FA3, persistent=mode.persistent, persistent_blocks=mode.blocks)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Fa3FwdFp8Request(Fa3FwdRequest):
+    """An Fa3FwdRequest whose k and v are fp8, each e4m3 or e5m2; q is fp8 too, of its own type, or of 16 bits (arXiv 2407.08608, 3.3).
+
+    Attributes and errors: Fa3FwdRequest. ``fp8`` has the descales, and the type of o. Refused: dropout, and torch tensors that want
+    gradients.
+
+    Raises:
+        DTypeError: k or v that is not fp8.
+    """
+
+    PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("persistent",)
+
+    def __post_init__(self) -> None:
+        Fa3FwdRequest.__post_init__(self)
+        if self.problem.descales is None:
+            raise DTypeError(
+                f"k, v: got types {self.problem.k.dtype_name} and {self.problem.v.dtype_name}; allowed are float8_e4m3fn and "
+                "float8_e5m2; quantise them, or use an Fa3FwdRequest"
+            )

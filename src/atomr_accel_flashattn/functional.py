@@ -1,6 +1,7 @@
 """The functional calls of the ``flash_attn`` package (2.8), name for name, position for position, default for default.
 
-On top of those signatures every call takes, by keyword only, ``out`` (an array to be written), ``learned_sink`` and ``sink_tokens``. An
+On top of those signatures every call takes, by keyword only, ``out`` (an array to be written), ``learned_sink``, ``sink_tokens``, and the
+descales of fp8 arrays, which FlashAttention-3 has. An
 argument that is not supported raises; none is ignored. ``deterministic`` asks for gradients that are bitwise equal from run to run, which
 the forward always is. What differs from flash-attn is in docs/flash-attn-differences.md, argument by argument. Autograd of torch records
 the calls: q, k, v and the learned sink get gradients, through o and through the LSE.
@@ -22,8 +23,9 @@ from .limits import HEAD_DIM_STEP, not_built
 from .paged import PagedAttentionRequest
 from .problem import ArrayInfo
 from .requests.arguments import flag, mask_of, needs_padding, plain_length, softcap_of, step_up
-from .requests.checks import check_out
+from .requests.checks import check_out, refuse_fp8_gradients
 from .requests.dense import DenseFwdRequest
+from .requests.fp8 import Scales, fp8_of, is_fp8
 from .requests.options import AttentionOptions, PositionBias
 from .runtime.execute import execute, run
 from .runtime.plan import Key
@@ -61,19 +63,22 @@ __all__ = [
 def flash_attn_func(
     q: ArrayT, k: Any, v: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
     window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ...,
-    return_attn_probs: Literal[False] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    return_attn_probs: Literal[False] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT: ...
 @overload
 def flash_attn_func(
     q: ArrayT, k: Any, v: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
     window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ...,
-    return_attn_probs: Literal[True] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    return_attn_probs: Literal[True] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> Probs[ArrayT]: ...
 @overload
 def flash_attn_func(
     q: ArrayT, k: Any, v: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
     window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: bool = ...,
-    *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT | Probs[ArrayT]: ...
 # fmt: on
 def flash_attn_func(
@@ -92,12 +97,16 @@ def flash_attn_func(
     out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
 ) -> Any:
     """Attention of q over k and v (docs/semantics.md; FlashAttention-2, arXiv 2307.08691).
 
     Args:
         q: (B, Sq, Hq, D), float16 or bfloat16; on the CPU float32 and float64 too. D up to 256; no multiple of 8 is padded, with a copy.
-            q, k and v whose last stride is another than 1 are copied too; other strides are free.
+            q, k and v whose last stride is another than 1 are copied too; other strides are free. fp8 in k and v, with fp8 or 16 bits in q
+            and multiples of 16 as head dims: o has the type of ``out``, else that of q, or bfloat16 where q is fp8.
         k: (B, Sk, Hkv, D), Hq a multiple of Hkv: query head h reads KV head h // (Hq / Hkv).
         v: (B, Sk, Hkv, Dv).
         dropout_p: probability in [0, 1) that an attention weight is dropped.
@@ -112,16 +121,23 @@ def flash_attn_func(
         out: (B, Sq, Hq, Dv) to be written.
         learned_sink: float32 (Hq,), exp(sink[h]) joins the denominator.
         sink_tokens: first keys that stay visible when the window has passed them.
+        q_descale: float32 factor of fp8 elements of q: () for all, (B, Hkv), or (B, Hkv, ceil(Sq / 128)) for blocks of 128 tokens; any
+            strides; None is 1.
+        k_descale: the same of k, with Sk.
+        v_descale: the same of v.
 
     Returns:
         o (B, Sq, Hq, Dv); with ``return_attn_probs`` (o, lse (B, Hq, Sq) float32, keep pattern (B, Hq, Sq, Sk) bool or None).
 
     Raises:
         ConstructionError: the subclass and the message say which argument is wrong.
-        FeatureNotBuiltError: torch tensors that want second gradients, or those of slopes; fp8.
+        FeatureNotBuiltError: torch tensors that want second gradients, or those of slopes, or with fp8 any; fp8 on a GPU without a kernel.
         RuntimeFlashAttnError: the GPU, the driver or the compiler failed.
     """
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
+    if q_descale is not None or k_descale is not None or v_descale is not None:
+        descales = (q_descale, k_descale, v_descale)
+        return _attend_fp8(q, k, v, None, numbers, (alibi_slopes, learned_sink, out), deterministic, descales)
     return _attention(q, k, v, None, numbers, (alibi_slopes, learned_sink, out), deterministic)
 
 
@@ -130,19 +146,22 @@ def flash_attn_func(
 def flash_attn_qkvpacked_func(
     qkv: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
     softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
-    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT: ...
 @overload
 def flash_attn_qkvpacked_func(
     qkv: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
     softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[True] = ..., *,
-    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> Probs[ArrayT]: ...
 @overload
 def flash_attn_qkvpacked_func(
     qkv: ArrayT, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
     softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: bool = ..., *,
-    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT | Probs[ArrayT]: ...
 # fmt: on
 def flash_attn_qkvpacked_func(
@@ -159,6 +178,9 @@ def flash_attn_qkvpacked_func(
     out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
 ) -> ArrayT | Probs[ArrayT]:
     """:func:`flash_attn_func` on qkv (B, S, 3, H, D), read in place."""
     q, k, v = _unpack(qkv, "qkv", axis=2, parts=3)
@@ -177,6 +199,9 @@ def flash_attn_qkvpacked_func(
         out=out,
         learned_sink=learned_sink,
         sink_tokens=sink_tokens,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
     )
 
 
@@ -185,19 +210,22 @@ def flash_attn_qkvpacked_func(
 def flash_attn_kvpacked_func(
     q: ArrayT, kv: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
     softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
-    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT: ...
 @overload
 def flash_attn_kvpacked_func(
     q: ArrayT, kv: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
     softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[True] = ..., *,
-    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> Probs[ArrayT]: ...
 @overload
 def flash_attn_kvpacked_func(
     q: ArrayT, kv: Any, dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ...,
     softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: bool = ..., *,
-    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT | Probs[ArrayT]: ...
 # fmt: on
 def flash_attn_kvpacked_func(
@@ -215,6 +243,9 @@ def flash_attn_kvpacked_func(
     out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
 ) -> ArrayT | Probs[ArrayT]:
     """:func:`flash_attn_func` on q (B, Sq, Hq, D) and kv (B, Sk, 2, Hkv, D), read in place."""
     k, v = _unpack(kv, "kv", axis=2, parts=2)
@@ -233,6 +264,9 @@ def flash_attn_kvpacked_func(
         out=out,
         learned_sink=learned_sink,
         sink_tokens=sink_tokens,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
     )
 
 
@@ -242,21 +276,24 @@ def flash_attn_varlen_func(
     q: ArrayT, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
     dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
     alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., block_table: Any = ..., *,
-    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT: ...
 @overload
 def flash_attn_varlen_func(
     q: ArrayT, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
     dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
     alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[True] = ..., block_table: Any = ..., *,
-    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> Probs[ArrayT]: ...
 @overload
 def flash_attn_varlen_func(
     q: ArrayT, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
     dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
     alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: bool = ..., block_table: Any = ..., *,
-    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT | Probs[ArrayT]: ...
 # fmt: on
 def flash_attn_varlen_func(
@@ -280,6 +317,9 @@ def flash_attn_varlen_func(
     out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
 ) -> Any:
     """Attention over packed sequences; each query sees keys of its own sequence only.
 
@@ -306,6 +346,10 @@ def flash_attn_varlen_func(
         out: (total_q, Hq, Dv) to be written.
         learned_sink: float32 (Hq,).
         sink_tokens: first keys of each sequence that stay visible.
+        q_descale: as in :func:`flash_attn_func`; blocks of 128 tokens are counted inside each sequence, and there may be more than the
+            longest one has. With ``block_table`` those of k and v may be (blocks, block size, Hkv), too.
+        k_descale: the same of k.
+        v_descale: the same of v.
 
     Returns:
         o (total_q, Hq, Dv); with ``return_attn_probs`` (o, lse (Hq, total_q) float32, keep pattern (B, Hq, max_seqlen_q, max_seqlen_k)
@@ -316,8 +360,11 @@ def flash_attn_varlen_func(
     """
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    descales = (q_descale, k_descale, v_descale)
     if block_table is not None:
-        return _attend_pages(q, k, v, block_table, packing, numbers, (alibi_slopes, learned_sink, out), deterministic)
+        return _attend_pages(q, k, v, block_table, packing, numbers, (alibi_slopes, learned_sink, out), deterministic, descales)
+    if q_descale is not None or k_descale is not None or v_descale is not None:
+        return _attend_fp8(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out), deterministic, descales)
     return _attention(q, k, v, packing, numbers, (alibi_slopes, learned_sink, out), deterministic)
 
 
@@ -326,19 +373,22 @@ def flash_attn_varlen_func(
 def flash_attn_varlen_qkvpacked_func(
     qkv: ArrayT, cu_seqlens: Any, max_seqlen: SupportsIndex, dropout_p: float = ..., softmax_scale: float | None = ...,
     causal: bool = ..., window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ...,
-    return_attn_probs: Literal[False] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    return_attn_probs: Literal[False] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
     qkv: ArrayT, cu_seqlens: Any, max_seqlen: SupportsIndex, dropout_p: float = ..., softmax_scale: float | None = ...,
     causal: bool = ..., window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ...,
-    return_attn_probs: Literal[True] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    return_attn_probs: Literal[True] = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> Probs[ArrayT]: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
     qkv: ArrayT, cu_seqlens: Any, max_seqlen: SupportsIndex, dropout_p: float = ..., softmax_scale: float | None = ...,
     causal: bool = ..., window_size: Window = ..., softcap: float = ..., alibi_slopes: Any = ..., deterministic: bool = ...,
-    return_attn_probs: bool = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...
+    return_attn_probs: bool = ..., *, out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT | Probs[ArrayT]: ...
 # fmt: on
 def flash_attn_varlen_qkvpacked_func(
@@ -357,6 +407,9 @@ def flash_attn_varlen_qkvpacked_func(
     out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
 ) -> ArrayT | Probs[ArrayT]:
     """:func:`flash_attn_varlen_func` on qkv (total, 3, H, D), read in place."""
     q, k, v = _unpack(qkv, "qkv", axis=1, parts=3)
@@ -379,6 +432,9 @@ def flash_attn_varlen_qkvpacked_func(
         out=out,
         learned_sink=learned_sink,
         sink_tokens=sink_tokens,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
     )
 
 
@@ -388,21 +444,24 @@ def flash_attn_varlen_kvpacked_func(
     q: ArrayT, kv: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
     dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
     alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *, out: ArrayT | None = ...,
-    learned_sink: Any = ..., sink_tokens: int = ...
+    learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
     q: ArrayT, kv: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
     dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
     alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: Literal[True] = ..., *, out: ArrayT | None = ...,
-    learned_sink: Any = ..., sink_tokens: int = ...
+    learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> Probs[ArrayT]: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
     q: ArrayT, kv: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: SupportsIndex, max_seqlen_k: SupportsIndex,
     dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
     alibi_slopes: Any = ..., deterministic: bool = ..., return_attn_probs: bool = ..., *, out: ArrayT | None = ...,
-    learned_sink: Any = ..., sink_tokens: int = ...
+    learned_sink: Any = ..., sink_tokens: int = ...,
+    q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT | Probs[ArrayT]: ...
 # fmt: on
 def flash_attn_varlen_kvpacked_func(
@@ -424,6 +483,9 @@ def flash_attn_varlen_kvpacked_func(
     out: ArrayT | None = None,
     learned_sink: Any = None,
     sink_tokens: int = 0,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
 ) -> ArrayT | Probs[ArrayT]:
     """:func:`flash_attn_varlen_func` on q (total_q, Hq, D) and kv (total_k, 2, Hkv, D), read in place."""
     k, v = _unpack(kv, "kv", axis=1, parts=2)
@@ -446,10 +508,23 @@ def flash_attn_varlen_kvpacked_func(
         out=out,
         learned_sink=learned_sink,
         sink_tokens=sink_tokens,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
     )
 
 
-def _attend_pages(q: Any, k: Any, v: Any, block_table: Any, packing: Packing, numbers: Numbers, others: Others, deterministic: bool) -> Any:
+def _attend_pages(
+    q: Any,
+    k: Any,
+    v: Any,
+    block_table: Any,
+    packing: Packing,
+    numbers: Numbers,
+    others: Others,
+    deterministic: bool,
+    descales: Scales,
+) -> Any:
     """Packed sequences of q, whose keys are pages."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing
     dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs = numbers
@@ -470,13 +545,24 @@ def _attend_pages(q: Any, k: Any, v: Any, block_table: Any, packing: Packing, nu
         sink_tokens=sink_tokens,
         options=AttentionOptions(softmax_scale=softmax_scale, softcap=softcap_of(softcap), learned_sink=learned_sink, dropout_p=dropout_p),
         max_seqlen_k=lengths.longest,
+        fp8=fp8_of(v, descales, out),
         out=out,
     )
     output = run(request, lse=flag(return_attn_probs, "return_attn_probs"))
     return (output.out, output.lse, None) if return_attn_probs else output.out
 
 
-keep_out_of_graphs((_attend_pages,))
+def _attend_fp8(
+    q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, deterministic: bool, descales: Scales
+) -> Any:
+    """A call on fp8 arrays. It goes through a request every time: shortcuts have no descales, and operators of torch neither."""
+    q, k, v = autocast(q, k, v) or (q, k, v)
+    if packing is not None:
+        packing = (*packing[:2], *map(plain_length, packing[2:]))
+    return _first(_Call(q, k, v, numbers, others, flag(deterministic, "deterministic"), descales), packing, None)
+
+
+keep_out_of_graphs((_attend_pages, _attend_fp8))
 
 
 def _attention(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, deterministic: bool) -> Any:
@@ -503,16 +589,25 @@ def _length(length: Any) -> Any:
     return length if is_traced(length) else plain_length(length)
 
 
-def _by_operator(*call: Any) -> Any:
-    from .torch_ops.traced import attend
+def _by_operator(q: Any, k: Any, v: Any, packing: Packing | None, numbers: Numbers, others: Others, deterministic: bool) -> Any:
+    from .torch_ops.traced import attend, is_fp8
 
-    return attend(*call)
+    if is_fp8(q, k, v):
+        return _attend_fp8(q, k, v, packing, numbers, others, deterministic, (None, None, None))
+    return attend(q, k, v, packing, numbers, others, deterministic)
 
 
 def _first(call: _Call, packing: Packing | None, key: Key | None) -> Any:
     """The way of a call that nothing is known of; ``key`` is for the shortcut that it leaves."""
     request = forward_request(
-        call.arrays, packing, mask=call.mask, bias=call.bias, sink_tokens=call.sink_tokens, options=call.options, out=call.out
+        call.arrays,
+        packing,
+        mask=call.mask,
+        bias=call.bias,
+        sink_tokens=call.sink_tokens,
+        options=call.options,
+        fp8=call.fp8,
+        out=call.out,
     )
     return call.finish(request, key)
 
@@ -526,7 +621,9 @@ class _Call:
     Those are of arrays whose last stride is another than 1, and, padded with zeros, of head dims that are no multiple of 8.
     """
 
-    def __init__(self, q: Any, k: Any, v: Any, numbers: Numbers, others: Others, deterministic: bool) -> None:
+    def __init__(
+        self, q: Any, k: Any, v: Any, numbers: Numbers, others: Others, deterministic: bool, descales: Scales = (None, None, None)
+    ) -> None:
         dropout_p, softmax_scale, causal, window_size, softcap, self.sink_tokens, return_attn_probs = numbers
         self.others = others
         slopes, learned_sink, self.out = others
@@ -536,13 +633,15 @@ class _Call:
         infos = read_array(q, "q"), read_array(k, "k"), read_array(v, "v")
         self.arrays: tuple[Any, ...] = (q, k, v)
         self.q = infos[0]
+        refuse_fp8_gradients(infos)
+        self.fp8 = fp8_of(infos[2], descales, self.out)
         self.recorded = is_recorded(q, k, v, others)
         self.deterministic = deterministic
         self.copied = False
         self.copy_to: ArrayInfo | None = None
         self.v_head_dim = 0
         if all(info.shape for info in infos):
-            pads = needs_padding(*(info.shape[-1] for info in infos))
+            pads = not is_fp8(infos[2]) and needs_padding(*(info.shape[-1] for info in infos))
             if pads and softmax_scale is None:
                 softmax_scale = self.q.shape[-1] ** -0.5
             if pads or any(info.shape[-1] > 1 and info.strides[-1] != 1 for info in infos):
@@ -580,7 +679,7 @@ class _Call:
             output, plan, asked = attend(request, self.inputs, probs=self.return_attn_probs, deterministic=self.deterministic)
         else:
             output, plan = execute(request, lse=self.return_attn_probs, dropout_mask=self.return_attn_probs)
-        if key is not None and plan is not None and not self.copied:
+        if key is not None and plan is not None and not self.copied and request.problem.descales is None:
             if asked is None:
                 remember(key, plan, output, brings_out=self.others[2] is not None)
             else:

@@ -65,7 +65,7 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "fa3_backward": "gradients are those of the mma.sync family, whatever family ran the forward",
         "fa3_batch_invariant": "batch-invariant calls have one family on every GPU, that of mma.sync; ask by another request",
         "forward_mode": "forward-mode derivatives are not built; use the primal, as forward_ad.unpack_dual(x).primal",
-        "fp8": "no kernel takes fp8 yet; f16 and bf16 are built",
+        "fp8": "on a GPU f16 and bf16 are built; the CPU backend takes fp8",
         "fp8_backward": "fp8 has no backward: convert q, k and v to bfloat16 for a call with gradients",
         "invariant_dropout": "batch-invariant calls on a GPU drop nothing; the CPU backend does both",
         "k_dtype": "q, k and v share one type, except that k and v may be fp8",
@@ -92,7 +92,7 @@ def not_built(feature: str, got: str = "") -> FeatureNotBuiltError:
 
 def dtypes_of(arch: SmArch) -> tuple[DType, ...]:
     """Element types of q, k and v on an architecture."""
-    return CPU_DTYPES if arch is SmArch.CPU else GPU_DTYPES
+    return (*CPU_DTYPES, *FP8_DTYPES) if arch is SmArch.CPU else GPU_DTYPES
 
 
 def merged_dtypes_of(arch: SmArch) -> tuple[DType, ...]:

@@ -226,6 +226,14 @@ class AttentionProblem:
         return self.cu_seqlens_q is not None
 
     @property
+    def written_descales(self) -> tuple[ArrayInfo, ...]:
+        """Descales by slots, which a call that quantises new tokens writes beside them."""
+        new = None if self.cache is None else self.cache.new
+        if new is None or self.descales is None or new.v.dtype is self.v.dtype:
+            return ()
+        return tuple(each.array for each in self.descales[1:] if each is not None and each.unit is ScaleUnit.TOKEN)
+
+    @property
     def out_shape(self) -> tuple[int, ...]:
         """Shape of o."""
         if self.cu_seqlens_q is None:

@@ -35,7 +35,7 @@ class VarlenFwdRequest(ForwardRequest):
 
     Raises:
         ConstructionError: the subclass says which argument is wrong; nothing has been written.
-        FeatureNotBuiltError: fp8, or torch tensors that want gradients.
+        FeatureNotBuiltError: torch tensors that want gradients.
         StaleArrayError: offsets that were freed, resized or given other data since their CumulativeSeqlens was made.
     """
 

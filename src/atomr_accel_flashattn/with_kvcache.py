@@ -1,6 +1,6 @@
 """``flash_attn_with_kvcache`` of the ``flash_attn`` package (2.8), name for name, position for position, default for default.
 
-On top come ``out``, ``learned_sink``, ``sink_tokens``, ``batch_invariant`` and ``step_plan``, by keyword only. What differs from
+On top come ``out``, ``learned_sink``, ``sink_tokens``, ``batch_invariant``, ``step_plan`` and descales, by keyword only. What differs from
 flash-attn is in docs/flash-attn-differences.md, argument by argument.
 """
 
@@ -18,6 +18,7 @@ from .errors import SeqLensError, ShapeError
 from .functional import ArrayT, Window
 from .limits import as_integer
 from .requests.arguments import flag, mask_of, softcap_of
+from .requests.fp8 import fp8_of
 from .requests.options import AttentionOptions, PositionBias
 from .requests.step_plan import StepPlan
 from .runtime.execute import run
@@ -33,7 +34,7 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
     rotary_interleaved: bool = ..., alibi_slopes: Any = ..., num_splits: int = ..., return_softmax_lse: Literal[False] = ..., *,
     out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ..., batch_invariant: bool = ...,
-    step_plan: StepPlan | None = ...
+    step_plan: StepPlan | None = ..., q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT: ...
 @overload
 def flash_attn_with_kvcache(
@@ -42,7 +43,7 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = ..., causal: bool = ..., window_size: Window = ..., softcap: float = ...,
     rotary_interleaved: bool = ..., alibi_slopes: Any = ..., num_splits: int = ..., return_softmax_lse: bool = ..., *,
     out: ArrayT | None = ..., learned_sink: Any = ..., sink_tokens: int = ..., batch_invariant: bool = ...,
-    step_plan: StepPlan | None = ...
+    step_plan: StepPlan | None = ..., q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ...
 ) -> ArrayT | tuple[ArrayT, Any]: ...
 # fmt: on
 def flash_attn_with_kvcache(
@@ -71,11 +72,15 @@ def flash_attn_with_kvcache(
     sink_tokens: int = 0,
     batch_invariant: bool = False,
     step_plan: StepPlan | None = None,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
 ) -> Any:
     """Attention of q over a KV cache, contiguous or paged; new keys and values are written to it first (docs/semantics.md, KV caches).
 
     Args:
-        q: (B, Sq, Hq, D), float16 or bfloat16; on the CPU float32 and float64 too.
+        q: (B, Sq, Hq, D), float16 or bfloat16; on the CPU float32 and float64 too. On a cache of fp8 it is fp8 or of 16 bits, and o
+            has the type of ``out``, else that of q, or bfloat16 where q is fp8.
         k_cache: (rows, slots, Hkv, D); with ``block_table`` pages (blocks, block size, Hkv, D), of any block size. Written in place where
             there is a ``k``.
         v_cache: the same with Dv.
@@ -103,13 +108,18 @@ def flash_attn_with_kvcache(
         sink_tokens: first keys that stay visible when the window has passed them.
         batch_invariant: whether a row's bits may not depend on batch, length of q, pages or chunks.
         step_plan: a StepPlan, which cuts the keys by the lengths on the device; without ``num_splits``.
+        q_descale: float32 factor of fp8 elements of q: () for all, (B, Hkv), or (B, Hkv, blocks) for blocks of 128 tokens; any strides;
+            None is 1.
+        k_descale: the same of ``k_cache``, whose blocks are counted from the first key of each sequence; with ``block_table`` it may be
+            (blocks, block size, Hkv), too. A 16-bit ``k`` is quantised by it; one by slots is made on the way, and written.
+        v_descale: the same of ``v_cache``.
 
     Returns:
         o (B, Sq, Hq, Dv); with ``return_softmax_lse`` (o, lse (B, Hq, Sq) float32).
 
     Raises:
         ConstructionError: the subclass and the message say which argument is wrong; the cache is as it was.
-        FeatureNotBuiltError: torch tensors that want gradients; fp8.
+        FeatureNotBuiltError: torch tensors that want gradients; fp8 on a GPU without a kernel.
     """
     queries = read_array(q, "q")
     if len(queries.shape) != 4:
@@ -137,6 +147,7 @@ def flash_attn_with_kvcache(
             learned_sink=learned_sink,
             batch_invariant=flag(batch_invariant, "batch_invariant"),
         ),
+        fp8=fp8_of(v_cache, (q_descale, k_descale, v_descale), out),
         out=out,
         plan=step_plan,
     )

@@ -12,9 +12,10 @@ from atomr_accel_flashattn.dispatch import key_of_problem, lookup
 from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8ForwardSpec
 from atomr_accel_flashattn.problem import Descale, Descales, Strides
 from atomr_accel_flashattn.runtime.plan import Outputs
-from atomr_accel_flashattn.types import ScaleUnit, SmArch
+from atomr_accel_flashattn.types import DType, ScaleUnit, SmArch
 from tests.check import Run
-from tests.inputs import NUMPY_DTYPE, Layout, Poisoned
+from tests.fp8 import DTYPES
+from tests.inputs import Inputs, Layout, Poisoned
 from tests.reference.running import problem_of
 
 from .running import launch
@@ -22,22 +23,23 @@ from .running import launch
 if TYPE_CHECKING:
     from atomr_accel_flashattn.kernels.spec import Tile
     from atomr_accel_flashattn.problem import AttentionProblem
-    from tests.fp8 import Fp8Call
+    from tests.fp8 import Quantised
 
 __all__ = ["emulate_fp8", "fp8_problem"]
 
 
-def fp8_problem(call: Fp8Call) -> AttentionProblem:
+def fp8_problem(call: Quantised, out_dtype: DType) -> AttentionProblem:
     """The normal form of a call, as a request would make it."""
-    descales = Descales(*(_descale(getattr(call, name), name) for name in ("q_descale", "k_descale", "v_descale")))
-    return replace(problem_of(call.inputs), descales=descales, out_dtype=call.types.out)
+    stored: Inputs = replace(call.meant, q=call.q, k=call.k, v=call.v)
+    descales = Descales(*(_descale(call.descales.get(name), name) for name in ("q_descale", "k_descale", "v_descale")))
+    return replace(problem_of(stored), descales=descales, out_dtype=out_dtype)
 
 
-def emulate_fp8(call: Fp8Call, *, tile: Tile | None = None, seed: int = 0, **changes: Any) -> Run:
-    """What :func:`tests.fp8.check_fp8` calls: the kernel that ``lookup`` gives, or the same with another tile or other fields."""
-    out = Poisoned.empty(call.inputs.out_shape, NUMPY_DTYPE[call.types.out], Layout.PADDED)
-    lse = np.full(call.inputs.lse_shape, np.nan, np.float32)
-    problem, out_info = fp8_problem(call), read_array(out.view, "out")
+def emulate_fp8(call: Quantised, out_dtype: DType, *, tile: Tile | None = None, seed: int = 0, **changes: Any) -> Run:
+    """A run of the kernel that ``lookup`` gives, or of the same with another tile or other fields."""
+    out = Poisoned.empty(call.meant.out_shape, DTYPES[out_dtype], Layout.PADDED)
+    lse = np.full(call.meant.lse_shape, np.nan, np.float32)
+    problem, out_info = fp8_problem(call, out_dtype), read_array(out.view, "out")
     spec = lookup(key_of_problem(problem, SmArch.SM_90A, out_info))
     assert isinstance(spec, Fa3Fp8ForwardSpec)
     spec = replace(spec, **changes, **({} if tile is None else {"tile": tile}))
@@ -51,6 +53,9 @@ def emulate_fp8(call: Fp8Call, *, tile: Tile | None = None, seed: int = 0, **cha
 def _descale(x: Any, name: str) -> Descale | None:
     if x is None:
         return None
+    steps = [step // 4 for step in x.strides]
     if x.ndim == 0:
         return Descale(read_array(x, name), ScaleUnit.TENSOR, Strides(0, 0, 0))
-    return Descale(read_array(x, name), ScaleUnit.HEAD, Strides(x.strides[0] // 4, 0, x.strides[1] // 4))
+    if x.ndim == 2:
+        return Descale(read_array(x, name), ScaleUnit.HEAD, Strides(steps[0], 0, steps[1]))
+    return Descale(read_array(x, name), ScaleUnit.BLOCK, Strides(steps[0], steps[2], steps[1]))

@@ -20,32 +20,32 @@ from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 from atomr_accel_flashattn.varlen import VarlenFwdRequest  # noqa: E402
 from tests.cases import Case, Values  # noqa: E402
 from tests.check import Run  # noqa: E402
-from tests.fp8 import FP8_FEATURES, FP8_KINDS, Fp8Call, Fp8Types, check_fp8, fp8_call  # noqa: E402
+from tests.fp8 import DTYPES, Quantised, check_fp8  # noqa: E402
+from tests.fp8_cases import E4M3_TYPES, FP8_FEATURES, FP8_KINDS, SCORE_ERROR, Fp8Types, fp8_call  # noqa: E402
 from tests.gpu.families import DEVICE, HAS_WGMMA  # noqa: E402
 from tests.gpu.harness import Written, asked_of, download, synchronize, upload  # noqa: E402
-from tests.inputs import NUMPY_DTYPE, Layout, place  # noqa: E402
+from tests.inputs import Layout, place  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.skipif(not HAS_WGMMA, reason="needs a GPU with wgmma")]
 
 WIDTHS = (16, 64, 96, 128, 192, 256)
 
 
-def request_of(call: Fp8Call, out: Any = None) -> DenseFwdRequest | VarlenFwdRequest:
+def request_of(call: Quantised, out_dtype: DType, out: Any = None) -> DenseFwdRequest | VarlenFwdRequest:
     """The request of a call, every array on the device."""
-    arrays = [upload(x) for x in (call.inputs.q, call.inputs.k, call.inputs.v)]
-    factors = {
-        name: torch.from_numpy(x).to(DEVICE) for name in ("q_descale", "k_descale", "v_descale") if (x := getattr(call, name)) is not None
-    }
-    asked = asked_of(call.inputs) | {"fp8": Fp8Options(**factors, out_dtype=call.types.out), "out": out}
+    arrays = [upload(x) for x in (call.q, call.k, call.v)]
+    options = Fp8Options(**{name: torch.from_numpy(x).to(DEVICE) for name, x in call.descales.items()}, out_dtype=out_dtype)
+    asked = asked_of(call.meant) | {"fp8": options, "out": out}
     return VarlenFwdRequest(*arrays, **asked) if "cu_seqlens_q" in asked else DenseFwdRequest(*arrays, **asked)
 
 
-def run_fp8(call: Fp8Call) -> Run:
-    """One run on the device, into an output of NaN."""
-    out = Written.like(place(np.full(call.inputs.out_shape, np.nan, NUMPY_DTYPE[call.types.out]), Layout.PADDED))
-    output = run(request_of(call, out.view))
+def check(case: Case, types: Fp8Types = E4M3_TYPES) -> None:
+    """One run on the device, into an output of NaN, compared with the oracle."""
+    call = fp8_call(case, types)
+    out = Written.like(place(np.full(call.meant.out_shape, np.nan, DTYPES[types.out]), Layout.PADDED))
+    output = run(request_of(call, types.out, out.view))
     synchronize()
-    return Run(out.alone(), download(output.lse))
+    check_fp8(f"{case} {types}", call, Run(out.alone(), download(output.lse)), types.out, SCORE_ERROR)
 
 
 @pytest.mark.parametrize("types", FP8_KINDS, ids=str)
@@ -54,7 +54,7 @@ def run_fp8(call: Fp8Call) -> Run:
 def test_feature(name: str, width: int, types: Fp8Types) -> None:
     widths = {} if "head_dim" in FP8_FEATURES[name] else {"head_dim": width, "v_head_dim": width}
     case = Case(label=name.replace(" ", "_"), **FP8_FEATURES[name], **widths)
-    check_fp8(f"{case} {types}", fp8_call(case, types), run_fp8)
+    check(case, types)
 
 
 def edge_cases() -> Iterator[Case]:
@@ -71,26 +71,26 @@ def edge_cases() -> Iterator[Case]:
 
 @pytest.mark.parametrize("case", [*edge_cases()] if HAS_WGMMA else [], ids=str)
 def test_lengths_around_every_tile_edge(case: Case) -> None:
-    check_fp8(str(case), fp8_call(case, Fp8Types()), run_fp8)
+    check(case)
 
 
 @pytest.mark.parametrize("seqlen", [256, 257, 384, 640, 1024])
 @pytest.mark.parametrize("left", [128, 256, 511])
 def test_windows_end(seqlen: int, left: int) -> None:
     case = Case(seqlen_q=seqlen, seqlen_k=seqlen, head_dim=128, v_head_dim=128, left=left, right=0)
-    check_fp8(str(case), fp8_call(case, Fp8Types()), run_fp8)
+    check(case)
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_maxima_that_rise_in_every_tile_clip_no_probability(width: int) -> None:
     case = Case(seqlen_q=300, seqlen_k=4000, head_dim=width, v_head_dim=width, values=Values.RISING)
-    check_fp8(str(case), fp8_call(case, Fp8Types()), run_fp8)
+    check(case)
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_bits_do_not_depend_on_the_run(width: int) -> None:
     case = Case(batch=3, seqlen_q=1300, seqlen_k=5300, heads=8, heads_kv=2, head_dim=width, v_head_dim=width, right=0)
-    request = request_of(fp8_call(case, Fp8Types()))
+    request = request_of(fp8_call(case, Fp8Types()), DType.BF16)
     expected = download(run(request).out).tobytes()
     for _ in range(30):
         assert download(run(request).out).tobytes() == expected

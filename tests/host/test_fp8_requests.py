@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -130,6 +131,44 @@ def test_a_gradient_is_refused_by_name(wants: str):
     tensors[wants].requires_grad_()
     with pytest.raises(fa.FeatureNotBuiltError, match=f"'fp8_backward' is not built.*{wants} requires grad"):
         fa.DenseFwdRequest(**tensors)
+
+
+PLAIN = fa.DispatchKey(SmArch.CPU, DType.F8E4M3, 64)
+CONTRADICTIONS = {
+    "q descale": (
+        "q_descale: got one with f16 in q",
+        {"q_descale": ScaleUnit.HEAD, "k_dtype": DType.F8E4M3, "v_dtype": DType.F8E4M3},
+        DType.F16,
+    ),
+    "v descale": ("v_descale: got one with bf16 in v", {"v_descale": ScaleUnit.TENSOR}, DType.BF16),
+    "only k": ("dtype: got f16, e4m3, f16, f16 in q, k, v and o", {"k_dtype": DType.F8E4M3}, DType.F16),
+    "wide q": ("dtype: got f32, e4m3, e4m3", {"k_dtype": DType.F8E4M3, "v_dtype": DType.F8E4M3}, DType.F32),
+    "fp8 in o": ("dtype: got e4m3, e4m3, e4m3, e5m2", {"out_dtype": DType.F8E5M2}, DType.F8E4M3),
+    "dropout": ("dropout: got dropout with fp8", {"dropout": True}, DType.F8E4M3),
+    "v head dim": ("head_dim: got 64 and 24 with fp8", {"v_head_dim": 24}, DType.F8E4M3),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_keys_that_contradict_themselves_have_no_kernel(name: str):
+    message, extras, dtype = CONTRADICTIONS[name]
+    with pytest.raises(fa.DispatchError, match=re.escape(message)):
+        fa.lookup(replace(PLAIN, dtype=dtype, extras=fa.Extras(**extras)))
+
+
+@pytest.mark.parametrize("extras", [{}, {"out_dtype": DType.F32}, {"k_dtype": DType.F8E5M2}, {"v_descale": ScaleUnit.BLOCK}], ids=str)
+def test_the_cpu_has_them_all(extras: dict[str, Any]):
+    assert fa.lookup(replace(PLAIN, extras=fa.Extras(**extras))).kernel_name == "reference_cpu"
+
+
+def test_an_fp8_request_of_fa3_has_fp8_keys_and_values():
+    q, k = np.zeros((B, S, HQ, D), np.float16), np.zeros((B, S, HKV, D), E5M2)
+    made = fa.Fa3FwdFp8Request(q, k, k, fp8=Fp8Options(k_descale=scale()))
+    key = made.dispatch_key(SmArch.SM_90A)
+    assert (key.family.value, key.dtype, key.k_dtype) == ("fa3", DType.F16, DType.F8E5M2)
+    assert fa.run(made).out.dtype == np.float16
+    with pytest.raises(fa.DTypeError, match="k, v: got types float16 and float16"):
+        fa.Fa3FwdFp8Request(q, q, q)
 
 
 @pytest.mark.parametrize("arch", NO_KERNEL, ids=lambda arch: arch.value)

@@ -29,7 +29,7 @@ COMMON = (
     ("deterministic", False),
     ("return_attn_probs", False),
 )
-OURS = (("out", None), ("learned_sink", None), ("sink_tokens", 0))
+OURS = (("out", None), ("learned_sink", None), ("sink_tokens", 0), ("q_descale", None), ("k_descale", None), ("v_descale", None))
 REQUIRED = {
     "flash_attn_func": ("q", "k", "v"),
     "flash_attn_qkvpacked_func": ("qkv",),

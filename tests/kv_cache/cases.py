@@ -138,15 +138,15 @@ def asked_of(case: CacheCase, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def request_of(case: CacheCase, inputs: Inputs, cache: Filled) -> tuple[Any, Any]:
-    """The request, and the array that it writes, which holds NaN."""
+def request_of(case: CacheCase, inputs: Inputs, cache: Filled, fp8: fa.Fp8Options | None = None, out_dtype: Any = None) -> tuple[Any, Any]:
+    """The request, and the array that it writes, which holds NaN and is of q's type unless another is named."""
     lengths = case.call.lengths_q
     assert lengths is not None
     equal = len(set(lengths)) == 1
     q = inputs.q.reshape(len(lengths), lengths[0], *inputs.q.shape[1:]) if equal else inputs.q
-    out = upload(np.full((*q.shape[:-1], inputs.v.shape[-1]), np.nan, q.dtype))
+    out = upload(np.full((*q.shape[:-1], inputs.v.shape[-1]), np.nan, out_dtype or q.dtype))
     offsets = None if equal else fa.CumulativeSeqlens(upload(inputs.cu_seqlens_q), max(lengths, default=0))
-    more = {"cu_seqlens_q": offsets, "out": out, **asked_of(case, inputs)}
+    more = {"cu_seqlens_q": offsets, "out": out, "fp8": fp8, **asked_of(case, inputs)}
     k, v, seq_lens = (upload(x) for x in (cache.k, cache.v, cache.lengths))
     if cache.table is not None:
         return fa.PagedAttentionRequest(upload(q), k, v, upload(cache.table), seq_lens, layout=case.layout, **more), out

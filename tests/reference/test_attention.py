@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from atomr_accel_flashattn.reference import forward
-from atomr_accel_flashattn.reference.attention import _rounded
+from atomr_accel_flashattn.reference.fp8 import round_probabilities
 from atomr_accel_flashattn.types import DType
 from tests.case_lists import hazard_cases, head_dim_cases, large_cases, pairwise_cases
 from tests.cases import ALL_DTYPES, Alibi, Case, build
@@ -106,7 +106,7 @@ def test_rounding_of_probabilities_equals_the_cast_for_every_float16_and_between
     values = values.astype(np.float32)
     for dtype in (DType.F16, DType.BF16):
         kind = NUMPY_DTYPE[dtype]
-        np.testing.assert_array_equal(_rounded(values.copy(), kind), values.astype(kind).astype(np.float32))
+        np.testing.assert_array_equal(round_probabilities(values.copy(), kind), values.astype(kind).astype(np.float32))
 
 
 def _peak_bytes(case: Case) -> int:

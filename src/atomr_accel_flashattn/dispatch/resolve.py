@@ -22,7 +22,7 @@ from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.merge_states import MergeStatesSpec
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..kernels.step import ScheduledKvCacheSpec
-from ..limits import FP8_OUT_DTYPES, dtypes_of, merged_dtypes_of, not_built
+from ..limits import FP8_HEAD_DIM_STEP, FP8_OUT_DTYPES, GPU_DTYPES, dtypes_of, merged_dtypes_of, not_built
 from ..tiles.saved import forget_saved_tiles, saved_tile
 from ..tiles.space import misfit
 from ..tiles.tables import (
@@ -238,18 +238,19 @@ def _refuse_schedule(key: DispatchKey) -> None:
 def _refuse(key: DispatchKey) -> None:
     """Features of the design that this version does not have, and element types that the arch does not take."""
     extras, arch = key.extras, key.arch
-    fp8 = [dtype.value for dtype in (key.dtype, extras.k_dtype, extras.v_dtype, extras.out_dtype) if dtype is not None and dtype.is_fp8]
+    _refuse_fp8(key)
+    fp8 = key.v_dtype.is_fp8
     gpu, cached = arch is not SmArch.CPU, key.paged or extras.kv_cache
-    built = _has_fp8_kernel(key)
+    built = fp8 and _has_fp8_kernel(key)
     unbuilt = (
-        (bool(fp8) and not built, "fp8", f"got {', '.join(fp8)}"),
+        (gpu and fp8 and not built, "fp8", f"got {key.k_dtype.value} and {key.v_dtype.value} in k and v"),
         (gpu and extras.split and not cached, "split", ""),
         (gpu and extras.left_pad and not extras.kv_cache, "left_pad", ""),
         (extras.kv_layout not in {"NHD", "HND"}, "kv_layout", f"got {extras.kv_layout!r}"),
         (cached and extras.direction == "bwd", "paged_backward", ""),
-        (not built and extras.k_dtype not in {None, key.dtype}, "k_dtype", ""),
-        (not built and extras.v_dtype not in {None, key.dtype}, "v_dtype", ""),
-        (not built and extras.out_dtype not in {None, key.dtype}, "out_dtype", ""),
+        (not fp8 and key.k_dtype is not key.dtype, "k_dtype", ""),
+        (not fp8 and key.v_dtype is not key.dtype, "v_dtype", ""),
+        (not fp8 and key.out_dtype is not key.dtype, "out_dtype", ""),
     )
     for asked, feature, got in unbuilt:
         if asked:
@@ -279,13 +280,37 @@ def _refuse(key: DispatchKey) -> None:
         )
 
 
+def _refuse_fp8(key: DispatchKey) -> None:
+    """Types that do not go together, descales of other types, and what a call with fp8 has not."""
+    extras, types = key.extras, {"q": key.dtype, "k": key.k_dtype, "v": key.v_dtype}
+    for name, dtype in types.items():
+        if getattr(extras, f"{name}_descale") is not None and not dtype.is_fp8:
+            raise DispatchError(f"{name}_descale: got one with {dtype.value} in {name}; allowed is None, because only fp8 is scaled")
+    if not any(dtype.is_fp8 for dtype in (*types.values(), key.out_dtype)):
+        return
+    if extras.direction == "bwd":
+        raise not_built("fp8_backward", f"got {key.dtype.value}")
+    if extras.dropout:
+        raise DispatchError("dropout: got dropout with fp8, which has no backward to drop for; allowed is none")
+    q_fits = key.dtype.is_fp8 or key.dtype in GPU_DTYPES
+    if not (q_fits and key.k_dtype.is_fp8 and key.v_dtype.is_fp8 and key.out_dtype in FP8_OUT_DTYPES):
+        got = ", ".join(dtype.value for dtype in (*types.values(), key.out_dtype))
+        raise DispatchError(
+            f"dtype: got {got} in q, k, v and o; "
+            "allowed is one type, or fp8 in k and v with fp8, f16 or bf16 in q and f16, bf16 or f32 in o"
+        )
+    if extras.direction == "fwd" and (key.head_dim % FP8_HEAD_DIM_STEP or key.v_head_dim % FP8_HEAD_DIM_STEP):
+        raise DispatchError(
+            f"head_dim: got {key.head_dim} and {key.v_head_dim} with fp8; allowed are multiples of {FP8_HEAD_DIM_STEP}; pad with zeros"
+        )
+
+
 def _has_fp8_kernel(key: DispatchKey) -> bool:
-    """Whether there is a kernel for the fp8 arrays of ``key``: fp8 q, k and v with factors by tensor or KV head, of the wgmma family."""
+    """Whether a GPU has a kernel for the fp8 K and V of ``key``: with fp8 q and factors by tensor or KV head, of the wgmma family."""
     extras = key.extras
-    types = key.dtype.is_fp8 and key.k_dtype.is_fp8 and key.v_dtype.is_fp8 and key.out_dtype in FP8_OUT_DTYPES
     coarse = all(unit in {None, ScaleUnit.TENSOR, ScaleUnit.HEAD} for unit in (extras.q_descale, extras.k_descale, extras.v_descale))
-    beside = key.paged or extras.kv_cache or extras.dropout or extras.split or extras.direction != "fwd"
-    return types and coarse and not beside and key.family is Family.FA3
+    beside = key.paged or extras.kv_cache or extras.split or extras.direction != "fwd"
+    return key.dtype.is_fp8 and coarse and not beside and key.family is Family.FA3
 
 
 def _refuse_invariant(key: DispatchKey) -> None:

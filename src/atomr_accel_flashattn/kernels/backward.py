@@ -139,6 +139,7 @@ def _section_pairs(problem: AttentionProblem, splits: int, *, deterministic: boo
     Without a bound, or with two, blocks are equally long, and one pair after the other reads the least of Q and dO at a time. Deterministic
     blocks of a pair wait for each other, so that many pairs shall have few blocks each at a time; ``blocks``: of an SM. ``splits`` make as
     many pairs of one, and at least half of them run side by side: the longest block of a last section of few would end after all others.
+    For the same reason two pairs do where L2 holds less than two: what they read twice costs less than that end.
     """
     pairs = problem.batch * problem.heads_kv * splits
     if deterministic:
@@ -147,7 +148,7 @@ def _section_pairs(problem: AttentionProblem, splits: int, *, deterministic: boo
         return 1
     group = problem.heads // (problem.heads_kv * splits)
     bytes_of_pair = max(1, problem.seqlen_q * group * (6 * problem.head_dim + 2 * problem.v_head_dim))  # Q, the sum of dQ, dO
-    least = 1 if splits == 1 else -(-pairs // 2)
+    least = max(1, min(pairs, 2)) if splits == 1 else -(-pairs // 2)
     return max(least, min(pairs, _L2_BYTES // bytes_of_pair))
 
 

@@ -1,7 +1,7 @@
 """Forward attention on the CPU, blockwise with an online softmax (FlashAttention-2, arXiv 2307.08691, Algorithm 1).
 
 Memory beyond the outputs is one float copy of the K and V of one KV head plus a few tiles: O(N). The two products are BLAS calls, for
-all query heads of a KV head at once, so K is never repeated. float16, bfloat16 and float32 accumulate in float32, float64 in float64.
+all query heads of a KV head at once, so K is never repeated. All types accumulate in float32, except float64, which does in float64.
 With ``num_splits`` the tiles of a block of rows go to so many softmaxes, which are then merged. With ``batch_invariant`` each query goes
 alone over whole tiles of keys, cut at multiples of the tile from the first key, so that every sum has the same terms in the same places.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..arrays.read import as_numpy
 from .cache import Slots, keys_of, read_values, write_new_tokens
+from .fp8 import round_probabilities
 from .mask import BandMask
 from .scores import (
     TILE_COLS,
@@ -75,7 +76,7 @@ class _OnlineSoftmax:
         if keep is not None:
             probabilities *= keep
         if round_to != probabilities.dtype:
-            probabilities = _rounded(probabilities, round_to)
+            probabilities = round_probabilities(probabilities, round_to)
         self.output *= decay[..., None]
         heads, queries, keys = probabilities.shape
         self.output += (probabilities.reshape(heads * queries, keys) @ v).reshape(self.output.shape)
@@ -162,15 +163,21 @@ def _attend_kv_head(call: Call, sequence: _Sequence, kv_head: int) -> None:
         mask = replace(mask, absent=sequence.k.absent(seen))
     step = TILE_COLS if problem.batch_invariant else 1
     keys, values = (read_head(array, kv_head, seen, call.compute, step) for array in (sequence.k, sequence.v))
+    if problem.descales is not None:
+        for of_head, factors, array in zip((keys, values), call.factors[1:], (sequence.k, sequence.v), strict=True):
+            for tokens in seen:
+                of_head[tokens.start : tokens.stop] *= 1 if factors is None else factors.of(sequence.index, kv_head, tokens, array)
     for rows in blocks(queries, 1 if problem.batch_invariant else rows_of_a_tile(ratio)):
         _attend_rows(call, sequence, mask, group, rows, keys, values)
 
 
 def _attend_rows(call: Call, sequence: _Sequence, mask: BandMask, group: range, rows: range, keys: Array, values: Array) -> None:
     """One block of queries, for every head of ``group``, against all the keys that it sees."""
-    problem, round_to = call.problem, sequence.v.dtype
+    problem, round_to = call.problem, sequence.v.dtype if sequence.q.dtype.itemsize == 1 else sequence.q.dtype
     heads, span = slice(group.start, group.stop), slice(rows.start, rows.stop)
     q = sequence.q[span, heads].transpose(1, 0, 2).astype(call.compute, order="C")
+    if call.factors[0] is not None:
+        q *= call.factors[0].of(sequence.index, group.start // len(group), rows, sequence.q)
     q = q.reshape(len(group) * len(rows), problem.head_dim)
 
     def visit(tiles: list[range]) -> _OnlineSoftmax:
@@ -211,23 +218,6 @@ def _parts(tiles: list[range], splits: int) -> list[list[range]]:
     count = max(splits, 1)
     ends = [len(tiles) * part // count for part in range(count + 1)]
     return [tiles[start:end] for start, end in pairwise(ends)]
-
-
-def _rounded(probabilities: Array, to: np.dtype[Any]) -> Array:
-    """Round float32 values in [0, 1] to a 16-bit type and keep them in float32.
-
-    NumPy's cast to float16 takes 2 ns an element and 70 when the result underflows, as most of a long ALiBi row does. Adding and
-    subtracting 1.5 * 2^13 times the leading power of two rounds to float16's 11 bits in 1 ns, ties to even; below 2^-14 float16 has fixed
-    steps, hence the maximum.
-    """
-    if to != np.float16:
-        return probabilities.astype(to).astype(probabilities.dtype)
-    magic: Array = (probabilities.view(np.int32) & 0x7F800000).view(np.float32)
-    np.maximum(magic, np.float32(2**-14), out=magic)
-    magic *= np.float32(1.5 * 2**13)
-    probabilities += magic
-    probabilities -= magic
-    return probabilities
 
 
 def _write_pattern(call: Call, pattern: Pattern, sequence: _Sequence, keep: NDArray[np.bool_]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from ..arrays.read import as_numpy
 from ..errors import BlockTableError, RotaryError, SeqLensError
 from ..types import KvLayout
+from .fp8 import factors_of, quantise_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,6 +150,18 @@ class Slots:
         block, slot, there = self._places(keys)
         self.blocks[block[there], slot[there]] = values[there]
 
+    def beside(self, values: Array, head: int, keys: slice) -> Array:
+        """Elements (keys,) of an array (blocks, slots, Hkv) that lies beside this one; 1 where the table names no block."""
+        block, slot, there = self._places(keys)
+        found: Array = np.ones(len(slot), values.dtype)
+        found[there] = values[block[there], slot[there], head]
+        return found
+
+    def put_beside(self, values: Array, rows: Array) -> None:
+        """Write (keys, Hkv) to the places of all keys in such an array."""
+        block, slot, there = self._places(slice(0, len(self)))
+        values[block[there], slot[there]] = rows[there]
+
     def absent(self, ranges: tuple[range, ...]) -> NDArray[np.bool_] | None:
         """Which of the keys in ``ranges`` have no block, bool (Sk,); None where all have one. Other entries are not read."""
         missing = np.zeros(len(self), np.bool_)
@@ -181,12 +194,13 @@ def _slots(problem: AttentionProblem, index: int, first: int, length: int) -> tu
 
 
 def write_new_tokens(problem: AttentionProblem, values: CacheValues) -> Array:
-    """Write the new keys and values of all sequences. Returns q, turned where there is a rotary embedding."""
+    """Write the new keys and values of all sequences, quantised for a cache of fp8. Returns q, turned where there is a rotary embedding."""
     cache, q = problem.cache, as_numpy(problem.q)
     new = None if cache is None else cache.new
     if new is None:
         return q
     k, v = as_numpy(new.k), as_numpy(new.v)
+    _, *factors_of_kv = factors_of(problem)
     turned = None if new.rotary is None else np.array(q)
     rows_q = _rows(problem.cu_seqlens_q, problem.batch)
     rows_k = _rows(new.cu_seqlens, problem.batch)
@@ -198,8 +212,10 @@ def write_new_tokens(problem: AttentionProblem, values: CacheValues) -> Array:
             own_q = turned[rows_q[index]]
             steps = np.arange(len(own_q)) if _turns_by_query(problem) else np.zeros(len(own_q), np.int64)
             own_q[...] = rotate(own_q, new.rotary, first + steps)
-        for slots, rows in zip(_slots(problem, index, first, last - first), (own_k, own_v), strict=True):
-            slots[0 : last - first] = rows
+        before = first - int(values.left_pad[index])
+        for slots, rows, factors in zip(_slots(problem, index, first, last - first), (own_k, own_v), factors_of_kv, strict=True):
+            same = rows.dtype == slots.dtype
+            slots[0 : last - first] = rows if same else quantise_rows(rows, slots, factors, index, before)
     return q if turned is None else turned
 
 

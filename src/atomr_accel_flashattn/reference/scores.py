@@ -11,6 +11,7 @@ import numpy as np
 from ..arrays.read import as_numpy
 from ..errors import CuSeqlensError
 from ..types import DType
+from .fp8 import factors_of
 from .philox import keep_mask
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..problem import ArrayInfo, AttentionProblem
     from .cache import Slots
+    from .fp8 import Factors
     from .mask import BandMask
 
     Array = NDArray[Any]
@@ -70,6 +72,7 @@ class Call:
     slopes: Array | None  # (B, Hq)
     sink: Array | None  # (Hq,)
     pattern: Pattern | None
+    factors: tuple[Factors | None, Factors | None, Factors | None]  # of q, k and v
 
 
 def read_call(problem: AttentionProblem) -> Call:
@@ -83,7 +86,7 @@ def read_call(problem: AttentionProblem) -> Call:
     if problem.dropout is not None:
         seed, offset = (int(word) for word in as_numpy(problem.dropout.rng))
         pattern = Pattern(seed, offset, problem.dropout.keep_threshold, problem.dropout.rescale)
-    return Call(problem, compute, slopes, sink, pattern)
+    return Call(problem, compute, slopes, sink, pattern, factors_of(problem))
 
 
 def blocks(span: range, size: int) -> Iterator[range]:

@@ -304,8 +304,8 @@ def check_apart(info: ArrayInfo, others: tuple[ArrayInfo | None, ...], name: str
     """Raise OutputError where an array to be written has memory of lengths, tables, biases and the like, which other blocks still read."""
     if any(each is not None and share_memory(info, each) for each in others):
         raise OutputError(
-            f"{name}: got memory of lengths, a table, padding, rotary embedding, slopes, a sink or a seed, which other blocks still read; "
-            "allowed is an array of its own; pass a copy"
+            f"{name}: got memory of lengths, a table, padding, rotary embedding, slopes, a sink, a seed or descales, "
+            "which other blocks still read; allowed is an array of its own; pass a copy"
         )
 
 

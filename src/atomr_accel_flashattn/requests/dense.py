@@ -29,7 +29,7 @@ class DenseFwdRequest(ForwardRequest):
 
     Raises:
         ConstructionError: the subclass says which argument is wrong; nothing has been written.
-        FeatureNotBuiltError: fp8, or torch tensors that want gradients.
+        FeatureNotBuiltError: torch tensors that want gradients.
     """
 
     PLAN_ATTRIBUTES: ClassVar[tuple[str, ...]] = ()  # what its plan depends on beside problem and out

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from ..arrays.read import read_array, share_memory
+from ..arrays.read import read_array, share_memory, why_not_written
 from ..errors import ArrayTypeError, DescaleError, DropoutError, OutputError
-from ..limits import SCALED_TOKENS
+from ..limits import FP8_OUT_DTYPES, SCALED_TOKENS
 from ..problem import ArrayInfo, AttentionProblem, Descale, Descales, Strides
+from ..runtime.staleness import arrays_beside
 from ..types import DType, ScaleUnit
-from .checks import check_device, refuse_gradients
+from .checks import check_device, overlaps_itself, refuse_gradients
 from .options import Fp8Options
 
-__all__ = ["with_fp8"]
+__all__ = ["Scales", "fp8_of", "is_fp8", "with_fp8"]
+
+# (q_descale, k_descale, v_descale) of a functional call
+Scales: TypeAlias = tuple[Any, Any, Any]
 
 _NOTHING: Final = Fp8Options()
+
+
+def fp8_of(v: Any, descales: Scales, out: Any) -> Fp8Options | None:
+    """The options of a functional call, where there is something to say: with fp8 ``v``, o has the type of ``out`` where it may."""
+    q_descale, k_descale, v_descale = descales
+    undescaled = q_descale is k_descale is v_descale is None
+    if undescaled and out is None:
+        return None
+    fp8 = is_fp8(read_array(v, "v"))
+    if undescaled and not fp8:
+        return None
+    dtype = read_array(out, "out").dtype if fp8 and out is not None else None
+    return Fp8Options(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, out_dtype=dtype if dtype in FP8_OUT_DTYPES else None)
+
+
+def is_fp8(info: ArrayInfo) -> bool:
+    """Whether elements of an array are fp8."""
+    return info.dtype is not None and info.dtype.is_fp8
 
 
 def with_fp8(problem: AttentionProblem, options: Fp8Options | None) -> AttentionProblem:
@@ -25,7 +47,7 @@ def with_fp8(problem: AttentionProblem, options: Fp8Options | None) -> Attention
         ArrayTypeError: ``options`` that are none.
         DescaleError: a descale of another type or shape, or of an array that is not fp8; options without any fp8 array.
         DropoutError: dropout.
-        OutputError: a descale that lies in a cache which new tokens are written to.
+        OutputError: a descale that lies in a cache which new tokens are written to, or one by slots that cannot be written for them.
         DeviceMismatchError: a descale elsewhere than q.
     """
     given: Any = options
@@ -33,7 +55,7 @@ def with_fp8(problem: AttentionProblem, options: Fp8Options | None) -> Attention
         raise ArrayTypeError(
             f"fp8: got {type(given).__qualname__}; allowed is an Fp8Options, as Fp8Options(k_descale=scale); leave it out for none"
         )
-    if problem.v.dtype is None or not problem.v.dtype.is_fp8:
+    if not is_fp8(problem.v):
         if options is not None:
             raise DescaleError(
                 f"fp8: got Fp8Options with {problem.k.dtype_name} in k and {problem.v.dtype_name} in v; "
@@ -43,10 +65,11 @@ def with_fp8(problem: AttentionProblem, options: Fp8Options | None) -> Attention
     options = options or _NOTHING
     if problem.dropout is not None:
         raise DropoutError(f"dropout_p: got {problem.dropout.p} with fp8 k and v; allowed is 0, because fp8 has no backward to drop for")
-    out_dtype = options.out_dtype or (DType.BF16 if problem.q.dtype is not None and problem.q.dtype.is_fp8 else problem.q.dtype)
+    out_dtype = options.out_dtype or (DType.BF16 if is_fp8(problem.q) else problem.q.dtype)
     descales = Descales(*(_read(getattr(options, f"{name}_descale"), name, problem) for name in "qkv"))
-    _check_apart(problem, descales)
-    return replace(problem, descales=descales, out_dtype=out_dtype)
+    problem = replace(problem, descales=descales, out_dtype=out_dtype)
+    _check_written(problem)
+    return problem
 
 
 def _read(x: Any, of: str, problem: AttentionProblem) -> Descale | None:
@@ -100,12 +123,26 @@ def _described(info: ArrayInfo, of: str, problem: AttentionProblem) -> Descale:
     raise DescaleError(f"{name}: got shape {shape}; allowed are {allowed}")
 
 
-def _check_apart(problem: AttentionProblem, descales: Descales) -> None:
-    """Raise OutputError where new tokens are written to a cache over descales."""
-    if problem.cache is None or problem.cache.new is None:
+def _check_written(problem: AttentionProblem) -> None:
+    """Where new tokens are written to a cache: it lies apart from descales, and so do those that are written beside it.
+
+    Raises:
+        OutputError: shared memory, or descales by slots that cannot be written.
+    """
+    cache, descales = problem.cache, problem.descales
+    if cache is None or cache.new is None or descales is None:
         return
-    for name, each in zip("qkv", descales, strict=True):
-        if each is not None and any(share_memory(each.array, array) for array in (problem.k, problem.v)):
-            raise OutputError(
-                f"{name}_descale: got memory of a cache that new tokens are written to; allowed is an array of its own; pass a copy"
-            )
+    written = problem.written_descales
+    named = [(f"{name}_descale", each.array) for name, each in zip("qkv", descales, strict=True) if each is not None]
+    for name, info in named:
+        if any(share_memory(info, array) for array in (problem.k, problem.v)):
+            raise OutputError(f"{name}: got memory of a cache that new tokens are written to; allowed is an array of its own; pass a copy")
+        if not any(info is each for each in written):
+            continue
+        reason = why_not_written(info)
+        if reason or overlaps_itself(info):
+            reason = reason or f"strides {info.strides} for shape {info.shape}, where elements share memory"
+            raise OutputError(f"{name}: got {reason}; allowed is a writeable array, because those of new tokens are written to it")
+        others = (problem.q, cache.new.k, cache.new.v, *(each for each in arrays_beside(problem) if each is not info))
+        if any(each is not None and share_memory(info, each) for each in others):
+            raise OutputError(f"{name}: got memory of another argument, and those of new tokens are written to it; pass a copy")

@@ -174,7 +174,7 @@ def _tell_written(request: FaFwdDispatch) -> None:
     cache = request.problem.cache
     written = [] if request.out_array is None else [request.out_array]
     if cache is not None and cache.new is not None:
-        written += [request.problem.k, request.problem.v]
+        written += [request.problem.k, request.problem.v, *request.problem.written_descales]
     for array in written:
         tell_written(array.source)
 

@@ -17,7 +17,7 @@ from ..requests.arguments import flag, mask_of, needs_padding, softcap_of, step_
 from ..requests.options import AttentionOptions
 from .autograd import is_recorded
 
-__all__ = ["attend", "autocast", "is_traced"]
+__all__ = ["attend", "autocast", "is_fp8", "is_traced"]
 
 
 def is_traced(*arrays: Any) -> bool:
@@ -41,7 +41,8 @@ def _has_own_dispatch(tensor: Any) -> bool:
 def autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any] | None:
     """q, k and v in the type that torch.autocast wants on their device; None where they are to stay as they are.
 
-    As operations of torch that run in 16 bits have it: float64 stays, and gradients come back in the type of before.
+    As operations of torch that run in 16 bits have it: float64 stays, and gradients come back in the type of before. So does fp8, whose
+    values are known with their descales only.
     """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(q, torch.Tensor):
@@ -50,12 +51,18 @@ def autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any] | None:
     if kind not in {"cpu", "cuda"} or not torch.is_autocast_enabled(kind):
         return None
     dtype = torch.get_autocast_dtype(kind)
-    stay = (dtype, torch.float64)
+    stay = (dtype, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
     changes = [isinstance(x, torch.Tensor) and x.device.type == kind and x.is_floating_point() and x.dtype not in stay for x in (q, k, v)]
     if not any(changes):
         return None
     q, k, v = (x.to(dtype) if change else x for x, change in zip((q, k, v), changes, strict=True))
     return q, k, v
+
+
+def is_fp8(*arrays: Any) -> bool:
+    """Whether one of these is a tensor of torch with elements of fp8, which the operators do not take."""
+    torch = sys.modules.get("torch")
+    return torch is not None and any(isinstance(x, torch.Tensor) and x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) for x in arrays)
 
 
 def attend(q: Any, k: Any, v: Any, packing: Any, numbers: tuple[Any, ...], others: tuple[Any, ...], deterministic: Any) -> Any:
