@@ -18,7 +18,7 @@ struct ByteTranspose {
   using To = SwizzledTile<kCols, kRows, 1>;
   static constexpr int kGroup = 32, kGroups = kRows / kGroup;  // keys of a step of wgmma
   static constexpr int kInFlight = 4;                          // loads before the first store
-  static constexpr int kChunks = From::kRowBytes / 16;          // of a panel
+  static constexpr int kChunks = From::kRowBytes / 16;         // of a panel
   static_assert(kRows % kGroup == 0 && kChunks % kInFlight == 0);
 
   // A warp transposes keys 32 `group` to 32 `group` + 31. ldmatrix.trans takes columns in pairs,
@@ -39,7 +39,7 @@ struct ByteTranspose {
         for (int i = 0; i < kInFlight; ++i) ptx::ldmatrix_x4_trans(pairs[i], from ^ ((c + i) << 4));
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
-          const uint32_t(&x)[4] = pairs[i];
+          const uint32_t (&x)[4] = pairs[i];
           const uint32_t bytes[4] = {__byte_perm(x[0], x[1], first), __byte_perm(x[0], x[1], second), __byte_perm(x[2], x[3], first),
                                      __byte_perm(x[2], x[3], second)};
           ptx::stmatrix_x4(to + (c + i) * 16 * To::kRowBytes, bytes);
