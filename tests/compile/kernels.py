@@ -16,7 +16,7 @@ from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
 from atomr_accel_flashattn.limits import FP8_OUT_DTYPES, HEAD_DIM_WIDTHS
-from atomr_accel_flashattn.types import DType, SmArch
+from atomr_accel_flashattn.types import DType, ScaleUnit, SmArch
 from tests.pairwise import covering_rows
 
 ARCHS = (SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90, SmArch.SM_100, SmArch.SM_120)
@@ -121,6 +121,8 @@ def wgmma_fp8_specs() -> list[KernelSpec]:
         dtype, k_dtype, v_dtype = types[i % 3]
         key = _feature_key(row | row["heads"] | {"dtype": dtype, "padding": 16})
         keys.append(replace(key, extras=replace(key.extras, k_dtype=k_dtype, v_dtype=v_dtype, out_dtype=FP8_OUT_DTYPES[i % 4 % 3])))
+        if i % 3 == 0:
+            keys.append(replace(keys[-1], extras=replace(keys[-1].extras, k_descale=ScaleUnit.BLOCK, v_descale=ScaleUnit.BLOCK)))
     return [_spec(key) for key in (*plain, *keys)]
 
 

@@ -147,10 +147,13 @@ def _forward(key: DispatchKey) -> ForwardSpec:
 def _forward_fp8(key: DispatchKey) -> Fa3Fp8ForwardSpec:
     """The same of fp8 q, k and v."""
     width, v_width = fp8_width(key.head_dim), fp8_width(key.v_head_dim)
-    tile = fp8_wgmma_tile_for(width, v_width, crowded=key.alibi or key.extras.softcap > 0)
+    extras = key.extras
+    blocks = ScaleUnit.BLOCK in {extras.q_descale, extras.k_descale, extras.v_descale}
+    tile = fp8_wgmma_tile_for(width, v_width, crowded=key.alibi or extras.softcap > 0, blocks=blocks)
     tile = replace(tile, persistent=key.extras.persistent is not False)
     named = (("k_dtype", key.k_dtype), ("v_dtype", key.v_dtype), ("out_dtype", key.out_dtype))
     others: dict[str, Any] = {name: dtype for name, dtype in named if dtype is not key.dtype}
+    others["block_descales"] = blocks
     return Fa3Fp8ForwardSpec(arch=key.arch, tile=tile, pack_gqa=key.packs_heads, **_features(key, width, v_width), **others)
 
 
@@ -306,11 +309,10 @@ def _refuse_fp8(key: DispatchKey) -> None:
 
 
 def _has_fp8_kernel(key: DispatchKey) -> bool:
-    """Whether a GPU has a kernel for the fp8 K and V of ``key``: with fp8 q and factors by tensor or KV head, of the wgmma family."""
+    """Whether a GPU has a kernel for the fp8 K and V of ``key``: with fp8 q, of the wgmma family."""
     extras = key.extras
-    coarse = all(unit in {None, ScaleUnit.TENSOR, ScaleUnit.HEAD} for unit in (extras.q_descale, extras.k_descale, extras.v_descale))
     beside = key.paged or extras.kv_cache or extras.split or extras.direction != "fwd"
-    return key.dtype.is_fp8 and coarse and not beside and key.family is Family.FA3
+    return key.dtype.is_fp8 and not beside and key.family is Family.FA3
 
 
 def _refuse_invariant(key: DispatchKey) -> None:
