@@ -4,8 +4,7 @@
 
 #include "attention/config.cuh"
 #include "attention/head_packing.cuh"
-#include "attention/scheduler.cuh"
-#include "attention/sequence.cuh"
+#include "attention/params.cuh"
 
 namespace fa {
 
@@ -17,11 +16,8 @@ __device__ __forceinline__ float read_descale(const float* x, const Strides& ste
 
 template <Config C, class Params, bool kOn = C.block_descales>
 struct BlockDescales {
-  __device__ __forceinline__ BlockDescales(const Params&, const WorkTile&, const Sequence&, int) {}
-  __device__ __forceinline__ void load(int) {}
-  __device__ __forceinline__ void apply(float (&)[C.block_n / 8][4]) const {}
-  __device__ __forceinline__ bool change_unit(float (&)[C.block_n / 8][4], float (&)[2], bool grew) { return grew; }
-  __device__ __forceinline__ float of_output(float descale) const { return descale; }
+  template <class Rows>
+  __device__ __forceinline__ BlockDescales(const Params&, const Rows&) {}
 };
 
 // A tile of keys lies in one block. Scores are multiplied by the factors of their row and tile, and
@@ -37,13 +33,12 @@ struct BlockDescales<C, Params, true> {
   float k = 1.f, v = 1.f;
   float unit = 0.f;  // of O; 0: nothing has been added to it
 
-  // `first_row`: of the warp.
-  __device__ __forceinline__ BlockDescales(const Params& params, const WorkTile& work, const Sequence& seq, int first_row)
-      : p(params), batch(work.batch), head_kv(kv_head_of<C>(params.fwd, work.head)) {
+  template <class Rows>
+  __device__ __forceinline__ BlockDescales(const Params& params, const Rows& rows)
+      : p(params), batch(rows.work.batch), head_kv(kv_head_of<C>(params.fwd, rows.work.head)) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row + 8 * r + static_cast<int>(threadIdx.x) % 32 / 4;
-      const int query = max(0, min(query_of<C>(p.fwd, row), seq.length_q - 1));
+      const int query = max(0, min(query_of<C>(p.fwd, rows.row_at(0, r)), rows.seq.length_q - 1));
       q[r] = read_descale(p.q_descale, p.q_descale_stride, batch, head_kv, query / kScaledTokens);
     }
   }
@@ -63,8 +58,8 @@ struct BlockDescales<C, Params, true> {
       for (int e = 0; e < 4; ++e) rS[t][e] *= factor[e / 2];
   }
 
-  // Before P of the tile is packed: brings O to the factor of v through `rescale`, which is valid if
-  // `grew`. Returns whether O is to be rescaled. A factor of 0 leaves the unit and hides P.
+  // Before P of the tile is packed: brings O to the factor of v through `rescale`, which is valid
+  // if `grew`. Returns whether O is to be rescaled. A factor of 0 leaves the unit and hides P.
   __device__ __forceinline__ bool change_unit(float (&rP)[kTiles][4], float (&rescale)[2], bool grew) {
     if (v == 0.f) {
 #pragma unroll
@@ -79,8 +74,6 @@ struct BlockDescales<C, Params, true> {
     for (int r = 0; r < 2; ++r) rescale[r] = grew ? rescale[r] * ratio : ratio;
     return true;
   }
-
-  __device__ __forceinline__ float of_output(float) const { return unit; }
 };
 
 }  // namespace fa

@@ -29,7 +29,8 @@ struct Config {
   bool scheduled = false;      // blocks have the parts of a schedule (step_schedule.cuh)
   // The bits of a row depend on nothing but the row and what it sees (docs/semantics.md).
   bool batch_invariant = false;
-  bool plain_kv = false;        // of a kernel over a cache: K and V are dense or packed arrays instead
+  bool plain_kv = false;  // of a kernel over a cache: K and V are dense or packed arrays instead
+
   bool block_descales = false;  // fp8: factors of blocks of tokens (block_descales.cuh)
   int flush_tiles = 0;          // fp8: of keys, between additions of O to a float32 total; 0: none
   DType k_dtype = dtype, v_dtype = dtype, out_dtype = dtype;
