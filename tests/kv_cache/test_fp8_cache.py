@@ -253,3 +253,35 @@ def test_a_descale_in_the_memory_of_the_cache_is_refused() -> None:
     inside = k_cache.reshape(-1)[: 4 * B * HKV].view(np.float32).reshape(B, HKV)
     with pytest.raises(fa.OutputError, match="k_descale: got memory of a cache"):
         fa.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=BEFORE, block_table=table, k_descale=inside)
+
+
+@pytest.mark.parametrize("layout", list(fa.KvLayout), ids=lambda layout: layout.value)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_paged_cache_quantises_by_token_and_answers_with_its_descales(layout: fa.KvLayout, library: str) -> None:
+    torch = pytest.importorskip("torch") if library == "torch" else None
+    rng = np.random.default_rng(8)
+    q, k, v = (rng.standard_normal((37, heads, D)).astype(np.float16) for heads in (4, 2, 2))
+    like = np.zeros(0, np.float16) if torch is None else torch.zeros(0, dtype=torch.float16)
+    turn = (lambda x: x) if torch is None else torch.from_numpy
+    caches = [fa.PagedKvCache(9, 8, 2, D, dtype=dtype, layout=layout, like=like) for dtype in (E4M3, DType.F16)]
+    for cache in caches:
+        first, second = cache.allocate(), cache.allocate()
+        cache.append([first, second], turn(k[:30]), turn(v[:30]), [21, 9])
+        third = cache.fork(first)  # whose last page is shared, until one of them writes
+        cache.append([third], turn(k[None, 30:]), turn(v[None, 30:]))
+    made, wide = (cache.request(turn(q[None, :7]), [2]) for cache in caches)
+    assert made.problem.descales.k.unit is made.problem.descales.v.unit is ScaleUnit.TOKEN
+    exact, got = (np.asarray(fa.run(each).out, np.float32) for each in (wide, made))
+    assert np.linalg.norm(got - exact) < 0.06 * np.linalg.norm(exact)
+    wide_out = caches[0].request(turn(q[None, :7]), [2], fp8=Fp8Options(out_dtype=DType.F32))
+    assert "float32" in str(fa.run(wide_out).out.dtype)
+    alone = [np.asarray(fa.run(cache.request(turn(q[None, :7]), [0])).out, np.float32) for cache in caches]
+    assert np.linalg.norm(alone[0] - alone[1]) < 0.06 * np.linalg.norm(alone[1]), "the fork wrote into the page that was shared"
+
+
+def test_a_paged_cache_of_fp8_takes_no_fp8() -> None:
+    cache = fa.PagedKvCache(4, 8, 2, 32, dtype=E5M2)
+    assert fa.PagedKvCache(4, 8, 2, 32, dtype=DType.F16).k_descale is None
+    rows = np.zeros((1, 3, 2, 32), DTYPES[E5M2])
+    with pytest.raises(fa.DTypeError, match="k: got float8_e5m2 on cpu; allowed is float16 or bfloat16 or float32 on cpu, to be quantised"):
+        cache.append(cache.allocate(), rows, rows)
