@@ -75,7 +75,7 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "out_dtype": "o has the type of q",
         "paged_backward": "gradients are those of calls on plain or packed K and V; a KV cache has none",
         "paged_over_ray": "a message would carry the whole cache; start an actor where the cache lies",
-        "request_gradients": "autograd records flash_attn_func and its forms, and no requests; a Fa2BwdRequest gives gradients without it",
+        "request_gradients": "autograd records flash_attn_func and its forms, no requests, no merge_states; use them or an Fa2BwdRequest",
         "slopes_gradient": "ALiBi slopes are constants: pass slopes.detach()",
         "split": "on a GPU the keys of a KV cache are split; elsewhere one block visits all keys of its rows",
         "tracing": "requests read memory; flash_attn_func and its forms are operators of torch where they are recorded",

@@ -163,11 +163,16 @@ def _lengths(cache_seqlens: Any, q: Any, k_cache: Any, block_table: Any, *, appe
     cache, queries = read_array(k_cache, "k_cache"), read_array(q, "q")
     table = None if block_table is None else read_array(block_table, "block_table")
     if len(cache.shape) != 4 or (table is not None and len(table.shape) != 2):
-        raise ShapeError(f"k_cache, block_table: got {cache.shape} and {table and table.shape}; allowed are ranks 4 and 2")
+        raise ShapeError(
+            f"k_cache, block_table: got shapes {cache.shape} and {table and table.shape}; allowed are (rows or blocks, slots, KV heads, "
+            "head dim), and (batch, blocks) or None"
+        )
     slots = cache.shape[1] * (1 if table is None else table.shape[1])
     if alone is None:
         if appends:
-            raise SeqLensError("cache_seqlens: got None with k, which goes behind the tokens that there are; allowed are their numbers")
+            raise SeqLensError(
+                "cache_seqlens: got None with k, which goes behind the slots in use; allowed is their number, an integer or int32 (batch,)"
+            )
         alone = slots
     if not 0 <= alone <= slots:
         raise SeqLensError(f"cache_seqlens: got {alone}; allowed are 0..{slots}, the slots of a sequence")

@@ -15,7 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from atomr_accel_flashattn.bench import cache_peers as peers_module, decode  # noqa: E402 - after the skip
+from atomr_accel_flashattn.bench import cache_peers as peers_module, decode, probe  # noqa: E402 - after the skip
 from atomr_accel_flashattn.bench.cache_cells import CacheCell, cache_cells, select_cache_cells  # noqa: E402
 from atomr_accel_flashattn.bench.cache_inputs import CacheInputs, check_cache_rows, make_cache_inputs  # noqa: E402
 from atomr_accel_flashattn.bench.cache_peers import Fa3Cache, Fa4Cache, FlashInfer, OurCalls, Xqa, _pages_in_use, cache_peers  # noqa: E402
@@ -153,6 +153,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[CacheCell]:
     base = replace(chosen["slots"], empty=0, beside="", limit=0.0)
     cells = [base, *(replace(cell, beside=str(base) if cell.group == "slots" else "") for cell in chosen.values())]
     monkeypatch.setattr(decode, "select_cache_cells", lambda _patterns: cells)
+    monkeypatch.setattr(probe, "PROBE_SECONDS", 300.0)  # cores may be busy
+    monkeypatch.setattr(probe, "START_SECONDS", 300.0)
     return cells
 
 

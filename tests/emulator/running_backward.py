@@ -34,18 +34,19 @@ def emulate_backward(
     longest_q: int | None = None,
     splits: int = 1,
     offsets_q: Any = None,
+    statistics_in_dq: bool = False,
 ) -> Gradients:
     """What :func:`tests.check.check_gradients` calls: the kernels of ``arch``, on o and LSE of the CPU backend.
 
     ``longest_q``: what a caller says that it is; None is the truth. ``splits``: blocks that share a tile of keys.
-    ``offsets_q``: what lies in the place of the right ones when the kernels run.
+    ``offsets_q``: what lies in the place of the right ones when the kernels run. ``statistics_in_dq``: as where a call makes dq.
     """
     problem = replace(backward_problem_of(inputs, upstream), deterministic=deterministic)
     if offsets_q is not None:
         problem = replace(problem, forward=replace(problem.forward, cu_seqlens_q=read_array(offsets_q, "cu_seqlens_q")))
     if longest_q is not None:
         problem = replace(problem, forward=replace(problem.forward, seqlen_q=longest_q))
-    layout = Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED
+    layout = Layout.CONTIGUOUS if statistics_in_dq else Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED
     made = [Poisoned.empty(array.shape, NUMPY_DTYPE[inputs.dtype], layout) for array in (inputs.q, inputs.k, inputs.v)]
     dsink = None if inputs.learned_sink is None else np.full(inputs.heads, np.nan, np.float32)
     gradients = GradientArrays(*(read_array(each.view, name) for each, name in zip(made, ("dq", "dk", "dv"), strict=True)))
@@ -56,7 +57,10 @@ def emulate_backward(
         **{name: np.full(size // 4, np.nan, np.float32) for name, size in spec.workspace(problem.forward, splits).items()},
         "dsink": dsink,
     }
+    if statistics_in_dq:
+        assert workspace.pop("statistics").nbytes <= made[0].view.nbytes
     addresses = _addresses(problem, gradients, workspace)
+    addresses.setdefault("statistics", addresses["dq"])
     for step in spec.steps():
         tiles = step.work_tiles(problem.forward)
         if not tiles:

@@ -10,9 +10,9 @@ import pytest
 
 from atomr_accel_flashattn.types import DType, SmArch
 from tests.case_lists import emulated_cases, hazard_cases
-from tests.cases import GPU_DTYPES, Case, build
+from tests.cases import GPU_DTYPES, Alibi, Case, build
 from tests.check import check_gradient_arrays, check_gradients
-from tests.inputs import Inputs
+from tests.inputs import Inputs, Layout
 from tests.oracle import Gradients, Upstream
 
 from .build import compiler
@@ -196,6 +196,31 @@ def test_rows_that_no_sequence_owns_are_not_read_and_get_zeros(learned_sink: boo
         assert not getattr(made, name)[rows:].any()
     if learned_sink:
         np.testing.assert_array_equal(made.dsink, alone.dsink)
+
+
+IN_DQ: dict[str, Case] = {
+    "narrow": Case(batch=2, seqlen_q=70, seqlen_k=90, heads=4, heads_kv=2, head_dim=8, v_head_dim=64, left=30, right=0),
+    "wide": Case(batch=2, seqlen_q=90, seqlen_k=70, heads=2, heads_kv=1, head_dim=136, v_head_dim=128, right=0, layout=Layout.HEADS_FIRST),
+    "one row": Case(seqlen_q=1, seqlen_k=20, heads=1, heads_kv=1, head_dim=8, v_head_dim=8),
+    "packed": Case(lengths_q=(70, 0, 40), lengths_k=(100, 5, 30), heads=4, heads_kv=1, alibi=Alibi.HEADS, dropout_p=0.2, softcap=5.0),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"splits": 2}], ids=str)
+@pytest.mark.parametrize("name", IN_DQ)
+def test_statistics_of_rows_in_dq_give_the_same_bits(name: str, options: dict[str, Any]):
+    """Of all gradients but a dQ that is added up in any order; and spare rows do not show what lay there."""
+    inputs = build(IN_DQ[name])
+    if "splits" in options and inputs.heads == inputs.heads_kv:
+        options = {}
+    upstream = _upstream(inputs)
+    if inputs.cu_seqlens_q is not None:
+        assert upstream.dout is not None
+        inputs = replace(inputs, **{each: _with_spare_rows(getattr(inputs, each)) for each in "qkv"})
+        upstream = Upstream(_with_spare_rows(upstream.dout))
+    apart, inside = (emulate_backward(inputs, upstream, statistics_in_dq=each, **options) for each in (False, True))
+    for one, other in zip(apart, inside, strict=True):
+        assert one is other is None or one.tobytes() == other.tobytes()
 
 
 @pytest.mark.parametrize("softcap", [1.0, 15.0, 50.0])

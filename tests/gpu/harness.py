@@ -135,9 +135,10 @@ class Backward:
     recompute: bool = False
     deterministic: bool = False
     tiles_for: SmArch | None = None
+    new_arrays: bool = False  # whether the call makes those of gradients; kernels keep statistics of rows in its dq then
 
     def __call__(self, inputs: Inputs, upstream: Upstream) -> Gradients:
-        """Forward and backward on the device, into gradients full of NaN. Fails when anything around them was written."""
+        """Forward and backward on the device, into gradients full of NaN. Fails when anything around the caller's own was written."""
         arrays = [upload(x) for x in (inputs.q, inputs.k, inputs.v)]
         asked = asked_of(inputs)
         packed = "cu_seqlens_q" in asked
@@ -145,8 +146,8 @@ class Backward:
         if not self.recompute:
             done = run(VarlenFwdRequest(*arrays, **asked) if packed else dense(*arrays, **asked))
         layout = Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED
-        views = [place(np.full(x.shape, np.nan, x.dtype), layout) for x in (inputs.q, inputs.k, inputs.v)]
-        written = [Written.like(view) for view in views]
+        like = () if self.new_arrays else (inputs.q, inputs.k, inputs.v)
+        written = [Written.like(place(np.full(x.shape, np.nan, x.dtype), layout)) for x in like]
         dout, dlse = (None if x is None else upload(x) for x in upstream)
         kind: Any = VarlenBwdRequest if packed else DenseBwdRequest
         request = kind(
@@ -157,12 +158,13 @@ class Backward:
             dlse=dlse,
             recompute=self.recompute,
             deterministic=self.deterministic,
-            **dict(zip(("dq", "dk", "dv"), (each.view for each in written), strict=True)),
+            **dict(zip(("dq", "dk", "dv"), (each.view for each in written), strict=False)),
             **asked,
         )
         gradients = run(request, tiles_for=self.tiles_for)
         synchronize()
-        dq, dk, dv = (each.alone() for each in written)
+        made = (each.alone() for each in written) if written else map(download, (gradients.dq, gradients.dk, gradients.dv))
+        dq, dk, dv = made
         return Gradients(dq, dk, dv, None if gradients.dsink is None else download(gradients.dsink))
 
 
@@ -206,13 +208,16 @@ def synchronize() -> None:
         torch.cuda.synchronize(DEVICE)
 
 
-def poison_workspaces(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
-    """Every workspace that ``module`` takes is full of NaN first."""
-    make = module.empty_workspace
+def poison_workspaces(monkeypatch: pytest.MonkeyPatch, module: Any, *others: str) -> None:
+    """Every workspace that ``module`` takes is full of NaN first, and so is what the functions ``others`` of it make."""
 
-    def poisoned(*arguments: Any, **options: Any) -> Any:
-        made = make(*arguments, **options)
-        made.source.fill_(float("nan"))
-        return made
+    def poison(make: Any) -> Any:
+        def poisoned(*arguments: Any, **options: Any) -> Any:
+            made = make(*arguments, **options)
+            made.source.fill_(float("nan"))
+            return made
 
-    monkeypatch.setattr(module, "empty_workspace", poisoned)
+        return poisoned
+
+    for name in ("empty_workspace", *others):
+        monkeypatch.setattr(module, name, poison(getattr(module, name)))

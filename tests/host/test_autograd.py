@@ -446,7 +446,7 @@ def test_arrays_of_other_libraries_beside_tensors():
     made = grads([q, v])
     fa.flash_attn_func(q, k, v, alibi_slopes=torch.ones(4)).sin().sum().backward()
     assert equal(made, [q.grad, v.grad])
-    with pytest.raises(fa.FeatureNotBuiltError, match=r"k requires grad.*q, in whose library o is made, is a ndarray"):
+    with pytest.raises(fa.FeatureNotBuiltError, match=r"k requires grad.*q, in whose library o is made, is of type ndarray"):
         fa.flash_attn_func(q.detach().numpy(), k, v)
 
 

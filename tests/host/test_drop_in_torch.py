@@ -189,6 +189,18 @@ def test_a_library_without_gradients_goes_along_with_one_that_has_them():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("wanting", [0, 1, 2])
+def test_pages_have_no_gradients_and_say_so(wanting: int):
+    tensors = [torch.ones(3, 4, 16), torch.ones(2, 16, 2, 16), torch.ones(2, 16, 2, 16)]
+    tensors[wanting].requires_grad_()
+    ends, table = torch.tensor([0, 3], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(fa.FeatureNotBuiltError, match="got a block_table with a tensor that requires grad") as caught:
+        fa.flash_attn_varlen_func(*tensors, ends, ends, 3, 3, block_table=table)
+    assert caught.value.feature == "paged_backward"
+    with torch.no_grad():
+        assert fa.flash_attn_varlen_func(*tensors, ends, ends, 3, 3, block_table=table).shape == (3, 4, 16)
+
+
 @pytest.mark.parametrize("split", [0, 5, 11, 18])
 def test_spare_rows_are_part_of_a_plan_like_others(gpu: FakeGpu, split: int):
     """The fake writes what docs/semantics.md wants of kernels; here it is given all rows, and as many blocks as that takes."""

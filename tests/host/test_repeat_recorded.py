@@ -130,6 +130,21 @@ def test_lengths_and_biases_freed_before_a_repeated_backward_are_refused(gpu: Fa
     assert len(gpu.launches) == launched
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_gradient_freed_before_a_repeated_backward_is_refused(gpu: FakeGpu, which: int):
+    """To a kernel, the address 0 is a gradient of zeros."""
+    for step in range(4):
+        tensors, given = leaves(step), [fake(x) for x in upstream(step)]
+        made, launched = dense(tensors), len(gpu.launches)
+        if step < 3:
+            grad(made, tensors, *given)
+            continue
+        given[which].untyped_storage().resize_(0)
+        with pytest.raises((fa.ArrayTypeError, fa.StaleArrayError)):
+            grad(made, tensors, *given)
+        assert len(gpu.launches) == launched
+
+
 def test_dropout_has_a_seed_of_its_own_each_time_and_the_backward_that_of_its_forward(gpu: FakeGpu):
     seen, (q, k, v) = [], leaves(1)
     for _ in range(3):

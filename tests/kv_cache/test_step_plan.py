@@ -188,7 +188,7 @@ def test_what_a_schedule_refuses():
         (fa.StepPlanError, "cu_seqlens_q: got an array; allowed is None, as the plan was declared", {"cu_seqlens_q": OFFSETS}),
         (fa.StepPlanError, "cache_leftpad: got an array; allowed is None", {"cache_leftpad": LENGTHS}),
         (fa.StepPlanError, "cu_seqlens_new: got an array; allowed is None", {"cu_seqlens_new": OFFSETS}),
-        (fa.SeqLensError, r"seq_lens: got shape \(1,\); allowed is \(2\)", {"seq_lens": LENGTHS[:1]}),
+        (fa.SeqLensError, r"seq_lens: got shape \(1,\); allowed is \(2,\)", {"seq_lens": LENGTHS[:1]}),
         (fa.DTypeError, "seq_lens: got type int64; allowed is int32", {"seq_lens": LENGTHS.astype(np.int64)}),
         (fa.DeviceMismatchError, "seq_lens", {"seq_lens": FakeArray(LENGTHS).info()}),
         (fa.StepPlanError, "seq_lens: got 1 sequences; allowed are 2", {"seq_lens": fa.CumulativeSeqlens(np.array([0, 4], np.int32))}),

@@ -35,7 +35,7 @@ class FlashAttnMsg:
         """A forward call, answered with an Output.
 
         Attributes:
-            request: a Fa2FwdRequest, a VarlenFwdRequest, a ChunkedPrefillRequest, or anything that
+            request: an Fa2FwdRequest, a VarlenFwdRequest, a ChunkedPrefillRequest, or anything that
                 satisfies FaFwdDispatch.
             lse: whether the log-sum-exp is wanted.
             dropout_mask: whether the dropout pattern is wanted.
@@ -57,7 +57,7 @@ class FlashAttnMsg:
         """A backward call, answered with Gradients.
 
         Attributes:
-            request: a Fa2BwdRequest, a VarlenBwdRequest, or anything that satisfies FaBwdDispatch.
+            request: an Fa2BwdRequest, a VarlenBwdRequest, or anything that satisfies FaBwdDispatch.
         """
 
         request: Any

@@ -36,7 +36,7 @@ class CachePeer(Protocol):
 
 
 class OurCalls(CachePeer):
-    """This package: ``flash_attn_with_kvcache``, and ``flash_attn_func`` where there is no cache."""
+    """This package: ``flash_attn_with_kvcache``; ``flash_attn_func`` where there is no cache, a StepPlan made anew where slots are."""
 
     name = "ours"
 
@@ -48,6 +48,9 @@ class OurCalls(CachePeer):
         if cell.layout == "dense":
             return [lambda x=x: flash_attn_func(x.q, x.k, x.v, causal=True) for x in sets]  # type: ignore[misc]
 
+        if cell.group == "slots":
+            return [_planned_step(cell, x) for x in sets]
+
         def call_of(x: CacheInputs) -> Call:
             new: dict[str, Any] = {} if not cell.appends else {"k": x.new_k, "v": x.new_v, "rotary_cos": x.cos, "rotary_sin": x.sin}
             options = {"cache_seqlens": x.lengths, "block_table": x.table, "causal": True, "rotary_interleaved": False, **new}
@@ -55,6 +58,27 @@ class OurCalls(CachePeer):
             return lambda: flash_attn_with_kvcache(x.q, k, v, **options)
 
         return [call_of(x) for x in sets]
+
+
+def _planned_step(cell: CacheCell, x: CacheInputs) -> Call:
+    """The schedule of a step from the lengths on the device, and a call that follows it: the way of a server with slots to fill."""
+    import torch
+
+    from ..paged import PagedAttentionRequest
+    from ..requests.step_plan import StepPlan
+    from ..runtime.execute import run
+
+    k, v = x.cache(cell.page)
+    out, asked = torch.empty_like(x.q), {"block_table": x.table, "seq_lens": x.lengths}
+    plan = StepPlan.of(PagedAttentionRequest(x.q, k, v, **asked))
+    request = PagedAttentionRequest(x.q, k, v, **asked, plan=plan, out=out)
+
+    def call() -> torch.Tensor:
+        plan.schedule(x.lengths)
+        run(request, lse=False)
+        return out
+
+    return call
 
 
 class _Package(CachePeer):

@@ -68,7 +68,7 @@ def read_int32(array: Any, name: str, shape: tuple[int | None, ...], q: ArrayInf
     if info.dtype_name != "int32":
         raise DTypeError(f"{name}: got type {info.dtype_name}; allowed is int32; call .int() or .astype('int32')")
     if len(info.shape) != len(shape) or any(want is not None and have != want for have, want in zip(info.shape, shape, strict=True)):
-        sizes = ", ".join("blocks" if size is None else str(size) for size in shape)
+        sizes = ", ".join("blocks" if size is None else str(size) for size in shape) + ("," if len(shape) == 1 else "")
         raise error(f"{name}: got shape {info.shape}; allowed is ({sizes}), for a batch of {shape[0]}")
     check_device(info, name, q)
     if info.shape[-1] > 1 and info.strides[-1] != 1:

@@ -200,7 +200,7 @@ def _cache(given: CacheArguments, q: ArrayInfo, slots: tuple[ArrayInfo, ArrayInf
     if given.block_table is not None:
         for name, value in (("cache_batch_idx", given.rows), ("cache_leftpad", given.left_pad)):
             if value is not None:
-                raise BlockTableError(f"{name}: got an array with a block_table; allowed is None, because pages need neither")
+                raise BlockTableError(f"{name}: got an array with a block_table; allowed is None: a table has neither rows nor padding")
         blocks = read_int32(given.block_table, "block_table", (batch, None), q, BlockTableError)
     elif given.rows is not None:
         blocks = read_int32(given.rows, "cache_batch_idx", (batch,), q, BlockTableError)
@@ -253,7 +253,7 @@ def _new_tokens(given: CacheArguments, q: ArrayInfo, slots: tuple[ArrayInfo, Arr
             f"k, v: got {k.shape[-2]} KV heads and v head dim {v.shape[-1]}; allowed are those of the cache, {heads_kv} and {width}"
         )
     if v.shape[:-1] != k.shape[:-1] or (packed is None and k.shape[0] != batch):
-        raise ShapeError(f"v: got shape {v.shape} with {k.shape} in k and a batch of {batch}; allowed are as many tokens in both")
+        raise ShapeError(f"k, v: got shapes {k.shape} and {v.shape} and a batch of {batch}; allowed are that batch and equal tokens")
     return NewTokens(
         k=k,
         v=v,

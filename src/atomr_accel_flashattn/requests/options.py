@@ -233,6 +233,7 @@ def check_kinds(mask: Any, bias: Any, options: Any) -> None:
         ("options", options, AttentionOptions, "AttentionOptions(softcap=30.0)"),
     ):
         if not isinstance(value, kind):
+            article = "an" if kind is AttentionOptions else "a"
             raise ArrayTypeError(
-                f"{name}: got {type(value).__qualname__}; allowed is a {kind.__name__}, as {example}; leave it out for none"
+                f"{name}: got {type(value).__qualname__}; allowed is {article} {kind.__name__}, as {example}; leave it out for none"
             )

@@ -44,7 +44,7 @@ def is_recorded(q: Any, k: Any, v: Any, others: tuple[Any, Any, Any]) -> bool:
         raise not_built("slopes_gradient", "alibi_slopes requires grad and gradients are enabled")
     if "q" not in tensors:
         raise not_built(
-            "mixed_gradients", f"{got}, and q, in whose library o is made, is a {type(q).__qualname__}; use a torch tensor as q"
+            "mixed_gradients", f"{got}, and q, in whose library o is made, is of type {type(q).__qualname__}; use a torch tensor as q"
         )
     if out is not None:
         raise OutputError(f"out: got an array, and {got}; allowed is None, because autograd cannot record a call into an array of before")

@@ -134,7 +134,7 @@ class _Again:
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr())
         if pointers != self.pointers or _strides_of(saved) != self.strides or not _are_usual(dout, dlse):
             return call.asked.gradients(saved, dout, dlse)
-        for beside in (learned_sink, *others):
+        for beside in (dout, dlse, learned_sink, *others):
             if beside is not None and not beside.data_ptr():
                 return call.asked.gradients(saved, dout, dlse)  # which refuses what was freed under its tensor
         key = (None, 0) if dout is None else (dout.stride(), dout.data_ptr() & 15)
