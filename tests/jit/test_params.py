@@ -15,6 +15,7 @@ from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
+from atomr_accel_flashattn.kernels.fp8_kvcache import DescaledKvCacheParams, DescaledStepParams
 from atomr_accel_flashattn.kernels.kv_append import KvAppendParams
 from atomr_accel_flashattn.kernels.kvcache import KvCacheParams
 from atomr_accel_flashattn.kernels.merge_states import MergeStatesParams
@@ -37,6 +38,8 @@ _STRUCTS = {
     BwdParams: "fa::BwdParams",
     KvCacheParams: "fa::KvCacheParams",
     StepParams: "fa::StepParams",
+    DescaledKvCacheParams: "fa::DescaledKvCacheParams",
+    DescaledStepParams: "fa::DescaledStepParams",
     KvAppendParams: "fa::KvAppendParams",
     DropoutMaskParams: "fa::DropoutMaskParams",
     MergeStatesParams: "fa::MergeStatesParams",

@@ -31,6 +31,8 @@ struct Config {
   bool batch_invariant = false;
   bool plain_kv = false;  // of a kernel over a cache: K and V are dense or packed arrays instead
   DType k_dtype = dtype, v_dtype = dtype, out_dtype = dtype;
+  // fp8: each slot of a page has a descale of its own, else 128 tokens or more share one.
+  bool k_token_scales = false, v_token_scales = false;
 };
 
 }  // namespace fa

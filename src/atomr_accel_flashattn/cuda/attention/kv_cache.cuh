@@ -67,7 +67,8 @@ __device__ __forceinline__ int key_tile_count(const Band<C>& band) {
 // Elements from the beginning of K and of V to a key's row.
 struct CachedKey {
   int64_t k, v;
-  bool exists;  // a table entry outside the cache names no keys
+  bool exists;     // a table entry outside the cache names no keys
+  int block, row;  // of the cache
 };
 
 template <Config C>
@@ -104,9 +105,10 @@ struct KvCacheSource {
       const int block = valid ? table[page] : -1;
       const bool exists = block >= 0 && block < p.num_blocks;
       const int64_t at = exists ? block : 0;
-      return {k_base + at * f.k_stride.batch + row * f.k_stride.row, v_base + at * f.v_stride.batch + row * f.v_stride.row, exists};
+      return {k_base + at * f.k_stride.batch + row * f.k_stride.row, v_base + at * f.v_stride.batch + row * f.v_stride.row, exists,
+              static_cast<int>(at), row};
     } else {
-      return {k_base + slot * f.k_stride.row, v_base + slot * f.v_stride.row, in_cache};
+      return {k_base + slot * f.k_stride.row, v_base + slot * f.v_stride.row, in_cache, 0, slot};
     }
   }
 };
@@ -114,11 +116,12 @@ struct KvCacheSource {
 // Loads kRows rows of kCols elements with kThreads threads. Row r begins `offset` elements after
 // `base`, as lane r of every warp knows it, and is zero-filled where its bit of `exists` is not
 // set; so are columns from `cols` on.
-template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols>
+template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols, int kElementBytes = 2>
 struct ScatteredRowLoader {
   static_assert(kRows <= 32, "a lane knows a row");
-  using Tile = SharedTile<kRows, kCols>;
-  using Gather = TileLoader<kRows, kCols, 256, kAligned, kExactCols>;
+  using Element = typename BitsOf<kElementBytes>::Type;
+  using Tile = SharedTile<kRows, kCols * kElementBytes / 2>;
+  static constexpr int kOfChunk = 16 / kElementBytes;
   static constexpr int kCopies = kRows * Tile::kChunks;
 
   static __device__ __forceinline__ void load(uint32_t tile, const void* base, int64_t offset, uint32_t exists, int cols, int thread) {
@@ -127,12 +130,12 @@ struct ScatteredRowLoader {
       const int copy = first + thread, row = copy / Tile::kChunks, chunk = copy - row * Tile::kChunks;
       const int64_t at = __shfl_sync(0xffffffffu, offset, row % 32);
       if (kCopies % kThreads != 0 && copy >= kCopies) continue;
-      const uint16_t* from = static_cast<const uint16_t*>(base) + at + 8 * chunk;
+      const Element* from = static_cast<const Element*>(base) + at + kOfChunk * chunk;
       const bool valid = exists >> row & 1;
       if constexpr (kAligned) {
-        ptx::cp_async_16_or_zero(tile + Tile::offset(row, chunk), from, valid && (kExactCols || 8 * chunk < cols));
+        ptx::cp_async_16_or_zero(tile + Tile::offset(row, chunk), from, valid && (kExactCols || kOfChunk * chunk < cols));
       } else {
-        ptx::store_shared_16(tile + Tile::offset(row, chunk), Gather::gather(from, valid ? cols - 8 * chunk : 0));
+        ptx::store_shared_16(tile + Tile::offset(row, chunk), gather(from, valid ? cols - kOfChunk * chunk : 0));
       }
     }
   }

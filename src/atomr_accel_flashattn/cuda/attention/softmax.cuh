@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ptx/common.cuh"
+#include "ptx/types.cuh"
 
 namespace fa {
 
@@ -18,8 +19,10 @@ __device__ __forceinline__ float quad_reduce(float x, Op op) {
 }
 
 // State of this lane's 2 * kBlocks rows: lane / 4 and lane / 4 + 8 of each 16-row block.
-template <int kBlocks>
+// kP: what probabilities are rounded to.
+template <int kBlocks, DType kP = DType::F16>
 struct OnlineSoftmax {
+  static constexpr bool kNarrow = bytes_of(kP) == 1;
   float max[kBlocks][2];  // reference maximum, in score units; -inf before the first visible key
   float sum[kBlocks][2];  // this lane's part of the denominator
 
@@ -29,7 +32,12 @@ struct OnlineSoftmax {
   // the quads exchange maxima only if some lane of the warp exceeded the threshold. Scores of the
   // polynomial softcap, of which no maximum is taken, may exceed their reference by 15: f16 holds
   // it.
-  static constexpr float kRescaleThreshold = 8.f, kOverflowThreshold = 15.f;
+  //
+  // fp8 has few small numbers, so a reference lies below its maximum, whose probability is as large
+  // a power of two as fits: e4m3 ends at 448, e5m2 at 57344. It is not rounded, which counts where
+  // one key outweighs all others. So every growth beyond rounding raises the reference.
+  static constexpr float kBelowMaximum = kP == DType::F8E5M2 ? 15.f : 8.f;
+  static constexpr float kRescaleThreshold = kNarrow ? kBelowMaximum + 0.00390625f : 8.f, kOverflowThreshold = 15.f;
 
   // Huge scores: the exponent is one FMA, x * factor - round(max * factor). What that rounding
   // drops is common to a row and cancels in the normalisation, unless it is large: 2^-13 at this
@@ -168,12 +176,19 @@ struct OnlineSoftmax {
       for (int r = 0; r < 2; ++r) {
         const float seen = quad_reduce(top[b][r], [](float x, float y) { return fmaxf(x, y); });
         const bool keep = !((seen - max[b][r]) * factor > kRescaleThreshold);
-        rescale[b][r] = keep ? 1.f : ptx::exp2((max[b][r] - seen) * factor);
-        max[b][r] = keep ? max[b][r] : seen;
+        rescale[b][r] = keep ? 1.f : ptx::exp2((max[b][r] - reference_of(seen, factor)) * factor);
+        max[b][r] = keep ? max[b][r] : reference_of(seen, factor);
         sum[b][r] *= rescale[b][r];
         grew |= !keep;
       }
     return __any_sync(0xffffffffu, grew);
+  }
+
+  // The one of a maximum, which itself is taken where the difference is lost in rounding.
+  static __device__ __forceinline__ float reference_of(float seen, float factor) {
+    if constexpr (!kNarrow) return seen;
+    const float lower = seen - kBelowMaximum / factor;
+    return (seen - lower) * factor > kRescaleThreshold ? seen : lower;
   }
 
   template <int kTiles>

@@ -17,7 +17,7 @@ __device__ __forceinline__ void write_unowned_rows(const FwdParams& p, int first
     const int64_t rows = p.lse_head_stride;  // of the packed q
     for (int64_t row = int64_t{p.cu_seqlens_q[p.batch]} + first; row < rows; row += step) {
       for (int head = 0; head < p.heads; ++head) {
-        uint16_t* o = static_cast<uint16_t*>(p.o) + row * p.o_stride.row + head * p.o_stride.head;
+        auto* o = static_cast<Bits<C.out_dtype>*>(p.o) + row * p.o_stride.row + head * p.o_stride.head;
         for (int col = thread; col < p.v_head_dim; col += threads) o[col] = 0;
         if (p.lse && thread == 0) p.lse[head * p.lse_head_stride + row] = negative_infinity();
       }
