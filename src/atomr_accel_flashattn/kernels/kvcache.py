@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final, Self
 
 from ..problem import ArrayInfo, AttentionProblem, KvCache
+from ..types import DType
 from .attention import AttentionSpec
 from .forward import FwdParams, forward_params
 from .params import KernelParams
@@ -129,7 +130,11 @@ class Fa2KvCacheSpec(KvCacheSpec):
         groups = tile.warps * _ROWS_OF_WARP // tile.block_m
         stages = groups * tile.stages * tile.block_n * row
         merge = groups * tile.block_m * (2 + self.v_head_dim + 4) * 4
-        return tile.block_m * self.head_dim * _BYTES_OF_Q + max(stages, merge)
+        return tile.block_m * self.head_dim * _BYTES_OF_Q + self.row_scales() + max(stages, merge)
+
+    def row_scales(self) -> int:
+        """Bytes of what rows of a bf16 q are divided by beside fp8 K and V, in whole rows of 128."""
+        return -(-self.tile.block_m * 4 // 128) * 128 if self.k_type.is_fp8 and self.dtype is DType.BF16 else 0
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:

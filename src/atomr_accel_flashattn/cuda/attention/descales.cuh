@@ -59,6 +59,9 @@ struct KeyDescales {
     v = base<C.v_token_scales>(p.v_descale, p.v_step, work);
   }
 
+  // Also with what row r of Q was divided by.
+  __device__ __forceinline__ void multiply_row(int r, float factor) { q[r] *= factor; }
+
   // Of tile n; `key` is this lane's.
   __device__ __forceinline__ OfTile load(int n, const CachedKey& key, bool exists) const {
     return {read<C.k_token_scales>(k, p.k_step, n, key, exists), read<C.v_token_scales>(v, p.v_step, n, key, exists)};

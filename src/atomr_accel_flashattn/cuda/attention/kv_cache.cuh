@@ -141,4 +141,38 @@ struct ScatteredRowLoader {
   }
 };
 
+// The same of 8-bit elements by one warp whose lanes have a column of chunks each: nothing but the
+// offset of a row is computed for a copy.
+template <int kRows, int kCols, bool kAligned, bool kExactCols>
+struct ByteRowLoader {
+  using Tile = SharedTile<kRows, kCols / 2>;
+  static constexpr int kRowsPerPass = 32 / Tile::kChunks;
+  static_assert(32 % Tile::kChunks == 0 && kRows % kRowsPerPass == 0 && kAligned, "whole rows a pass");
+
+  static __device__ __forceinline__ void load(uint32_t tile, const void* base, int64_t offset, uint32_t exists, int cols, int thread) {
+    const uint32_t first = static_cast<uint32_t>(thread) / Tile::kChunks, chunk = static_cast<uint32_t>(thread) % Tile::kChunks;
+    const uint8_t* from = static_cast<const uint8_t*>(base) + 16 * chunk;
+    const bool in_row = kExactCols || static_cast<int>(16 * chunk) < cols;
+    const uint32_t own = in_row ? exists >> first : 0;
+#pragma unroll
+    for (int row = 0; row < kRows; row += kRowsPerPass) {
+      const int64_t at = __shfl_sync(0xffffffffu, offset, row + first);
+      ptx::cp_async_16_or_zero(tile + Tile::offset(row + first, chunk), from + at, own >> row & 1);
+    }
+  }
+};
+
+// Which of them.
+template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols, int kElementBytes>
+struct LoaderOf {
+  using Type = ScatteredRowLoader<kRows, kCols, kThreads, kAligned, kExactCols, kElementBytes>;
+};
+template <int kRows, int kCols, bool kExactCols>
+  requires(512 % kCols == 0)
+struct LoaderOf<kRows, kCols, 32, true, kExactCols, 1> {
+  using Type = ByteRowLoader<kRows, kCols, true, kExactCols>;
+};
+template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols, int kElementBytes>
+using CacheRowLoader = typename LoaderOf<kRows, kCols, kThreads, kAligned, kExactCols, kElementBytes>::Type;
+
 }  // namespace fa

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "ptx/common.cuh"
-#include "ptx/types.cuh"
 
 namespace fa {
 
@@ -18,11 +17,22 @@ __device__ __forceinline__ float quad_reduce(float x, Op op) {
   return op(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
+// Where P is, in log2 units: a reference lies `below` its maximum and is raised by a maximum that is
+// `raise_above` it, in 1/256.
+struct ProbabilityRange {
+  int below, raise_above;
+};
+constexpr ProbabilityRange kPlainRange = {0, 8 * 256};
+// In f16 for a bf16 Q: small numbers as far down as they go.
+constexpr ProbabilityRange kWideRange = {8, 15 * 256};
+// fp8 has few small numbers, so a maximum is as large a power of two as fits: e4m3 ends at 448, e5m2
+// at 57344. It is not rounded, which counts where one key outweighs all others: so every growth
+// beyond rounding raises the reference.
+constexpr ProbabilityRange kE4m3Range = {8, 8 * 256 + 1}, kE5m2Range = {15, 15 * 256 + 1};
+
 // State of this lane's 2 * kBlocks rows: lane / 4 and lane / 4 + 8 of each 16-row block.
-// kP: what probabilities are rounded to.
-template <int kBlocks, DType kP = DType::F16>
+template <int kBlocks, ProbabilityRange kRange = kPlainRange>
 struct OnlineSoftmax {
-  static constexpr bool kNarrow = bytes_of(kP) == 1;
   float max[kBlocks][2];  // reference maximum, in score units; -inf before the first visible key
   float sum[kBlocks][2];  // this lane's part of the denominator
 
@@ -32,12 +42,7 @@ struct OnlineSoftmax {
   // the quads exchange maxima only if some lane of the warp exceeded the threshold. Scores of the
   // polynomial softcap, of which no maximum is taken, may exceed their reference by 15: f16 holds
   // it.
-  //
-  // fp8 has few small numbers, so a reference lies below its maximum, whose probability is as large
-  // a power of two as fits: e4m3 ends at 448, e5m2 at 57344. It is not rounded, which counts where
-  // one key outweighs all others. So every growth beyond rounding raises the reference.
-  static constexpr float kBelowMaximum = kP == DType::F8E5M2 ? 15.f : 8.f;
-  static constexpr float kRescaleThreshold = kNarrow ? kBelowMaximum + 0.00390625f : 8.f, kOverflowThreshold = 15.f;
+  static constexpr float kRescaleThreshold = kRange.raise_above / 256.f, kOverflowThreshold = 15.f;
 
   // Huge scores: the exponent is one FMA, x * factor - round(max * factor). What that rounding
   // drops is common to a row and cancels in the normalisation, unless it is large: 2^-13 at this
@@ -186,8 +191,8 @@ struct OnlineSoftmax {
 
   // The one of a maximum, which itself is taken where the difference is lost in rounding.
   static __device__ __forceinline__ float reference_of(float seen, float factor) {
-    if constexpr (!kNarrow) return seen;
-    const float lower = seen - kBelowMaximum / factor;
+    if constexpr (kRange.below == 0) return seen;
+    const float lower = seen - kRange.below / factor;
     return (seen - lower) * factor > kRescaleThreshold ? seen : lower;
   }
 

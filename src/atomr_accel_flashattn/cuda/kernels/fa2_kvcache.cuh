@@ -38,8 +38,10 @@ struct Fa2KvCache {
   using TileQ = typename Operands::TileQ;
   using TileK = typename Operands::TileK;
   using TileV = typename Operands::TileV;
-  using LoaderK = ScatteredRowLoader<C.block_n, C.head_dim, kGroupThreads, C.aligned, C.exact_head_dim, Operands::kElementBytes>;
-  using LoaderV = ScatteredRowLoader<C.block_n, C.v_head_dim, kGroupThreads, C.aligned, C.exact_head_dim, Operands::kElementBytes>;
+  template <int kCols>
+  using Loader = CacheRowLoader<C.block_n, kCols, kGroupThreads, C.aligned, C.exact_head_dim, Operands::kElementBytes>;
+  using LoaderK = Loader<C.head_dim>;
+  using LoaderV = Loader<C.v_head_dim>;
   static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
 
   const KvCacheParams& p;
@@ -51,7 +53,7 @@ struct Fa2KvCache {
   const int group, thread;  // thread of the group
   const uint32_t sQ, stages;
   Scores tile;
-  OnlineSoftmax<1, Operands::kP> softmax;
+  OnlineSoftmax<1, Operands::kRange> softmax;
   float rO[1][kOutTiles][4];
   Descales descales;
   // Of each tile in flight: which keys there are, and their descales.
@@ -69,7 +71,7 @@ struct Fa2KvCache {
         group(warp_index() / kRowWarps),
         thread(static_cast<int>(threadIdx.x) % kGroupThreads),
         sQ(shared),
-        stages(shared + TileQ::kBytes + group * C.stages * kStageBytes),
+        stages(shared + Operands::kBytesOfQ + group * C.stages * kStageBytes),
         tile(params.fwd, w, s, w.block_m * C.block_m + warp_index() % kRowWarps * 16),
         descales(factors) {
     Scores::clear(rO);
@@ -78,7 +80,7 @@ struct Fa2KvCache {
 
   __device__ __forceinline__ void run(int split) {
     if constexpr (C.batch_invariant) {
-      load_q();
+      if constexpr (!Operands::kConverts) load_q();
       const int sinks = sink_tile_count(band), tiles = max(0, band.tile_end() - band.tile_begin());
       mainloop(0, own_count(0, sinks) + own_count(band.tile_begin(), band.tile_end()), rounds(sinks) + rounds(tiles));
       merge_and_store(split);
@@ -90,7 +92,7 @@ struct Fa2KvCache {
 
   // Tiles [first, end), to partial result `part`; scheduled: -1 is o itself.
   __device__ __forceinline__ void run(int first, int end, int part) {
-    load_q();  // lands while the first keys are on their way
+    if constexpr (!Operands::kConverts) load_q();  // lands while the first keys are on their way
     mainloop(first + group, end, rounds(max(0, end - first)));
     merge_and_store(part);
   }
@@ -115,13 +117,17 @@ struct Fa2KvCache {
   // Rows of several heads: row r is query r / ratio of head r % ratio. Rows that do not exist are
   // zeros.
   __device__ __forceinline__ void load_q() const {
-    const auto* q = static_cast<const Bits<C.dtype>*>(f.q) + seq.batch * f.q_stride.batch + seq.q_row * f.q_stride.row;
-    constexpr int kCopies = Operands::kCopiesOfQ;
-    for (int copy = threadIdx.x; copy < C.block_m * kCopies; copy += kThreads) {
-      const int r = copy / kCopies, chunk = copy - r * kCopies, row = work.block_m * C.block_m + r;
+    const auto* q = static_cast<const uint16_t*>(f.q) + seq.batch * f.q_stride.batch + seq.q_row * f.q_stride.row;
+    for (int copy = threadIdx.x; copy < C.block_m * TileQ::kChunks; copy += kThreads) {
+      const int r = copy / TileQ::kChunks, chunk = copy - r * TileQ::kChunks, row = work.block_m * C.block_m + r;
       const bool valid = row < row_count<C>(f, seq);
       const int64_t at = valid ? query_of<C>(f, row) * f.q_stride.row + head_of<C>(f, work.head, row) * f.q_stride.head : 0;
-      Operands::load_q(sQ, r, chunk, q, at, valid, f.head_dim);
+      const uint16_t* from = q + at + 8 * chunk;
+      if constexpr (C.aligned) {
+        ptx::cp_async_16_or_zero(sQ + TileQ::offset(r, chunk), from, valid && (C.exact_head_dim || 8 * chunk < f.head_dim));
+      } else {
+        ptx::store_shared_16(sQ + TileQ::offset(r, chunk), gather(from, valid ? f.head_dim - 8 * chunk : 0));
+      }
     }
     ptx::cp_async_commit();
   }
@@ -139,8 +145,17 @@ struct Fa2KvCache {
     };
 #pragma unroll
     for (int stage = 0; stage < C.stages; ++stage) fetch(stage);
-    ptx::cp_async_wait<C.stages>();
+    if constexpr (Operands::kConverts) {
+      Operands::load_q(sQ, f, work, seq);
+    } else {
+      ptx::cp_async_wait<C.stages>();
+    }
     __syncthreads();  // Q has landed, which all threads of the block copied
+    if constexpr (Operands::kConverts) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        descales.multiply_row(r, Operands::row_factor(sQ, warp_index() % kRowWarps * 16 + Scores::lane_row() + 8 * r));
+    }
     while (i < last) {
 #pragma unroll
       for (int stage = 0; stage < C.stages; ++stage) {
@@ -320,7 +335,7 @@ struct Fa2KvCache {
   static constexpr int kPitch = C.v_head_dim + 4;  // floats of a row: rows begin in different banks
   static __device__ __forceinline__ float* merge_memory() {
     extern __shared__ __align__(1024) unsigned char shared[];
-    return reinterpret_cast<float*>(shared + TileQ::kBytes);
+    return reinterpret_cast<float*>(shared + Operands::kBytesOfQ);
   }
   static __device__ __forceinline__ float* maxima() { return merge_memory(); }
   static __device__ __forceinline__ float* sums() { return merge_memory() + kGroups * C.block_m; }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// fp8 numbers for products in 16 bits: four in a word, widened in pairs to the type of the product.
+// fp8 numbers for products of f16, which holds them all: four in a word, widened in pairs.
 #pragma once
 
 #include "ptx/fp8.cuh"
-#include "tile/mma_traits.cuh"
+#include "ptx/types.cuh"
 
 namespace fa {
 
-// kFrom: E4M3 or E5M2. kTo: F16 or BF16, which hold them all.
-template <DType kFrom, DType kTo>
+// kType: E4M3 or E5M2.
+template <DType kType>
 struct Fp8Traits {
-  static_assert(bytes_of(kFrom) == 1 && bytes_of(kTo) == 2, "from 8 bits to 16");
+  static_assert(bytes_of(kType) == 1, "a type of 8 bits");
 
   // Bytes 0 and 1, 2 and 3.
   static __device__ __forceinline__ uint32_t low(uint32_t word) { return widen<false>(word); }
@@ -21,17 +21,15 @@ struct Fp8Traits {
     even = low(sorted), odd = high(sorted);
   }
 
-  // Two numbers, rounded to kFrom.
+  // Two numbers, rounded to this type.
   static __device__ __forceinline__ uint32_t rounded(float lo, float hi) {
-    return widen<false>(kFrom == DType::F8E4M3 ? ptx::pack_e4m3(lo, hi) : ptx::pack_e5m2(lo, hi));
+    return low(kType == DType::F8E4M3 ? ptx::pack_e4m3(lo, hi) : ptx::pack_e5m2(lo, hi));
   }
 
  private:
   template <bool kHigh>
   static __device__ __forceinline__ uint32_t widen(uint32_t word) {
-    const uint32_t halves = kFrom == DType::F8E4M3 ? ptx::f16_of_e4m3<kHigh>(word) : ptx::f16_of_e5m2<kHigh>(word);
-    if constexpr (kTo == DType::F16) return halves;
-    return ptx::pack_bf16(ptx::widen_f16(halves & 0xffff), ptx::widen_f16(halves >> 16));
+    return kType == DType::F8E4M3 ? ptx::f16_of_e4m3<kHigh>(word) : ptx::f16_of_e5m2<kHigh>(word);
   }
 };
 
