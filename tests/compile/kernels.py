@@ -15,7 +15,7 @@ from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
-from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
+from atomr_accel_flashattn.limits import FP8_OUT_DTYPES, HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.types import DType, ScaleUnit, SmArch
 from tests.pairwise import covering_rows
 
@@ -55,6 +55,11 @@ WGMMA_AXES: dict[str, tuple[Any, ...]] = {
 WGMMA_CACHE_AXES = WGMMA_AXES | {
     "heads": tuple({"gqa_ratio": ratio, "alibi": alibi, "dropout": False} for ratio, alibi in ((1, False), (4, False), (1, True))),
     "cache": tuple({"paged": paged, "split": split} for paged in (False, True) for split in (False, True)),
+}
+FP8_AXES = {axis: values for axis, values in WGMMA_AXES.items() if axis != "dtype"} | {
+    "widths": ((64, 64), (128, 128), (192, 192), (256, 256)),
+    "exact": (True, False),
+    "heads": tuple({"gqa_ratio": ratio, "alibi": alibi, "dropout": False} for ratio, alibi in ((1, False), (4, False), (1, True))),
 }
 # Where registers are scarcest: all features at once that the tiles of three and four computing warpgroups are given.
 CROWDED_AXES: dict[str, tuple[Any, ...]] = {
@@ -99,6 +104,24 @@ def wgmma_feature_specs() -> list[KernelSpec]:
 def wgmma_crowded_specs() -> list[KernelSpec]:
     """Pairs of what makes registers scarce, beside all features that always do."""
     return [_spec(_feature_key(CROWDED | row | row["scores"])) for row in covering_rows(CROWDED_AXES)]
+
+
+def wgmma_fp8_specs() -> list[KernelSpec]:
+    """fp8 of the wgmma family: pairs of widths and types plain, and a pairwise covering array of features."""
+    types = ((DType.F8E4M3, None, None), (DType.F8E4M3, DType.F8E5M2, DType.F8E5M2), (DType.F8E5M2, None, DType.F8E4M3))
+    plain = [
+        DispatchKey(
+            SmArch.SM_90A, types[w % 3][0], width, causal=w % 2 == 0, gqa_ratio=1 if w % 2 else 4, extras=Extras(persistent=persistent)
+        )
+        for w, width in enumerate((64, 128, 192, 256))
+        for persistent in (True, False)
+    ]
+    keys = []
+    for i, row in enumerate(covering_rows(FP8_AXES)):
+        dtype, k_dtype, v_dtype = types[i % 3]
+        key = _feature_key(row | row["heads"] | {"dtype": dtype, "padding": 16})
+        keys.append(replace(key, extras=replace(key.extras, k_dtype=k_dtype, v_dtype=v_dtype, out_dtype=FP8_OUT_DTYPES[i % 4 % 3])))
+    return [_spec(key) for key in (*plain, *keys)]
 
 
 def dropout_mask_specs() -> list[KernelSpec]:
@@ -171,7 +194,7 @@ def cache_specs() -> list[KernelSpec]:
 
 FP8_ARCHS = (SmArch.SM_89, SmArch.SM_90, SmArch.SM_100, SmArch.SM_120)
 FP8 = (DType.F8E4M3, DType.F8E5M2)
-FP8_AXES: dict[str, tuple[Any, ...]] = AXES | {
+FP8_CACHE_AXES: dict[str, tuple[Any, ...]] = AXES | {
     "arch": FP8_ARCHS,
     "dtype": (*DTYPES, *FP8),
     "k_dtype": FP8,
@@ -188,7 +211,7 @@ FP8_AXES: dict[str, tuple[Any, ...]] = AXES | {
 def fp8_cache_specs() -> list[KernelSpec]:
     """Those over an fp8 cache: a pairwise covering array at head dim 128, and each tile width with q of either kind."""
     keys = []
-    for row in covering_rows(FP8_AXES):
+    for row in covering_rows(FP8_CACHE_AXES):
         key = _feature_key({"widths": (128, 128), **row, "exact": True})
         types = {name: row[name] for name in ("k_dtype", "v_dtype", "out_dtype", "k_descale", "v_descale")}
         extras = replace(key.extras, **types, cache_rows=row["rows"], split=row["way"] == "split", scheduled=row["way"] == "scheduled")
@@ -214,7 +237,7 @@ def wgmma_cache_specs() -> list[KernelSpec]:
 
 def all_specs() -> list[KernelSpec]:
     """Every kernel of this folder's tests, each once."""
-    wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs(), *wgmma_cache_specs())
+    wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs(), *wgmma_cache_specs(), *wgmma_fp8_specs())
     caches = (*cache_specs(), *fp8_cache_specs())
     return list(
         dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *merge_specs(), *backward_specs(), *caches])
@@ -230,7 +253,7 @@ def _numbered(*axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
 
 def _feature_key(row: dict[str, Any]) -> DispatchKey:
     window, sink = row["mask"]
-    head_dim, v_head_dim = (width if row.get("exact", True) else width - 8 for width in row["widths"])
+    head_dim, v_head_dim = (width if row.get("exact", True) else width - row.get("padding", 8) for width in row["widths"])
     return DispatchKey(
         row["arch"],
         row["dtype"],

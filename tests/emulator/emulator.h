@@ -48,6 +48,12 @@ struct float4 {
   float x, y, z, w;
 };
 
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned picked = 0;
+  for (int i = 0; i < 4; ++i) picked |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return picked;
+}
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
@@ -85,8 +91,9 @@ struct Product {
   const uint32_t* a_registers;  // null: A is in shared memory
   uint64_t a, b;
   bool accumulate, b_transposed;
-  int n;
-  float (*widen)(uint32_t);
+  int n, element_bytes;
+  float (*widen_a)(uint32_t);
+  float (*widen_b)(uint32_t);
 };
 
 // mbarrier

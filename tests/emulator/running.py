@@ -48,7 +48,7 @@ def emulate(inputs: Inputs, *, arch: SmArch = SmArch.SM_90, tile: Tile | None = 
     # The emulator has little more than a block of this GPU, and writes beyond it are not seen.
     assert spec.shared_memory <= SmArch.SM_90A.shared_memory_per_block, f"{spec.tile} takes {spec.shared_memory} bytes of shared memory"
     outputs = Outputs(out_info, read_array(lse, "lse"))
-    _launch(spec, problem, outputs, seed)
+    launch(spec, problem, outputs, seed)
     out.check()
     return Run(out.view, lse, _keep_pattern(problem, key, outputs, inputs, seed) if inputs.dropout_p else None)
 
@@ -67,13 +67,13 @@ def check_orders(case: Case, seeds: Iterable[int], **options: Any) -> None:
             assert one.tobytes() == another.tobytes(), f"seed {seed} gives other bits of {what}"
 
 
-def _launch(spec: KernelSpec, problem: AttentionProblem, outputs: Outputs, seed: int) -> None:
+def launch(spec: KernelSpec, problem: AttentionProblem, outputs: Outputs, seed: int) -> None:
     """What a plan's launch does, with the emulator's maps and counters."""
     tiles = spec.work_tiles(problem)
     if not tiles:
         return
     params: Any = spec.pack(problem, outputs.out)
-    addresses = dict(zip(slots_of(outputs), addresses_of(problem, outputs), strict=True))
+    addresses = dict(zip(slots_of(problem, outputs), addresses_of(problem, outputs), strict=True))
     (ctypes.c_uint64 * len(params.SLOTS)).from_buffer(params)[:] = [addresses[name] for name in params.SLOTS]
     for (name, _), described in zip(params.MAPS, params.tensor_maps, strict=True):
         ctypes.memmove(ctypes.addressof(getattr(params, name)), flat_tensor(described), 128)
@@ -90,7 +90,7 @@ def flat_tensor(spec: TensorMapSpec) -> bytes:
     assert spec.ptr % 16 == 0, "a tensor map starts on a multiple of 16 bytes"
     more = (1,) * (5 - len(spec.sizes))
     strides, sizes, box = (*spec.strides, *more), (*spec.sizes, *more), (*spec.box, *more)
-    return struct.pack("<Q4q5i5ii", spec.ptr, *strides, *sizes, *box, len(spec.sizes)).ljust(128, b"\0")
+    return struct.pack("<Q4q5i5iii", spec.ptr, *strides, *sizes, *box, len(spec.sizes), spec.dtype.itemsize).ljust(128, b"\0")
 
 
 def _keep_pattern(problem: AttentionProblem, key: DispatchKey, outputs: Outputs, inputs: Inputs, seed: int) -> Any:
@@ -98,6 +98,6 @@ def _keep_pattern(problem: AttentionProblem, key: DispatchKey, outputs: Outputs,
     extras = replace(key.extras, direction="dropout_mask")
     spec = lookup(replace(key, extras=extras))
     assert isinstance(spec, KernelSpec)
-    _launch(spec, problem, replace(outputs, dropout_mask=read_array(keep.view(np.bool_), "keep")), seed)
+    launch(spec, problem, replace(outputs, dropout_mask=read_array(keep.view(np.bool_), "keep")), seed)
     assert keep.max(initial=0) <= 1, "the pattern has bytes that are neither 0 nor 1"
     return keep.view(np.bool_)

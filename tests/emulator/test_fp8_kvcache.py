@@ -12,7 +12,7 @@ from tests.cases import Alibi, Case
 from tests.inputs import Layout
 
 from .build import compiler
-from .running_fp8 import Fp8, check_fp8
+from .running_fp8_kvcache import Fp8, check_fp8
 from .running_kvcache import Cached
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")

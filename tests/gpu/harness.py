@@ -77,6 +77,8 @@ def upload(view: Array, device: str = DEVICE) -> torch.Tensor:
 
 def _flat_tensor(storage: Array, device: str) -> torch.Tensor:
     copy = storage.copy()
+    if copy.dtype.name in {"float8_e4m3fn", "float8_e5m2"}:
+        return torch.from_numpy(copy.view(np.int8)).to(device).view(getattr(torch, copy.dtype.name))
     if copy.dtype.name == "bfloat16":
         return torch.from_numpy(copy.view(np.int16)).to(device).view(torch.bfloat16)
     return torch.from_numpy(copy).to(device)

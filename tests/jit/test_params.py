@@ -12,6 +12,7 @@ from atomr_accel_flashattn.jit import nvrtc
 from atomr_accel_flashattn.jit.headers import headers_dir
 from atomr_accel_flashattn.kernels.backward import BwdParams
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
+from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8FwdParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
@@ -35,6 +36,7 @@ _STRUCTS = {
     FwdParams: "fa::FwdParams",
     TensorMapParams: "fa::TensorMap",
     Fa3FwdParams: "fa::Fa3FwdParams",
+    Fa3Fp8FwdParams: "fa::Fa3Fp8FwdParams",
     BwdParams: "fa::BwdParams",
     KvCacheParams: "fa::KvCacheParams",
     StepParams: "fa::StepParams",
@@ -207,8 +209,8 @@ def test_what_is_packed_has_no_addresses(spec: KernelSpec):
 
 def test_every_kernel_finds_its_addresses_among_those_of_a_call():
     problem = dense(dropout=Dropout(0.25, array(10, 2, dtype=None)))
-    assert slots_of(outputs(problem)) == SLOTS == FwdParams.SLOTS
-    slots = slots_of(outputs(problem, keep=True))
+    assert slots_of(problem, outputs(problem)) == SLOTS == FwdParams.SLOTS
+    slots = slots_of(problem, outputs(problem, keep=True))
     assert all(set(struct.SLOTS) <= set(slots) for struct in _KERNELS)
     assert dict(zip(slots, addresses_of(problem, outputs(problem, keep=True)), strict=True))["keep"] == 11
 

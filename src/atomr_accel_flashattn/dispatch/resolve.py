@@ -14,6 +14,7 @@ from ..kernels.attention import AttentionSpec
 from ..kernels.dropout_mask import DropoutMaskSpec
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.fa2_fwd import Fa2ForwardSpec
+from ..kernels.fa3_fp8 import Fa3Fp8ForwardSpec, fp8_width
 from ..kernels.fa3_fwd import Fa3ForwardSpec
 from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.forward import ForwardSpec
@@ -29,6 +30,7 @@ from ..tiles.tables import (
     backward_tile_for,
     cache_tile_for,
     fp8_cache_tile_for,
+    fp8_wgmma_tile_for,
     head_dim_width,
     invariant_tile_for,
     tile_for,
@@ -145,6 +147,8 @@ def _fp8_fields(key: DispatchKey) -> dict[str, Any]:
 
 def _forward(key: DispatchKey) -> ForwardSpec:
     """The forward kernel of the family that answers ``key``, with the tile of the package."""
+    if key.v_dtype.is_fp8:
+        return _forward_fp8(key)
     width, v_width = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim)
     wgmma = key.family is Family.FA3
     kind: type[ForwardSpec] = Fa3ForwardSpec if wgmma else Fa2ForwardSpec
@@ -154,6 +158,16 @@ def _forward(key: DispatchKey) -> ForwardSpec:
         pack_gqa=key.packs_heads,
         **_features(key, width, v_width),
     )
+
+
+def _forward_fp8(key: DispatchKey) -> Fa3Fp8ForwardSpec:
+    """The same of fp8 q, k and v."""
+    width, v_width = fp8_width(key.head_dim), fp8_width(key.v_head_dim)
+    tile = fp8_wgmma_tile_for(width, v_width, crowded=key.alibi or key.extras.softcap > 0)
+    tile = replace(tile, persistent=key.extras.persistent is not False)
+    named = (("k_dtype", key.k_dtype), ("v_dtype", key.v_dtype), ("out_dtype", key.out_dtype))
+    others: dict[str, Any] = {name: dtype for name, dtype in named if dtype is not key.dtype}
+    return Fa3Fp8ForwardSpec(arch=key.arch, tile=tile, pack_gqa=key.packs_heads, **_features(key, width, v_width), **others)
 
 
 def _backward(key: DispatchKey) -> Fa2BackwardSpec:
@@ -241,9 +255,10 @@ def _refuse(key: DispatchKey) -> None:
     """Features of the design that this version does not have, and element types that the arch does not take."""
     extras, arch = key.extras, key.arch
     _refuse_fp8(key)
-    _refuse_fp8_on_gpu(key)
     fp8 = key.v_dtype.is_fp8
     gpu, cached = arch is not SmArch.CPU, key.paged or extras.kv_cache
+    if gpu and fp8:
+        _refuse_fp8_on_gpu(key)
     unbuilt = (
         (gpu and extras.split and not cached, "split", ""),
         (gpu and extras.left_pad and not extras.kv_cache, "left_pad", ""),
@@ -316,21 +331,32 @@ def _refuse_fp8(key: DispatchKey) -> None:
 
 
 def _refuse_fp8_on_gpu(key: DispatchKey) -> None:
-    """Where no kernel takes fp8: those over a cache do, with mma.sync, which answer batch-invariant calls too."""
-    extras = key.extras
-    if key.arch is SmArch.CPU or not key.v_dtype.is_fp8:
-        return
-    if key.arch in _BEFORE_FP8:
-        raise ArchUnsupportedError(
-            f"dtype: got {key.v_dtype.value} on {key.arch.value}, which has no fp8; allowed are sm_89 and later; convert it"
-        )
-    if key.family is Family.FA3 or not (key.paged or extras.kv_cache or extras.batch_invariant):
+    """What fp8 kernels have not."""
+    extras, arch = key.extras, key.arch
+    if arch in _BEFORE_FP8:
+        raise ArchUnsupportedError(f"dtype: got {key.v_dtype.value} on {arch.value}, which has no fp8; allowed are sm_89 and later")
+    if not _has_fp8_kernel(key):
         raise not_built("fp8", f"got {key.k_dtype.value} and {key.v_dtype.value} in k and v")
     for name, unit in (("k_descale", extras.k_descale), ("v_descale", extras.v_descale)):
         if unit is ScaleUnit.TOKEN and not key.paged:
             raise DispatchError(f"{name}: got those of tokens without pages; allowed are those of all elements, heads or blocks")
     if extras.v_descale is ScaleUnit.TOKEN and extras.batch_invariant:
         raise not_built("invariant_token_scales")
+
+
+def _has_fp8_kernel(key: DispatchKey) -> bool:
+    """Whether a GPU has a kernel for the fp8 K and V of ``key``.
+
+    Over a cache, and for batch-invariant calls, one of the mma.sync family; else one of the wgmma family, with fp8 q and factors by tensor
+    or KV head.
+    """
+    extras, cached = key.extras, key.paged or key.extras.kv_cache
+    if extras.direction != "fwd":
+        return False
+    if cached or extras.batch_invariant:
+        return key.family is Family.FA2
+    coarse = all(unit in {None, ScaleUnit.TENSOR, ScaleUnit.HEAD} for unit in (extras.q_descale, extras.k_descale, extras.v_descale))
+    return key.dtype.is_fp8 and coarse and not extras.split and key.family is Family.FA3
 
 
 def _refuse_invariant(key: DispatchKey) -> None:

@@ -94,7 +94,11 @@ class Fa3ForwardSpec(ForwardSpec):
 
     def registers_suffice(self) -> bool:
         """O and S in float32, and P in 16 bits, of a consumer's registers."""
-        held = self.v_head_dim // 2 + self.tile.block_n // 2 + self.tile.block_n // 4
+        return self._registers_suffice(self.tile.block_n // 4)
+
+    def _registers_suffice(self, of_p: int) -> bool:
+        """With P in so many registers."""
+        held = self.v_head_dim // 2 + self.tile.block_n // 2 + of_p
         return held + _OTHER_REGISTERS <= _CONSUMER_REGISTERS[self.tile.warps // 4 - 1]
 
     def leaves(self) -> str:
@@ -114,7 +118,7 @@ class Fa3ForwardSpec(ForwardSpec):
         """A block for each tile; persistent blocks as many as asked for, or one for each SM."""
         return min(tiles, blocks or multiprocessors) if self.tile.persistent else tiles
 
-    def pack(self, problem: AttentionProblem, out: ArrayInfo) -> Fa3FwdParams:
+    def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
         """``fa::Fa3FwdParams`` with its maps still to be encoded."""
         params = Fa3FwdParams(fwd=self.pack_forward(problem, out), tiles=self.work_tiles(problem))
         params.tensor_maps = self.tensor_maps(problem)

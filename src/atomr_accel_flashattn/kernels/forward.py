@@ -13,7 +13,9 @@ from ..problem import ArrayInfo, AttentionProblem, Band
 from .attention import AttentionSpec
 from .params import KernelParams, StrideParams
 
-__all__ = ["ForwardSpec", "FwdParams", "band_params", "forward_params"]
+__all__ = ["DESCALE_SLOTS", "ForwardSpec", "FwdParams", "band_params", "descale_strides", "forward_params"]
+
+DESCALE_SLOTS: Final = ("q_descale", "k_descale", "v_descale")  # addresses of the factors of fp8 tensors
 
 _L2_BYTES: Final = 32 << 20  # K and V of the heads that run side by side should stay in L2
 _SECTION_KV_HEADS: Final = 16  # 4 and 8 are 3 to 5 % slower at 2k, 32 no faster
@@ -105,6 +107,12 @@ def forward_params(problem: AttentionProblem, out: ArrayInfo, *, blocks_m: int, 
         softcap_log2=softcap * math.log2(math.e),
         **_softcap_polynomial(scale_log2, softcap_scale),
     )
+
+
+def descale_strides(problem: AttentionProblem) -> dict[str, StrideParams]:
+    """The strides of the factors of q, k and v, by the fields of parameters; those that there are."""
+    given = problem.descales or (None, None, None)
+    return {f"{name}_stride": StrideParams(*each.strides) for name, each in zip(DESCALE_SLOTS, given, strict=True) if each is not None}
 
 
 def band_params(band: Band) -> dict[str, int]:

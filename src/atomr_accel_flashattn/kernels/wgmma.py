@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from ..types import DType
 
 __all__ = ["wgmma_leaves"]
+
+# Of 8 bits both operands are K-major; of 16 bits an instruction says of each whether it is.
+_K_STEP: Final = {2: "k16", 1: "k32"}
+_MAJORS: Final = {2: (", 0, 0", ", 1"), 1: ("", "")}
 
 _LEAVES = """\
 template <>
 struct Wgmma<{n}, DType::{a_dtype}, DType::{b_dtype}> {{
   static __device__ __forceinline__ void ss(float (&d)[{tiles}][4], uint64_t a, uint64_t b, int accumulate) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{acc}, 0;\\n"
-                 "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{a_ptx}.{b_ptx} {{{d}}}, %{a}, %{b}, p, 1, 1, 0, 0;\\n}}\\n"
+                 "wgmma.mma_async.sync.aligned.m64n{n}{k}.f32.{a_ptx}.{b_ptx} {{{d}}}, %{a}, %{b}, p, 1, 1{ss_majors};\\n}}\\n"
                  : {outputs}
                  : "l"(a), "l"(b), "r"(accumulate));
   }}
   static __device__ __forceinline__ void rs(float (&d)[{tiles}][4], const uint32_t (&a)[4], uint64_t b) {{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{a_ptx}.{b_ptx} {{{d}}}, {{%{a}, %{a1}, %{a2}, %{a3}}}, %{b4}, 1, 1, 1, 1;\\n"
+    asm volatile("wgmma.mma_async.sync.aligned.m64n{n}{k}.f32.{a_ptx}.{b_ptx} {{{d}}}, {{%{a}, %{a1}, %{a2}, %{a3}}}, "
+                 "%{b4}, 1, 1, 1{rs_majors};\\n"
                  : {outputs}
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }}
@@ -29,7 +35,7 @@ struct Wgmma<{n}, DType::{a_dtype}, DType::{b_dtype}> {{
 def wgmma_leaves(products: Iterable[tuple[int, DType, DType]]) -> str:
     """Specialisations of ``fa::ptx::Wgmma`` (PTX ISA, "wgmma.mma_async"), each product once.
 
-    A product is N, a multiple of 8 up to 256, and the types of A and B, which are one type of 16 bits.
+    A product is N, a multiple of 8 up to 256, and the types of A and B, which are one type of 16 bits or any two of 8.
     """
     ordered = sorted(set(products), key=lambda product: (product[0], product[1].name, product[2].name))
     return "namespace fa::ptx {\n" + "".join(_leaf(*product) for product in ordered) + "}  // namespace fa::ptx\n"
@@ -37,6 +43,7 @@ def wgmma_leaves(products: Iterable[tuple[int, DType, DType]]) -> str:
 
 def _leaf(n: int, a_dtype: DType, b_dtype: DType) -> str:
     count = n // 2
+    ss_majors, rs_majors = _MAJORS[a_dtype.itemsize]
     return _LEAVES.format(
         n=n,
         a_dtype=a_dtype.name,
@@ -44,6 +51,9 @@ def _leaf(n: int, a_dtype: DType, b_dtype: DType) -> str:
         a_ptx=a_dtype.value,
         b_ptx=b_dtype.value,
         tiles=n // 8,
+        k=_K_STEP[a_dtype.itemsize],
+        ss_majors=ss_majors,
+        rs_majors=rs_majors,
         d=", ".join(f"%{i}" for i in range(count)),
         outputs=", ".join(f'"+f"(d[{i // 4}][{i % 4}])' for i in range(count)),
         a=count,

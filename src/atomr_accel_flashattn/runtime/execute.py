@@ -199,7 +199,7 @@ def _make_plan(problem: AttentionProblem, key: DispatchKey, spec: KernelSpec, ou
         )
         assert not isinstance(pattern, CpuSpec)  # noqa: S101 - the same arch as that of spec
         specs.append(pattern)
-    slots, blocks = slots_of(outputs), key.extras.persistent_blocks
+    slots, blocks = slots_of(problem, outputs), key.extras.persistent_blocks
     return Plan((launch_of(each, problem, each.pack(problem, outputs.out), slots, blocks) for each in specs), outputs.out.strides)
 
 

@@ -26,7 +26,7 @@ from ..arrays.read import user_array
 from ..dispatch import FaBwdDispatch, FaFwdDispatch
 from ..env import settings
 from ..errors import ShapeError
-from ..kernels.forward import FwdParams
+from ..kernels.forward import DESCALE_SLOTS, FwdParams
 from ..kernels.params import KernelParams
 from ..kernels.spec import KernelSpec
 from ..launch.driver import device_properties
@@ -46,6 +46,7 @@ __all__ = [
     "Workspace",
     "addresses_of",
     "clear",
+    "descale_addresses",
     "find",
     "forward_addresses",
     "keep",
@@ -62,6 +63,7 @@ MAX_PLANS: Final = 4096  # of about 1 KB; a workload with more shapes than that 
 _ALIGNMENT: Final = 256  # bytes, of each array in a workspace
 SLOTS: Final = FwdParams.SLOTS  # names of the addresses of a call, in order
 _SLOTS_WITH_PATTERN: Final = (*SLOTS, "keep")
+_SLOTS_WITH_DESCALES: Final = (*DESCALE_SLOTS, *SLOTS)
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -195,8 +197,10 @@ def _load(spec: KernelSpec, problem: AttentionProblem, blocks: int | None) -> tu
     return load_kernel(spec, index), spec.grid(tiles, device_properties(index).multiprocessors, blocks)
 
 
-def slots_of(outputs: Outputs) -> tuple[str, ...]:
+def slots_of(problem: AttentionProblem, outputs: Outputs) -> tuple[str, ...]:
     """The names of what :func:`addresses_of` gives, in its order."""
+    if problem.descales is not None:
+        return _SLOTS_WITH_DESCALES
     return SLOTS if outputs.dropout_mask is None else _SLOTS_WITH_PATTERN
 
 
@@ -204,7 +208,14 @@ def addresses_of(problem: AttentionProblem, outputs: Outputs) -> tuple[int, ...]
     """The addresses of a forward call; 0 for what it does not have."""
     lse, keep_pattern = outputs.lse, outputs.dropout_mask
     addresses = forward_addresses(problem, outputs.out.ptr, 0 if lse is None else lse.ptr)
+    if problem.descales is not None:  # which has no pattern
+        return (*descale_addresses(problem.descales), *addresses)
     return addresses if keep_pattern is None else (*addresses, keep_pattern.ptr)
+
+
+def descale_addresses(descales: Descales) -> tuple[int, ...]:
+    """Those of factors of q, k and v, in the order of ``DESCALE_SLOTS``; 0 for a factor of 1."""
+    return tuple(0 if each is None else each.array.ptr for each in descales)
 
 
 def forward_addresses(problem: AttentionProblem, out: int, lse: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ __all__ = [
     "cache_rows",
     "cache_tile_for",
     "fp8_cache_tile_for",
+    "fp8_wgmma_tile_for",
     "has_row_for_short_q",
     "head_dim_width",
     "invariant_tile_for",
@@ -144,6 +145,25 @@ def wgmma_tile_for(
     if softcap:
         tile = replace(tile, block_n=min(tile.block_n, _SOFTCAP_KEYS.get(wider, tile.block_n)), ping_pong=False)
     return tile
+
+
+# fp8 of the wgmma family, by the wider width. Keys as many as registers hold without spills; not measured.
+_WGMMA_FP8 = {
+    64: Tile(block_m=192, block_n=128, warps=16, stages=3, ping_pong=True),
+    128: Tile(block_m=128, block_n=192, warps=12, stages=2, ping_pong=True),
+    192: Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True),
+    256: Tile(block_m=128, block_n=96, warps=12, stages=2, ping_pong=True),
+}
+
+
+_WGMMA_FP8_CROWDED_KEYS = {128: 160, 192: 96, 256: 64}  # with slopes or a softcap in registers
+
+
+def fp8_wgmma_tile_for(head_dim: int, v_head_dim: int, *, crowded: bool = False) -> Tile:
+    """The tile of the wgmma family for two widths of fp8 (kernels/fa3_fp8.py); ``crowded``: whether ALiBi or softcap need registers."""
+    wider = max(head_dim, v_head_dim)
+    tile = _WGMMA_FP8[wider]
+    return replace(tile, block_n=_WGMMA_FP8_CROWDED_KEYS.get(wider, tile.block_n)) if crowded else tile
 
 
 # Over a KV cache, by v width: keys that have large common divisors with pages, so that TMA copies few boxes.

@@ -60,6 +60,39 @@ inline uint32_t round_bf16(float x) {
 inline uint32_t pack_f16(float lo, float hi) { return round_f16(lo) | round_f16(hi) << 16; }
 inline uint32_t pack_bf16(float lo, float hi) { return round_bf16(lo) | round_bf16(hi) << 16; }
 
+// 8-bit floats (OCP OFP8): e4m3 has no infinity, and NaN where both have all bits set.
+struct Fp8Format {
+  int mantissa, bias;
+  float largest;
+};
+inline constexpr Fp8Format kE4m3 = {3, 7, 448.f}, kE5m2 = {2, 15, 57344.f};
+
+inline float widen_fp8(uint32_t bits, Fp8Format format) {
+  const int exponent = bits >> format.mantissa & (0x7f >> format.mantissa), fraction = bits & ((1 << format.mantissa) - 1);
+  const float sign = bits & 0x80 ? -1.f : 1.f;
+  if (format.mantissa == 3 ? (bits & 0x7f) == 0x7f : exponent == 31 && fraction != 0) return NAN;
+  if (format.mantissa == 2 && exponent == 31) return sign * INFINITY;
+  const float scaled = exponent == 0 ? fraction : fraction + (1 << format.mantissa);
+  return sign * std::ldexp(scaled, std::max(exponent, 1) - format.bias - format.mantissa);
+}
+inline float widen_e4m3(uint32_t bits) { return widen_fp8(bits & 0xff, kE4m3); }
+inline float widen_e5m2(uint32_t bits) { return widen_fp8(bits & 0xff, kE5m2); }
+
+// Round to nearest even; what is too large becomes the largest number.
+inline uint32_t round_fp8(float x, Fp8Format format) {
+  if (x != x) return 0x7f;
+  const uint32_t sign = std::signbit(x) ? 0x80 : 0;
+  const float magnitude = std::min(std::fabs(x), format.largest);
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  const int step = std::max(exponent - 1, 1 - format.bias) - format.mantissa;  // of the last bit
+  const int units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -step)));
+  // A carry out of the fraction is one into the exponent.
+  return sign | static_cast<uint32_t>(units + ((step + format.mantissa + format.bias - 1) << format.mantissa));
+}
+inline uint32_t pack_e4m3(float lo, float hi) { return round_fp8(lo, kE4m3) | round_fp8(hi, kE4m3) << 8; }
+inline uint32_t pack_e5m2(float lo, float hi) { return round_fp8(lo, kE5m2) | round_fp8(hi, kE5m2) << 8; }
+
 inline float exp2(float x) { return ::exp2f(x); }
 inline float log2(float x) { return ::log2f(x); }
 inline float reciprocal(float x) { return 1.f / x; }

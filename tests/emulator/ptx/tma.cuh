@@ -1,5 +1,6 @@
 // cuda/ptx/tma.cuh on the emulator. Shared memory is swizzled as TMA and wgmma do it: bits 4-6
-// (128-byte rows) or 4-5 (64-byte rows) of an address are XORed with bits 7-9 or 7-8.
+// (128-byte rows), 4-5 (64-byte rows) or 4 (32-byte rows) of an address are XORed with as many bits
+// from 7 on.
 #pragma once
 
 #include "ptx/mbarrier.cuh"
@@ -10,20 +11,20 @@ inline bool elect_one() { return threadIdx.x % 32 == 0; }
 
 inline void fence_proxy_async() {}
 
-inline uint32_t swizzle(uint32_t address, int row_bytes) { return address ^ ((address >> 7 & (row_bytes == 128 ? 7 : 3)) << 4); }
+inline uint32_t swizzle(uint32_t address, int row_bytes) { return address ^ ((address >> 7 & (row_bytes / 16 - 1)) << 4); }
 
 // What tests/emulator/running.py writes in place of a CUtensorMap. The first dimension is
 // contiguous; the others have strides in bytes.
 struct FlatTensor {
   const char* data;
   int64_t strides[4];
-  int32_t sizes[5], box[5], rank;
+  int32_t sizes[5], box[5], rank, element_bytes;
 };
 // Copies the box at `first` (five coordinates; those beyond the rank are 0).
 inline void load_box(uint32_t dst, const TensorMap* map, uint32_t barrier, int rank, std::array<int, 5> first) {
   FlatTensor tensor;
   std::memcpy(&tensor, map->bytes, sizeof tensor);
-  const int row_bytes = tensor.box[0] * 2;
+  const int element = tensor.element_bytes, row_bytes = tensor.box[0] * element;
   if (dst % (8 * row_bytes) != 0) throw std::runtime_error("TMA: the target is not on a swizzle period");
   if (rank != tensor.rank) throw std::runtime_error("TMA: the tensor map has another rank");
   emulator::machine->engine.push_back([=] {
@@ -36,10 +37,10 @@ inline void load_box(uint32_t dst, const TensorMap* map, uint32_t barrier, int r
         inside &= at >= 0 && at < tensor.sizes[d];
         source += at * tensor.strides[d - 1];
       }
-      for (int c = 0; c < tensor.box[0]; c += 8) {
-        unsigned char* target = fa::shared + swizzle(dst + r * row_bytes + c * 2, row_bytes);
+      for (int c = 0; c < tensor.box[0]; c += 16 / element) {
+        unsigned char* target = fa::shared + swizzle(dst + r * row_bytes + c * element, row_bytes);
         if (inside && first[0] + c < tensor.sizes[0]) {
-          std::memcpy(target, source + (first[0] + c) * 2, 16);
+          std::memcpy(target, source + (first[0] + c) * element, 16);
         } else {
           std::memset(target, 0, 16);
         }

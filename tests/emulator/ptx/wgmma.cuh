@@ -12,53 +12,64 @@ template <int kRegisters>
 void setmaxnreg_inc() {}
 inline void wgmma_fence() {}
 
-inline uint16_t shared_half(uint32_t address, int row_bytes) {
-  uint16_t x;
-  std::memcpy(&x, fa::shared + swizzle(address, row_bytes), 2);
+inline uint32_t shared_element(uint32_t address, int row_bytes, int bytes) {
+  uint32_t x = 0;
+  std::memcpy(&x, fa::shared + swizzle(address, row_bytes), bytes);
+  return x;
+}
+
+// What an accumulator of 8-bit products keeps: 14 bits, truncated (arXiv 2412.19437, section 3.5.2).
+inline float truncate(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits &= 0xfffffc00;
+  std::memcpy(&x, &bits, 4);
   return x;
 }
 
 // Executes one product of a warpgroup; `all` holds the operands of its 128 threads.
 inline void execute(emulator::Product* const* all) {
   const emulator::Product& first = *all[0];
-  const int n = first.n;
-  static float A[64][16], B[16][256];
+  const int n = first.n, element = first.element_bytes, ks = 32 / element;
+  static float A[64][32], B[32][256];
   auto fields = [](uint64_t descriptor, uint32_t& address, uint32_t& leading, uint32_t& stride) {
     address = (descriptor & 0x3FFF) << 4;
     leading = (descriptor >> 16 & 0x3FFF) << 4;
     stride = (descriptor >> 32 & 0x3FFF) << 4;
-    return descriptor >> 62 == 1 ? 128 : 64;  // bytes of a row
+    return 256 >> (descriptor >> 62);  // bytes of a row
   };
   uint32_t address, leading, stride;
   int row_bytes = fields(first.b, address, leading, stride);
-  for (int k = 0; k < 16; ++k) {
+  for (int k = 0; k < ks; ++k) {
     for (int col = 0; col < n; ++col) {
       const int panel_cols = row_bytes / 2;
       const uint32_t at = first.b_transposed ? col / panel_cols * leading + k / 8 * stride + k % 8 * row_bytes + col % panel_cols * 2
-                                             : col / 8 * stride + col % 8 * row_bytes + k * 2;
-      B[k][col] = first.widen(shared_half(address + at, row_bytes));
+                                             : col / 8 * stride + col % 8 * row_bytes + k * element;
+      B[k][col] = first.widen_b(shared_element(address + at, row_bytes, element));
     }
   }
   for (int row = 0; row < 64; ++row) {
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < ks; ++k) {
       if (first.a_registers == nullptr) {
         uint32_t base, unused, step;
         const int bytes = fields(all[row / 16 * 32]->a, base, unused, step);
-        A[row][k] = first.widen(shared_half(base + row / 8 * step + row % 8 * bytes + k * 2, bytes));
+        A[row][k] = first.widen_a(shared_element(base + row / 8 * step + row % 8 * bytes + k * element, bytes, element));
       } else {
-        const uint32_t word = all[row / 16 * 32 + row % 8 * 4 + k % 8 / 2]->a_registers[row % 16 / 8 + k / 8 * 2];
-        A[row][k] = first.widen(k % 2 ? word >> 16 : word & 0xffff);
+        const int byte = k * element;  // of the 32 of a row
+        const uint32_t word = all[row / 16 * 32 + row % 8 * 4 + byte % 16 / 4]->a_registers[row % 16 / 8 + byte / 16 * 2];
+        A[row][k] = first.widen_a((word >> byte % 4 * 8) & (element == 1 ? 0xff : 0xffff));
       }
     }
   }
   for (int row = 0; row < 64; ++row) {
     float D[256] = {};
-    for (int k = 0; k < 16; ++k)
+    for (int k = 0; k < ks; ++k)
       for (int col = 0; col < n; ++col) D[col] += A[row][k] * B[k][col];
     for (int col = 0; col < n; ++col) {
       const emulator::Product& owner = *all[row / 16 * 32 + row % 8 * 4 + col % 8 / 2];
       float& d = owner.d[col / 8 * 4 + row % 16 / 8 * 2 + col % 2];
       d = (first.accumulate ? d : 0.f) + D[col];
+      if (element == 1) d = truncate(d);
     }
   }
 }
@@ -93,12 +104,21 @@ void warpgroup_fence_operand(float (&)[kTiles][4]) {}
 
 template <int kN, DType kA, DType kB>
 struct Wgmma {
-  static_assert(kA == kB);
-  static float widen(uint32_t bits) { return kA == DType::F16 ? widen_f16(bits) : widen_bf16(bits); }
-  static void ss(float (&d)[kN / 8][4], uint64_t a, uint64_t b, int accumulate) {
-    push({&d[0][0], nullptr, a, b, accumulate != 0, false, kN, widen});
+  static constexpr int kBytes = bytes_of(kA);
+  static_assert(kA == kB || (kBytes == 1 && bytes_of(kB) == 1));
+  template <DType kDType>
+  static float widen(uint32_t bits) {
+    return kDType == DType::F16      ? widen_f16(bits)
+           : kDType == DType::BF16   ? widen_bf16(bits)
+           : kDType == DType::F8E4M3 ? widen_e4m3(bits)
+                                     : widen_e5m2(bits);
   }
-  static void rs(float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b) { push({&d[0][0], a, 0, b, true, true, kN, widen}); }
+  static void ss(float (&d)[kN / 8][4], uint64_t a, uint64_t b, int accumulate) {
+    push({&d[0][0], nullptr, a, b, accumulate != 0, false, kN, kBytes, widen<kA>, widen<kB>});
+  }
+  static void rs(float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b) {
+    push({&d[0][0], a, 0, b, true, kBytes == 2, kN, kBytes, widen<kA>, widen<kB>});
+  }
 
  private:
   static void push(emulator::Product product) { emulator::machine->threads[emulator::machine->current].open_products.push_back(product); }

@@ -11,11 +11,21 @@
 
 namespace fa {
 
+// Range of P beside a V in fp8.
+template <DType kV, bool kFp8Q>
+struct RangeOf {
+  using Type = WideRange;
+};
+template <DType kV>
+struct RangeOf<kV, true> {
+  using Type = EagerRange<kV>;
+};
+
 // One type of 16 bits.
 template <Config C, bool kFp8 = bytes_of(C.k_dtype) == 1>
 struct CacheOperands {
   static constexpr bool kConverts = false;
-  static constexpr ProbabilityRange kRange = kPlainRange;
+  using Range = ProbabilityRange<C.dtype>;
   static constexpr bool kPairsColumns = false;
   static constexpr int kLaneCols = 1;
   static constexpr int kElementBytes = 2;
@@ -43,7 +53,7 @@ struct CacheOperands<C, true> {
   static constexpr bool kConverts = true, kFp8Q = bytes_of(C.dtype) == 1, kScalesQ = C.dtype == DType::BF16;
   // P is rounded to fp8 before it is multiplied with descales of its keys, as they are factors of V.
   static constexpr bool kRoundsEarly = kFp8Q && (C.v_token_scales || C.batch_invariant);
-  static constexpr ProbabilityRange kRange = !kFp8Q ? kWideRange : C.v_dtype == DType::F8E4M3 ? kE4m3Range : kE5m2Range;
+  using Range = typename RangeOf<C.v_dtype, kFp8Q>::Type;
   static constexpr bool kPairsColumns = true;
   static constexpr int kLaneCols = 2;
   static constexpr int kElementBytes = 1;

@@ -11,9 +11,9 @@ namespace fa {
 // box is box_rows rows, the largest number that divides both block_n and a page. Boxes that no row
 // of the block sees, and those of table entries outside the cache, have coordinates outside the
 // tensor, so that TMA zero-fills them.
-template <Config C>
+template <Config C, class P = Fa3KvCacheParams>
 struct CachedKv {
-  using Params = Fa3KvCacheParams;
+  using Params = P;
   static constexpr bool kEndsWithTensor = false;
   static constexpr bool kHasHoles = C.paged;  // keys of such entries are hidden one by one
   static constexpr int kChunk = 8;            // keys of a lane: the swizzle repeats every 8 rows

@@ -15,9 +15,9 @@ namespace fa {
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
 
 // Dense or packed tensors.
-template <Config C>
+template <Config C, class P = Fa3FwdParams>
 struct TensorKv {
-  using Params = Fa3FwdParams;
+  using Params = P;
   // The last key of a sequence is the last of its tensor, behind which TMA zero-fills.
   static constexpr bool kEndsWithTensor = !C.varlen;
   static constexpr bool kHasHoles = false;

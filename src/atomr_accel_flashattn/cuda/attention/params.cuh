@@ -45,6 +45,17 @@ struct Fa3FwdParams {
   TensorMap q_map, k_map, v_map;
 };
 
+// Fa3FwdParams of fp8 tensors. A number is what is stored, times the factor of its group.
+struct Fa3Fp8FwdParams {
+  const float *q_descale, *k_descale, *v_descale;  // null: 1
+  FwdParams fwd;
+  // In elements; rows are blocks of 128 tokens. q has the factors of its KV heads.
+  Strides q_descale_stride, k_descale_stride, v_descale_stride;
+  int32_t* counters;
+  int32_t tiles;
+  TensorMap q_map, k_map, v_map;
+};
+
 struct RowStatistics;
 
 // What the three kernels of a backward read: bwd_preprocess, fa2_bwd, bwd_postprocess.

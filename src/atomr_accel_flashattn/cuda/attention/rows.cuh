@@ -22,14 +22,15 @@ struct WarpRows : ScoreTile<C, kBlocks> {
 
   float rO[kBlocks][kOutTiles][4];
   float rescale[kBlocks][2];  // factor of rO: for a new maximum, and in the end the normalisation
-  OnlineSoftmax<kBlocks> softmax;
+  OnlineSoftmax<kBlocks, ProbabilityRange<C.p_dtype()>> softmax;
 
   // Polynomial softcap (Score::kHasPolynomial): whether this tile takes it, and up to which |s| the
   // rows of this lane may; -1: not before the first maximum.
   bool use_polynomial = false;
   float polynomial_limit = -1.f;
 
-  __device__ __forceinline__ WarpRows(const FwdParams& params, const WorkTile& w, const Sequence& s, int row) : Tile(params, w, s, row) {
+  __device__ __forceinline__ WarpRows(const FwdParams& params, const WorkTile& w, const Sequence& s, int row, float descale = 1.f)
+      : Tile(params, w, s, row, descale) {
     clear(rO);
   }
 
@@ -70,9 +71,10 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   }
 
   // Normalisation factors, and LSE if wanted. Reads no output: it may overlap the last PV product.
-  // `lse()` is where the LSE goes, null for nowhere; split: where the PartialSum goes.
+  // `lse()` is where the LSE goes, null for nowhere; split: where the PartialSum goes. `descale`:
+  // of v, fp8 only.
   template <class Lse>
-  __device__ __forceinline__ void finalize(Lse lse) {
+  __device__ __forceinline__ void finalize(Lse lse, float descale = 1.f) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
@@ -81,12 +83,12 @@ struct WarpRows : ScoreTile<C, kBlocks> {
         const bool exists = row < row_count<C>(p, seq);
         const float sink = C.learned_sink && exists ? p.learned_sink[head] * kLog2e : 0.f;
         const float sum = quad_reduce(softmax.sum[b][r], [](float x, float y) { return x + y; });
-        const RowResult end = finalize_row<C>(sum, softmax.max[b][r] * score.factor, sink);
+        const RowResult end = finalize_row<C>(sum, softmax.reference_log2(b, r, score.factor), sink);
         if (lse() != nullptr && lane_col() == 0 && exists) {
           lse()[work.batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query_of<C>(p, row)] =
               lse_or_parts(end.lse, b, r, sum);
         }
-        rescale[b][r] = C.dropout ? end.scale * p.dropout_rescale : end.scale;
+        rescale[b][r] = C.dropout ? end.scale * p.dropout_rescale : Score<C>::kDescaled ? end.scale * descale : end.scale;
       }
   }
 
@@ -116,6 +118,7 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   // Normalise and store O. All shuffles come before the first store: a branch between would
   // serialise them (1700 clocks a tile at 128 columns instead of 1200).
   __device__ __forceinline__ void store() {
+    if constexpr (C.out_dtype == DType::F32) return store_float32();
     auto* out = static_cast<uint16_t*>(p.o) + seq.batch * p.o_stride.batch + seq.q_row * p.o_stride.row;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -139,9 +142,26 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   }
 
  private:
+  __device__ __forceinline__ void store_float32() {
+    float* out = static_cast<float*>(p.o) + seq.batch * p.o_stride.batch + seq.q_row * p.o_stride.row;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = row_at(b, r);
+        if (row >= row_count<C>(p, seq)) continue;
+        float* target = out + query_of<C>(p, row) * p.o_stride.row + head_of<C>(p, work.head, row) * p.o_stride.head + lane_col();
+#pragma unroll
+        for (int t = 0; t < kOutTiles; ++t) {
+          if (C.exact_head_dim || 8 * t + lane_col() < p.v_head_dim)
+            *reinterpret_cast<float2*>(target + 8 * t) = {rO[b][t][2 * r] * rescale[b][r], rO[b][t][2 * r + 1] * rescale[b][r]};
+        }
+      }
+  }
+
   __device__ __forceinline__ auto lse_or_parts(float lse, int b, int r, float sum) const {
     if constexpr (C.split) {
-      return PartialSum{softmax.max[b][r] * score.factor, sum};
+      return PartialSum{softmax.reference_log2(b, r, score.factor), sum};
     } else {
       return lse;
     }
@@ -170,7 +190,7 @@ struct WarpRows : ScoreTile<C, kBlocks> {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         if (decides(b, r)) lowest = fminf(lowest, softmax.max[b][r]);
-    polynomial_limit = fminf(p.softcap_limit, (lowest + OnlineSoftmax<kBlocks>::kOverflowThreshold) / score.scale);
+    polynomial_limit = fminf(p.softcap_limit, (lowest + decltype(softmax)::kOverflowThreshold) / score.scale);
   }
 };
 

@@ -19,26 +19,29 @@ struct Score {
   static constexpr bool kInLog2 = C.softcap || C.scale_first;
   // Polynomial softcap: tanh takes two special functions an element, which cost more than both
   // products of narrow heads. Where raw scores are small beside the cap, polynomial() replaces it.
-  static constexpr bool kHasPolynomial = C.softcap && !C.alibi && !C.scale_first;
+  // fp8 has no room above the maximum for scores of which none is taken.
+  static constexpr bool kHasPolynomial = C.softcap && !C.alibi && !C.scale_first && bytes_of(C.p_dtype()) > 1;
+  static constexpr bool kDescaled = bytes_of(C.k_dtype) == 1;
   float factor;  // from what apply() leaves to log2 units
   float scale, cap_scale, cap;
   float cubic, quintic;  // coefficients of polynomial()
   float slope;           // per key of distance, in the units of apply()
 
-  __device__ __forceinline__ Score(const FwdParams& p, int batch, int head)
-      : factor(kInLog2 ? 1.f : p.scale_log2),
-        scale(p.scale_log2),
-        cap_scale(p.softcap_scale),
+  // `descale`: of raw scores, fp8 only: the factors of q and k.
+  __device__ __forceinline__ Score(const FwdParams& p, int batch, int head, float descale = 1.f)
+      : factor(kInLog2 ? 1.f : descaled(p.scale_log2, descale)),
+        scale(descaled(p.scale_log2, descale)),
+        cap_scale(descaled(p.softcap_scale, descale)),
         cap(p.softcap_log2),
         cubic(p.softcap_cubic),
         quintic(p.softcap_quintic),
         slope(0.f) {
-    if constexpr (C.alibi && !C.any_ratio) slope = slope_of(p, batch, head);
+    if constexpr (C.alibi && !C.any_ratio) slope = slope_of(p, batch, head, descale);
   }
 
-  static __device__ __forceinline__ float slope_of(const FwdParams& p, int batch, int head) {
+  static __device__ __forceinline__ float slope_of(const FwdParams& p, int batch, int head, float descale = 1.f) {
     const float slope = p.alibi_slopes[batch * p.alibi_batch_stride + head] * kLog2e;
-    return kInLog2 ? slope : slope / p.scale_log2;
+    return kInLog2 ? slope : slope / descaled(p.scale_log2, descale);
   }
 
   // `distance` is j - p.
@@ -67,6 +70,8 @@ struct Score {
   }
 
  private:
+  static __device__ __forceinline__ float descaled(float x, float descale) { return kDescaled ? x * descale : x; }
+
   // 1 - 2 / (e^2x + 1): absolute error about 1e-7, where tanh.approx has 5e-4 and would show in
   // f16. A cap far above the scores multiplies that error, so small arguments take the Taylor
   // series: relative error below 3e-6 everywhere.

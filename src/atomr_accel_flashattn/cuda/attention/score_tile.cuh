@@ -35,7 +35,6 @@ struct ScoreTile {
   static constexpr int kRows = 16 * kBlocks;
   static constexpr int kKeyTiles = kKeys / 8;
   static_assert(!C.dropout || kKeys % 32 == 0 || kKeys == 16, "one Philox call covers 32 keys");
-  using Traits = MmaTraits<C.dtype>;
 
   const FwdParams& p;
   const WorkTile work;
@@ -51,8 +50,8 @@ struct ScoreTile {
   static constexpr bool kFoldsBias = kMayFold && C.alibi && !C.any_ratio && !Score<C>::kInLog2 && kBlocks == 1;
   float row_bias[kBlocks][2];  // kFoldsBias: per-row bias not yet added to the scores of this tile
 
-  __device__ __forceinline__ ScoreTile(const FwdParams& params, const WorkTile& w, const Sequence& s, int row)
-      : p(params), work(w), seq(s), first_row(row), band(params, s, row, kRows), score(params, w.batch, w.head) {}
+  __device__ __forceinline__ ScoreTile(const FwdParams& params, const WorkTile& w, const Sequence& s, int row, float descale = 1.f)
+      : p(params), work(w), seq(s), first_row(row), band(params, s, row, kRows), score(params, w.batch, w.head, descale) {}
 
   template <int kTiles>
   static __device__ __forceinline__ void clear(float (&x)[kBlocks][kTiles][4]) {
@@ -64,10 +63,20 @@ struct ScoreTile {
         for (int e = 0; e < 4; ++e) x[b][t][e] = 0.f;
   }
 
-  // P to 16 bits: two neighbouring accumulator tiles are the A operand of one k step of P V.
+  // P to its type: two neighbouring accumulator tiles are the A operand of one k step of P V. In
+  // fp8 they are four, and a step has its keys in the order of ByteTranspose (tile/transpose.cuh).
   static __device__ __forceinline__ void pack_probabilities(uint32_t (&a)[4], const Scores& rS, int b, int k) {
+    using Traits = MmaTraits<C.p_dtype()>;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = Traits::pack(rS[b][2 * k + i / 2][i % 2 * 2], rS[b][2 * k + i / 2][i % 2 * 2 + 1]);
+    for (int i = 0; i < 4; ++i) {
+      const int t = 2 * k + i / 2, e = i % 2 * 2;
+      if constexpr (Traits::kIsFp8) {
+        const auto pair = [&](int tile) { return Traits::pack(rS[b][tile][e], rS[b][tile][e + 1]); };
+        a[i] = pair(2 * t) | pair(2 * t + 1) << 16;
+      } else {
+        a[i] = Traits::pack(rS[b][t][e], rS[b][t][e + 1]);
+      }
+    }
   }
 
   static __device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x) % 32 / 4; }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ptx/common.cuh"
+#include "ptx/types.cuh"
 
 namespace fa {
 
@@ -17,32 +18,48 @@ __device__ __forceinline__ float quad_reduce(float x, Op op) {
   return op(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// Where P is, in log2 units: a reference lies `below` its maximum and is raised by a maximum that is
-// `raise_above` it, in 1/256.
+// Range of P, in log2 units. p is 2^(score - max + kOffset), and up to kRescaleThreshold more with
+// lazy rescaling; kOverflowThreshold: the same for scores of which no maximum is taken.
+template <DType kP>
 struct ProbabilityRange {
-  int below, raise_above;
+  static constexpr float kOffset = 0.f, kRescaleThreshold = 8.f, kOverflowThreshold = 15.f;
 };
-constexpr ProbabilityRange kPlainRange = {0, 8 * 256};
-// In f16 for a bf16 Q: small numbers as far down as they go.
-constexpr ProbabilityRange kWideRange = {8, 15 * 256};
-// fp8 has few small numbers, so a maximum is as large a power of two as fits: e4m3 ends at 448, e5m2
-// at 57344. It is not rounded, which counts where one key outweighs all others: so every growth
-// beyond rounding raises the reference.
-constexpr ProbabilityRange kE4m3Range = {8, 8 * 256 + 1}, kE5m2Range = {15, 15 * 256 + 1};
+// e4m3 ends at 448 = 2^8.81 and begins at 2^-9: the maximum is 2^8, and may grow by 2^0.75 before O
+// is rescaled, so that P never clips.
+template <>
+struct ProbabilityRange<DType::F8E4M3> {
+  static constexpr float kOffset = 8.f, kRescaleThreshold = 0.75f, kOverflowThreshold = 0.75f;
+};
+// e5m2 ends at 57344 = 2^15.81.
+template <>
+struct ProbabilityRange<DType::F8E5M2> {
+  static constexpr float kOffset = 8.f, kRescaleThreshold = 7.f, kOverflowThreshold = 7.f;
+};
+
+// Where rescaling costs little beside the loads: any growth beyond rounding raises the maximum, whose
+// P is a power of two that fp8 does not round, which counts where one key outweighs all others.
+template <DType kP>
+struct EagerRange {
+  static constexpr float kOffset = kP == DType::F8E5M2 ? 15.f : 8.f, kRescaleThreshold = 1.f / 256.f, kOverflowThreshold = 1.f / 256.f;
+};
+// P in f16 where Q is bf16: small numbers as far down as they go.
+struct WideRange {
+  static constexpr float kOffset = 8.f, kRescaleThreshold = 7.f, kOverflowThreshold = 7.f;
+};
 
 // State of this lane's 2 * kBlocks rows: lane / 4 and lane / 4 + 8 of each 16-row block.
-template <int kBlocks, ProbabilityRange kRange = kPlainRange>
+template <int kBlocks, class Range = ProbabilityRange<DType::F16>>
 struct OnlineSoftmax {
   float max[kBlocks][2];  // reference maximum, in score units; -inf before the first visible key
   float sum[kBlocks][2];  // this lane's part of the denominator
 
-  // Lazy rescale: the output is rescaled only if a maximum grew by more than 8 in log2 units. Until
-  // then the old one stays the reference, and probabilities reach 256 instead of 1, which f16, bf16
-  // and float32 hold. That is rare after the first tiles: each lane compares its own scores, and
-  // the quads exchange maxima only if some lane of the warp exceeded the threshold. Scores of the
-  // polynomial softcap, of which no maximum is taken, may exceed their reference by 15: f16 holds
-  // it.
-  static constexpr float kRescaleThreshold = kRange.raise_above / 256.f, kOverflowThreshold = 15.f;
+  // Lazy rescale: the output is rescaled only if a maximum grew by more than 8 in log2 units (fp8:
+  // ProbabilityRange). Until then the old one stays the reference, and probabilities reach 256
+  // instead of 1, which f16, bf16 and float32 hold. That is rare after the first tiles: each lane
+  // compares its own scores, and the quads exchange maxima only if some lane of the warp exceeded
+  // the threshold. Scores of the polynomial softcap, of which no maximum is taken, may exceed their
+  // reference by 15: f16 holds it.
+  static constexpr float kRescaleThreshold = Range::kRescaleThreshold, kOverflowThreshold = Range::kOverflowThreshold;
 
   // Huge scores: the exponent is one FMA, x * factor - round(max * factor). What that rounding
   // drops is common to a row and cancels in the normalisation, unless it is large: 2^-13 at this
@@ -84,8 +101,21 @@ struct OnlineSoftmax {
       look_above = differences ? negative_infinity() : kRescaleThreshold;
       if (differences) subtract_reference<kHasRowBias>(s, row_bias);
     }
-    accumulate<kHasRowBias>(s, row_bias, differences, [factor](float x, float reference) { return fmaf(x, factor, -reference * factor); });
+    accumulate<kHasRowBias>(s, row_bias, differences,
+                            [factor](float x, float reference) { return fmaf(x, factor, addend(reference, factor)); });
     return grew;
+  }
+
+  // What is in units of 2^kOffset, as P, its sums and O.
+  static __device__ __forceinline__ float without_offset(float x) {
+    if constexpr (Range::kOffset == 0.f) return x;
+    return x / (1 << static_cast<int>(Range::kOffset));
+  }
+
+  // What `sum` is a sum of 2^(score - ...) of, in log2 units.
+  __device__ __forceinline__ float reference_log2(int b, int r, float factor) const {
+    if constexpr (Range::kOffset == 0.f) return max[b][r] * factor;
+    return fmaf(max[b][r], factor, -Range::kOffset);
   }
 
   // update() of batch-invariant kernels: what becomes of a row depends on that row alone, and on no
@@ -111,8 +141,8 @@ struct OnlineSoftmax {
         float even = 0.f, odd = 0.f;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-          s[b][t][2 * r] = ptx::exp2(__fmul_rn(__fsub_rn(s[b][t][2 * r], reference), factor));
-          s[b][t][2 * r + 1] = ptx::exp2(__fmul_rn(__fsub_rn(s[b][t][2 * r + 1], reference), factor));
+          s[b][t][2 * r] = ptx::exp2(with_offset(__fmul_rn(__fsub_rn(s[b][t][2 * r], reference), factor)));
+          s[b][t][2 * r + 1] = ptx::exp2(with_offset(__fmul_rn(__fsub_rn(s[b][t][2 * r + 1], reference), factor)));
           even = __fadd_rn(even, s[b][t][2 * r]);
           odd = __fadd_rn(odd, s[b][t][2 * r + 1]);
         }
@@ -146,6 +176,15 @@ struct OnlineSoftmax {
   }
 
  private:
+  static __device__ __forceinline__ float with_offset(float x) {
+    if constexpr (Range::kOffset == 0.f) return x;
+    return __fadd_rn(x, Range::kOffset);
+  }
+  static __device__ __forceinline__ float addend(float reference, float factor) {
+    if constexpr (Range::kOffset == 0.f) return -reference * factor;
+    return fmaf(-reference, factor, Range::kOffset);
+  }
+
   // Whether a row of the warp that decides has a reference beyond the limit; -inf is none yet.
   template <class Decides>
   __device__ __forceinline__ bool any_huge(float factor, Decides decides) const {
@@ -181,19 +220,12 @@ struct OnlineSoftmax {
       for (int r = 0; r < 2; ++r) {
         const float seen = quad_reduce(top[b][r], [](float x, float y) { return fmaxf(x, y); });
         const bool keep = !((seen - max[b][r]) * factor > kRescaleThreshold);
-        rescale[b][r] = keep ? 1.f : ptx::exp2((max[b][r] - reference_of(seen, factor)) * factor);
-        max[b][r] = keep ? max[b][r] : reference_of(seen, factor);
+        rescale[b][r] = keep ? 1.f : ptx::exp2((max[b][r] - seen) * factor);
+        max[b][r] = keep ? max[b][r] : seen;
         sum[b][r] *= rescale[b][r];
         grew |= !keep;
       }
     return __any_sync(0xffffffffu, grew);
-  }
-
-  // The one of a maximum, which itself is taken where the difference is lost in rounding.
-  static __device__ __forceinline__ float reference_of(float seen, float factor) {
-    if constexpr (kRange.below == 0) return seen;
-    const float lower = seen - kRange.below / factor;
-    return (seen - lower) * factor > kRescaleThreshold ? seen : lower;
   }
 
   template <int kTiles>

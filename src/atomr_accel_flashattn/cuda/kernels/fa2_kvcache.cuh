@@ -53,7 +53,7 @@ struct Fa2KvCache {
   const int group, thread;  // thread of the group
   const uint32_t sQ, stages;
   Scores tile;
-  OnlineSoftmax<1, Operands::kRange> softmax;
+  OnlineSoftmax<1, typename Operands::Range> softmax;
   float rO[1][kOutTiles][4];
   Descales descales;
   // Of each tile in flight: which keys there are, and their descales.
@@ -285,7 +285,7 @@ struct Fa2KvCache {
     for (int r = 0; r < 2; ++r) {
       const int row = lane_first_row + 8 * r;
       const float top = largest(row), own = product(softmax.max[0][r], tile.score.factor);
-      const float weight = own == negative_infinity() ? 0.f : ptx::exp2(own - top);
+      const float weight = own == negative_infinity() ? 0.f : softmax.without_offset(ptx::exp2(own - top));
       if (Scores::lane_col() == 0) sums()[group * C.block_m + row] = sum[r] * weight;
       float* o = outputs() + (group * C.block_m + row) * kPitch + Operands::kLaneCols * Scores::lane_col();
 #pragma unroll

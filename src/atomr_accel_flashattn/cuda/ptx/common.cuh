@@ -59,6 +59,18 @@ __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
   return r;
 }
 
+// cvt.rn.satfinite, sm_89: two float32 to a pair of 8-bit floats, `lo` in the low byte.
+__device__ __forceinline__ uint32_t pack_e4m3(float lo, float hi) {
+  unsigned short r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+__device__ __forceinline__ uint32_t pack_e5m2(float lo, float hi) {
+  unsigned short r;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+
 // cvt: one 16-bit number, in the low half, to float32. That of bf16 is a shift.
 __device__ __forceinline__ float widen_f16(uint32_t bits) {
   float y;

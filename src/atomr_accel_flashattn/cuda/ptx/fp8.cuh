@@ -3,7 +3,7 @@
 // bits, the first number below.
 #pragma once
 
-#include "ptx/types.cuh"
+#include "ptx/common.cuh"
 
 namespace fa::ptx {
 
@@ -26,18 +26,6 @@ __device__ __forceinline__ uint32_t f16_of_e5m2(uint32_t word) {
   } else {
     asm("{.reg .b16 lo, hi; mov.b32 {lo, hi}, %1; cvt.rn.f16x2.e5m2x2 %0, lo;}" : "=r"(r) : "r"(word));
   }
-  return r;
-}
-
-// Of two float32, round to nearest even; what is too large becomes the largest finite number.
-__device__ __forceinline__ uint32_t pack_e4m3(float lo, float hi) {
-  unsigned short r;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(hi), "f"(lo));
-  return r;
-}
-__device__ __forceinline__ uint32_t pack_e5m2(float lo, float hi) {
-  unsigned short r;
-  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(r) : "f"(hi), "f"(lo));
   return r;
 }
 

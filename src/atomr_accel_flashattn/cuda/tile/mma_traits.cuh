@@ -10,6 +10,7 @@ namespace fa {
 template <DType kDType>
 struct MmaTraits {
   static constexpr int kStep = 32 / bytes_of(kDType);  // k of one product: 32 bytes
+  static constexpr bool kIsFp8 = bytes_of(kDType) == 1;
 
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (kDType == DType::F16) {
@@ -18,9 +19,14 @@ struct MmaTraits {
       ptx::mma_bf16(d, a, b0, b1);
     }
   }
+  // A pair: of 16 bits each, or the low half of a word.
   static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
     if constexpr (kDType == DType::F16) {
       return ptx::pack_f16(lo, hi);
+    } else if constexpr (kDType == DType::F8E4M3) {
+      return ptx::pack_e4m3(lo, hi);
+    } else if constexpr (kDType == DType::F8E5M2) {
+      return ptx::pack_e5m2(lo, hi);
     } else {
       return ptx::pack_bf16(lo, hi);
     }

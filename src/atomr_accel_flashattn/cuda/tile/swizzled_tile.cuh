@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Swizzled tile, the layout of TMA and wgmma: panels of as many columns as 128 (or 64) bytes hold,
-// whose rows the hardware swizzles over 8 (4) rows.
+// Swizzled tile, the layout of TMA and wgmma: panels of as many columns as 128 (or 64, or 32) bytes
+// hold, whose rows the hardware swizzles over 8 (4, 2) of 128 bytes.
 #pragma once
 
 #include "ptx/tma.cuh"
@@ -9,7 +9,7 @@ namespace fa {
 
 template <int kRows, int kCols, int kElementBytes>
 struct SwizzledTile {
-  static constexpr int kRowBytes = kCols * kElementBytes % 128 == 0 ? 128 : 64;
+  static constexpr int kRowBytes = kCols * kElementBytes % 128 == 0 ? 128 : kCols * kElementBytes % 64 == 0 ? 64 : 32;
   static constexpr int kPanelCols = kRowBytes / kElementBytes;
   static constexpr int kPanels = kCols / kPanelCols;
   static constexpr int kPanelBytes = kRows * kRowBytes;
@@ -51,7 +51,7 @@ struct SwizzledTile {
   // Byte offset of a chunk of 16 bytes, for st.shared.
   static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
     constexpr int kChunks = kRowBytes / 16;
-    const int swizzle = kRowBytes == 128 ? row & 7 : (row >> 1) & 3;
+    const int swizzle = kRowBytes == 128 ? row & 7 : kRowBytes == 64 ? (row >> 1) & 3 : (row >> 2) & 1;
     return chunk / kChunks * kPanelBytes + row * kRowBytes + ((chunk % kChunks ^ swizzle) << 4);
   }
 
@@ -59,7 +59,7 @@ struct SwizzledTile {
   // Matrix descriptor (PTX ISA, "Matrix descriptor format"): address, leading and stride byte
   // offset in units of 16 bytes, swizzle mode.
   static __device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading) {
-    constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
+    constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
     return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(kGroupBytes >> 4) << 32 |
            kSwizzle << 62;
   }

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// V as the B operand of wgmma, for the FA3 family: 16-bit tiles as TMA brings them, 8-bit ones
+// transposed by warps of the producer.
+#pragma once
+
+#include "attention/config.cuh"
+#include "ptx/common.cuh"
+#include "tile/layout.cuh"
+#include "tile/swizzled_tile.cuh"
+#include "tile/transpose.cuh"
+
+namespace fa {
+
+template <Config C, bool kTransposed = bytes_of(C.v_dtype) == 1>
+struct ValueOperand {
+  using Tile = SwizzledTile<C.block_n, C.v_head_dim, bytes_of(C.v_dtype)>;
+  using Loaded = Tile;                  // as TMA brings it
+  static constexpr int kWarps = 1;      // that fill a stage
+  static constexpr int kRawStages = 0;  // buffers of tiles to transpose
+
+  // B of step k of P V.
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t tile, int k) { return Tile::mn_major(tile, k); }
+};
+
+template <Config C>
+struct ValueOperand<C, true> {
+  using Transpose = ByteTranspose<C.block_n, C.v_head_dim>;
+  using Tile = typename Transpose::To;
+  using Loaded = typename Transpose::From;
+  static constexpr int kWarps = 2, kRawStages = C.stages > 1 ? 2 : 1;
+
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t tile, int k) { return Tile::k_major(tile, k); }
+
+  // Warp `part` of kWarps transposes its share of tile n. Rows that no query sees become zeros
+  // first, as a NaN there would survive a probability of zero.
+  static __device__ __forceinline__ void transpose(uint32_t loaded, uint32_t tile, int n, const RowRange& seen, int part) {
+    const bool whole = seen.covers(n * C.block_n, C.block_n);
+#pragma unroll 1
+    for (int group = part; group < Transpose::kGroups; group += kWarps) {
+      if (!whole) zero_unseen(loaded, n * C.block_n, group * Transpose::kGroup, seen);
+      Transpose::transpose(loaded, tile, group);
+    }
+    ptx::fence_proxy_async();
+    __syncwarp();
+  }
+
+ private:
+  static __device__ __forceinline__ void zero_unseen(uint32_t loaded, int first_key, int first_row, const RowRange& seen) {
+    constexpr int kChunks = C.v_head_dim / 16;
+    const int row = first_row + static_cast<int>(threadIdx.x) % 32;
+    if (!seen.contains(first_key + row)) {
+#pragma unroll 1
+      for (int chunk = 0; chunk < kChunks; ++chunk) ptx::store_shared_16(loaded + Loaded::offset(row, chunk), {0, 0, 0, 0});
+    }
+    __syncwarp();
+  }
+};
+
+}  // namespace fa

@@ -1,0 +1,94 @@
+"""The forward kernel of the wgmma family over fp8 tensors: ``cuda/kernels/fa3_fp8.cuh`` (arXiv 2407.08608, section 3.3)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Final
+
+from ..problem import ArrayInfo, AttentionProblem
+from .fa3_fwd import Fa3ForwardSpec
+from .forward import DESCALE_SLOTS, FwdParams, descale_strides
+from .params import KernelParams, StrideParams, TensorMapParams
+
+__all__ = ["FLUSH_KEYS", "FP8_WIDTHS", "Fa3Fp8ForwardSpec", "Fa3Fp8FwdParams", "fp8_width"]
+
+FP8_WIDTHS: Final = (64, 128, 192, 256)  # rows of tiles are whole panels of 64 or 128 bytes
+# Keys between two flushes of O: an accumulator has lost 0.3 % by then, a tenth of what e4m3 costs, and to move O takes a few per cent of
+# the time of so many keys. By arithmetic, not measured.
+FLUSH_KEYS: Final = 2048
+_MOST_LOADED: Final = 2  # buffers of V before it is transposed
+_GROUP: Final = 32  # keys of a step of wgmma
+
+
+def fp8_width(head_dim: int) -> int:
+    """The tile width that holds a head dim of 16..256."""
+    return next(width for width in FP8_WIDTHS if width >= head_dim)
+
+
+class Fa3Fp8FwdParams(KernelParams):
+    """``fa::Fa3Fp8FwdParams``. The addresses of its factors run on into those of ``fa::FwdParams``."""
+
+    SLOTS = (*DESCALE_SLOTS, *FwdParams.SLOTS)
+    MAPS = (("q_map", "q"), ("k_map", "k"), ("v_map", "v"))
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in DESCALE_SLOTS),
+        ("fwd", FwdParams),
+        *((f"{name}_stride", StrideParams) for name in DESCALE_SLOTS),
+        ("counters", ctypes.c_void_p),
+        ("tiles", ctypes.c_int32),
+        ("_alignment", ctypes.c_ubyte * (-(24 + ctypes.sizeof(FwdParams) + 3 * ctypes.sizeof(StrideParams) + 12) % 64)),
+        *((name, TensorMapParams) for name, _ in MAPS),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
+    """The mainloop of :class:`Fa3ForwardSpec` with 8-bit wgmma; two of the producer's warps transpose V. sm_90a.
+
+    ``single_level``: O stays in the accumulator of wgmma, of 14 bits, to the end.
+    """
+
+    HEADER: ClassVar[str] = "fa3_fp8"
+    ENTRY: ClassVar[str] = "fa3_fp8"
+    PARAMS: ClassVar[str] = "Fa3Fp8FwdParams"
+    AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+        {**Fa3ForwardSpec.AXES, "block_n": tuple(range(_GROUP, 257, _GROUP)), "stages": (1, 2, 3, 4)}
+    )
+
+    single_level: bool = False
+
+    def shared_tiles(self) -> tuple[int, int]:
+        """With the buffers of V before it is transposed."""
+        q, kv = Fa3ForwardSpec.shared_tiles(self)
+        return q, kv + min(self.tile.stages, _MOST_LOADED) * self.tile.block_n * self.v_head_dim
+
+    @property
+    def expected_instructions(self) -> tuple[str, ...]:
+        """Wgmma of 8 bits, TMA loads, mbarriers, the transposition of V."""
+        return ("QGMMA", "UTMALDG", "SYNCS", "LDSM", "STSM")
+
+    def misfit(self) -> str:
+        """As for 16 bits, with whole steps of 32 keys and widths of whole panels."""
+        reason = Fa3ForwardSpec.misfit(self)
+        if not reason and self.tile.block_n % _GROUP:
+            reason = f"block_n: got {self.tile.block_n}; allowed are multiples of {_GROUP}"
+        return reason
+
+    def registers_suffice(self) -> bool:
+        """O and S in float32, and P in 8 bits."""
+        return self._registers_suffice(self.tile.block_n // 8)
+
+    def config(self) -> dict[str, Any]:
+        """With the tiles between flushes."""
+        flush = 0 if self.single_level else max(1, FLUSH_KEYS // self.tile.block_n)
+        return Fa3ForwardSpec.config(self) | {"flush_tiles": flush}
+
+    def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
+        """``fa::Fa3Fp8FwdParams`` with its maps still to be encoded."""
+        params = Fa3Fp8FwdParams(fwd=self.pack_forward(problem, out), tiles=self.work_tiles(problem), **descale_strides(problem))
+        params.tensor_maps = self.tensor_maps(problem)
+        params.counts = self.tile.persistent
+        return params

@@ -1,0 +1,66 @@
+"""The wgmma family over fp8 tensors on the emulator: 8-bit products, V transposed by producer warps, factors, the float32 total of O."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from atomr_accel_flashattn.kernels.spec import Tile
+from atomr_accel_flashattn.types import DType
+from tests.cases import Case
+from tests.check import Run
+from tests.fp8 import check_fp8
+from tests.fp8_cases import E4M3_TYPES, FP8_FEATURES, FP8_KINDS, SCORE_ERROR, Fp8Types, fp8_call
+
+from .build import compiler
+from .running_fp8 import emulate_fp8
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
+
+TWO = Tile(block_m=128, block_n=64, warps=12, stages=2, ping_pong=True, persistent=True)
+TILES = (
+    TWO,
+    Tile(block_m=64, block_n=96, warps=8, stages=3),
+    Tile(block_m=192, block_n=128, warps=16, stages=2, ping_pong=True, persistent=True),
+    Tile(block_m=128, block_n=160, warps=12, stages=2, persistent=True),
+    Tile(block_m=64, block_n=32, warps=8, stages=1),
+)
+
+
+def check(case: Case, types: Fp8Types = E4M3_TYPES, **options: Any) -> Run:
+    """A run on the emulator, compared with the oracle."""
+    call = fp8_call(case, types)
+    run = emulate_fp8(call, types.out, **options)
+    check_fp8(f"{case} {types}", call, run, types.out, SCORE_ERROR)
+    return run
+
+
+@pytest.mark.parametrize("name", FP8_FEATURES)
+def test_feature(name: str):
+    index = list(FP8_FEATURES).index(name)
+    check(Case(label=name.replace(" ", "_"), **FP8_FEATURES[name]), FP8_KINDS[index % len(FP8_KINDS)], tile=TILES[index % 3])
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_a_tile_is_right_and_its_bits_do_not_depend_on_the_order_of_threads_and_copies(tile: Tile):
+    case = Case(lengths_q=(40, 150), lengths_k=(333, 170), heads=4, heads_kv=2, left=200, right=0, sink_tokens=3)
+    runs = [check(case, Fp8Types(v=DType.F8E5M2), tile=tile, seed=seed) for seed in range(4)]
+    for other in runs[1:]:
+        assert other.out.tobytes() == runs[0].out.tobytes()
+
+
+@pytest.mark.parametrize("width", [16, 64, 96, 128, 192, 256])
+def test_head_dim_with_its_own_tile(width: int):
+    check(Case(seqlen_q=70, seqlen_k=450, heads=2, heads_kv=1, head_dim=width, v_head_dim=width, right=0))
+
+
+def test_a_total_in_float32_keeps_what_an_accumulator_of_14_bits_loses():
+    call = fp8_call(Case(seqlen_q=64, seqlen_k=9000, heads=1, heads_kv=1), Fp8Types(unit=None))
+    call.q[...] = 0
+    call.v[...] = 1 + np.random.default_rng(0).integers(-3, 4, call.v.shape) / 8
+    mean = call.v.astype(np.float64).mean(axis=1)
+    error = {single: np.abs(emulate_fp8(call, DType.F32, single_level=single).out / mean[:, None] - 1).max() for single in (False, True)}
+    assert error[False] < 2e-3
+    assert error[True] > 3 * error[False]

@@ -1,0 +1,123 @@
+"""fp8 of the wgmma family on the card: features, types, tile edges, bits, and sums of many keys."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from atomr_accel_flashattn.dispatch import DispatchKey, lookup  # noqa: E402 - after the skip
+from atomr_accel_flashattn.kernels.spec import KernelSpec  # noqa: E402
+from atomr_accel_flashattn.requests.dense import DenseFwdRequest  # noqa: E402
+from atomr_accel_flashattn.requests.options import Fp8Options, MaskKind  # noqa: E402
+from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
+from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
+from atomr_accel_flashattn.varlen import VarlenFwdRequest  # noqa: E402
+from tests.cases import Case, Values  # noqa: E402
+from tests.check import Run  # noqa: E402
+from tests.fp8 import DTYPES, Quantised, check_fp8  # noqa: E402
+from tests.fp8_cases import E4M3_TYPES, FP8_FEATURES, FP8_KINDS, SCORE_ERROR, Fp8Types, fp8_call  # noqa: E402
+from tests.gpu.families import DEVICE, HAS_WGMMA  # noqa: E402
+from tests.gpu.harness import Written, asked_of, download, synchronize, upload  # noqa: E402
+from tests.inputs import Layout, place  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.skipif(not HAS_WGMMA, reason="needs a GPU with wgmma")]
+
+WIDTHS = (16, 64, 96, 128, 192, 256)
+
+
+def request_of(call: Quantised, out_dtype: DType, out: Any = None) -> DenseFwdRequest | VarlenFwdRequest:
+    """The request of a call, every array on the device."""
+    arrays = [upload(x) for x in (call.q, call.k, call.v)]
+    options = Fp8Options(**{name: torch.from_numpy(x).to(DEVICE) for name, x in call.descales.items()}, out_dtype=out_dtype)
+    asked = asked_of(call.meant) | {"fp8": options, "out": out}
+    return VarlenFwdRequest(*arrays, **asked) if "cu_seqlens_q" in asked else DenseFwdRequest(*arrays, **asked)
+
+
+def check(case: Case, types: Fp8Types = E4M3_TYPES) -> None:
+    """One run on the device, into an output of NaN, compared with the oracle."""
+    call = fp8_call(case, types)
+    out = Written.like(place(np.full(call.meant.out_shape, np.nan, DTYPES[types.out]), Layout.PADDED))
+    output = run(request_of(call, types.out, out.view))
+    synchronize()
+    check_fp8(f"{case} {types}", call, Run(out.alone(), download(output.lse)), types.out, SCORE_ERROR)
+
+
+@pytest.mark.parametrize("types", FP8_KINDS, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", FP8_FEATURES)
+def test_feature(name: str, width: int, types: Fp8Types) -> None:
+    widths = {} if "head_dim" in FP8_FEATURES[name] else {"head_dim": width, "v_head_dim": width}
+    case = Case(label=name.replace(" ", "_"), **FP8_FEATURES[name], **widths)
+    check(case, types)
+
+
+def edge_cases() -> Iterator[Case]:
+    """Lengths around multiples of a kernel's tile, of two packed heads too."""
+    for width in (64, 128, 192, 256):
+        spec = lookup(DispatchKey(SmArch.SM_90A, DType.F8E4M3, width))
+        assert isinstance(spec, KernelSpec)
+        for i, (times, off_q, off_k) in enumerate(itertools.product((1, 2), (-1, 0, 1), (-1, 0, 1))):
+            heads, packed = ((3, 1), (2, 2))[i % 2]
+            mask: dict[str, Any] = ({}, {"right": 0}, {"left": spec.tile.block_n, "right": 0})[i % 3]
+            lengths = {"seqlen_q": spec.tile.block_m * times // packed + off_q, "seqlen_k": spec.tile.block_n * times + off_k}
+            yield Case(heads=heads, heads_kv=1, head_dim=width, v_head_dim=width, **lengths, **mask)
+
+
+@pytest.mark.parametrize("case", [*edge_cases()] if HAS_WGMMA else [], ids=str)
+def test_lengths_around_every_tile_edge(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("seqlen", [256, 257, 384, 640, 1024])
+@pytest.mark.parametrize("left", [128, 256, 511])
+def test_windows_end(seqlen: int, left: int) -> None:
+    case = Case(seqlen_q=seqlen, seqlen_k=seqlen, head_dim=128, v_head_dim=128, left=left, right=0)
+    check(case)
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_maxima_that_rise_in_every_tile_clip_no_probability(width: int) -> None:
+    case = Case(seqlen_q=300, seqlen_k=4000, head_dim=width, v_head_dim=width, values=Values.RISING)
+    check(case)
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_bits_do_not_depend_on_the_run(width: int) -> None:
+    case = Case(batch=3, seqlen_q=1300, seqlen_k=5300, heads=8, heads_kv=2, head_dim=width, v_head_dim=width, right=0)
+    request = request_of(fp8_call(case, Fp8Types()), DType.BF16)
+    expected = download(run(request).out).tobytes()
+    for _ in range(30):
+        assert download(run(request).out).tobytes() == expected
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("keys", [4096, 131072])
+def test_the_mean_of_many_values_is_kept(width: int, keys: int) -> None:
+    """q = 0: o is the mean of v. An accumulator of 14 bits alone loses a quarter of it at 128k keys."""
+    q = torch.zeros(1, 128, 2, width, device=DEVICE).to(torch.float8_e4m3fn)
+    k = torch.zeros(1, keys, 2, width, device=DEVICE).to(torch.float8_e4m3fn)
+    v = (1 + torch.randn(1, keys, 2, width, device=DEVICE) / 4).to(torch.float8_e4m3fn)
+    out = run(DenseFwdRequest(q, k, v, fp8=Fp8Options(out_dtype=DType.F32))).out
+    mean = v.float().double().mean(dim=1, keepdim=True)
+    assert ((out.double() - mean) / mean).abs().max().item() < 4e-3
+
+
+@pytest.mark.parametrize("keys", [1024, 16384, 262144])
+def test_a_needle_is_found_in_noise(keys: int) -> None:
+    """A key that has half of the weight of a row, among equal ones."""
+    width = 128
+    q, k = torch.zeros(1, 64, 1, width, device=DEVICE), torch.zeros(1, keys, 1, width, device=DEVICE)
+    q[..., 0], v = 16, torch.randn(1, keys, 1, width, device=DEVICE) / 8
+    needle = keys // 3
+    k[:, needle, :, 0], v[:, needle] = float(np.log(keys)) / 16 * width**0.5, 4
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+    out = run(DenseFwdRequest(q, k, v, mask=MaskKind.full(), fp8=Fp8Options(out_dtype=DType.F32))).out
+    score = q.float()[0, 0, 0] @ k.float()[0, :, 0].T * width**-0.5
+    expected = torch.softmax(score.double(), 0) @ v.double()[0, :, 0]
+    assert ((out.double() - expected).abs().max() / expected.abs().max()).item() < 0.02
