@@ -111,6 +111,11 @@ from .fa3 import (
     Fa3FwdRequest as Fa3FwdRequest,
     PersistentMode as PersistentMode,
 )
+from .fp8 import (
+    Quantized as Quantized,
+    quantize as quantize,
+    rotate_outliers as rotate_outliers,
+)
 from .functional import (
     flash_attn_func as flash_attn_func,
     flash_attn_kvpacked_func as flash_attn_kvpacked_func,

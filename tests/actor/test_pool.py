@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -214,3 +215,22 @@ def test_a_request_is_the_same_after_its_way_over_the_wire(request_of: type[fa.D
     direct, output = (fa.run(each, dropout_mask=True) for each in (sent, came.request))
     np.testing.assert_array_equal(output.out, direct.out)
     np.testing.assert_array_equal(output.dropout_mask, direct.dropout_mask)
+
+
+@pytest.mark.parametrize("request_of", [fa.Fa3FwdFp8Request, fa.Fa2FwdRequest, fa.VarlenFwdRequest])
+@pytest.mark.parametrize(
+    "descale", [None, np.asarray(0.5, np.float32), np.broadcast_to(np.float32(2), (1, 2))], ids=["none", "tensor", "head"]
+)
+def test_fp8_is_the_same_after_its_way_over_the_wire(request_of: type[fa.DenseFwdRequest], descale: Any):
+    packed = request_of is fa.VarlenFwdRequest
+    rng = np.random.default_rng(0)
+    kinds = (ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+    arrays = [rng.standard_normal((4, 2, 16) if packed else (1, 4, 2, 16)).astype(kind) for kind in kinds]
+    given: dict[str, Any] = {"cu_seqlens_q": fa.CumulativeSeqlens.from_lengths([4])} if packed else {}
+    sent = request_of(*arrays, fp8=fa.Fp8Options(k_descale=descale, v_descale=descale, out_dtype=fa.DType.F32), **given)
+    wire, bits = pickle.loads(pickle.dumps(WireRequest.pack(FlashAttnMsg.Forward(sent, lse=False))))  # noqa: S301 - our own bytes
+    assert {array.dtype.name for array in bits} <= {"uint8", "float32", "int32"}
+    came = wire.unpack(tuple(bits), fa.Device("cpu", 0)).request
+    assert type(came) is request_of
+    assert came.problem.descales.q is None
+    np.testing.assert_array_equal(fa.run(came).out, fa.run(sent).out)

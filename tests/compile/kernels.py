@@ -194,6 +194,39 @@ def cache_specs() -> list[KernelSpec]:
     return [*(step for spec in answers for step in spec.steps()), *sorted(schedules, key=lambda spec: spec.kernel_name), *appends]
 
 
+FP8_ARCHS = (SmArch.SM_89, SmArch.SM_90, SmArch.SM_100, SmArch.SM_120)
+FP8 = (DType.F8E4M3, DType.F8E5M2)
+FP8_CACHE_AXES: dict[str, tuple[Any, ...]] = AXES | {
+    "arch": FP8_ARCHS,
+    "dtype": (*DTYPES, *FP8),
+    "k_dtype": FP8,
+    "v_dtype": FP8,
+    "out_dtype": (*DTYPES, DType.F32),
+    "k_descale": (None, ScaleUnit.HEAD, ScaleUnit.TOKEN),
+    "v_descale": (None, ScaleUnit.BLOCK, ScaleUnit.TOKEN),
+    "rows": (16, 32, 64, 128),
+    "way": ("whole", "split", "scheduled"),
+    "dropout": (False,),
+}
+
+
+def fp8_cache_specs() -> list[KernelSpec]:
+    """Those over an fp8 cache: a pairwise covering array at head dim 128, and each tile width with q of either kind."""
+    keys = []
+    for row in covering_rows(FP8_CACHE_AXES):
+        key = _feature_key({"widths": (128, 128), **row, "exact": True})
+        types = {name: row[name] for name in ("k_dtype", "v_dtype", "out_dtype", "k_descale", "v_descale")}
+        extras = replace(key.extras, **types, cache_rows=row["rows"], split=row["way"] == "split", scheduled=row["way"] == "scheduled")
+        paged = ScaleUnit.TOKEN in {row["k_descale"], row["v_descale"]} or row["rows"] != 32
+        head_dim = 128 if row["exact"] else 112
+        keys.append(replace(key, head_dim=head_dim, paged=paged, extras=replace(extras, v_head_dim=head_dim, kv_cache=not paged)))
+    for a, w, arch, width in _numbered(FP8_ARCHS, HEAD_DIM_WIDTHS):
+        types = {"k_dtype": FP8[0], "v_dtype": FP8[0]}
+        extras = Extras(**types, cache_rows=(16, 32, 64, 128)[(a + w) % 4], batch_invariant=(a + w) % 3 == 2, out_dtype=DType.BF16)
+        keys.append(DispatchKey(arch, (DType.BF16, FP8[0])[(a + w) % 2], width, causal=True, paged=True, extras=extras))
+    return [step for key in keys for step in lookup(key).steps()]
+
+
 def wgmma_cache_specs() -> list[KernelSpec]:
     """A pairwise covering array of the wgmma family over a KV cache, with what combines splits."""
     specs: list[KernelSpec] = []
@@ -207,8 +240,9 @@ def wgmma_cache_specs() -> list[KernelSpec]:
 def all_specs() -> list[KernelSpec]:
     """Every kernel of this folder's tests, each once."""
     wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs(), *wgmma_cache_specs(), *wgmma_fp8_specs())
+    caches = (*cache_specs(), *fp8_cache_specs())
     return list(
-        dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *merge_specs(), *backward_specs(), *cache_specs()])
+        dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *merge_specs(), *backward_specs(), *caches])
     )
 
 

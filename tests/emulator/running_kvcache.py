@@ -12,6 +12,7 @@ from atomr_accel_flashattn.arrays.read import read_array
 from atomr_accel_flashattn.dispatch import key_of_problem
 from atomr_accel_flashattn.dispatch.resolve import _features
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
+from atomr_accel_flashattn.kernels.fp8_kvcache import DescaledKvCacheParams, DescaledStepParams
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
 from atomr_accel_flashattn.kernels.spec import Family, Tile
 from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec, schedule_bytes
@@ -19,7 +20,7 @@ from atomr_accel_flashattn.problem import KvCache, StepShape, Strides
 from atomr_accel_flashattn.tiles.tables import head_dim_width
 from atomr_accel_flashattn.types import KvLayout, SmArch
 from tests.check import Run
-from tests.inputs import Inputs, Layout, Poisoned
+from tests.inputs import NUMPY_DTYPE, Inputs, Layout, Poisoned
 from tests.reference.running import problem_of
 
 from .build import run
@@ -55,9 +56,10 @@ class Cached:
     def __call__(self, inputs: Inputs) -> Run:
         """What :func:`tests.check.check_case` calls."""
         random = np.random.default_rng(self.seed)
-        problem = problem_of(inputs)
+        problem = self.problem(inputs)
         held = self._hold(inputs, random)
-        out = Poisoned.empty(inputs.out_shape, inputs.q.dtype, Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED)
+        out_dtype = inputs.q.dtype if problem.out_dtype is None else NUMPY_DTYPE[problem.out_dtype]
+        out = Poisoned.empty(inputs.out_shape, out_dtype, Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED)
         lse = np.full(inputs.lse_shape, np.nan, np.float32)
         out_info = read_array(out.view, "out")
         spec = self._spec(problem)
@@ -85,6 +87,7 @@ class Cached:
             "cu_seqlens_q": inputs.cu_seqlens_q,
             "alibi_slopes": inputs.alibi_slopes,
             "learned_sink": inputs.learned_sink,
+            **self.more_arrays(held),
         }
         if isinstance(spec, ScheduledKvCacheSpec):
             arrays |= {name: np.full(size // 4, np.nan, np.float32) for name, size in spec.workspace(self.blocks).items()}
@@ -98,8 +101,10 @@ class Cached:
             tiles = step.work_tiles(cache)
             if not tiles:
                 continue
-            if isinstance(spec, Fa3KvCacheSpec) and step is not spec:
+            if step is not spec and isinstance(spec, Fa3KvCacheSpec):
                 params = KvCacheParams.from_buffer_copy(params)
+            elif step is not spec and isinstance(params, (DescaledKvCacheParams, DescaledStepParams)):
+                params = params.params
             for (name, _), described in zip(params.MAPS, params.tensor_maps, strict=True):
                 ctypes.memmove(ctypes.addressof(getattr(params, name)), flat_tensor(described), 128)
             if params.counts:
@@ -124,15 +129,27 @@ class Cached:
         key = key_of_problem(problem, arch)
         features = _features(key, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim))
         fields = {"arch": arch, "tile": self.tile, "paged": self.block_size is not None, **features}
-        if self.blocks:
-            spec: Any = ScheduledKvCacheSpec(**fields)
-        elif self.family is Family.FA2:
-            spec = Fa2KvCacheSpec(split=self.splits > 1, **fields)
-        else:
-            spec = Fa3KvCacheSpec(split=self.splits > 1, pack_gqa=key.packs_heads, **fields)
+        if self.family is Family.FA3:
+            fields["pack_gqa"] = key.packs_heads
+        spec: Any = self.spec_of(**fields)
         assert not spec.misfit()
         assert spec.shared_memory <= arch.shared_memory_per_block
         return spec
+
+    def problem(self, inputs: Inputs) -> AttentionProblem:
+        """The call without its cache."""
+        return problem_of(inputs)
+
+    def spec_of(self, **fields: Any) -> Any:
+        """The kernel."""
+        if self.blocks:
+            return ScheduledKvCacheSpec(**fields)
+        kind = Fa2KvCacheSpec if self.family is Family.FA2 else Fa3KvCacheSpec
+        return kind(split=self.splits > 1, **fields)
+
+    def more_arrays(self, held: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002 - of fp8 caches
+        """Others beside those of :meth:`_hold`, by slot."""
+        return {}
 
     def _hold(self, inputs: Inputs, random: np.random.Generator) -> dict[str, Any]:
         """The cache of a call: each sequence's keys, in pages drawn at random or in a slot drawn at random."""

@@ -184,3 +184,14 @@ class TestTorch:
             fa.flash_attn_func(q, k, v, k_descale=descales["k_descale"] if given else None)
         with self.torch.no_grad():
             fa.flash_attn_func(q, k, v, k_descale=descales["k_descale"] if given else None)
+
+
+def test_an_actor_answers_as_a_call():
+    q, k, v = arrays(B, S, H, D)
+    request = fa.Fa3FwdFp8Request(q, k, v, mask=fa.MaskKind.causal(), fp8=Fp8Options(**scales(B, H)))
+    actor = fa.FlashAttnActor.start(fa.FlashAttnProps())
+    try:
+        made = actor.ask(fa.FlashAttnMsg.Forward(request)).result(timeout=60)
+    finally:
+        actor.stop()
+    np.testing.assert_array_equal(made.out, dense(**scales(B, H)))

@@ -16,6 +16,7 @@ from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8FwdParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
+from atomr_accel_flashattn.kernels.fp8_kvcache import DescaledKvCacheParams, DescaledStepParams
 from atomr_accel_flashattn.kernels.kv_append import KvAppendParams
 from atomr_accel_flashattn.kernels.kvcache import KvCacheParams
 from atomr_accel_flashattn.kernels.merge_states import MergeStatesParams
@@ -39,6 +40,8 @@ _STRUCTS = {
     BwdParams: "fa::BwdParams",
     KvCacheParams: "fa::KvCacheParams",
     StepParams: "fa::StepParams",
+    DescaledKvCacheParams: "fa::DescaledKvCacheParams",
+    DescaledStepParams: "fa::DescaledStepParams",
     KvAppendParams: "fa::KvAppendParams",
     DropoutMaskParams: "fa::DropoutMaskParams",
     MergeStatesParams: "fa::MergeStatesParams",

@@ -35,9 +35,11 @@ def upload(array: Array | None) -> Any:
         return array
     import torch
 
-    host = np.ascontiguousarray(array)
+    host = np.ascontiguousarray(array).reshape(array.shape)  # which makes a dimension where there is none
     if host.dtype.name == "bfloat16":
         return torch.from_numpy(host.view(np.int16).copy()).to(DEVICE).view(torch.bfloat16)
+    if host.dtype.name.startswith("float8"):
+        return torch.from_numpy(host.view(np.uint8).copy()).to(DEVICE).view(getattr(torch, host.dtype.name))
     return torch.from_numpy(host.copy()).to(DEVICE)
 
 

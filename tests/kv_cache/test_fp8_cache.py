@@ -14,7 +14,7 @@ from atomr_accel_flashattn import DType, Fp8Options, ScaleUnit
 from tests.cases import Alibi, Case, build
 from tests.check import Run
 from tests.fp8 import DTYPES, check_fp8, quantised
-from tests.kv_cache.cases import CacheCase, Filled, fill, request_of, with_plan
+from tests.kv_cache.cases import CacheCase, Filled, download, fill, request_of, upload, with_plan
 from tests.pairwise import covering_rows
 
 E4M3, E5M2 = DType.F8E4M3, DType.F8E5M2
@@ -63,6 +63,10 @@ def laid_out(case: CacheCase, meant: Any, cache: Filled, tokens: Any) -> Any:
 
 @pytest.mark.parametrize("row", covering_rows(AXES), ids=lambda row: "-".join(str(getattr(x, "value", x)) for x in row.values()))
 def test_a_cache_is_read_with_its_descales(row: dict[str, Any]) -> None:
+    check_row(row)
+
+
+def check_row(row: dict[str, Any]) -> None:
     heads, heads_kv = row["heads"]
     call = Case(dtype=DType.F32, heads=heads, heads_kv=heads_kv, head_dim=32, v_head_dim=48, **row["lengths"], **row["feature"])
     case = CacheCase(call=call, **row["cache"], **row["order"])
@@ -78,12 +82,12 @@ def test_a_cache_is_read_with_its_descales(row: dict[str, Any]) -> None:
             given = laid_out(case, made.meant, cache, given)  # noqa: PLW2901
         elif unit is ScaleUnit.BLOCK:
             given = np.pad(given, ((0, 0), (0, 0), (0, -(-slots // 128) - given.shape[2])), constant_values=np.nan)  # noqa: PLW2901
-        descales[f"{name}_descale"] = given
+        descales[f"{name}_descale"] = upload(given)
     out = DType.BF16 if row["q"] in {E4M3, E5M2} else row["q"]
     request, written = request_of(case, inputs, cache, Fp8Options(**descales), DTYPES[out])
     output = fa.run(with_plan(request) if case.planned else request)
     assert output.out is written
-    o, lse = output.out, output.lse
+    o, lse = download(output.out), download(output.lse)
     if o.ndim == 4:
         o, lse = o.reshape(made.meant.out_shape), lse.transpose(1, 0, 2).reshape(made.meant.lse_shape)
     check_fp8(str(case), made, Run(o, lse), out)
@@ -253,3 +257,35 @@ def test_a_descale_in_the_memory_of_the_cache_is_refused() -> None:
     inside = k_cache.reshape(-1)[: 4 * B * HKV].view(np.float32).reshape(B, HKV)
     with pytest.raises(fa.OutputError, match="k_descale: got memory of a cache"):
         fa.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=BEFORE, block_table=table, k_descale=inside)
+
+
+@pytest.mark.parametrize("layout", list(fa.KvLayout), ids=lambda layout: layout.value)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_paged_cache_quantises_by_token_and_answers_with_its_descales(layout: fa.KvLayout, library: str) -> None:
+    torch = pytest.importorskip("torch") if library == "torch" else None
+    rng = np.random.default_rng(8)
+    q, k, v = (rng.standard_normal((37, heads, D)).astype(np.float16) for heads in (4, 2, 2))
+    like = np.zeros(0, np.float16) if torch is None else torch.zeros(0, dtype=torch.float16)
+    turn = (lambda x: x) if torch is None else torch.from_numpy
+    caches = [fa.PagedKvCache(9, 8, 2, D, dtype=dtype, layout=layout, like=like) for dtype in (E4M3, DType.F16)]
+    for cache in caches:
+        first, second = cache.allocate(), cache.allocate()
+        cache.append([first, second], turn(k[:30]), turn(v[:30]), [21, 9])
+        third = cache.fork(first)  # whose last page is shared, until one of them writes
+        cache.append([third], turn(k[None, 30:]), turn(v[None, 30:]))
+    made, wide = (cache.request(turn(q[None, :7]), [2]) for cache in caches)
+    assert made.problem.descales.k.unit is made.problem.descales.v.unit is ScaleUnit.TOKEN
+    exact, got = (np.asarray(fa.run(each).out, np.float32) for each in (wide, made))
+    assert np.linalg.norm(got - exact) < 0.06 * np.linalg.norm(exact)
+    wide_out = caches[0].request(turn(q[None, :7]), [2], fp8=Fp8Options(out_dtype=DType.F32))
+    assert "float32" in str(fa.run(wide_out).out.dtype)
+    alone = [np.asarray(fa.run(cache.request(turn(q[None, :7]), [0])).out, np.float32) for cache in caches]
+    assert np.linalg.norm(alone[0] - alone[1]) < 0.06 * np.linalg.norm(alone[1]), "the fork wrote into the page that was shared"
+
+
+def test_a_paged_cache_of_fp8_takes_no_fp8() -> None:
+    cache = fa.PagedKvCache(4, 8, 2, 32, dtype=E5M2)
+    assert fa.PagedKvCache(4, 8, 2, 32, dtype=DType.F16).k_descale is None
+    rows = np.zeros((1, 3, 2, 32), DTYPES[E5M2])
+    with pytest.raises(fa.DTypeError, match="k: got float8_e5m2 on cpu; allowed is float16 or bfloat16 or float32 on cpu, to be quantised"):
+        cache.append(cache.allocate(), rows, rows)

@@ -249,7 +249,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Any]] = {
     "too many blocks": (fa.ShapeError, "num_blocks: got 1099511627776", lambda: fa.PagedKvCache(1 << 40, 4, 2, 8, dtype=DType.F16)),
     "no type": (fa.DTypeError, "dtype: got None with no like; allowed are DType.F16", lambda: fa.PagedKvCache(4, 4, 2, 8)),
     "type of like": (fa.DTypeError, "got None with a like of type int64", lambda: fa.PagedKvCache(4, 4, 2, 8, like=np.zeros(1, np.int64))),
-    "fp8": (fa.DTypeError, "dtype: got <DType.F8E4M3", lambda: fa.PagedKvCache(4, 4, 2, 8, dtype=DType.F8E4M3)),
+    "fp8": (fa.HeadDimError, "head_dim: got 8 with fp8", lambda: fa.PagedKvCache(4, 4, 2, 8, dtype=DType.F8E4M3)),
     "layout": (
         fa.ShapeError,
         "layout: got 'HND'; allowed are KvLayout.NHD",

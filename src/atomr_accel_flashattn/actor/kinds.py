@@ -12,7 +12,7 @@ from ..cached import CachedFwdRequest
 from ..dispatch import FaBwdDispatch, FaFwdDispatch, FaPagedFwdDispatch
 from ..errors import UnknownMessageError
 from ..fa2 import Fa2BwdRequest, Fa2FwdRequest
-from ..fa3 import Fa3FwdRequest
+from ..fa3 import Fa3FwdFp8Request, Fa3FwdRequest
 from ..paged import PagedAttentionRequest
 from ..prefill import ChunkedPrefillRequest
 from ..problem import ArrayInfo, AttentionProblem
@@ -103,7 +103,7 @@ def _gradients(_request: FaBwdDispatch, *arrays: Any) -> Gradients:
 _FORWARD: Final = Kind(
     name="Forward",
     protocol=FaFwdDispatch,
-    own=(DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest, VarlenFwdRequest, CachedFwdRequest, ChunkedPrefillRequest),
+    own=(DenseFwdRequest, Fa2FwdRequest, Fa3FwdRequest, Fa3FwdFp8Request, VarlenFwdRequest, CachedFwdRequest, ChunkedPrefillRequest),
     forward=attrgetter("problem"),
     fingerprint=Fingerprint.of,
     find=_plan_of_forward,

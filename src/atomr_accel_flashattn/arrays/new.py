@@ -152,14 +152,16 @@ def detached(info: ArrayInfo) -> Any:
 
 
 def write_at(info: ArrayInfo, where: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], values: ArrayInfo, *, swapped: bool) -> None:
-    """Write rows (n, H, D), or (B, n, H, D), to ``info[where]`` of (blocks, slots, H, D), on a GPU; ``swapped``: slots are the third axis.
+    """Write rows (n, ...), or (B, n, ...), to ``info[where]`` of (blocks, slots, ...), on a GPU; ``swapped``: slots are the third axis.
 
     ``where``: int64 indices in host memory, of n elements each. On the current stream of the library, torch or CuPy.
     """
-    target, rows = detached(info), detached(values).reshape(-1, *values.shape[-2:])
+    target, rows = detached(info), detached(values).reshape(-1, *values.shape[2 - len(info.shape) :])
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(target, torch.Tensor):
         index = tuple(_tensor_on(target, each) for each in where)
+        if target.element_size() == 1:  # torch indexes bytes on every device, and fp8 on few
+            target, rows = target.view(torch.uint8), rows.view(torch.uint8)
     else:
         index = tuple(map(sys.modules["cupy"].asarray, where))
     (target.swapaxes(1, 2) if swapped else target)[index] = rows[: len(where[0])]

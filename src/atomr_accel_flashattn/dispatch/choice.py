@@ -99,12 +99,13 @@ def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None, fa
 def _family_on_cache(problem: AttentionProblem, key: DispatchKey, family: Family | None) -> DispatchKey:
     """Wgmma where the rows of a KV head fill a warpgroup, and TMA can gather the keys; mma.sync for fewer rows, as in decoding.
 
-    The bits of batch-invariant calls depend on no length of q, so they have one family. The blocks of a StepPlan are of mma.sync.
+    The bits of batch-invariant calls depend on no length of q, so they have one family. The blocks of a StepPlan are of mma.sync, and so
+    is what reads an fp8 cache.
     """
     mma_sync = replace(key, extras=replace(key.extras, family=Family.FA2))
     if problem.batch_invariant:  # lookup refuses another family by name
         return mma_sync if family is None else key
-    if problem.step is not None:
+    if problem.step is not None or problem.descales is not None:
         return mma_sync
     assert problem.cache is not None  # noqa: S101 - callers have looked
     wgmma = replace(key, extras=replace(key.extras, pack_gqa=_rows_can_be_packed(problem, key)))

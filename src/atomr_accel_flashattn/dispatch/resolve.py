@@ -18,6 +18,7 @@ from ..kernels.fa3_fp8 import Fa3Fp8ForwardSpec, fp8_width
 from ..kernels.fa3_fwd import Fa3ForwardSpec
 from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.forward import ForwardSpec
+from ..kernels.fp8_kvcache import Fp8KvCacheSpec, Fp8ScheduledKvCacheSpec
 from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.merge_states import MergeStatesSpec
 from ..kernels.spec import Family, KernelSpec, Tile
@@ -28,6 +29,7 @@ from ..tiles.space import misfit
 from ..tiles.tables import (
     backward_tile_for,
     cache_tile_for,
+    fp8_cache_tile_for,
     fp8_wgmma_tile_for,
     head_dim_width,
     invariant_tile_for,
@@ -41,6 +43,7 @@ from .key import DispatchKey, Extras
 __all__ = ["CpuSpec", "forget_lookups", "lookup"]
 
 _Spec = TypeVar("_Spec", bound=AttentionSpec)
+_BEFORE_FP8: Final = frozenset({SmArch.SM_80, SmArch.SM_86})
 _BEFORE_WGMMA: Final = frozenset({SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90})
 
 
@@ -114,19 +117,32 @@ def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
         tile = replace(tile, persistent=extras.persistent is not False)
         fields = _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "paged": key.paged, "split": extras.split}
         return Fa3KvCacheSpec(arch=key.arch, tile=tile, **fields)
-    choose = invariant_tile_for if extras.batch_invariant else cache_tile_for
+    fp8, features = key.k_dtype.is_fp8, _features(key, width, v_width)
+    choose = invariant_tile_for if extras.batch_invariant else fp8_cache_tile_for if fp8 and not extras.scheduled else cache_tile_for
     tile = choose(extras.tiles_for or arch, width, v_width, extras.cache_rows)
     if extras.scheduled:
-        return ScheduledKvCacheSpec.resident(arch=arch, tile=tile, paged=key.paged, **_features(key, width, v_width))
-    return Fa2KvCacheSpec(
+        spec = ScheduledKvCacheSpec.resident(arch=arch, tile=tile, paged=key.paged, **features)
+        # A plan has one tile for all layers, and as many blocks, whatever their types.
+        return Fp8ScheduledKvCacheSpec(arch=arch, tile=spec.tile, paged=key.paged, **features | _fp8_fields(key)) if fp8 else spec
+    kind = Fp8KvCacheSpec if fp8 else Fa2KvCacheSpec
+    return kind(
         arch=arch,
         tile=tile,
         paged=key.paged,
         split=extras.split,
         batch_invariant=extras.batch_invariant,
         plain_kv=not (key.paged or extras.kv_cache),
-        **_features(key, width, v_width),
+        **features | (_fp8_fields(key) if fp8 else {}),
     )
+
+
+def _fp8_fields(key: DispatchKey) -> dict[str, Any]:
+    """Types other than that of q, and whose descales are those of tokens."""
+    types = {"k_dtype": key.k_dtype, "v_dtype": key.v_dtype, "out_dtype": key.out_dtype}
+    scales = {"k_token_scales": key.extras.k_descale, "v_token_scales": key.extras.v_descale}
+    return {name: None if dtype is key.dtype else dtype for name, dtype in types.items()} | {
+        name: unit is ScaleUnit.TOKEN for name, unit in scales.items()
+    }
 
 
 def _forward(key: DispatchKey) -> ForwardSpec:
@@ -244,9 +260,9 @@ def _refuse(key: DispatchKey) -> None:
     _refuse_fp8(key)
     fp8 = key.v_dtype.is_fp8
     gpu, cached = arch is not SmArch.CPU, key.paged or extras.kv_cache
-    built = fp8 and _has_fp8_kernel(key)
+    if gpu and fp8:
+        _refuse_fp8_on_gpu(key)
     unbuilt = (
-        (gpu and fp8 and not built, "fp8", f"got {key.k_dtype.value} and {key.v_dtype.value} in k and v"),
         (gpu and extras.split and not cached, "split", ""),
         (gpu and extras.left_pad and not extras.kv_cache, "left_pad", ""),
         (extras.kv_layout not in {"NHD", "HND"}, "kv_layout", f"got {extras.kv_layout!r}"),
@@ -260,12 +276,8 @@ def _refuse(key: DispatchKey) -> None:
             raise not_built(feature, got)
     if extras.batch_invariant:
         _refuse_invariant(key)
-    if cached and extras.dropout:
-        raise DispatchError(
-            "dropout: got dropout with a KV cache, which decodes; allowed is none; K and V of a training step are plain arrays"
-        )
-    if key.paged and (extras.left_pad or extras.kv_cache):
-        raise DispatchError("left_pad: got left padding or rows of a contiguous cache with pages; allowed is one of the two kinds of cache")
+    if cached:
+        _refuse_on_cache(key)
     if extras.family is Family.FA3 and extras.direction == "bwd":
         raise not_built("fa3_backward")
     if extras.tiles_for in {SmArch.CPU, SmArch.SM_90A}:
@@ -275,11 +287,24 @@ def _refuse(key: DispatchKey) -> None:
             f"family: got fa3 on {arch.value}, which has no wgmma; allowed are sm_90a and, resolved to mma.sync, sm_100 and sm_120; "
             "use an Fa2FwdRequest"
         )
-    allowed = merged_dtypes_of(arch) if extras.direction == "merge_states" else dtypes_of(arch)
-    if key.dtype not in allowed and not built:
+    _refuse_dtype(key)
+
+
+def _refuse_on_cache(key: DispatchKey) -> None:
+    if key.extras.dropout:
+        raise DispatchError(
+            "dropout: got dropout with a KV cache, which decodes; allowed is none; K and V of a training step are plain arrays"
+        )
+    if key.paged and (key.extras.left_pad or key.extras.kv_cache):
+        raise DispatchError("left_pad: got left padding or rows of a contiguous cache with pages; allowed is one of the two kinds of cache")
+
+
+def _refuse_dtype(key: DispatchKey) -> None:
+    allowed = merged_dtypes_of(key.arch) if key.extras.direction == "merge_states" else dtypes_of(key.arch)
+    if key.dtype not in allowed and not key.v_dtype.is_fp8:
         names = ", ".join(dtype.value for dtype in allowed)
         raise ArchUnsupportedError(
-            f"dtype: got {key.dtype.value} on {arch.value}; allowed there are {names}; convert, or run on the CPU backend"
+            f"dtype: got {key.dtype.value} on {key.arch.value}; allowed there are {names}; convert, or run on the CPU backend"
         )
 
 
@@ -308,11 +333,31 @@ def _refuse_fp8(key: DispatchKey) -> None:
         )
 
 
+def _refuse_fp8_on_gpu(key: DispatchKey) -> None:
+    """What fp8 kernels have not."""
+    extras, arch = key.extras, key.arch
+    if arch in _BEFORE_FP8:
+        raise ArchUnsupportedError(f"dtype: got {key.v_dtype.value} on {arch.value}, which has no fp8; allowed are sm_89 and later")
+    if not _has_fp8_kernel(key):
+        raise not_built("fp8", f"got {key.k_dtype.value} and {key.v_dtype.value} in k and v")
+    for name, unit in (("k_descale", extras.k_descale), ("v_descale", extras.v_descale)):
+        if unit is ScaleUnit.TOKEN and not key.paged:
+            raise DispatchError(f"{name}: got those of tokens without pages; allowed are those of all elements, heads or blocks")
+    if extras.v_descale is ScaleUnit.TOKEN and extras.batch_invariant:
+        raise not_built("invariant_token_scales")
+
+
 def _has_fp8_kernel(key: DispatchKey) -> bool:
-    """Whether a GPU has a kernel for the fp8 K and V of ``key``: with fp8 q, of the wgmma family."""
-    extras = key.extras
-    beside = key.paged or extras.kv_cache or extras.split or extras.direction != "fwd"
-    return key.dtype.is_fp8 and not beside and key.family is Family.FA3
+    """Whether a GPU has a kernel for the fp8 K and V of ``key``.
+
+    Over a cache, and for batch-invariant calls, one of the mma.sync family; else one of the wgmma family, with fp8 q.
+    """
+    extras, cached = key.extras, key.paged or key.extras.kv_cache
+    if extras.direction != "fwd":
+        return False
+    if cached or extras.batch_invariant:
+        return key.family is Family.FA2
+    return key.dtype.is_fp8 and not extras.split and key.family is Family.FA3
 
 
 def _refuse_invariant(key: DispatchKey) -> None:

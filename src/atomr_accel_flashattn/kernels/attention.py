@@ -75,6 +75,11 @@ class AttentionSpec(KernelSpec):
         """The element type of v."""
         return self.v_dtype or self.dtype
 
+    @property
+    def out_type(self) -> DType:
+        """The element type of o."""
+        return self.out_dtype or self.dtype
+
     def _other_types(self) -> dict[str, DType]:
         """Those fields of types that are set, which ``fa::Config`` has too."""
         return {name: dtype for name in ("k_dtype", "v_dtype", "out_dtype") if (dtype := getattr(self, name)) is not None}

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final, Self
 
 from ..problem import ArrayInfo, AttentionProblem, KvCache
+from ..types import DType
 from .attention import AttentionSpec
 from .forward import FwdParams, forward_params
 from .params import KernelParams
@@ -34,6 +35,8 @@ __all__ = [
 INVARIANT_GROUPS: Final = 4  # of warps that share the keys of a batch-invariant call
 _COMBINE_TILE: Final = Tile(block_m=64, block_n=32, warps=4)
 _ROWS_OF_WARP: Final = 16
+_BYTES_OF_Q: Final = 2  # of an element in shared memory, where fp8 is widened
+_TOKEN_SCALES: Final = ("k_token_scales", "v_token_scales")
 _MOST_SPLITS: Final = 64
 KEYS_OF_SPLIT: Final = 256  # at least: a split has a partial result to write and to read
 
@@ -106,6 +109,9 @@ class Fa2KvCacheSpec(KvCacheSpec):
     split: bool = False
     batch_invariant: bool = False  # tile n of the keys goes to group n % 4, and rows do not look at each other
     plain_kv: bool = False  # K and V are arrays like q, and no cache
+    # fp8 K and V in pages: each slot has a descale of its own.
+    k_token_scales: bool = False
+    v_token_scales: bool = False
 
     def config(self) -> dict[str, Any]:
         """With what a cache adds. The learned sink of a call that is split joins where the splits are combined, once."""
@@ -113,14 +119,22 @@ class Fa2KvCacheSpec(KvCacheSpec):
         added |= {name: True for name in ("batch_invariant", "plain_kv") if getattr(self, name)}
         return AttentionSpec.config(self) | added | {"learned_sink": self.learned_sink and not self.split}
 
+    def types_config(self) -> dict[str, Any]:
+        """With whose descales there are."""
+        return AttentionSpec.types_config(self) | {name: True for name in _TOKEN_SCALES if getattr(self, name)}
+
     @property
     def shared_memory(self) -> int:
         """Q, then the stages of K and V of each group of warps, or what is merged of the groups at the end."""
-        tile, size = self.tile, self.dtype.itemsize
+        tile, row = self.tile, self.head_dim * self.k_type.itemsize + self.v_head_dim * self.v_type.itemsize
         groups = tile.warps * _ROWS_OF_WARP // tile.block_m
-        stages = groups * tile.stages * tile.block_n * (self.head_dim + self.v_head_dim) * size
+        stages = groups * tile.stages * tile.block_n * row
         merge = groups * tile.block_m * (2 + self.v_head_dim + 4) * 4
-        return tile.block_m * self.head_dim * size + max(stages, merge)
+        return tile.block_m * self.head_dim * _BYTES_OF_Q + self.row_scales() + max(stages, merge)
+
+    def row_scales(self) -> int:
+        """Bytes of what rows of a bf16 q are divided by beside fp8 K and V, in whole rows of 128."""
+        return -(-self.tile.block_m * 4 // 128) * 128 if self.k_type.is_fp8 and self.dtype is DType.BF16 else 0
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
@@ -170,7 +184,7 @@ class CombineSpec(KvCacheSpec):
         """The one of ``spec``, with ``more`` fields."""
         return cls(
             arch=spec.arch.without_wgmma,
-            dtype=spec.dtype,
+            dtype=spec.out_type,
             head_dim=spec.v_head_dim,
             v_head_dim=spec.v_head_dim,
             tile=tile,

@@ -73,7 +73,7 @@ class ScheduledKvCacheSpec(Fa2KvCacheSpec):
         """With what says that blocks have parts."""
         return Fa2KvCacheSpec.config(self) | {"scheduled": True}
 
-    def pack_call(self, problem: AttentionProblem, out: ArrayInfo, parts: int) -> StepParams:
+    def pack_call(self, problem: AttentionProblem, out: ArrayInfo, parts: int) -> KernelParams:
         """``fa::StepParams`` of one call without addresses; ``parts``: blocks of a plan."""
         return StepParams(cache=self.pack_splits(problem, out, 1), blocks=parts, least_cost=self.least_cost)
 

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 
 from ..arrays.new import can_write_at, detached, empty_like_framework, int32_like, write_at
 from ..arrays.read import as_numpy, dtype_name_of, read_array
 from ..arrays.torch_hooks import tell_written
-from ..errors import ArrayTypeError, DTypeError, HeadDimError, SequenceError, ShapeError
-from ..limits import CPU_DTYPES, MAX_HEAD_DIM, MAX_LENGTH, as_integer, not_built
+from ..errors import ArrayTypeError, DTypeError, SequenceError, ShapeError
+from ..fp8 import quantize
+from ..limits import CPU_DTYPES, FP8_DTYPES, as_integer, not_built
 from ..problem import ArrayInfo
 from ..reference.cache import Slots
 from ..requests.checks import refuse_gradients
+from ..requests.options import Fp8Options
 from ..runtime.overflow import check
-from ..types import DType, KvLayout
+from ..types import DType, KvLayout, ScaleUnit
 from .blocks import BlockAllocator
+from .numbers import check_fp8, check_sizes, count_of, counts_of, listed
 from .request import PagedAttentionRequest
 
 __all__ = ["PagedKvCache"]
+
+_QUANTISED: Final = (DType.F16, DType.BF16, DType.F32)  # what an fp8 cache takes
 
 
 class _Held:
@@ -44,6 +50,8 @@ class PagedKvCache:
     Attributes:
         k: NHD (blocks, block_size, Hkv, D), HND (blocks, Hkv, block_size, D), uninitialised, in the library and on the device of ``like``.
         v: the same with Dv.
+        k_descale: of a cache of fp8, float32 (blocks, block_size, Hkv) in either layout: the factor of a slot and KV head; else None.
+        v_descale: the same of v.
         num_blocks, block_size, heads_kv, head_dim, v_head_dim, layout: as given.
 
     Args:
@@ -52,7 +60,7 @@ class PagedKvCache:
         heads_kv: KV heads.
         head_dim: of K, at most 256.
         v_head_dim: of V, None is that of K.
-        dtype: element type, None is that of ``like``.
+        dtype: element type, None is that of ``like``. F8E4M3 and F8E5M2 are of NumPy and torch alone; :meth:`append` quantises by token.
         layout: order of dimensions.
         like: an array of the library and the device that the cache is to be of; None is NumPy.
 
@@ -73,12 +81,16 @@ class PagedKvCache:
         like: Any = None,
     ) -> None:
         width = head_dim if v_head_dim is None else v_head_dim
-        _check_sizes(num_blocks=num_blocks, block_size=block_size, heads_kv=heads_kv, head_dim=head_dim, v_head_dim=width)
+        check_sizes(num_blocks=num_blocks, block_size=block_size, heads_kv=heads_kv, head_dim=head_dim, v_head_dim=width)
         model = read_array(np.empty(0, np.float32) if like is None else like, "like")
         kind = model.dtype if dtype is None and like is not None else dtype
-        if kind not in CPU_DTYPES:
+        if kind not in CPU_DTYPES and kind not in FP8_DTYPES:
             given = f"with {'no like' if like is None else f'a like of type {model.dtype_name}'}"
-            raise DTypeError(f"dtype: got {dtype!r} {given}; allowed are DType.F16, BF16, F32 and F64, or None for the type of like")
+            raise DTypeError(
+                f"dtype: got {dtype!r} {given}; allowed are DType.F16, BF16, F32, F64, F8E4M3 and F8E5M2, or None for the type of like"
+            )
+        if kind in FP8_DTYPES:
+            check_fp8(model, head_dim, width)
         if not isinstance(layout, KvLayout):
             raise ShapeError(f"layout: got {layout!r}; allowed are KvLayout.NHD and KvLayout.HND")
         self.num_blocks, self.block_size, self.heads_kv = num_blocks, block_size, heads_kv
@@ -86,6 +98,11 @@ class PagedKvCache:
         middle = (block_size, heads_kv) if layout is KvLayout.NHD else (heads_kv, block_size)
         self._arrays = tuple(empty_like_framework(model, (num_blocks, *middle, size), dtype_name_of(kind)) for size in (head_dim, width))
         self.k, self.v = (each.source for each in self._arrays)
+        scales = 2 if kind in FP8_DTYPES else 0
+        self._descales = tuple(empty_like_framework(model, (num_blocks, block_size, heads_kv), "float32") for _ in range(scales))
+        self.k_descale: Any
+        self.v_descale: Any
+        self.k_descale, self.v_descale = (each.source for each in self._descales) if scales else (None, None)
         self._blocks = BlockAllocator(num_blocks)
         self._sequences: dict[int, _Held] = {}
         self._next = 0
@@ -128,7 +145,7 @@ class PagedKvCache:
             OutOfBlocksError: there is no room; there is no new sequence.
         """
         held = _Held()
-        held.blocks = self._blocks.take(self._pages(_count(tokens, "tokens")))
+        held.blocks = self._blocks.take(self._pages(count_of(tokens, "tokens")))
         return self._add(held)
 
     def fork(self, sequence: int) -> int:
@@ -162,7 +179,7 @@ class PagedKvCache:
             ShapeError: more tokens than there are.
         """
         held = self._held(sequence)
-        if _count(length, "length") > held.length:
+        if count_of(length, "length") > held.length:
             raise ShapeError(f"length: got {length} for a sequence of {held.length} tokens; allowed is at most that")
         kept = self._pages(length)
         self._blocks.give_back(held.blocks[kept:])
@@ -179,7 +196,7 @@ class PagedKvCache:
             FeatureNotBuiltError: a page has to be copied on a GPU, in a library other than torch and CuPy.
         """
         named = self._all(sequences)
-        counts = _counts(tokens, len(named))
+        counts = counts_of(tokens, len(named))
         copied: dict[int, int] = {}  # a shared page: copies of it
         needed = 0
         for (_, held), count in zip(named, counts, strict=True):
@@ -204,7 +221,7 @@ class PagedKvCache:
             ShapeError: more tokens than there is room for; nothing has changed.
         """
         named = self._all(sequences)
-        counts = _counts(tokens, len(named))
+        counts = counts_of(tokens, len(named))
         for (number, held), count in zip(named, counts, strict=True):
             room = len(held.blocks) * self.block_size - held.length
             if count > room or (count and self._shared_page(held) is not None):
@@ -217,7 +234,8 @@ class PagedKvCache:
 
         Args:
             sequences: a sequence, or several.
-            k: (B, n, Hkv, D), n tokens for each; packed (total, Hkv, D) with ``tokens``. Of the type and on the device of the cache.
+            k: (B, n, Hkv, D), n tokens for each; packed (total, Hkv, D) with ``tokens``. Of the type and on the device of the cache; for
+                one of fp8 of float16, bfloat16 or float32, which is quantised, each token and KV head with a descale of its own.
             v: the same with Dv.
             tokens: how many of the packed rows each sequence gets, in order.
 
@@ -234,14 +252,15 @@ class PagedKvCache:
         self._refuse_foreign("new tokens to be written", infos)
         counts = [len(each) for each in rows]
         self.reserve([number for number, _ in named], counts)
+        written = self._quantised(infos) if self._descales else infos
         if self._arrays[0].device.kind == "cpu":
-            self._write(named, rows, infos)
+            self._write(named, rows, written)
         else:
             places = [self._places(held, count) for (_, held), count in zip(named, counts, strict=True)]
             blocks, slots = (np.concatenate([place[axis] for place in places] or [[]]).astype(np.int64) for axis in (0, 1))
-            for cache, info in zip(self._arrays, infos, strict=True):
-                write_at(cache, (blocks, slots), info, swapped=self.layout is KvLayout.HND)
-        for cache in self._arrays:
+            for cache, info in zip(self._written, written, strict=True):
+                write_at(cache, (blocks, slots), info, swapped=self.layout is KvLayout.HND and len(cache.shape) == 4)
+        for cache in self._written:
             tell_written(cache.source)
         for (_, held), count in zip(named, counts, strict=True):
             held.length += count
@@ -257,7 +276,7 @@ class PagedKvCache:
         """
         named = self._all(sequences)
         most = max((len(held.blocks) for _, held in named), default=0)
-        width = most if entries is None else _count(entries, "entries")
+        width = most if entries is None else count_of(entries, "entries")
         if width < most:
             raise ShapeError(f"entries: got {width}, and a sequence has {most} pages; allowed is at least that")
         table = np.full((len(named), width), -1, np.int32)
@@ -289,7 +308,7 @@ class PagedKvCache:
             q: the queries.
             sequences: their numbers.
             entries: width of the block table, None is that of the longest; the calls of a StepPlan have one of equal width.
-            asked: other arguments of the request.
+            asked: other arguments of the request. ``fp8`` gets the descales of the cache.
 
         Raises:
             SequenceError: a sequence was freed, is none, or is named twice.
@@ -297,6 +316,8 @@ class PagedKvCache:
             ConstructionError: as PagedAttentionRequest.
         """
         table, lengths = self.block_table(sequences, entries), self.seq_lens(sequences)
+        if self._descales:
+            asked["fp8"] = replace(asked.get("fp8") or Fp8Options(), k_descale=self.k_descale, v_descale=self.v_descale)
         return PagedAttentionRequest(q, self.k, self.v, table, lengths, layout=self.layout, **asked)
 
     def _pages(self, tokens: int) -> int:
@@ -324,7 +345,7 @@ class PagedKvCache:
     def _all(self, sequences: int | Sequence[int]) -> list[tuple[int, _Held]]:
         """Numbers and pages; one number is a list of one."""
         alone = as_integer(sequences)
-        numbers: Any = [alone] if alone is not None else _listed(sequences)
+        numbers: Any = [alone] if alone is not None else listed(sequences)
         named = [self._find(number) for number in numbers]
         if len({number for number, _ in named}) < len(named):
             raise SequenceError(f"sequences: got {list(numbers)!r}, in which one stands twice; allowed is each once")
@@ -340,21 +361,38 @@ class PagedKvCache:
     def _copy(self, held: _Held, page: int) -> None:
         """Give a sequence a page of its own with what is in ``page``."""
         (own,) = self._blocks.take(1)
-        for cache in self._arrays:
+        for cache in self._written:
             blocks = as_numpy(cache) if cache.device.kind == "cpu" else detached(cache)
             blocks[own] = blocks[page]
             tell_written(cache.source)
         self._blocks.give_back([page])
         held.blocks[held.length // self.block_size] = own
 
-    def _pages_first(self, cache: ArrayInfo) -> Any:
-        """A NumPy view (blocks, slots, KV heads, head dim)."""
-        return as_numpy(cache) if self.layout is KvLayout.NHD else as_numpy(cache).swapaxes(1, 2)
+    @property
+    def _written(self) -> tuple[ArrayInfo, ...]:
+        """All arrays that tokens are written to."""
+        return (*self._arrays, *self._descales)
 
-    def _write(self, named: list[tuple[int, _Held]], rows: list[range], infos: tuple[ArrayInfo, ArrayInfo]) -> None:
+    def _quantised(self, infos: tuple[ArrayInfo, ArrayInfo]) -> tuple[ArrayInfo, ...]:
+        """New tokens in fp8, k and v, and their descales."""
+        made = []
+        for info, cache in zip(infos, self._arrays, strict=True):
+            rows = as_numpy(info) if info.device.kind == "cpu" else detached(info)
+            rows = rows if len(info.shape) == 4 else rows[None]
+            assert cache.dtype is not None  # noqa: S101 - it is an fp8 one
+            made.append(quantize(rows, cache.dtype, unit=ScaleUnit.TOKEN))
+        (k, k_descale), (v, v_descale) = made
+        return tuple(read_array(each, "new tokens") for each in (k, v, k_descale, v_descale))
+
+    def _pages_first(self, cache: ArrayInfo) -> Any:
+        """A NumPy view (blocks, slots, KV heads, head dim), of descales (blocks, slots, KV heads)."""
+        swapped = self.layout is KvLayout.HND and len(cache.shape) == 4
+        return as_numpy(cache).swapaxes(1, 2) if swapped else as_numpy(cache)
+
+    def _write(self, named: list[tuple[int, _Held]], rows: list[range], written: tuple[ArrayInfo, ...]) -> None:
         """New tokens, in host memory."""
-        for cache, info in zip(self._arrays, infos, strict=True):
-            values = as_numpy(info).reshape(-1, *info.shape[-2:])
+        for cache, info in zip(self._written, written, strict=True):
+            values = as_numpy(info).reshape(-1, *info.shape[2 - len(cache.shape) :])
             for (_, held), own in zip(named, rows, strict=True):
                 slots = Slots(self._pages_first(cache), np.array(held.blocks, np.int64), held.length, (len(own), *values.shape[1:]))
                 slots[0 : len(own)] = values[own.start : own.stop]
@@ -378,48 +416,18 @@ class PagedKvCache:
             if info.shape != (*lead, self.heads_kv, width) or (tokens is None) != (len(info.shape) == 4):
                 form = f"({batch}, tokens, {self.heads_kv}, {width})" if tokens is None else f"(total, {self.heads_kv}, {width})"
                 raise ShapeError(f"{name}: got shape {info.shape}; allowed is {form}, equal tokens in k and v")
-            if (info.dtype, info.device) != (cache.dtype, cache.device):
+            allowed = _QUANTISED if self._descales else (cache.dtype,)
+            if info.dtype not in allowed or info.device != cache.device:
+                names = " or ".join(dtype_name_of(each) for each in allowed if each is not None)
                 raise DTypeError(
                     f"{name}: got {info.dtype_name} on {info.device}; "
-                    f"allowed is {cache.dtype_name} on {cache.device}, as the cache; convert it"
+                    f"allowed is {names} on {cache.device}, {'to be quantised' if self._descales else 'as the cache'}; convert it"
                 )
         if tokens is None:
             each = infos[0].shape[1]
             return [range(index * each, (index + 1) * each) for index in range(batch)]
-        counts = _counts(tokens, batch)
+        counts = counts_of(tokens, batch)
         if sum(counts) != infos[0].shape[0]:
             raise ShapeError(f"tokens: got {sum(counts)} of them for {infos[0].shape[0]} rows of k; allowed is a row for each")
         ends = np.cumsum([0, *counts]).tolist()
         return [range(start, end) for start, end in pairwise(ends)]
-
-
-def _check_sizes(**sizes: Any) -> None:
-    for name, size in sizes.items():
-        number = as_integer(size)
-        least = 0 if name == "num_blocks" else 1
-        if number is None or not least <= number <= MAX_LENGTH:
-            raise ShapeError(f"{name}: got {size!r}; allowed is an integer in {least}..{MAX_LENGTH}")
-        if name.endswith("head_dim") and number > MAX_HEAD_DIM:
-            raise HeadDimError(f"{name}: got {size}; allowed are 1..{MAX_HEAD_DIM}")
-
-
-def _count(value: Any, name: str) -> int:
-    number = as_integer(value)
-    if number is None or not 0 <= number <= MAX_LENGTH:
-        raise ShapeError(f"{name}: got {value!r}; allowed is an integer in 0..{MAX_LENGTH}")
-    return number
-
-
-def _listed(given: Any) -> list[Any]:
-    """What was given as several; anything else as one, for the checks to name."""
-    return list(given) if isinstance(given, Sequence | np.ndarray) and not isinstance(given, str) else [given]
-
-
-def _counts(tokens: int | Sequence[int], batch: int) -> list[int]:
-    """One number for each of ``batch`` sequences; one for all of them counts for each."""
-    alone = as_integer(tokens)
-    numbers: Any = [alone] * batch if alone is not None else _listed(tokens)
-    counts = [_count(each, "tokens") for each in numbers]
-    if len(counts) != batch:
-        raise ShapeError(f"tokens: got {len(counts)} numbers for {batch} sequences; allowed is one for each, or one for all")
-    return counts

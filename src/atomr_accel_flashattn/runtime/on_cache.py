@@ -13,20 +13,25 @@ from ..dispatch import DispatchKey, lookup
 from ..dispatch.choice import splits_of, step_blocks
 from ..errors import ShapeError, StepPlanError
 from ..kernels.fa3_kvcache import Fa3KvCacheSpec
+from ..kernels.fp8_kvcache import DescaledKvCacheParams, DescaledStepParams
 from ..kernels.kv_append import KvAppendSpec, rotated_bytes, rotated_strides
 from ..kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
+from ..kernels.step import StepParams
 from ..launch.error_word import error_word
 from ..launch.launcher import Launch, LaunchSeries
-from ..limits import MAX_GRID
+from ..limits import MAX_GRID, not_built
 from ..problem import ArrayInfo, AttentionProblem
 from ..types import DType
 from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
 
 __all__ = ["cache_addresses", "check_scheduled", "plan_on_cache", "workspace_on_cache"]
 
-# Addresses of a call in this order: those of KvCacheParams, those that only an append has (to it, q is what it reads), a StepPlan's.
+# Addresses of a call in this order: those of KvCacheParams, those that only an append has (to it, q is what it reads), a StepPlan's, those
+# of descales.
 _APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q")
-_SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED, "schedule")
+_DESCALES: Final = ("q_descale", "k_descale", "v_descale")
+_SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED, "schedule", *_DESCALES)
+_NO_DESCALES: Final = (0, 0, 0)
 _SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot) for slot in _SLOTS)
 
 
@@ -53,6 +58,8 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
     launches: list[Launch | LaunchSeries | None] = []
     rotated = problem
     if cache is not None and cache.new is not None:
+        if problem.descales is not None:
+            raise not_built("fp8_append")
         rotary = cache.new.rotary
         append = KvAppendSpec(
             arch=spec.arch.without_wgmma,
@@ -69,9 +76,10 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
         raise ShapeError(f"num_splits: got {parts} for a call of {blocks // parts} work tiles, {blocks} in all; allowed are {MAX_GRID}")
     params = spec.pack_call(rotated, outputs.out, parts)
     first, *others = spec.steps()
-    if params.MAPS:  # what follows reads through none
+    if params.MAPS or isinstance(params, (DescaledKvCacheParams, DescaledStepParams)):  # what follows reads neither maps nor descales
         launches.append(launch_of(first, problem, params, _SLOTS, parts))
-        params = KvCacheParams.from_buffer_copy(params)
+        plain = params if params.MAPS else params.params
+        params = (StepParams if isinstance(plain, StepParams) else KvCacheParams).from_buffer_copy(plain)
     else:
         others = [first, *others]
     launches += series_of(others, problem, params, _SLOTS, parts)
@@ -100,6 +108,7 @@ def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Work
         *((0, 0) if new is None else (new.k.ptr, new.v.ptr)),
         *((0, 0) if rotary is None else (rotary.cos.ptr, rotary.sin.ptr)),
         *(rotated_q, raw_q, schedule),
+        *(_NO_DESCALES if problem.descales is None else (_address(each and each.array) for each in problem.descales)),
     )
 
 

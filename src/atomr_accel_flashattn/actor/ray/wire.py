@@ -1,6 +1,6 @@
 """Serialisation: a message as plain values and NumPy arrays, and its answer.
 
-bfloat16 travels as uint16: a worker reads NumPy arrays of built-in types where they lie, and copies
+bfloat16 travels as uint16, fp8 as uint8: a worker reads NumPy arrays of built-in types where they lie, and copies
 others.
 """
 
@@ -19,8 +19,8 @@ from ...arrays.streams import copy_to_host
 from ...errors import ArrayTypeError
 from ...problem import ArrayInfo
 from ...requests.checks import is_contiguous
-from ...requests.options import AttentionOptions, PositionBias
-from ...types import Device
+from ...requests.options import AttentionOptions, Fp8Options, PositionBias
+from ...types import Device, DType
 from ...varlen import CumulativeSeqlens
 from ..kinds import kind_of
 from ..messages import FlashAttnMsg, Message
@@ -29,6 +29,8 @@ __all__ = ["WireArray", "WireRequest", "answer_from_wire", "answer_to_wire", "to
 
 _INPUTS: Final = ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k")
 _UPSTREAM: Final = ("out", "lse", "dout", "dlse")  # what a backward reads beside them
+_DESCALES: Final = ("q_descale", "k_descale", "v_descale")
+_BITS: Final = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}
 _VALUES: Final = ("mask", "sink_tokens", "persistent", "recompute", "deterministic")
 
 
@@ -59,7 +61,7 @@ def to_wire(info: ArrayInfo) -> WireArray:
         array = copy_to_host(info)
     else:
         raise ArrayTypeError(f"array: got strides {info.strides} on {info.device}; allowed are contiguous arrays; make a copy")
-    return WireArray(array.view(np.uint16) if info.dtype_name == "bfloat16" else array, info.dtype_name)
+    return WireArray(array.view(_BITS.get(info.dtype_name, array.dtype)), info.dtype_name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +76,7 @@ class WireRequest:
         max_seqlens: the longest sequences of q and of k and v, where they are packed.
         values: arguments of the request that are neither arrays nor options.
         options: those of AttentionOptions that are numbers or flags.
+        out_dtype: type of o of a call with fp8 k and v; None of others.
     """
 
     message: type[Any]
@@ -83,6 +86,7 @@ class WireRequest:
     max_seqlens: tuple[int, int] | None
     values: dict[str, Any]
     options: dict[str, Any]
+    out_dtype: DType | None
 
     @classmethod
     def pack(cls, message: Message[Any]) -> tuple[WireRequest, list[np.ndarray[Any, Any]]]:
@@ -95,6 +99,8 @@ class WireRequest:
         known = kind_of(message).forward(request)
         dropout = known.dropout
         infos = {name: getattr(known, name) for name in _INPUTS} | {"rng": None if dropout is None else dropout.rng}
+        if known.descales is not None:
+            infos |= {name: each and each.array for name, each in zip(_DESCALES, known.descales, strict=True)}
         if isinstance(message, FlashAttnMsg.Backward):
             infos |= {name: getattr(request.problem, name) for name in _UPSTREAM}
         found = {name: to_wire(info) for name, info in infos.items() if info is not None}
@@ -111,6 +117,7 @@ class WireRequest:
                 "dropout_p": 0.0 if dropout is None else dropout.p,
                 "batch_invariant": known.batch_invariant,
             },
+            out_dtype=known.out_dtype,
         )
         return wire, [array.bits for array in found.values()]
 
@@ -130,6 +137,8 @@ class WireRequest:
             "bias": PositionBias(found.get("alibi_slopes")),
             "options": AttentionOptions(**self.options, learned_sink=found.get("learned_sink"), rng=found.get("rng")),
         }
+        if self.out_dtype is not None:
+            given["fp8"] = Fp8Options(**{name: found.get(name) for name in _DESCALES}, out_dtype=self.out_dtype)
         for name, longest in zip(("cu_seqlens_q", "cu_seqlens_k"), self.max_seqlens or (), strict=False):
             given[name] = CumulativeSeqlens(found[name], longest)
         message: Message[Any] = self.message(self.request(found["q"], found["k"], found["v"], **given), **self.wanted)

@@ -34,6 +34,8 @@ struct Config {
   bool block_descales = false;  // fp8: factors of blocks of tokens (block_descales.cuh)
   int flush_tiles = 0;          // fp8: of keys, between additions of O to a float32 total; 0: none
   DType k_dtype = dtype, v_dtype = dtype, out_dtype = dtype;
+  // fp8: each slot of a page has a descale of its own, else 128 tokens or more share one.
+  bool k_token_scales = false, v_token_scales = false;
 
   // Type of P as an operand of P V: that of v if q is fp8.
   constexpr DType p_dtype() const { return bytes_of(dtype) == 1 ? v_dtype : dtype; }

@@ -5,6 +5,7 @@
 #include "attention/config.cuh"
 #include "attention/softmax.cuh"
 #include "ptx/common.cuh"
+#include "tile/mma_traits.cuh"
 
 namespace fa {
 
@@ -64,6 +65,22 @@ __device__ __forceinline__ void store_pair(uint16_t* row, int col, int cols, uin
   } else {
     if (col < cols) row[col] = static_cast<uint16_t>(pair);
     if (col + 1 < cols) row[col + 1] = static_cast<uint16_t>(pair >> 16);
+  }
+}
+
+// The same in the type of O.
+template <Config C>
+__device__ __forceinline__ void store_two(Bits<C.out_dtype>* row, int col, int cols, float x, float y) {
+  if constexpr (C.out_dtype == DType::F32) {
+    auto* target = reinterpret_cast<float*>(row) + col;
+    if constexpr (C.aligned) {
+      if (C.exact_head_dim || col < cols) *reinterpret_cast<float2*>(target) = {x, y};
+    } else {
+      if (col < cols) target[0] = x;
+      if (col + 1 < cols) target[1] = y;
+    }
+  } else {
+    store_pair<C>(row, col, cols, MmaTraits<C.out_dtype>::pack(x, y));
   }
 }
 

@@ -67,7 +67,8 @@ __device__ __forceinline__ int key_tile_count(const Band<C>& band) {
 // Elements from the beginning of K and of V to a key's row.
 struct CachedKey {
   int64_t k, v;
-  bool exists;  // a table entry outside the cache names no keys
+  bool exists;     // a table entry outside the cache names no keys
+  int block, row;  // of the cache
 };
 
 template <Config C>
@@ -104,9 +105,10 @@ struct KvCacheSource {
       const int block = valid ? table[page] : -1;
       const bool exists = block >= 0 && block < p.num_blocks;
       const int64_t at = exists ? block : 0;
-      return {k_base + at * f.k_stride.batch + row * f.k_stride.row, v_base + at * f.v_stride.batch + row * f.v_stride.row, exists};
+      return {k_base + at * f.k_stride.batch + row * f.k_stride.row, v_base + at * f.v_stride.batch + row * f.v_stride.row, exists,
+              static_cast<int>(at), row};
     } else {
-      return {k_base + slot * f.k_stride.row, v_base + slot * f.v_stride.row, in_cache};
+      return {k_base + slot * f.k_stride.row, v_base + slot * f.v_stride.row, in_cache, 0, slot};
     }
   }
 };
@@ -114,11 +116,12 @@ struct KvCacheSource {
 // Loads kRows rows of kCols elements with kThreads threads. Row r begins `offset` elements after
 // `base`, as lane r of every warp knows it, and is zero-filled where its bit of `exists` is not
 // set; so are columns from `cols` on.
-template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols>
+template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols, int kElementBytes = 2>
 struct ScatteredRowLoader {
   static_assert(kRows <= 32, "a lane knows a row");
-  using Tile = SharedTile<kRows, kCols>;
-  using Gather = TileLoader<kRows, kCols, 256, kAligned, kExactCols>;
+  using Element = typename BitsOf<kElementBytes>::Type;
+  using Tile = SharedTile<kRows, kCols * kElementBytes / 2>;
+  static constexpr int kOfChunk = 16 / kElementBytes;
   static constexpr int kCopies = kRows * Tile::kChunks;
 
   static __device__ __forceinline__ void load(uint32_t tile, const void* base, int64_t offset, uint32_t exists, int cols, int thread) {
@@ -127,15 +130,49 @@ struct ScatteredRowLoader {
       const int copy = first + thread, row = copy / Tile::kChunks, chunk = copy - row * Tile::kChunks;
       const int64_t at = __shfl_sync(0xffffffffu, offset, row % 32);
       if (kCopies % kThreads != 0 && copy >= kCopies) continue;
-      const uint16_t* from = static_cast<const uint16_t*>(base) + at + 8 * chunk;
+      const Element* from = static_cast<const Element*>(base) + at + kOfChunk * chunk;
       const bool valid = exists >> row & 1;
       if constexpr (kAligned) {
-        ptx::cp_async_16_or_zero(tile + Tile::offset(row, chunk), from, valid && (kExactCols || 8 * chunk < cols));
+        ptx::cp_async_16_or_zero(tile + Tile::offset(row, chunk), from, valid && (kExactCols || kOfChunk * chunk < cols));
       } else {
-        ptx::store_shared_16(tile + Tile::offset(row, chunk), Gather::gather(from, valid ? cols - 8 * chunk : 0));
+        ptx::store_shared_16(tile + Tile::offset(row, chunk), gather(from, valid ? cols - kOfChunk * chunk : 0));
       }
     }
   }
 };
+
+// The same of 8-bit elements by one warp whose lanes have a column of chunks each: nothing but the
+// offset of a row is computed for a copy.
+template <int kRows, int kCols, bool kAligned, bool kExactCols>
+struct ByteRowLoader {
+  using Tile = SharedTile<kRows, kCols / 2>;
+  static constexpr int kRowsPerPass = 32 / Tile::kChunks;
+  static_assert(32 % Tile::kChunks == 0 && kRows % kRowsPerPass == 0 && kAligned, "whole rows a pass");
+
+  static __device__ __forceinline__ void load(uint32_t tile, const void* base, int64_t offset, uint32_t exists, int cols, int thread) {
+    const uint32_t first = static_cast<uint32_t>(thread) / Tile::kChunks, chunk = static_cast<uint32_t>(thread) % Tile::kChunks;
+    const uint8_t* from = static_cast<const uint8_t*>(base) + 16 * chunk;
+    const bool in_row = kExactCols || static_cast<int>(16 * chunk) < cols;
+    const uint32_t own = in_row ? exists >> first : 0;
+#pragma unroll
+    for (int row = 0; row < kRows; row += kRowsPerPass) {
+      const int64_t at = __shfl_sync(0xffffffffu, offset, row + first);
+      ptx::cp_async_16_or_zero(tile + Tile::offset(row + first, chunk), from + at, own >> row & 1);
+    }
+  }
+};
+
+// Which of them.
+template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols, int kElementBytes>
+struct LoaderOf {
+  using Type = ScatteredRowLoader<kRows, kCols, kThreads, kAligned, kExactCols, kElementBytes>;
+};
+template <int kRows, int kCols, bool kExactCols>
+  requires(512 % kCols == 0)
+struct LoaderOf<kRows, kCols, 32, true, kExactCols, 1> {
+  using Type = ByteRowLoader<kRows, kCols, true, kExactCols>;
+};
+template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols, int kElementBytes>
+using CacheRowLoader = typename LoaderOf<kRows, kCols, kThreads, kAligned, kExactCols, kElementBytes>::Type;
 
 }  // namespace fa

@@ -115,6 +115,20 @@ struct StepParams {
   int32_t least_cost;  // of a part that shares its unit with others, in tiles
 };
 
+// The same two where K and V, or all three, are fp8: an element is worth itself times a descale, 1
+// where there are none. Steps of one: from a sequence to the next, or from a block of a paged cache
+// (descales of tokens); from a block of 128 tokens, or from a slot; from a KV head.
+struct DescaledKvCacheParams {
+  const float *q_descale, *k_descale, *v_descale;
+  KvCacheParams params;
+  Strides q_step, k_step, v_step;
+};
+struct DescaledStepParams {
+  const float *q_descale, *k_descale, *v_descale;
+  StepParams params;
+  Strides q_step, k_step, v_step;
+};
+
 // The same by the FA3 family, which reads q, k and v by TMA.
 struct Fa3KvCacheParams : KvCacheParams {
   int32_t* counters;  // as in Fa3FwdParams

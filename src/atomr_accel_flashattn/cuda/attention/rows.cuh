@@ -22,7 +22,7 @@ struct WarpRows : ScoreTile<C, kBlocks> {
 
   float rO[kBlocks][kOutTiles][4];
   float rescale[kBlocks][2];  // factor of rO: for a new maximum, and in the end the normalisation
-  OnlineSoftmax<kBlocks, C.p_dtype()> softmax;
+  OnlineSoftmax<kBlocks, ProbabilityRange<C.p_dtype()>> softmax;
 
   // Polynomial softcap (Score::kHasPolynomial): whether this tile takes it, and up to which |s| the
   // rows of this lane may; -1: not before the first maximum.

@@ -36,10 +36,20 @@ struct ProbabilityRange<DType::F8E5M2> {
   static constexpr float kOffset = 8.f, kRescaleThreshold = 7.f, kOverflowThreshold = 7.f;
 };
 
+// Where rescaling costs little beside the loads: any growth beyond rounding raises the maximum, whose
+// P is a power of two that fp8 does not round, which counts where one key outweighs all others.
+template <DType kP>
+struct EagerRange {
+  static constexpr float kOffset = kP == DType::F8E5M2 ? 15.f : 8.f, kRescaleThreshold = 1.f / 256.f, kOverflowThreshold = 1.f / 256.f;
+};
+// P in f16 where Q is bf16: small numbers as far down as they go.
+struct WideRange {
+  static constexpr float kOffset = 8.f, kRescaleThreshold = 7.f, kOverflowThreshold = 7.f;
+};
+
 // State of this lane's 2 * kBlocks rows: lane / 4 and lane / 4 + 8 of each 16-row block.
-template <int kBlocks, DType kP = DType::F16>
+template <int kBlocks, class Range = ProbabilityRange<DType::F16>>
 struct OnlineSoftmax {
-  using Range = ProbabilityRange<kP>;
   float max[kBlocks][2];  // reference maximum, in score units; -inf before the first visible key
   float sum[kBlocks][2];  // this lane's part of the denominator
 
@@ -96,6 +106,12 @@ struct OnlineSoftmax {
     return grew;
   }
 
+  // What is in units of 2^kOffset, as P, its sums and O.
+  static __device__ __forceinline__ float without_offset(float x) {
+    if constexpr (Range::kOffset == 0.f) return x;
+    return x / (1 << static_cast<int>(Range::kOffset));
+  }
+
   // What `sum` is a sum of 2^(score - ...) of, in log2 units.
   __device__ __forceinline__ float reference_log2(int b, int r, float factor) const {
     if constexpr (Range::kOffset == 0.f) return max[b][r] * factor;
@@ -125,8 +141,8 @@ struct OnlineSoftmax {
         float even = 0.f, odd = 0.f;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-          s[b][t][2 * r] = ptx::exp2(__fmul_rn(__fsub_rn(s[b][t][2 * r], reference), factor));
-          s[b][t][2 * r + 1] = ptx::exp2(__fmul_rn(__fsub_rn(s[b][t][2 * r + 1], reference), factor));
+          s[b][t][2 * r] = ptx::exp2(with_offset(__fmul_rn(__fsub_rn(s[b][t][2 * r], reference), factor)));
+          s[b][t][2 * r + 1] = ptx::exp2(with_offset(__fmul_rn(__fsub_rn(s[b][t][2 * r + 1], reference), factor)));
           even = __fadd_rn(even, s[b][t][2 * r]);
           odd = __fadd_rn(odd, s[b][t][2 * r + 1]);
         }
@@ -160,6 +176,10 @@ struct OnlineSoftmax {
   }
 
  private:
+  static __device__ __forceinline__ float with_offset(float x) {
+    if constexpr (Range::kOffset == 0.f) return x;
+    return __fadd_rn(x, Range::kOffset);
+  }
   static __device__ __forceinline__ float addend(float reference, float factor) {
     if constexpr (Range::kOffset == 0.f) return -reference * factor;
     return fmaf(-reference, factor, Range::kOffset);

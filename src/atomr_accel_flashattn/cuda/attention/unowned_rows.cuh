@@ -9,26 +9,15 @@
 
 namespace fa {
 
-// An integer as wide as an element.
-template <DType kDType>
-constexpr auto bits_of() {
-  if constexpr (bytes_of(kDType) == 4) {
-    return uint32_t{};
-  } else {
-    return uint16_t{};
-  }
-}
-
 // O = 0 and LSE = -inf, as of a row that sees no key, for rows `first`, `first + step`, ... past
 // the last sequence.
 template <Config C>
 __device__ __forceinline__ void write_unowned_rows(const FwdParams& p, int first, int step, int thread, int threads) {
   if constexpr (C.varlen) {
-    using Bits = decltype(bits_of<C.out_dtype>());
     const int64_t rows = p.lse_head_stride;  // of the packed q
     for (int64_t row = int64_t{p.cu_seqlens_q[p.batch]} + first; row < rows; row += step) {
       for (int head = 0; head < p.heads; ++head) {
-        Bits* o = static_cast<Bits*>(p.o) + row * p.o_stride.row + head * p.o_stride.head;
+        auto* o = static_cast<Bits<C.out_dtype>*>(p.o) + row * p.o_stride.row + head * p.o_stride.head;
         for (int col = thread; col < p.v_head_dim; col += threads) o[col] = 0;
         if (p.lse && thread == 0) p.lse[head * p.lse_head_stride + row] = negative_infinity();
       }

@@ -13,31 +13,35 @@
 // not look at each other; and nothing is split.
 #pragma once
 
+#include "attention/cache_operands.cuh"
+#include "attention/descales.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/kv_cache.cuh"
 #include "attention/score_tile.cuh"
 #include "attention/unowned_rows.cuh"
 #include "ptx/named_barrier.cuh"
-#include "tile/fragment.cuh"
 
 namespace fa {
 
-template <Config C>
+template <Config C, class Descales = NoDescales<C>>
 struct Fa2KvCache {
   static_assert(C.pack_gqa && C.any_ratio && !C.dropout && C.block_m % 16 == 0 && C.block_n <= 32, "tiles of few rows");
   static constexpr int kRowWarps = C.block_m / 16, kGroups = C.warps / kRowWarps, kGroupThreads = 32 * kRowWarps;
   static_assert(kGroups * kRowWarps == C.warps, "groups are equally large");
   static_assert(!C.batch_invariant || (kGroups == 4 && !C.split), "the order of sums");
   static constexpr int kStep = C.batch_invariant ? 1 : kGroups;  // what tile_at() counts
-  static constexpr int kThreads = 32 * C.warps, kSteps = C.head_dim / 16, kOutTiles = C.v_head_dim / 8;
+  static constexpr int kThreads = 32 * C.warps, kOutTiles = C.v_head_dim / 8;
 
-  using Traits = MmaTraits<C.dtype>;
+  using Operands = CacheOperands<C>;
+  using Traits = typename Operands::Traits;
   using Scores = ScoreTile<C, 1>;
-  using TileQ = SharedTile<C.block_m, C.head_dim>;
-  using TileK = SharedTile<C.block_n, C.head_dim>;
-  using TileV = SharedTile<C.block_n, C.v_head_dim>;
-  using LoaderK = ScatteredRowLoader<C.block_n, C.head_dim, kGroupThreads, C.aligned, C.exact_head_dim>;
-  using LoaderV = ScatteredRowLoader<C.block_n, C.v_head_dim, kGroupThreads, C.aligned, C.exact_head_dim>;
+  using TileQ = typename Operands::TileQ;
+  using TileK = typename Operands::TileK;
+  using TileV = typename Operands::TileV;
+  template <int kCols>
+  using Loader = CacheRowLoader<C.block_n, kCols, kGroupThreads, C.aligned, C.exact_head_dim, Operands::kElementBytes>;
+  using LoaderK = Loader<C.head_dim>;
+  using LoaderV = Loader<C.v_head_dim>;
   static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes;
 
   const KvCacheParams& p;
@@ -49,11 +53,15 @@ struct Fa2KvCache {
   const int group, thread;  // thread of the group
   const uint32_t sQ, stages;
   Scores tile;
-  OnlineSoftmax<1> softmax;
+  OnlineSoftmax<1, typename Operands::Range> softmax;
   float rO[1][kOutTiles][4];
-  uint32_t exists[C.stages];  // keys of each tile in flight
+  Descales descales;
+  // Of each tile in flight: which keys there are, and their descales.
+  uint32_t exists[C.stages];
+  typename Descales::OfTile scales[C.stages];
 
-  __device__ __forceinline__ Fa2KvCache(const KvCacheParams& params, const WorkTile& w, const Sequence& s, uint32_t shared)
+  __device__ __forceinline__ Fa2KvCache(const KvCacheParams& params, const WorkTile& w, const Sequence& s, uint32_t shared,
+                                        const Descales& factors = {})
       : p(params),
         f(params.fwd),
         work(w),
@@ -63,14 +71,16 @@ struct Fa2KvCache {
         group(warp_index() / kRowWarps),
         thread(static_cast<int>(threadIdx.x) % kGroupThreads),
         sQ(shared),
-        stages(shared + TileQ::kBytes + group * C.stages * kStageBytes),
-        tile(params.fwd, w, s, w.block_m * C.block_m + warp_index() % kRowWarps * 16) {
+        stages(shared + Operands::kBytesOfQ + group * C.stages * kStageBytes),
+        tile(params.fwd, w, s, w.block_m * C.block_m + warp_index() % kRowWarps * 16),
+        descales(factors) {
     Scores::clear(rO);
+    descales.begin(f, work, seq, tile.first_row);
   }
 
   __device__ __forceinline__ void run(int split) {
     if constexpr (C.batch_invariant) {
-      load_q();
+      if constexpr (!Operands::kConverts) load_q();
       const int sinks = sink_tile_count(band), tiles = max(0, band.tile_end() - band.tile_begin());
       mainloop(0, own_count(0, sinks) + own_count(band.tile_begin(), band.tile_end()), rounds(sinks) + rounds(tiles));
       merge_and_store(split);
@@ -82,7 +92,7 @@ struct Fa2KvCache {
 
   // Tiles [first, end), to partial result `part`; scheduled: -1 is o itself.
   __device__ __forceinline__ void run(int first, int end, int part) {
-    load_q();  // lands while the first keys are on their way
+    if constexpr (!Operands::kConverts) load_q();  // lands while the first keys are on their way
     mainloop(first + group, end, rounds(max(0, end - first)));
     merge_and_store(part);
   }
@@ -116,7 +126,7 @@ struct Fa2KvCache {
       if constexpr (C.aligned) {
         ptx::cp_async_16_or_zero(sQ + TileQ::offset(r, chunk), from, valid && (C.exact_head_dim || 8 * chunk < f.head_dim));
       } else {
-        ptx::store_shared_16(sQ + TileQ::offset(r, chunk), LoaderK::Gather::gather(from, valid ? f.head_dim - 8 * chunk : 0));
+        ptx::store_shared_16(sQ + TileQ::offset(r, chunk), gather(from, valid ? f.head_dim - 8 * chunk : 0));
       }
     }
     ptx::cp_async_commit();
@@ -129,21 +139,30 @@ struct Fa2KvCache {
     const KvCacheSource<C> source(p, seq, work.batch, work.head);
     int ahead = i;
     const auto fetch = [&](int stage) {
-      if (ahead < end) exists[stage] = load(source, tile_at(ahead), stages + stage * kStageBytes);
+      if (ahead < end) load(stage, source, tile_at(ahead), stages + stage * kStageBytes);
       ptx::cp_async_commit();
       ahead += kStep;
     };
 #pragma unroll
     for (int stage = 0; stage < C.stages; ++stage) fetch(stage);
-    ptx::cp_async_wait<C.stages>();
+    if constexpr (Operands::kConverts) {
+      Operands::load_q(sQ, f, work, seq);
+    } else {
+      ptx::cp_async_wait<C.stages>();
+    }
     __syncthreads();  // Q has landed, which all threads of the block copied
+    if constexpr (Operands::kConverts) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        descales.multiply_row(r, Operands::row_factor(sQ, warp_index() % kRowWarps * 16 + Scores::lane_row() + 8 * r));
+    }
     while (i < last) {
 #pragma unroll
       for (int stage = 0; stage < C.stages; ++stage) {
         if (i >= last) break;
         ptx::cp_async_wait<C.stages - 1>();
         group_sync();  // the copies of all threads of the group have landed
-        if (kRowWarps == 1 || i < end) compute(tile_at(i), exists[stage], stages + stage * kStageBytes);
+        if (kRowWarps == 1 || i < end) compute(tile_at(i), stage, stages + stage * kStageBytes);
         group_sync();  // all warps of the group have read the tile
         fetch(stage);
         i += kStep;
@@ -165,38 +184,45 @@ struct Fa2KvCache {
   __device__ __forceinline__ int first_own(int begin) const { return begin + (group + kGroups - begin % kGroups) % kGroups; }
   __device__ __forceinline__ int own_count(int begin, int end) const { return max(0, (end - first_own(begin) + kGroups - 1) / kGroups); }
 
-  // Starts the copies of tile n; returns which of its keys there are.
-  __device__ __forceinline__ uint32_t load(const KvCacheSource<C>& source, int n, uint32_t shared) const {
+  // Starts the copies of tile n.
+  __device__ __forceinline__ void load(int stage, const KvCacheSource<C>& source, int n, uint32_t shared) {
     const int lane = static_cast<int>(threadIdx.x) % 32, key = n * C.block_n + lane;
     const bool valid = lane < C.block_n && keys.contains(key);
     const CachedKey at = source.locate(key, valid);
     const uint32_t there = __ballot_sync(0xffffffffu, valid && at.exists);
     LoaderK::load(shared, f.k, at.k, there, f.head_dim, thread);
     LoaderV::load(shared + TileK::kBytes, f.v, at.v, there, f.v_head_dim, thread);
-    return there;
+    exists[stage] = there;
+    scales[stage] = descales.load(n, at, there >> lane & 1);
   }
 
   // S = Q K^T, softmax, O += P V
-  __device__ __forceinline__ void compute(int n, uint32_t there, uint32_t shared) {
+  __device__ __forceinline__ void compute(int n, int stage, uint32_t shared) {
     typename Scores::Scores rS;
     Scores::clear(rS);
-    const auto read_q = FragmentReader<C.block_m, C.head_dim>::rows_then_chunks(sQ);
-    const auto read_k = FragmentReader<C.block_n, C.head_dim>::chunks_then_rows(shared);
-    const auto read_v = FragmentReader<C.block_n, C.v_head_dim>::rows_then_chunks(shared + TileK::kBytes);
+    const auto read_q = Operands::ReadQ::rows_then_chunks(sQ);
+    const auto read_k = Operands::ReadK::chunks_then_rows(shared);
+    const auto read_v = Operands::ReadV::rows_then_chunks(shared + TileK::kBytes);
+    // Written out: as functions, the products of 16 bits come in another order of instructions.
+    if constexpr (Operands::kConverts) {
+      Operands::multiply_qk(rS, read_q, warp_index() % kRowWarps * 16, read_k);
+    } else {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      uint32_t a[4], b[4];
-      read_q.read(a, warp_index() % kRowWarps * 16, k);
+      for (int k = 0; k < C.head_dim / 16; ++k) {
+        uint32_t a[4], b[4];
+        read_q.read(a, warp_index() % kRowWarps * 16, k);
 #pragma unroll
-      for (int t = 0; t < Scores::kKeyTiles; t += 2) {
-        read_k.read(b, 8 * t, k);
-        Traits::mma(rS[0][t], a, b[0], b[1]);
-        Traits::mma(rS[0][t + 1], a, b[2], b[3]);
+        for (int t = 0; t < Scores::kKeyTiles; t += 2) {
+          read_k.read(b, 8 * t, k);
+          Traits::mma(rS[0][t], a, b[0], b[1]);
+          Traits::mma(rS[0][t + 1], a, b[2], b[3]);
+        }
       }
     }
+    descales.multiply_scores(rS, scales[stage]);
     tile.apply_scale_and_bias(rS, n);
     if (tile.band.needs_mask(n)) tile.apply_mask(rS, n);
-    if (there != kAllKeys) hide_absent(rS, there);
+    if (exists[stage] != kAllKeys) hide_absent(rS, exists[stage]);
     float rescale[1][2];
     if (update_softmax(rS, rescale)) {
 #pragma unroll
@@ -204,15 +230,21 @@ struct Fa2KvCache {
 #pragma unroll
         for (int e = 0; e < 4; ++e) rO[0][t][e] *= rescale[0][e / 2];
     }
+    if constexpr (Operands::kConverts) Operands::round_probabilities(rS);
+    descales.multiply_probabilities(rS, rO, scales[stage]);
+    if constexpr (Operands::kConverts) {
+      Operands::multiply_pv(rO, rS, read_v);
+    } else {
 #pragma unroll
-    for (int k = 0; k < Scores::kKeyTiles / 2; ++k) {
-      uint32_t a[4], b[4];
-      Scores::pack_probabilities(a, rS, 0, k);
+      for (int k = 0; k < Scores::kKeyTiles / 2; ++k) {
+        uint32_t a[4], b[4];
+        Scores::pack_probabilities(a, rS, 0, k);
 #pragma unroll
-      for (int t = 0; t < kOutTiles; t += 2) {
-        read_v.read_transposed(b, 16 * k, t / 2);
-        Traits::mma(rO[0][t], a, b[0], b[1]);
-        Traits::mma(rO[0][t + 1], a, b[2], b[3]);
+        for (int t = 0; t < kOutTiles; t += 2) {
+          read_v.read_transposed(b, 16 * k, t / 2);
+          Traits::mma(rO[0][t], a, b[0], b[1]);
+          Traits::mma(rO[0][t + 1], a, b[2], b[3]);
+        }
       }
     }
   }
@@ -253,13 +285,14 @@ struct Fa2KvCache {
     for (int r = 0; r < 2; ++r) {
       const int row = lane_first_row + 8 * r;
       const float top = largest(row), own = product(softmax.max[0][r], tile.score.factor);
-      const float weight = own == negative_infinity() ? 0.f : ptx::exp2(own - top);
+      const float weight = own == negative_infinity() ? 0.f : softmax.without_offset(ptx::exp2(own - top));
       if (Scores::lane_col() == 0) sums()[group * C.block_m + row] = sum[r] * weight;
-      float* o = outputs() + (group * C.block_m + row) * kPitch + Scores::lane_col();
+      float* o = outputs() + (group * C.block_m + row) * kPitch + Operands::kLaneCols * Scores::lane_col();
 #pragma unroll
       for (int t = 0; t < kOutTiles; ++t)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) o[8 * t + e] = rO[0][t][2 * r + e] * weight;
+        for (int e = 0; e < 2; ++e)
+          o[Operands::kPairsColumns ? 16 * (t / 2) + 2 * e + t % 2 : 8 * t + e] = descales.of_output(rO[0][t][2 * r + e] * weight);
     }
     __syncthreads();
     for (int chunk = threadIdx.x; chunk < C.block_m * kOutTiles; chunk += kThreads) store_chunk(part, chunk / kOutTiles, chunk % kOutTiles);
@@ -291,11 +324,10 @@ struct Fa2KvCache {
         target[i] = {o[4 * i] * end.scale, o[4 * i + 1] * end.scale, o[4 * i + 2] * end.scale, o[4 * i + 3] * end.scale};
     } else {
       if (f.lse != nullptr && chunk == 0) f.lse[lse_row] = end.lse;
-      auto* out =
-          static_cast<uint16_t*>(f.o) + seq.batch * f.o_stride.batch + (seq.q_row + query) * f.o_stride.row + head * f.o_stride.head;
+      auto* out = static_cast<Bits<C.out_dtype>*>(f.o) + seq.batch * f.o_stride.batch + (seq.q_row + query) * f.o_stride.row +
+                  head * f.o_stride.head;
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        store_pair<C>(out, 8 * chunk + 2 * i, f.v_head_dim, Traits::pack(o[2 * i] * end.scale, o[2 * i + 1] * end.scale));
+      for (int i = 0; i < 4; ++i) store_two<C>(out, 8 * chunk + 2 * i, f.v_head_dim, o[2 * i] * end.scale, o[2 * i + 1] * end.scale);
     }
   }
 
@@ -303,7 +335,7 @@ struct Fa2KvCache {
   static constexpr int kPitch = C.v_head_dim + 4;  // floats of a row: rows begin in different banks
   static __device__ __forceinline__ float* merge_memory() {
     extern __shared__ __align__(1024) unsigned char shared[];
-    return reinterpret_cast<float*>(shared + TileQ::kBytes);
+    return reinterpret_cast<float*>(shared + Operands::kBytesOfQ);
   }
   static __device__ __forceinline__ float* maxima() { return merge_memory(); }
   static __device__ __forceinline__ float* sums() { return merge_memory() + kGroups * C.block_m; }
@@ -316,8 +348,8 @@ struct Fa2KvCache {
 };
 
 // Blocks are (sequence, KV head, rows, split), splits side by side.
-template <Config C>
-__device__ __forceinline__ void fa2_kvcache(const KvCacheParams& p) {
+template <Config C, class Descales = NoDescales<C>>
+__device__ __forceinline__ void fa2_kvcache(const KvCacheParams& p, const Descales& descales = {}) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int split = blockIdx.x % p.splits, rest = blockIdx.x / p.splits;
   const int block_m = rest % p.fwd.blocks_m, pair = rest / p.fwd.blocks_m;
@@ -327,7 +359,8 @@ __device__ __forceinline__ void fa2_kvcache(const KvCacheParams& p) {
     write_unowned_rows<C>(p.fwd, block_m * p.fwd.work_heads + head, tiles, threadIdx.x, Fa2KvCache<C>::kThreads);
   }
   const Sequence seq = read_cached_sequence<C>(p, batch);
-  if (block_m * C.block_m < row_count<C>(p.fwd, seq)) Fa2KvCache<C>(p, {block_m, head, batch}, seq, ptx::shared_address(shared)).run(split);
+  if (block_m * C.block_m < row_count<C>(p.fwd, seq))
+    Fa2KvCache<C, Descales>(p, {block_m, head, batch}, seq, ptx::shared_address(shared), descales).run(split);
 }
 
 }  // namespace fa

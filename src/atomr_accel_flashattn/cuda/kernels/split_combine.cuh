@@ -51,11 +51,12 @@ struct SplitCombine {
     for (int warp = 0; warp < C.warps && !empty; ++warp) sum += part_of(warp)[C.v_head_dim];
     const float scale = sum == 0.f ? 0.f : ptx::reciprocal(sum);
     if (f.lse != nullptr && threadIdx.x == 0) f.lse[row.lse_row] = sum == 0.f ? negative_infinity() : (top + ptx::log2(sum)) * kLn2;
-    auto* out = static_cast<uint16_t*>(f.o) + row.batch * f.o_stride.batch + row.query * f.o_stride.row + row.head * f.o_stride.head;
+    auto* out =
+        static_cast<Bits<C.out_dtype>*>(f.o) + row.batch * f.o_stride.batch + row.query * f.o_stride.row + row.head * f.o_stride.head;
     for (int col = 2 * static_cast<int>(threadIdx.x); col < C.v_head_dim; col += 64 * C.warps) {
       float x = 0.f, y = 0.f;
       for (int warp = 0; warp < C.warps && !empty; ++warp) x += part_of(warp)[col], y += part_of(warp)[col + 1];
-      store_pair<C>(out, col, f.v_head_dim, MmaTraits<C.dtype>::pack(x * scale, y * scale));
+      store_two<C>(out, col, f.v_head_dim, x * scale, y * scale);
     }
   }
 

@@ -20,14 +20,16 @@ __device__ __forceinline__ void write_idle_rows(const FwdParams& p, int batch, i
     const int query = query_of<C>(p, row), head = head_of<C>(p, kv_head, row);
     const RowResult end = finalize_row<C>(0.f, negative_infinity(), C.learned_sink ? p.learned_sink[head] * kLog2e : 0.f);
     if (p.lse != nullptr && chunk == 0) p.lse[batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query] = end.lse + add;
-    auto* o = static_cast<uint16_t*>(p.o) + seq.batch * p.o_stride.batch + (seq.q_row + query) * p.o_stride.row + head * p.o_stride.head;
+    auto* o =
+        static_cast<Bits<C.out_dtype>*>(p.o) + seq.batch * p.o_stride.batch + (seq.q_row + query) * p.o_stride.row + head * p.o_stride.head;
     // NaN where the sink is NaN.
-    const uint32_t zeros = MmaTraits<C.dtype>::pack(0.f * end.scale + add, 0.f * end.scale + add);
-    if constexpr (C.aligned) {
+    const float zero = 0.f * end.scale + add;
+    if constexpr (C.aligned && C.out_dtype != DType::F32) {
+      const uint32_t zeros = MmaTraits<C.out_dtype>::pack(zero, zero);
       if (8 * chunk < p.v_head_dim) *reinterpret_cast<uint4*>(o + 8 * chunk) = {zeros, zeros, zeros, zeros};
     } else {
 #pragma unroll
-      for (int col = 0; col < 8; col += 2) store_pair<C>(o, 8 * chunk + col, p.v_head_dim, zeros);
+      for (int col = 0; col < 8; col += 2) store_two<C>(o, 8 * chunk + col, p.v_head_dim, zero, zero);
     }
   }
 }
@@ -52,8 +54,8 @@ __device__ __forceinline__ void finish_idle(const KvCacheParams& p, const StepSc
   }
 }
 
-template <Config C>
-__device__ __forceinline__ void step_kvcache(const StepParams& params) {
+template <Config C, class Descales = NoDescales<C>>
+__device__ __forceinline__ void step_kvcache(const StepParams& params, const Descales& descales = {}) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const KvCacheParams& p = params.cache;
   const FwdParams& f = p.fwd;
@@ -74,7 +76,7 @@ __device__ __forceinline__ void step_kvcache(const StepParams& params) {
       const bool whole = piece.first == 0 && piece.end == unit.tiles();
       const int part = whole ? -1 : part_of_block(w, piece);
       const Sequence seq = read_cached_sequence<C>(p, batch);
-      Fa2KvCache<C>(p, {block_m, unit.head, batch}, seq, ptx::shared_address(shared)).run(piece.first, piece.end, part);
+      Fa2KvCache<C, Descales>(p, {block_m, unit.head, batch}, seq, ptx::shared_address(shared), descales).run(piece.first, piece.end, part);
     }
     if (unit.end() >= end) return;
     __syncthreads();  // the merge has been read, whose memory takes the next keys

@@ -16,6 +16,24 @@ enum class DType { F16, BF16, F32, F8E4M3, F8E5M2 };
 
 constexpr int bytes_of(DType t) { return t == DType::F32 ? 4 : t == DType::F16 || t == DType::BF16 ? 2 : 1; }
 
+// An unsigned integer as wide as an element.
+template <int kBytes>
+struct BitsOf;
+template <>
+struct BitsOf<1> {
+  using Type = uint8_t;
+};
+template <>
+struct BitsOf<2> {
+  using Type = uint16_t;
+};
+template <>
+struct BitsOf<4> {
+  using Type = uint32_t;
+};
+template <DType kDType>
+using Bits = typename BitsOf<bytes_of(kDType)>::Type;
+
 // CUtensorMap, encoded on the host by cuTensorMapEncodeTiled.
 struct alignas(64) TensorMap {
   unsigned char bytes[128];

@@ -8,6 +8,24 @@
 
 namespace fa {
 
+// 16 bytes of elements one by one: pointers or strides that are no multiple of 16 bytes.
+__device__ __forceinline__ uint4 gather(const uint16_t* from, int count) {
+  uint32_t word[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t lo = 2 * i < count ? from[2 * i] : 0, hi = 2 * i + 1 < count ? from[2 * i + 1] : 0;
+    word[i] = lo | hi << 16;
+  }
+  return {word[0], word[1], word[2], word[3]};
+}
+__device__ __forceinline__ uint4 gather(const uint8_t* from, int count) {
+  uint32_t word[4] = {};
+#pragma unroll
+  for (int i = 0; i < 16; ++i)
+    if (i < count) word[i / 4] |= static_cast<uint32_t>(from[i]) << (8 * (i % 4));
+  return {word[0], word[1], word[2], word[3]};
+}
+
 // Loads a SharedTile with all threads of a block. Rows outside `valid`, and columns from `cols` on,
 // are zero-filled.
 template <int kRows, int kCols, int kThreads, bool kAligned, bool kExactCols>
@@ -50,17 +68,6 @@ struct TileLoader {
         ptx::store_shared_16(dst, gather(from, valid.contains(first_row + r) ? cols - c : 0));
       });
     }
-  }
-
-  // Eight elements one by one: pointers or strides that are no multiple of 16 bytes.
-  static __device__ __forceinline__ uint4 gather(const uint16_t* from, int count) {
-    uint32_t word[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t lo = 2 * i < count ? from[2 * i] : 0, hi = 2 * i + 1 < count ? from[2 * i + 1] : 0;
-      word[i] = lo | hi << 16;
-    }
-    return {word[0], word[1], word[2], word[3]};
   }
 
  private:

@@ -1,0 +1,239 @@
+"""Quantising to fp8 with descales that calls take, and the rotation of q and k that spreads outliers. In NumPy, or in operations of torch.
+
+The scale of elements that share one is their largest magnitude over the largest number of the type, so that nothing is cut off. One by
+token depends on no other token; one by tensor, (batch, KV head) or block of 128 tokens depends on later tokens too, so what is appended
+to a cache later may not fit it.
+"""
+
+from __future__ import annotations
+
+import sys
+from math import sqrt
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from .arrays.read import dtype_name_of, numpy_dtype
+from .errors import ArrayTypeError, CuSeqlensError, DTypeError, HeadCountError, ShapeError
+from .limits import FP8_DTYPES, SCALED_TOKENS, as_integer
+from .types import DType, ScaleUnit
+
+__all__ = ["Quantized", "quantize", "rotate_outliers"]
+
+_LARGEST: Final = {DType.F8E4M3: 448.0, DType.F8E5M2: 57344.0}
+_FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
+
+
+class Quantized(NamedTuple):
+    """Elements of fp8, shaped like what was quantised, and their float32 descale: a value is an element times its descale."""
+
+    values: Any
+    descale: Any
+
+
+def quantize(
+    x: Any,
+    dtype: DType = DType.F8E4M3,
+    *,
+    unit: ScaleUnit = ScaleUnit.HEAD,
+    heads_kv: int | None = None,
+    cu_seqlens: Any = None,
+    max_seqlen: int | None = None,
+) -> Quantized:
+    """q, k or v in fp8, with the descale that a call takes beside it. On the device of ``x``, without a wait for it.
+
+    Args:
+        x: a torch tensor or an array of NumPy, (B, S, H, D), packed (total, H, D) with ``cu_seqlens``, or pages (blocks, block size, H, D).
+        dtype: F8E4M3, the more accurate one, or F8E5M2, which has range instead.
+        unit: what shares a descale. TENSOR: all, (). HEAD: a sequence and KV head, (B, Hkv). BLOCK: 128 tokens of these, (B, Hkv,
+            ceil(S / 128)). TOKEN: a token and head, ``x.shape[:-1]``, as it goes beside pages.
+        heads_kv: KV heads, for a q that has more heads: those of a group share a descale. None is as many as ``x`` has.
+        cu_seqlens: int32 (B + 1,), where packed sequences begin. Rows that no sequence owns become 0.
+        max_seqlen: of packed sequences in BLOCK, the longest length, or an upper bound.
+
+    Raises:
+        ArrayTypeError: another kind of array.
+        DTypeError: a ``dtype`` that is not fp8, or an ``x`` that is no float of 16 bits or more.
+        ShapeError: a rank that has no such meaning.
+        HeadCountError: heads that are no multiple of ``heads_kv``.
+        CuSeqlensError: BLOCK of packed sequences without their longest length.
+    """
+    library = _library_of(x)
+    if dtype not in FP8_DTYPES:
+        raise DTypeError(f"dtype: got {dtype!r}; allowed are {' and '.join(map(str, FP8_DTYPES))}")
+    if not isinstance(unit, ScaleUnit):
+        raise ArrayTypeError(f"unit: got {unit!r}; allowed is a ScaleUnit, as ScaleUnit.HEAD")
+    packed = cu_seqlens is not None
+    if len(x.shape) != (3 if packed else 4):
+        allowed = "(total, heads, head dim) with cu_seqlens" if packed else "(batch, length, heads, head dim)"
+        raise ShapeError(f"x: got shape {tuple(x.shape)}; allowed is {allowed}")
+    heads = x.shape[-2]
+    groups = heads if heads_kv is None or unit is ScaleUnit.TOKEN else heads_kv
+    if groups < 1 or heads % groups:
+        raise HeadCountError(f"heads_kv: got {heads_kv} with {heads} heads; allowed is a number that divides them")
+    if packed and unit is ScaleUnit.BLOCK and as_integer(max_seqlen) is None:
+        raise CuSeqlensError(f"max_seqlen: got {max_seqlen!r} with packed sequences; allowed is the longest length, for descales of blocks")
+    rows = library.wide(x).reshape(-1, groups, heads // groups * x.shape[-1])
+    amax = library.largest(rows)
+    if packed:
+        sequence, position, owned = library.places(cu_seqlens, x.shape[0])
+        batch, longest = cu_seqlens.shape[0] - 1, max_seqlen or 0
+        rows, amax = rows * owned[:, None, None], amax * owned[:, None]
+    else:
+        batch, longest = x.shape[0], x.shape[1]
+        number = library.arange(x, batch * longest)
+        sequence, position = number // max(longest, 1), number % max(longest, 1)
+    blocks = -(-longest // SCALED_TOKENS) if unit is ScaleUnit.BLOCK else 1
+    place = sequence * blocks + (position // SCALED_TOKENS if unit is ScaleUnit.BLOCK else 0)
+    if unit is ScaleUnit.TOKEN:
+        of_rows = descale = library.scale(amax, _LARGEST[dtype])
+    elif unit is ScaleUnit.TENSOR:
+        of_rows = descale = library.scale(library.whole(amax), _LARGEST[dtype])
+    else:
+        found = library.scale(library.gathered(amax, place, batch * blocks), _LARGEST[dtype])
+        of_rows, descale = found[place], found.reshape(batch, blocks, groups)
+    values = library.narrow(rows / (of_rows if unit is ScaleUnit.TENSOR else of_rows[..., None]), dtype, _LARGEST[dtype])
+    shape = {ScaleUnit.TENSOR: (), ScaleUnit.HEAD: (batch, groups), ScaleUnit.TOKEN: x.shape[:-1]}.get(unit)
+    descale = library.contiguous(descale.swapaxes(1, 2)) if shape is None else descale.reshape(shape)
+    return Quantized(values.reshape(x.shape), descale)
+
+
+def rotate_outliers(x: Any) -> Any:
+    """Q or k turned by an orthonormal Hadamard matrix along the head dim, as ``x`` is: products of a q and a k that are both turned stay.
+
+    A channel that is larger than the others, in q and k alike, spreads over all of them, so that the roundings of its product do not add
+    up (arXiv 2404.00456; 2407.08608, 3.3). Signs of the Rudin-Shapiro sequence come first, so that a channel mean does not become an
+    outlier. Of a head dim that is no power of two, parts of the largest one that divides it are turned. Rotary embedding goes before.
+
+    Args:
+        x: a torch tensor or an array of NumPy, (..., D), of any float type. The sums are float32.
+
+    Raises:
+        ArrayTypeError: another kind of array.
+        DTypeError: no float of 16 bits or more.
+    """
+    library = _library_of(x)
+    width = x.shape[-1]
+    part = width & -width
+    number = np.arange(width)
+    ones = number & (number >> 1)
+    signs = np.array([1 - 2 * (int(each).bit_count() & 1) for each in ones], np.float32) / np.float32(sqrt(part))
+    y = library.wide(x) * library.like(x, signs)
+    step = 1
+    while step < part:
+        y = y.reshape(*x.shape[:-1], width // (2 * step), 2, step)
+        y = library.stack(y[..., 0, :] + y[..., 1, :], y[..., 0, :] - y[..., 1, :])
+        step *= 2
+    return library.as_type(y.reshape(x.shape), x)
+
+
+class _NumPy:
+    """What of a library is needed, in NumPy."""
+
+    def wide(self, x: Any) -> Any:
+        return x.astype(np.float32)
+
+    def arange(self, x: Any, count: int) -> Any:  # noqa: ARG002 - a library that has devices needs it
+        return np.arange(count)
+
+    def largest(self, rows: Any) -> Any:
+        return np.abs(rows).max(axis=-1, initial=0)
+
+    def whole(self, amax: Any) -> Any:
+        return np.asarray(amax.max(initial=0))
+
+    def places(self, cu_seqlens: Any, rows: int) -> tuple[Any, Any, Any]:
+        number = np.arange(rows)
+        last = max(len(cu_seqlens) - 2, 0)
+        sequence = np.clip(np.searchsorted(cu_seqlens, number, side="right") - 1, 0, last)
+        return sequence, number - cu_seqlens[sequence], number < cu_seqlens[-1]
+
+    def gathered(self, amax: Any, place: Any, count: int) -> Any:
+        found = np.zeros((count, amax.shape[1]), np.float32)
+        np.maximum.at(found, place, amax)
+        return found
+
+    def scale(self, amax: Any, largest: float) -> Any:
+        return np.where(amax > 0, amax / np.float32(largest), np.float32(1)).astype(np.float32)
+
+    def narrow(self, values: Any, dtype: DType, largest: float) -> Any:
+        return np.clip(values, -largest, largest).astype(numpy_dtype(dtype_name_of(dtype)))
+
+    def contiguous(self, x: Any) -> Any:
+        return np.ascontiguousarray(x)
+
+    def like(self, x: Any, values: Any) -> Any:  # noqa: ARG002 - as above
+        return values
+
+    def stack(self, first: Any, second: Any) -> Any:
+        return np.stack((first, second), axis=-2)
+
+    def as_type(self, values: Any, x: Any) -> Any:
+        return values.astype(x.dtype)
+
+
+class _Torch:
+    """The same in torch, on the device of the tensor."""
+
+    def __init__(self) -> None:
+        self.torch = sys.modules["torch"]
+
+    def wide(self, x: Any) -> Any:
+        return x.float()
+
+    def arange(self, x: Any, count: int) -> Any:
+        return self.torch.arange(count, device=x.device)
+
+    def largest(self, rows: Any) -> Any:
+        return rows.abs().amax(dim=-1)
+
+    def whole(self, amax: Any) -> Any:
+        return amax.amax() if amax.numel() else amax.new_zeros(())
+
+    def places(self, cu_seqlens: Any, rows: int) -> tuple[Any, Any, Any]:
+        number = self.torch.arange(rows, device=cu_seqlens.device)
+        last = max(len(cu_seqlens) - 2, 0)
+        sequence = (self.torch.searchsorted(cu_seqlens.long(), number, right=True) - 1).clamp(0, last)
+        return sequence, number - cu_seqlens.long()[sequence], number < cu_seqlens[-1]
+
+    def gathered(self, amax: Any, place: Any, count: int) -> Any:
+        found = amax.new_zeros((count, amax.shape[1]))
+        return found.scatter_reduce(0, place[:, None].expand_as(amax), amax, "amax")
+
+    def scale(self, amax: Any, largest: float) -> Any:
+        return self.torch.where(amax > 0, amax / largest, self.torch.ones_like(amax))
+
+    def narrow(self, values: Any, dtype: DType, largest: float) -> Any:
+        return values.clamp(-largest, largest).to(getattr(self.torch, dtype_name_of(dtype)))
+
+    def contiguous(self, x: Any) -> Any:
+        return x.contiguous()
+
+    def like(self, x: Any, values: Any) -> Any:
+        return self.torch.from_numpy(values).to(x.device)
+
+    def stack(self, first: Any, second: Any) -> Any:
+        return self.torch.stack((first, second), dim=-2)
+
+    def as_type(self, values: Any, x: Any) -> Any:
+        return values.to(x.dtype)
+
+
+def _library_of(x: Any) -> _NumPy | _Torch:
+    """Whose operations an array has.
+
+    Raises:
+        ArrayTypeError: neither NumPy nor torch.
+        DTypeError: no float of 16 bits or more.
+    """
+    torch = sys.modules.get("torch")
+    library: _NumPy | _Torch
+    if isinstance(x, np.ndarray):
+        library, name = _NumPy(), x.dtype.name
+    elif torch is not None and isinstance(x, torch.Tensor):
+        library, name = _Torch(), str(x.dtype).removeprefix("torch.")
+    else:
+        raise ArrayTypeError(f"x: got {type(x).__module__}.{type(x).__qualname__}; allowed are torch tensors and arrays of NumPy")
+    if name not in _FLOATS:
+        raise DTypeError(f"x: got type {name}; allowed are {', '.join(_FLOATS)}")
+    return library

@@ -1,0 +1,77 @@
+"""Attention over a cache of fp8 K and V: ``cuda/kernels/fp8_kvcache.cuh``, and ``fp8_step_kvcache.cuh`` in the blocks of a StepPlan.
+
+They are the kernels of 16-bit caches with descales, and with operands of another type (``cuda/attention/cache_operands.cuh``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from ..problem import ArrayInfo, AttentionProblem
+from .kvcache import Fa2KvCacheSpec, KvCacheParams
+from .params import KernelParams, StrideParams
+from .step import ScheduledKvCacheSpec, StepParams
+
+__all__ = ["DescaledKvCacheParams", "DescaledStepParams", "Fp8KvCacheSpec", "Fp8ScheduledKvCacheSpec"]
+
+_DESCALES: Final = ("q_descale", "k_descale", "v_descale")
+_UNALIGNED: Final = ("HMMA", "LDSM", "F2FP")
+_ALIGNED: Final = (*_UNALIGNED, "LDGSTS")
+_STEPS: Final = tuple((f"{name}_step", StrideParams) for name in "qkv")
+
+
+class DescaledKvCacheParams(KernelParams):
+    """``fa::DescaledKvCacheParams``. Its addresses run on into those of ``fa::KvCacheParams``."""
+
+    SLOTS = (*_DESCALES, *KvCacheParams.SLOTS)
+    _fields_ = (*((name, ctypes.c_void_p) for name in _DESCALES), ("params", KvCacheParams), *_STEPS)
+
+
+class DescaledStepParams(KernelParams):
+    """``fa::DescaledStepParams``. Its addresses run on into those of ``fa::StepParams``."""
+
+    SLOTS = (*_DESCALES, *StepParams.SLOTS)
+    _fields_ = (*((name, ctypes.c_void_p) for name in _DESCALES), ("params", StepParams), *_STEPS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8KvCacheSpec(Fa2KvCacheSpec):
+    """K and V are fp8; Q is, or has 16 bits. On every architecture that converts fp8: sm_89 and later."""
+
+    HEADER: ClassVar[str] = "fp8_kvcache"
+    ENTRY: ClassVar[str] = "fp8_kvcache"
+    PARAMS: ClassVar[str] = "DescaledKvCacheParams"
+
+    @property
+    def expected_instructions(self) -> tuple[str, ...]:
+        """mma.sync, ldmatrix, conversions, and cp.async where every address is aligned."""
+        return _ALIGNED if self.aligned else _UNALIGNED
+
+    def pack_call(self, problem: AttentionProblem, out: ArrayInfo, parts: int) -> DescaledKvCacheParams:
+        """``fa::DescaledKvCacheParams`` of one call without addresses; ``parts``: splits of its keys."""
+        return DescaledKvCacheParams(params=self.pack_splits(problem, out, parts), **_steps(problem))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8ScheduledKvCacheSpec(ScheduledKvCacheSpec):
+    """The same in the blocks of a StepPlan."""
+
+    HEADER: ClassVar[str] = "fp8_step_kvcache"
+    ENTRY: ClassVar[str] = "fp8_step_kvcache"
+    PARAMS: ClassVar[str] = "DescaledStepParams"
+
+    @property
+    def expected_instructions(self) -> tuple[str, ...]:
+        """mma.sync, ldmatrix, conversions, and cp.async where every address is aligned."""
+        return _ALIGNED if self.aligned else _UNALIGNED
+
+    def pack_call(self, problem: AttentionProblem, out: ArrayInfo, parts: int) -> KernelParams:
+        """``fa::DescaledStepParams`` of one call without addresses; ``parts``: blocks of a plan."""
+        return DescaledStepParams(params=ScheduledKvCacheSpec.pack_call(self, problem, out, parts), **_steps(problem))
+
+
+def _steps(problem: AttentionProblem) -> dict[str, StrideParams]:
+    """From one descale to the next."""
+    return {f"{name}_step": StrideParams(*each.strides) for name, each in zip("qkv", problem.descales or (), strict=False) if each}

@@ -1,0 +1,74 @@
+"""The kernels over a cache of fp8 K and V, run on the CPU thread by thread, against the float64 oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from atomr_accel_flashattn.kernels.spec import Tile
+from atomr_accel_flashattn.types import DType, ScaleUnit
+from tests.cases import Alibi, Case
+from tests.inputs import Layout
+
+from .build import compiler
+from .running_fp8_kvcache import Fp8, check_fp8
+from .running_kvcache import Cached
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
+
+E4M3, E5M2 = DType.F8E4M3, DType.F8E5M2
+TENSOR, HEAD, BLOCK, TOKEN = ScaleUnit.TENSOR, ScaleUnit.HEAD, ScaleUnit.BLOCK, ScaleUnit.TOKEN
+DECODE: dict[str, Any] = {"lengths_q": (1, 1, 1), "lengths_k": (300, 1, 70), "heads": 8, "heads_kv": 2, "right": 0}
+UNEQUAL: dict[str, Any] = {"lengths_q": (5, 0, 17), "lengths_k": (150, 20, 40), "heads": 6, "heads_kv": 2}
+TYPES = [
+    Fp8(),
+    Fp8(k=E5M2, v=E5M2, out=DType.F32),
+    Fp8(q=E4M3),
+    Fp8(q=E4M3, k=E5M2, v=E4M3, out=DType.F16),
+    Fp8(q=E5M2, v=E5M2, out=DType.F32),
+]
+UNITS = [(None, HEAD, HEAD), (None, TENSOR, BLOCK), (None, BLOCK, None), (None, TOKEN, TOKEN)]
+WAYS = [
+    Cached(),
+    Cached(splits=3),
+    Cached(block_size=7, seed=1),
+    Cached(tile=Tile(block_m=32, block_n=16, warps=4, stages=2), splits=4),
+    Cached(tile=Tile(block_m=64, block_n=32, warps=8, stages=1), seed=1),
+    Cached(blocks=7, seed=1),
+]
+CONTIGUOUS = [Cached(block_size=None, splits=2, left_pad=5), Cached(blocks=5, block_size=None, seed=1)]
+FEATURES: dict[str, dict[str, Any]] = {
+    "decode": DECODE,
+    "causal": UNEQUAL | {"right": 0},
+    "window": UNEQUAL | {"left": 33, "right": 0},
+    "sinks": UNEQUAL | {"left": 20, "right": 0, "sink_tokens": 40},
+    "learned_sink": UNEQUAL | {"right": 0, "learned_sink": True},
+    "softcap": UNEQUAL | {"softcap": 3.0, "right": 0},
+    "everything": UNEQUAL | {"left": 30, "right": 2, "sink_tokens": 3, "learned_sink": True, "alibi": Alibi.HEADS, "softcap": 20.0},
+    "padded": UNEQUAL | {"head_dim": 48, "v_head_dim": 16},
+    "wide": DECODE | {"head_dim": 96, "v_head_dim": 192},
+    "odd": UNEQUAL | {"layout": Layout.ODD},
+    "negative": UNEQUAL | {"softmax_scale": -0.2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("types", TYPES, ids=str)
+def test_types_over_pages(types: Fp8, way: Cached):
+    number = TYPES.index(types) + WAYS.index(way)
+    if number % 2:
+        pytest.skip("each second")
+    units = UNITS[number // 2 % len(UNITS)]
+    units = (HEAD, *units[1:]) if types.q else units
+    dtype = (DType.BF16, DType.F16)[number // 2 % 2]
+    check_fp8(Case(label="decode", dtype=dtype, **DECODE), Fp8(types.q, types.k, types.v, types.out, units), way)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature(name: str):
+    number = list(FEATURES).index(name)
+    way = (WAYS + CONTIGUOUS)[number % 8]
+    units = UNITS[number % (4 if way.block_size else 3)]
+    types = Fp8(q=E4M3, units=(BLOCK, *units[1:])) if number % 2 else Fp8(units=units)
+    check_fp8(Case(label=name, dtype=DType.BF16, **FEATURES[name]), types, way)
