@@ -18,7 +18,7 @@ struct RangeOf {
 };
 template <DType kV>
 struct RangeOf<kV, true> {
-  using Type = EagerRange<kV>;
+  using Type = ProbabilityRange<kV>;
 };
 
 // One type of 16 bits.

@@ -24,24 +24,18 @@ template <DType kP>
 struct ProbabilityRange {
   static constexpr float kOffset = 0.f, kRescaleThreshold = 8.f, kOverflowThreshold = 15.f;
 };
-// e4m3 ends at 448 = 2^8.81 and begins at 2^-9: the maximum is 2^8, and may grow by 2^0.75 before O
-// is rescaled, so that P never clips.
+// fp8 has few small numbers: the largest P is as large a power of two as fits. e4m3 ends at 448, e5m2
+// at 57344. Any growth beyond rounding raises the maximum, so that its own P is not rounded, which
+// counts where one key outweighs all others, and none clips.
 template <>
 struct ProbabilityRange<DType::F8E4M3> {
-  static constexpr float kOffset = 8.f, kRescaleThreshold = 0.75f, kOverflowThreshold = 0.75f;
+  static constexpr float kOffset = 8.f, kRescaleThreshold = 1.f / 256.f, kOverflowThreshold = 1.f / 256.f;
 };
-// e5m2 ends at 57344 = 2^15.81.
 template <>
 struct ProbabilityRange<DType::F8E5M2> {
-  static constexpr float kOffset = 8.f, kRescaleThreshold = 7.f, kOverflowThreshold = 7.f;
+  static constexpr float kOffset = 15.f, kRescaleThreshold = 1.f / 256.f, kOverflowThreshold = 1.f / 256.f;
 };
 
-// Where rescaling costs little beside the loads: any growth beyond rounding raises the maximum, whose
-// P is a power of two that fp8 does not round, which counts where one key outweighs all others.
-template <DType kP>
-struct EagerRange {
-  static constexpr float kOffset = kP == DType::F8E5M2 ? 15.f : 8.f, kRescaleThreshold = 1.f / 256.f, kOverflowThreshold = 1.f / 256.f;
-};
 // P in f16 where Q is bf16: small numbers as far down as they go.
 struct WideRange {
   static constexpr float kOffset = 8.f, kRescaleThreshold = 7.f, kOverflowThreshold = 7.f;
