@@ -102,7 +102,7 @@ class Cached:
             if not tiles:
                 continue
             if step is not spec and isinstance(spec, Fa3KvCacheSpec):
-                params = KvCacheParams.from_buffer_copy(params)
+                params = KvCacheParams.from_buffer_copy(params if isinstance(params, KvCacheParams) else params.params)
             elif step is not spec and isinstance(params, (DescaledKvCacheParams, DescaledStepParams)):
                 params = params.params
             for (name, _), described in zip(params.MAPS, params.tensor_maps, strict=True):

@@ -16,7 +16,7 @@ from ..launch.driver import device_properties
 from ..limits import HEAD_DIM_STEP, MAX_GRID, MAX_HEAD_DIM, VECTOR_BYTES
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays, StepShape
 from ..tiles.tables import cache_rows, is_short_q
-from ..types import Device, DType, KvLayout, SmArch
+from ..types import Device, DType, KvLayout, ScaleUnit, SmArch
 from .arch import best_arch
 from .key import DispatchKey, Extras
 from .resolve import lookup
@@ -100,12 +100,12 @@ def _family_on_cache(problem: AttentionProblem, key: DispatchKey, family: Family
     """Wgmma where the rows of a KV head fill a warpgroup, and TMA can gather the keys; mma.sync for fewer rows, as in decoding.
 
     The bits of batch-invariant calls depend on no length of q, so they have one family. The blocks of a StepPlan are of mma.sync, and so
-    is what reads an fp8 cache.
+    is what reads an fp8 cache with a q of 16 bits, or with factors of tokens.
     """
     mma_sync = replace(key, extras=replace(key.extras, family=Family.FA2))
     if problem.batch_invariant:  # lookup refuses another family by name
         return mma_sync if family is None else key
-    if problem.step is not None or problem.descales is not None:
+    if problem.step is not None or (problem.descales is not None and not _has_fp8_products(key)):
         return mma_sync
     assert problem.cache is not None  # noqa: S101 - callers have looked
     wgmma = replace(key, extras=replace(key.extras, pack_gqa=_rows_can_be_packed(problem, key)))
@@ -114,6 +114,10 @@ def _family_on_cache(problem: AttentionProblem, key: DispatchKey, family: Family
     if wgmma.family is Family.FA3 and gathers and rows >= WARPGROUP_ROWS:
         return replace(wgmma, extras=replace(wgmma.extras, short_q=is_short_q(problem.head_dim, problem.v_head_dim, rows)))
     return mma_sync
+
+
+def _has_fp8_products(key: DispatchKey) -> bool:
+    return key.dtype.is_fp8 and ScaleUnit.TOKEN not in {key.extras.k_descale, key.extras.v_descale}
 
 
 def splits_of(problem: AttentionProblem, spec: KernelSpec) -> int:

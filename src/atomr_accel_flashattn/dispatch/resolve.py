@@ -15,6 +15,7 @@ from ..kernels.dropout_mask import DropoutMaskSpec
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.fa2_fwd import Fa2ForwardSpec
 from ..kernels.fa3_fp8 import Fa3Fp8ForwardSpec, fp8_width
+from ..kernels.fa3_fp8_kvcache import Fa3Fp8KvCacheSpec
 from ..kernels.fa3_fwd import Fa3ForwardSpec
 from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.forward import ForwardSpec
@@ -112,6 +113,8 @@ def _kernel(key: DispatchKey) -> ForwardSpec | Fa2BackwardSpec | Fa2KvCacheSpec 
 def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
     """The kernel over a KV cache that answers ``key``, and batch-invariant calls on plain K and V; its ``steps()`` are what is launched."""
     width, v_width, arch, extras = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), key.arch.without_wgmma, key.extras
+    if key.family is Family.FA3 and key.v_dtype.is_fp8:
+        return _fp8_wgmma(key, Fa3Fp8KvCacheSpec, paged=key.paged, split=extras.split)
     if key.family is Family.FA3:
         tile = wgmma_cache_tile_for(width, v_width, alibi=key.alibi, softcap=extras.softcap > 0, short_q=extras.short_q)
         tile = replace(tile, persistent=extras.persistent is not False)
@@ -148,7 +151,7 @@ def _fp8_fields(key: DispatchKey) -> dict[str, Any]:
 def _forward(key: DispatchKey) -> ForwardSpec:
     """The forward kernel of the family that answers ``key``, with the tile of the package."""
     if key.v_dtype.is_fp8:
-        return _forward_fp8(key)
+        return _fp8_wgmma(key, Fa3Fp8ForwardSpec)
     width, v_width = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim)
     wgmma = key.family is Family.FA3
     kind: type[ForwardSpec] = Fa3ForwardSpec if wgmma else Fa2ForwardSpec
@@ -160,17 +163,17 @@ def _forward(key: DispatchKey) -> ForwardSpec:
     )
 
 
-def _forward_fp8(key: DispatchKey) -> Fa3Fp8ForwardSpec:
-    """The same of fp8 q, k and v."""
-    width, v_width = fp8_width(key.head_dim), fp8_width(key.v_head_dim)
-    extras = key.extras
+def _fp8_wgmma(key: DispatchKey, kind: type[_Spec], **fields: Any) -> _Spec:
+    """The kernel of this kind of fp8 q, k and v. Over a cache a tile has keys of which pages are whole parts."""
+    width, v_width, extras = fp8_width(key.head_dim), fp8_width(key.v_head_dim), key.extras
     blocks = ScaleUnit.BLOCK in {extras.q_descale, extras.k_descale, extras.v_descale}
-    tile = fp8_wgmma_tile_for(width, v_width, crowded=key.alibi or extras.softcap > 0, blocks=blocks)
-    tile = replace(tile, persistent=key.extras.persistent is not False)
+    crowded = key.alibi or extras.softcap > 0
+    tile = fp8_wgmma_tile_for(width, v_width, crowded=crowded, blocks=blocks or key.paged or extras.kv_cache)
+    tile = replace(tile, persistent=extras.persistent is not False)
     named = (("k_dtype", key.k_dtype), ("v_dtype", key.v_dtype), ("out_dtype", key.out_dtype))
-    others: dict[str, Any] = {name: dtype for name, dtype in named if dtype is not key.dtype}
-    others["block_descales"] = blocks
-    return Fa3Fp8ForwardSpec(arch=key.arch, tile=tile, pack_gqa=key.packs_heads, **_features(key, width, v_width), **others)
+    fields |= {name: dtype for name, dtype in named if dtype is not key.dtype}
+    fields |= _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "block_descales": blocks}
+    return kind(arch=key.arch, tile=tile, **fields)
 
 
 def _backward(key: DispatchKey) -> Fa2BackwardSpec:
@@ -350,13 +353,16 @@ def _refuse_fp8_on_gpu(key: DispatchKey) -> None:
 def _has_fp8_kernel(key: DispatchKey) -> bool:
     """Whether a GPU has a kernel for the fp8 K and V of ``key``.
 
-    Over a cache, and for batch-invariant calls, one of the mma.sync family; else one of the wgmma family, with fp8 q.
+    Over a cache, and for batch-invariant calls, one of the mma.sync family; over arrays, and a cache without factors of tokens, one of
+    the wgmma family, with fp8 q.
     """
     extras, cached = key.extras, key.paged or key.extras.kv_cache
     if extras.direction != "fwd":
         return False
-    if cached or extras.batch_invariant:
-        return key.family is Family.FA2
+    if key.family is Family.FA2 and (cached or extras.batch_invariant):
+        return True
+    if cached:
+        return key.dtype.is_fp8 and key.family is Family.FA3 and ScaleUnit.TOKEN not in {extras.k_descale, extras.v_descale}
     return key.dtype.is_fp8 and not extras.split and key.family is Family.FA3
 
 

@@ -13,8 +13,19 @@ from ..problem import ArrayInfo, AttentionProblem
 from .fa3_fwd import Fa3ForwardSpec
 from .forward import DESCALE_SLOTS, FwdParams, descale_strides
 from .params import KernelParams, StrideParams, TensorMapParams
+from .spec import Tile
 
-__all__ = ["FLUSH_KEYS", "FP8_WIDTHS", "Fa3Fp8ForwardSpec", "Fa3Fp8FwdParams", "fp8_width"]
+__all__ = [
+    "FLUSH_KEYS",
+    "FP8_INSTRUCTIONS",
+    "FP8_WIDTHS",
+    "Fa3Fp8ForwardSpec",
+    "Fa3Fp8FwdParams",
+    "fp8_config",
+    "fp8_width",
+    "loaded_bytes",
+    "misfit_of_keys",
+]
 
 FP8_WIDTHS: Final = (64, 128, 192, 256)  # rows of tiles are whole panels of 64 or 128 bytes
 # Keys between two flushes of O: an accumulator has lost 0.3 % by then, a tenth of what e4m3 costs, and to move O takes a few per cent of
@@ -22,11 +33,31 @@ FP8_WIDTHS: Final = (64, 128, 192, 256)  # rows of tiles are whole panels of 64 
 FLUSH_KEYS: Final = 2048
 _MOST_LOADED: Final = 2  # buffers of V before it is transposed
 _GROUP: Final = 32  # keys of a step of wgmma
+FP8_INSTRUCTIONS: Final = ("QGMMA", "UTMALDG", "SYNCS", "LDSM", "STSM")
 
 
 def fp8_width(head_dim: int) -> int:
     """The tile width that holds a head dim of 16..256."""
     return next(width for width in FP8_WIDTHS if width >= head_dim)
+
+
+def loaded_bytes(tile: Tile, v_head_dim: int) -> int:
+    """Of the buffers of V before it is transposed."""
+    return min(tile.stages, _MOST_LOADED) * tile.block_n * v_head_dim
+
+
+def misfit_of_keys(tile: Tile, *, block_descales: bool) -> str:
+    """Why there can be no kernel with these keys of a tile; empty when there can."""
+    if tile.block_n % _GROUP:
+        return f"block_n: got {tile.block_n}; allowed are multiples of {_GROUP}"
+    if block_descales and SCALED_TOKENS % tile.block_n:
+        return f"block_n: got {tile.block_n}; allowed with factors of blocks are divisors of {SCALED_TOKENS}"
+    return ""
+
+
+def fp8_config(tile: Tile, *, single_level: bool, block_descales: bool) -> dict[str, Any]:
+    """Members of ``fa::Config`` that fp8 adds: factors of blocks, and tiles of keys between flushes."""
+    return {"block_descales": block_descales, "flush_tiles": 0 if single_level else max(1, FLUSH_KEYS // tile.block_n)}
 
 
 class Fa3Fp8FwdParams(KernelParams):
@@ -66,7 +97,7 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
     def shared_tiles(self) -> tuple[int, int]:
         """With the buffers of V before it is transposed."""
         q, kv = Fa3ForwardSpec.shared_tiles(self)
-        return q, kv + min(self.tile.stages, _MOST_LOADED) * self.tile.block_n * self.v_head_dim
+        return q, kv + loaded_bytes(self.tile, self.v_head_dim)
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
@@ -75,12 +106,7 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
 
     def misfit(self) -> str:
         """As for 16 bits, with whole steps of 32 keys and widths of whole panels."""
-        reason = Fa3ForwardSpec.misfit(self)
-        if not reason and self.tile.block_n % _GROUP:
-            reason = f"block_n: got {self.tile.block_n}; allowed are multiples of {_GROUP}"
-        elif not reason and self.block_descales and SCALED_TOKENS % self.tile.block_n:
-            reason = f"block_n: got {self.tile.block_n}; allowed with factors of blocks are divisors of {SCALED_TOKENS}"
-        return reason
+        return Fa3ForwardSpec.misfit(self) or misfit_of_keys(self.tile, block_descales=self.block_descales)
 
     def registers_suffice(self) -> bool:
         """O and S in float32, and P in 8 bits."""
@@ -88,8 +114,7 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
 
     def config(self) -> dict[str, Any]:
         """With the tiles between flushes."""
-        flush = 0 if self.single_level else max(1, FLUSH_KEYS // self.tile.block_n)
-        return Fa3ForwardSpec.config(self) | {"block_descales": self.block_descales, "flush_tiles": flush}
+        return Fa3ForwardSpec.config(self) | fp8_config(self.tile, single_level=self.single_level, block_descales=self.block_descales)
 
     def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
         """``fa::Fa3Fp8FwdParams`` with its maps still to be encoded."""

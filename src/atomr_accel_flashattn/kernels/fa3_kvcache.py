@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final
 from ..problem import ArrayInfo, AttentionProblem, KvCache
 from .fa3_fwd import Fa3ForwardSpec, tensor_map_of, tensor_map_of_q
 from .kvcache import KvCacheParams, SplitCombineSpec, cache_numbers
-from .params import TensorMapParams, TensorMapSpec
+from .params import KernelParams, TensorMapParams, TensorMapSpec
 from .spec import KernelSpec
 
 __all__ = ["Fa3KvCacheParams", "Fa3KvCacheSpec", "pages_fit_boxes", "wgmma_splits_for"]
@@ -60,7 +60,7 @@ class Fa3KvCacheSpec(Fa3ForwardSpec):
         parts = tiles * (blocks or 1)
         return min(parts, multiprocessors) if self.tile.persistent else parts
 
-    def pack_call(self, problem: AttentionProblem, out: ArrayInfo, splits: int) -> Fa3KvCacheParams:
+    def pack_call(self, problem: AttentionProblem, out: ArrayInfo, splits: int) -> KernelParams:
         """``fa::Fa3KvCacheParams`` of one call without addresses, its maps still to be encoded."""
         cache = problem.cache
         if cache is None:

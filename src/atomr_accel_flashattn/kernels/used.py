@@ -81,7 +81,20 @@ def read_kernels(path: Path) -> list[KernelSpec]:
 
 def _kernel_classes(base: type[KernelSpec] = KernelSpec) -> Iterator[type[KernelSpec]]:
     """Every class of a kernel header; looking kernels up has imported them."""
-    from . import dropout_mask, fa2_bwd, fa2_fwd, fa3_fp8, fa3_fwd, fa3_kvcache, fp8_kvcache, kv_append, kvcache, merge_states, step  # noqa: F401 - each defines its class
+    from . import (  # noqa: F401 - each defines its class
+        dropout_mask,
+        fa2_bwd,
+        fa2_fwd,
+        fa3_fp8,
+        fa3_fp8_kvcache,
+        fa3_fwd,
+        fa3_kvcache,
+        fp8_kvcache,
+        kv_append,
+        kvcache,
+        merge_states,
+        step,
+    )
 
     for each in base.__subclasses__():
         if "HEADER" in vars(each):

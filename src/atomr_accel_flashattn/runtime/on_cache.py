@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import Final
+from typing import Any, Final
 
 from ..dispatch import DispatchKey, lookup
 from ..dispatch.choice import splits_of, step_blocks
@@ -78,7 +78,7 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
     first, *others = spec.steps()
     if params.MAPS or isinstance(params, (DescaledKvCacheParams, DescaledStepParams)):  # what follows reads neither maps nor descales
         launches.append(launch_of(first, problem, params, _SLOTS, parts))
-        plain = params if params.MAPS else params.params
+        plain: Any = params if isinstance(params, KvCacheParams) else params.params
         params = (StepParams if isinstance(plain, StepParams) else KvCacheParams).from_buffer_copy(plain)
     else:
         others = [first, *others]

@@ -137,6 +137,18 @@ struct Fa3KvCacheParams : KvCacheParams {
   TensorMap q_map, k_map, v_map;
 };
 
+// The same with fp8 q, k and v, whose factors have strides as those of Fa3Fp8FwdParams.
+struct DescaleAddresses {
+  const float *q_descale, *k_descale, *v_descale;
+};
+struct Fa3Fp8KvCacheParams : DescaleAddresses, KvCacheParams {
+  Strides q_descale_stride, k_descale_stride, v_descale_stride;
+  int32_t* counters;
+  int32_t tiles;
+  int32_t box_rows;
+  TensorMap q_map, k_map, v_map;
+};
+
 // New tokens into a cache, and rotary embedding of them and of q on the way. The batch stride of
 // the cache is that of its blocks.
 struct KvAppendParams {

@@ -24,9 +24,9 @@ template <DType kP>
 struct ProbabilityRange {
   static constexpr float kOffset = 0.f, kRescaleThreshold = 8.f, kOverflowThreshold = 15.f;
 };
-// fp8 has few small numbers: the largest P is as large a power of two as fits. e4m3 ends at 448, e5m2
-// at 57344. Any growth beyond rounding raises the maximum, so that its own P is not rounded, which
-// counts where one key outweighs all others, and none clips.
+// fp8 has few small numbers: the largest P is as large a power of two as fits. e4m3 ends at 448,
+// e5m2 at 57344. Any growth beyond rounding raises the maximum, so that its own P is not rounded,
+// which counts where one key outweighs all others, and none clips.
 template <>
 struct ProbabilityRange<DType::F8E4M3> {
   static constexpr float kOffset = 8.f, kRescaleThreshold = 1.f / 256.f, kOverflowThreshold = 1.f / 256.f;

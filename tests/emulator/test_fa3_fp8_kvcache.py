@@ -1,0 +1,52 @@
+"""The wgmma family over caches of fp8 K and V on the emulator: boxes of pages that are transposed, splits, factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from atomr_accel_flashattn.kernels.spec import Family, Tile
+from atomr_accel_flashattn.types import DType, KvLayout, ScaleUnit
+from tests.cases import Case
+
+from .build import compiler
+from .running_fp8_kvcache import Fp8, check_fp8
+from .running_kvcache import Cached
+from .test_fa3_kvcache import FEATURES
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
+
+E4M3, E5M2 = DType.F8E4M3, DType.F8E5M2
+HEAD, BLOCK = ScaleUnit.HEAD, ScaleUnit.BLOCK
+SMALL = Tile(block_m=64, block_n=32, warps=8, stages=2)
+TWO = Tile(block_m=128, block_n=64, warps=12, stages=2, ping_pong=True, persistent=True)
+THREE = Tile(block_m=192, block_n=128, warps=16, stages=2, ping_pong=True, persistent=True)
+TYPES = [
+    Fp8(q=E4M3, units=(HEAD, HEAD, HEAD)),
+    Fp8(q=E4M3, k=E5M2, v=E5M2, out=DType.F32, units=(BLOCK, BLOCK, BLOCK)),
+    Fp8(q=E5M2, out=DType.F16, units=(None, BLOCK, HEAD)),
+]
+
+
+def way(**options: Any) -> Cached:
+    return Cached(family=Family.FA3, **options)
+
+
+WAYS = [
+    way(tile=TWO, block_size=16),
+    way(tile=TWO, block_size=16, splits=3),
+    way(tile=THREE, block_size=64, seed=1),
+    way(tile=SMALL, block_size=24, seed=3, layout=KvLayout.HND),
+    way(tile=TWO, block_size=None, splits=4, left_pad=5),
+]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature(name: str, how: Cached):
+    number = list(FEATURES).index(name) + WAYS.index(how)
+    if number % 2:
+        pytest.skip("each second")
+    sizes = {"head_dim": 48, "v_head_dim": 32} if name == "padded" else {}
+    check_fp8(Case(label=name.replace(" ", "_"), dtype=DType.BF16, **FEATURES[name] | sizes), TYPES[number // 2 % len(TYPES)], how)
