@@ -123,7 +123,10 @@ def wgmma_fp8_specs() -> list[KernelSpec]:
         keys.append(replace(key, extras=replace(key.extras, k_dtype=k_dtype, v_dtype=v_dtype, out_dtype=FP8_OUT_DTYPES[i % 4 % 3])))
         if i % 3 == 0:
             keys.append(replace(keys[-1], extras=replace(keys[-1].extras, k_descale=ScaleUnit.BLOCK, v_descale=ScaleUnit.BLOCK)))
-    return [_spec(key) for key in (*plain, *keys)]
+    for i, key in enumerate(keys[::3]):
+        extras = replace(key.extras, kv_cache=i % 2 == 0, split=i % 4 < 2, family=Family.FA3)
+        keys.append(replace(key, paged=i % 2 == 1, extras=extras))
+    return [_spec(key).steps()[0] for key in (*plain, *keys)]
 
 
 def dropout_mask_specs() -> list[KernelSpec]:

@@ -6,6 +6,7 @@ from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
 from atomr_accel_flashattn.kernels.fa2_fwd import Fa2ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8ForwardSpec
+from atomr_accel_flashattn.kernels.fa3_fp8_kvcache import Fa3Fp8KvCacheSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
@@ -27,6 +28,16 @@ WGMMA = Fa3ForwardSpec(
 )
 FP8 = Fa3Fp8ForwardSpec(
     arch=SmArch.SM_90A, dtype=DType.F8E4M3, v_dtype=DType.F8E5M2, out_dtype=DType.BF16, head_dim=64, v_head_dim=64, tile=WGMMA.tile
+)
+FP8_CACHE = Fa3Fp8KvCacheSpec(
+    arch=SmArch.SM_90A,
+    dtype=DType.F8E4M3,
+    out_dtype=DType.BF16,
+    head_dim=64,
+    v_head_dim=64,
+    tile=WGMMA.tile,
+    paged=True,
+    block_descales=True,
 )
 CACHE = Fa2KvCacheSpec(
     arch=SmArch.SM_80, dtype=DType.F16, head_dim=32, v_head_dim=32, tile=Tile(block_m=16, block_n=16, warps=4), paged=True, split=True

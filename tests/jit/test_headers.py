@@ -16,7 +16,7 @@ from atomr_accel_flashattn.jit.headers import closure_digest, include_closure
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.tiles.saved import headers_identity
 from atomr_accel_flashattn.types import DType, SmArch
-from tests.jit.kernels import APPEND, BACKWARD, CACHE, COMBINE, FORWARD, FP8, MASK, MERGE, STEP, WGMMA, WGMMA_CACHE
+from tests.jit.kernels import APPEND, BACKWARD, CACHE, COMBINE, FORWARD, FP8, FP8_CACHE, MASK, MERGE, STEP, WGMMA, WGMMA_CACHE
 
 ROOMS = ("ptx", "tile", "attention", "kernels")  # includes point to the same room or to one before it
 STEPS = dict(zip(("before", "backward", "behind"), BACKWARD.steps(), strict=True))
@@ -24,6 +24,7 @@ KERNELS = {
     "fa2": FORWARD,
     "fa3": WGMMA,
     "fa3_fp8": FP8,
+    "fa3_fp8_cache": FP8_CACHE,
     "dropout_mask": MASK,
     **STEPS,
     "cache": CACHE,

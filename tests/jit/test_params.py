@@ -13,6 +13,7 @@ from atomr_accel_flashattn.jit.headers import headers_dir
 from atomr_accel_flashattn.kernels.backward import BwdParams
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams
 from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8FwdParams
+from atomr_accel_flashattn.kernels.fa3_fp8_kvcache import Fa3Fp8KvCacheParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
@@ -123,6 +124,26 @@ def test_structs_lie_in_memory_as_the_kernels_see_them(struct: type[ctypes.Struc
     lines.append(f'extern "C" __global__ void k(const __grid_constant__ {name} p) {{ const auto& [{names}] = p; }}')
     text = '#include "attention/params.cuh"\n' + "\n".join(lines)
     nvrtc.compile_source("layout", text, "sm_80", [headers_dir()])
+
+
+def test_parameters_of_wgmma_over_an_fp8_cache_lie_in_memory_as_the_kernel_sees_them():
+    whole, fields = ctypes.sizeof(Fa3Fp8KvCacheParams), [name for name, _ in Fa3Fp8KvCacheParams._fields_ if name not in _PADDING]
+    # The struct in C++ with its bases spelled out as members: the same sizes and the same whole mean the same offsets.
+    lines = [
+        "using namespace fa;",
+        "struct Spelled { const float *q_descale, *k_descale, *v_descale; KvCacheParams params;",
+        "Strides q_descale_stride, k_descale_stride, v_descale_stride;",
+        "int32_t* counters; int32_t tiles, box_rows; TensorMap q_map, k_map, v_map; };",
+        f"static_assert(sizeof(Fa3Fp8KvCacheParams) == {whole} && sizeof(Spelled) == {whole} && alignof(Fa3Fp8KvCacheParams) == 64);",
+        "constexpr Spelled value{};",
+        *(f"static_assert(sizeof(value.{name}) == {getattr(Fa3Fp8KvCacheParams, name).size});" for name in fields),
+        'extern "C" __global__ void k() {}',
+    ]
+    nvrtc.compile_source("layout", '#include "attention/params.cuh"\n' + "\n".join(lines), "sm_80", [headers_dir()])
+    assert Fa3Fp8KvCacheParams.params.offset == 24
+    assert all(getattr(Fa3Fp8KvCacheParams, name).offset % 64 == 0 for name, _ in Fa3Fp8KvCacheParams.MAPS)
+    first = Fa3Fp8KvCacheParams.SLOTS.index("q")
+    assert [slot for _, slot in Fa3Fp8KvCacheParams.MAPS] == list(Fa3Fp8KvCacheParams.SLOTS[first : first + 3])
 
 
 def test_parameters_of_wgmma_over_a_cache_begin_with_those_of_every_kernel_over_one():
