@@ -18,6 +18,7 @@ from atomr_accel_flashattn.requests.options import Fp8Options, MaskKind  # noqa:
 from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
 from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 from atomr_accel_flashattn.varlen import VarlenFwdRequest  # noqa: E402
+from atomr_accel_flashattn.with_kvcache import flash_attn_with_kvcache  # noqa: E402
 from tests.cases import Case, Values  # noqa: E402
 from tests.check import Run  # noqa: E402
 from tests.fp8 import DTYPES, Quantised, check_fp8  # noqa: E402
@@ -121,3 +122,43 @@ def test_a_needle_is_found_in_noise(keys: int) -> None:
     score = q.float()[0, 0, 0] @ k.float()[0, :, 0].T * width**-0.5
     expected = torch.softmax(score.double(), 0) @ v.double()[0, :, 0]
     assert ((out.double() - expected).abs().max() / expected.abs().max()).item() < 0.02
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("page", [None, 16, 128])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_many_rows_on_a_cache(width: int, splits: int, page: int | None, blocks: bool) -> None:
+    """Prefill on an fp8 cache: pages, or the rows of a contiguous cache, with factors by KV head or block of 128 tokens."""
+    batch, heads, heads_kv, longest, kind = 2, 4, 2, 1024, torch.float8_e4m3fn
+    torch.manual_seed(width + splits)
+    q = torch.randn(batch, 200, heads, width, device=DEVICE).to(kind)
+    k, v = (torch.randn(batch, longest, heads_kv, width, device=DEVICE).to(kind) for _ in range(2))
+    lengths = torch.tensor([longest, 777], device=DEVICE, dtype=torch.int32)
+    units = (longest // 128,) if blocks else ()
+    k_descale, v_descale = (torch.rand(batch, heads_kv, *units, device=DEVICE) + 0.5 for _ in range(2))
+    table = None if page is None else torch.randperm(batch * longest // page, device=DEVICE, dtype=torch.int32).reshape(batch, -1)
+    stored = [k, v]
+    if page is not None and table is not None:
+        stored = [torch.empty(batch * longest // page, page, heads_kv, width, device=DEVICE, dtype=kind) for _ in range(2)]
+        for paged, plain in zip(stored, (k, v), strict=True):
+            paged.view(torch.int8)[table.long().flatten()] = plain.view(torch.int8).reshape(paged.shape)
+    out = flash_attn_with_kvcache(
+        q, *stored, cache_seqlens=lengths, block_table=table, causal=True, num_splits=splits, k_descale=k_descale, v_descale=v_descale
+    )
+    for b in range(batch):
+        n = int(lengths[b])
+        keys, values = (
+            (x[b].double() * _of_tokens(scale[b], longest)).repeat_interleave(heads // heads_kv, dim=1)[:n]
+            for x, scale in ((k, k_descale), (v, v_descale))
+        )
+        scores = torch.einsum("qhd,khd->hqk", q[b].double(), keys) * width**-0.5
+        hidden = torch.arange(n, device=DEVICE)[None] > torch.arange(200, device=DEVICE)[:, None] + n - 200
+        right = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), values)
+        assert float((out[b].double() - right).norm() / right.norm()) < 0.035
+
+
+def _of_tokens(scale: Any, tokens: int) -> Any:
+    """A factor of each token and KV head, (tokens, Hkv, 1), from (Hkv,) or (Hkv, blocks)."""
+    each = scale[:, None].expand(-1, tokens) if scale.dim() == 1 else scale.repeat_interleave(128, dim=1)
+    return each.T[..., None].double()
