@@ -8,7 +8,8 @@ from atomr_accel_flashattn.kernels.fa2_fwd import Fa2ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
-from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
+from atomr_accel_flashattn.kernels.fp8_kvcache import Fp8KvCacheSpec, Fp8ScheduledKvCacheSpec
+from atomr_accel_flashattn.kernels.kv_append import Fp8AppendSpec, KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec
 from atomr_accel_flashattn.kernels.merge_states import MergeStatesSpec
 from atomr_accel_flashattn.kernels.spec import Tile
@@ -37,3 +38,8 @@ SCHEDULED = ScheduledKvCacheSpec(arch=SmArch.SM_80, dtype=DType.F16, head_dim=32
 STEP = (StepScheduleSpec.before(SCHEDULED), *SCHEDULED.steps())
 MERGE = MergeStatesSpec(arch=SmArch.SM_80, dtype=DType.F16)
 APPEND = KvAppendSpec(arch=SmArch.SM_80, dtype=DType.F16, paged=True)
+_FP8 = {"arch": SmArch.SM_89, "dtype": DType.F16, "k_dtype": DType.F8E4M3, "v_dtype": DType.F8E5M2, "paged": True}
+FP8_CACHES = (
+    *(kind(**_FP8, head_dim=32, v_head_dim=32, tile=CACHE.tile) for kind in (Fp8KvCacheSpec, Fp8ScheduledKvCacheSpec)),
+    Fp8AppendSpec(**_FP8),
+)

@@ -36,8 +36,9 @@ struct ProbabilityRange<DType::F8E5M2> {
   static constexpr float kOffset = 8.f, kRescaleThreshold = 7.f, kOverflowThreshold = 7.f;
 };
 
-// Where rescaling costs little beside the loads: any growth beyond rounding raises the maximum, whose
-// P is a power of two that fp8 does not round, which counts where one key outweighs all others.
+// Where rescaling costs little beside the loads: any growth beyond rounding raises the maximum,
+// whose P is a power of two that fp8 does not round, which counts where one key outweighs all
+// others.
 template <DType kP>
 struct EagerRange {
   static constexpr float kOffset = kP == DType::F8E5M2 ? 15.f : 8.f, kRescaleThreshold = 1.f / 256.f, kOverflowThreshold = 1.f / 256.f;

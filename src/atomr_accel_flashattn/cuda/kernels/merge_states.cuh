@@ -10,19 +10,10 @@
 
 namespace fa {
 
-template <DType kDType>
-struct BitsOf {
-  using Type = uint16_t;
-};
-template <>
-struct BitsOf<DType::F32> {
-  using Type = uint32_t;
-};
-
 // `lanes` threads of a warp merge a row, 16 bytes of it at a time.
 template <DType kDType, int kThreads, bool kAligned>
 struct MergeStates {
-  using Bits = typename BitsOf<kDType>::Type;  // of an element
+  using Bits = fa::Bits<kDType>;  // of an element
   static constexpr int kElementBytes = sizeof(Bits), kChunk = 16 / kElementBytes;
   const MergeStatesParams& p;
   float first, second;  // weights
