@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["E4M3_TYPES", "FP8_FEATURES", "FP8_KINDS", "SCORE_ERROR", "Fp8Types", "fp8_call"]
+__all__ = ["BLOCK_TYPES", "E4M3_TYPES", "FP8_FEATURES", "FP8_KINDS", "SCORE_ERROR", "Fp8Types", "fp8_call"]
 
 SCORE_ERROR = 2.0**-11  # accumulators of 8-bit wgmma have 14 bits and truncate, up to eight times for a score
 
@@ -37,6 +37,7 @@ class Fp8Types:
 
 
 E4M3_TYPES = Fp8Types()
+BLOCK_TYPES = Fp8Types(k=DType.F8E5M2, unit=ScaleUnit.BLOCK)
 _UNEQUAL: dict[str, Any] = {"lengths_q": (5, 0, 140), "lengths_k": (150, 20, 301), "heads": 4, "heads_kv": 2}
 FP8_FEATURES: dict[str, dict[str, Any]] = {
     "causal": _UNEQUAL | {"right": 0},

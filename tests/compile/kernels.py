@@ -121,6 +121,8 @@ def wgmma_fp8_specs() -> list[KernelSpec]:
         dtype, k_dtype, v_dtype = types[i % 3]
         key = _feature_key(row | row["heads"] | {"dtype": dtype, "padding": 16})
         keys.append(replace(key, extras=replace(key.extras, k_dtype=k_dtype, v_dtype=v_dtype, out_dtype=FP8_OUT_DTYPES[i % 4 % 3])))
+        if i % 3 == 0:
+            keys.append(replace(keys[-1], extras=replace(keys[-1].extras, k_descale=ScaleUnit.BLOCK, v_descale=ScaleUnit.BLOCK)))
     return [_spec(key) for key in (*plain, *keys)]
 
 

@@ -73,7 +73,8 @@ KNOWN_SPILLS = (
         for widths in ("d192v128", "d192", "d64v256", "d256")
         for feature in ("softcap", "dropout")
     ),
-    Spill("fa3_fp8_*_d192_m128n96w12s2*", 16, _FP8),
+    Spill("fa3_fp8_*_d128_m128n160w12s2*", 16, _FP8),
+    Spill("fa3_fp8_*_d192_m128n96w12s2*", 24, _FP8),
     Spill("fa3_fp8_*_d256_m128n64w12s2*", 128, _FP8),
     Spill("fa2_bwd_*_d64_m64n128w4s3b*", 320, _BACKWARD),
     Spill("fa2_bwd_*_d96_m64n128w8s2b1*", 32, _BACKWARD),

@@ -12,7 +12,7 @@ from atomr_accel_flashattn.types import DType
 from tests.cases import Case
 from tests.check import Run
 from tests.fp8 import check_fp8
-from tests.fp8_cases import E4M3_TYPES, FP8_FEATURES, FP8_KINDS, SCORE_ERROR, Fp8Types, fp8_call
+from tests.fp8_cases import BLOCK_TYPES, E4M3_TYPES, FP8_FEATURES, FP8_KINDS, SCORE_ERROR, Fp8Types, fp8_call
 
 from .build import compiler
 from .running_fp8 import emulate_fp8
@@ -41,6 +41,26 @@ def check(case: Case, types: Fp8Types = E4M3_TYPES, **options: Any) -> Run:
 def test_feature(name: str):
     index = list(FP8_FEATURES).index(name)
     check(Case(label=name.replace(" ", "_"), **FP8_FEATURES[name]), FP8_KINDS[index % len(FP8_KINDS)], tile=TILES[index % 3])
+
+
+@pytest.mark.parametrize("tile", [TILES[0], TILES[2], TILES[4]], ids=str)
+@pytest.mark.parametrize("name", ["full", "window", "everything", "ratio", "padded"])
+def test_blocks_of_tokens_have_factors_of_their_own(name: str, tile: Tile):
+    check(Case(label=name, **FP8_FEATURES[name]), BLOCK_TYPES, tile=tile)
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_factors_of_blocks_with_the_tile_of_a_width_and_flushes_between(width: int):
+    check(Case(seqlen_q=300, seqlen_k=2500, heads=2, heads_kv=1, head_dim=width, v_head_dim=width, right=0), BLOCK_TYPES)
+
+
+def test_a_factor_of_zero_hides_a_block_and_one_of_k_makes_its_scores_equal():
+    case = Case(seqlen_q=70, seqlen_k=500, heads=2, heads_kv=2)
+    call = fp8_call(case, BLOCK_TYPES)
+    for name, zero in (("k", 1), ("v", 2)):
+        call.descales[f"{name}_descale"][:, :, zero] = 0
+        getattr(call.meant, name)[:, 128 * zero : 128 * (zero + 1)] = 0
+    check_fp8(str(case), call, emulate_fp8(call, BLOCK_TYPES.out), BLOCK_TYPES.out, SCORE_ERROR)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

@@ -21,7 +21,7 @@ from atomr_accel_flashattn.varlen import VarlenFwdRequest  # noqa: E402
 from tests.cases import Case, Values  # noqa: E402
 from tests.check import Run  # noqa: E402
 from tests.fp8 import DTYPES, Quantised, check_fp8  # noqa: E402
-from tests.fp8_cases import E4M3_TYPES, FP8_FEATURES, FP8_KINDS, SCORE_ERROR, Fp8Types, fp8_call  # noqa: E402
+from tests.fp8_cases import BLOCK_TYPES, E4M3_TYPES, FP8_FEATURES, FP8_KINDS, SCORE_ERROR, Fp8Types, fp8_call  # noqa: E402
 from tests.gpu.families import DEVICE, HAS_WGMMA  # noqa: E402
 from tests.gpu.harness import Written, asked_of, download, synchronize, upload  # noqa: E402
 from tests.inputs import Layout, place  # noqa: E402
@@ -48,7 +48,7 @@ def check(case: Case, types: Fp8Types = E4M3_TYPES) -> None:
     check_fp8(f"{case} {types}", call, Run(out.alone(), download(output.lse)), types.out, SCORE_ERROR)
 
 
-@pytest.mark.parametrize("types", FP8_KINDS, ids=str)
+@pytest.mark.parametrize("types", [*FP8_KINDS, BLOCK_TYPES], ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", FP8_FEATURES)
 def test_feature(name: str, width: int, types: Fp8Types) -> None:

@@ -163,10 +163,13 @@ def _forward(key: DispatchKey) -> ForwardSpec:
 def _forward_fp8(key: DispatchKey) -> Fa3Fp8ForwardSpec:
     """The same of fp8 q, k and v."""
     width, v_width = fp8_width(key.head_dim), fp8_width(key.v_head_dim)
-    tile = fp8_wgmma_tile_for(width, v_width, crowded=key.alibi or key.extras.softcap > 0)
+    extras = key.extras
+    blocks = ScaleUnit.BLOCK in {extras.q_descale, extras.k_descale, extras.v_descale}
+    tile = fp8_wgmma_tile_for(width, v_width, crowded=key.alibi or extras.softcap > 0, blocks=blocks)
     tile = replace(tile, persistent=key.extras.persistent is not False)
     named = (("k_dtype", key.k_dtype), ("v_dtype", key.v_dtype), ("out_dtype", key.out_dtype))
     others: dict[str, Any] = {name: dtype for name, dtype in named if dtype is not key.dtype}
+    others["block_descales"] = blocks
     return Fa3Fp8ForwardSpec(arch=key.arch, tile=tile, pack_gqa=key.packs_heads, **_features(key, width, v_width), **others)
 
 
@@ -347,16 +350,14 @@ def _refuse_fp8_on_gpu(key: DispatchKey) -> None:
 def _has_fp8_kernel(key: DispatchKey) -> bool:
     """Whether a GPU has a kernel for the fp8 K and V of ``key``.
 
-    Over a cache, and for batch-invariant calls, one of the mma.sync family; else one of the wgmma family, with fp8 q and factors by tensor
-    or KV head.
+    Over a cache, and for batch-invariant calls, one of the mma.sync family; else one of the wgmma family, with fp8 q.
     """
     extras, cached = key.extras, key.paged or key.extras.kv_cache
     if extras.direction != "fwd":
         return False
     if cached or extras.batch_invariant:
         return key.family is Family.FA2
-    coarse = all(unit in {None, ScaleUnit.TENSOR, ScaleUnit.HEAD} for unit in (extras.q_descale, extras.k_descale, extras.v_descale))
-    return key.dtype.is_fp8 and coarse and not extras.split and key.family is Family.FA3
+    return key.dtype.is_fp8 and not extras.split and key.family is Family.FA3
 
 
 def _refuse_invariant(key: DispatchKey) -> None:

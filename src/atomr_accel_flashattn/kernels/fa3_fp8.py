@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
+from ..limits import SCALED_TOKENS
 from ..problem import ArrayInfo, AttentionProblem
 from .fa3_fwd import Fa3ForwardSpec
 from .forward import DESCALE_SLOTS, FwdParams, descale_strides
@@ -48,7 +49,8 @@ class Fa3Fp8FwdParams(KernelParams):
 class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
     """The mainloop of :class:`Fa3ForwardSpec` with 8-bit wgmma; two of the producer's warps transpose V. sm_90a.
 
-    ``single_level``: O stays in the accumulator of wgmma, of 14 bits, to the end.
+    ``single_level``: O stays in the accumulator of wgmma, of 14 bits, to the end. ``block_descales``: blocks of 128 tokens of q, k or v
+    have factors of their own, and a tile of keys lies in one of them.
     """
 
     HEADER: ClassVar[str] = "fa3_fp8"
@@ -59,6 +61,7 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
     )
 
     single_level: bool = False
+    block_descales: bool = False
 
     def shared_tiles(self) -> tuple[int, int]:
         """With the buffers of V before it is transposed."""
@@ -75,6 +78,8 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
         reason = Fa3ForwardSpec.misfit(self)
         if not reason and self.tile.block_n % _GROUP:
             reason = f"block_n: got {self.tile.block_n}; allowed are multiples of {_GROUP}"
+        elif not reason and self.block_descales and SCALED_TOKENS % self.tile.block_n:
+            reason = f"block_n: got {self.tile.block_n}; allowed with factors of blocks are divisors of {SCALED_TOKENS}"
         return reason
 
     def registers_suffice(self) -> bool:
@@ -84,7 +89,7 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
     def config(self) -> dict[str, Any]:
         """With the tiles between flushes."""
         flush = 0 if self.single_level else max(1, FLUSH_KEYS // self.tile.block_n)
-        return Fa3ForwardSpec.config(self) | {"flush_tiles": flush}
+        return Fa3ForwardSpec.config(self) | {"block_descales": self.block_descales, "flush_tiles": flush}
 
     def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
         """``fa::Fa3Fp8FwdParams`` with its maps still to be encoded."""

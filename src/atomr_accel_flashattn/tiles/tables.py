@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..kernels.attention import AttentionSpec
 from ..kernels.kvcache import INVARIANT_GROUPS
 from ..kernels.spec import Family, Tile
-from ..limits import HEAD_DIM_WIDTHS, PHILOX_KEYS
+from ..limits import HEAD_DIM_WIDTHS, PHILOX_KEYS, SCALED_TOKENS
 from ..types import SmArch
 
 __all__ = [
@@ -159,10 +159,22 @@ _WGMMA_FP8 = {
 _WGMMA_FP8_CROWDED_KEYS = {128: 160, 192: 96, 256: 64}  # with slopes or a softcap in registers
 
 
-def fp8_wgmma_tile_for(head_dim: int, v_head_dim: int, *, crowded: bool = False) -> Tile:
-    """The tile of the wgmma family for two widths of fp8 (kernels/fa3_fp8.py); ``crowded``: whether ALiBi or softcap need registers."""
+_WGMMA_FP8_BLOCK_KEYS = {192: 64, 256: 64}  # with factors of blocks of 128 keys, of which a tile has one
+
+
+def fp8_wgmma_tile_for(head_dim: int, v_head_dim: int, *, crowded: bool = False, blocks: bool = False) -> Tile:
+    """The tile of the wgmma family for two widths of fp8 (kernels/fa3_fp8.py).
+
+    Args:
+        head_dim: width of q and k.
+        v_head_dim: width of v.
+        crowded: whether ALiBi or softcap need registers.
+        blocks: whether factors are those of blocks of tokens.
+    """
     wider = max(head_dim, v_head_dim)
     tile = _WGMMA_FP8[wider]
+    if blocks:
+        return replace(tile, block_n=_WGMMA_FP8_BLOCK_KEYS.get(wider, SCALED_TOKENS))
     return replace(tile, block_n=_WGMMA_FP8_CROWDED_KEYS.get(wider, tile.block_n)) if crowded else tile
 
 

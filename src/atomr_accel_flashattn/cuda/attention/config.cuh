@@ -30,7 +30,9 @@ struct Config {
   // The bits of a row depend on nothing but the row and what it sees (docs/semantics.md).
   bool batch_invariant = false;
   bool plain_kv = false;  // of a kernel over a cache: K and V are dense or packed arrays instead
-  int flush_tiles = 0;    // fp8: of keys, between additions of O to a float32 total; 0: none
+
+  bool block_descales = false;  // fp8: factors of blocks of tokens (block_descales.cuh)
+  int flush_tiles = 0;          // fp8: of keys, between additions of O to a float32 total; 0: none
   DType k_dtype = dtype, v_dtype = dtype, out_dtype = dtype;
   // fp8: each slot of a page has a descale of its own, else 128 tokens or more share one.
   bool k_token_scales = false, v_token_scales = false;

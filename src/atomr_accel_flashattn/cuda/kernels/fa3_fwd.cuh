@@ -7,6 +7,7 @@
 // next (3.2).
 #pragma once
 
+#include "attention/block_descales.cuh"
 #include "attention/output_total.cuh"
 #include "attention/rows.cuh"
 #include "attention/unowned_rows.cuh"
@@ -27,6 +28,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
   static constexpr bool kDescaled = Score<C>::kDescaled;
   using Rows = WarpRows<C, 1>;
   using Total = OutputTotal<C>;
+  using Scales = BlockDescales<C, Params>;
   static constexpr int kStepsQK = C.head_dim / MmaTraits<C.dtype>::kStep;   // of Q K^T
   static constexpr int kStepsPV = C.block_n / MmaTraits<C.v_dtype>::kStep;  // of P V
   static constexpr PingPongBarrier<C.ping_pong, kConsumers> ping_pong{};
@@ -54,12 +56,12 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     ptx::warpgroup_fence_operand(r.S[0]);
     while (!current.work.past_end()) {
       const int first_row = current.work.block_m * C.block_m;
-      Rows rows(p.fwd, current.work, current.seq, first_row + (warp_index() - 4) * 16,
-                kDescaled ? descale(Operand::QK, current.work) : 1.f);
+      Rows rows(p.fwd, current.work, current.seq, first_row + (warp_index() - 4) * 16, kDescaled ? descale_qk(current.work) : 1.f);
+      Scales scales(p, rows);
       typename Total::Memory memory;
       Total total(memory);
       bool pending = current.n >= 0;  // a PV product is in flight
-      int n = pending ? mainloop(rows, r, total, current.walk, current.n, warpgroup) : -1;
+      int n = pending ? mainloop(rows, r, total, scales, current.walk, current.n, warpgroup) : -1;
       auto drain_pv = [&] {
         ptx::wgmma_wait<0>();
         ptx::warpgroup_fence_operand(rows.rO[0]);
@@ -81,13 +83,13 @@ struct Fa3Forward : Fa3Producer<C, Source> {
       TileContext next{WorkTile::none()};
       if constexpr (C.persistent) {
         next = prologue(scheduler.get_next(), r, warpgroup, drain_pv);
-        rows.finalize(lse, kDescaled ? descale(Operand::V, current.work) : 1.f);
+        rows.finalize(lse, kDescaled ? descale_v(scales, current.work) : 1.f);
         ptx::wgmma_wait<1>();
         ptx::warpgroup_fence_operand(rows.rO[0]);
         if (pending) pipe_v.consumer_release();
       } else {
         ptx::optimisation_barrier(next.work.block_m);
-        rows.finalize(lse, kDescaled ? descale(Operand::V, current.work) : 1.f);
+        rows.finalize(lse, kDescaled ? descale_v(scales, current.work) : 1.f);
         drain_pv();
       }
       total.add_to(rows.rO[0]);
@@ -105,16 +107,20 @@ struct Fa3Forward : Fa3Producer<C, Source> {
   }
 
  private:
-  enum class Operand { QK, V };
-  // The factor of what is multiplied with q and k, or v.
-  __device__ __forceinline__ float descale(Operand operand, const WorkTile& work) const {
-    if constexpr (kDescaled) {
+  // Factors of scores, and of O, that are constant over a work tile; fp8 only.
+  __device__ __forceinline__ float descale_qk(const WorkTile& work) const {
+    if constexpr (kDescaled && !C.block_descales) {
       const int head_kv = kv_head_of<C>(p.fwd, work.head);
-      const auto read = [&](const float* x, const Strides& step) {
-        return x == nullptr ? 1.f : x[work.batch * step.batch + head_kv * step.head];
-      };
-      if (operand == Operand::V) return read(p.v_descale, p.v_descale_stride);
-      return read(p.q_descale, p.q_descale_stride) * read(p.k_descale, p.k_descale_stride);
+      return read_descale(p.q_descale, p.q_descale_stride, work.batch, head_kv, 0) *
+             read_descale(p.k_descale, p.k_descale_stride, work.batch, head_kv, 0);
+    }
+    return 1.f;
+  }
+  __device__ __forceinline__ float descale_v(const Scales& scales, const WorkTile& work) const {
+    if constexpr (C.block_descales) {
+      return scales.unit;
+    } else if constexpr (kDescaled) {
+      return read_descale(p.v_descale, p.v_descale_stride, work.batch, kv_head_of<C>(p.fwd, work.head), 0);
     }
     return 1.f;
   }
@@ -167,12 +173,18 @@ struct Fa3Forward : Fa3Producer<C, Source> {
 
   // Algorithm 2 of the paper: S of the next tile is multiplied during the softmax of this one. On
   // return the last PV is still in flight; returns the next tile that the block visits.
-  __device__ __forceinline__ int mainloop(Rows& rows, Fragments& r, Total& total, const TileWalk& walk, int n, int warpgroup) {
+  __device__ __forceinline__ int mainloop(Rows& rows, Fragments& r, Total& total, Scales& scales, const TileWalk& walk, int n,
+                                          int warpgroup) {
     int next = walk.next(n);
     pipe_k.consumer_release();
     if (next < 0) pipe_q.consumer_release();
+    if constexpr (C.block_descales) {
+      scales.load(n);
+      scales.apply(r.S[0]);
+    }
     rows.apply_bias_and_mask(r.S, n, static_cast<const KeysThere<Source::kHasHoles>&>(r));
     rows.online_softmax(r.S, n);  // nothing to rescale yet
+    if constexpr (C.block_descales) scales.change_unit(r.S[0], rows.rescale[0], false);
     r.pack_p();
     while (next >= 0) {
       pipe_k.consumer_wait();
@@ -184,12 +196,15 @@ struct Fa3Forward : Fa3Producer<C, Source> {
       ping_pong.arrive_next(warpgroup);
       n = next;
       next = walk.next(n);
+      if constexpr (C.block_descales) scales.load(n);
       ptx::wgmma_wait<1>();
       ptx::warpgroup_fence_operand(r.S[0]);
       pipe_k.consumer_release();
       if (next < 0) pipe_q.consumer_release();  // early: the producer waits for it
+      if constexpr (C.block_descales) scales.apply(r.S[0]);
       rows.apply_bias_and_mask(r.S, n, static_cast<const KeysThere<Source::kHasHoles>&>(r));
-      const bool grew = rows.online_softmax(r.S, n);
+      bool grew = rows.online_softmax(r.S, n);
+      if constexpr (C.block_descales) grew = scales.change_unit(r.S[0], rows.rescale[0], grew);
       ptx::wgmma_wait<0>();
       ptx::warpgroup_fence_operand(rows.rO[0]);
       pipe_v.consumer_release();
