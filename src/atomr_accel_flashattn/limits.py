@@ -67,7 +67,6 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "forward_mode": "forward-mode derivatives are not built; use the primal, as forward_ad.unpack_dual(x).primal",
         "fp8": "on a GPU f16 and bf16 are built; the CPU backend takes fp8",
         "fp8_backward": "fp8 has no backward: convert q, k and v to bfloat16 for a call with gradients",
-        "fp8_append": "new tokens of an fp8 cache are written on the CPU; quantise them and write them before the call",
         "invariant_dropout": "batch-invariant calls on a GPU drop nothing; the CPU backend does both",
         "invariant_token_scales": "batch-invariant calls take descales of v that 128 tokens or more share",
         "k_dtype": "q, k and v share one type, except that k and v may be fp8",

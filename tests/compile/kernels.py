@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
-from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
+from atomr_accel_flashattn.kernels.kv_append import Fp8AppendSpec, KvAppendSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
 from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
 from atomr_accel_flashattn.limits import FP8_OUT_DTYPES, HEAD_DIM_WIDTHS
@@ -227,7 +227,21 @@ def fp8_cache_specs() -> list[KernelSpec]:
         types = {"k_dtype": FP8[0], "v_dtype": FP8[0]}
         extras = Extras(**types, cache_rows=(16, 32, 64, 128)[(a + w) % 4], batch_invariant=(a + w) % 3 == 2, out_dtype=DType.BF16)
         keys.append(DispatchKey(arch, (DType.BF16, FP8[0])[(a + w) % 2], width, causal=True, paged=True, extras=extras))
-    return [step for key in keys for step in lookup(key).steps()]
+    appends = [
+        Fp8AppendSpec(
+            arch=FP8_ARCHS[i % 4],
+            dtype=(*DTYPES, FP8[0])[i % 3],
+            k_dtype=FP8[i % 2],
+            v_dtype=FP8[i // 2 % 2],
+            paged=i % 2 == 1,
+            interleaved=i % 4 == 1,
+            wide_rotary=i == 2,
+            k_token_scales=i % 6 == 1,
+            v_token_scales=i % 6 == 1,
+        )
+        for i in range(8)
+    ]
+    return [*(step for key in keys for step in lookup(key).steps()), *appends]
 
 
 def wgmma_cache_specs() -> list[KernelSpec]:

@@ -50,6 +50,8 @@ _DIVISION = (
     "a 64-bit division is a call, which leaves 40 registers to what lives across it; it cuts the work of a step, once for all its layers"
 )
 
+_DIVISIONS_OF_APPEND = "divisions of 64 bits, and exact ones of float32, are calls, which leave 40 registers to what lives across them"
+
 _SIXTEEN_WARPS = "sixteen warps leave 128 registers a thread; a loop invariant spills where the order of sums is fixed, stored once"
 
 _FP8 = (
@@ -60,6 +62,7 @@ _FP8 = (
 KNOWN_SPILLS = (
     Spill("step_schedule_*", 96, _DIVISION),
     Spill("step_combine_sm100_*", 8, _DIVISION),
+    Spill("fp8_append_*", 24, _DIVISIONS_OF_APPEND),
     Spill("fa2_fwd_*_d64_m128n128w4s1b2*", 24, _INVARIANTS),
     Spill("fa2_fwd_*_d96_m128n64w4s1b2*", 32, _INVARIANTS),
     Spill("fa2_fwd_*_d128_m128n64w4s1b2*", 144, _INVARIANTS),

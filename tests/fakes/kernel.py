@@ -20,7 +20,13 @@ from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams, Dropou
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams, Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
-from atomr_accel_flashattn.kernels.kv_append import KvAppendParams, KvAppendSpec
+from atomr_accel_flashattn.kernels.fp8_kvcache import (
+    DescaledKvCacheParams,
+    DescaledStepParams,
+    Fp8KvCacheSpec,
+    Fp8ScheduledKvCacheSpec,
+)
+from atomr_accel_flashattn.kernels.kv_append import Fp8AppendParams, Fp8AppendSpec, KvAppendParams, KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, KvCacheParams, KvCacheSpec, SplitCombineSpec
 from atomr_accel_flashattn.kernels.merge_states import MergeStatesParams, MergeStatesSpec
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
@@ -39,7 +45,12 @@ _FLAT_TENSOR = struct.Struct("<Q4q5i5ii")  # what ``tests.emulator.running.flat_
 
 def read_parameters(spec: KernelSpec, address: int) -> Any:
     """A copy of the parameters that lie there; those of the FA3 family are their ``fwd``."""
-    kinds = {DropoutMaskSpec: DropoutMaskParams, BackwardSpec: BwdParams, KvAppendSpec: KvAppendParams, MergeStatesSpec: MergeStatesParams}
+    kinds: dict[Any, Any] = {
+        Fp8KvCacheSpec: DescaledKvCacheParams,
+        Fp8ScheduledKvCacheSpec: DescaledStepParams,
+        Fp8AppendSpec: Fp8AppendParams,
+    }
+    kinds |= {DropoutMaskSpec: DropoutMaskParams, BackwardSpec: BwdParams, KvAppendSpec: KvAppendParams, MergeStatesSpec: MergeStatesParams}
     kinds |= dict.fromkeys((ScheduledKvCacheSpec, StepCombineSpec, StepScheduleSpec), StepParams)
     kinds |= dict.fromkeys((Fa2KvCacheSpec, SplitCombineSpec), KvCacheParams) | {Fa3KvCacheSpec: Fa3KvCacheParams}
     kind = next((params for of, params in kinds.items() if isinstance(spec, of)), FwdParams)

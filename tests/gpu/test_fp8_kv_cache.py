@@ -15,6 +15,7 @@ from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
 from tests.gpu.harness import poison_workspaces  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
+from tests.kv_cache.kernel_cases import FP8_APPENDS, check_fp8_append  # noqa: E402
 from tests.kv_cache.test_fp8_cache import AXES, check_row  # noqa: E402
 from tests.pairwise import covering_rows  # noqa: E402
 
@@ -39,6 +40,11 @@ def test_a_cache_is_read_with_its_descales(row: dict[str, Any]) -> None:
             check_row(row)
         return
     check_row(row)
+
+
+@pytest.mark.parametrize("name", FP8_APPENDS)
+def test_new_tokens_are_quantised_and_attended(name: str) -> None:
+    check_fp8_append(**FP8_APPENDS[name])
 
 
 def paged(length: int, width: int, kind: Any) -> tuple[Any, Any, Any, Any]:

@@ -9,7 +9,8 @@ from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_fp8_kvcache import Fa3Fp8KvCacheSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheSpec
-from atomr_accel_flashattn.kernels.kv_append import KvAppendSpec
+from atomr_accel_flashattn.kernels.fp8_kvcache import Fp8KvCacheSpec, Fp8ScheduledKvCacheSpec
+from atomr_accel_flashattn.kernels.kv_append import Fp8AppendSpec, KvAppendSpec
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec
 from atomr_accel_flashattn.kernels.merge_states import MergeStatesSpec
 from atomr_accel_flashattn.kernels.spec import Tile
@@ -29,7 +30,7 @@ WGMMA = Fa3ForwardSpec(
 FP8 = Fa3Fp8ForwardSpec(
     arch=SmArch.SM_90A, dtype=DType.F8E4M3, v_dtype=DType.F8E5M2, out_dtype=DType.BF16, head_dim=64, v_head_dim=64, tile=WGMMA.tile
 )
-FP8_CACHE = Fa3Fp8KvCacheSpec(
+FP8_WGMMA_CACHE = Fa3Fp8KvCacheSpec(
     arch=SmArch.SM_90A,
     dtype=DType.F8E4M3,
     out_dtype=DType.BF16,
@@ -48,3 +49,8 @@ SCHEDULED = ScheduledKvCacheSpec(arch=SmArch.SM_80, dtype=DType.F16, head_dim=32
 STEP = (StepScheduleSpec.before(SCHEDULED), *SCHEDULED.steps())
 MERGE = MergeStatesSpec(arch=SmArch.SM_80, dtype=DType.F16)
 APPEND = KvAppendSpec(arch=SmArch.SM_80, dtype=DType.F16, paged=True)
+_FP8 = {"arch": SmArch.SM_89, "dtype": DType.F16, "k_dtype": DType.F8E4M3, "v_dtype": DType.F8E5M2, "paged": True}
+FP8_CACHES = (
+    *(kind(**_FP8, head_dim=32, v_head_dim=32, tile=CACHE.tile) for kind in (Fp8KvCacheSpec, Fp8ScheduledKvCacheSpec)),
+    Fp8AppendSpec(**_FP8),
+)

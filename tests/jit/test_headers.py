@@ -16,7 +16,21 @@ from atomr_accel_flashattn.jit.headers import closure_digest, include_closure
 from atomr_accel_flashattn.kernels.spec import KernelSpec
 from atomr_accel_flashattn.tiles.saved import headers_identity
 from atomr_accel_flashattn.types import DType, SmArch
-from tests.jit.kernels import APPEND, BACKWARD, CACHE, COMBINE, FORWARD, FP8, FP8_CACHE, MASK, MERGE, STEP, WGMMA, WGMMA_CACHE
+from tests.jit.kernels import (
+    APPEND,
+    BACKWARD,
+    CACHE,
+    COMBINE,
+    FORWARD,
+    FP8,
+    FP8_CACHES,
+    FP8_WGMMA_CACHE,
+    MASK,
+    MERGE,
+    STEP,
+    WGMMA,
+    WGMMA_CACHE,
+)
 
 ROOMS = ("ptx", "tile", "attention", "kernels")  # includes point to the same room or to one before it
 STEPS = dict(zip(("before", "backward", "behind"), BACKWARD.steps(), strict=True))
@@ -24,7 +38,7 @@ KERNELS = {
     "fa2": FORWARD,
     "fa3": WGMMA,
     "fa3_fp8": FP8,
-    "fa3_fp8_cache": FP8_CACHE,
+    "fa3_fp8_cache": FP8_WGMMA_CACHE,
     "dropout_mask": MASK,
     **STEPS,
     "cache": CACHE,
@@ -32,7 +46,7 @@ KERNELS = {
     "combine": COMBINE,
     "append": APPEND,
     "merge": MERGE,
-    **{spec.HEADER: spec for spec in STEP},
+    **{spec.HEADER: spec for spec in (*STEP, *FP8_CACHES)},
 }
 HEADERS = sorted(path.relative_to(headers.headers_dir()).as_posix() for path in headers.headers_dir().rglob("*.cuh"))
 

@@ -18,7 +18,7 @@ from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
 from atomr_accel_flashattn.kernels.fp8_kvcache import DescaledKvCacheParams, DescaledStepParams
-from atomr_accel_flashattn.kernels.kv_append import KvAppendParams
+from atomr_accel_flashattn.kernels.kv_append import Fp8AppendParams, KvAppendParams
 from atomr_accel_flashattn.kernels.kvcache import KvCacheParams
 from atomr_accel_flashattn.kernels.merge_states import MergeStatesParams
 from atomr_accel_flashattn.kernels.params import KernelParams, StrideParams, TensorMapParams
@@ -44,6 +44,7 @@ _STRUCTS = {
     DescaledKvCacheParams: "fa::DescaledKvCacheParams",
     DescaledStepParams: "fa::DescaledStepParams",
     KvAppendParams: "fa::KvAppendParams",
+    Fp8AppendParams: "fa::Fp8AppendParams",
     DropoutMaskParams: "fa::DropoutMaskParams",
     MergeStatesParams: "fa::MergeStatesParams",
 }

@@ -49,6 +49,8 @@ def download(array: Any) -> Array:
         return array
     host = array.detach().cpu()
     name = str(host.dtype)
+    if "float8" in name:
+        return np.asarray(host.view(__import__("torch").uint8).numpy().view(getattr(ml_dtypes, name.removeprefix("torch."))))
     return np.asarray(host.view(__import__("torch").int16).numpy().view(ml_dtypes.bfloat16) if "bfloat16" in name else host.numpy())
 
 

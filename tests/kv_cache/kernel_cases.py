@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from tests.pairwise import covering_rows
 
 __all__ = [
     "APPENDS",
+    "FP8_APPENDS",
     "GRID",
     "HALF",
     "PLANNED",
@@ -23,6 +25,7 @@ __all__ = [
     "UNFIT",
     "check_append",
     "check_entries_outside",
+    "check_fp8_append",
     "check_length",
     "check_new_tokens_without_room",
     "check_pages",
@@ -110,6 +113,42 @@ def check_append(asked: dict[str, Any], *, causal: bool) -> None:
         np.testing.assert_array_equal(cases.download(device[cache]), host[cache], err_msg="bits of the cache")
     close(made, expected, **HALF)
     close(made_lse, lse, rtol=1e-3, atol=1e-3)
+
+
+FP8_APPENDS: dict[str, dict[str, Any]] = {
+    "of heads": {"unit": fa.ScaleUnit.HEAD, "paged": True, "new": 3},
+    "of blocks, contiguous": {"unit": fa.ScaleUnit.BLOCK, "paged": False, "new": 3, "kind": ml_dtypes.float8_e5m2},
+    "of tokens": {"unit": fa.ScaleUnit.TOKEN, "paged": True, "new": 5},
+    "of tokens, rotary": {"unit": fa.ScaleUnit.TOKEN, "paged": True, "new": 5, "rotary_dim": 12, "q_len": 7},
+    "of one number, rotary of halves": {"unit": fa.ScaleUnit.TENSOR, "paged": False, "new": 2, "rotary_dim": 32, "interleaved": False},
+    "without one": {"unit": None, "paged": True, "new": 1, "rotary_dim": 6, "wide": True},
+    "copied": {"unit": fa.ScaleUnit.HEAD, "paged": True, "new": 20, "copied": True},
+    "copied, contiguous": {"unit": None, "paged": False, "new": 2, "copied": True},
+}
+
+
+def check_fp8_append(*, unit: fa.ScaleUnit | None, kind: Any = ml_dtypes.float8_e4m3fn, copied: bool = False, **kind_of_call: Any) -> None:
+    """As :func:`check_append` with a cache of fp8; descales of tokens have equal bits, too."""
+    asked, random = with_new_tokens(**kind_of_call), np.random.default_rng(7)
+    for name in ("k_cache", "v_cache", *(("k", "v") if copied else ())):
+        asked[name] = asked[name].astype(kind)
+    pages = asked["k_cache"].shape[:2]
+    slots = asked["block_table"].shape[1] * pages[1] if "block_table" in asked else pages[1]
+    shapes = {
+        fa.ScaleUnit.TENSOR: (),
+        fa.ScaleUnit.HEAD: (3, 2),
+        fa.ScaleUnit.BLOCK: (3, 2, -(-slots // 128)),
+        fa.ScaleUnit.TOKEN: (*pages, 2),
+    }
+    if unit is not None:
+        asked |= {f"{name}_descale": np.asarray(random.uniform(0.3, 2, shapes[unit]), np.float32) for name in "kv"}
+    host, device = ({key: place(x) if isinstance(x, np.ndarray) else x for key, x in asked.items()} for place in (np.copy, cases.upload))
+    expected = fa.flash_attn_with_kvcache(**host, causal=True)
+    made = fa.flash_attn_with_kvcache(**device, causal=True)
+    for name in ("k_cache", "v_cache", *(("k_descale", "v_descale") if unit is not None else ())):
+        bits = np.float32 if name.endswith("descale") else np.uint8
+        np.testing.assert_array_equal(cases.download(device[name]).view(bits), host[name].view(bits), err_msg=name)
+    close(made, expected, **HALF)
 
 
 def with_entries_outside(queries: int, page: int) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.cases import CacheCase, check_cached  # noqa: E402
 from tests.kv_cache.kernel_cases import (  # noqa: E402
     APPENDS,
+    FP8_APPENDS,
     GRID,
     HALF,
     PLANNED,
@@ -32,6 +33,7 @@ from tests.kv_cache.kernel_cases import (  # noqa: E402
     UNFIT,
     check_append,
     check_entries_outside,
+    check_fp8_append,
     check_length,
     check_new_tokens_without_room,
     check_pages,
@@ -58,9 +60,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 def on_card(array: Any) -> Any:
     if array is None:
         return None
-    host = np.ascontiguousarray(array)
+    host = np.ascontiguousarray(array).reshape(array.shape)  # which makes a dimension where there is none
     if host.dtype.name == "bfloat16":
         return fake(torch.from_numpy(host.view(np.int16).copy()).view(torch.bfloat16))
+    if host.dtype.name.startswith("float8"):
+        return fake(torch.from_numpy(host.view(np.uint8).copy()).view(getattr(torch, host.dtype.name)))
     return fake(torch.from_numpy(host.copy()))
 
 
@@ -111,6 +115,12 @@ def test_new_tokens_are_written_and_attended(gpu: FakeGpu, name: str, causal: bo
     assert [spec.HEADER for spec, *_ in gpu.launches][:2] == ["kv_append", "fa2_kvcache"]
 
 
+@pytest.mark.parametrize("name", FP8_APPENDS)
+def test_new_tokens_are_quantised_and_attended(gpu: FakeGpu, name: str):
+    check_fp8_append(**FP8_APPENDS[name])
+    assert [spec.HEADER for spec, *_ in gpu.launches][:2] == ["fp8_append", "fp8_kvcache"]
+
+
 def test_tokens_that_do_not_fit_are_not_written(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
     """Lengths on a GPU are not looked at: what fits is covered, and nothing beyond is touched."""
     asked = with_new_tokens(paged=True, new=5)
@@ -125,7 +135,7 @@ def test_tokens_that_do_not_fit_are_not_written(gpu: FakeGpu, monkeypatch: pytes
 
 def test_entries_outside_the_cache_are_no_keys(gpu: FakeGpu):
     check_entries_outside()
-    assert gpu.launches
+    assert [spec.HEADER for spec, *_ in gpu.launches][:2] == ["fp8_append", "fp8_kvcache"]
 
 
 @pytest.mark.parametrize(("softcap", "splits"), [(0.0, 1), (20.0, 2)])

@@ -8,11 +8,11 @@ from math import prod
 from typing import ClassVar, Final
 
 from ..problem import ArrayInfo, AttentionProblem, Strides
-from ..types import DType
+from ..types import DType, ScaleUnit, SmArch
 from .params import KernelParams, StrideParams
 from .spec import SimpleKernelSpec, literal
 
-__all__ = ["KvAppendParams", "KvAppendSpec", "rotated_bytes", "rotated_strides"]
+__all__ = ["Fp8AppendParams", "Fp8AppendSpec", "KvAppendParams", "KvAppendSpec", "rotated_bytes", "rotated_strides"]
 
 _CHUNK: Final = 8  # columns of a thread
 
@@ -21,6 +21,14 @@ _SOURCE = """\
 
 extern "C" __global__ void __launch_bounds__({threads}) {name}(const __grid_constant__ fa::KvAppendParams p) {{
   fa::kv_append<fa::DType::{dtype}, {threads}, {flags}>(p);
+}}
+"""
+
+_FP8_SOURCE = """\
+#include "kernels/fp8_append.cuh"
+
+extern "C" __global__ void __launch_bounds__({threads}) {name}(const __grid_constant__ fa::Fp8AppendParams p) {{
+  fa::fp8_append<{types}, {threads}, {flags}>(p);
 }}
 """
 
@@ -38,6 +46,17 @@ class KvAppendParams(KernelParams):
         ("table_stride", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "heads_kv", "seqlen_q", "seqlen_new", "head_dim", "v_head_dim")),
         *((name, ctypes.c_int32) for name in ("block_size", "num_blocks", "capacity", "rotary_dim", "rotary_rows", "q_advances")),
+    )
+
+
+class Fp8AppendParams(KernelParams):
+    """``fa::Fp8AppendParams``. Its addresses run on into those of ``fa::KvAppendParams``."""
+
+    SLOTS = ("k_descale", "v_descale", "left_pad", *KvAppendParams.SLOTS)
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in SLOTS[:3]),
+        ("append", KvAppendParams),
+        *((f"{name}_step", StrideParams) for name in "kv"),
     )
 
 
@@ -74,6 +93,33 @@ class KvAppendSpec(SimpleKernelSpec):
             work += problem.batch * problem.seqlen_q * problem.heads * k_chunks
         return -(-work // self.THREADS)
 
+    @classmethod
+    def for_cache(cls, arch: SmArch, problem: AttentionProblem) -> KvAppendSpec:
+        """The kernel that writes the new tokens of a call, and turns its q."""
+        cache = problem.cache
+        assert cache is not None and cache.new is not None and problem.q.dtype is not None  # noqa: S101, PT018 - callers have looked
+        rotary, dtype = cache.new.rotary, cache.new.v.dtype
+        assert dtype is not None  # noqa: S101 - requests have checked it
+        flags = {
+            "paged": cache.paged,
+            "interleaved": rotary is not None and rotary.interleaved,
+            "wide_rotary": rotary is not None and rotary.cos.dtype is DType.F32,
+        }
+        if problem.descales is None:
+            return KvAppendSpec(arch=arch, dtype=dtype, **flags)
+        quantises = not dtype.is_fp8
+        tokens = {
+            f"{name}_token_scales": quantises and each is not None and each.unit is ScaleUnit.TOKEN
+            for name, each in (("k", problem.descales.k), ("v", problem.descales.v))
+        }
+        k, v = problem.k.dtype, problem.v.dtype
+        assert k is not None and v is not None  # noqa: S101, PT018 - requests have checked it
+        return Fp8AppendSpec(arch=arch, dtype=dtype if quantises else DType.F8E4M3, k_dtype=k, v_dtype=v, **flags, **tokens)
+
+    def pack_call(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
+        """The parameters of one call without addresses."""
+        return self.pack(problem, out)
+
     def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KvAppendParams:  # noqa: ARG002 - o has no part in it
         """``fa::KvAppendParams`` of one call without addresses. Rotated q is row-major."""
         cache = problem.cache
@@ -103,6 +149,47 @@ class KvAppendSpec(SimpleKernelSpec):
             rotary_rows=0 if rotary is None else rotary.cos.shape[0],
             q_advances=int(problem.band.left is not None or problem.band.right is not None),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8AppendSpec(KvAppendSpec):
+    """A warp writes a row of K or V, or turns one of Q. ``dtype`` is that of new K and V; e4m3 says that they are fp8, as the cache."""
+
+    HEADER: ClassVar[str] = "fp8_append"
+
+    k_dtype: DType
+    v_dtype: DType
+    k_token_scales: bool = False  # made here, of each token and head
+    v_token_scales: bool = False
+
+    @property
+    def expected_instructions(self) -> tuple[str, ...]:
+        """The conversion to 8 bits, or the copy of bytes."""
+        return ("STG.E.U8",) if self.dtype.is_fp8 else ("F2FP", "STG.E.U8")
+
+    def body(self) -> str:
+        """One include and one entry."""
+        types = ", ".join(f"fa::DType::{dtype.name}" for dtype in (self.dtype, self.k_dtype, self.v_dtype))
+        given = (self.paged, self.interleaved, self.wide_rotary, self.k_token_scales, self.v_token_scales)
+        flags = ", ".join(literal(flag) for flag in given)
+        return _FP8_SOURCE.format(threads=self.THREADS, name=self.kernel_name, types=types, flags=flags)
+
+    def work_tiles(self, problem: AttentionProblem) -> int:
+        """A block for as many rows as it has warps."""
+        cache = problem.cache
+        if cache is None or cache.new is None:
+            return 0
+        rows = 2 * problem.batch * cache.new.longest * problem.heads_kv
+        if cache.new.rotary is not None:
+            rows += problem.batch * problem.seqlen_q * problem.heads
+        return -(-rows // (self.THREADS // 32))
+
+    def pack_call(self, problem: AttentionProblem, out: ArrayInfo) -> Fp8AppendParams:
+        """``fa::Fp8AppendParams`` of one call without addresses."""
+        given = problem.descales
+        assert given is not None  # noqa: S101 - for_cache has looked
+        steps = {f"{name}_step": StrideParams(*each.strides) for name, each in (("k", given.k), ("v", given.v)) if each is not None}
+        return Fp8AppendParams(append=self.pack(problem, out), **steps)
 
 
 def rotated_strides(problem: AttentionProblem) -> Strides:

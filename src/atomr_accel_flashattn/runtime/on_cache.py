@@ -19,9 +19,8 @@ from ..kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
 from ..kernels.step import StepParams
 from ..launch.error_word import error_word
 from ..launch.launcher import Launch, LaunchSeries
-from ..limits import MAX_GRID, not_built
+from ..limits import MAX_GRID
 from ..problem import ArrayInfo, AttentionProblem
-from ..types import DType
 from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
 
 __all__ = ["cache_addresses", "check_scheduled", "plan_on_cache", "workspace_on_cache"]
@@ -58,18 +57,9 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
     launches: list[Launch | LaunchSeries | None] = []
     rotated = problem
     if cache is not None and cache.new is not None:
-        if problem.descales is not None:
-            raise not_built("fp8_append")
-        rotary = cache.new.rotary
-        append = KvAppendSpec(
-            arch=spec.arch.without_wgmma,
-            dtype=spec.dtype,
-            paged=cache.paged,
-            interleaved=rotary is not None and rotary.interleaved,
-            wide_rotary=rotary is not None and rotary.cos.dtype is DType.F32,
-        )
-        launches.append(launch_of(append, problem, append.pack(problem, outputs.out), _SLOTS_OF_APPEND))
-        if rotary is not None:
+        append = KvAppendSpec.for_cache(spec.arch.without_wgmma, problem)
+        launches.append(launch_of(append, problem, append.pack_call(problem, outputs.out), _SLOTS_OF_APPEND))
+        if cache.new.rotary is not None:
             rotated = replace(problem, q_strides=rotated_strides(problem))
     blocks = spec.work_tiles(problem) * parts
     if blocks > MAX_GRID and problem.step is None:

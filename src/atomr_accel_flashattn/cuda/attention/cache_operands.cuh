@@ -40,18 +40,19 @@ struct CacheOperands {
 };
 
 // K and V in fp8 and Q in fp8 or 16 bits: all are f16 for the products. K and V are widened on the
-// way from shared memory to the products, Q on the way there. bf16 has a larger range: rows of Q are
-// scaled by a power of two, with which the largest number of a row is in [2^14, 2^15), and numbers
-// of 2^-32 of it are still exact. P in f16 has three bits more than in bf16.
+// way from shared memory to the products, Q on the way there. bf16 has a larger range: rows of Q
+// are scaled by a power of two, with which the largest number of a row is in [2^14, 2^15), and
+// numbers of 2^-32 of it are still exact. P in f16 has three bits more than in bf16.
 //
 // ldmatrix gives a lane four neighbouring bytes where it gives two elements of 16 bits. Nothing is
-// shuffled for that. Q K^T: a lane has columns 4c to 4c + 3 of 16 for 2c, 2c + 1, 2c + 8 and 2c + 9,
-// and Q lies in shared memory in that order. P V: of the 16 columns of two accumulator tiles, one
-// has the even ones, the other one the odd ones.
+// shuffled for that. Q K^T: a lane has columns 4c to 4c + 3 of 16 for 2c, 2c + 1, 2c + 8 and 2c +
+// 9, and Q lies in shared memory in that order. P V: of the 16 columns of two accumulator tiles,
+// one has the even ones, the other one the odd ones.
 template <Config C>
 struct CacheOperands<C, true> {
   static constexpr bool kConverts = true, kFp8Q = bytes_of(C.dtype) == 1, kScalesQ = C.dtype == DType::BF16;
-  // P is rounded to fp8 before it is multiplied with descales of its keys, as they are factors of V.
+  // P is rounded to fp8 before it is multiplied with descales of its keys, as they are factors of
+  // V.
   static constexpr bool kRoundsEarly = kFp8Q && (C.v_token_scales || C.batch_invariant);
   using Range = typename RangeOf<C.v_dtype, kFp8Q>::Type;
   static constexpr bool kPairsColumns = true;
@@ -73,7 +74,8 @@ struct CacheOperands<C, true> {
 
   // All rows of Q, eight threads a row. Rows that do not exist are zeros.
   static __device__ __forceinline__ void load_q(uint32_t sQ, const FwdParams& f, const WorkTile& work, const Sequence& seq) {
-    constexpr int kLanes = 8, kChunks = C.head_dim / 16, kHeld = (kChunks + kLanes - 1) / kLanes;  // chunks of 16 columns
+    // Chunks of 16 columns.
+    constexpr int kLanes = 8, kChunks = C.head_dim / 16, kHeld = (kChunks + kLanes - 1) / kLanes;
     const auto* q = static_cast<const Bits<C.dtype>*>(f.q) + seq.batch * f.q_stride.batch + seq.q_row * f.q_stride.row;
     for (int item = threadIdx.x; item < C.block_m * kLanes; item += 32 * C.warps) {
       const int r = item / kLanes, lane = item % kLanes, row = work.block_m * C.block_m + r;
@@ -195,7 +197,8 @@ struct CacheOperands<C, true> {
     for (int i = 0; i < kHeld; ++i) look(even[i]), look(odd[i]);
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    const int exponent = max(15, __float_as_int(largest) >> 23);  // biased; 255: infinity, which stays
+    // Biased; 255: infinity, which stays.
+    const int exponent = max(15, __float_as_int(largest) >> 23);
     const float scale = exponent == 255 ? 1.f : __int_as_float((268 - exponent) << 23);
     const auto convert = [scale](uint32_t& word) {
       word = ptx::pack_f16(ptx::widen_bf16(word & 0xffff) * scale, ptx::widen_bf16(word >> 16) * scale);

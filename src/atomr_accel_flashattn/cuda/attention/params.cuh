@@ -167,6 +167,14 @@ struct KvAppendParams {
   int32_t q_advances;  // query i has the position of new token i; else all that of the first
 };
 
+// The same into a cache of fp8, whose descales of tokens are written.
+struct Fp8AppendParams {
+  float *k_descale, *v_descale;  // null: 1
+  const int32_t* left_pad;       // as in KvCacheParams
+  KvAppendParams append;
+  Strides k_step, v_step;  // as in DescaledKvCacheParams
+};
+
 // Two states of attention and where they go: o (batch, seqlen, heads, cols), LSE (batch, heads,
 // seqlen), each with strides of its own.
 struct MergeStatesParams {

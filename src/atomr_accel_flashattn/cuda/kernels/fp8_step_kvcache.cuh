@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward attention over a cache of fp8 K and V in the blocks of a StepPlan (step_kvcache.cuh), with
-// descales.
+// Forward attention over a cache of fp8 K and V in the blocks of a StepPlan (step_kvcache.cuh),
+// with descales.
 #pragma once
 
 #include "attention/descales.cuh"

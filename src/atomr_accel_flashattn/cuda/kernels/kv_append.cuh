@@ -13,6 +13,7 @@ struct KvAppend {
   static constexpr int kChunk = 8;  // columns of a thread
   using Traits = MmaTraits<kDType>;
   const KvAppendParams& p;
+  __device__ __forceinline__ explicit KvAppend(const KvAppendParams& params) : p(params) {}
 
   // Work is a number for each chunk of each row of new K, then of new V, then of Q.
   __device__ __forceinline__ void run(int64_t work) const {
@@ -27,7 +28,7 @@ struct KvAppend {
     }
   }
 
- private:
+ protected:
   static __device__ __forceinline__ int chunks(int cols) { return (cols + kChunk - 1) / kChunk; }
 
   __device__ __forceinline__ void append(int64_t work, int row_chunks, const void* source, const Strides& stride, void* cache,
@@ -96,13 +97,17 @@ struct KvAppend {
         to[i] = from[i];
         continue;
       }
-      const int pair = kInterleaved ? i / 2 : i % half;
-      const bool second = kInterleaved ? i % 2 == 1 : i >= half;
-      const int other = kInterleaved ? i ^ 1 : second ? i - half : i + half;
-      const float cos = widen(p.cos, rotation * half + pair), sin = widen(p.sin, rotation * half + pair);
-      const float x = Traits::widen(from[i]), y = Traits::widen(from[other]);
-      to[i] = static_cast<uint16_t>(Traits::pack(second ? fmaf(x, cos, y * sin) : fmaf(x, cos, -(y * sin)), 0.f));
+      to[i] = rotated(from, i, half, rotation);
     }
+  }
+  // Column i < rotary_dim, rotated.
+  __device__ __forceinline__ uint16_t rotated(const uint16_t* from, int i, int half, int64_t rotation) const {
+    const int pair = kInterleaved ? i / 2 : i % half;
+    const bool second = kInterleaved ? i % 2 == 1 : i >= half;
+    const int other = kInterleaved ? i ^ 1 : second ? i - half : i + half;
+    const float cos = widen(p.cos, rotation * half + pair), sin = widen(p.sin, rotation * half + pair);
+    const float x = Traits::widen(from[i]), y = Traits::widen(from[other]);
+    return static_cast<uint16_t>(Traits::pack(second ? fmaf(x, cos, y * sin) : fmaf(x, cos, -(y * sin)), 0.f));
   }
   // Of cos and sin, which are of the type of K or float32.
   static __device__ __forceinline__ float widen(const void* x, int64_t at) {
@@ -112,7 +117,7 @@ struct KvAppend {
 
 template <DType kDType, int kThreads, bool kPaged, bool kInterleaved, bool kWideRotary>
 __device__ __forceinline__ void kv_append(const KvAppendParams& p) {
-  KvAppend<kDType, kPaged, kInterleaved, kWideRotary>{p}.run(int64_t{blockIdx.x} * kThreads + threadIdx.x);
+  KvAppend<kDType, kPaged, kInterleaved, kWideRotary>(p).run(int64_t{blockIdx.x} * kThreads + threadIdx.x);
 }
 
 }  // namespace fa

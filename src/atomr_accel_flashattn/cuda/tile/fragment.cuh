@@ -35,7 +35,8 @@ struct FragmentReader {
   // block_col counts 16-element columns. Its low bits are XORed with the swizzle, the others added;
   // tiles are 128-byte aligned.
   __device__ __forceinline__ uint32_t at(int row, int block_col) const {
-    constexpr int kSwizzled = kCols % 64 == 0 ? 4 : kCols % 32 == 0 ? 2 : 1;  // 16-element columns in a swizzle span
+    // 16-element columns in a swizzle span.
+    constexpr int kSwizzled = kCols % 64 == 0 ? 4 : kCols % 32 == 0 ? 2 : 1;
     return (lane_base ^ ((block_col % kSwizzled) << 5)) + (block_col / kSwizzled) * (kSwizzled << 5) + row * Tile::kPitch;
   }
 };
