@@ -231,8 +231,8 @@ def fp8_cells() -> list[Cell]:
 def select(patterns: str | None, cells: Sequence[Cell] | None = None) -> list[Cell]:
     """Of ``cells`` those whose name matches one of the comma-separated patterns; None is every cell.
 
-    ``cells`` None are :func:`all_cells`, and by name :func:`fp8_cells` too. In patterns ``*`` and ``?`` stand for others; a bare word matches
-    anywhere.
+    ``cells`` None are :func:`all_cells`, and by name :func:`fp8_cells` too. In patterns ``*`` and ``?`` stand for others; a bare word
+    matches anywhere.
 
     Raises:
         ValueError: no cell matches; the message lists the names.
