@@ -19,6 +19,7 @@ import atomr_accel_flashattn as fa
 
 LENGTHS = (512, 2048, 8192, 32768, 131072)
 SPREADS = (0.25, 0.5, 1.0, 2.0, 4.0)
+Y_TICKS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.4)
 TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 QUERIES, HEADS, WIDTH, CHUNK = 128, 2, 128, 16384
 
@@ -104,6 +105,10 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
             own = [point for point in found if (point["who"], point["type"], point["axis"]) == (who, kind, axis)]
             panel.plot([point[x] for point in own], [point["error"] for point in own], marker="o", label=f"{who}, {kind}")
         panel.set(xscale="log", yscale="log", xlabel=label)
+        ticks = LENGTHS if x == "keys" else SPREADS
+        panel.set_xticks(ticks, [f"{tick / 1024:g}k" if tick >= 1024 else str(tick) for tick in ticks])
+        panel.set_yticks(Y_TICKS, map(str, Y_TICKS))
+        panel.minorticks_off()
         panel.grid(visible=True, alpha=0.3)
     axes[0].set_ylabel("relative error of o")
     axes[0].legend()
