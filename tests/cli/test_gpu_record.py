@@ -52,7 +52,7 @@ def test_the_text_is_json_of_one_line_an_entry() -> None:
 def test_the_committed_record_is_small_and_counts_every_test_once() -> None:
     path = RESULTS / "gpu_tests.json"
     record = json.loads(path.read_text())
-    assert path.stat().st_size < 20_000
+    assert path.stat().st_size < 40_000  # a row a test would be a megabyte
     counted = sum(count for outcomes in record["functions"].values() for count in outcomes.values())
     assert counted == sum(record["outcomes"].values())
     assert sum(map(len, record["skipped"].values())) == record["outcomes"].get("skipped", 0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -63,7 +64,7 @@ class GraphClock(Clock):
         turns = max(1, round(_GRAPH_SECONDS / guess / len(calls)))
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _no_collection(), torch.cuda.graph(graph):
             for _ in range(turns):
                 for call in calls:
                     call()
@@ -78,6 +79,18 @@ class GraphClock(Clock):
     def ceilings(self) -> dict[str, float]:
         """Reading, copying, and a bf16 matmul."""
         return {"read_gbs": read_ceiling(self.device)} | ceilings()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector waits: a graph of a cell before that it frees inside a capture makes the capture fail."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class HostClock(Clock):
