@@ -95,7 +95,7 @@ class Variant:
         forward = params.fwd if isinstance(params, Fa3FwdParams) else params
         forward.section_heads = self.section_heads or forward.section_heads
         again = launch.kernel.launch_of(params, launch.grid, SLOTS)
-        return repeated(Plan((again,), plan.out_strides), request, inputs.q)
+        return repeated(Plan((again,), plan.out_strides), request)
 
 
 def compile_all(variants: dict[str, Variant], cells: list[Cell], device: torch.device) -> None:

@@ -22,10 +22,11 @@ class CachedFwdRequest(ForwardRequest):
     Attributes:
         q: (B, Sq, Hq, D), or packed (total_q, Hq, D) with ``cu_seqlens_q``.
         k_cache: contiguous (rows, slots, Hkv, D), with at least B rows unless there is ``cache_batch_idx``; paged (blocks, block size, Hkv,
-            D), or (blocks, Hkv, block size, D) with ``layout`` HND. Of q's type. Written in place where there are new tokens.
+            D), or (blocks, Hkv, block size, D) with ``layout`` HND. Of q's type, or of fp8. Written in place
+            where there are new tokens.
         v_cache: the same with Dv.
         cache_seqlens: int32 (B,), slots in use before new tokens, left padding counted.
-        k: (B, new, Hkv, D), new keys that are written behind the others; None for none.
+        k: (B, new, Hkv, D), new keys that are written behind the others; None for none. Those of 16 bits are quantised for a cache of fp8.
         v: (B, new, Hkv, Dv).
         cu_seqlens_q: where the sequences of a packed q begin.
         block_table: int32 (B, entries), the pages of each sequence. Entries past the length are not read; those outside of
@@ -39,7 +40,7 @@ class CachedFwdRequest(ForwardRequest):
         num_splits: parts that the keys of a row are cut into, 0 for as many as suit; at most 128.
         max_seqlen_k: upper bound of the lengths, new tokens counted; None is what there is room for.
         plan: a StepPlan, which cuts the keys by the lengths on the device; without ``num_splits``.
-        mask, bias, sink_tokens, options, out, problem, out_array, plan_key: as in ForwardRequest; dropout is refused.
+        mask, bias, sink_tokens, options, fp8, out, problem, out_array, plan_key: as in ForwardRequest; dropout is refused.
 
     Raises:
         SeqLensError: lengths (those in host memory are looked at) that are negative, or more than there are slots.

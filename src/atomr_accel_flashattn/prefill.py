@@ -94,13 +94,13 @@ class ChunkedPrefillRequest(ForwardRequest):
         q: (total, Hq, D), the new tokens of all sequences, one after the other.
         k: (total, Hkv, D).
         v: (total, Hkv, Dv).
-        k_cache: (rows, slots, Hkv, D), written in place.
+        k_cache: (rows, slots, Hkv, D), written in place; one of fp8 gets tokens of 16 bits quantised.
         v_cache: (rows, slots, Hkv, Dv).
         chunks: a ChunkLayout for each sequence, in the order of q.
         cache_batch_idx: int32 (B,), the row of the cache that each sequence has; None is row b.
         rotary_cos, rotary_sin, rotary_interleaved, num_splits, plan: as in CachedFwdRequest.
         mask: causal unless given; hides tokens after the query's own.
-        bias, sink_tokens, options, out, problem, out_array, plan_key: as in ForwardRequest; dropout is refused.
+        bias, sink_tokens, options, fp8, out, problem, out_array, plan_key: as in ForwardRequest; dropout is refused.
 
     Raises:
         ChunkLayoutError: chunks that do not add up to the rows of q.

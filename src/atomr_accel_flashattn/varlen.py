@@ -31,7 +31,7 @@ class VarlenFwdRequest(ForwardRequest):
         v: (total_k, Hkv, Dv).
         cu_seqlens_q: where the sequences of q begin.
         cu_seqlens_k: where those of k and v begin, None is as q.
-        mask, bias, sink_tokens, options, out, problem, out_array, plan_key: as in ForwardRequest.
+        mask, bias, sink_tokens, options, fp8, out, problem, out_array, plan_key: as in ForwardRequest.
 
     Raises:
         ConstructionError: the subclass says which argument is wrong; nothing has been written.

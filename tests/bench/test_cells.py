@@ -6,7 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from atomr_accel_flashattn.bench.cache_cells import select_cache_cells
 from atomr_accel_flashattn.bench.cells import Cell, all_cells, select
+from atomr_accel_flashattn.types import DType
 
 
 def test_the_grid_holds_its_tokens_and_its_width_in_every_cell() -> None:
@@ -85,7 +87,21 @@ def test_select_takes_patterns_and_bare_words() -> None:
     assert {cell.group for cell in select("varlen, gqa")} == {"varlen", "gqa"}
 
 
+def test_cells_of_fp8_are_there_by_name_alone() -> None:
+    chosen = select("fp8")
+    assert len(chosen) == 18
+    assert {str(cell).rpartition("_")[2] for cell in chosen} == {"e4m3"}
+    assert not set(chosen) & set(select(None))
+    wide = replace(chosen[0], dtype=DType.BF16)
+    assert chosen[0].min_bytes * 2 < wide.min_bytes * 1.3  # o has 16 bits
+    by_name = select_cache_cells("fp8")
+    assert {(cell.dtype, cell.type_of_q) for cell in by_name} == {(DType.F8E4M3, DType.BF16), (DType.F8E4M3, DType.F8E4M3)}
+    known = {str(cell) for cell in select_cache_cells(None)}
+    assert {cell.beside for cell in by_name} <= known
+    assert not known & {str(cell) for cell in by_name}
+
+
 def test_select_refuses_what_matches_nothing_and_lists_the_cells() -> None:
-    with pytest.raises(ValueError, match=re.escape("no benchmark cell matches 'fp8'")) as refusal:
-        select("fp8")
+    with pytest.raises(ValueError, match=re.escape("no benchmark cell matches 'int4'")) as refusal:
+        select("int4")
     assert "grid_d64_h32_full_512" in str(refusal.value)

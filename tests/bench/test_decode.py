@@ -15,17 +15,19 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from atomr_accel_flashattn.bench import cache_peers as peers_module, decode, probe  # noqa: E402 - after the skip
+import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
+from atomr_accel_flashattn.bench import cache_peers as peers_module, decode, probe  # noqa: E402
 from atomr_accel_flashattn.bench.cache_cells import CacheCell, cache_cells, select_cache_cells  # noqa: E402
 from atomr_accel_flashattn.bench.cache_inputs import CacheInputs, check_cache_rows, make_cache_inputs  # noqa: E402
 from atomr_accel_flashattn.bench.cache_peers import Fa3Cache, Fa4Cache, FlashInfer, OurCalls, Xqa, _pages_in_use, cache_peers  # noqa: E402
+from atomr_accel_flashattn.bench.cache_requests import cache_request  # noqa: E402
 from atomr_accel_flashattn.bench.decode_report import decode_summary  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import ERROR_LIMIT  # noqa: E402
 from atomr_accel_flashattn.bench.measure import Options  # noqa: E402
 from atomr_accel_flashattn.bench.peers import Refused  # noqa: E402
 from atomr_accel_flashattn.bench.read_ceiling import ReadSpec  # noqa: E402
 from atomr_accel_flashattn.jit.compile import compile_kernel  # noqa: E402
-from atomr_accel_flashattn.types import SmArch  # noqa: E402
+from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -355,3 +357,12 @@ def test_the_kernel_that_reads_compiles_and_keeps_its_loads_in_registers() -> No
     made = compile_kernel(ReadSpec(arch=SmArch.SM_90A))
     assert made.spill_bytes == 0
     assert made.registers <= 64
+
+
+@pytest.mark.parametrize("q_dtype", [None, DType.BF16])
+def test_a_cache_of_fp8_is_answered_and_checked_as_it_is(q_dtype: DType | None) -> None:
+    cell = CacheCell(group="fp8", batch=2, length=200, dtype=DType.F8E4M3, q_dtype=q_dtype, layout="page64")
+    inputs = make_cache_inputs(cell, CPU, reuse_bytes=1)[0]
+    out = fa.run(cache_request(cell, inputs)).out
+    assert out.dtype is torch.bfloat16
+    assert check_cache_rows(cell, inputs, out) < ERROR_LIMIT[cell.dtype]

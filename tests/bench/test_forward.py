@@ -15,20 +15,22 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from atomr_accel_flashattn.bench import (  # noqa: E402 - after the skip
+import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
+from atomr_accel_flashattn.bench import (  # noqa: E402
     entry,
     forward,
     measure,
     timing,
 )
 from atomr_accel_flashattn.bench.cells import SOFTCAP, SOFTCAP_SCORE_STD, Cell, all_cells  # noqa: E402
-from atomr_accel_flashattn.bench.families import OfFamily  # noqa: E402
+from atomr_accel_flashattn.bench.families import OfFamily, request_of  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import CHECKED_ROWS, ERROR_LIMIT, Inputs, _float32_rows, check_rows, make_inputs  # noqa: E402
 from atomr_accel_flashattn.bench.measure import Options  # noqa: E402
 from atomr_accel_flashattn.bench.peers import CudnnPeer, Ours, Refused, TorchFa2  # noqa: E402
 from atomr_accel_flashattn.bench.report import header, markdown  # noqa: E402
 from atomr_accel_flashattn.bench.timing import Contestant, Timing, measure_in_turns  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
+from atomr_accel_flashattn.types import DType  # noqa: E402
 from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
 from tests.fakes.tensors import fake  # noqa: E402
 
@@ -264,3 +266,14 @@ def test_without_a_card_it_says_so() -> None:
         pytest.skip("this machine has one")
     with pytest.raises(RuntimeError, match="needs a CUDA device"):
         forward.run_forward(Options())
+
+
+@pytest.mark.parametrize("dtype", [DType.F8E4M3, DType.F8E5M2], ids=lambda dtype: dtype.value)
+def test_inputs_of_fp8_are_answered_and_checked_as_they_are(dtype: DType) -> None:
+    cell = Cell(group="fp8", head_dim=64, heads=4, heads_kv=2, lengths=(96, 96), causal=True, dtype=dtype, score_std=2.0)
+    inputs = make_inputs(cell, CPU, l2_bytes=1)[0]
+    assert inputs.q.element_size() == 1
+    out = fa.run(request_of(cell, inputs)).out
+    assert out.dtype is torch.bfloat16
+    assert check_rows(cell, inputs, out) < ERROR_LIMIT[dtype]
+    assert check_rows(cell, inputs, out.roll(1, dims=1)) > ERROR_LIMIT[dtype]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -195,3 +197,11 @@ def test_an_actor_answers_as_a_call():
     finally:
         actor.stop()
     np.testing.assert_array_equal(made.out, dense(**scales(B, H)))
+
+
+def test_the_code_of_the_page_runs():
+    page = (Path(__file__).parents[2] / "docs" / "fp8.md").read_text(encoding="utf-8")
+    scope: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, scope)  # noqa: S102 - our own page
+    assert scope["out"].shape == (1, 1, 32, 64)

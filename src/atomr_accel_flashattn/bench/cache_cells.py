@@ -30,7 +30,8 @@ class CacheCell:
         heads: of q.
         heads_kv: of k and v.
         head_dim: of all.
-        dtype: element type.
+        dtype: element type of k and v.
+        q_dtype: that of q; None is that of k and v.
         layout: ``rows`` of a contiguous cache, ``page<slots>``, or ``dense``: plain k and v, no cache.
         empty: sequences without a key beside them.
         appends: whether the last key of each sequence comes with the call and is rotated, as q is; else all are in the cache.
@@ -46,12 +47,18 @@ class CacheCell:
     heads_kv: int = HEADS_KV
     head_dim: int = 128
     dtype: DType = DType.BF16
+    q_dtype: DType | None = None
     layout: str = ROWS
     empty: int = 0
     appends: bool = False
     beside: str = ""
     limit: float = 0.0
     by_rate: bool = False
+
+    @property
+    def type_of_q(self) -> DType:
+        """Element type of q."""
+        return self.q_dtype or self.dtype
 
     @property
     def page(self) -> int:
@@ -89,7 +96,9 @@ class CacheCell:
         heads = "" if (self.heads, self.heads_kv) == (HEADS, HEADS_KV) else f"_h{self.heads}x{self.heads_kv}"
         dim = "" if self.head_dim == 128 else f"_d{self.head_dim}"
         empty = f"_empty{self.empty}" if self.empty else ""
-        return f"{self.group}_{self.batch}x{short_length(self.length)}{queries}{heads}{dim}_{self.layout}{empty}"
+        kind = "" if self.dtype is DType.BF16 else f"_{self.dtype.value}"
+        kind += "" if self.q_dtype is None else f"_q{self.q_dtype.value}"
+        return f"{self.group}_{self.batch}x{short_length(self.length)}{queries}{heads}{dim}_{self.layout}{empty}{kind}"
 
 
 def _paged(page: int) -> str:
@@ -151,8 +160,21 @@ def _appends() -> list[CacheCell]:
     ]
 
 
+def fp8_cache_cells() -> list[CacheCell]:
+    """Decoding over a cache of fp8, beside the same over one of bf16: at 32 x 32k 1.5 times as fast with q in bf16, 1.8 times in fp8."""
+    cells = []
+    for layout in (ROWS, _paged(64)):
+        for batch, length in ((1, 4096), (8, 32768), (32, 32768)):
+            wide = CacheCell(group="decode", batch=batch, length=length, layout=layout)
+            large = (batch, length) == (32, 32768)
+            for q_dtype, gain in ((DType.BF16, 1.5), (None, 1.8)):
+                limit = 1 / gain if large else 0.0
+                cells.append(replace(wide, group="fp8", dtype=DType.F8E4M3, q_dtype=q_dtype, beside=str(wide), limit=limit))
+    return cells
+
+
 def cache_cells() -> list[CacheCell]:
-    """Every cell."""
+    """Every cell of types that all GPUs take."""
     return [
         *_decode((ROWS, *map(_paged, PAGES))),
         *_few(),
@@ -168,5 +190,5 @@ def cache_cells() -> list[CacheCell]:
 
 
 def select_cache_cells(patterns: str | None) -> list[CacheCell]:
-    """Those whose name matches one of the comma-separated patterns (:func:`~.cells.select`); None is every cell."""
-    return select_by_name(patterns, cache_cells())
+    """Those whose name matches one of the comma-separated patterns (:func:`~.cells.select`); None is every cell but those of fp8."""
+    return select_by_name(patterns, [*cache_cells(), *fp8_cache_cells()] if patterns else cache_cells())

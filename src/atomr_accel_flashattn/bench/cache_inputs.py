@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from .inputs import torch_dtype
+from .inputs import random_normal, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def make_cache_inputs(cell: CacheCell, device: torch.device, *, reuse_bytes: int
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch_dtype(cell.dtype))
+        return random_normal(shape, cell.dtype, generator)
 
     spread = torch.randperm(cell.sequences, generator=torch.Generator().manual_seed(seed))[: cell.batch].sort().values
     lengths = torch.zeros(cell.sequences, dtype=torch.int32)
@@ -75,10 +75,10 @@ def make_cache_inputs(cell: CacheCell, device: torch.device, *, reuse_bytes: int
     cos = sin = None
     if cell.appends:
         angles = torch.arange(cell.slots)[:, None] * ROTARY_BASE ** (-2 * torch.arange(cell.head_dim // 2) / cell.head_dim)
-        cos, sin = (x.to(device, torch_dtype(cell.dtype)) for x in (angles.cos(), angles.sin()))
+        cos, sin = (x.to(device, torch_dtype(cell.type_of_q)) for x in (angles.cos(), angles.sin()))
     made = []
     for _ in range(max(1, math.ceil(reuse_bytes / cell.kv_bytes))):
-        q = normal(cell.sequences, cell.queries, cell.heads, cell.head_dim)
+        q = random_normal((cell.sequences, cell.queries, cell.heads, cell.head_dim), cell.type_of_q, generator)
         k, v = (normal(cell.batch, cell.slots, cell.heads_kv, cell.head_dim) for _ in range(2))
         new_k, new_v = ((normal(cell.sequences, 1, cell.heads_kv, cell.head_dim) if cell.appends else None) for _ in range(2))
         made.append(CacheInputs(q, k, v, lengths.to(device), table, new_k, new_v, cos, sin))

@@ -86,13 +86,14 @@ class _Package(CachePeer):
 
     modules: tuple[str, ...] = ()
     install = ""
+    takes_fp8 = False  # as it is called here
 
     def prepare(self, cell: CacheCell, sets: Sequence[CacheInputs]) -> list[Call]:
         """Its own calls, or a refusal."""
         found = [name for name in self.modules if _is_there(name)]
         if not found:
             raise Refused(f"not installed: no module {' or '.join(self.modules)}; {self.install}")
-        reason = self.cannot(cell)
+        reason = self.cannot(cell) if self.takes_fp8 or not cell.dtype.is_fp8 else "its calls on fp8 are not written here"
         if reason:
             raise Refused(reason)
         try:
@@ -116,6 +117,7 @@ class Fa3Cache(_Package):
     name = "fa3"
     modules = ("flash_attn_interface",)
     install = "pip install tokenspeed-fa3, or build the folder hopper of FlashAttention"
+    takes_fp8 = True
 
     def cannot(self, cell: CacheCell) -> str:
         """Nothing."""

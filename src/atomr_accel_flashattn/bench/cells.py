@@ -16,7 +16,7 @@ import numpy as np
 
 from ..types import DType
 
-__all__ = ["FEATURES", "Cell", "all_cells", "backward_cells", "select", "select_by_name", "short_length"]
+__all__ = ["FEATURES", "Cell", "all_cells", "backward_cells", "fp8_cells", "select", "select_by_name", "short_length"]
 
 CellT = TypeVar("CellT")
 
@@ -132,8 +132,9 @@ class Cell:
 
     @property
     def min_bytes(self) -> int:
-        """Bytes of q, k, v and o, each once."""
-        return (self.head_dim + self.value_dim) * (self.tokens * self.heads + sum(self.keys) * self.heads_kv) * self.dtype.itemsize
+        """Bytes of q, k, v and o, each once; o of fp8 has 16 bits."""
+        size, rows, keys = self.dtype.itemsize, self.tokens * self.heads, sum(self.keys) * self.heads_kv
+        return size * (self.head_dim * rows + (self.head_dim + self.value_dim) * keys) + max(size, 2) * self.value_dim * rows
 
     def _pairs(self, n: int, keys: int) -> float:
         """Visible pairs of query and key in a sequence."""
@@ -220,15 +221,24 @@ def all_cells() -> list[Cell]:
     return [*_grid(), *others]
 
 
+def fp8_cells() -> list[Cell]:
+    """Those of the forward benchmark in fp8: they are run where they are asked for by name."""
+    return [
+        _dense("fp8", d, s, causal=causal, dtype=DType.F8E4M3) for d in HEAD_DIMS for causal in (False, True) for s in (2048, 8192, 16384)
+    ]
+
+
 def select(patterns: str | None, cells: Sequence[Cell] | None = None) -> list[Cell]:
     """Of ``cells`` those whose name matches one of the comma-separated patterns; None is every cell.
 
-    ``cells`` None are :func:`all_cells`. In patterns ``*`` and ``?`` stand for others; a bare word matches anywhere.
+    ``cells`` None are :func:`all_cells`, and by name :func:`fp8_cells` too. In patterns ``*`` and ``?`` stand for others; a bare word
+    matches anywhere.
 
     Raises:
         ValueError: no cell matches; the message lists the names.
     """
-    return select_by_name(patterns, all_cells() if cells is None else list(cells))
+    known = all_cells() if cells is None else list(cells)
+    return select_by_name(patterns, [*known, *fp8_cells()] if patterns and cells is None else known)
 
 
 def select_by_name(patterns: str | None, cells: list[CellT]) -> list[CellT]:

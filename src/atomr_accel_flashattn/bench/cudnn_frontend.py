@@ -57,6 +57,8 @@ class CudnnFrontend(Peer):
         missing = [feature for feature in cell.features if feature != FEATURES["alibi"]]
         if missing:
             raise Refused(f"cuDNN's sdpa has no {' or '.join(missing)}")
+        if cell.dtype.is_fp8:
+            raise Refused("the graph of cuDNN's sdpa_fp8, which takes scales of P and o beside, is not written here")
         try:
             cudnn = self._package()
             if cell != self._cell:

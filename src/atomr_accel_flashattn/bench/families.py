@@ -71,16 +71,17 @@ def options_of(cell: Cell, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def repeated(plan: Plan, request: FaFwdDispatch, q: torch.Tensor) -> Call:
-    """The plan once more, into a new output like q every time, as the functional calls do."""
+def repeated(plan: Plan, request: FaFwdDispatch) -> Call:
+    """The plan once more, into a new output every time, as the functional calls do."""
     import torch
 
     stream = current_stream(request.problem.q)
-    addresses = addresses_of(request.problem, make_outputs(request, lse=False))
+    made = make_outputs(request, lse=False)
+    addresses, like = addresses_of(request.problem, made), made.out.source
     before, after = addresses[:_OUT], addresses[_OUT + 1 :]
 
     def call() -> torch.Tensor:
-        out = torch.empty_like(q)
+        out = torch.empty_like(like)
         plan.launch(stream, (*before, out.data_ptr(), *after))
         return out
 
@@ -103,4 +104,4 @@ class OfFamily(Peer):
         plan = execute(request, lse=False)[1]
         if plan is None or not plan.launches:
             raise Refused("nothing to launch")
-        return repeated(plan, request, inputs.q)
+        return repeated(plan, request)

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
     from .cells import Cell
 
-__all__ = ["ERROR_LIMIT", "GRADIENT_ERROR_LIMIT", "Inputs", "check_gradients", "check_rows", "make_inputs"]
+__all__ = ["ERROR_LIMIT", "GRADIENT_ERROR_LIMIT", "Inputs", "check_gradients", "check_rows", "make_inputs", "out_dtype", "random_normal"]
 
 CHECKED_ROWS = 64
 # The relative error (Frobenius) of a right 16-bit attention against float32 is 1.4e-3 to 4e-3; a wrong mask or index is above 1e-1.
-ERROR_LIMIT = {DType.F16: 5e-3, DType.BF16: 2e-2}
+# P in fp8 alone has 2.7e-2 (e4m3) and 5.4e-2 (e5m2); inputs are compared as they are, after they were rounded.
+ERROR_LIMIT = {DType.F16: 5e-3, DType.BF16: 2e-2, DType.F8E4M3: 5e-2, DType.F8E5M2: 1e-1}
 # Of gradients, which meet two matrices of 16 bits on their way, P and dS, and an o that is rounded.
 GRADIENT_ERROR_LIMIT = {dtype: 2 * limit for dtype, limit in ERROR_LIMIT.items()}
 _ROWS_AT_ONCE = 1024  # of float32 scores, for gradients
@@ -41,10 +42,27 @@ class Inputs:
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """The torch element type of a 16-bit DType."""
+    """The torch element type of a DType of at most 16 bits."""
     import torch
 
-    return {DType.F16: torch.float16, DType.BF16: torch.bfloat16}[dtype]
+    wide, narrow = (
+        {DType.F16: torch.float16, DType.BF16: torch.bfloat16},
+        {DType.F8E4M3: torch.float8_e4m3fn, DType.F8E5M2: torch.float8_e5m2},
+    )
+    return (wide | narrow)[dtype]
+
+
+def out_dtype(dtype: DType) -> torch.dtype:
+    """That of o where q has this type."""
+    return torch_dtype(DType.BF16 if dtype.is_fp8 else dtype)
+
+
+def random_normal(shape: tuple[int, ...], dtype: DType, generator: torch.Generator, *, std: float = 1.0) -> torch.Tensor:
+    """Normal numbers on the device of the generator; those of fp8 are rounded from bfloat16."""
+    import torch
+
+    made = torch.randn(*shape, generator=generator, device=generator.device, dtype=out_dtype(dtype))
+    return (made if std == 1 else made * std).to(torch_dtype(dtype))
 
 
 def make_inputs(cell: Cell, device: torch.device, *, l2_bytes: int, seed: int = 0, dout: bool = False) -> list[Inputs]:
@@ -63,8 +81,8 @@ def _one_set(cell: Cell, device: torch.device, seed: int, *, dout: bool) -> Inpu
     rows = (cell.tokens,) if cell.packed else (cell.batch, cell.lengths[0])
     rows_k = rows if cell.length_k is None else (cell.batch, cell.length_k)
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch_dtype(cell.dtype))
+    def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+        return random_normal(shape, cell.dtype, generator, std=std)
 
     offsets = slopes = None
     if cell.packed:
@@ -74,9 +92,10 @@ def _one_set(cell: Cell, device: torch.device, seed: int, *, dout: bool) -> Inpu
         offsets = torch.tensor(sums, dtype=torch.int32, device=device)
     if cell.alibi:
         slopes = torch.tensor([2.0 ** (-8 * (h + 1) / cell.heads) for h in range(cell.heads)], dtype=torch.float32, device=device)
-    q, k, v = (normal(*rows, cell.heads, cell.head_dim), *(normal(*rows_k, cell.heads_kv, dim) for dim in (cell.head_dim, cell.value_dim)))
+    q = normal(*rows, cell.heads, cell.head_dim, std=cell.score_std)
+    k, v = (normal(*rows_k, cell.heads_kv, dim) for dim in (cell.head_dim, cell.value_dim))
     gradient = normal(*rows, cell.heads, cell.value_dim) if dout else None
-    return Inputs(q * cell.score_std, k, v, offsets, slopes, max(cell.lengths), gradient)
+    return Inputs(q, k, v, offsets, slopes, max(cell.lengths), gradient)
 
 
 def check_rows(cell: Cell, inputs: Inputs, out: torch.Tensor) -> float:

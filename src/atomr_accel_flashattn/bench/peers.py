@@ -109,6 +109,8 @@ class CudnnPeer(_Sdpa):
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
         """Dense, full or causal, GQA."""
+        if cell.dtype.is_fp8:
+            raise Refused("SDPA has no fp8")
         if cell.packed or cell.window is not None or cell.features:
             raise Refused("SDPA has no packed sequences, window, ALiBi, softcap or sink tokens")
         if cell.length_k is not None and cell.causal:
@@ -134,7 +136,9 @@ class TorchFa2(_Sdpa):
         return replace(cell, alibi=cell.alibi and self._has_alibi, softcap=0.0, sink_tokens=0)
 
     def prepare(self, cell: Cell, inputs: Inputs) -> Call:
-        """Every cell."""
+        """Every cell but those of fp8."""
+        if cell.dtype.is_fp8:
+            raise Refused("the FlashAttention-2 of torch has no fp8")
         if cell.packed:
             return self._varlen(cell, inputs)
         if cell.window is not None or cell.length_k is not None:

@@ -23,7 +23,7 @@ from ..kernels.spec import Family, KernelSpec
 from ..kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
 from ..kernels.used import read_kernels
 from ..launch.driver import device_count, device_properties
-from ..limits import HEAD_DIM_WIDTHS, NOT_BUILT
+from ..limits import FP8_DTYPES, HEAD_DIM_WIDTHS, NOT_BUILT
 from ..tiles.saved import read_saved_tiles, save_tiles
 from ..types import DType, SmArch
 from .output import Json, console, print_json, print_rows, progress_bar, size_text, time_text
@@ -36,10 +36,12 @@ MASKS = ("full", "causal", *_LEFT_BOUND)
 _DTYPES = (DType.F16, DType.BF16)
 _BACKWARD = ("backward", "deterministic")
 _CACHED = ("paged", "kv_cache")
+_FP8 = ("fp8_kv", "fp8_block_descales")
 _COMBINABLE = (
     *("sink_tokens", "varlen", "gqa", "alibi", "softcap", "learned_sink", "dropout", "unaligned", "scale_first"),
     *_BACKWARD,
     *_CACHED,
+    *_FP8,
 )
 _CACHE_ROWS = (16, 32, 64, 128)  # what :func:`~..tiles.tables.cache_rows` gives
 _PADDED = -8  # a head dim just below a width: the kernel that tests columns
@@ -57,7 +59,7 @@ def _names(values: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 _ARCH_NAMES = (*(arch.value for arch in GPU_ARCHS), "all")
-_DTYPE_NAMES = tuple(dtype.value for dtype in _DTYPES)
+_DTYPE_NAMES = tuple(dtype.value for dtype in (*_DTYPES, *FP8_DTYPES))
 
 
 def compile_ahead(
@@ -65,7 +67,9 @@ def compile_ahead(
         list[str] | None,
         typer.Option(help="sm_80, sm_90, ... or 'all'; default: the GPUs of this machine, else all.", autocompletion=_names(_ARCH_NAMES)),
     ] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="f16, bf16; default: both.", autocompletion=_names(_DTYPE_NAMES))] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="f16, bf16, e4m3, e5m2; default: the first two.", autocompletion=_names(_DTYPE_NAMES))
+    ] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="Head dims, 8 to 256; default: 64 and 128.")] = None,
     mask: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(MASKS)}; default: full and causal.", autocompletion=_names(MASKS))
@@ -212,7 +216,7 @@ def all_specs(archs: Iterable[SmArch], found: Callable[[int], None] = lambda _co
     """
     archs = list(archs)
     head_dims = [width + change for width in HEAD_DIM_WIDTHS for change in (0, _PADDED)]
-    features = [name for name in _COMBINABLE if name not in {*NOT_BUILT, *_CACHED}]
+    features = [name for name in _COMBINABLE if name not in {*NOT_BUILT, *_CACHED, *_FP8}]
     cached = [[kind, name] for kind in _CACHED for name in features if _makes_a_difference((kind, name))]
     specs: dict[KernelSpec, None] = {}
     for arch, dtype, head_dim in product(archs, _DTYPES, head_dims):
@@ -292,7 +296,7 @@ def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
     """All that make a difference.
 
     Deterministic is a backward by itself. Over a cache, of which there are two kinds, gqa changes nothing, and there are no gradients and
-    no dropout.
+    no dropout; nor are there with fp8.
     """
     ordered = [name for name in FEATURES if name in set(names)]
     every = chain.from_iterable(combinations(ordered, size) for size in range(len(ordered) + 1))
@@ -301,7 +305,9 @@ def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
 
 def _makes_a_difference(subset: tuple[str, ...]) -> bool:
     chosen = set(subset)
-    backward, cached = chosen & set(_BACKWARD), chosen & set(_CACHED)
+    backward, cached, fp8 = chosen & set(_BACKWARD), chosen & set(_CACHED), chosen & set(_FP8)
+    if fp8 and (len(fp8) > 1 or backward or "dropout" in chosen):
+        return False
     if cached:
         return len(cached) == 1 and not backward and not chosen & {"gqa", "dropout"}
     return len(backward) < 2
@@ -322,7 +328,7 @@ def _dtype(name: str) -> DType:
     try:
         return DType(name)
     except ValueError:
-        raise DispatchError(f"dtype: got {name}; allowed are {', '.join(dtype.value for dtype in _DTYPES)}") from None
+        raise DispatchError(f"dtype: got {name}; allowed are {', '.join(_DTYPE_NAMES)}") from None
 
 
 def outcome_row(result: CompiledKernel | CompileError) -> dict[str, Any]:

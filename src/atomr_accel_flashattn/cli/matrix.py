@@ -52,6 +52,9 @@ _LABELS = {
     "split": "split KV",
     "scheduled": "step plans",
     "batch_invariant": "batch invariance",
+    "fp8_kv": "fp8 K and V with 16-bit q",
+    "fp8_block_descales": "fp8 descales by block of 128 tokens",
+    "fp8_cache": "fp8 pages with descales by slot",
     "merge_states": "`merge_states`",
     "fa3": "wgmma family (FA3)",
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["tune"]
 
 _SHOWN = 8
-_DTYPES = {dtype.value: dtype for dtype in (DType.BF16, DType.F16)}
+_DTYPES = {dtype.value: dtype for dtype in (DType.BF16, DType.F16, DType.F8E4M3, DType.F8E5M2)}
 
 
 def tune(
@@ -43,7 +43,7 @@ def tune(
     batch: Annotated[int | None, typer.Option(min=1, help="Default: as many sequences as make 16,384 tokens.")] = None,
     seqlen: Annotated[list[int] | None, typer.Option(min=1, help="Queries per sequence; several give several shapes.")] = None,
     seqlen_k: Annotated[int | None, typer.Option(min=1, help="Keys per sequence; default: as many as queries.")] = None,
-    dtype: Annotated[str, typer.Option(help=", ".join(_DTYPES))] = "bf16",
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(_DTYPES)}; default: those of the cells, and bf16.")] = None,
     causal: Annotated[bool, typer.Option("--causal")] = False,
     window: Annotated[str | None, typer.Option(help="L,R keys around a query, -1 unbounded, as window_size.")] = None,
     varlen: Annotated[str | None, typer.Option(help="Lengths of packed sequences, comma-separated, instead of --seqlen.")] = None,
@@ -65,10 +65,10 @@ def tune(
 
     Every candidate is checked against float32 before it is timed. Status 1 when the tile in use was wrong or could not be timed.
     """
-    if dtype not in _DTYPES or family not in {None, *(each.value for each in Family)}:
+    if dtype not in {None, *_DTYPES} or family not in {None, *(each.value for each in Family)}:
         raise typer.BadParameter(f"got --dtype {dtype} and --family {family}; allowed are {', '.join(_DTYPES)}, and fa2 or fa3")
     shape = Shape(head_dim, v_head_dim, heads, heads_kv, batch, tuple(seqlen or ()), seqlen_k, causal, window, varlen, alibi)
-    chosen = [replace(cell, dtype=_DTYPES[dtype]) for cell in shapes_of(cells, shape)]
+    chosen = [cell if dtype is None else replace(cell, dtype=_DTYPES[dtype]) for cell in shapes_of(cells, shape)]
     cached = [str(cell) for cell in chosen if isinstance(cell, CacheCell)]
     if backward and cached:
         raise typer.BadParameter(f"--backward: got it with {', '.join(cached)}, over a KV cache, which has no gradients; leave them out")

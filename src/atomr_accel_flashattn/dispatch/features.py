@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from ..errors import DispatchError
 from ..kernels.spec import Family
+from ..types import DType, ScaleUnit
 from .key import DispatchKey
 
 __all__ = ["FEATURES", "with_features"]
@@ -20,6 +21,8 @@ def _extra(**changes: Any) -> Callable[[DispatchKey], DispatchKey]:
 def _plain(**changes: Any) -> Callable[[DispatchKey], DispatchKey]:
     return lambda key: replace(key, **changes)
 
+
+_FP8_KV: Final[Mapping[str, Any]] = {"k_dtype": DType.F8E4M3, "v_dtype": DType.F8E4M3}
 
 FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
     "full": _plain(causal=False, sliding_window=None),
@@ -50,6 +53,11 @@ FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
     "split": lambda key: replace(key, extras=replace(key.extras, split=True, kv_cache=not key.paged)),
     "scheduled": lambda key: replace(key, extras=replace(key.extras, scheduled=True, kv_cache=not key.paged)),
     "batch_invariant": _extra(batch_invariant=True),
+    "fp8_kv": _extra(**_FP8_KV),
+    "fp8_block_descales": _extra(**_FP8_KV, k_descale=ScaleUnit.BLOCK, v_descale=ScaleUnit.BLOCK),
+    "fp8_cache": lambda key: replace(
+        key, paged=True, extras=replace(key.extras, **_FP8_KV, k_descale=ScaleUnit.TOKEN, v_descale=ScaleUnit.TOKEN)
+    ),
     "merge_states": _extra(direction="merge_states"),
     "fa3": _extra(family=Family.FA3),
 }

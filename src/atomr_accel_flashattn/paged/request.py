@@ -23,7 +23,7 @@ class PagedAttentionRequest(ForwardRequest):
 
     Attributes:
         q: (B, Sq, Hq, D), or packed (total_q, Hq, D) with ``cu_seqlens_q``.
-        k_cache: (blocks, block size, Hkv, D), or (blocks, Hkv, block size, D) with ``layout`` HND; of q's type.
+        k_cache: (blocks, block size, Hkv, D), or (blocks, Hkv, block size, D) with ``layout`` HND; of q's type, or of fp8.
         v_cache: the same with Dv.
         block_table: int32 (B, entries), the pages of each sequence. Entries past the length are not read; those outside of
             0..blocks - 1 are no keys.
@@ -33,7 +33,7 @@ class PagedAttentionRequest(ForwardRequest):
         num_splits: parts that the keys of a row are cut into, 0 for as many as suit; at most 128.
         max_seqlen_k: upper bound of the lengths; None is what the table has room for.
         plan: a StepPlan, which cuts the keys by the lengths on the device; without ``num_splits``.
-        mask, bias, sink_tokens, options, out, problem, out_array, plan_key: as in ForwardRequest; dropout is refused.
+        mask, bias, sink_tokens, options, fp8, out, problem, out_array, plan_key: as in ForwardRequest; dropout is refused.
 
     Raises:
         SeqLensError: lengths (those in host memory are looked at) that are negative, or more than the table has slots.

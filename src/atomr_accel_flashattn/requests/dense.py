@@ -20,6 +20,7 @@ class DenseFwdRequest(ForwardRequest):
 
     Arrays of any library that :func:`~atomr_accel_flashattn.arrays.read_array` knows, on one device, last dimension contiguous, other
     strides free. On a GPU float16 or bfloat16 with head dims that are multiples of 8 up to 256; on the CPU float32 and float64 too.
+    k and v may be fp8, with fp8 or 16 bits in q and head dims that are multiples of 16.
 
     Attributes:
         q: (B, Sq, Hq, D).

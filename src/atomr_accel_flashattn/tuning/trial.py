@@ -18,7 +18,7 @@ from ..bench.cells import Cell
 from ..bench.families import request_of
 from ..bench.gradients import Differentiable
 from ..bench.graphs import Clock
-from ..bench.inputs import ERROR_LIMIT, GRADIENT_ERROR_LIMIT, Inputs, check_gradients, check_rows
+from ..bench.inputs import ERROR_LIMIT, GRADIENT_ERROR_LIMIT, Inputs, check_gradients, check_rows, out_dtype
 from ..bench.peers import first_line
 from ..bench.timing import Contestant
 from ..errors import CompileError, DeviceLostError, FlashAttnError
@@ -179,7 +179,7 @@ class ForwardStand(Stand):
 
     def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: AttentionSpec, *, short_q: bool) -> None:
         super().__init__(cell, sets, spec, short_q=short_q)
-        self._outs = [inputs.q.new_empty((*inputs.q.shape[:-1], cell.value_dim)) for inputs in sets]
+        self._outs = [x.q.new_empty((*x.q.shape[:-1], cell.value_dim), dtype=out_dtype(cell.dtype)) for x in sets]
 
     def clear(self) -> None:
         """Let go of the outputs too."""
@@ -247,7 +247,7 @@ class CacheStand(Stand):
     def __init__(self, cell: CacheCell, sets: Sequence[CacheInputs], spec: AttentionSpec, *, cache_rows: int, clock: Clock) -> None:
         super().__init__(cell, sets, spec, cache_rows=cache_rows)
         self._clock = clock
-        self._outs = [x.q.new_empty(x.q.shape) for x in sets]
+        self._outs = [x.q.new_empty(x.q.shape, dtype=out_dtype(cell.type_of_q)) for x in sets]
 
     def clear(self) -> None:
         """Let go of the outputs too."""
