@@ -76,10 +76,11 @@ def repeated(plan: Plan, request: FaFwdDispatch, q: torch.Tensor) -> Call:
     import torch
 
     stream = current_stream(request.problem.q)
-    addresses = addresses_of(request.problem, make_outputs(request, lse=False))
+    outputs = make_outputs(request, plan, lse=False)
+    addresses = addresses_of(request.problem, outputs, plan.workspace)
     before, after = addresses[:_OUT], addresses[_OUT + 1 :]
 
-    def call() -> torch.Tensor:
+    def call(_held: object = outputs) -> torch.Tensor:
         out = torch.empty_like(q)
         plan.launch(stream, (*before, out.data_ptr(), *after))
         return out

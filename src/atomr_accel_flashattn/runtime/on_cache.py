@@ -1,6 +1,6 @@
 """Plans of calls on a KV cache: new tokens first, then the kernel over the cache, then what combines its splits.
 
-Batch-invariant calls on plain K and V have the plan of one without new tokens and splits.
+Calls on plain K and V that are batch-invariant, or whose keys are split, have the plan of one without new tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..launch.launcher import Launch, LaunchSeries
 from ..limits import MAX_GRID
 from ..problem import ArrayInfo, AttentionProblem
 from ..types import DType
-from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
+from .plan import SLOTS_OF_SPLIT, Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
 
 __all__ = ["cache_addresses", "check_scheduled", "plan_on_cache", "workspace_on_cache"]
 
@@ -37,7 +37,10 @@ def check_scheduled(problem: AttentionProblem) -> None:
 
 
 def workspace_on_cache(problem: AttentionProblem, key: DispatchKey) -> Workspace | None:
-    """What a call on a KV cache needs beside its outputs: partial results of splits, and q after its rotation; None on the CPU."""
+    """What a call needs beside its outputs: partial results of splits, and q after its rotation.
+
+    None on the CPU, and of plain K and V that are not split.
+    """
     spec = lookup(key)
     return _workspace(problem, _parts(problem, spec)) if isinstance(spec, (Fa2KvCacheSpec, Fa3KvCacheSpec)) else None
 
@@ -51,7 +54,7 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
     """
     parts, cache = _parts(problem, spec), problem.cache
     launches: list[Launch | LaunchSeries | None] = []
-    rotated = problem
+    rotated, slots = problem, SLOTS_OF_SPLIT if cache is None else _SLOTS
     if cache is not None and cache.new is not None:
         rotary = cache.new.rotary
         append = KvAppendSpec(
@@ -70,32 +73,33 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
     params = spec.pack_call(rotated, outputs.out, parts)
     first, *others = spec.steps()
     if params.MAPS:  # what follows reads through none
-        launches.append(launch_of(first, problem, params, _SLOTS, parts))
+        launches.append(launch_of(first, problem, params, slots, parts))
         params = KvCacheParams.from_buffer_copy(params)
     else:
         others = [first, *others]
-    launches += series_of(others, problem, params, _SLOTS, parts)
+    launches += series_of(others, problem, params, slots, parts)
     return Plan(launches, outputs.out.strides, _workspace(problem, parts))
 
 
 def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Workspace) -> tuple[int, ...]:
-    """The addresses of a call, in the order that its plan was made for; 0 for what it does not have."""
+    """The addresses of a call on a KV cache, in the order that its plan was made for; 0 for what it does not have."""
     cache = problem.cache
+    assert cache is not None  # noqa: S101 - callers have looked
     base = 0 if outputs.workspace is None else outputs.workspace.ptr
     at = {slot: base + offset for slot, offset in workspace.offsets.items()}
     step, schedule = problem.step, 0
     if step is not None:
         check_scheduled(problem)
         schedule, at["partial_o"], at["partial_sum"] = step.schedule, step.partial_o, step.partial_sum
-    new = None if cache is None else cache.new
+    new = cache.new
     rotary = None if new is None else new.rotary
     raw_q, *others = forward_addresses(problem, outputs.out.ptr, 0 if outputs.lse is None else outputs.lse.ptr)
     rotated_q = at.get("rotated_q", 0)
     return (
-        *((0, 0, 0) if cache is None else map(_address, (cache.blocks, cache.lengths, cache.left_pad))),
+        *map(_address, (cache.blocks, cache.lengths, cache.left_pad)),
         _address(None if new is None else new.cu_seqlens),
         *(at.get("partial_o", 0), at.get("partial_sum", 0)),
-        0 if cache is None else error_word(problem.q.device.index),
+        error_word(problem.q.device.index),
         *(rotated_q or raw_q, *others),
         *((0, 0) if new is None else (new.k.ptr, new.v.ptr)),
         *((0, 0) if rotary is None else (rotary.cos.ptr, rotary.sin.ptr)),
