@@ -389,7 +389,7 @@ PLAIN = fa.DispatchKey(SmArch.SM_90, DType.F16, 128)
         ("fp8", replace(PLAIN, dtype=DType.F8E4M3)),
         ("fp8", replace(PLAIN, extras=fa.Extras(v_dtype=DType.F8E5M2))),
         ("fa3_backward", replace(PLAIN, arch=SmArch.SM_90A, extras=fa.Extras(direction="bwd", family=Family.FA3))),
-        ("split", replace(PLAIN, extras=fa.Extras(split=True))),
+        ("split", replace(PLAIN, extras=fa.Extras(split=True, dropout=True))),
         ("left_pad", replace(PLAIN, extras=fa.Extras(left_pad=True))),
         ("kv_layout", replace(PLAIN, paged=True, extras=fa.Extras(kv_layout="VLLM_V1"))),
         ("v_dtype", replace(PLAIN, extras=fa.Extras(v_dtype=DType.BF16))),

@@ -107,11 +107,14 @@ class Fa3KvCacheSpec(Fa3ForwardSpec):
 def wgmma_splits_for(problem: AttentionProblem, tiles: int, block_n: int, multiprocessors: int) -> int:
     """Parts that the keys of ``tiles`` work tiles are cut into: as many as the caller wants, else what takes the least time.
 
-    Plain K and V are split where that saves a quarter.
+    Plain K and V are split where there are fewer tiles than SMs, so that the parts stay small, and where that saves a quarter.
+
     Lengths on a GPU are not known: the bound of the call stands for them.
     """
     if problem.num_splits or not tiles or problem.batch_invariant:
         return max(1, problem.num_splits)
+    if problem.cache is None and tiles >= multiprocessors:
+        return 1
     steps = -(-_visible_keys(problem) // block_n)
 
     def time(splits: int) -> int:
