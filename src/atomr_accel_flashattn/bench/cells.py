@@ -176,7 +176,7 @@ def _few_queries(n: int, batch: int) -> Cell:
 
 def _chunk(heads: int, heads_kv: int) -> Cell:
     """512 queries of one sequence behind 64k keys: with few heads there are fewer tiles than SMs."""
-    return replace(_few_queries(512, 1), heads=heads, heads_kv=heads_kv, length_k=1 << 16)
+    return replace(_few_queries(512, 1), group="chunk", heads=heads, heads_kv=heads_kv, length_k=1 << 16)
 
 
 def _varlen(*, causal: bool) -> Cell:
