@@ -78,7 +78,7 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "paged_over_ray": "a message would carry the whole cache; start an actor where the cache lies",
         "request_gradients": "autograd records flash_attn_func and its forms, no requests, no merge_states; use them or an Fa2BwdRequest",
         "slopes_gradient": "ALiBi slopes are constants: pass slopes.detach()",
-        "split": "on a GPU the keys of a KV cache are split; elsewhere one block visits all keys of its rows",
+        "split": "on a GPU the keys of a forward without dropout are split; elsewhere one block visits all keys of its rows",
         "tracing": "requests read memory; flash_attn_func and its forms are operators of torch where they are recorded",
         "v_dtype": "q, k and v share one type, except that k and v may be fp8",
     }

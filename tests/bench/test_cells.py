@@ -25,6 +25,8 @@ def test_the_other_cells_are_those_of_the_peer_tables_and_of_each_feature() -> N
         "gqa_d128_h32x8_causal_8k",
         "gqa_d128_h32x8_causal_16x4k",
         "gqa_d128_h32x8_causal_128x4k",
+        "chunk_d128_h8x1_causal_512x64k",
+        "chunk_d128_h64x8_causal_512x64k",
         "varlen_d128_h16_full_32seqs",
         "varlen_d128_h16_causal_32seqs",
         "window_d128_h16_window1024_8k",
@@ -82,7 +84,7 @@ def test_a_cell_with_a_feature_has_a_plain_cell_of_its_shape() -> None:
 
 
 def test_select_takes_patterns_and_bare_words() -> None:
-    assert len(select(None)) == 53
+    assert len(select(None)) == 55
     assert {cell.head_dim for cell in select("grid_d64*")} == {64}
     assert {cell.group for cell in select("varlen, gqa")} == {"varlen", "gqa"}
 

@@ -397,16 +397,18 @@ def test_short_sequences_have_their_kernels_too_where_those_are_others() -> None
     short_q = DispatchKey(fa.SmArch.SM_90A, fa.DType.F16, 128, causal=True, varlen=True, extras=Extras(short_q=True))
     assert lookup(short_q) in specs
     assert lookup(replace(short_q, extras=Extras())) in specs
-    # Packed or not: sm_90a has two tiles at 128, else there is one; and a block for each tile there, or persistent ones.
-    assert len(specs) == len(set(specs)) == 2 * (3 * 2 + 2)
+    # Packed or not: sm_90a has two tiles at 128, else there is one; and a block for each tile there, or persistent ones, and keys split
+    # or not, with what combines the splits.
+    assert len(specs) == len(set(specs)) == 2 * (3 * 2 * 2 + 2 + 2)
 
 
 def test_grouped_heads_have_their_kernels_where_they_are_packed() -> None:
     specs = specs_for([fa.SmArch.SM_90A, fa.SmArch.SM_90], [fa.DType.F16], [96], ["full"], ["gqa", "alibi"])
     packed = [spec for spec in specs if spec.pack_gqa]
     assert {(spec.arch, spec.alibi) for spec in packed} == {(fa.SmArch.SM_90A, False)}
-    assert [spec.persistent for spec in packed] == [True, False]
-    assert len(specs) == len(set(specs)) == 2 + 2 * 3  # ALiBi or not on each arch, and the packed one; persistent or not on sm_90a
+    assert [(getattr(spec, "split", False), spec.persistent) for spec in packed] == list(product((False, True), (True, False)))
+    # ALiBi or not on each arch, and the packed one; persistent or not and split or not on sm_90a, and what combines splits
+    assert len(specs) == len(set(specs)) == 2 + 2 * 2 * 3 + 1
 
 
 def test_all_is_the_full_product_each_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,7 +445,7 @@ def test_a_cache_is_compiled_with_every_tile_its_splits_and_appends(ask: Ask, in
     both = specs_for([fa.SmArch.SM_80], [fa.DType.F16], [64], ["causal"], ["paged", "kv_cache", "gqa", "dropout", "backward"])
     assert Counter(type(spec) for spec in both if "kv" in spec.HEADER) == {Fa2KvCacheSpec: 16, KvAppendSpec: 8, ScheduledKvCacheSpec: 8}
     hopper = specs_for([fa.SmArch.SM_90A], [fa.DType.F16], [64], ["causal"], ["paged"])
-    of_wgmma = [spec for spec in hopper if isinstance(spec, Fa3KvCacheSpec)]
+    of_wgmma = [spec for spec in hopper if isinstance(spec, Fa3KvCacheSpec) and spec.paged]
     flags = {(spec.pack_gqa, spec.split, spec.persistent) for spec in of_wgmma}
     assert flags == set(product((False, True), repeat=3))
     assert len(of_wgmma) == 2 * 8  # another tile for short q

@@ -245,12 +245,14 @@ def fp8_cache_specs() -> list[KernelSpec]:
 
 
 def wgmma_cache_specs() -> list[KernelSpec]:
-    """A pairwise covering array of the wgmma family over a KV cache, with what combines splits."""
+    """A pairwise covering array of the wgmma family over a KV cache, with what combines splits; of rows that are split plain ones, too."""
     specs: list[KernelSpec] = []
     for row in covering_rows(WGMMA_CACHE_AXES):
         key, cache = _feature_key(row | row["heads"]), row["cache"]
         extras = replace(key.extras, family=Family.FA3, kv_cache=not cache["paged"], split=cache["split"])
         specs += lookup(replace(key, paged=cache["paged"], extras=extras)).steps()
+        if extras.kv_cache and extras.split:
+            specs += lookup(replace(key, extras=replace(extras, kv_cache=False))).steps()
     return specs
 
 

@@ -42,7 +42,10 @@ SMALL = Tile(block_m=16, block_n=32, warps=4, stages=2)
 
 @dataclass(frozen=True)
 class Cached:
-    """How a case is run: ``block_size`` None is a contiguous cache, ``layout`` is its pages'; with ``blocks`` in so many of a StepPlan."""
+    """How a case is run: ``block_size`` None is a contiguous cache, ``layout`` is its pages'; with ``blocks`` in so many of a StepPlan.
+
+    ``plain``: K and V are the case's own arrays, and no cache.
+    """
 
     block_size: int | None = 16
     splits: int = 1
@@ -52,35 +55,21 @@ class Cached:
     seed: int = 0
     family: Family = Family.FA2
     layout: KvLayout = KvLayout.NHD
+    plain: bool = False
 
     def __call__(self, inputs: Inputs) -> Run:
         """What :func:`tests.check.check_case` calls."""
         random = np.random.default_rng(self.seed)
         problem = self.problem(inputs)
-        held = self._hold(inputs, random)
+        held = {"k": inputs.k, "v": inputs.v, "cu_seqlens_k": inputs.cu_seqlens_k} if self.plain else self._hold(inputs, random)
         out_dtype = inputs.q.dtype if problem.out_dtype is None else NUMPY_DTYPE[problem.out_dtype]
         out = Poisoned.empty(inputs.out_shape, out_dtype, Layout.ODD if inputs.q.strides[-2] % 16 else Layout.PADDED)
         lse = np.full(inputs.lse_shape, np.nan, np.float32)
         out_info = read_array(out.view, "out")
         spec = self._spec(problem)
-        cache = replace(
-            problem,
-            k=read_array(held["k"], "k"),
-            v=read_array(held["v"], "v"),
-            k_strides=_strides(held["k"]),
-            v_strides=_strides(held["v"]),
-            seqlen_k=held["fits"],
-            cache=KvCache(
-                num_blocks=held["k"].shape[0],
-                block_size=held["k"].shape[1],
-                layout=self.layout,
-                blocks=read_array(held["blocks"], "blocks"),
-                lengths=read_array(held["cache_lengths"], "lengths"),
-                left_pad=None if held.get("left_pad") is None else read_array(held["left_pad"], "left_pad"),
-            ),
-        )
+        cache = problem if self.plain else self._over_cache(problem, held)
         arrays = {
-            **{name: held.get(name) for name in ("k", "v", "blocks", "cache_lengths", "left_pad")},
+            **{name: held.get(name) for name in ("k", "v", "blocks", "cache_lengths", "left_pad", "cu_seqlens_k")},
             "q": inputs.q,
             "o": out.view,
             "lse": lse,
@@ -114,6 +103,25 @@ class Cached:
         out.check()
         return Run(out.view, lse)
 
+    def _over_cache(self, problem: AttentionProblem, held: dict[str, Any]) -> AttentionProblem:
+        """The same call over the cache that is held."""
+        return replace(
+            problem,
+            k=read_array(held["k"], "k"),
+            v=read_array(held["v"], "v"),
+            k_strides=_strides(held["k"]),
+            v_strides=_strides(held["v"]),
+            seqlen_k=held["fits"],
+            cache=KvCache(
+                num_blocks=held["k"].shape[0],
+                block_size=held["k"].shape[1],
+                layout=self.layout,
+                blocks=read_array(held["blocks"], "blocks"),
+                lengths=read_array(held["cache_lengths"], "lengths"),
+                left_pad=None if held.get("left_pad") is None else read_array(held["left_pad"], "left_pad"),
+            ),
+        )
+
     def schedule(self, problem: AttentionProblem, spec: ScheduledKvCacheSpec, arrays: dict[str, Any]) -> Array:
         """What the kernel makes of these lengths, in the bytes that it is given and in no other."""
         shape, before = StepShape.of(problem), StepScheduleSpec.before(spec)
@@ -128,7 +136,9 @@ class Cached:
         arch = SmArch.SM_90 if self.family is Family.FA2 else SmArch.SM_90A
         key = key_of_problem(problem, arch)
         features = _features(key, head_dim_width(key.head_dim), head_dim_width(key.v_head_dim))
-        fields = {"arch": arch, "tile": self.tile, "paged": self.block_size is not None, **features}
+        fields = {"arch": arch, "tile": self.tile, "paged": self.block_size is not None and not self.plain, **features}
+        if self.plain:
+            fields["plain_kv"] = True
         if self.family is Family.FA3:
             fields["pack_gqa"] = key.packs_heads
         spec: Any = self.spec_of(**fields)

@@ -51,6 +51,9 @@ WAYS = [
     way(tile=SMALL, block_size=24, seed=3, layout=KvLayout.HND),
     way(tile=TWO, block_size=None, splits=4, left_pad=5),
     way(tile=THREE, block_size=None, seed=1),
+    way(tile=TWO, splits=3, plain=True),
+    way(tile=SMALL, splits=8, plain=True, seed=1),
+    way(tile=THREE, splits=2, plain=True, seed=2),
 ]
 
 
@@ -68,6 +71,7 @@ def test_bits_depend_neither_on_the_order_of_threads_and_copies_nor_on_pages(spl
     case = Case(dtype=DType.BF16, heads=4, heads_kv=1, lengths_q=(40, 3), lengths_k=(333, 50), left=200, right=0, sink_tokens=3)
     inputs = build(case)
     runs = [way(tile=TWO, splits=splits, seed=seed, block_size=size)(inputs) for seed in range(3) for size in (16, 128, None)]
+    runs.append(way(tile=TWO, splits=splits, plain=True)(inputs))
     for other in runs[1:]:
         assert other.out.tobytes() == runs[0].out.tobytes()
         assert other.lse is not None

@@ -267,8 +267,9 @@ def test_a_short_and_a_long_shape_of_one_kernel_have_a_winner_each(hopper: Card,
         key = fa.DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 128, causal=True, gqa_ratio=2, extras=extras)
         assert lookup(key) == replace(winner.spec, tile=winner.tile)
     q, k = (fake(torch.zeros(1, 1100, heads, 128).bfloat16()) for heads in (2, 1))
+    few = k[:, :300]  # that nobody splits
     for length, keys in ((100, 64), (1100, 96)):
-        fa.flash_attn_func(q[:, :length], k, k, causal=True)
+        fa.flash_attn_func(q[:, :length], few, few, causal=True)
         assert hopper.launches[-1][0].tile.block_n == keys
 
 
@@ -341,3 +342,10 @@ def test_a_winner_is_a_row_of_its_table(card: Card) -> None:
     spec = lookup(fa.DispatchKey(fa.SmArch.SM_90A, fa.DType.BF16, 192, extras=fa.Extras(v_head_dim=128, family=Family.FA3)))
     assert isinstance(spec, ForwardSpec)
     assert table_row(replace(found, spec=spec, tile=spec.tile)).startswith("(192, 128): Tile(block_m=128, ")
+
+
+def test_tiles_of_calls_that_are_split_are_those_of_the_whole_kernel(hopper: Card) -> None:
+    """A tile that is named is no tile of the kernel that splits the keys."""
+    cell = Cell(group="few", head_dim=64, heads=2, heads_kv=1, lengths=(16,), length_k=3000, causal=True)
+    result = tune(cell, Options(tiles=("m128n64w12s2*",), rounds=1))
+    assert {spec.HEADER for spec, *_ in hopper.launches} == {"fa3_fwd"} == {result.spec.HEADER}

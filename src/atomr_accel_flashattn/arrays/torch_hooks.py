@@ -20,6 +20,7 @@ __all__ = [
     "autocast_changes",
     "autocast_is_on",
     "below_autograd",
+    "empty_at",
     "empty_on",
     "guard_of",
     "hooks",
@@ -130,6 +131,14 @@ def empty_on(device_index: int, like: Any, array: NewTensor) -> Any:
         return hooks.empty_on_current(*array)
     shape, strides, dtype = array
     return like.new_empty_strided(shape, strides, dtype=dtype)
+
+
+def empty_at(device_index: int, array: NewTensor) -> Any:
+    """The same without a tensor that is there already."""
+    if hooks.current_device() == device_index:
+        return hooks.empty_on_current(*array)
+    shape, strides, dtype = array
+    return sys.modules["torch"].empty_strided(shape, strides, dtype=dtype, device=f"cuda:{device_index}")
 
 
 def tell_written(array: Any) -> None:

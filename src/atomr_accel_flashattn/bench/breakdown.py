@@ -48,7 +48,7 @@ class Steady:
     @property
     def addresses(self) -> tuple[int, ...]:
         """What the call brings, into ``outputs``."""
-        return addresses_of(self.request.problem, self.outputs)
+        return addresses_of(self.request.problem, self.outputs, self.plan.workspace)
 
     @property
     def launch(self) -> Launch:

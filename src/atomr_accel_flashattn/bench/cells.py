@@ -175,6 +175,11 @@ def _few_queries(n: int, batch: int) -> Cell:
     return Cell(group="gqa", head_dim=128, heads=32, heads_kv=8, lengths=(n,) * batch, length_k=4096, causal=True)
 
 
+def _chunk(heads: int, heads_kv: int) -> Cell:
+    """512 queries of one sequence behind 64k keys: with few heads there are fewer tiles than SMs."""
+    return replace(_few_queries(512, 1), group="chunk", heads=heads, heads_kv=heads_kv, length_k=1 << 16)
+
+
 def _varlen(*, causal: bool) -> Cell:
     """32 sequences of 128..4096 tokens (76,576 in all), the same draw as in the peer tables."""
     draw = random.Random(0)  # noqa: S311 - shapes, not secrets
@@ -209,6 +214,7 @@ def all_cells() -> list[Cell]:
     others = [
         *_grouped(),
         *(_few_queries(n, batch) for n, batch in ((16, 64), (128, 16))),
+        *(_chunk(8 * heads, heads) for heads in (1, 8)),
         *_packed_and_windows(),
         *(_dense("alibi", 128, s, alibi=True) for s in (2048, 8192)),
         *(

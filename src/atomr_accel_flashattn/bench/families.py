@@ -76,11 +76,11 @@ def repeated(plan: Plan, request: FaFwdDispatch) -> Call:
     import torch
 
     stream = current_stream(request.problem.q)
-    made = make_outputs(request, lse=False)
-    addresses, like = addresses_of(request.problem, made), made.out.source
+    outputs = make_outputs(request, plan, lse=False)
+    addresses, like = addresses_of(request.problem, outputs, plan.workspace), outputs.out.source
     before, after = addresses[:_OUT], addresses[_OUT + 1 :]
 
-    def call() -> torch.Tensor:
+    def call(_held: object = outputs) -> torch.Tensor:
         out = torch.empty_like(like)
         plan.launch(stream, (*before, out.data_ptr(), *after))
         return out

@@ -265,8 +265,8 @@ def _launched(answers: Iterable[KernelSpec]) -> list[KernelSpec]:
 def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
     """A key in the forms that calls give it, which choose by lengths and strides.
 
-    With few tiles a block each, heads packed or not; over a cache tiles of so many rows, keys split or not, or cut by a StepPlan; a
-    backward of grouped heads with blocks that share keys or not.
+    With few tiles a block each, or by wgmma the keys split; heads packed or not; over a cache tiles of so many rows, keys split or not,
+    or cut by a StepPlan; a backward of grouped heads with blocks that share keys or not.
     """
     if key.paged or key.extras.kv_cache:
         for rows, cut in product(_CACHE_ROWS, ("", "split", "scheduled")):
@@ -277,10 +277,10 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
         for split in (False, True):
             yield replace(key, extras=replace(key.extras, head_split=split))
         return
-    for persistent, pack_gqa in product(
-        (None, False) if key.family is Family.FA3 else (None,), (True, False) if key.packs_heads else (True,)
-    ):
-        yield replace(key, extras=replace(key.extras, persistent=persistent, pack_gqa=pack_gqa))
+    wgmma, extras = key.family is Family.FA3, key.extras
+    splits = (False, True) if wgmma and extras.direction == "fwd" and not extras.dropout else (False,)
+    for split, persistent, pack_gqa in product(splits, (None, False) if wgmma else (None,), (True, False) if key.packs_heads else (True,)):
+        yield replace(key, extras=replace(extras, split=split, persistent=persistent, pack_gqa=pack_gqa))
 
 
 def _of_many_queries(key: DispatchKey) -> Iterator[DispatchKey]:

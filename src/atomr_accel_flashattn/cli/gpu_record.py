@@ -36,6 +36,7 @@ _MARKS = {
     "kv_cache": "-contiguous",
     "left_pad": "leftpad",
     "split": r"splits([2-9]|\d\d)",
+    "plain_split": "plain_split",
     "scheduled": "-planned",
     "batch_invariant": "-invariant",
     "short_q": rf"\bq\d{{1,3}}-.*d{MATRIX_HEAD_DIM}\b",

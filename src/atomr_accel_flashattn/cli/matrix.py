@@ -50,6 +50,7 @@ _LABELS = {
     "paged_fa3": "paged KV cache for many queries (wgmma)",
     "left_pad": "left padding",
     "split": "split KV",
+    "plain_split": "split KV of plain K and V (few queries)",
     "scheduled": "step plans",
     "batch_invariant": "batch invariance",
     "fp8_kv": "fp8 K and V with 16-bit q",

@@ -39,6 +39,7 @@ def key_of_problem(
     persistent: bool | None = None,
     persistent_blocks: int | None = None,
     tile: Tile | None = None,
+    may_split: bool = True,
 ) -> DispatchKey:
     """The key of a problem on ``arch``, with every choice made: ``lookup`` names the kernel that runs.
 
@@ -50,7 +51,8 @@ def key_of_problem(
         persistent: whether blocks take tile after tile; None: where there are more tiles than SMs. On another GPU than that of the arrays,
             whose SMs are not known, None stays open, and means yes in the wgmma family.
         persistent_blocks: how many persistent blocks the caller wants.
-        tile: how the work is cut, None for the tile that lookup finds.
+        tile: how the work is cut, None for the tile that lookup finds. Plain K and V are then not split, as it is of another kernel.
+        may_split: whether the keys of plain K and V may be split, with a workspace and a second launch.
     """
     key = _asked(problem, arch, out, family)
     if arch is SmArch.CPU:
@@ -67,7 +69,21 @@ def key_of_problem(
         spec = lookup(key)
         if isinstance(spec, KernelSpec):
             key = replace(key, extras=replace(choices, persistent=_is_persistent(spec, problem)))
+        if may_split and tile is None and key.family is Family.FA3 and problem.dropout is None and not key.v_dtype.is_fp8:
+            return _split_where_few(problem, key)
     return key
+
+
+def _split_where_few(problem: AttentionProblem, key: DispatchKey) -> DispatchKey:
+    """``key``, or that of the kernel that splits plain K and V, where tiles are so few that it is faster by what a second launch costs."""
+    key_of_split = replace(key, extras=replace(key.extras, split=True, persistent=None))
+    spec = lookup(key_of_split)
+    if not isinstance(spec, Fa3KvCacheSpec):
+        return key
+    splits = splits_of(problem, spec)
+    if splits == 1:
+        return key
+    return replace(key_of_split, extras=replace(key_of_split.extras, persistent=_is_persistent(spec, problem, splits)))
 
 
 def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None, family: Family | None) -> DispatchKey:

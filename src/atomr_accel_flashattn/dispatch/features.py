@@ -51,6 +51,7 @@ FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
     "paged_fa3": lambda key: replace(key, paged=True, extras=replace(key.extras, family=Family.FA3)),
     "left_pad": _extra(kv_cache=True, left_pad=True),
     "split": lambda key: replace(key, extras=replace(key.extras, split=True, kv_cache=not key.paged)),
+    "plain_split": _extra(split=True),
     "scheduled": lambda key: replace(key, extras=replace(key.extras, scheduled=True, kv_cache=not key.paged)),
     "batch_invariant": _extra(batch_invariant=True),
     "fp8_kv": _extra(**_FP8_KV),

@@ -107,11 +107,16 @@ def _resolve(key: DispatchKey) -> KernelSpec | CpuSpec:
 def _kernel(key: DispatchKey) -> ForwardSpec | Fa2BackwardSpec | Fa2KvCacheSpec | Fa3KvCacheSpec:
     if key.extras.direction == "bwd":
         return _backward(key)
-    return _over_cache(key) if key.paged or key.extras.kv_cache or key.extras.batch_invariant else _forward(key)
+    extras = key.extras
+    return _over_cache(key) if key.paged or extras.kv_cache or extras.batch_invariant or extras.split else _forward(key)
 
 
 def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
-    """The kernel over a KV cache that answers ``key``, and batch-invariant calls on plain K and V; its ``steps()`` are what is launched."""
+    """The kernel over a KV cache that answers ``key``; its ``steps()`` are what is launched.
+
+    It answers calls on plain K and V that are batch-invariant, or whose keys are split.
+    """
+    plain = not (key.paged or key.extras.kv_cache)
     width, v_width, arch, extras = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), key.arch.without_wgmma, key.extras
     if key.family is Family.FA3 and key.v_dtype.is_fp8:
         return _fp8_wgmma(key, Fa3Fp8KvCacheSpec, paged=key.paged, split=extras.split)
@@ -119,7 +124,7 @@ def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
         tile = wgmma_cache_tile_for(width, v_width, alibi=key.alibi, softcap=extras.softcap > 0, short_q=extras.short_q)
         tile = replace(tile, persistent=extras.persistent is not False)
         fields = _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "paged": key.paged, "split": extras.split}
-        return Fa3KvCacheSpec(arch=key.arch, tile=tile, **fields)
+        return Fa3KvCacheSpec(arch=key.arch, tile=tile, plain_kv=plain, **fields)
     fp8, features = key.k_dtype.is_fp8, _features(key, width, v_width)
     choose = invariant_tile_for if extras.batch_invariant else fp8_cache_tile_for if fp8 and not extras.scheduled else cache_tile_for
     tile = choose(extras.tiles_for or arch, width, v_width, extras.cache_rows)
@@ -134,7 +139,7 @@ def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
         paged=key.paged,
         split=extras.split,
         batch_invariant=extras.batch_invariant,
-        plain_kv=not (key.paged or extras.kv_cache),
+        plain_kv=plain,
         **features | (_fp8_fields(key) if fp8 else {}),
     )
 
@@ -266,7 +271,7 @@ def _refuse(key: DispatchKey) -> None:
     if gpu and fp8:
         _refuse_fp8_on_gpu(key)
     unbuilt = (
-        (gpu and extras.split and not cached, "split", ""),
+        (gpu and extras.split and not cached and (extras.direction != "fwd" or extras.dropout or fp8), "split", ""),
         (gpu and extras.left_pad and not extras.kv_cache, "left_pad", ""),
         (extras.kv_layout not in {"NHD", "HND"}, "kv_layout", f"got {extras.kv_layout!r}"),
         (cached and extras.direction == "bwd", "paged_backward", ""),

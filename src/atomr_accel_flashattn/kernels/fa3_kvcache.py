@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final
 
 from ..problem import ArrayInfo, AttentionProblem, KvCache
 from .fa3_fwd import Fa3ForwardSpec, tensor_map_of, tensor_map_of_q
-from .kvcache import KvCacheParams, SplitCombineSpec, cache_numbers
+from .kvcache import KvCacheParams, SplitCombineSpec, cache_numbers, plain_numbers
 from .params import KernelParams, TensorMapParams, TensorMapSpec
 from .spec import KernelSpec
 
@@ -20,6 +20,7 @@ _MOST_SPLITS: Final = 64
 # Times in tiles of keys, by arithmetic and not measured: to begin a work tile, to write and to read back its partial result in float32, and
 # the launch that combines.
 _BEGINNING, _PARTIAL, _COMBINE = 2, 2, 3
+_PLAIN_GAIN: Final = 0.75  # of the time without splits, at most: a second launch costs 5 us of the host, which a cache's plan often has
 
 
 def pages_fit_boxes(cache: KvCache) -> bool:
@@ -41,7 +42,10 @@ class Fa3KvCacheParams(KvCacheParams):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fa3KvCacheSpec(Fa3ForwardSpec):
-    """The mainloop of :class:`Fa3ForwardSpec` with K and V in a cache: boxes of pages, or of the rows of a contiguous one. sm_90a."""
+    """The mainloop of :class:`Fa3ForwardSpec` with K and V in a cache: boxes of pages, or of the rows of a contiguous one. sm_90a.
+
+    Plain K and V, too, whose keys are split.
+    """
 
     HEADER: ClassVar[str] = "fa3_kvcache"
     ENTRY: ClassVar[str] = "fa3_kvcache"
@@ -49,10 +53,11 @@ class Fa3KvCacheSpec(Fa3ForwardSpec):
 
     paged: bool = False
     split: bool = False
+    plain_kv: bool = False  # K and V are arrays like q, and no cache
 
     def config(self) -> dict[str, Any]:
         """With what a cache adds. The learned sink of a call that is split joins where the splits are combined, once."""
-        added = {"paged": self.paged, "split": self.split}
+        added = {"paged": self.paged, "split": self.split} | ({"plain_kv": True} if self.plain_kv else {})
         return Fa3ForwardSpec.config(self) | added | {"learned_sink": self.learned_sink and not self.split}
 
     def grid(self, tiles: int, multiprocessors: int, blocks: int | None = None) -> int:
@@ -63,13 +68,12 @@ class Fa3KvCacheSpec(Fa3ForwardSpec):
     def pack_call(self, problem: AttentionProblem, out: ArrayInfo, splits: int) -> KernelParams:
         """``fa::Fa3KvCacheParams`` of one call without addresses, its maps still to be encoded."""
         cache = problem.cache
-        if cache is None:
-            raise ValueError("a problem without a cache has no parameters of one")
+        numbers = plain_numbers(problem, splits) if cache is None else cache_numbers(problem, cache, splits)
         params = Fa3KvCacheParams(
             fwd=self.pack_forward(problem, out),
-            **cache_numbers(problem, cache, splits),
+            **numbers,
             tiles=self.work_tiles(problem) * splits,
-            box_rows=self._box_rows(cache),
+            box_rows=0 if cache is None else self._box_rows(cache),
         )
         params.tensor_maps = self.tensor_maps(problem)
         params.counts = self.tile.persistent
@@ -80,9 +84,10 @@ class Fa3KvCacheSpec(Fa3ForwardSpec):
         return self.pack_call(problem, out, 1)
 
     def tensor_maps(self, problem: AttentionProblem) -> tuple[TensorMapSpec, TensorMapSpec, TensorMapSpec]:
-        """The maps of q, k and v; K and V are (columns, slots of a block, heads, blocks), in any layout."""
+        """The maps of q, k and v; K and V of a cache are (columns, slots of a block, heads, blocks), in any layout."""
         cache = problem.cache
-        assert cache is not None  # noqa: S101 - pack_call has looked
+        if cache is None:
+            return Fa3ForwardSpec.tensor_maps(self, problem)
         rows, slots = self._box_rows(cache), (cache.block_size, problem.heads_kv, cache.num_blocks)
         return (
             tensor_map_of_q(problem, self.head_dim, packed=self.pack_gqa),
@@ -102,17 +107,22 @@ class Fa3KvCacheSpec(Fa3ForwardSpec):
 def wgmma_splits_for(problem: AttentionProblem, tiles: int, block_n: int, multiprocessors: int) -> int:
     """Parts that the keys of ``tiles`` work tiles are cut into: as many as the caller wants, else what takes the least time.
 
+    Plain K and V are split where there are fewer tiles than SMs, so that the parts stay small, and where that saves a quarter.
+
     Lengths on a GPU are not known: the bound of the call stands for them.
     """
     if problem.num_splits or not tiles or problem.batch_invariant:
         return max(1, problem.num_splits)
+    if problem.cache is None and tiles >= multiprocessors:
+        return 1
     steps = -(-_visible_keys(problem) // block_n)
 
     def time(splits: int) -> int:
         waves, partial = -(-tiles * splits // multiprocessors), splits > 1
         return waves * (-(-steps // splits) + _BEGINNING + _PARTIAL * partial) + _COMBINE * partial
 
-    return min(range(1, max(1, min(_MOST_SPLITS, steps)) + 1), key=time)
+    best = min(range(1, max(1, min(_MOST_SPLITS, steps)) + 1), key=time)
+    return best if problem.cache is not None or time(best) <= _PLAIN_GAIN * time(1) else 1
 
 
 def _visible_keys(problem: AttentionProblem) -> int:

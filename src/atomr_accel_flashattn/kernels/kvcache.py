@@ -28,6 +28,7 @@ __all__ = [
     "KvCacheSpec",
     "SplitCombineSpec",
     "cache_numbers",
+    "plain_numbers",
     "row_blocks",
     "splits_for",
 ]
@@ -67,6 +68,11 @@ def cache_numbers(problem: AttentionProblem, cache: KvCache, splits: int) -> dic
     }
 
 
+def plain_numbers(problem: AttentionProblem, splits: int) -> dict[str, int]:
+    """The same of a call on plain K and V; the others are 0, and never read."""
+    return {"lse_rows": prod(problem.lse_shape), "splits": splits}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvCacheSpec(AttentionSpec):
     """A kernel of a call over a cache."""
@@ -82,12 +88,8 @@ class KvCacheSpec(AttentionSpec):
         """``fa::KvCacheParams`` of one call without addresses."""
         cache, group = problem.cache, problem.heads // problem.heads_kv
         forward = forward_params(problem, out, blocks_m=row_blocks(problem.seqlen_q * group, self.tile), packed_heads=group)
-        if cache is None:  # plain K and V, of a batch-invariant call
-            return KvCacheParams(fwd=forward, lse_rows=prod(problem.lse_shape), splits=splits)
-        return KvCacheParams(
-            fwd=forward,
-            **cache_numbers(problem, cache, splits),
-        )
+        numbers = plain_numbers(problem, splits) if cache is None else cache_numbers(problem, cache, splits)
+        return KvCacheParams(fwd=forward, **numbers)
 
     def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
         """Those of a call whose keys are not split."""

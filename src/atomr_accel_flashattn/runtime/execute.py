@@ -120,10 +120,11 @@ def make_outputs(
         other_stream: whether a workspace may be used on another stream than the current one, with nobody keeping it until it is done.
     """
     problem, outputs = request.problem, _outputs(request, plan, lse=lse, dropout_mask=dropout_mask)
-    if problem.cache is not None:
-        workspace = workspace_on_cache(problem, key or _key(request, None)) if plan is None else plan.workspace
-        if workspace is not None and workspace.size:
-            outputs.workspace = empty_workspace(problem.q, workspace.size, other_stream=other_stream)
+    workspace = None if plan is None else plan.workspace
+    if plan is None and (problem.cache is not None or problem.q.device.kind != "cpu"):
+        workspace = workspace_on_cache(problem, key or _key(request, None))
+    if workspace is not None and workspace.size:
+        outputs.workspace = empty_workspace(problem.q, workspace.size, other_stream=other_stream)
     return outputs
 
 
@@ -164,7 +165,8 @@ def fill(
         if key.extras.tiles_for is None:
             keep(request, plan, dropout_mask=outputs.dropout_mask is not None)
     raw = current_stream(problem.q) if stream is None else raw_stream(stream)
-    at = addresses_of(problem, outputs) if plan.workspace is None else cache_addresses(problem, outputs, plan.workspace)
+    room = plan.workspace
+    at = addresses_of(problem, outputs, room) if problem.cache is None or room is None else cache_addresses(problem, outputs, room)
     plan.launch(raw, at)
     _tell_written(request)
     return plan
@@ -184,7 +186,7 @@ def _key(request: FaFwdDispatch, tiles_for: SmArch | None) -> DispatchKey:
     if tiles_for is None:
         return key
     choices = replace(key.extras, tiles_for=tiles_for, family=None, short_q=False)
-    choices = replace(choices, persistent=None, persistent_blocks=None)
+    choices = replace(choices, persistent=None, persistent_blocks=None, split=key.extras.split and (key.paged or key.extras.kv_cache))
     return replace(key, extras=choices)
 
 

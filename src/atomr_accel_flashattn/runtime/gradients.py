@@ -192,7 +192,7 @@ def _make_plan(spec: Fa2BackwardSpec, request: FaBwdDispatch, outputs: GradientO
     if problem.out is None:
         out, lse = _row_major_results(known)
         problem = replace(problem, out=out, lse=lse)
-        key = key_of_problem(known, arch, out)
+        key = key_of_problem(known, arch, out, may_split=False)  # its workspace has no room for partial results
         forward = lookup(key)
         assert isinstance(forward, KernelSpec)  # noqa: S101 - the same arch as that of spec
         launches.append(launch_of(forward, known, forward.pack(known, out), slots, key.extras.persistent_blocks))

@@ -1,6 +1,6 @@
 """Plans of calls on a KV cache: new tokens first, then the kernel over the cache, then what combines its splits.
 
-Batch-invariant calls on plain K and V have the plan of one without new tokens and splits.
+Calls on plain K and V that are batch-invariant, or whose keys are split, have the plan of one without new tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from ..dispatch import DispatchKey, lookup
 from ..dispatch.choice import splits_of, step_blocks
 from ..errors import ShapeError, StepPlanError
 from ..kernels.fa3_kvcache import Fa3KvCacheSpec
+from ..kernels.forward import DESCALE_SLOTS
 from ..kernels.fp8_kvcache import DescaledKvCacheParams, DescaledStepParams
 from ..kernels.kv_append import KvAppendSpec, rotated_bytes, rotated_strides
 from ..kernels.kvcache import Fa2KvCacheSpec, KvCacheParams
@@ -21,15 +22,14 @@ from ..launch.error_word import error_word
 from ..launch.launcher import Launch, LaunchSeries
 from ..limits import MAX_GRID
 from ..problem import ArrayInfo, AttentionProblem
-from .plan import Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
+from .plan import SLOTS_OF_SPLIT, Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
 
 __all__ = ["cache_addresses", "check_scheduled", "plan_on_cache", "workspace_on_cache"]
 
 # Addresses of a call in this order: those of KvCacheParams, those that only an append has (to it, q is what it reads), a StepPlan's, those
 # of descales.
 _APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q")
-_DESCALES: Final = ("q_descale", "k_descale", "v_descale")
-_SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED, "schedule", *_DESCALES)
+_SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED, "schedule", *DESCALE_SLOTS)
 _NO_DESCALES: Final = (0, 0, 0)
 _SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot) for slot in _SLOTS)
 
@@ -41,7 +41,10 @@ def check_scheduled(problem: AttentionProblem) -> None:
 
 
 def workspace_on_cache(problem: AttentionProblem, key: DispatchKey) -> Workspace | None:
-    """What a call on a KV cache needs beside its outputs: partial results of splits, and q after its rotation; None on the CPU."""
+    """What a call needs beside its outputs: partial results of splits, and q after its rotation.
+
+    None on the CPU, and of plain K and V that are not split.
+    """
     spec = lookup(key)
     return _workspace(problem, _parts(problem, spec)) if isinstance(spec, (Fa2KvCacheSpec, Fa3KvCacheSpec)) else None
 
@@ -55,7 +58,9 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
     """
     parts, cache = _parts(problem, spec), problem.cache
     launches: list[Launch | LaunchSeries | None] = []
-    rotated = problem
+    rotated, slots = problem, _SLOTS
+    if cache is None:
+        slots = SLOTS_OF_SPLIT if problem.descales is None else (*DESCALE_SLOTS, *SLOTS_OF_SPLIT)
     if cache is not None and cache.new is not None:
         append = KvAppendSpec.for_cache(spec.arch.without_wgmma, problem)
         launches.append(launch_of(append, problem, append.pack_call(problem, outputs.out), _SLOTS_OF_APPEND))
@@ -67,33 +72,34 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
     params = spec.pack_call(rotated, outputs.out, parts)
     first, *others = spec.steps()
     if params.MAPS or isinstance(params, (DescaledKvCacheParams, DescaledStepParams)):  # what follows reads neither maps nor descales
-        launches.append(launch_of(first, problem, params, _SLOTS, parts))
+        launches.append(launch_of(first, problem, params, slots, parts))
         plain: Any = params if isinstance(params, KvCacheParams) else params.params
         params = (StepParams if isinstance(plain, StepParams) else KvCacheParams).from_buffer_copy(plain)
     else:
         others = [first, *others]
-    launches += series_of(others, problem, params, _SLOTS, parts)
+    launches += series_of(others, problem, params, slots, parts)
     return Plan(launches, outputs.out.strides, _workspace(problem, parts))
 
 
 def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Workspace) -> tuple[int, ...]:
-    """The addresses of a call, in the order that its plan was made for; 0 for what it does not have."""
+    """The addresses of a call on a KV cache, in the order that its plan was made for; 0 for what it does not have."""
     cache = problem.cache
+    assert cache is not None  # noqa: S101 - callers have looked
     base = 0 if outputs.workspace is None else outputs.workspace.ptr
     at = {slot: base + offset for slot, offset in workspace.offsets.items()}
     step, schedule = problem.step, 0
     if step is not None:
         check_scheduled(problem)
         schedule, at["partial_o"], at["partial_sum"] = step.schedule, step.partial_o, step.partial_sum
-    new = None if cache is None else cache.new
+    new = cache.new
     rotary = None if new is None else new.rotary
     raw_q, *others = forward_addresses(problem, outputs.out.ptr, 0 if outputs.lse is None else outputs.lse.ptr)
     rotated_q = at.get("rotated_q", 0)
     return (
-        *((0, 0, 0) if cache is None else map(_address, (cache.blocks, cache.lengths, cache.left_pad))),
+        *map(_address, (cache.blocks, cache.lengths, cache.left_pad)),
         _address(None if new is None else new.cu_seqlens),
         *(at.get("partial_o", 0), at.get("partial_sum", 0)),
-        0 if cache is None else error_word(problem.q.device.index),
+        error_word(problem.q.device.index),
         *(rotated_q or raw_q, *others),
         *((0, 0) if new is None else (new.k.ptr, new.v.ptr)),
         *((0, 0) if rotary is None else (rotary.cos.ptr, rotary.sin.ptr)),

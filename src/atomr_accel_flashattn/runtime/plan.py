@@ -39,6 +39,7 @@ from .staleness import arrays_of_cache
 __all__ = [
     "MAX_PLANS",
     "SLOTS",
+    "SLOTS_OF_SPLIT",
     "Key",
     "Output",
     "Outputs",
@@ -53,6 +54,7 @@ __all__ = [
     "key_of_backward_request",
     "key_of_request",
     "launch_of",
+    "partial_addresses",
     "series_of",
     "slots_of",
 ]
@@ -64,6 +66,8 @@ _ALIGNMENT: Final = 256  # bytes, of each array in a workspace
 SLOTS: Final = FwdParams.SLOTS  # names of the addresses of a call, in order
 _SLOTS_WITH_PATTERN: Final = (*SLOTS, "keep")
 _SLOTS_WITH_DESCALES: Final = (*DESCALE_SLOTS, *SLOTS)
+# Of plain K and V by a kernel over a cache.
+SLOTS_OF_SPLIT: Final = (*SLOTS, "partial_o", "partial_sum", "blocks", "cache_lengths", "left_pad", "cu_seqlens_new", "error")
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -91,7 +95,7 @@ class Outputs:
     out: ArrayInfo
     lse: ArrayInfo | None = None
     dropout_mask: ArrayInfo | None = None
-    workspace: ArrayInfo | None = None  # of calls on a KV cache on a GPU
+    workspace: ArrayInfo | None = None  # on a GPU, of calls whose keys are split, or that rotate q
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -204,18 +208,27 @@ def slots_of(problem: AttentionProblem, outputs: Outputs) -> tuple[str, ...]:
     return SLOTS if outputs.dropout_mask is None else _SLOTS_WITH_PATTERN
 
 
-def addresses_of(problem: AttentionProblem, outputs: Outputs) -> tuple[int, ...]:
-    """The addresses of a forward call; 0 for what it does not have."""
+def addresses_of(problem: AttentionProblem, outputs: Outputs, workspace: Workspace | None = None) -> tuple[int, ...]:
+    """The addresses of a forward call on plain K and V; 0 for what it does not have. ``workspace``: that of its plan."""
     lse, keep_pattern = outputs.lse, outputs.dropout_mask
     addresses = forward_addresses(problem, outputs.out.ptr, 0 if lse is None else lse.ptr)
-    if problem.descales is not None:  # which has no pattern
+    if workspace is not None:
+        addresses = (*addresses, *partial_addresses(workspace, 0 if outputs.workspace is None else outputs.workspace.ptr))
+    if problem.descales is not None:
         return (*descale_addresses(problem.descales), *addresses)
-    return addresses if keep_pattern is None else (*addresses, keep_pattern.ptr)
+    return addresses if keep_pattern is None else (*addresses, keep_pattern.ptr)  # a call with a pattern has neither of both
 
 
 def descale_addresses(descales: Descales) -> tuple[int, ...]:
     """Those of factors of q, k and v, in the order of ``DESCALE_SLOTS``; 0 for a factor of 1."""
     return tuple(0 if each is None else each.array.ptr for each in descales)
+
+
+def partial_addresses(workspace: Workspace, base: int) -> tuple[int, ...]:
+    """What goes behind those of :data:`SLOTS` to a kernel over a cache (:data:`SLOTS_OF_SPLIT`): it has parts, perhaps, and no cache."""
+    at = workspace.offsets
+    parts = (base + at["partial_o"], base + at["partial_sum"]) if at else (0, 0)
+    return (*parts, 0, 0, 0, 0, 0)
 
 
 def forward_addresses(problem: AttentionProblem, out: int, lse: int) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ from ..env import settings
 from ..limits import VECTOR_BYTES
 from ..runtime import plan as store
 from ..runtime.plan import MAX_PLANS, Key, Output, Plan
+from .partial_results import with_partial_results
 
 __all__ = [
     "NOWHERE",
@@ -334,15 +335,15 @@ def remember(key: Key, plan: Plan, output: Output, *, brings_out: bool = False, 
     """
     call, alignment, recording, *facts = key
     numbers, *more = call if type(call[0]) is tuple else (call,)
-    if settings().debug or output.dropout_mask is not None or len(plan.launches) != 1:
+    if settings().debug or output.dropout_mask is not None or not plan.launches:
         return
-    (launch,) = plan.launches
+    device_index = plan.launches[0].device_index
     out = None if brings_out else _array(output.out)
     dropout = bool(numbers[0] > 0)
     one_gpu = hooks.device_count is not None and hooks.device_count() == 1
     made = Shortcut(
-        launch=plan.launch,
-        device_index=launch.device_index,
+        launch=plan.launch if plan.workspace is None else with_partial_results(plan, device_index),
+        device_index=device_index,
         alignment=alignment,
         reaches=(*(_reach(*facts[4 * i : 4 * i + 3]) for i in range(3)), _reach(*_array(output.out))),
         out=out,

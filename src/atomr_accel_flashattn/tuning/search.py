@@ -26,7 +26,7 @@ from ..bench.gradients import backward_request_of
 from ..bench.graphs import clock_of
 from ..bench.inputs import make_inputs
 from ..bench.timing import Contestant, measure_in_turns
-from ..dispatch import DispatchKey, lookup
+from ..dispatch import DispatchKey, best_arch, key_of_problem, lookup
 from ..errors import DispatchError
 from ..jit.compile import compile_many
 from ..kernels.attention import AttentionSpec
@@ -305,10 +305,12 @@ def _stand(cell: Shape, options: Options) -> Stand:
         rows = key.extras.cache_rows if spec.family is Family.FA2 else 0  # wgmma has one tile for all numbers of rows
         return CacheStand(cell, held, spec, cache_rows=rows, clock=clock_of(device))
     sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed, dout=options.backward)
-    request = backward_request_of(cell, sets[0]) if options.backward else request_of(cell, sets[0], options.family)
-    key = request.dispatch_key()
-    kind = BackwardStand if options.backward else ForwardStand
-    return kind(cell, sets, _spec_of(cell, key, options), short_q=key.extras.short_q)
+    if options.backward:
+        key = backward_request_of(cell, sets[0]).dispatch_key()
+        return BackwardStand(cell, sets, _spec_of(cell, key, options), short_q=key.extras.short_q)
+    problem = request_of(cell, sets[0], options.family).problem
+    key = key_of_problem(problem, best_arch(problem.q.device), None, options.family, may_split=False)  # a tile is of the whole kernel
+    return ForwardStand(cell, sets, _spec_of(cell, key, options), short_q=key.extras.short_q)
 
 
 def _spec_of(cell: Shape, key: DispatchKey, options: Options) -> AttentionSpec:

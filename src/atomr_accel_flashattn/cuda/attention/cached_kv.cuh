@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the producers of the FA3 family find K and V of a sequence (kv_source.cuh): in a cache.
+// Where the producers of the FA3 family find K and V of a sequence (kv_source.cuh): in a cache, or
+// in plain tensors whose keys are split.
 #pragma once
 
 #include "attention/kv_cache.cuh"
@@ -10,11 +11,12 @@ namespace fa {
 // A cache: a slot of a contiguous one, where a tile is a box of block_n rows, or pages, of which a
 // box is box_rows rows, the largest number that divides both block_n and a page. Boxes that no row
 // of the block sees, and those of table entries outside the cache, have coordinates outside the
-// tensor, so that TMA zero-fills them.
+// tensor, so that TMA zero-fills them. With plain_kv the tensors are those of TensorKv.
 template <Config C, class P = Fa3KvCacheParams>
 struct CachedKv {
   using Params = P;
-  static constexpr bool kEndsWithTensor = false;
+  // As of TensorKv. Behind the keys of a cache lie other slots.
+  static constexpr bool kEndsWithTensor = C.plain_kv && !C.varlen;
   static constexpr bool kHasHoles = C.paged;  // keys of such entries are hidden one by one
   static constexpr int kChunk = 8;            // keys of a lane: the swizzle repeats every 8 rows
   static constexpr int kNowhere = -1;
@@ -27,11 +29,14 @@ struct CachedKv {
 
   const Params& p;
   const int32_t* table;  // paged: of this sequence
-  int block, first_row;  // contiguous
+  int block, first_row;  // contiguous, and plain
   int box_begin;         // paged: first key of this lane's box, from that of the tile
 
-  __device__ __forceinline__ CachedKv(const Params& params, const Sequence&, int batch) : p(params) {
-    if constexpr (C.paged) {
+  __device__ __forceinline__ CachedKv(const Params& params, const Sequence& seq, int batch) : p(params) {
+    if constexpr (C.plain_kv) {
+      block = seq.batch;
+      first_row = static_cast<int>(seq.k_row);
+    } else if constexpr (C.paged) {
       table = p.blocks + batch * p.table_stride;
       box_begin = lane() * kChunk / p.box_rows * p.box_rows;
     } else {
@@ -43,7 +48,7 @@ struct CachedKv {
   // A row outside a contiguous cache has no keys.
   static __device__ __forceinline__ Sequence read_sequence(const Params& p, int batch) {
     Sequence seq = read_cached_sequence<C>(p, batch);
-    if constexpr (!C.paged) {
+    if constexpr (!C.paged && !C.plain_kv) {
       const int block = p.blocks == nullptr ? batch : p.blocks[batch];
       if (block < 0 || block >= p.num_blocks) seq.length_k = 0;
     }
