@@ -29,7 +29,7 @@ __all__ = ["cache_addresses", "check_scheduled", "plan_on_cache", "workspace_on_
 # Addresses of a call in this order: those of KvCacheParams, those that only an append has (to it, q is what it reads), a StepPlan's, those
 # of descales.
 _APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q")
-_SLOTS: Final = (*KvCacheParams.SLOTS, *_APPENDED, "schedule", *DESCALE_SLOTS)
+_SLOTS: Final[tuple[str, ...]] = (*KvCacheParams.SLOTS, *_APPENDED, "schedule", *DESCALE_SLOTS)
 _NO_DESCALES: Final = (0, 0, 0)
 _SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot) for slot in _SLOTS)
 
