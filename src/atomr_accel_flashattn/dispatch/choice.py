@@ -15,7 +15,7 @@ from ..kernels.spec import Family, KernelSpec, Tile
 from ..launch.driver import device_properties
 from ..limits import HEAD_DIM_STEP, MAX_GRID, MAX_HEAD_DIM, VECTOR_BYTES
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays, StepShape
-from ..tiles.tables import cache_rows, is_short_q
+from ..tiles.tables import are_few_rows, cache_rows, is_short_q
 from ..types import Device, DType, KvLayout, ScaleUnit, SmArch
 from .arch import best_arch
 from .key import DispatchKey, Extras
@@ -61,8 +61,7 @@ def key_of_problem(
         return _on_cache(problem, key, tile, family)
     may_pack = _rows_can_be_packed(problem, key)
     packs = key.packs_heads and may_pack
-    short_q = is_short_q(problem.head_dim, problem.v_head_dim, problem.seqlen_q * (key.gqa_ratio if packs else 1))
-    choices = replace(key.extras, pack_gqa=may_pack, short_q=short_q, tile=tile)
+    choices = replace(_of_rows(problem, key.extras, problem.seqlen_q * (key.gqa_ratio if packs else 1)), pack_gqa=may_pack, tile=tile)
     choices = replace(choices, persistent=persistent, persistent_blocks=persistent_blocks)
     key = replace(key, extras=choices)
     if persistent is None and _runs_here(problem.q.device, arch):
@@ -128,12 +127,18 @@ def _family_on_cache(problem: AttentionProblem, key: DispatchKey, family: Family
     rows = problem.seqlen_q * (key.gqa_ratio if wgmma.packs_heads else 1)
     gathers = pages_fit_boxes(problem.cache) and problem.cache.num_blocks > 0
     if wgmma.family is Family.FA3 and gathers and rows >= WARPGROUP_ROWS:
-        return replace(wgmma, extras=replace(wgmma.extras, short_q=is_short_q(problem.head_dim, problem.v_head_dim, rows)))
+        return replace(wgmma, extras=_of_rows(problem, wgmma.extras, rows))
     return mma_sync
 
 
 def _has_fp8_products(key: DispatchKey) -> bool:
     return key.dtype.is_fp8 and ScaleUnit.TOKEN not in {key.extras.k_descale, key.extras.v_descale}
+
+
+def _of_rows(problem: AttentionProblem, extras: Extras, rows: int) -> Extras:
+    """With what the number of ``rows`` of a KV head, or of a query head by itself, says about the tile of wgmma."""
+    few = extras.family is Family.FA3 and are_few_rows(rows, problem.seqlen_k)
+    return replace(extras, short_q=is_short_q(problem.head_dim, problem.v_head_dim, rows), few_rows=few)
 
 
 def splits_of(problem: AttentionProblem, spec: KernelSpec) -> int:

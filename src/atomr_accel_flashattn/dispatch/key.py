@@ -25,6 +25,7 @@ _EXTRA_FLAGS: Final = (
     "batch_invariant",
     "scale_first",
     "short_q",
+    "few_rows",
     "pack_gqa",
     "deterministic",
     "head_split",
@@ -103,6 +104,7 @@ class Extras:
         tiles_for: the arch whose tiles are borrowed (tests run them on the card at hand).
         short_q: whether no sequence has more rows than the tile for short q is meant for (tiles/tables.py), where there is one. Rows are
             queries, times the query heads of a KV head where the kernel packs those.
+        few_rows: of the wgmma family: whether the rows of a KV head fill one warpgroup, no more, and their keys are many.
         tile: how the work is cut; None is the tile that was tuned for this kernel on this machine, or else that of the package.
 
     Raises:
@@ -137,6 +139,7 @@ class Extras:
     persistent_blocks: int | None = None
     tiles_for: SmArch | None = None
     short_q: bool = False
+    few_rows: bool = False
     tile: Tile | None = None
 
     def __post_init__(self) -> None:

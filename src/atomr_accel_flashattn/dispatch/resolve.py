@@ -16,7 +16,7 @@ from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.fa2_fwd import Fa2ForwardSpec
 from ..kernels.fa3_fp8 import Fa3Fp8ForwardSpec, fp8_width
 from ..kernels.fa3_fp8_kvcache import Fa3Fp8KvCacheSpec
-from ..kernels.fa3_fwd import Fa3ForwardSpec
+from ..kernels.fa3_fwd import WARPGROUP_ROWS, Fa3ForwardSpec
 from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.forward import ForwardSpec
 from ..kernels.fp8_kvcache import Fp8KvCacheSpec, Fp8ScheduledKvCacheSpec
@@ -121,7 +121,8 @@ def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
     if key.family is Family.FA3 and key.v_dtype.is_fp8:
         return _fp8_wgmma(key, Fa3Fp8KvCacheSpec, paged=key.paged, split=extras.split)
     if key.family is Family.FA3:
-        tile = wgmma_cache_tile_for(width, v_width, alibi=key.alibi, softcap=extras.softcap > 0, short_q=extras.short_q)
+        features = {"alibi": key.alibi, "softcap": extras.softcap > 0}
+        tile = wgmma_cache_tile_for(width, v_width, **features, short_q=extras.short_q, few_rows=extras.few_rows)
         tile = replace(tile, persistent=extras.persistent is not False)
         fields = _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "paged": key.paged, "split": extras.split}
         return Fa3KvCacheSpec(arch=key.arch, tile=tile, plain_kv=plain, **fields)
@@ -216,7 +217,7 @@ def _with_chosen_tile(spec: _Spec, extras: Extras) -> _Spec:
     if extras.batch_invariant:  # tuned tiles cut keys in other places
         return spec
     short_q = extras.short_q and isinstance(spec, ForwardSpec)
-    rows = extras.cache_rows if isinstance(spec, Fa2KvCacheSpec) else 0
+    rows = extras.cache_rows if isinstance(spec, Fa2KvCacheSpec) else WARPGROUP_ROWS if extras.few_rows and spec.family is Family.FA3 else 0
     kept = None if extras.tiles_for or extras.scheduled else saved_tile(spec, short_q=short_q, cache_rows=rows)
     tile = extras.tile or kept
     if tile is None:
@@ -232,7 +233,8 @@ def _with_chosen_tile(spec: _Spec, extras: Extras) -> _Spec:
 
 def _wgmma_tile(key: DispatchKey, width: int, v_width: int) -> Tile:
     extras = key.extras
-    tile = wgmma_tile_for(width, v_width, dropout=extras.dropout, alibi=key.alibi, softcap=extras.softcap > 0, short_q=extras.short_q)
+    features = {"dropout": extras.dropout, "alibi": key.alibi, "softcap": extras.softcap > 0}
+    tile = wgmma_tile_for(width, v_width, **features, short_q=extras.short_q, few_rows=extras.few_rows)
     return replace(tile, persistent=extras.persistent is not False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 from typing import Any, ClassVar, Final
 
 from ..problem import ArrayInfo, AttentionProblem, KvCache
@@ -107,22 +107,27 @@ class Fa3KvCacheSpec(Fa3ForwardSpec):
 def wgmma_splits_for(problem: AttentionProblem, tiles: int, block_n: int, multiprocessors: int) -> int:
     """Parts that the keys of ``tiles`` work tiles are cut into: as many as the caller wants, else what takes the least time.
 
-    Plain K and V are split where there are fewer tiles than SMs, so that the parts stay small, and where that saves a quarter.
+    Plain K and V are split where that saves a quarter, and where the parts are not larger than they are.
 
     Lengths on a GPU are not known: the bound of the call stands for them.
     """
     if problem.num_splits or not tiles or problem.batch_invariant:
         return max(1, problem.num_splits)
-    if problem.cache is None and tiles >= multiprocessors:
-        return 1
     steps = -(-_visible_keys(problem) // block_n)
+    most = _MOST_SPLITS if problem.cache is not None else min(_MOST_SPLITS, _parts_as_large_as_kv(problem))
 
     def time(splits: int) -> int:
         waves, partial = -(-tiles * splits // multiprocessors), splits > 1
         return waves * (-(-steps // splits) + _BEGINNING + _PARTIAL * partial) + _COMBINE * partial
 
-    best = min(range(1, max(1, min(_MOST_SPLITS, steps)) + 1), key=time)
+    best = min(range(1, max(1, min(most, steps)) + 1), key=time)
     return best if problem.cache is not None or time(best) <= _PLAIN_GAIN * time(1) else 1
+
+
+def _parts_as_large_as_kv(problem: AttentionProblem) -> int:
+    """How many partial results, o in float32, are as large as plain K and V."""
+    kv_bytes = sum(prod(array.shape) * (array.dtype.itemsize if array.dtype is not None else 1) for array in (problem.k, problem.v))
+    return int(kv_bytes // max(1, 4 * prod(problem.lse_shape) * problem.v_head_dim))
 
 
 def _visible_keys(problem: AttentionProblem) -> int:

@@ -106,7 +106,7 @@ def kernel_without_tile(spec: AttentionSpec, *, short_q: bool = False, cache_row
     Args:
         spec: the kernel.
         short_q: whether it has short q (``Extras.short_q``).
-        cache_rows: over a KV cache, the rows that its tile is chosen for (``Extras.cache_rows``); else 0.
+        cache_rows: the rows that its tile is chosen for (``Extras.cache_rows``, 64 for ``Extras.few_rows``); else 0.
     """
     told = [*(["shortq"] if short_q else []), *([f"rows{cache_rows}"] if cache_rows else [])]
     return "_".join(part for part in (*spec.kernel_name.split("_"), *told) if part != str(spec.tile))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..kernels.attention import AttentionSpec
+from ..kernels.fa3_fwd import WARPGROUP_ROWS
 from ..kernels.kvcache import INVARIANT_GROUPS
 from ..kernels.spec import Family, Tile
 from ..limits import HEAD_DIM_WIDTHS, PHILOX_KEYS, SCALED_TOKENS
 from ..types import SmArch
 
 __all__ = [
+    "are_few_rows",
     "backward_tile_for",
     "cache_rows",
     "cache_tile_for",
@@ -83,6 +85,11 @@ _WGMMA_SHORT_Q = {
     (64, 64): Tile(block_m=256, block_n=64, warps=20, stages=4, ping_pong=True),
     (128, 128): Tile(block_m=128, block_n=128, warps=12, stages=3, ping_pong=True),
 }
+# Rows that fill one warpgroup of two, behind many keys: what counts is how evenly K and V are read (H200: 4 % over plain K and V, 6 to 7 %
+# over pages, docs/performance.md).
+_WGMMA_FEW_ROWS = {(128, 128): Tile(block_m=128, block_n=64, warps=12, stages=2)}
+_WGMMA_CACHE_FEW_ROWS = {(128, 128): Tile(block_m=128, block_n=96, warps=12, stages=2, ping_pong=True)}
+_MANY_KEYS = 1024
 # Widths 32 and 64 with more than 160 registers hold beside 128 keys: the generator of dropout, or ALiBi and softcap together.
 _WITH_DROPOUT = Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True)
 _WITH_ALIBI_AND_SOFTCAP = Tile(block_m=256, block_n=64, warps=20, stages=4, ping_pong=True)
@@ -99,6 +106,11 @@ def head_dim_width(head_dim: int) -> int:
 def is_short_q(head_dim: int, v_head_dim: int, rows: int) -> bool:
     """Whether sequences of up to ``rows`` rows take the tile for short q of :func:`wgmma_tile_for`, where these head dims have one."""
     return rows <= _SHORT_Q.get((head_dim_width(head_dim), head_dim_width(v_head_dim)), 0)
+
+
+def are_few_rows(rows: int, keys: int) -> bool:
+    """Whether the ``rows`` of a KV head, the queries of all its heads, fill one warpgroup at most, and its ``keys`` are many."""
+    return 0 < rows <= WARPGROUP_ROWS and keys >= _MANY_KEYS
 
 
 def has_row_for_short_q(spec: AttentionSpec) -> bool:
@@ -120,6 +132,7 @@ def wgmma_tile_for(
     alibi: bool = False,
     softcap: bool = False,
     short_q: bool = False,
+    few_rows: bool = False,
 ) -> Tile:
     """The tile of the wgmma family for two widths.
 
@@ -130,6 +143,7 @@ def wgmma_tile_for(
         alibi: whether slopes need registers.
         softcap: whether a cap does.
         short_q: what :func:`is_short_q` says.
+        few_rows: what :func:`are_few_rows` says.
     """
     widths, wider = (head_dim, v_head_dim), max(head_dim, v_head_dim)
     tile = _WGMMA.get(widths) or _WGMMA[wider, wider]
@@ -137,6 +151,8 @@ def wgmma_tile_for(
         return _WITH_DROPOUT if dropout else _WITH_ALIBI_AND_SOFTCAP
     if softcap and widths in _WITH_SOFTCAP:
         tile = _WITH_SOFTCAP[widths]
+    elif few_rows and widths in _WGMMA_FEW_ROWS:
+        tile = _WGMMA_FEW_ROWS[widths]
     elif short_q and widths in _WGMMA_SHORT_Q:
         tile = _WGMMA_SHORT_Q[widths]
     if dropout:
@@ -183,8 +199,12 @@ _WGMMA_CACHE_KEYS = {192: 96}
 _WGMMA_CACHE_SOFTCAP_KEYS = {192: 64}  # 172 bytes of spills beside 96, with two bounds and partial results
 
 
-def wgmma_cache_tile_for(head_dim: int, v_head_dim: int, *, alibi: bool = False, softcap: bool = False, short_q: bool = False) -> Tile:
-    """The tile of the wgmma family over a KV cache: that of plain arrays. Arguments: :func:`wgmma_tile_for`. Not measured."""
+def wgmma_cache_tile_for(
+    head_dim: int, v_head_dim: int, *, alibi: bool = False, softcap: bool = False, short_q: bool = False, few_rows: bool = False
+) -> Tile:
+    """The tile of the wgmma family over a KV cache: that of plain arrays but for few rows. Arguments: :func:`wgmma_tile_for`."""
+    if few_rows and not softcap and (head_dim, v_head_dim) in _WGMMA_CACHE_FEW_ROWS:
+        return _WGMMA_CACHE_FEW_ROWS[head_dim, v_head_dim]
     tile = wgmma_tile_for(head_dim, v_head_dim, alibi=alibi, softcap=softcap, short_q=short_q)
     keys = _WGMMA_CACHE_SOFTCAP_KEYS if softcap else _WGMMA_CACHE_KEYS
     return replace(tile, block_n=min(tile.block_n, keys.get(v_head_dim, tile.block_n)))

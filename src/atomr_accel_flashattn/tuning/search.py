@@ -30,6 +30,7 @@ from ..dispatch import DispatchKey, best_arch, key_of_problem, lookup
 from ..errors import DispatchError
 from ..jit.compile import compile_many
 from ..kernels.attention import AttentionSpec
+from ..kernels.fa3_fwd import WARPGROUP_ROWS
 from ..kernels.spec import Family, Tile
 from ..tiles.space import SCHEDULES, misfit, tiles_that_fit
 from .groups import Group, by_kernel
@@ -266,7 +267,7 @@ def _first_candidates(spec: AttentionSpec, options: Options, cache_rows: int) ->
 
     Over a KV cache none with more rows than the shape has.
     """
-    every = [tile for tile in tiles_that_fit(spec) if not cache_rows or tile.block_m <= cache_rows]
+    every = [tile for tile in tiles_that_fit(spec) if not cache_rows or spec.family is Family.FA3 or tile.block_m <= cache_rows]
     if options.tiles:
         chosen = [tile for tile in every if any(fnmatchcase(str(tile), pattern) for pattern in options.tiles)]
     else:
@@ -302,7 +303,7 @@ def _stand(cell: Shape, options: Options) -> Stand:
         held = make_cache_inputs(cell, device, seed=options.seed)
         key = cache_request(cell, held[0]).dispatch_key()
         spec = _spec_of(cell, key, options)
-        rows = key.extras.cache_rows if spec.family is Family.FA2 else 0  # wgmma has one tile for all numbers of rows
+        rows = key.extras.cache_rows if spec.family is Family.FA2 else _few_rows(key)
         return CacheStand(cell, held, spec, cache_rows=rows, clock=clock_of(device))
     sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed, dout=options.backward)
     if options.backward:
@@ -310,7 +311,12 @@ def _stand(cell: Shape, options: Options) -> Stand:
         return BackwardStand(cell, sets, _spec_of(cell, key, options), short_q=key.extras.short_q)
     problem = request_of(cell, sets[0], options.family).problem
     key = key_of_problem(problem, best_arch(problem.q.device), None, options.family, may_split=False)  # a tile is of the whole kernel
-    return ForwardStand(cell, sets, _spec_of(cell, key, options), short_q=key.extras.short_q)
+    return ForwardStand(cell, sets, _spec_of(cell, key, options), short_q=key.extras.short_q, cache_rows=_few_rows(key))
+
+
+def _few_rows(key: DispatchKey) -> int:
+    """Rows that a tile of wgmma is chosen for, 0 where it is the tile of any number."""
+    return WARPGROUP_ROWS if key.extras.few_rows and key.family is Family.FA3 else 0
 
 
 def _spec_of(cell: Shape, key: DispatchKey, options: Options) -> AttentionSpec:

@@ -177,8 +177,8 @@ class ForwardStand(Stand):
     ERROR_LIMIT = ERROR_LIMIT
     cell: Cell
 
-    def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: AttentionSpec, *, short_q: bool) -> None:
-        super().__init__(cell, sets, spec, short_q=short_q)
+    def __init__(self, cell: Cell, sets: Sequence[Inputs], spec: AttentionSpec, *, short_q: bool, cache_rows: int = 0) -> None:
+        super().__init__(cell, sets, spec, short_q=short_q, cache_rows=cache_rows)
         self._outs = [x.q.new_empty((*x.q.shape[:-1], cell.value_dim), dtype=out_dtype(cell.dtype)) for x in sets]
 
     def clear(self) -> None:
