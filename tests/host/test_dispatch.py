@@ -251,6 +251,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "persistent_blocks": (0, -1, 3, 1.5, True),
     "tiles_for": ("sm_80", 86),
     "short_q": (None, 8),
+    "few_rows": (None, 1),
     "tile": ("m128n64w4s1b2", 128, replace(TILE, block_m="128"), replace(TILE, stages=[1]), replace(TILE, persistent=1)),
 }
 

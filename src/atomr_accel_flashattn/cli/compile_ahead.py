@@ -285,7 +285,7 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
 
 def _of_many_queries(key: DispatchKey) -> Iterator[DispatchKey]:
     """The forms of a key over a cache that the wgmma family answers, none where it does not: heads packed or not, keys split or not."""
-    lengths: tuple[dict[str, bool], ...] = ({}, {"short_q": True}, {"short_q": True, "few_rows": True})
+    lengths: tuple[dict[str, Any], ...] = ({}, {"short_q": True}, {"short_q": True, "few_rows": True})
     for ratio, persistent, split, rows in product((1, WARPGROUP_ROWS), (None, False), (False, True), lengths):
         asked = replace(key.extras, family=Family.FA3, persistent=persistent, split=split, **rows)
         many = replace(key, gqa_ratio=ratio, extras=asked)
