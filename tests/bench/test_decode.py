@@ -70,7 +70,8 @@ def test_every_cell_that_is_asked_for_is_there_and_the_first_are_decodes_by_page
         "prefill_2x8k_q8k_h16x16_page16",
     } <= set(names)
     assert {cell.beside for cell in cache_cells()} - {""} <= set(names)
-    assert [str(cell) for cell in select_cache_cells("slots")] == ["slots_1x64k_page64", "slots_1x64k_page64_empty1023"]
+    pairs = [[f"slots_1x{length}_page64", f"slots_1x{length}_page64_empty1023"] for length in ("64k", "128k")]
+    assert [str(cell) for cell in select_cache_cells("slots")] == [*pairs[0], *pairs[1]]
     with pytest.raises(ValueError, match="no benchmark cell matches 'no such'"):
         select_cache_cells("no such")
 

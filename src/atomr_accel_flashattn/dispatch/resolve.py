@@ -34,6 +34,7 @@ from ..tiles.tables import (
     fp8_wgmma_tile_for,
     head_dim_width,
     invariant_tile_for,
+    step_tile_for,
     tile_for,
     wgmma_cache_tile_for,
     wgmma_tile_for,
@@ -127,7 +128,12 @@ def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
         fields = _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "paged": key.paged, "split": extras.split}
         return Fa3KvCacheSpec(arch=key.arch, tile=tile, plain_kv=plain, **fields)
     fp8, features = key.k_dtype.is_fp8, _features(key, width, v_width)
-    choose = invariant_tile_for if extras.batch_invariant else fp8_cache_tile_for if fp8 and not extras.scheduled else cache_tile_for
+    if extras.batch_invariant:
+        choose = invariant_tile_for
+    elif extras.scheduled:
+        choose = step_tile_for
+    else:
+        choose = fp8_cache_tile_for if fp8 else cache_tile_for
     tile = choose(extras.tiles_for or arch, width, v_width, extras.cache_rows)
     if extras.scheduled:
         spec = ScheduledKvCacheSpec.resident(arch=arch, tile=tile, paged=key.paged, **features)
