@@ -340,8 +340,8 @@ def test_archs_default_to_those_of_the_machine(ask: Ask) -> None:
     [
         ("--arch", "sm_75", "arch: got sm_75"),
         ("--dtype", "int8", "dtype: got int8"),
-        ("--dtype", "e4m3", "fp8"),
-        ("--feature", "fp8_kv", "fp8"),
+        ("--dtype", "e4m3", "got e4m3 on sm_80, which has no fp8"),
+        ("--feature", "fp8_kv", "got e4m3 on sm_80, which has no fp8"),
         ("--head-dim", "300", "head_dim: got 300"),
         ("--mask", "diagonal", "mask: got diagonal"),
         ("--feature", "split", "feature: got split"),

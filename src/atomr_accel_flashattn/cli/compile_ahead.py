@@ -252,7 +252,12 @@ def _kernels(keys: Iterable[DispatchKey]) -> list[KernelSpec]:
 
 
 def _appends(spec: Fa2KvCacheSpec) -> Iterator[KvAppendSpec]:
-    """What may write new tokens into the cache before ``spec`` reads it: with both kinds of rotation, and both types of cos and sin."""
+    """What may write new tokens into the cache before ``spec`` reads it: with both kinds of rotation, and both types of cos and sin.
+
+    Nothing of a GPU writes them into an fp8 cache.
+    """
+    if spec.k_type.is_fp8:
+        return
     for interleaved, wide in product((False, True), (False, True)):
         yield KvAppendSpec(arch=spec.arch, dtype=spec.dtype, paged=spec.paged, interleaved=interleaved, wide_rotary=wide)
 
@@ -271,7 +276,8 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
     if key.paged or key.extras.kv_cache:
         for rows, cut in product(_CACHE_ROWS, ("", "split", "scheduled")):
             yield replace(key, extras=replace(key.extras, cache_rows=rows, split=cut == "split", scheduled=cut == "scheduled"))
-        yield from _of_many_queries(key)
+        if not key.v_dtype.is_fp8:
+            yield from _of_many_queries(key)
         return
     if key.extras.direction == "bwd" and key.gqa_ratio > 1:
         for split in (False, True):
