@@ -65,7 +65,7 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "fa3_backward": "gradients are those of the mma.sync family, whatever family ran the forward",
         "fa3_batch_invariant": "batch-invariant calls have one family on every GPU, that of mma.sync; ask by another request",
         "forward_mode": "forward-mode derivatives are not built; use the primal, as forward_ad.unpack_dual(x).primal",
-        "fp8": "on a GPU f16 and bf16 are built; the CPU backend takes fp8",
+        "fp8": "on a GPU kernels take it in a KV cache, and on sm_90a with fp8 q; the CPU backend takes all",
         "fp8_backward": "fp8 has no backward: convert q, k and v to bfloat16 for a call with gradients",
         "invariant_dropout": "batch-invariant calls on a GPU drop nothing; the CPU backend does both",
         "invariant_token_scales": "batch-invariant calls take descales of v that 128 tokens or more share",
