@@ -55,7 +55,9 @@ FEATURES: Final[Mapping[str, Callable[[DispatchKey], DispatchKey]]] = {
     "scheduled": lambda key: replace(key, extras=replace(key.extras, scheduled=True, kv_cache=not key.paged)),
     "batch_invariant": _extra(batch_invariant=True),
     "fp8_kv": _extra(**_FP8_KV),
-    "fp8_block_descales": _extra(**_FP8_KV, k_descale=ScaleUnit.BLOCK, v_descale=ScaleUnit.BLOCK),
+    "fp8_block_descales": lambda key: replace(
+        key, dtype=DType.F8E4M3, extras=replace(key.extras, k_descale=ScaleUnit.BLOCK, v_descale=ScaleUnit.BLOCK)
+    ),
     "fp8_cache": lambda key: replace(
         key, paged=True, extras=replace(key.extras, **_FP8_KV, k_descale=ScaleUnit.TOKEN, v_descale=ScaleUnit.TOKEN)
     ),
