@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from atomr_accel_flashattn.dispatch import DispatchKey, lookup  # noqa: E402 - after the skip
-from atomr_accel_flashattn.kernels.spec import KernelSpec  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec  # noqa: E402
 from atomr_accel_flashattn.requests.dense import DenseFwdRequest  # noqa: E402
 from atomr_accel_flashattn.requests.options import Fp8Options, MaskKind  # noqa: E402
 from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
@@ -23,13 +23,21 @@ from tests.cases import Case, Values  # noqa: E402
 from tests.check import Run  # noqa: E402
 from tests.fp8 import DTYPES, Quantised, check_fp8  # noqa: E402
 from tests.fp8_cases import BLOCK_TYPES, E4M3_TYPES, FP8_FEATURES, FP8_KINDS, SCORE_ERROR, Fp8Types, fp8_call  # noqa: E402
-from tests.gpu.families import DEVICE, HAS_WGMMA  # noqa: E402
+from tests.gpu.families import DEVICE, HAS_WGMMA, blocks_for, use_family  # noqa: E402
 from tests.gpu.harness import Written, asked_of, download, synchronize, upload  # noqa: E402
 from tests.inputs import Layout, place  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.skipif(not HAS_WGMMA, reason="needs a GPU with wgmma")]
 
 WIDTHS = (16, 64, 96, 128, 192, 256)
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> Iterator[Family]:
+    """Half of the tests see a card of three SMs, where blocks are persistent."""
+    record_property("family", Family.FA3.value)
+    with use_family(Family.FA3, monkeypatch, blocks_for(request.node.nodeid)):
+        yield Family.FA3
 
 
 def request_of(call: Quantised, out_dtype: DType, out: Any = None) -> DenseFwdRequest | VarlenFwdRequest:

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn import DType, ScaleUnit  # noqa: E402
+from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
 from tests.gpu.harness import poison_workspaces  # noqa: E402
@@ -24,6 +25,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 GPU = DEVICE != "cpu"
 E4M3, E5M2 = DType.F8E4M3, DType.F8E5M2
 B, HQ, HKV, PAGE = 4, 32, 8, 64
+
+
+@pytest.fixture
+def family() -> Family:
+    """That of most of these calls; many queries of fp8 take wgmma on Hopper."""
+    return Family.FA2
 
 
 @pytest.fixture(autouse=True)

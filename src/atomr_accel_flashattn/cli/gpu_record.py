@@ -38,6 +38,8 @@ _MARKS = {
     "split": r"splits([2-9]|\d\d)",
     "plain_split": "plain_split",
     "scheduled": "-planned",
+    "fp8_block_descales": r"test_fa3_fp8.*-block\b",
+    "fp8_cache": "test_fp8_kv_cache",
     "batch_invariant": "-invariant",
     "short_q": rf"\bq\d{{1,3}}-.*d{MATRIX_HEAD_DIM}\b",
 }
