@@ -13,7 +13,7 @@ on a GPU; or the caller's ``out``. Half of this file is overloads that say so to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar, overload
+from typing import Any, Final, Literal, Protocol, SupportsIndex, TypeAlias, TypeVar, overload
 
 from .arrays.new import check_can_copy, copy_into, in_library_of, pad_last, row_major, unbind
 from .arrays.read import jax_array_of, read_array
@@ -27,10 +27,11 @@ from .requests.checks import check_out, refuse_fp8_gradients
 from .requests.dense import DenseFwdRequest
 from .requests.fp8 import Scales, fp8_of, is_fp8
 from .requests.options import AttentionOptions, PositionBias
-from .runtime.execute import execute, run
+from .runtime.execute import execute
 from .runtime.plan import Key
 from .torch_ops.autograd import attend, is_recorded, without_history
 from .torch_ops.repeat import Numbers, Others, Packing, remember, repeat
+from .torch_ops.repeat_cache import CacheCall, remember_on_cache, repeat_on_cache
 from .torch_ops.repeat_recorded import remember_recorded
 from .torch_ops.traced import autocast, is_traced
 from .varlen import CumulativeSeqlens, VarlenFwdRequest, forward_request
@@ -47,6 +48,7 @@ class _Listed(Protocol):
 
 
 Window: TypeAlias = Sequence[SupportsIndex] | _Listed
+_NOTHING_NEW: Final = (None,) * 6  # neither rows, padding nor tokens that are written to pages
 
 __all__ = [
     "flash_attn_func",
@@ -529,8 +531,18 @@ def _attend_pages(
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing
     dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs = numbers
     slopes, learned_sink, out = others
-    lengths = CumulativeSeqlens(cu_seqlens_k, plain_length(max_seqlen_k), name="cu_seqlens_k")
     flag(deterministic, "deterministic")
+    longest = plain_length(max_seqlen_q), plain_length(max_seqlen_k)
+    call = CacheCall(
+        (q, k, v),
+        numbers,
+        longest,
+        (*(None, block_table, *_NOTHING_NEW, cu_seqlens_q, cu_seqlens_k, slopes, learned_sink), *descales, out),
+    )
+    key, again = repeat_on_cache(call)
+    if again is not None:
+        return (*again, None) if return_attn_probs else again[0]
+    lengths = CumulativeSeqlens(cu_seqlens_k, longest[1], name="cu_seqlens_k")
     if is_recorded(q, k, v, others):
         raise not_built("paged_backward", "got a block_table with a tensor that requires grad while gradients are enabled")
     request = PagedAttentionRequest(
@@ -539,7 +551,7 @@ def _attend_pages(
         v,
         block_table,
         lengths,
-        cu_seqlens_q=CumulativeSeqlens(cu_seqlens_q, plain_length(max_seqlen_q), name="cu_seqlens_q"),
+        cu_seqlens_q=CumulativeSeqlens(cu_seqlens_q, longest[0], name="cu_seqlens_q"),
         mask=mask_of(window_size, causal=flag(causal, "causal")),
         bias=PositionBias(slopes),
         sink_tokens=sink_tokens,
@@ -548,7 +560,9 @@ def _attend_pages(
         fp8=fp8_of(v, descales, out),
         out=out,
     )
-    output = run(request, lse=flag(return_attn_probs, "return_attn_probs"))
+    output, plan = execute(request, lse=flag(return_attn_probs, "return_attn_probs"))
+    if key is not None:
+        remember_on_cache(key, call, request, output, plan)
     return (output.out, output.lse, None) if return_attn_probs else output.out
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from .arrays.new import int32_like
+from .arrays.new import filled_int32
 from .arrays.read import read_array
 from .arrays.torch_hooks import keep_out_of_graphs
 from .cached import CachedFwdRequest
@@ -21,7 +21,8 @@ from .requests.arguments import flag, mask_of, softcap_of
 from .requests.fp8 import fp8_of
 from .requests.options import AttentionOptions, PositionBias
 from .requests.step_plan import StepPlan
-from .runtime.execute import run
+from .runtime.execute import execute
+from .torch_ops.repeat_cache import CacheCall, remember_on_cache, repeat_on_cache
 
 __all__ = ["flash_attn_with_kvcache"]
 
@@ -121,6 +122,22 @@ def flash_attn_with_kvcache(
         ConstructionError: the subclass and the message say which argument is wrong; the cache is as it was.
         FeatureNotBuiltError: torch tensors that want gradients; fp8 on a GPU without a kernel.
     """
+    descales = (q_descale, k_descale, v_descale)
+    alone = cache_seqlens is None or type(cache_seqlens) is int
+    call = CacheCall(
+        (q, k_cache, v_cache),
+        (0.0, softmax_scale, causal, window_size, softcap, sink_tokens, return_softmax_lse),
+        (num_splits, rotary_interleaved, batch_invariant),
+        (
+            *(None if alone else cache_seqlens, block_table, cache_batch_idx, cache_leftpad, k, v, rotary_cos, rotary_sin, None, None),
+            *(alibi_slopes, learned_sink, *descales, out),
+        ),
+        cache_seqlens if alone else None,
+        step_plan,
+    )
+    key, again = repeat_on_cache(call)
+    if again is not None:
+        return again if return_softmax_lse else again[0]
     queries = read_array(q, "q")
     if len(queries.shape) != 4:
         raise ShapeError(f"q: got shape {queries.shape}; allowed is (batch, length, heads, head dim)")
@@ -147,11 +164,13 @@ def flash_attn_with_kvcache(
             learned_sink=learned_sink,
             batch_invariant=flag(batch_invariant, "batch_invariant"),
         ),
-        fp8=fp8_of(v_cache, (q_descale, k_descale, v_descale), out),
+        fp8=fp8_of(v_cache, descales, out),
         out=out,
         plan=step_plan,
     )
-    output = run(request, lse=flag(return_softmax_lse, "return_softmax_lse"))
+    output, plan = execute(request, lse=flag(return_softmax_lse, "return_softmax_lse"))
+    if key is not None:
+        remember_on_cache(key, call, request, output, plan)
     return (output.out, output.lse) if return_softmax_lse else output.out
 
 
@@ -176,8 +195,9 @@ def _lengths(cache_seqlens: Any, q: Any, k_cache: Any, block_table: Any, *, appe
         alone = slots
     if not 0 <= alone <= slots:
         raise SeqLensError(f"cache_seqlens: got {alone}; allowed are 0..{slots}, the slots of a sequence")
-    lengths = np.full(queries.shape[0], alone, np.int32)
-    return lengths if queries.device.kind == "cpu" else int32_like(lengths, q)
+    if queries.device.kind == "cpu":
+        return np.full(queries.shape[0], alone, np.int32)
+    return filled_int32(queries.shape[0], alone, q)
 
 
 keep_out_of_graphs((flash_attn_with_kvcache,))

@@ -17,7 +17,7 @@ from atomr_accel_flashattn.launch import driver, launcher
 from atomr_accel_flashattn.launch.driver import DeviceProperties
 from atomr_accel_flashattn.launch.launcher import LoadedKernel
 from atomr_accel_flashattn.runtime import execute, gradients, merging, on_cache, overflow, plan, step
-from atomr_accel_flashattn.torch_ops import repeat
+from atomr_accel_flashattn.torch_ops import repeat, repeat_cache
 from atomr_accel_flashattn.types import SmArch
 from tests.emulator.running import flat_tensor
 
@@ -69,7 +69,8 @@ class FakeGpu:
             monkeypatch.setattr(repeat, name, {})
         monkeypatch.setattr(dispatch_arch, "_arch_of_gpu", lambda _index: arch)
         monkeypatch.setattr(merging, "_launches", {})
-        monkeypatch.setattr(on_cache, "error_word", lambda _index: self.error.ctypes.data)
+        for module in (on_cache, repeat_cache):
+            monkeypatch.setattr(module, "error_word", lambda _index: self.error.ctypes.data)
         monkeypatch.setattr(overflow, "devices_with_a_word", lambda: (0,))
         monkeypatch.setattr(overflow, "take_error", self.take_error)
         for module in (plan, merging, step):

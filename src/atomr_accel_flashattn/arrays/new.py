@@ -25,6 +25,7 @@ __all__ = [
     "empty_like_framework",
     "empty_torch",
     "empty_workspace",
+    "filled_int32",
     "in_library_of",
     "int32_like",
     "pad_last",
@@ -190,6 +191,17 @@ def int32_like(values: np.ndarray[Any, Any], like: Any) -> Any:
         with cupy.cuda.Device(info.device.index):
             return cupy.asarray(values)
     raise ArrayTypeError(f"like: got {type(like).__qualname__}; allowed are torch tensors, NumPy and CuPy arrays, DeviceArray and None")
+
+
+def filled_int32(size: int, value: int, like: Any) -> Any:
+    """int32 (size,), each ``value``, in the library and on the device of ``like``; errors: :func:`int32_like`.
+
+    torch fills it by a kernel, which a CUDA graph may capture.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(like, torch.Tensor):
+        return like.new_full((size,), value, dtype=torch.int32)
+    return int32_like(np.full(size, value, np.int32), like)
 
 
 def unbind(info: ArrayInfo, axis: int) -> tuple[Any, ...]:

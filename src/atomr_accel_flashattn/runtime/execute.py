@@ -27,7 +27,7 @@ from .on_cache import cache_addresses, check_scheduled, plan_on_cache, workspace
 from .plan import Output, Outputs, Plan, addresses_of, find, keep, launch_of, slots_of
 from .staleness import Fingerprint
 
-__all__ = ["execute", "fill", "make_outputs", "run"]
+__all__ = ["execute", "fill", "make_outputs", "run", "written_arrays"]
 
 
 @overload
@@ -172,12 +172,17 @@ def fill(
     return plan
 
 
-def _tell_written(request: FaFwdDispatch) -> None:
+def written_arrays(request: FaFwdDispatch) -> list[ArrayInfo]:
+    """The caller's arrays that a call writes."""
     cache = request.problem.cache
     written = [] if request.out_array is None else [request.out_array]
     if cache is not None and cache.new is not None:
         written += [request.problem.k, request.problem.v, *request.problem.written_descales]
-    for array in written:
+    return written
+
+
+def _tell_written(request: FaFwdDispatch) -> None:
+    for array in written_arrays(request):
         tell_written(array.source)
 
 

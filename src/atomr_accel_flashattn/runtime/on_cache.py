@@ -5,6 +5,7 @@ Calls on plain K and V that are batch-invariant, or whose keys are split, have t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any, Final
@@ -21,16 +22,18 @@ from ..kernels.step import StepParams
 from ..launch.error_word import error_word
 from ..launch.launcher import Launch, LaunchSeries
 from ..limits import MAX_GRID
-from ..problem import ArrayInfo, AttentionProblem
-from .plan import SLOTS_OF_SPLIT, Outputs, Plan, Workspace, forward_addresses, launch_of, series_of
+from ..problem import AttentionProblem
+from .plan import SLOTS, SLOTS_OF_SPLIT, Outputs, Plan, Workspace, descale_addresses, forward_addresses, launch_of, series_of
+from .staleness import arrays_of_cache
 
-__all__ = ["cache_addresses", "check_scheduled", "plan_on_cache", "workspace_on_cache"]
+__all__ = ["STEP_SLOTS", "cache_addresses", "check_scheduled", "in_order", "plan_on_cache", "workspace_on_cache"]
 
 # Addresses of a call in this order: those of KvCacheParams, those that only an append has (to it, q is what it reads), a StepPlan's, those
 # of descales.
 _APPENDED: Final = ("new_k", "new_v", "cos", "sin", "rotated_q", "raw_q")
 _SLOTS: Final[tuple[str, ...]] = (*KvCacheParams.SLOTS, *_APPENDED, "schedule", *DESCALE_SLOTS)
-_NO_DESCALES: Final = (0, 0, 0)
+_BESIDE: Final = ("blocks", "cache_lengths", "left_pad", "new_k", "new_v", "cu_seqlens_new", "cos", "sin")  # as arrays_of_cache has them
+STEP_SLOTS: Final = ("schedule", "partial_o", "partial_sum")  # of StepBuffers
 _SLOTS_OF_APPEND: Final = tuple({"q": "attended_q", "raw_q": "q"}.get(slot, slot) for slot in _SLOTS)
 
 
@@ -83,29 +86,27 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
 
 def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Workspace) -> tuple[int, ...]:
     """The addresses of a call on a KV cache, in the order that its plan was made for; 0 for what it does not have."""
-    cache = problem.cache
+    cache, step, base = problem.cache, problem.step, 0 if outputs.workspace is None else outputs.workspace.ptr
     assert cache is not None  # noqa: S101 - callers have looked
-    base = 0 if outputs.workspace is None else outputs.workspace.ptr
     at = {slot: base + offset for slot, offset in workspace.offsets.items()}
-    step, schedule = problem.step, 0
+    at |= zip(SLOTS, forward_addresses(problem, outputs.out.ptr, 0 if outputs.lse is None else outputs.lse.ptr), strict=True)
+    at |= {slot: array.ptr for slot, array in zip(_BESIDE, arrays_of_cache(cache), strict=True) if array is not None}
+    at["error"] = error_word(problem.q.device.index)
     if step is not None:
         check_scheduled(problem)
-        schedule, at["partial_o"], at["partial_sum"] = step.schedule, step.partial_o, step.partial_sum
-    new = cache.new
-    rotary = None if new is None else new.rotary
-    raw_q, *others = forward_addresses(problem, outputs.out.ptr, 0 if outputs.lse is None else outputs.lse.ptr)
-    rotated_q = at.get("rotated_q", 0)
-    return (
-        *map(_address, (cache.blocks, cache.lengths, cache.left_pad)),
-        _address(None if new is None else new.cu_seqlens),
-        *(at.get("partial_o", 0), at.get("partial_sum", 0)),
-        error_word(problem.q.device.index),
-        *(rotated_q or raw_q, *others),
-        *((0, 0) if new is None else (new.k.ptr, new.v.ptr)),
-        *((0, 0) if rotary is None else (rotary.cos.ptr, rotary.sin.ptr)),
-        *(rotated_q, raw_q, schedule),
-        *(_NO_DESCALES if problem.descales is None else (_address(each and each.array) for each in problem.descales)),
-    )
+        at |= {slot: getattr(step, slot) for slot in STEP_SLOTS}
+    if problem.descales is not None:
+        at |= zip(DESCALE_SLOTS, descale_addresses(problem.descales), strict=True)
+    return in_order(at)
+
+
+def in_order(at: Mapping[str, int]) -> tuple[int, ...]:
+    """Addresses by name, in the order that plans of calls on a cache are made for. 0 for what there is not.
+
+    "q" is that of the call: where there is room for it rotated, kernels behind the append read that.
+    """
+    places = {**at, "raw_q": at["q"], "q": at.get("rotated_q", at["q"])}
+    return tuple(places.get(slot, 0) for slot in _SLOTS)
 
 
 def _parts(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSpec) -> int:
@@ -123,7 +124,3 @@ def _workspace(problem: AttentionProblem, parts: int) -> Workspace:
     if cache is not None and cache.new is not None and cache.new.rotary is not None:
         sizes["rotated_q"] = rotated_bytes(problem)
     return Workspace.of(sizes)
-
-
-def _address(array: ArrayInfo | None) -> int:
-    return 0 if array is None else array.ptr

@@ -42,12 +42,18 @@ __all__ = [
     "Numbers",
     "Others",
     "Packing",
+    "Recording",
     "Shortcut",
+    "Tensors",
+    "array_of",
     "clear",
     "find",
     "keep",
     "launch_more",
+    "maker_of",
     "never",
+    "plain_numbers",
+    "reach_of",
     "recording_of",
     "remember",
     "repeat",
@@ -74,12 +80,12 @@ class Known:
     """What calls are told by.
 
     Attributes:
-        alignment: low bits of all addresses that count.
+        alignment: low bits of all addresses that count, or-ed, or one by one where a plan depends on each.
         same: says of tensors that they are like those that this was found for. It is made again when it does not know tensors that the key
             knows, as in another mode of autograd; what any of them ever says is true.
     """
 
-    alignment: int
+    alignment: int | tuple[int, ...]
     same: Any
 
 
@@ -128,7 +134,7 @@ def repeat(  # noqa: C901, PLR0911, PLR0912 - each frame less is 0.1 us
         (key, result): result is None when there is no shortcut; key is None when there cannot be one.
     """
     slopes, learned_sink, out = others
-    plain = numbers if _are_plain(numbers) else _told_apart(numbers)
+    plain = plain_numbers(numbers)
     if (
         plain is None
         or (packing is not None and not type(packing[2]) is type(packing[3]) is int)
@@ -179,6 +185,11 @@ def repeat(  # noqa: C901, PLR0911, PLR0912 - each frame less is 0.1 us
     if found.out is None:
         hooks.increment_version(out)
     return None, out if lse is None else (out, lse, None)
+
+
+def plain_numbers(numbers: Numbers) -> Any:
+    """Numbers as part of a key, in which equal ones mean the same; None where they cannot be."""
+    return numbers if _are_plain(numbers) else _told_apart(numbers)
 
 
 def _are_plain(numbers: Numbers) -> bool:
@@ -261,7 +272,7 @@ def _has_memory(tensor: Any) -> bool:
     return True
 
 
-def find(call: Key, alignment: int, tensors: Tensors, recording: Recording, *, guards: bool) -> tuple[Key, Any]:
+def find(call: Key, alignment: int | tuple[int, ...], tensors: Tensors, recording: Recording, *, guards: bool) -> tuple[Key, Any]:
     """The key of a call and its shortcut, which is from now on the first to be tried for calls of these numbers.
 
     ``guards``: whether a guard may tell it. It tells whether tensors want gradients, and not whether autograd is on: functional calls on
@@ -338,18 +349,17 @@ def remember(key: Key, plan: Plan, output: Output, *, brings_out: bool = False, 
     if settings().debug or output.dropout_mask is not None or not plan.launches:
         return
     device_index = plan.launches[0].device_index
-    out = None if brings_out else _array(output.out)
+    out = None if brings_out else array_of(output.out)
     dropout = bool(numbers[0] > 0)
-    one_gpu = hooks.device_count is not None and hooks.device_count() == 1
     made = Shortcut(
         launch=plan.launch if plan.workspace is None else with_partial_results(plan, device_index),
         device_index=device_index,
         alignment=alignment,
-        reaches=(*(_reach(*facts[4 * i : 4 * i + 3]) for i in range(3)), _reach(*_array(output.out))),
+        reaches=(*(reach_of(*facts[4 * i : 4 * i + 3]) for i in range(3)), reach_of(*array_of(output.out))),
         out=out,
-        reaches_beside=tuple(_reach(*facts[4 * i : 4 * i + 3]) for i in range(3, len(facts) // 4 - 1)) if brings_out else (),
-        make_out=partial(hooks.empty_on_current, *out) if one_gpu and out is not None else None,
-        lse=None if output.lse is None else _array(output.lse),
+        reaches_beside=tuple(reach_of(*facts[4 * i : 4 * i + 3]) for i in range(3, len(facts) // 4 - 1)) if brings_out else (),
+        make_out=maker_of(out),
+        lse=None if output.lse is None else array_of(output.lse),
         dropout=dropout,
         plain=not more and output.lse is None and not dropout,
         same=never,
@@ -367,11 +377,18 @@ def keep(key: Key, known: Known) -> None:
     shortcuts[key] = known
 
 
-def _array(tensor: Any) -> NewTensor:
+def maker_of(array: NewTensor | None) -> Any:
+    """A function that makes such a tensor where there is one GPU; None where one has to look which is current, or for None."""
+    one_gpu = hooks.device_count is not None and hooks.device_count() == 1
+    return partial(hooks.empty_on_current, *array) if one_gpu and array is not None else None
+
+
+def array_of(tensor: Any) -> NewTensor:
+    """What a tensor like it is made from."""
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _reach(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> int:
+def reach_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> int:
     """Bytes from the first element to the last one, both included."""
     last = sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
     return 0 if 0 in shape else int((last + 1) * dtype.itemsize)
