@@ -533,12 +533,8 @@ def _attend_pages(
     slopes, learned_sink, out = others
     flag(deterministic, "deterministic")
     longest = plain_length(max_seqlen_q), plain_length(max_seqlen_k)
-    call = CacheCall(
-        (q, k, v),
-        numbers,
-        longest,
-        (*(None, block_table, *_NOTHING_NEW, cu_seqlens_q, cu_seqlens_k, slopes, learned_sink), *descales, out),
-    )
+    beside = (None, block_table, *_NOTHING_NEW, cu_seqlens_q, cu_seqlens_k, slopes, learned_sink, *descales, out)
+    call: CacheCall = (q, k, v), numbers, (None, *longest, None, *beside), None
     key, again = repeat_on_cache(call)
     if again is not None:
         return (*again, None) if return_attn_probs else again[0]

@@ -122,17 +122,15 @@ def flash_attn_with_kvcache(
         ConstructionError: the subclass and the message say which argument is wrong; the cache is as it was.
         FeatureNotBuiltError: torch tensors that want gradients; fp8 on a GPU without a kernel.
     """
-    descales = (q_descale, k_descale, v_descale)
     alone = cache_seqlens is None or type(cache_seqlens) is int
-    call = CacheCall(
+    call: CacheCall = (
         (q, k_cache, v_cache),
         (0.0, softmax_scale, causal, window_size, softcap, sink_tokens, return_softmax_lse),
-        (num_splits, rotary_interleaved, batch_invariant),
         (
+            *(cache_seqlens if alone else None, num_splits, rotary_interleaved, batch_invariant),
             *(None if alone else cache_seqlens, block_table, cache_batch_idx, cache_leftpad, k, v, rotary_cos, rotary_sin, None, None),
-            *(alibi_slopes, learned_sink, *descales, out),
+            *(alibi_slopes, learned_sink, q_descale, k_descale, v_descale, out),
         ),
-        cache_seqlens if alone else None,
         step_plan,
     )
     key, again = repeat_on_cache(call)
@@ -164,7 +162,7 @@ def flash_attn_with_kvcache(
             learned_sink=learned_sink,
             batch_invariant=flag(batch_invariant, "batch_invariant"),
         ),
-        fp8=fp8_of(v_cache, descales, out),
+        fp8=fp8_of(v_cache, (q_descale, k_descale, v_descale), out),
         out=out,
         plan=step_plan,
     )

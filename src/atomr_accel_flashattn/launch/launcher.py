@@ -8,11 +8,12 @@ to launch it from another one before anything has run; only then is the right co
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import threading
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 from ..env import settings
 from ..errors import LaunchError
@@ -157,6 +158,10 @@ class Launch:
         self._mapped = slice(first, first + len(params.MAPS)) if params.MAPS else None
         self._select: Any = None if slots == params.SLOTS else itemgetter(*map(slots.index, params.SLOTS))
 
+    def on_places(self, places: tuple[int, ...]) -> Launch:
+        """The same launch, of addresses among others: that of slot i is the one at ``places[i]``."""
+        return _on_places(self, places)
+
     def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
         """Launch into ``stream`` (a raw CUstream, 0 for the default one); ``addresses`` in the order of the launch's slots.
 
@@ -245,6 +250,10 @@ class LaunchSeries:
         """Its kernels in order, and their grids."""
         return tuple(zip((kernel.spec for kernel in self.kernels), self.grids, strict=True))
 
+    def on_places(self, places: tuple[int, ...]) -> LaunchSeries:
+        """As :meth:`Launch.on_places`."""
+        return _on_places(self, places)
+
     def launch(self, stream: int, addresses: tuple[int, ...]) -> None:
         """As :meth:`Launch.launch`. After an error, those behind it are not launched."""
         storage = self._threads.storage
@@ -256,6 +265,16 @@ class LaunchSeries:
             code = launch(*arguments)
             if code:
                 _recover(self.kernels[index], self.grids[index], arguments, code)
+
+
+_AnyLaunch = TypeVar("_AnyLaunch", Launch, LaunchSeries)
+
+
+def _on_places(launch: _AnyLaunch, places: tuple[int, ...]) -> _AnyLaunch:
+    """A copy that shares the storage of parameters."""
+    made, select = copy.copy(launch), launch._select  # noqa: SLF001 - of this module
+    made._select = itemgetter(*(places if select is None else select(places)))  # noqa: SLF001 - of this module
+    return made
 
 
 class _WaitingLaunch(Launch):

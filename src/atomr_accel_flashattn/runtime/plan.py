@@ -156,6 +156,10 @@ class Plan:
         self.workspace = workspace
         self.launch: Callable[[int, tuple[int, ...]], None] = launches[0].launch if len(launches) == 1 else self._launch_all
 
+    def on_places(self, places: tuple[int, ...]) -> Plan:
+        """The same launches, of addresses among others: that of slot i is the one at ``places[i]``."""
+        return Plan((each.on_places(places) for each in self.launches), self.out_strides, self.workspace)
+
     def _launch_all(self, stream: int, addresses: tuple[int, ...]) -> None:
         for each in self.launches:
             each.launch(stream, addresses)

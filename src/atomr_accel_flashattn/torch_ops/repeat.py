@@ -134,7 +134,7 @@ def repeat(  # noqa: C901, PLR0911, PLR0912 - each frame less is 0.1 us
         (key, result): result is None when there is no shortcut; key is None when there cannot be one.
     """
     slopes, learned_sink, out = others
-    plain = plain_numbers(numbers)
+    plain = numbers if _are_plain(numbers) else _told_apart(numbers)
     if (
         plain is None
         or (packing is not None and not type(packing[2]) is type(packing[3]) is int)

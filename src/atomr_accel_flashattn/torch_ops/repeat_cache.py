@@ -17,8 +17,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
-from operator import itemgetter, or_
 from typing import Any, Final, TypeAlias
 
 from ..arrays.new import filled_int32
@@ -33,19 +31,22 @@ from ..runtime.plan import Key, Output, Plan
 from . import repeat
 from .repeat import Known, Numbers, Recording, Tensors, array_of, find, keep, maker_of, never, plain_numbers, reach_of, recording_of
 
-__all__ = ["CacheCall", "Choices", "remember_on_cache", "repeat_on_cache"]
+__all__ = ["CacheCall", "remember_on_cache", "repeat_on_cache"]
 
-# (num_splits, rotary_interleaved, batch_invariant), or (max_seqlen_q, max_seqlen_k) of packed sequences
-Choices: TypeAlias = tuple[Any, ...]
+# (q, K, V), numbers as repeat has them, and flat, with None for what there is not: the length of every sequence where no array has them
+# (None for all slots), num_splits, rotary_interleaved, batch_invariant (or the longest lengths of packed q and K, and None); lengths, block
+# table, rows, left padding, new k and v, cos, sin, offsets of q and of the lengths, slopes, learned sink, descales of q, k and v, ``out``.
+# Last the StepPlan, or None.
+CacheCall: TypeAlias = tuple[Tensors, Numbers, tuple[Any, ...], Any]
 
-# What :class:`CacheCall` has beside q, K and V, by the slots that the addresses go to.
+_FIRST_BESIDE: Final = 4  # place of lengths, the first that may be an array
+# What there may be from there on, by the slots that the addresses go to.
 _BESIDE: Final = (
     *("cache_lengths", "blocks", "blocks", "left_pad", "new_k", "new_v", "cos", "sin", "cu_seqlens_q", "cu_seqlens_k"),
     *("alibi_slopes", "learned_sink", "q_descale", "k_descale", "v_descale", "o"),
 )
 _MADE: Final = ("nothing", "o", "lse", "cache_lengths", "error", *STEP_SLOTS)  # addresses of a call that are not its arguments'
-_EXACT: Final = frozenset({int, bool})
-_COUNTS: Final = frozenset({int, type(None)})
+_EXACT: Final = frozenset({int, bool, type(None)})
 _NO_STEP: Final = (0, 0, 0)
 _NO_OTHERS: Final = (None, None, None)
 _WANTING: Final = (True,)  # in the place of a recording: some tensor wants gradients, and they are not enabled
@@ -53,47 +54,18 @@ _MOST_DISTANCES: Final = 64
 
 
 @dataclass(slots=True, eq=False)
-class CacheCall:
-    """A call, in the order of its arguments.
-
-    Attributes:
-        arrays: q, K and V.
-        numbers: as :mod:`.repeat` has them; dropout is 0.
-        choices: further numbers, integers and flags.
-        beside: lengths, block table, rows, left padding, new k and v, cos, sin, offsets of q and of the lengths, slopes, learned sink,
-            descales of q, k and v, and ``out``; None for what there is not.
-        count: the length of every sequence where no array has them; None is all slots.
-        step: the StepPlan.
-    """
-
-    arrays: Tensors
-    numbers: Numbers
-    choices: Choices
-    beside: tuple[Any, ...]
-    count: Any = None
-    step: Any = None
-
-    @property
-    def tensors(self) -> Tensors:
-        """Those that there are."""
-        return (*self.arrays, *[x for x in self.beside if x is not None])
-
-
-@dataclass(slots=True, eq=False)
 class _OnCache(Known):
     """A plan, and what is needed to run it for a call over a cache.
 
     Attributes:
-        launch: runs the plan.
+        launch: runs the plan on addresses of ``_MADE``, of the room, and of the tensors.
         recording: () or ``_WANTING``.
-        out: the output, None when the caller brings it.
-        make_out: makes it; None where that takes a look at the current device.
-        lse: None where it is not asked for.
-        room: memory that the launches share, None for none.
+        make_out: makes the output on the GPU of q; None when the caller brings it.
+        make_lse: None where it is not asked for.
+        make_room: makes the memory that the launches share, None for none.
         places: where its arrays begin.
         counted: (sequences, slots of each) where lengths are one number; else None.
         error: address of the error word.
-        select: the addresses in the order of the plan, out of those of ``_MADE``, of the room, and of the tensors.
         written: places of the tensors that the call writes.
         reaches: bytes between the first and the last element of every tensor, both included.
         apart: (place of a written tensor, place of another, distance) of those that the checks found to share no element.
@@ -102,14 +74,12 @@ class _OnCache(Known):
     launch: Callable[[int, tuple[int, ...]], None]
     device_index: int
     recording: Recording
-    out: NewTensor | None
-    make_out: Any
-    lse: NewTensor | None
-    room: NewTensor | None
+    make_out: Callable[[Any], Any] | None
+    make_lse: Callable[[Any], Any] | None
+    make_room: Callable[[Any], Any] | None
     places: tuple[int, ...]
     counted: tuple[int, int] | None
     error: int
-    select: Callable[[tuple[int, ...]], tuple[int, ...]]
     written: tuple[int, ...]
     reaches: tuple[int, ...]
     apart: set[tuple[int, int, int]]
@@ -121,19 +91,18 @@ def repeat_on_cache(call: CacheCall) -> tuple[Key | None, tuple[Any, Any] | None
     Returns:
         (key, (o, LSE or None)): without the pair there is no shortcut; without a key there cannot be one.
     """
-    beside, choices, count, step = call.beside, call.choices, call.count, call.step
-    numbers, kinds = plain_numbers(call.numbers), tuple(map(type, (count, *choices, *beside)))
+    arrays, numbers, flat, step = call
+    numbers, kinds, choices = plain_numbers(numbers), tuple(map(type, flat)), flat[:_FIRST_BESIDE]
     if (
         numbers is None
-        or kinds[0] not in _COUNTS
-        or not _EXACT.issuperset(kinds[1 : 1 + len(choices)])
+        or not _EXACT.issuperset(kinds[:_FIRST_BESIDE])
         or not (step is None or type(step) is StepPlan)
         or hooks.forward_ad._current_level >= 0  # noqa: SLF001 - as repeat has it
         or hooks.count_modes()
     ):
         return None, None
-    asked: Key = (numbers, choices, kinds, None if step is None else step.shape)
-    tensors = call.tensors
+    asked: Key = (numbers, choices[1:], kinds, None if step is None else step.shape)
+    tensors = (*arrays, *[x for x in flat[_FIRST_BESIDE:] if x is not None])
     found = repeat.latest.get(asked)
     if found is None or not found.same(*tensors) or (found.recording and hooks.is_grad_enabled()):
         found, recording = None, recording_of(tensors, _NO_OTHERS, deterministic=False)
@@ -145,7 +114,11 @@ def repeat_on_cache(call: CacheCall) -> tuple[Key | None, tuple[Any, Any] | None
     pointers = [tensor.data_ptr() for tensor in tensors]
     if not all(pointers):
         return None, None  # empty, or freed under its tensor: to a kernel, address 0 is an array that there is not
-    alignment = _low_bits(pointers)
+    alignment: Any = 0
+    for pointer in pointers:
+        alignment |= pointer & 15
+    if alignment:  # which of them it is decides on the plan
+        alignment = tuple([pointer & 15 for pointer in pointers])
     if found is None or found.alignment != alignment:
         key, found = find(asked, alignment, tensors, recording, guards=True)
         if found is None:
@@ -158,7 +131,7 @@ def repeat_on_cache(call: CacheCall) -> tuple[Key | None, tuple[Any, Any] | None
         if not buffers.scheduled:
             return None, None
         at_step = buffers.schedule, buffers.partial_o, buffers.partial_sum
-    q, index, lengths = tensors[0], found.device_index, 0
+    q, index, count, lengths = tensors[0], found.device_index, choices[0], 0
     if found.counted is not None:
         batch, slots = found.counted
         if count is None:
@@ -167,19 +140,18 @@ def repeat_on_cache(call: CacheCall) -> tuple[Key | None, tuple[Any, Any] | None
             return None, None
         counted = filled_int32(batch, count, q)
         lengths = counted.data_ptr()
-    out, lse, at_lse = beside[-1], None, 0
-    if found.out is not None:
-        out = empty_on(index, q, found.out) if found.make_out is None else found.make_out()
-    if found.lse is not None:
-        lse = empty_on(index, q, found.lse)
+    out, lse, at_lse = flat[-1], None, 0
+    if found.make_out is not None:
+        out = found.make_out(q)
+    if found.make_lse is not None:
+        lse = found.make_lse(q)
         at_lse = lse.data_ptr()
-    places: tuple[int, ...] = ()
-    if found.room is not None:
-        room = empty_on(index, q, found.room)
+    places: Any = ()
+    if found.make_room is not None:
+        room = found.make_room(q)
         base = room.data_ptr()
-        places = tuple([base + place for place in found.places])
-    made = 0, out.data_ptr(), at_lse, lengths, found.error, *at_step
-    found.launch(hooks.raw_stream(index), found.select((*made, *places, *pointers)))
+        places = [base + place for place in found.places]
+    found.launch(hooks.raw_stream(index), (0, out.data_ptr(), at_lse, lengths, found.error, *at_step, *places, *pointers))
     for place in found.written:
         hooks.increment_version(tensors[place])
     return None, (out, lse)
@@ -189,7 +161,9 @@ def remember_on_cache(key: Key, call: CacheCall, request: FaFwdDispatch, output:
     """Keep a shortcut to the plan of the request that was made for ``call``; does nothing where a shortcut would not be enough."""
     if plan is None or not plan.launches or settings().debug:
         return
-    tensors = call.tensors
+    arrays, _, flat, _ = call
+    beside = flat[_FIRST_BESIDE:]
+    tensors = (*arrays, *[x for x in beside if x is not None])
     _, alignment, recording, *facts = key
     pointers = [tensor.data_ptr() for tensor in tensors]
     reaches = tuple(reach_of(*facts[4 * i : 4 * i + 3]) for i in range(len(tensors)))
@@ -201,25 +175,22 @@ def remember_on_cache(key: Key, call: CacheCall, request: FaFwdDispatch, output:
         return
     device_index, room = plan.launches[0].device_index, plan.workspace
     assert room is not None  # noqa: S101 - every call over a cache has one, perhaps of no bytes
-    names = ["q", "k", "v", *[name for name, x in zip(_BESIDE, call.beside, strict=True) if x is not None]]
+    names = ["q", "k", "v", *[name for name, x in zip(_BESIDE, beside, strict=True) if x is not None]]
     places = {name: place for place, name in enumerate((*_MADE, *room.offsets, *names))}
     brings_lengths = "cache_lengths" in names or "cu_seqlens_k" in names
     cache = request.problem.cache
-    out = None if request.out_array is not None else array_of(output.out)
     made = _OnCache(
         alignment=alignment,
         same=never,
-        launch=plan.launch,
+        launch=plan.on_places(in_order(places)).launch,
         device_index=device_index,
         recording=recording,
-        out=out,
-        make_out=maker_of(out),
-        lse=None if output.lse is None else array_of(output.lse),
-        room=None if not room.size else ((room.size // 4,), (1,), sys.modules["torch"].float32),
+        make_out=None if request.out_array is not None else _maker(device_index, array_of(output.out)),
+        make_lse=None if output.lse is None else _maker(device_index, array_of(output.lse)),
+        make_room=None if not room.size else _maker(device_index, ((room.size // 4,), (1,), sys.modules["torch"].float32)),
         places=tuple(room.offsets.values()),
         counted=None if brings_lengths or cache is None else (request.problem.batch, cache.capacity),
         error=error_word(device_index),
-        select=itemgetter(*in_order(places)),
         written=written,
         reaches=reaches,
         apart=apart,
@@ -227,9 +198,10 @@ def remember_on_cache(key: Key, call: CacheCall, request: FaFwdDispatch, output:
     keep(key, made)
 
 
-def _low_bits(pointers: list[int]) -> int | tuple[int, ...]:
-    """What a plan depends on of addresses: 0 where all are multiples of 16 bytes."""
-    return tuple([pointer & 15 for pointer in pointers]) if reduce(or_, pointers) & 15 else 0
+def _maker(device_index: int, array: NewTensor) -> Callable[[Any], Any]:
+    """A function that makes such a tensor on the GPU of the one that it gets."""
+    make = maker_of(array)
+    return (lambda like: empty_on(device_index, like, array)) if make is None else lambda _like: make()
 
 
 def _near(written: tuple[int, ...], reaches: tuple[int, ...], pointers: list[int]) -> list[tuple[int, int, int]]:
