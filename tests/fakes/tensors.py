@@ -15,7 +15,16 @@ from atomr_accel_flashattn.torch_ops.attention_function import Attention
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["FakeCuda", "fake", "fresh_hooks", "let_autograd_keep_the_card", "note_requests", "take_for_cuda"]
+__all__ = [
+    "FakeCuda",
+    "GuardOfFakes",
+    "empty_on_current",
+    "fake",
+    "fresh_hooks",
+    "let_autograd_keep_the_card",
+    "note_requests",
+    "take_for_cuda",
+]
 
 
 class FakeCuda(torch.Tensor):
@@ -38,6 +47,22 @@ class FakeCuda(torch.Tensor):
 def fake(tensor: torch.Tensor) -> FakeCuda:
     """The same memory, on the fake card."""
     return tensor.as_subclass(FakeCuda)
+
+
+class GuardOfFakes:
+    """torch's guard reads the device where a :class:`FakeCuda` has none."""
+
+    def __init__(self, *tensors: FakeCuda, **dims: Any) -> None:
+        self.indices = [tensor.index for tensor in tensors]
+        self.guard = torch._C._dynamo.guards.TensorGuards(*tensors, **dims)
+
+    def check(self, *tensors: FakeCuda) -> bool:
+        return bool(self.guard.check(*tensors)) and [tensor.index for tensor in tensors] == self.indices
+
+
+def empty_on_current(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> FakeCuda:
+    """Stands in for the hook of that name."""
+    return fake(torch.empty_strided(shape, strides, dtype=dtype))
 
 
 def fresh_hooks(monkeypatch: pytest.MonkeyPatch) -> None:

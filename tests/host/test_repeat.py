@@ -30,7 +30,7 @@ from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
 from atomr_accel_flashattn.runtime import plan as store  # noqa: E402
 from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
 from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
-from tests.fakes.tensors import FakeCuda, fake, fresh_hooks  # noqa: E402
+from tests.fakes.tensors import FakeCuda, GuardOfFakes, empty_on_current, fake, fresh_hooks  # noqa: E402
 
 from .calls import (  # noqa: E402
     CHANGES as CHANGES_OF_NUMBERS,
@@ -39,21 +39,6 @@ from .calls import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.torch
-
-
-class GuardOfFakes:
-    """torch's guard reads the device where a :class:`FakeCuda` has none."""
-
-    def __init__(self, *tensors: FakeCuda, **dims: Any) -> None:
-        self.indices = [tensor.index for tensor in tensors]
-        self.guard = torch._C._dynamo.guards.TensorGuards(*tensors, **dims)
-
-    def check(self, *tensors: FakeCuda) -> bool:
-        return bool(self.guard.check(*tensors)) and [tensor.index for tensor in tensors] == self.indices
-
-
-def empty_on_current(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> FakeCuda:
-    return fake(torch.empty_strided(shape, strides, dtype=dtype))
 
 
 @pytest.fixture(params=[fa.SmArch.SM_90, fa.SmArch.SM_90A], ids=["fa2", "fa3"])

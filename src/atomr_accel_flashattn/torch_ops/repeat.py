@@ -14,8 +14,8 @@ A call is first compared with the last one of the same numbers. torch does that 
 tensor what a key would hold (and its class, and whether it wants gradients): 0.9 us, where reading the same into a key costs 3. On a guard
 miss the shortcut is looked up by the full key, and becomes the most recent one of these numbers.
 
-Calls that autograd records have shortcuts of their own, which launch inside an operation of autograd (:mod:`.repeat_recorded`), and so
-have the operators of torch, forward and backward (:mod:`.repeat_operators`). All lie in the same tables.
+Calls that autograd records have shortcuts of their own, which launch inside an operation of autograd (:mod:`.repeat_recorded`), and so have
+operators of torch (:mod:`.repeat_operators`) and calls over a KV cache (:mod:`.repeat_cache`). All lie in the same tables.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def repeat(  # noqa: C901, PLR0911, PLR0912 - each frame less is 0.1 us
 
 
 def plain_numbers(numbers: Numbers) -> Any:
-    """Numbers as part of a key, in which equal ones mean the same; None where they cannot be."""
+    """Numbers as part of a key; None where they cannot be."""
     return numbers if _are_plain(numbers) else _told_apart(numbers)
 
 
