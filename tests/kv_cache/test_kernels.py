@@ -172,6 +172,19 @@ def test_a_call_of_many_queries_alike_moves_its_tensor_maps(gpu: FakeGpu):
     assert gpu.repeated == [False, False, True, True]
 
 
+def test_borrowed_tiles_may_cut_the_keys_of_a_split_call_into_one_part(gpu: FakeGpu):
+    """The key was made for tiles of wgmma, of which these keys have eight; the borrowed ones of mma.sync leave them whole."""
+    random = np.random.default_rng(0)
+    asked = [random.standard_normal(shape).astype(np.float16) for shape in ((1, 64, 1, 256), (31, 16, 1, 256), (31, 16, 1, 256))]
+    asked += [np.arange(31, dtype=np.int32)[None], np.array([490], np.int32)]
+    request = fa.PagedAttentionRequest(*map(on_card, asked))
+    assert request.dispatch_key().extras.split
+    made = fa.run(request, tiles_for=fa.SmArch.SM_80)
+    assert [spec.HEADER for spec, *_ in gpu.launches] == ["fa2_kvcache", "split_combine"]
+    assert gpu.launches[0][1].splits == 1
+    close(made.out, fa.run(fa.PagedAttentionRequest(*asked)).out, **HALF)
+
+
 def test_more_parts_than_a_grid_has_are_refused(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
     q, k = (on_card(np.ones(shape, np.float16)) for shape in ((1, 70, 2, 32), (4, 16, 2, 32)))
     table, length = on_card(np.array([[0, 1, 2, 3]], np.int32)), on_card(np.array([48], np.int32))

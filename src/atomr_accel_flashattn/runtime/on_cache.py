@@ -49,7 +49,7 @@ def workspace_on_cache(problem: AttentionProblem, key: DispatchKey) -> Workspace
     None on the CPU, and of plain K and V that are not split.
     """
     spec = lookup(key)
-    return _workspace(problem, _parts(problem, spec)) if isinstance(spec, (Fa2KvCacheSpec, Fa3KvCacheSpec)) else None
+    return _workspace(problem, spec, _parts(problem, spec)) if isinstance(spec, (Fa2KvCacheSpec, Fa3KvCacheSpec)) else None
 
 
 def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSpec, outputs: Outputs) -> Plan:
@@ -81,7 +81,7 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
     else:
         others = [first, *others]
     launches += series_of(others, problem, params, slots, parts)
-    return Plan(launches, outputs.out.strides, _workspace(problem, parts))
+    return Plan(launches, outputs.out.strides, _workspace(problem, spec, parts))
 
 
 def cache_addresses(problem: AttentionProblem, outputs: Outputs, workspace: Workspace) -> tuple[int, ...]:
@@ -116,9 +116,9 @@ def _parts(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSpec) -> 
     return splits_of(problem, spec) if spec.split else 1
 
 
-def _workspace(problem: AttentionProblem, parts: int) -> Workspace:
+def _workspace(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSpec, parts: int) -> Workspace:
     sizes, rows = {}, prod(problem.lse_shape)
-    if parts > 1 and problem.step is None:  # a StepPlan brings its own
+    if spec.split:  # into one part, too, where tiles are borrowed; a StepPlan brings its own
         sizes = {"partial_o": 4 * parts * rows * problem.v_head_dim, "partial_sum": 8 * parts * rows}
     cache = problem.cache
     if cache is not None and cache.new is not None and cache.new.rotary is not None:
