@@ -17,10 +17,10 @@ from atomr_accel_flashattn.bench.cache_requests import cache_request  # noqa: E4
 from atomr_accel_flashattn.bench.timing import Contestant  # noqa: E402
 from atomr_accel_flashattn.cli import tune as tune_module  # noqa: E402
 from atomr_accel_flashattn.cli.tune_shapes import shapes_of  # noqa: E402
-from atomr_accel_flashattn.dispatch import lookup  # noqa: E402
+from atomr_accel_flashattn.dispatch import forget_lookups, lookup, resolve  # noqa: E402
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec, SplitCombineSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Tile  # noqa: E402
-from atomr_accel_flashattn.tiles.saved import read_saved_tiles  # noqa: E402
+from atomr_accel_flashattn.tiles.saved import kernel_without_tile, read_saved_tiles  # noqa: E402
 from atomr_accel_flashattn.tiles.space import tiles_that_fit  # noqa: E402
 from atomr_accel_flashattn.tuning import Options, ShapeResult, by_kernel, keep, search, table_row, tune_shapes, winners  # noqa: E402
 from atomr_accel_flashattn.tuning.search import _first_candidates  # noqa: E402
@@ -81,6 +81,17 @@ def test_more_rows_have_tiles_with_as_many(card: Card) -> None:
     result = tune(ROWS)
     assert (result.cache_rows, result.spec.tile.block_m) == (64, 64)
     assert {trial.tile.block_m for trial in result.trials if trial.rounds} == {16, 32, 64}
+
+
+@pytest.mark.parametrize("queries", [70, 32, 1], ids=["short q", "few rows", "decode"])
+def test_a_winner_is_kept_under_the_name_that_calls_look_for(hopper: Card, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(resolve, "saved_tile", lambda spec, **told: asked.append(kernel_without_tile(spec, **told)))
+    forget_lookups()
+    stand: Any = search._stand(replace(CELL, queries=queries, length=1040, head_dim=128, batch=2), Options())
+    assert asked[-1] == kernel_without_tile(stand.spec, short_q=stand.short_q, cache_rows=stand.cache_rows)
+    assert stand.spec.family is (fa.Family.FA2 if queries == 1 else fa.Family.FA3)
+    forget_lookups()
 
 
 def test_wrong_silent_and_broken_tiles_are_reported(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

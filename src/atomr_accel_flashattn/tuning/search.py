@@ -304,7 +304,7 @@ def _stand(cell: Shape, options: Options) -> Stand:
         key = cache_request(cell, held[0]).dispatch_key()
         spec = _spec_of(cell, key, options)
         rows = key.extras.cache_rows if spec.family is Family.FA2 else _few_rows(key)
-        return CacheStand(cell, held, spec, cache_rows=rows, clock=clock_of(device))
+        return CacheStand(cell, held, spec, short_q=key.extras.short_q, cache_rows=rows, clock=clock_of(device))
     sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed, dout=options.backward)
     if options.backward:
         key = backward_request_of(cell, sets[0]).dispatch_key()

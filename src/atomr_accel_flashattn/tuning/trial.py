@@ -244,8 +244,10 @@ class CacheStand(Stand):
     ERROR_LIMIT = ERROR_LIMIT
     cell: CacheCell
 
-    def __init__(self, cell: CacheCell, sets: Sequence[CacheInputs], spec: AttentionSpec, *, cache_rows: int, clock: Clock) -> None:
-        super().__init__(cell, sets, spec, cache_rows=cache_rows)
+    def __init__(
+        self, cell: CacheCell, sets: Sequence[CacheInputs], spec: AttentionSpec, *, short_q: bool, cache_rows: int, clock: Clock
+    ) -> None:
+        super().__init__(cell, sets, spec, short_q=short_q, cache_rows=cache_rows)
         self._clock = clock
         self._outs = [x.q.new_empty(x.q.shape, dtype=out_dtype(cell.type_of_q)) for x in sets]
 
