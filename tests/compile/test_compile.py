@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
@@ -72,6 +72,21 @@ def test_two_warpgroups_find_their_maxima_before_they_wait_for_the_product_with_
         if code[first].endswith("0x1 ;") and code[second].endswith("0x0 ;")
     ]
     assert max(between) >= spec.tile.block_n // 2  # of a thread's scores: two rows, a quarter of the keys each
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+def test_warps_meet_between_reading_which_pages_there_are_and_the_product(softcap: float, tmp_path: Path) -> None:
+    """One thread releases the stage for four warps; wgmma takes turns without softcap, and none with it."""
+    key = DispatchKey(SmArch.SM_90A, DType.BF16, 128, causal=True, varlen=True, gqa_ratio=4, paged=True)
+    spec = lookup(replace(key, extras=Extras(family=Family.FA3, softcap=softcap)))
+    assert isinstance(spec, KernelSpec)
+    assert spec.tile.ping_pong is not bool(softcap)
+    code = sequence(compile_kernel(spec).cubin, tmp_path)
+    reads = [at for at, line in enumerate(code) if line.startswith("LDS R")]  # those of the scheduler are LDS.128
+    assert len(reads) == 3  # before the first tile, before that of a further work tile, and in the loop
+    for read in reads:
+        product = next(at for at in range(read, len(code)) if code[at].startswith("HGMMA"))
+        assert any(line.startswith("BAR.SYNC") for line in code[read:product])
 
 
 def test_every_arch_type_and_width_is_compiled() -> None:

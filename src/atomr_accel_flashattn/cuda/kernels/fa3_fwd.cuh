@@ -159,7 +159,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     for (; n >= 0 && !walk.own.sees(n); n = walk.block.next_tile(n)) skip_tile(warpgroup, drain_pv);
     if (n >= 0) {
       pipe_k.consumer_wait();
-      read_there(r);
+      read_there(r, warpgroup);
       ping_pong.sync(warpgroup);
     } else if (visited) {
       pipe_q.consumer_release();
@@ -188,7 +188,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     r.pack_p();
     while (next >= 0) {
       pipe_k.consumer_wait();
-      read_there(r);
+      read_there(r, warpgroup);
       ping_pong.sync(warpgroup);
       multiply_qk(r, warpgroup);
       pipe_v.consumer_wait();
@@ -238,10 +238,14 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     pipe_v.consumer_release();
   }
 
-  // Which keys of the stage of K there are. Read before the product of the warpgroup, whose end
-  // releases the stage.
-  __device__ __forceinline__ void read_there(Fragments& r) const {
-    if constexpr (Source::kHasHoles) r.there = ptx::load_shared_4(shared + kThere + 4 * pipe_k.stage);
+  // Which keys of the stage of K there are. All four warps have read that before one thread arrives
+  // on `empty` for them: they meet at their turn, which comes next, or else here. A wait for wgmma
+  // orders nothing but its own reads.
+  __device__ __forceinline__ void read_there(Fragments& r, int warpgroup) const {
+    if constexpr (Source::kHasHoles) {
+      r.there = ptx::load_shared_4(shared + kThere + 4 * pipe_k.stage);
+      if constexpr (!ping_pong.kTakesTurns) ptx::named_barrier_sync(1 + warpgroup, 128);
+    }
   }
 
   // S = Q K^T: SS-wgmma, one commit group.

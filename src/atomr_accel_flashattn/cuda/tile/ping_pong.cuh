@@ -12,18 +12,19 @@ namespace fa {
 template <bool kOn, int kWarpgroups>
 struct PingPongBarrier {
   static constexpr int kFirst = 8, kThreads = 256;  // 128 that sync and 128 that arrive
+  static constexpr bool kTakesTurns = kOn && kWarpgroups > 1;
 
   // The first warpgroup has the first turn.
   __device__ __forceinline__ void begin(int warpgroup) const {
-    if constexpr (kOn && kWarpgroups > 1) {
+    if constexpr (kTakesTurns) {
       if (warpgroup == kWarpgroups - 1) ptx::named_barrier_arrive(kFirst, kThreads);
     }
   }
   __device__ __forceinline__ void sync(int warpgroup) const {
-    if constexpr (kOn && kWarpgroups > 1) ptx::named_barrier_sync(kFirst + warpgroup, kThreads);
+    if constexpr (kTakesTurns) ptx::named_barrier_sync(kFirst + warpgroup, kThreads);
   }
   __device__ __forceinline__ void arrive_next(int warpgroup) const {
-    if constexpr (kOn && kWarpgroups > 1) {
+    if constexpr (kTakesTurns) {
       ptx::named_barrier_arrive(kFirst + (warpgroup + 1 == kWarpgroups ? 0 : warpgroup + 1), kThreads);
     }
   }
