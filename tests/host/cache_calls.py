@@ -113,6 +113,7 @@ class CacheCall:
     slopes: int = 0  # dimensions
     learned_sink: bool = False
     descales: str = ""
+    by_slot: bool = False  # the descales of the cache
     out: bool = False
     plan: bool = False
     packed: bool = False
@@ -166,7 +167,8 @@ class CacheCall:
         return made | {name: self.tensor(name, kind, 200, self.rotary // 2) for name in tables}
 
     def _biases(self) -> dict[str, Any]:
-        shapes: dict[str, tuple[int, ...]] = {f"{of}_descale": (self.batch, self.heads_kv) for of in self.descales}
+        lead = (self.blocks, self.page) if self.by_slot else (self.batch,)
+        shapes: dict[str, tuple[int, ...]] = {f"{of}_descale": (*lead, self.heads_kv) for of in self.descales}
         if self.slopes:
             shapes["alibi_slopes"] = (self.batch, self.heads)[2 - self.slopes :]
         if self.learned_sink:
@@ -229,6 +231,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "packed, LSE": {"packed": True, "out": True, "learned_sink": True, "numbers": {"return_attn_probs": True, "causal": True}},
     "fp8": {"cache_dtype": torch.float8_e4m3fn},
     "fp8 with descales": {"cache_dtype": torch.float8_e4m3fn, "descales": "kv"},
+    "fp8 by slot": {"cache_dtype": torch.float8_e4m3fn, "descales": "kv", "by_slot": True},
+    "fp8 by slot, new tokens": {"cache_dtype": torch.float8_e4m3fn, "descales": "kv", "by_slot": True, "new": 1},
+    "fp8 new tokens": {"cache_dtype": torch.float8_e4m3fn, "descales": "kv", "new": 1, "rotary": 16},
     "fp8 all": {"cache_dtype": torch.float8_e5m2, "dtype": torch.float8_e4m3fn, "descales": "qkv"},
     **{f"address of {name}": {"moved": name, "offset": 1} for name in ("q", "k_cache", "v_cache", "block_table", "cache_seqlens")},
     "address of out": {"out": True, "moved": "out", "offset": 1},

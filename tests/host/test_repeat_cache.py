@@ -197,12 +197,22 @@ def test_caches_in_turns_in_one_array_have_a_shortcut_and_such_that_share_elemen
         fa.flash_attn_with_kvcache(**same)
 
 
-def test_writing_is_told_to_autograd(gpu: NotingGpu):
+@pytest.mark.parametrize(
+    ("change", "written"),
+    [
+        ("new tokens and out", ["k_cache", "v_cache", "out"]),
+        ("out", ["out"]),
+        ("as it is", []),
+        ("fp8 new tokens", ["k_cache", "v_cache"]),
+        ("fp8 by slot, new tokens", ["k_cache", "v_cache", "k_descale", "v_descale"]),
+    ],
+)
+def test_writing_is_told_to_autograd(gpu: NotingGpu, change: str, written: list[str]):
     for _ in range(3):
-        call = CacheCall(new=1, out=True)
+        call = CacheCall(**VARIANTS[change])
         before = {name: x._version for name, x in call.arguments.items()}
         launches_of(gpu, call)
-        assert [name for name, x in call.arguments.items() if x._version > before[name]] == ["k_cache", "v_cache", "out"]
+        assert [name for name, x in call.arguments.items() if x._version > before[name]] == written
 
 
 @pytest.mark.parametrize("name", ["q", "k_cache", "learned_sink"])
