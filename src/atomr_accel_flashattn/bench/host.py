@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from .autograd import peak_bytes, training_step
 from .breakdown import Steady, call_breakdown, launch_costs, steady
 from .cells import Cell
 from .forward import chosen_peers
+from .host_cache import DENSE_CALL, beyond_dense_us, host_calls
 from .inputs import Inputs, make_inputs
 from .measure import Options
 from .peers import Call, CudnnPeer, Ours, Peer, Refused, TorchFa2
@@ -57,7 +58,8 @@ def run_host(options: HostOptions, say: Say = print) -> dict[str, Any]:
 
     Returns:
         ``enqueue_us`` and ``training_step_us`` (forward and backward through autograd, eager
-        and compiled) by layout and peer; by family ``breakdown_us`` (layout, step) and ``launch_us`` (kind of launch);
+        and compiled) by layout and peer; ``cache_us``, ``enqueue`` by call over a KV cache beside a dense one, ``beyond_dense`` for each
+        further launch; by family ``breakdown_us`` (layout, step) and ``launch_us`` (kind of launch);
         ``startup`` seconds and milliseconds; ``memory`` bytes by length.
 
     Raises:
@@ -71,6 +73,7 @@ def run_host(options: HostOptions, say: Say = print) -> dict[str, Any]:
     with torch.no_grad():
         body["enqueue_us"] = {"dense": _peers_us(SMALL, options, say), "packed": _peers_us(SMALL_PACKED, options, say)}
         body["training_step_us"] = {"dense": _steps_us(SMALL, options, say), "packed": _steps_us(SMALL_PACKED, options, say)}
+        body["cache_us"] = _cache_us(options, say)
         for family in Family:
             _family_us(family, options, say, body)
         if options.memory:
@@ -93,6 +96,23 @@ def _steps_us(cell: Cell, options: HostOptions, say: Say) -> dict[str, float | s
     peers: tuple[Peer, ...] = (Ours(), TorchFa2(), CudnnPeer(), _Compiled(Ours()), _Compiled(TorchFa2()))
     calls = {peer: partial(training_step, peer, cell, inputs) for peer in peers}
     return _costs_us("step   ", cell, calls, replace(options, calls=options.calls // LAUNCHES_OF_STEP), say)
+
+
+def _cache_us(options: HostOptions, say: Say) -> dict[str, dict[str, float]]:
+    """Microseconds to enqueue calls over a KV cache and the dense one, in turns, and what each further launch costs."""
+    calls = host_calls(_current_device())
+    costs = enqueue_us({name: Contestant([each.call], nullcontext) for name, each in calls.items()}, options)
+    beyond = beyond_dense_us(calls, costs)
+    for name, each in calls.items():
+        more = "" if name == DENSE_CALL else f", {beyond[name]:.2f} us beyond dense a further launch"
+        say(f"enqueue {name:31} {each.launches} launches {costs[name]:7.2f} us{more}")
+    return {"enqueue": costs, "beyond_dense": beyond}
+
+
+def _current_device() -> Any:
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 class _Compiled(Peer):
@@ -139,9 +159,7 @@ def _costs_us(
 
 def _inputs(cell: Cell, *, dout: bool = False) -> Inputs:
     """One set on the current CUDA device."""
-    import torch
-
-    return make_inputs(cell, torch.device("cuda", torch.cuda.current_device()), l2_bytes=0, dout=dout)[0]
+    return make_inputs(cell, _current_device(), l2_bytes=0, dout=dout)[0]
 
 
 def _family_us(family: Family, options: HostOptions, say: Say, body: dict[str, Any]) -> None:
