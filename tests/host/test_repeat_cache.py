@@ -150,6 +150,17 @@ def test_numbers_of_numpy_are_answered(gpu: NotingGpu, monkeypatch: pytest.Monke
         assert launches_of(gpu, call) == launches_of_a_fresh(gpu, call, monkeypatch)
 
 
+def test_the_addresses_that_were_seen_are_bounded(gpu: NotingGpu, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("atomr_accel_flashattn.torch_ops.repeat_cache._MOST_SEEN", 2)
+    calls = [CacheCall(new=1) for _ in range(6)]
+    for call in (*calls, *calls):
+        launches_of(gpu, call)
+        (found,) = repeat.shortcuts.values()
+        assert len(found.seen) <= 2
+    for call in calls:
+        assert launches_of(gpu, call) == launches_of_a_fresh(gpu, call, monkeypatch)
+
+
 def test_rows_in_the_place_of_a_table_are_refused_though_rows_have_a_shortcut(gpu: NotingGpu):
     call = CacheCall(page=0, rows=True)
     launches_of(gpu, call)

@@ -51,6 +51,7 @@ _NO_STEP: Final = (0, 0, 0)
 _NO_OTHERS: Final = (None, None, None)
 _WANTING: Final = (True,)  # in the place of a recording: some tensor wants gradients, and they are not enabled
 _MOST_DISTANCES: Final = 64
+_MOST_SEEN: Final = 256  # a call for each layer of a model
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +70,7 @@ class _OnCache(Known):
         written: places of the tensors that the call writes.
         reaches: bytes between the first and the last element of every tensor, both included.
         apart: (place of a written tensor, place of another, distance) of those that the checks found to share no element.
+        seen: addresses of all tensors in calls of before, in which no written one shared an element with another.
     """
 
     launch: Callable[[int, tuple[int, ...]], None]
@@ -83,6 +85,7 @@ class _OnCache(Known):
     written: tuple[int, ...]
     reaches: tuple[int, ...]
     apart: set[tuple[int, int, int]]
+    seen: set[tuple[int, ...]]
 
 
 def repeat_on_cache(call: CacheCall) -> tuple[Key | None, tuple[Any, Any] | None]:  # noqa: C901, PLR0911, PLR0912 - as repeat
@@ -194,6 +197,7 @@ def remember_on_cache(key: Key, call: CacheCall, request: FaFwdDispatch, output:
         written=written,
         reaches=reaches,
         apart=apart,
+        seen=set(),
     )
     keep(key, made)
 
@@ -215,5 +219,13 @@ def _near(written: tuple[int, ...], reaches: tuple[int, ...], pointers: list[int
 
 def _are_apart(found: _OnCache, pointers: list[int]) -> bool:
     """Whether no written tensor shares an element with another one, as far as is known; the checks know the rest."""
+    at, seen = tuple(pointers), found.seen
+    if at in seen:  # a comparison of all pairs costs 2 us
+        return True
     near = _near(found.written, found.reaches, pointers)
-    return not near or found.apart.issuperset(near)
+    if near and not found.apart.issuperset(near):
+        return False
+    if len(seen) >= _MOST_SEEN:
+        seen.clear()
+    seen.add(at)
+    return True
