@@ -458,6 +458,14 @@ def test_a_cache_is_compiled_with_every_tile_its_splits_and_appends(ask: Ask, in
     assert not any(isinstance(made, fa.CompileError) for made in compile_many(small[:3], cache=KernelCache(cache_dir)))
 
 
+def test_fp8_is_compiled_in_the_forms_that_have_kernels() -> None:
+    plain = specs_for([fa.SmArch.SM_90A], [fa.DType.F8E4M3], [64], ["causal"], [])
+    assert Counter(spec.HEADER for spec in plain) == {"fa3_fp8": 2}, "persistent or not, and never split"
+    cached = Counter(spec.HEADER for spec in specs_for([fa.SmArch.SM_90A], [fa.DType.F8E4M3], [64], ["causal"], ["paged"]))
+    assert cached["fp8_kvcache"] == cached["fa3_fp8_kvcache"] == 8, "numbers of rows, or heads packed and persistence; split or not"
+    assert cached["fp8_append"] == 1 + 2 * 4, "tokens in fp8, or in one of two types with four rotations"
+
+
 def test_a_backward_is_compiled_with_what_goes_before_and_behind_it(ask: Ask, invoke: Invoke, cache_dir: Path) -> None:
     asked = (*ONE_KERNEL, "--feature", "backward", "--feature", "alibi")
     count, *names = invoke(*asked, "--dry-run").stdout.splitlines()

@@ -16,7 +16,7 @@ from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8FwdParams
 from atomr_accel_flashattn.kernels.fa3_fp8_kvcache import Fa3Fp8KvCacheParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams
-from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
+from atomr_accel_flashattn.kernels.forward import DESCALE_SLOTS, ForwardSpec, FwdParams
 from atomr_accel_flashattn.kernels.fp8_kvcache import DescaledKvCacheParams, DescaledStepParams
 from atomr_accel_flashattn.kernels.kv_append import Fp8AppendParams, KvAppendParams
 from atomr_accel_flashattn.kernels.kvcache import KvCacheParams
@@ -25,9 +25,9 @@ from atomr_accel_flashattn.kernels.params import KernelParams, StrideParams, Ten
 from atomr_accel_flashattn.kernels.spec import KernelSpec, Tile
 from atomr_accel_flashattn.kernels.step import StepParams
 from atomr_accel_flashattn.limits import UNBOUNDED
-from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Dropout, Strides
+from atomr_accel_flashattn.problem import ArrayInfo, AttentionProblem, Band, Descale, Descales, Dropout, Strides
 from atomr_accel_flashattn.runtime.plan import SLOTS, Outputs, addresses_of, slots_of
-from atomr_accel_flashattn.types import Device, DType
+from atomr_accel_flashattn.types import Device, DType, ScaleUnit
 from tests.jit.kernels import FORWARD, MASK, WGMMA
 
 SPEC = replace(FORWARD, tile=Tile(block_m=128, block_n=64, warps=4))
@@ -235,6 +235,15 @@ def test_every_kernel_finds_its_addresses_among_those_of_a_call():
     slots = slots_of(problem, outputs(problem, keep=True))
     assert all(set(struct.SLOTS) <= set(slots) for struct in _KERNELS)
     assert dict(zip(slots, addresses_of(problem, outputs(problem, keep=True)), strict=True))["keep"] == 11
+
+
+def test_addresses_of_factors_follow_those_of_every_call():
+    problem = dense(descales=Descales(k=Descale(array(12, dtype=DType.F32), ScaleUnit.TENSOR, Strides(0, 0, 0))))
+    slots, addresses = slots_of(problem, outputs(problem)), addresses_of(problem, outputs(problem))
+    assert slots == (*SLOTS, *DESCALE_SLOTS), "benchmarks put o where SLOTS has it"
+    assert set(Fa3Fp8FwdParams.SLOTS) == set(slots)
+    at = dict(zip(slots, addresses, strict=True))
+    assert [at[name] for name in ("q", "k", "v", *DESCALE_SLOTS)] == [1, 2, 3, 0, 12, 0]
 
 
 def test_unbounded_is_the_kernels_constant():

@@ -17,7 +17,7 @@ from ..errors import CacheError, CompileError, DispatchError
 from ..jit.cache import KernelCache
 from ..jit.compile import CompiledKernel, compile_many
 from ..kernels.fa3_fwd import WARPGROUP_ROWS
-from ..kernels.kv_append import KvAppendSpec
+from ..kernels.kv_append import Fp8AppendSpec, KvAppendSpec
 from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import Family, KernelSpec
 from ..kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
@@ -25,7 +25,7 @@ from ..kernels.used import read_kernels
 from ..launch.driver import device_count, device_properties
 from ..limits import FP8_DTYPES, HEAD_DIM_WIDTHS, NOT_BUILT
 from ..tiles.saved import read_saved_tiles, save_tiles
-from ..types import DType, SmArch
+from ..types import DType, ScaleUnit, SmArch
 from .output import Json, console, print_json, print_rows, progress_bar, size_text, time_text
 
 __all__ = ["GPU_ARCHS", "MASKS", "all_specs", "compile_ahead", "outcome_row", "specs_for"]
@@ -254,12 +254,18 @@ def _kernels(keys: Iterable[DispatchKey]) -> list[KernelSpec]:
 def _appends(spec: Fa2KvCacheSpec) -> Iterator[KvAppendSpec]:
     """What may write new tokens into the cache before ``spec`` reads it: with both kinds of rotation, and both types of cos and sin.
 
-    Nothing of a GPU writes them into an fp8 cache.
+    Into an fp8 cache they come in fp8, or in 16 bits.
     """
+    of_fp8: dict[str, Any] = {}
+    types: tuple[DType, ...] = (spec.dtype,)
     if spec.k_type.is_fp8:
-        return
-    for interleaved, wide in product((False, True), (False, True)):
-        yield KvAppendSpec(arch=spec.arch, dtype=spec.dtype, paged=spec.paged, interleaved=interleaved, wide_rotary=wide)
+        of_fp8 = {"k_dtype": spec.k_type, "v_dtype": spec.v_type}
+        yield Fp8AppendSpec(arch=spec.arch, dtype=DType.F8E4M3, paged=spec.paged, **of_fp8)
+        of_fp8 |= {name: getattr(spec, name) for name in ("k_token_scales", "v_token_scales")}
+        types = _DTYPES if spec.dtype.is_fp8 else types
+    kind = Fp8AppendSpec if of_fp8 else KvAppendSpec
+    for dtype, interleaved, wide in product(types, (False, True), (False, True)):
+        yield kind(arch=spec.arch, dtype=dtype, paged=spec.paged, interleaved=interleaved, wide_rotary=wide, **of_fp8)
 
 
 def _launched(answers: Iterable[KernelSpec]) -> list[KernelSpec]:
@@ -276,21 +282,26 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
     if key.paged or key.extras.kv_cache:
         for rows, cut in product(_CACHE_ROWS, ("", "split", "scheduled")):
             yield replace(key, extras=replace(key.extras, cache_rows=rows, split=cut == "split", scheduled=cut == "scheduled"))
-        if not key.v_dtype.is_fp8:
-            yield from _of_many_queries(key)
+        yield from _of_many_queries(key)
         return
     if key.extras.direction == "bwd" and key.gqa_ratio > 1:
         for split in (False, True):
             yield replace(key, extras=replace(key.extras, head_split=split))
         return
     wgmma, extras = key.family is Family.FA3, key.extras
-    splits = (False, True) if wgmma and extras.direction == "fwd" and not extras.dropout else (False,)
+    splits = (False, True) if wgmma and extras.direction == "fwd" and not (extras.dropout or key.v_dtype.is_fp8) else (False,)
     for split, persistent, pack_gqa in product(splits, (None, False) if wgmma else (None,), (True, False) if key.packs_heads else (True,)):
         yield replace(key, extras=replace(extras, split=split, persistent=persistent, pack_gqa=pack_gqa))
 
 
 def _of_many_queries(key: DispatchKey) -> Iterator[DispatchKey]:
-    """The forms of a key over a cache that the wgmma family answers, none where it does not: heads packed or not, keys split or not."""
+    """The forms of a key over a cache that the wgmma family answers, none where it does not: heads packed or not, keys split or not.
+
+    With fp8 it answers where q is fp8 too, and no token has factors of its own.
+    """
+    of_tokens = ScaleUnit.TOKEN in {key.extras.k_descale, key.extras.v_descale}
+    if key.v_dtype.is_fp8 and (of_tokens or not key.dtype.is_fp8):
+        return
     lengths: tuple[dict[str, Any], ...] = ({}, {"short_q": True}, {"short_q": True, "few_rows": True})
     for ratio, persistent, split, rows in product((1, WARPGROUP_ROWS), (None, False), (False, True), lengths):
         asked = replace(key.extras, family=Family.FA3, persistent=persistent, split=split, **rows)

@@ -63,7 +63,7 @@ def plan_on_cache(problem: AttentionProblem, spec: Fa2KvCacheSpec | Fa3KvCacheSp
     launches: list[Launch | LaunchSeries | None] = []
     rotated, slots = problem, _SLOTS
     if cache is None:
-        slots = SLOTS_OF_SPLIT if problem.descales is None else (*DESCALE_SLOTS, *SLOTS_OF_SPLIT)
+        slots = SLOTS_OF_SPLIT if problem.descales is None else (*SLOTS_OF_SPLIT, *DESCALE_SLOTS)
     if cache is not None and cache.new is not None:
         append = KvAppendSpec.for_cache(spec.arch.without_wgmma, problem)
         launches.append(launch_of(append, problem, append.pack_call(problem, outputs.out), _SLOTS_OF_APPEND))

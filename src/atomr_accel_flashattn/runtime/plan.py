@@ -65,7 +65,7 @@ MAX_PLANS: Final = 4096  # of about 1 KB; a workload with more shapes than that 
 _ALIGNMENT: Final = 256  # bytes, of each array in a workspace
 SLOTS: Final = FwdParams.SLOTS  # names of the addresses of a call, in order
 _SLOTS_WITH_PATTERN: Final = (*SLOTS, "keep")
-_SLOTS_WITH_DESCALES: Final = (*DESCALE_SLOTS, *SLOTS)
+_SLOTS_WITH_DESCALES: Final = (*SLOTS, *DESCALE_SLOTS)
 # Of plain K and V by a kernel over a cache.
 SLOTS_OF_SPLIT: Final = (*SLOTS, "partial_o", "partial_sum", "blocks", "cache_lengths", "left_pad", "cu_seqlens_new", "error")
 
@@ -219,7 +219,7 @@ def addresses_of(problem: AttentionProblem, outputs: Outputs, workspace: Workspa
     if workspace is not None:
         addresses = (*addresses, *partial_addresses(workspace, 0 if outputs.workspace is None else outputs.workspace.ptr))
     if problem.descales is not None:
-        return (*descale_addresses(problem.descales), *addresses)
+        return (*addresses, *descale_addresses(problem.descales))
     return addresses if keep_pattern is None else (*addresses, keep_pattern.ptr)  # a call with a pattern has neither of both
 
 
