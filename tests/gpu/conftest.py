@@ -1,8 +1,8 @@
 """Each test with each kernel family of the card, and the record of a run.
 
 ``ATOMR_FLASHATTN_TEST_RECORD=path.json`` writes a summary at the end of the session (``cli/gpu_record.py``), and beside it, as
-``path.jsonl``, a line for each test: its outcome, seconds, and share of the allowed error. ``ATOMR_FLASHATTN_COMMIT`` names the code where
-there is no git.
+``path.jsonl``, a line for each test as it ends: its outcome, seconds, and share of the allowed error. ``ATOMR_FLASHATTN_COMMIT`` names the
+code where there is no git.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Recorder:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.load_before = os.getloadavg()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".jsonl").write_text("")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if "tests/gpu" not in report.nodeid:
@@ -47,15 +49,15 @@ class Recorder:
             if report.outcome == "skipped":
                 row["reason"] = _reason(report.longrepr)
             self.rows.append(row)
+            with self.path.with_suffix(".jsonl").open("a") as lines:  # at once: a run that is killed keeps what it has seen
+                lines.write(json.dumps(row) + "\n")
 
     def pytest_sessionfinish(self) -> None:
         from atomr_accel_flashattn.bench.record import make_record
 
         load = {"load_average": {"before": self.load_before, "after": os.getloadavg()}}
         record = make_record("gpu_tests", load | self.format.summarised(self.rows))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(self.format.record_text(record))
-        self.path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
 
 def _reason(skipped: Any) -> str:
