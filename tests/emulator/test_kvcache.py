@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atomr_accel_flashattn.kernels.spec import Tile
+from atomr_accel_flashattn.kernels.spec import Family, Tile
 from atomr_accel_flashattn.types import DType
 from tests.cases import Alibi, Case, build
 from tests.check import check_case
@@ -68,12 +68,16 @@ class NoLength(Cached):
         return held
 
 
+WGMMA: dict[str, Any] = {"family": Family.FA3, "tile": Tile(block_m=64, block_n=32, warps=8, stages=2), "splits": 3}
+CUT = [Cached(), Cached(splits=3), Cached(blocks=7), Cached(**WGMMA), Cached(**WGMMA, plain=True)]
+
+
 @pytest.mark.parametrize("blocks", [0, 3])
 def test_a_length_that_overflows_with_its_padding_is_no_keys(blocks: int):
     check_case(Case(**DECODE | {"lengths_k": (0, 0, 0)}), NoLength(block_size=None, left_pad=5, blocks=blocks))
 
 
-@pytest.mark.parametrize("way", [Cached(), Cached(splits=3), Cached(blocks=7)], ids=str)
+@pytest.mark.parametrize("way", CUT, ids=str)
 def test_a_row_of_nan_is_nan_however_its_keys_are_cut(way: Cached):
     inputs = build(Case(**DECODE))
     inputs.q[0, 3] = np.nan
@@ -85,7 +89,7 @@ def test_a_row_of_nan_is_nan_however_its_keys_are_cut(way: Cached):
             assert np.isnan(made.lse[head, row]) == nan
 
 
-@pytest.mark.parametrize("way", [Cached(), Cached(splits=3), Cached(blocks=7)], ids=str)
+@pytest.mark.parametrize("way", CUT, ids=str)
 def test_a_learned_sink_of_nan_is_seen_by_rows_without_keys(way: Cached):
     inputs = build(Case(**DECODE | {"lengths_k": (150, 0, 70), "learned_sink": True}))
     inputs.learned_sink[5] = np.nan

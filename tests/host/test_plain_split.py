@@ -113,6 +113,25 @@ def test_gradients_are_those_of_the_split_forward(gpu: FakeGpu, monkeypatch: pyt
     assert gpu.repeated[-1]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_operators_of_torch_split_too_and_make_their_parts_anew(gpu: FakeGpu, packed: bool):
+    """What a compiled call launches; the third sequence of keys is empty."""
+    attention, ends = torch.ops.atomr_accel_flashattn.attention, ([0, 2, 4, 5], [0, 1900, 2000, 2000])
+    lengths = [torch.tensor(each, dtype=torch.int32) for each in ends]
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v = (torch.randn(rows, heads, 32, generator=generator).half() for rows, heads in ((5, 2), (2000, 1), (2000, 1)))
+        arrays, more = ([q, k, v, *lengths], {"max_seqlen_q": 2, "max_seqlen_k": 1900}) if packed else ([q[None], k[None], v[None]], {})
+        names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+        made, right = (
+            attention(**dict(zip(names, map(place, arrays), strict=False)), **more, window_right=0) for place in (fake, lambda x: x)
+        )
+        for ours, theirs in zip(made[:2], right[:2], strict=True):
+            np.testing.assert_allclose(host(ours), host(theirs), rtol=1e-2, atol=2e-3)
+    assert headers(gpu) == SPLIT * 3
+    assert gpu.repeated == [False, False, True, True, True, True]
+
+
 def test_a_backward_whose_forward_runs_first_has_no_room_for_parts(gpu: FakeGpu):
     q, k, v = (request_of(FEW).q, request_of(FEW).k, request_of(FEW).v)
     fa.run(fa.DenseBwdRequest(q, k, v, dout=fake(torch.ones(1, 5, 2, 32).half()), recompute=True))
