@@ -18,6 +18,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -133,19 +134,30 @@ class Check(NamedTuple):
 
 QUERIES = {Family.FA2: 1, Family.FA3: 70}  # that the family answers over a KV cache
 OUTSIDE = tuple((page, splits) for page in (8, 16, 24) for splits in (1, 3))
+# Keys of plain K and V that the wgmma family splits, on a card of three SMs, too.
+FEW = Case(label="few", dtype=GPU_DTYPES[0], heads=2, heads_kv=1, seqlen_q=16, seqlen_k=2500, right=0)
+SPLIT = (
+    FEW,
+    replace(FEW, seqlen_q=3, left=2000, sink_tokens=70, learned_sink=True),
+    replace(FEW, head_dim=40, v_head_dim=24, softcap=20.0),
+    replace(FEW, lengths_q=(7, 0, 20), lengths_k=(2300, 30, 0), learned_sink=True),
+)
 MERGED = ((3, 50, 4, 64), (1, 7, 3, 20), (70, 2, 8))
 
 
 def checks(family: Family) -> list[Check]:
-    """The pairwise cases in both types, the others in one, those that are small; the FA2 family has the backward, new tokens and states.
+    """The pairwise cases in both types, the others in one, those that are small.
 
-    Shuffled, so that a run cut short sees some of all.
+    The FA2 family has the backward, new tokens and states, the FA3 family splits of plain K and V. Shuffled, so that a run cut short sees
+    some of all.
     """
     chosen = [*pairwise_cases(GPU_DTYPES), *(case for others in (hazard_cases, grouped_cases) for case in others(GPU_DTYPES[:1]))]
     small = [case for case in chosen if case.score_count <= MAX_SCORES]
     made = list(map(Check.forward, small))
     if family is Family.FA2:
         made += [*map(Check.backward, small), *map(Check.append, APPENDS), *map(Check.merge, MERGED)]
+    else:
+        made += map(Check.forward, SPLIT)
     made += map(Check.cached, ON_CACHES[family])
     made += [Check.outside(QUERIES[family], page, splits) for page, splits in OUTSIDE]
     return sorted(made, key=lambda check: zlib.crc32(check.name.encode()))
