@@ -43,6 +43,7 @@ NAMES = (
     DropoutMaskSpec.HEADER,
     SplitCombineSpec.HEADER,
     "step_",
+    "fp8_",
     KvAppendSpec.HEADER,
     MergeStatesSpec.HEADER,
 )  # how names of ours begin
