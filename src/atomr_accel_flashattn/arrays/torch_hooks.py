@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import wrapt
@@ -17,6 +18,7 @@ __all__ = [
     "Hooks",
     "NewTensor",
     "answer_compiler",
+    "array_of",
     "autocast_changes",
     "autocast_is_on",
     "below_autograd",
@@ -28,6 +30,7 @@ __all__ = [
     "is_transformed",
     "is_watched",
     "keep_out_of_graphs",
+    "maker_of",
     "may_have_tangents",
     "meet_torch",
     "once_torch_is_there",
@@ -123,6 +126,17 @@ def guard_of(guard: Any, tensors: tuple[Any, ...]) -> Any:
     """The function of a ``guard`` made for ``tensors`` that tells whether as many others are like them."""
     sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
     return guard(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def maker_of(array: NewTensor | None) -> Any:
+    """A function that makes such a tensor where there is one GPU; None where one has to look which is current, or for None."""
+    one_gpu = hooks.device_count is not None and hooks.device_count() == 1
+    return partial(hooks.empty_on_current, *array) if one_gpu and array is not None else None
+
+
+def array_of(tensor: Any) -> NewTensor:
+    """What a tensor like it is made from."""
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def empty_on(device_index: int, like: Any, array: NewTensor) -> Any:

@@ -22,14 +22,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from numbers import Real
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 
 from ..arrays.new import draw_seed
-from ..arrays.torch_hooks import NewTensor, autocast_changes, autocast_is_on, empty_on, guard_of, hooks, is_watched, meet_torch
+from ..arrays.torch_hooks import (
+    NewTensor,
+    array_of,
+    autocast_changes,
+    autocast_is_on,
+    empty_on,
+    guard_of,
+    hooks,
+    is_watched,
+    maker_of,
+    meet_torch,
+)
 from ..env import settings
 from ..limits import VECTOR_BYTES
 from ..runtime import plan as store
@@ -45,12 +55,10 @@ __all__ = [
     "Recording",
     "Shortcut",
     "Tensors",
-    "array_of",
     "clear",
     "find",
     "keep",
     "launch_more",
-    "maker_of",
     "never",
     "plain_numbers",
     "reach_of",
@@ -375,17 +383,6 @@ def keep(key: Key, known: Known) -> None:
     if len(shortcuts) >= MAX_PLANS:
         _forget()
     shortcuts[key] = known
-
-
-def maker_of(array: NewTensor | None) -> Any:
-    """A function that makes such a tensor where there is one GPU; None where one has to look which is current, or for None."""
-    one_gpu = hooks.device_count is not None and hooks.device_count() == 1
-    return partial(hooks.empty_on_current, *array) if one_gpu and array is not None else None
-
-
-def array_of(tensor: Any) -> NewTensor:
-    """What a tensor like it is made from."""
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def reach_of(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from ..arrays.new import filled_int32
-from ..arrays.torch_hooks import NewTensor, empty_on, hooks
+from ..arrays.torch_hooks import NewTensor, array_of, empty_on, hooks, maker_of
 from ..dispatch import FaFwdDispatch
 from ..env import settings
 from ..launch.error_word import error_word
@@ -29,7 +29,7 @@ from ..runtime.execute import written_arrays
 from ..runtime.on_cache import STEP_SLOTS, in_order
 from ..runtime.plan import Key, Output, Plan
 from . import repeat
-from .repeat import Known, Numbers, Recording, Tensors, array_of, find, keep, maker_of, never, plain_numbers, reach_of, recording_of
+from .repeat import Known, Numbers, Recording, Tensors, find, keep, never, plain_numbers, reach_of, recording_of
 
 __all__ = ["CacheCall", "remember_on_cache", "repeat_on_cache"]
 
