@@ -31,7 +31,7 @@ _STATE = (
 )
 
 _MEETING = (
-    "two computing warpgroups have 240 registers a thread, and the accumulators of O and S and the fragments of P fill most of them. A few "
+    "two consumer warpgroups have 240 registers a thread, and the accumulators of O and S and the fragments of P fill most of them. A few "
     "words spill where softcap or the generator of dropout meets other features; none does in a plain kernel, and a narrower tile would "
     "cost all of them a fifth of their keys or more"
 )

@@ -25,7 +25,7 @@ def splits(known: AttentionProblem, tiles: int, block_n: int = 80) -> int:
     return wgmma_splits_for(known, tiles, block_n, H200)
 
 
-def test_more_tiles_than_multiprocessors_are_split_where_the_last_wave_is_nearly_empty():
+def test_more_tiles_than_sms_are_split_where_the_last_wave_is_nearly_empty():
     """512 queries of 64 / 8 heads on 64k keys are 171 tiles of 192 rows, two waves of 132."""
     assert splits(problem(1, 512, 65536, 64, 8), 171) == 3
     assert splits(problem(1, 512, 65536, 8, 1), 22) == 6

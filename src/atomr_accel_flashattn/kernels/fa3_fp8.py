@@ -102,7 +102,7 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
     @property
     def expected_instructions(self) -> tuple[str, ...]:
         """Wgmma of 8 bits, TMA loads, mbarriers, the transposition of V."""
-        return ("QGMMA", "UTMALDG", "SYNCS", "LDSM", "STSM")
+        return FP8_INSTRUCTIONS
 
     def misfit(self) -> str:
         """As for 16 bits, with whole steps of 32 keys and widths of whole panels."""

@@ -10,30 +10,30 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from ..problem import ArrayInfo, AttentionProblem
+from .forward import DESCALE_SLOTS, descale_strides
 from .kvcache import Fa2KvCacheSpec, KvCacheParams
 from .params import KernelParams, StrideParams
 from .step import ScheduledKvCacheSpec, StepParams
 
 __all__ = ["DescaledKvCacheParams", "DescaledStepParams", "Fp8KvCacheSpec", "Fp8ScheduledKvCacheSpec"]
 
-_DESCALES: Final = ("q_descale", "k_descale", "v_descale")
 _UNALIGNED: Final = ("HMMA", "LDSM", "F2FP")
 _ALIGNED: Final = (*_UNALIGNED, "LDGSTS")
-_STEPS: Final = tuple((f"{name}_step", StrideParams) for name in "qkv")
+_STRIDES: Final = tuple((f"{name}_stride", StrideParams) for name in DESCALE_SLOTS)
 
 
 class DescaledKvCacheParams(KernelParams):
     """``fa::DescaledKvCacheParams``. Its addresses run on into those of ``fa::KvCacheParams``."""
 
-    SLOTS = (*_DESCALES, *KvCacheParams.SLOTS)
-    _fields_ = (*((name, ctypes.c_void_p) for name in _DESCALES), ("params", KvCacheParams), *_STEPS)
+    SLOTS = (*DESCALE_SLOTS, *KvCacheParams.SLOTS)
+    _fields_ = (*((name, ctypes.c_void_p) for name in DESCALE_SLOTS), ("params", KvCacheParams), *_STRIDES)
 
 
 class DescaledStepParams(KernelParams):
     """``fa::DescaledStepParams``. Its addresses run on into those of ``fa::StepParams``."""
 
-    SLOTS = (*_DESCALES, *StepParams.SLOTS)
-    _fields_ = (*((name, ctypes.c_void_p) for name in _DESCALES), ("params", StepParams), *_STEPS)
+    SLOTS = (*DESCALE_SLOTS, *StepParams.SLOTS)
+    _fields_ = (*((name, ctypes.c_void_p) for name in DESCALE_SLOTS), ("params", StepParams), *_STRIDES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Fp8KvCacheSpec(Fa2KvCacheSpec):
 
     def pack_call(self, problem: AttentionProblem, out: ArrayInfo, parts: int) -> DescaledKvCacheParams:
         """``fa::DescaledKvCacheParams`` of one call without addresses; ``parts``: splits of its keys."""
-        return DescaledKvCacheParams(params=self.pack_splits(problem, out, parts), **_steps(problem))
+        return DescaledKvCacheParams(params=self.pack_splits(problem, out, parts), **descale_strides(problem))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +69,4 @@ class Fp8ScheduledKvCacheSpec(ScheduledKvCacheSpec):
 
     def pack_call(self, problem: AttentionProblem, out: ArrayInfo, parts: int) -> KernelParams:
         """``fa::DescaledStepParams`` of one call without addresses; ``parts``: blocks of a plan."""
-        return DescaledStepParams(params=ScheduledKvCacheSpec.pack_call(self, problem, out, parts), **_steps(problem))
-
-
-def _steps(problem: AttentionProblem) -> dict[str, StrideParams]:
-    """From one descale to the next."""
-    return {f"{name}_step": StrideParams(*each.strides) for name, each in zip("qkv", problem.descales or (), strict=False) if each}
+        return DescaledStepParams(params=ScheduledKvCacheSpec.pack_call(self, problem, out, parts), **descale_strides(problem))

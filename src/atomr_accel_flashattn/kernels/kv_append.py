@@ -9,6 +9,7 @@ from typing import ClassVar, Final
 
 from ..problem import ArrayInfo, AttentionProblem, Strides
 from ..types import DType, ScaleUnit, SmArch
+from .forward import descale_strides
 from .params import KernelParams, StrideParams
 from .spec import SimpleKernelSpec, literal
 
@@ -56,7 +57,7 @@ class Fp8AppendParams(KernelParams):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in SLOTS[:3]),
         ("append", KvAppendParams),
-        *((f"{name}_step", StrideParams) for name in "kv"),
+        *((f"{name}_stride", StrideParams) for name in SLOTS[:2]),
     )
 
 
@@ -186,10 +187,9 @@ class Fp8AppendSpec(KvAppendSpec):
 
     def pack_call(self, problem: AttentionProblem, out: ArrayInfo) -> Fp8AppendParams:
         """``fa::Fp8AppendParams`` of one call without addresses."""
-        given = problem.descales
-        assert given is not None  # noqa: S101 - for_cache has looked
-        steps = {f"{name}_step": StrideParams(*each.strides) for name, each in (("k", given.k), ("v", given.v)) if each is not None}
-        return Fp8AppendParams(append=self.pack(problem, out), **steps)
+        strides = descale_strides(problem)
+        strides.pop("q_descale_stride", None)  # q is not quantised
+        return Fp8AppendParams(append=self.pack(problem, out), **strides)
 
 
 def rotated_strides(problem: AttentionProblem) -> Strides:

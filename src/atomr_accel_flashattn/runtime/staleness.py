@@ -23,6 +23,7 @@ from ..arrays.read import is_cupy, read_array
 from ..arrays.torch_hooks import hooks
 from ..dispatch import FaBwdDispatch, FaFwdDispatch
 from ..errors import ArrayTypeError, StaleArrayError
+from ..kernels.forward import DESCALE_SLOTS
 from ..problem import ArrayInfo, AttentionProblem, KvCache
 
 __all__ = ["NO_ARRAYS", "Fingerprint", "arrays_beside", "arrays_of_cache", "check_array"]
@@ -30,7 +31,6 @@ __all__ = ["NO_ARRAYS", "Fingerprint", "arrays_beside", "arrays_of_cache", "chec
 _INPUTS: Final = ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k", "rng")
 _BEHIND_LENGTHS: Final = ("left_pad", "k_new", "v_new", "cu_seqlens_new", "rotary_cos", "rotary_sin")
 _NAMES: Final = (*_INPUTS, "out")
-_DESCALES: Final = ("q_descale", "k_descale", "v_descale")
 _BACKWARD_NAMES: Final = (*_INPUTS, "out", "lse", "dout", "dlse", "dq", "dk", "dv")
 _SINCE_MADE: Final = "since the request was made"
 _SINCE_ASK: Final = "between ask and reply"
@@ -61,7 +61,7 @@ class Fingerprint:
         if cache is not None:
             arrays, names = (*arrays, *arrays_of_cache(cache)), _names_on_cache(cache.lengths_name)
         if request.problem.descales is not None:
-            arrays, names = (*arrays, *_descales(request.problem)), (*names, *_DESCALES)
+            arrays, names = (*arrays, *_descales(request.problem)), (*names, *DESCALE_SLOTS)
         found = Fingerprint(arrays, names)
         found.check(_SINCE_MADE)
         return found
@@ -128,7 +128,7 @@ def arrays_beside(problem: AttentionProblem) -> tuple[ArrayInfo | None, ...]:
 
 
 def _descales(problem: AttentionProblem) -> tuple[ArrayInfo | None, ...]:
-    """In the order of _DESCALES; none where K and V are not fp8."""
+    """In the order of DESCALE_SLOTS; none where K and V are not fp8."""
     return () if problem.descales is None else tuple(each and each.array for each in problem.descales)
 
 

@@ -17,6 +17,7 @@ from ...arrays.new import copy_into
 from ...arrays.read import as_numpy, numpy_dtype, read_array
 from ...arrays.streams import copy_to_host
 from ...errors import ArrayTypeError
+from ...kernels.forward import DESCALE_SLOTS
 from ...problem import ArrayInfo
 from ...requests.checks import is_contiguous
 from ...requests.options import AttentionOptions, Fp8Options, PositionBias
@@ -29,7 +30,6 @@ __all__ = ["WireArray", "WireRequest", "answer_from_wire", "answer_to_wire", "to
 
 _INPUTS: Final = ("q", "k", "v", "alibi_slopes", "learned_sink", "cu_seqlens_q", "cu_seqlens_k")
 _UPSTREAM: Final = ("out", "lse", "dout", "dlse")  # what a backward reads beside them
-_DESCALES: Final = ("q_descale", "k_descale", "v_descale")
 _BITS: Final = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}
 _VALUES: Final = ("mask", "sink_tokens", "persistent", "recompute", "deterministic")
 
@@ -100,7 +100,7 @@ class WireRequest:
         dropout = known.dropout
         infos = {name: getattr(known, name) for name in _INPUTS} | {"rng": None if dropout is None else dropout.rng}
         if known.descales is not None:
-            infos |= {name: each and each.array for name, each in zip(_DESCALES, known.descales, strict=True)}
+            infos |= {name: each and each.array for name, each in zip(DESCALE_SLOTS, known.descales, strict=True)}
         if isinstance(message, FlashAttnMsg.Backward):
             infos |= {name: getattr(request.problem, name) for name in _UPSTREAM}
         found = {name: to_wire(info) for name, info in infos.items() if info is not None}
@@ -138,7 +138,7 @@ class WireRequest:
             "options": AttentionOptions(**self.options, learned_sink=found.get("learned_sink"), rng=found.get("rng")),
         }
         if self.out_dtype is not None:
-            given["fp8"] = Fp8Options(**{name: found.get(name) for name in _DESCALES}, out_dtype=self.out_dtype)
+            given["fp8"] = Fp8Options(**{name: found.get(name) for name in DESCALE_SLOTS}, out_dtype=self.out_dtype)
         for name, longest in zip(("cu_seqlens_q", "cu_seqlens_k"), self.max_seqlens or (), strict=False):
             given[name] = CumulativeSeqlens(found[name], longest)
         message: Message[Any] = self.message(self.request(found["q"], found["k"], found["v"], **given), **self.wanted)

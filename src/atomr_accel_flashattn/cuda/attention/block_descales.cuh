@@ -8,8 +8,6 @@
 
 namespace fa {
 
-constexpr int kScaledTokens = 128;
-
 __device__ __forceinline__ float read_descale(const float* x, const Strides& step, int batch, int head_kv, int block) {
   return x == nullptr ? 1.f : x[batch * step.batch + head_kv * step.head + block * step.row];
 }

@@ -26,8 +26,7 @@ struct NoDescales {
 
 template <Config C, class Params>
 struct KeyDescales {
-  static constexpr int kTokens = 128;  // that share a descale
-  static_assert(kTokens % C.block_n == 0, "a tile has one descale");
+  static_assert(kScaledTokens % C.block_n == 0, "a tile has one descale");
   static_assert(C.paged || !(C.k_token_scales || C.v_token_scales), "tokens have descales beside a paged cache");
   static_assert(!C.batch_invariant || !C.v_token_scales, "the unit of O would depend on the keys that other rows see");
   // O is not brought to a unit that is smaller than the last one by more than this.
@@ -52,11 +51,12 @@ struct KeyDescales {
       for (int r = 0; r < 2; ++r) {
         const int at = row + 8 * r + static_cast<int>(threadIdx.x) % 32 / 4;
         if (at < row_count<C>(f, seq))
-          q[r] = p.q_descale[work.batch * p.q_step.batch + work.head * p.q_step.head + query_of<C>(f, at) / kTokens * p.q_step.row];
+          q[r] = p.q_descale[work.batch * p.q_descale_stride.batch + work.head * p.q_descale_stride.head +
+                             query_of<C>(f, at) / kScaledTokens * p.q_descale_stride.row];
       }
     }
-    k = base<C.k_token_scales>(p.k_descale, p.k_step, work);
-    v = base<C.v_token_scales>(p.v_descale, p.v_step, work);
+    k = base<C.k_token_scales>(p.k_descale, p.k_descale_stride, work);
+    v = base<C.v_token_scales>(p.v_descale, p.v_descale_stride, work);
   }
 
   // Also with what row r of Q was divided by.
@@ -64,7 +64,7 @@ struct KeyDescales {
 
   // Of tile n; `key` is this lane's.
   __device__ __forceinline__ OfTile load(int n, const CachedKey& key, bool exists) const {
-    return {read<C.k_token_scales>(k, p.k_step, n, key, exists), read<C.v_token_scales>(v, p.v_step, n, key, exists)};
+    return {read<C.k_token_scales>(k, p.k_descale_stride, n, key, exists), read<C.v_token_scales>(v, p.v_descale_stride, n, key, exists)};
   }
 
   template <class Scores>
@@ -111,7 +111,7 @@ struct KeyDescales {
   static __device__ __forceinline__ float read(const float* x, const Strides& step, int n, const CachedKey& key, bool exists) {
     if (x == nullptr) return 1.f;
     if constexpr (kOfToken) return exists ? x[key.block * step.batch + key.row * step.row] : 0.f;
-    return x[n * C.block_n / kTokens * step.row];
+    return x[n * C.block_n / kScaledTokens * step.row];
   }
 
   // Of tokens the largest one. Batch-invariant: a power of two, with which no rounding changes for

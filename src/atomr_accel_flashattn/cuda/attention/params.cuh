@@ -115,18 +115,20 @@ struct StepParams {
   int32_t least_cost;  // of a part that shares its unit with others, in tiles
 };
 
+constexpr int kScaledTokens = 128;  // that share the factor of a block
+
 // The same two where K and V, or all three, are fp8: an element is worth itself times a descale, 1
 // where there are none. Steps of one: from a sequence to the next, or from a block of a paged cache
 // (descales of tokens); from a block of 128 tokens, or from a slot; from a KV head.
 struct DescaledKvCacheParams {
   const float *q_descale, *k_descale, *v_descale;
   KvCacheParams params;
-  Strides q_step, k_step, v_step;
+  Strides q_descale_stride, k_descale_stride, v_descale_stride;
 };
 struct DescaledStepParams {
   const float *q_descale, *k_descale, *v_descale;
   StepParams params;
-  Strides q_step, k_step, v_step;
+  Strides q_descale_stride, k_descale_stride, v_descale_stride;
 };
 
 // The same by the FA3 family, which reads q, k and v by TMA.
@@ -172,7 +174,7 @@ struct Fp8AppendParams {
   float *k_descale, *v_descale;  // null: 1
   const int32_t* left_pad;       // as in KvCacheParams
   KvAppendParams append;
-  Strides k_step, v_step;  // as in DescaledKvCacheParams
+  Strides k_descale_stride, v_descale_stride;  // as in DescaledKvCacheParams
 };
 
 // Two states of attention and where they go: o (batch, seqlen, heads, cols), LSE (batch, heads,

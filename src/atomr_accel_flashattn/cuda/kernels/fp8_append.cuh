@@ -12,8 +12,7 @@ namespace fa {
 template <DType kSource, DType kK, DType kV, bool kPaged, bool kInterleaved, bool kWideRotary, bool kTokensK, bool kTokensV>
 struct Fp8Append : KvAppend<bytes_of(kSource) == 1 ? DType::F16 : kSource, kPaged, kInterleaved, kWideRotary> {
   static constexpr bool kQuantises = bytes_of(kSource) == 2;
-  static constexpr int kTokens = 128;  // that share a descale
-  static constexpr int kHeld = 8;      // columns of a lane, of 256
+  static constexpr int kHeld = 8;  // columns of a lane, of 256
   using Base = KvAppend<kQuantises ? kSource : DType::F16, kPaged, kInterleaved, kWideRotary>;
   using Base::p, Base::length, Base::locate, Base::chunks, Base::rotate_q, Base::rotated;
   const Fp8AppendParams& own;
@@ -24,9 +23,10 @@ struct Fp8Append : KvAppend<bytes_of(kSource) == 1 ? DType::F16 : kSource, kPage
   __device__ __forceinline__ void run(int64_t work) const {
     const int64_t rows = int64_t{p.batch} * p.seqlen_new * p.heads_kv;
     if (work < rows) {
-      append<kK, kTokensK>(work, p.new_k, p.new_k_stride, p.k, p.k_stride, p.head_dim, p.cos != nullptr, own.k_descale, own.k_step);
+      append<kK, kTokensK>(work, p.new_k, p.new_k_stride, p.k, p.k_stride, p.head_dim, p.cos != nullptr, own.k_descale,
+                           own.k_descale_stride);
     } else if (work < 2 * rows) {
-      append<kV, kTokensV>(work - rows, p.new_v, p.new_v_stride, p.v, p.v_stride, p.v_head_dim, false, own.v_descale, own.v_step);
+      append<kV, kTokensV>(work - rows, p.new_v, p.new_v_stride, p.v, p.v_stride, p.v_head_dim, false, own.v_descale, own.v_descale_stride);
     } else if (p.q != nullptr && p.seqlen_q > 0) {
       const int lane = threadIdx.x % 32, of_row = chunks(p.head_dim);
       for (int chunk = lane; chunk < of_row; chunk += 32) rotate_q((work - 2 * rows) * of_row + chunk, of_row);
@@ -91,7 +91,7 @@ struct Fp8Append : KvAppend<bytes_of(kSource) == 1 ? DType::F16 : kSource, kPage
       return scale;
     } else {
       const int64_t key = slot - (own.left_pad == nullptr ? 0 : max(0, own.left_pad[batch]));
-      return descale[batch * step.batch + max(int64_t{0}, key) / kTokens * step.row];
+      return descale[batch * step.batch + max(int64_t{0}, key) / kScaledTokens * step.row];
     }
   }
 
