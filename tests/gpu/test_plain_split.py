@@ -17,7 +17,7 @@ from tests.cases import Alibi, Case, build  # noqa: E402
 from tests.check import check_case  # noqa: E402
 from tests.gpu.families import DEVICE, HAS_WGMMA, use_family  # noqa: E402
 from tests.gpu.harness import functional_call, make_request, run_inputs  # noqa: E402
-from tests.unowned import check_unowned  # noqa: E402
+from tests.unowned import run_with_unowned  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.skipif(not HAS_WGMMA, reason="wgmma is of Hopper")]
 
@@ -69,7 +69,9 @@ def test_plain_split_widths_and_lengths(width: tuple[int, int], keys: int):
 
 
 def test_plain_split_rows_that_no_sequence_owns():
-    check_unowned(replace(LONG, lengths_q=(9, 0, 30), lengths_k=(4000, 20, 333)), run_inputs)
+    """Compared with the oracle: bits may differ, as spare rows count where a call asks into how many parts its keys are worth splitting."""
+    case = replace(LONG, lengths_q=(9, 0, 30), lengths_k=(4000, 20, 333))
+    check_case(case, lambda inputs: run_with_unowned(inputs, run_inputs))
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
