@@ -115,11 +115,15 @@ def test_short_sequences_at_the_head_dim_of_the_matrix_count_for_their_tile(tmp_
         assert states(record, "sm_90a")["short sequences of q (own tile)"] == text
 
 
-def test_the_newest_record_of_a_folder_counts(tmp_path: Path) -> None:
+def test_the_records_of_a_folder_count_together(tmp_path: Path) -> None:
     assert Runs.read(tmp_path) == Runs()
-    write_record(tmp_path / "gpu_tests_1.json", "softcap")
-    write_record(tmp_path / "gpu_tests_2.json", "alibi")
-    assert Runs.read(tmp_path).passed == {"fa2": {"alibi": 1}, "fa3": {}}
+    write_record(tmp_path / "gpu_tests.json", "softcap", "alibi")
+    write_record(tmp_path / "gpu_tests_fp8.json", "alibi", "fa3-e4m3")
+    write_record(tmp_path / "gpu_tests_red.json", "dropout", failed=1)
+    assert Runs.read(tmp_path).passed == {"fa2": {"softcap": 1, "alibi": 2}, "fa3": {"e4m3": 1, "fa3": 1}}
+    write_record(tmp_path / "gpu_tests_other.json", "causal", device="NVIDIA L40S")
+    with pytest.raises(CacheError, match=r"got records of H100, L40S; allowed is one card"):
+        Runs.read(tmp_path)
 
 
 def test_a_file_that_is_no_record_is_a_named_error(tmp_path: Path, invoke: Invoke) -> None:

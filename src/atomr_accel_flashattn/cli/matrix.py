@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ class Matrix:
 
 def matrix(
     record: Annotated[
-        Path | None, typer.Option(exists=True, help="A record of a GPU test run (benchmarks/results/gpu_tests.json), or its folder.")
+        Path | None, typer.Option(exists=True, help="A record of a GPU test run (benchmarks/results/gpu_tests.json), or a folder of some.")
     ] = None,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table of the README, where rows of equal cells are one.")
@@ -122,10 +123,10 @@ def support_matrix(record: Path | None = None) -> Matrix:
     """The matrix of this version; cells that a GPU test run has passed say on which card.
 
     Args:
-        record: a record of kind ``gpu_tests``, or a folder of which the newest counts; None claims no run.
+        record: a record of kind ``gpu_tests``, or a folder whose ``gpu_tests*.json`` count together; None claims no run.
 
     Raises:
-        CacheError: the record cannot be read or is none.
+        CacheError: a record cannot be read or is none, or they are of several cards.
     """
     runs = Runs.read(record)
     rows = {_DTYPE_LABELS[dtype]: _row(runs, dtype.value, dtype) for dtype in DType}
@@ -144,23 +145,30 @@ class Runs:
 
     @classmethod
     def read(cls, path: Path | None) -> Runs:
-        """Read a record, or the newest of a folder. A run with a failed test counts for nothing.
+        """Read a record, or those of a folder. A run with a failed test counts for nothing.
 
         Raises:
-            CacheError: it cannot be read or is no record of GPU tests.
+            CacheError: one cannot be read or is no record of GPU tests, or they are of several cards.
         """
-        is_folder = path is not None and path.is_dir()
-        newest = max(path.glob("gpu_tests*.json"), key=lambda file: file.name, default=None) if path is not None and is_folder else path
-        if newest is None:
+        files = [] if path is None else sorted(path.glob("gpu_tests*.json")) if path.is_dir() else [path]
+        runs = [run for run in map(cls._of, files) if run.card]
+        if len({(run.card, run.arch) for run in runs}) > 1:
+            raise CacheError(f"{path}: got records of {', '.join(dict.fromkeys(run.card for run in runs))}; allowed is one card")
+        if not runs:
             return cls()
+        passed = {group: sum((Counter(run.passed.get(group, {})) for run in runs), Counter()) for run in runs for group in run.passed}
+        return cls(runs[0].card, runs[0].arch, passed, " and ".join(dict.fromkeys(run.commit for run in runs if run.commit)))
+
+    @classmethod
+    def _of(cls, file: Path) -> Runs:
         try:
-            found = json.loads(newest.read_text(encoding="utf-8"))
+            found = json.loads(file.read_text(encoding="utf-8"))
             failed = found["outcomes"].get("failed", 0)
             major, minor = map(int, found["device"]["compute_capability"].split("."))
             passed = {str(group): dict(counts) for group, counts in found["passed"].items()}
             card, commit = _SHORT_NAME.sub("", found["device"]["name"]), str(found["commit"] or "")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CacheError(f"{newest}: no record of a GPU test run ({error!r}); make one with make gpu-test") from error
+            raise CacheError(f"{file}: no record of a GPU test run ({error!r}); make one with make gpu-test") from error
         return cls() if failed else cls(card, arch_of_capability(major, minor), passed, commit)
 
     def did(self, arch: SmArch, family: Family, feature: str) -> bool:
