@@ -11,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
-from atomr_accel_flashattn.torch_ops import first_call, repeat, repeat_recorded  # noqa: E402
+from atomr_accel_flashattn.torch_ops import attention_function, first_call, kernels, repeat, repeat_recorded  # noqa: E402
+from atomr_accel_flashattn.torch_ops.operators import Operands  # noqa: E402
 from tests.fakes.gpu import STREAM, FakeGpu  # noqa: E402
 from tests.fakes.tensors import FakeCuda, fake, let_autograd_keep_the_card, note_requests, take_for_cuda  # noqa: E402
 
@@ -287,6 +288,35 @@ def test_a_transform_of_torch_takes_no_recorded_shortcut(gpu: FakeGpu):
     weights, made = torch.func.grad(loss, has_aux=True)(dout)
     torch.testing.assert_close(weights, out.detach().as_subclass(torch.Tensor), rtol=1e-2, atol=1e-2)
     assert made.requires_grad
+    assert gpu.launches
+
+
+@pytest.mark.parametrize("call", [dense, packed])
+def test_a_backward_that_is_watched_goes_by_the_operator(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Made]):
+    """And not by the plan that there is, which no dispatch mode and no transform sees."""
+    calls: list[Any] = []
+
+    def operator(*arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        numbers = {**Operands._field_defaults, **options}
+        return kernels.attention_backward(*arguments, *[numbers[name] for name in Operands._fields[len(arguments) - 4 : -1]])
+
+    monkeypatch.setattr(torch.ops.atomr_accel_flashattn, "attention_backward", operator)
+    options = {"learned_sink": fake(torch.rand(4)), "alibi_slopes": fake(torch.rand(4)), "softcap": 2.0, "window_size": (3, 0)}
+    dout = fake(upstream()[0].flatten(0, 1 if call is packed else 0))
+
+    def step(*, watched: bool) -> list[Any]:
+        monkeypatch.setattr(attention_function, "is_watched", lambda: watched)
+        tensors = leaves(6, packed=call is packed)
+        return grad(call(tensors, **options), tensors, dout, None)
+
+    for _ in range(3):
+        expected = step(watched=False)
+    assert not calls
+    made = step(watched=True)
+    assert len(calls) == 1
+    for one, other in zip(made, expected, strict=True):
+        torch.testing.assert_close(one, other)
     assert gpu.launches
 
 

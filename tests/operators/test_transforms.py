@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402 - after the skip
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import atomr_accel_flashattn as fa  # noqa: E402
 from tests.operators.calls import FORMS, OPTIONS, gradients, leaves, operators, parts_of  # noqa: E402
@@ -241,19 +242,83 @@ def test_second_derivatives_are_refused_by_name():
     assert torch.func.jacrev(lambda q: fa.flash_attn_func(q, k, v).sum((1, 2)))(q).shape == (2, 16, *q.shape)
 
 
+class Noting(TorchDispatchMode):
+    """Notes the operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, _types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.seen.append(function)
+        return function(*arguments, **(options or {}))
+
+
 def test_a_dispatch_mode_sees_the_call():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Noting(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[Any] = []
-
-        def __torch_dispatch__(self, function: Any, _types: Any, arguments: Any = (), options: Any = None) -> Any:
-            self.seen.append(function)
-            return function(*arguments, **(options or {}))
-
     tensors = leaves()
     with Noting() as mode:
         gradients(fa.flash_attn_func(*tensors, 0.2).sin().sum(), tensors)
     assert {operators.draw_seed.default, operators.attention.default, operators.attention_backward.default} <= set(mode.seen)
+
+
+# Of a call that autograd recorded while nothing watched it:
+
+
+def recorded(packed: bool, dropout_p: float = 0.0) -> tuple[tuple[Any, Any], list[Any]]:
+    """O and LSE of an eager call with all options, and what has gradients."""
+    sizes, call = FORMS["flash_attn_varlen_func" if packed else "flash_attn_func"]
+    sink = torch.tensor([0.5, -1.0, 2.0, 0.0], requires_grad=True)
+    options = OPTIONS["all"] | {"dropout_p": dropout_p, "learned_sink": sink}
+    tensors = leaves(*sizes)
+    out, lse, _ = call(*tensors, **options)
+    return (out, lse), [*tensors, sink]
+
+
+def test_a_dispatch_mode_sees_the_backward_alone():
+    (out, _), tensors = recorded(packed=False)
+    with Noting() as mode:
+        made = torch.autograd.grad(out.sin().sum(), tensors, retain_graph=True)
+    assert operators.attention_backward.default in mode.seen
+    assert all(torch.equal(one, other) for one, other in zip(made, gradients(out.sin().sum(), tensors), strict=True))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("through", ["o", "lse", "both"])
+def test_batched_gradients(through: str, packed: bool, dropout_p: float):
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` asks for."""
+    made, tensors = recorded(packed, dropout_p)
+    outputs = {"o": made[:1], "lse": made[1:], "both": made}[through]
+    upstream = [torch.randn(3, *x.shape) for x in outputs]
+
+    def found(upstream: Any, **options: Any) -> list[Any]:
+        return list(torch.autograd.grad(outputs, tensors, upstream, retain_graph=True, **options))
+
+    one_by_one = [found(each) for each in zip(*upstream, strict=True)]
+    close(found(upstream, is_grads_batched=True), (torch.stack(each) for each in zip(*one_by_one, strict=True)))
+
+
+def test_second_derivatives_through_batched_gradients_are_refused_by_name():
+    (out, _), tensors = recorded(packed=False)
+    made = torch.autograd.grad(out, tensors, torch.randn(3, *out.shape), is_grads_batched=True, create_graph=True)
+    with pytest.raises(fa.FeatureNotBuiltError, match="double_backward"):
+        made[0].sum().backward()
+
+
+def test_a_vectorized_jacobian():
+    tensors = tuple(x.double() for x in plain(1, 3))
+    call = lambda q, k, v: fa.flash_attn_func(q, k, v, causal=True)  # noqa: E731
+    close(*(torch.autograd.functional.jacobian(call, tensors, vectorize=vectorize) for vectorize in (True, False)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # it asks for it of what was saved
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_compiled_autograd(packed: bool):
+    (out, lse), tensors = recorded(packed, 0.4)
+    loss = out.sin().sum() + lse.clamp(min=-9).sum()
+    expected = torch.autograd.grad(loss, tensors, retain_graph=True)
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss.backward()
+    torch._dynamo.reset()
+    close((x.grad for x in tensors), expected)

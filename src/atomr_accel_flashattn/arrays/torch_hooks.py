@@ -26,6 +26,7 @@ __all__ = [
     "empty_on",
     "guard_of",
     "hooks",
+    "is_mapped_by_autograd",
     "is_random_to_compilers",
     "is_transformed",
     "is_watched",
@@ -200,6 +201,12 @@ def is_watched() -> bool:
 def is_transformed() -> bool:
     """Whether a transform of torch.func is active."""
     return sys.modules["torch"]._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_mapped_by_autograd(gradient: Any) -> bool:
+    """Whether a gradient is one of many, which ``torch.autograd.grad(is_grads_batched=True)`` maps by a vmap of its own."""
+    is_batched = getattr(sys.modules["torch"]._C._functorch, "is_legacy_batchedtensor", None)
+    return gradient is not None and is_batched is not None and bool(is_batched(gradient))
 
 
 def below_autograd() -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import torch
 
+from ..arrays.torch_hooks import hooks, is_mapped_by_autograd, is_watched
 from ..limits import not_built
 
 __all__ = ["SAVED", "Attention", "Differentiator", "RecordedCall", "Saved", "apply_quickly"]
@@ -21,6 +22,10 @@ class Differentiator(Protocol):
 
     def gradients(self, saved: Saved, dout: Any, dlse: Any) -> tuple[Any, Any, Any, Any]:
         """Of q, k, v and the learned sink, None without one. Not both of ``dout`` and ``dlse`` are None."""
+        ...
+
+    def by_operator(self, saved: Saved, dout: Any, dlse: Any) -> tuple[Any, Any, Any, Any]:
+        """The same by the operator of torch, which traces, dispatch modes and transforms of torch.func see."""
         ...
 
 
@@ -51,10 +56,12 @@ class Attention(torch.autograd.Function):  # type: ignore[misc] # torch is Any h
         _, *wanted = ctx.needs_input_grad
         if dout is None and dlse is None:
             return (None,) * (1 + len(wanted))
-        saved = ctx.saved_tensors
-        made = ctx.differentiator.gradients(saved, dout, dlse)
+        saved, differentiator = ctx.saved_tensors, ctx.differentiator
+        # torch's compiled autograd, or mapped gradients, or a dispatch mode, which the forward was not in
+        watched = hooks.is_compiling() or is_watched() or is_mapped_by_autograd(dout) or is_mapped_by_autograd(dlse)
+        made = differentiator.by_operator(saved, dout, dlse) if watched else differentiator.gradients(saved, dout, dlse)
         gradients = [each if want else None for each, want in zip(made, wanted, strict=False)]
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled() and not watched:  # create_graph=True; the operator refuses it by itself
             gradients = _DifferentiatedOnce.apply(gradients, dout, dlse, *saved[: len(made)])
         return (None, *gradients, *(None,) * (len(wanted) - len(gradients)))
 

@@ -62,6 +62,27 @@ class Asked:
             made = run(request)
         return (made.dq, made.dk, made.dv, made.dsink), find(request)
 
+    def by_operator(self, saved: Saved, dout: Any, dlse: Any) -> tuple[Any, Any, Any, Any]:
+        """Through the operator; arrays of other libraries, which it does not take, go to the checks of a request, which refuse them."""
+        if any(other is not None for other in self.others):
+            return self.gradients(saved, dout, dlse)
+        q, k, v, learned_sink, out, lse, *others = saved
+        slopes, rng, *offsets = others or (None,) * 4
+        band = self.mask.band(self.sink_tokens)
+        *gradients, dsink = torch.ops.atomr_accel_flashattn.attention_backward(
+            *(dout, dlse, out, lse, q, k, v, learned_sink, slopes, rng),
+            *offsets,
+            *self.longest,
+            softmax_scale=self.softmax_scale,
+            window_left=-1 if band.left is None else band.left,
+            window_right=-1 if band.right is None else band.right,
+            softcap=self.softcap,
+            dropout_p=self.dropout_p,
+            sink_tokens=band.sink_tokens,
+            deterministic=self.deterministic,
+        )
+        return *gradients, None if learned_sink is None else dsink
+
     def request(self, saved: Saved, dout: Any, dlse: Any) -> DenseBwdRequest | VarlenBwdRequest:
         """The backward request of that call."""
         tensors = (*saved, *(None,) * (len(SAVED) - len(saved)))

@@ -147,6 +147,10 @@ class _Again:
             return made
         return plan.gradients(q, dout, dlse, pointers, learned_sink, others)
 
+    def by_operator(self, saved: Saved, dout: Any, dlse: Any) -> tuple[Any, Any, Any, Any]:
+        """As after a first call."""
+        return self.call.asked.by_operator(saved, dout, dlse)
+
 
 def _strides_of(saved: Saved) -> tuple[tuple[int, ...], ...]:
     """Of q, k, v, o and slopes. The other saved tensors are row-major."""
@@ -161,6 +165,5 @@ def _are_usual(dout: Any, dlse: Any) -> bool:
     return (
         (dout is None or (type(dout) in plain and dout.stride(-1) == 1 and not dout.is_neg()))
         and (dlse is None or (type(dlse) in plain and dlse.is_contiguous() and not dlse.is_neg()))
-        and not hooks.count_modes()
         and not hooks.is_grad_enabled()
     )
