@@ -13,7 +13,8 @@ import numpy as np
 
 from atomr_accel_flashattn import DType, ScaleUnit
 
-from .check import _same_pattern, _within
+from .check import _largest, _same_pattern, _within
+from .fp8_accumulator import accumulated
 from .inputs import NUMPY_DTYPE
 from .oracle import LSE_TOLERANCE, Precision, Tolerance, _softmax, oracle
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["Quantised", "check_fp8", "plain_fp8", "quantised"]
+__all__ = ["Quantised", "check_fp8", "lost_lse", "plain_fp8", "quantised"]
 
 DTYPES = NUMPY_DTYPE | {DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn), DType.F8E5M2: np.dtype(ml_dtypes.float8_e5m2)}
 TILE = 128  # keys whose probabilities are rounded against one maximum
@@ -79,8 +80,11 @@ def _random_descale(inputs: Inputs, name: str, unit: ScaleUnit, rng: np.random.G
     return descale, factor
 
 
-def plain_fp8(call: Quantised, out_dtype: DType) -> Array:
-    """A plain float32 evaluation, whose probabilities are rounded as kernels do: tile by tile, against the maximum so far."""
+def plain_fp8(call: Quantised, out_dtype: DType, *, wgmma: bool = False) -> Array:
+    """A plain float32 evaluation, whose probabilities are rounded as kernels do: tile by tile, against the maximum so far.
+
+    ``wgmma``: its scores are sums of 8-bit wgmma (:func:`tests.fp8_accumulator.accumulated`).
+    """
     inputs, precision = call.meant, Precision(np.dtype(np.float32), DTYPES[out_dtype])
     q_type, _, v_type = call.dtypes
     rounded = DTYPES[v_type if q_type in HEADROOM else q_type]
@@ -88,7 +92,9 @@ def plain_fp8(call: Quantised, out_dtype: DType) -> Array:
     out = np.full(inputs.out_shape, np.nan, DTYPES[out_dtype])
     with np.errstate(all="ignore"):
         for sequence in inputs.sequences():
-            made = _softmax(inputs, sequence, np.arange(inputs.heads), np.arange(len(sequence.q)), precision)
+            heads, queries = np.arange(inputs.heads), np.arange(len(sequence.q))
+            products = _wgmma_products(inputs, call.q, call.k, sequence.index, heads, queries) if wgmma else None
+            made = _softmax(inputs, sequence, heads, queries, precision, products)
             o = np.zeros((*made.probability.shape[:-1], made.v.shape[-1]), np.float32)
             top = np.zeros(made.probability.shape[:-1], np.float32)
             for start in range(0, made.probability.shape[-1], TILE):
@@ -100,22 +106,59 @@ def plain_fp8(call: Quantised, out_dtype: DType) -> Array:
     return out
 
 
-def check_fp8(name: str, call: Quantised, run: Run, out_dtype: DType, score_error: float = 0.0) -> float:
+def _wgmma_products(meant: Inputs, q: Array, k: Array, index: int, heads: Array, queries: Array) -> Array:
+    """q.k of some heads and queries of a sequence, (heads, queries, keys), as 8-bit wgmma sums them up, times the factors."""
+    wide = meant.sequence(index)
+    stored = replace(meant, q=q.astype(np.float32), k=k.astype(np.float32)).sequence(index)
+    made = []
+    for head in heads:
+        kv_head = head // (meant.heads // meant.heads_kv)
+        rows, keys = stored.q[queries, head], stored.k[:, kv_head]
+        factors = _factors(rows, wide.q[queries, head])[:, None] * _factors(keys, wide.k[:, kv_head])
+        made.append(accumulated(rows, keys) * factors)
+    return np.stack(made)
+
+
+def _factors(stored: Array, meant: Array) -> Array:
+    """What the rows of an array were divided by before they were rounded; 0 for rows of zeros."""
+    largest = np.nan_to_num(np.abs(stored)).argmax(axis=-1)[:, None]
+    stored, meant = (np.take_along_axis(x, largest, axis=-1)[:, 0] for x in (stored, meant))
+    return np.divide(meant, stored, out=np.zeros(len(stored)), where=stored != 0)
+
+
+def check_fp8(name: str, call: Quantised, run: Run, out_dtype: DType, *, wgmma: bool = False) -> float:
     """Compare a run with the oracle on what the arrays mean; the bound is that of the plain evaluation. Returns the relative error.
 
-    ``score_error``: what the products of q and k may lose, relative.
+    ``wgmma``: q and k were multiplied by 8-bit wgmma, whose accumulator truncates. Where a run is beyond the bound of exact products, that
+    of products made so applies, to o and to the LSE.
     """
     exact = oracle(call.meant)
     assert run.out.shape == exact.out.shape, f"{name}: out has shape {run.out.shape}, expected {exact.out.shape}"
     assert run.out.dtype == DTYPES[out_dtype], f"{name}: out has type {run.out.dtype}, expected {out_dtype}"
     tolerance = Tolerance.of_output(out_dtype, exact.out, [plain_fp8(call, out_dtype)])
+    if wgmma and _largest(run.out, exact.out) > tolerance.bound:
+        tolerance = Tolerance.of_output(out_dtype, exact.out, [plain_fp8(call, out_dtype, wgmma=True)])
     _same_pattern(f"{name}: out", run.out, exact.out.astype(DTYPES[out_dtype]))
-    largest = score_error * float(np.abs(exact.lse[np.isfinite(exact.lse)]).max(initial=0))  # of a score, and so of the logarithm of p
-    bound = tolerance.bound + largest * float(np.abs(exact.out[np.isfinite(exact.out)]).max(initial=0))
-    _within(f"{name}: out", run.out, exact.out, bound, f"2 x {tolerance.plain_error:.3e} (plain evaluation) + floor + scores")
+    _within(f"{name}: out", run.out, exact.out, tolerance.bound, f"2 x {tolerance.plain_error:.3e} (plain evaluation) + floor")
     if run.lse is not None:
         _same_pattern(f"{name}: lse", run.lse, exact.lse)
-        _within(f"{name}: lse", run.lse, exact.lse, LSE_TOLERANCE + largest, "absolute + scores")
+        lost = lost_lse(call.meant, call.q, call.k, run.lse, exact.lse) if wgmma else 0.0
+        _within(f"{name}: lse", run.lse, exact.lse, LSE_TOLERANCE + 2 * lost, f"absolute + 2 x {lost:.3e} (products of wgmma)")
     finite = np.isfinite(exact.out)
     error = np.where(finite, run.out.astype(np.float64) - exact.out, 0)
     return float(np.linalg.norm(error) / max(np.linalg.norm(np.where(finite, exact.out, 0)), 1e-30))
+
+
+def lost_lse(meant: Inputs, q: Array, k: Array, got: Array, exact: Array) -> float:
+    """What products of 8-bit wgmma cost the LSE at most, among heads and queries where ``got`` is off by more than its tolerance."""
+    double = np.dtype(np.float64)
+    lost = 0.0
+    with np.errstate(all="ignore"):
+        for sequence in meant.sequences():
+            right = exact[sequence.lse_rows]
+            heads, queries = (np.unique(x) for x in np.nonzero(np.abs(got[sequence.lse_rows] - right) > LSE_TOLERANCE))
+            if len(heads):
+                products = _wgmma_products(meant, q, k, sequence.index, heads, queries)
+                made = _softmax(meant, sequence, heads, queries, Precision(double, double), products)
+                lost = max(lost, _largest(made.lse, right[np.ix_(heads, queries)]))
+    return lost

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["BLOCK_TYPES", "E4M3_TYPES", "FP8_FEATURES", "FP8_KINDS", "SCORE_ERROR", "Fp8Types", "fp8_call"]
-
-SCORE_ERROR = 2.0**-11  # accumulators of 8-bit wgmma have 14 bits and truncate, up to eight times for a score
+__all__ = ["BLOCK_TYPES", "E4M3_TYPES", "FP8_FEATURES", "FP8_KINDS", "Fp8Types", "fp8_call"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,8 +158,15 @@ def _attend(inputs: Inputs, sequence: InputSequence, head: NDArray[np.int64], qu
     return Result(out.astype(precision.rounded), made.lse)
 
 
-def _softmax(inputs: Inputs, sequence: InputSequence, head: NDArray[np.int64], query: NDArray[np.int64], precision: Precision) -> _Softmax:
-    """Scores, LSE and probabilities of some heads and queries of a sequence."""
+def _softmax(
+    inputs: Inputs,
+    sequence: InputSequence,
+    head: NDArray[np.int64],
+    query: NDArray[np.int64],
+    precision: Precision,
+    products: Array | None = None,
+) -> _Softmax:
+    """Scores, LSE and probabilities of some heads and queries of a sequence. ``products``: their q.k, made in another way."""
     seqlen_q, seqlen_k = len(sequence.q), len(sequence.k)
     kv_head = head // (inputs.heads // inputs.heads_kv)
     kind = precision.compute
@@ -174,7 +181,10 @@ def _softmax(inputs: Inputs, sequence: InputSequence, head: NDArray[np.int64], q
     p = query[:, None] + seqlen_k - seqlen_q
     scale = kind.type(inputs.softmax_scale)
     left, right = (q[..., ::-1].copy(), k[..., ::-1].copy()) if precision.reverse else (q, k)
-    score = (left * scale) @ right.transpose(0, 2, 1) if precision.scale_first else scale * (left @ right.transpose(0, 2, 1))
+    if products is not None:
+        score = scale * products.astype(kind)
+    else:
+        score = (left * scale) @ right.transpose(0, 2, 1) if precision.scale_first else scale * (left @ right.transpose(0, 2, 1))
     cap_slope = np.ones((), kind)
     if inputs.softcap:
         tanh = np.tanh(score / kind.type(inputs.softcap))

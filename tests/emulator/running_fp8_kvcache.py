@@ -18,7 +18,7 @@ from atomr_accel_flashattn.problem import Descale, Descales, Strides
 from atomr_accel_flashattn.types import DType, ScaleUnit
 from tests.cases import Case, build
 from tests.check import _same_pattern, _within
-from tests.fp8_cases import SCORE_ERROR
+from tests.fp8 import lost_lse
 from tests.inputs import NUMPY_DTYPE, Inputs, place
 from tests.oracle import LSE_TOLERANCE, Precision, Tolerance, _softmax, oracle
 
@@ -123,10 +123,10 @@ def check_fp8(case: Case, fp8: Fp8, way: Cached) -> None:
     call = _quantised(case, fp8)
     made = _Fp8Cached(**{name: getattr(way, name) for name in Cached.__dataclass_fields__}, fp8=fp8, call=call)(call.given)
     name = f"{case} {fp8}"
-    _compare(name, call, fp8, made, SCORE_ERROR if way.family is Family.FA3 else 0.0)
+    _compare(name, call, fp8, made, wgmma=way.family is Family.FA3)
 
 
-def _compare(name: str, call: _Call, fp8: Fp8, made: Run, score_error: float) -> None:
+def _compare(name: str, call: _Call, fp8: Fp8, made: Run, *, wgmma: bool) -> None:
     exact, plain = oracle(call.exact), _plain(call, fp8, made.out.dtype)
     out = next(dtype for dtype, kind in NUMPY_DTYPE.items() if kind == made.out.dtype)
     tolerance = Tolerance.of_output(out, exact.out, [plain])
@@ -136,8 +136,8 @@ def _compare(name: str, call: _Call, fp8: Fp8, made: Run, score_error: float) ->
     _within(f"{name}: out", made.out, exact.out, tolerance.bound, origin)
     assert made.lse is not None
     _same_pattern(f"{name}: lse", made.lse, exact.lse)
-    largest = score_error * float(np.abs(exact.lse[np.isfinite(exact.lse)]).max(initial=0))
-    _within(f"{name}: lse", made.lse, exact.lse, LSE_TOLERANCE + largest, "absolute + scores")
+    lost = lost_lse(call.exact, call.given.q, call.given.k, made.lse, exact.lse) if wgmma else 0.0
+    _within(f"{name}: lse", made.lse, exact.lse, LSE_TOLERANCE + 2 * lost, f"absolute + 2 x {lost:.3e} (products of wgmma)")
 
 
 def _plain(call: _Call, fp8: Fp8, out: np.dtype[Any]) -> Array:

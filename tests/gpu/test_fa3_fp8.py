@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from atomr_accel_flashattn.dispatch import DispatchKey, lookup  # noqa: E402 - a
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec  # noqa: E402
 from atomr_accel_flashattn.requests.dense import DenseFwdRequest  # noqa: E402
 from atomr_accel_flashattn.requests.options import Fp8Options, MaskKind  # noqa: E402
+from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
 from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 from atomr_accel_flashattn.varlen import VarlenFwdRequest  # noqa: E402
@@ -22,7 +24,8 @@ from atomr_accel_flashattn.with_kvcache import flash_attn_with_kvcache  # noqa: 
 from tests.cases import Case, Values  # noqa: E402
 from tests.check import Run  # noqa: E402
 from tests.fp8 import DTYPES, Quantised, check_fp8  # noqa: E402
-from tests.fp8_cases import BLOCK_TYPES, E4M3_TYPES, FP8_FEATURES, FP8_KINDS, SCORE_ERROR, Fp8Types, fp8_call  # noqa: E402
+from tests.fp8_accumulator import sums_of_tiles  # noqa: E402
+from tests.fp8_cases import BLOCK_TYPES, E4M3_TYPES, FP8_FEATURES, FP8_KINDS, Fp8Types, fp8_call  # noqa: E402
 from tests.gpu.families import DEVICE, HAS_WGMMA, blocks_for, use_family  # noqa: E402
 from tests.gpu.harness import Written, asked_of, download, synchronize, upload  # noqa: E402
 from tests.inputs import Layout, place  # noqa: E402
@@ -54,7 +57,7 @@ def check(case: Case, types: Fp8Types = E4M3_TYPES) -> None:
     out = Written.like(place(np.full(call.meant.out_shape, np.nan, DTYPES[types.out]), Layout.PADDED))
     output = run(request_of(call, types.out, out.view))
     synchronize()
-    check_fp8(f"{case} {types}", call, Run(out.alone(), download(output.lse)), types.out, SCORE_ERROR)
+    check_fp8(f"{case} {types}", call, Run(out.alone(), download(output.lse)), types.out, wgmma=True)
 
 
 @pytest.mark.parametrize("types", [*FP8_KINDS, BLOCK_TYPES], ids=str)
@@ -105,16 +108,48 @@ def test_bits_do_not_depend_on_the_run(width: int) -> None:
         assert download(run(request).out).tobytes() == expected
 
 
-@pytest.mark.parametrize("width", [64, 128, 256])
-@pytest.mark.parametrize("keys", [4096, 131072])
-def test_the_mean_of_many_values_is_kept(width: int, keys: int) -> None:
-    """q = 0: o is the mean of v. An accumulator of 14 bits alone loses a quarter of it at 128k keys."""
+def means(keys: int, width: int) -> tuple[Any, Any]:
+    """With q = 0, v (keys, d) of 1 + noise, and o of one row of one head: the mean of v."""
     q = torch.zeros(1, 128, 2, width, device=DEVICE).to(torch.float8_e4m3fn)
     k = torch.zeros(1, keys, 2, width, device=DEVICE).to(torch.float8_e4m3fn)
+    torch.manual_seed(keys + width)
     v = (1 + torch.randn(1, keys, 2, width, device=DEVICE) / 4).to(torch.float8_e4m3fn)
     out = run(DenseFwdRequest(q, k, v, fp8=Fp8Options(out_dtype=DType.F32))).out
-    mean = v.float().double().mean(dim=1, keepdim=True)
-    assert ((out.double() - mean) / mean).abs().max().item() < 4e-3
+    assert bool((out == out[:, :1]).all())
+    return v[0, :, 1].double(), out[0, 0, 1].double()
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_the_mean_of_many_values_is_kept(width: int) -> None:
+    """As well at 128k keys as at 4k.
+
+    All p are 2^8, so that n keys add up to 2^8 n, and an addend keeps what is above 2^(log2(n) - 5) of it (13 bits below the leading
+    one of the sum). Elements of v are multiples of 1/8 from 1 on and of 1/16 from 1/2 on, times 2^8: of the former nothing is lost
+    below 2048 keys, of the latter, half of all, nothing below 1024 and then 8 of 192 on average in every second: with 2048 keys
+    between two flushes, 0.8 % of all.
+    """
+    lost = {}
+    for keys in (4096, 131072):
+        v, out = means(keys, width)
+        lost[keys] = ((out - v.mean(dim=0)) / v.mean(dim=0)).abs().max().item()
+    assert lost[4096] < 4e-3, lost
+    assert lost[131072] < 1.1 * lost[4096] + 1e-4, lost
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_an_accumulator_without_flushes_loses_what_its_model_says(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/fp8_accumulator.py, which bounds other tests, says it of this device."""
+    used: list[Any] = []
+
+    def single_level(key: DispatchKey) -> Any:
+        used.append(replace(lookup(key), single_level=True))  # type: ignore[type-var]
+        return used[-1]
+
+    monkeypatch.setattr(execute, "lookup", single_level)
+    v, out = means(16320, width)  # a number of keys of no other test, whose plans are kept
+    model = sums_of_tiles(download(v), used[-1].tile.block_n) / (2.0**8 * 16320)
+    assert float(np.abs(1 - model / download(v).mean(axis=0)).min()) > 0.05
+    np.testing.assert_allclose(download(out), model, rtol=1e-3)
 
 
 @pytest.mark.parametrize("keys", [1024, 16384, 262144])

@@ -18,13 +18,43 @@ inline uint32_t shared_element(uint32_t address, int row_bytes, int bytes) {
   return x;
 }
 
-// What an accumulator of 8-bit products keeps: 14 bits, truncated (arXiv 2412.19437, section 3.5.2).
-inline float truncate(float x) {
+// The power of two below |x| that is nearest to it; 1 for 0.
+inline float leading(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  bits &= 0xfffffc00;
+  bits &= 0x7f800000;
   std::memcpy(&x, &bits, 4);
-  return x;
+  return x == 0.f ? 1.f : x;
+}
+
+// A step of 8-bit products, as an H200 does it (tests/fp8_accumulator.py): the 32 products of a column
+// and its accumulator `D` are aligned to the largest of them; 13 bits below its leading one are kept,
+// and the rest of each is dropped, as is what the sum then has beyond 14 bits.
+inline void add_truncated(float (&D)[256], const float (&A)[32], const float (&B)[32][256], int n) {
+  constexpr float kUnits = 1 << 13;
+  static float products[32][256];
+  float plain[256], largest[256], factor[256];
+  int32_t units[256];
+  for (int col = 0; col < n; ++col) plain[col] = D[col], largest[col] = std::fabs(D[col]);
+  for (int k = 0; k < 32; ++k)
+    for (int col = 0; col < n; ++col) {
+      products[k][col] = A[k] * B[k][col];
+      plain[col] += products[k][col];
+      largest[col] = std::max(largest[col], std::fabs(products[k][col]));
+    }
+  for (int col = 0; col < n; ++col)
+    if (!std::isfinite(plain[col]))
+      for (int k = 0; k < 32; ++k) D[col] = products[k][col] = 0.f;
+  for (int col = 0; col < n; ++col) {
+    factor[col] = kUnits / leading(largest[col]);
+    units[col] = static_cast<int32_t>(D[col] * factor[col]);
+  }
+  for (int k = 0; k < 32; ++k)
+    for (int col = 0; col < n; ++col) units[col] += static_cast<int32_t>(products[k][col] * factor[col]);
+  for (int col = 0; col < n; ++col) {
+    const float sum = static_cast<float>(units[col]), step = std::max(1.f, leading(sum) / kUnits);
+    D[col] = std::isfinite(plain[col]) ? static_cast<float>(static_cast<int32_t>(sum / step)) * step / factor[col] : plain[col];
+  }
 }
 
 // Executes one product of a warpgroup; `all` holds the operands of its 128 threads.
@@ -62,15 +92,19 @@ inline void execute(emulator::Product* const* all) {
     }
   }
   for (int row = 0; row < 64; ++row) {
+    auto accumulator = [&](int col) -> float& {
+      return all[row / 16 * 32 + row % 8 * 4 + col % 8 / 2]->d[col / 8 * 4 + row % 16 / 8 * 2 + col % 2];
+    };
     float D[256] = {};
+    if (element == 1) {
+      for (int col = 0; col < n; ++col) D[col] = first.accumulate ? accumulator(col) : 0.f;
+      add_truncated(D, A[row], B, n);
+      for (int col = 0; col < n; ++col) accumulator(col) = D[col];
+      continue;
+    }
     for (int k = 0; k < ks; ++k)
       for (int col = 0; col < n; ++col) D[col] += A[row][k] * B[k][col];
-    for (int col = 0; col < n; ++col) {
-      const emulator::Product& owner = *all[row / 16 * 32 + row % 8 * 4 + col % 8 / 2];
-      float& d = owner.d[col / 8 * 4 + row % 16 / 8 * 2 + col % 2];
-      d = (first.accumulate ? d : 0.f) + D[col];
-      if (element == 1) d = truncate(d);
-    }
+    for (int col = 0; col < n; ++col) accumulator(col) = (first.accumulate ? accumulator(col) : 0.f) + D[col];
   }
 }
 
