@@ -63,7 +63,8 @@ FP8_KINDS = (
 
 def fp8_call(case: Case, types: Fp8Types) -> Quantised:
     """The call of a case over random descales; 16 bytes of NaN between its heads, and a row of them between sequences."""
-    call = quantised(build(replace(case, dtype=DType.F32)), (types.q, types.k, types.v), (types.unit,) * 3)
+    units = (types.unit if types.q.is_fp8 else None, types.unit, types.unit)
+    call = quantised(build(replace(case, dtype=DType.F32)), (types.q, types.k, types.v), units)
     return replace(call, **{name: _aligned(getattr(call, name)) for name in "qkv"})
 
 

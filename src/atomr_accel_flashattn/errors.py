@@ -248,7 +248,7 @@ class FeatureNotBuiltError(DispatchError):
     """A feature that this version does not have.
 
     Args:
-        feature: its name, for programs (``"paged"``, ``"fp8"``, ``"backward"``, ...).
+        feature: its name, for programs (``"split"``, ``"fp8_backward"``, ``"left_pad"``, ...).
         reason: what was asked for and what to do instead, for people.
     """
 

@@ -83,7 +83,8 @@ class Fa3FwdRequest(DenseFwdRequest):
 class Fa3FwdFp8Request(Fa3FwdRequest):
     """An Fa3FwdRequest whose k and v are fp8, each e4m3 or e5m2; q is fp8 too, of its own type, or of 16 bits (arXiv 2407.08608, 3.3).
 
-    Attributes and errors: Fa3FwdRequest. ``fp8`` has the descales, and the type of o. Refused: dropout, and torch tensors that want
+    Attributes and errors: Fa3FwdRequest. With 16 bits in q it resolves to the mma.sync family, which has a block for each tile: then
+    ``persistent`` changes nothing. ``fp8`` has the descales, and the type of o. Refused: dropout, and torch tensors that want
     gradients.
 
     Raises:

@@ -133,7 +133,8 @@ def flash_attn_func(
 
     Raises:
         ConstructionError: the subclass and the message say which argument is wrong.
-        FeatureNotBuiltError: torch tensors that want second gradients, or those of slopes, or with fp8 any; fp8 on a GPU without a kernel.
+        FeatureNotBuiltError: torch tensors that want second gradients, or those of slopes, or with fp8 any.
+        ArchUnsupportedError: fp8 on a GPU before sm_89.
         RuntimeFlashAttnError: the GPU, the driver or the compiler failed.
     """
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, return_attn_probs)

@@ -65,7 +65,6 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "fa3_backward": "gradients are those of the mma.sync family, whatever family ran the forward",
         "fa3_batch_invariant": "batch-invariant calls have one family on every GPU, that of mma.sync; ask by another request",
         "forward_mode": "forward-mode derivatives are not built; use the primal, as forward_ad.unpack_dual(x).primal",
-        "fp8": "kernels of wgmma take fp8 q, k and v, and those of mma.sync fp8 caches; the CPU backend takes all",
         "fp8_backward": "fp8 has no backward: convert q, k and v to bfloat16 for a call with gradients",
         "invariant_dropout": "batch-invariant calls on a GPU drop nothing; the CPU backend does both",
         "invariant_token_scales": "batch-invariant calls take descales of v that 128 tokens or more share",
@@ -78,7 +77,7 @@ NOT_BUILT: Final[Mapping[str, str]] = MappingProxyType(
         "paged_over_ray": "a message would carry the whole cache; start an actor where the cache lies",
         "request_gradients": "autograd records flash_attn_func and its forms, no requests, no merge_states; use them or an Fa2BwdRequest",
         "slopes_gradient": "ALiBi slopes are constants: pass slopes.detach()",
-        "split": "on a GPU the keys of a forward without dropout are split; elsewhere one block visits all keys of its rows",
+        "split": "on a GPU the keys of a forward without dropout are split, plain fp8 ones by mma.sync; elsewhere a block visits all",
         "tracing": "requests read memory; flash_attn_func and its forms are operators of torch where they are recorded",
         "v_dtype": "q, k and v share one type, except that k and v may be fp8",
     }

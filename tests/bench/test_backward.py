@@ -243,7 +243,7 @@ def test_a_run_prints_rows_and_writes_a_record_and_a_picture(tmp_path: Path) -> 
 def test_what_is_not_built_is_left_out_by_name_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(key: Any) -> Any:
         if key.extras.deterministic:
-            raise not_built("fp8")  # as good as any other
+            raise not_built("fp8_backward")  # as good as any other
         return SimpleNamespace(kernel_name="bwd")
 
     monkeypatch.setattr(backward, "lookup", refuse)
@@ -251,7 +251,7 @@ def test_what_is_not_built_is_left_out_by_name_and_no_failure(tmp_path: Path, mo
     report, _ = entry.main_backward(Options(peers=("ours",)), out=tmp_path, picture=False, say=lines.append)
     assert [row.cell for row in report.rows] == [str(cell) for cell in CELLS[:5]]
     assert report.failures == report.skipped == []
-    assert f"not measured, because this version refuses it: {DETERMINISTIC}: fp8: {NOT_BUILT['fp8']}" in lines
+    assert f"not measured, because this version refuses it: {DETERMINISTIC}: fp8_backward: {NOT_BUILT['fp8_backward']}" in lines
 
 
 @pytest.mark.usefixtures("made_up")

@@ -461,6 +461,8 @@ def test_a_cache_is_compiled_with_every_tile_its_splits_and_appends(ask: Ask, in
 def test_fp8_is_compiled_in_the_forms_that_have_kernels() -> None:
     plain = specs_for([fa.SmArch.SM_90A], [fa.DType.F8E4M3], [64], ["causal"], [])
     assert Counter(spec.HEADER for spec in plain) == {"fa3_fp8": 2}, "persistent or not, and never split"
+    by_mma = Counter(spec.HEADER for spec in specs_for([fa.SmArch.SM_89], [fa.DType.F8E4M3], [64], ["causal"], []))
+    assert by_mma == {"fp8_kvcache": 4 * 2, "split_combine": 1}, "numbers of rows; split or not"
     cached = Counter(spec.HEADER for spec in specs_for([fa.SmArch.SM_90A], [fa.DType.F8E4M3], [64], ["causal"], ["paged"]))
     assert cached["fp8_kvcache"] == cached["fa3_fp8_kvcache"] == 8, "numbers of rows, or heads packed and persistence; split or not"
     assert cached["fp8_append"] == 1 + 2 * 4, "tokens in fp8, or in one of two types with four rotations"

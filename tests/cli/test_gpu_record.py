@@ -24,6 +24,19 @@ def test_passed_tests_are_counted_by_family_and_by_what_their_ids_name() -> None
     assert found["seconds"] == 3.0
 
 
+def test_fp8_counts_as_the_type_of_plain_arrays_alone() -> None:
+    ids = (
+        "test_fp8_plain.py::test_feature[causal-64-bf16-e4m3-e5m2-bf16-head]",
+        "test_fp8_plain.py::test_feature[full-64-e5m2-e4m3-e4m3-f32-block]",
+        "test_fa3_fp8.py::test_feature[causal-64-e4m3-e5m2-e5m2-f16-tensor]",
+        "test_fp8_kv_cache.py::test_a_cache[e4m3-e4m3-e4m3-bf16-head]",
+    )
+    passed = summarised(row(each) for each in ids)["passed"]
+    names = ("e4m3", "e5m2", "fp8_kv", "fp8_block_descales", "fp8_cache")
+    assert [passed["fa2"].get(name) for name in names] == [None, 1, 1, 1, 1]
+    assert [passed["fa3"].get(name) for name in names] == [1, None, None, None, None]
+
+
 def test_failures_are_kept_whole_and_skips_under_their_reason() -> None:
     failure = row("a.py::test[x]", "failed", message="worst element (0, 3)", family="fa2")
     skips = [row(f"a.py::test[{name}]", "skipped", reason="needs two GPUs") for name in "pq"]

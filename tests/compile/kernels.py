@@ -244,6 +244,20 @@ def fp8_cache_specs() -> list[KernelSpec]:
     return [*(step for key in keys for step in lookup(key).steps()), *appends]
 
 
+def fp8_plain_specs() -> list[KernelSpec]:
+    """Plain fp8 K and V by mma.sync: some widths with q of each kind, tiles of many and of few rows, and much at once at head dim 128."""
+    keys = []
+    for a, w, arch, width in _numbered((SmArch.SM_89, SmArch.SM_90, SmArch.SM_120), (64, 128, 256)):
+        extras = Extras(k_dtype=FP8[w % 2], v_dtype=FP8[a % 2], out_dtype=FP8_OUT_DTYPES[w], cache_rows=(128, 64)[(a + w) % 2])
+        keys.append(
+            DispatchKey(arch, (DType.BF16, FP8[0], FP8[1])[(a + w) % 3], width, causal=a % 2 == 0, varlen=w % 2 == 0, extras=extras)
+        )
+        if a == w:
+            much = {"learned_sink": True, "softcap": 30.0, "split": w == 1, "load_align": 16 >> 4 * (w % 2), "k_descale": ScaleUnit.BLOCK}
+            keys.append(replace(keys[-1], head_dim=112, alibi=True, sliding_window=(64, 0), sink=4, extras=replace(extras, **much)))
+    return [step for key in keys for step in lookup(key).steps()]
+
+
 def wgmma_cache_specs() -> list[KernelSpec]:
     """A pairwise covering array of the wgmma family over a KV cache, with what combines splits; of rows that are split plain ones, too."""
     specs: list[KernelSpec] = []
@@ -259,7 +273,7 @@ def wgmma_cache_specs() -> list[KernelSpec]:
 def all_specs() -> list[KernelSpec]:
     """Every kernel of this folder's tests, each once."""
     wgmma = (*wgmma_plain_specs(), *wgmma_feature_specs(), *wgmma_crowded_specs(), *wgmma_cache_specs(), *wgmma_fp8_specs())
-    caches = (*cache_specs(), *fp8_cache_specs())
+    caches = (*cache_specs(), *fp8_cache_specs(), *fp8_plain_specs())
     return list(
         dict.fromkeys([*plain_specs(), *feature_specs(), *wgmma, *dropout_mask_specs(), *merge_specs(), *backward_specs(), *caches])
     )

@@ -391,11 +391,10 @@ PLAIN = fa.DispatchKey(SmArch.SM_90, DType.F16, 128)
 @pytest.mark.parametrize(
     ("feature", "key"),
     [
-        ("fp8", replace(PLAIN, dtype=DType.F8E4M3)),
-        ("fp8", replace(PLAIN, extras=fa.Extras(k_dtype=DType.F8E4M3, v_dtype=DType.F8E5M2))),
         ("fp8_backward", replace(PLAIN, dtype=DType.F8E4M3, extras=fa.Extras(direction="bwd"))),
         ("fa3_backward", replace(PLAIN, arch=SmArch.SM_90A, extras=fa.Extras(direction="bwd", family=Family.FA3))),
         ("split", replace(PLAIN, extras=fa.Extras(split=True, dropout=True))),
+        ("split", replace(PLAIN, arch=SmArch.SM_90A, dtype=DType.F8E4M3, extras=fa.Extras(split=True))),
         ("left_pad", replace(PLAIN, extras=fa.Extras(left_pad=True))),
         ("kv_layout", replace(PLAIN, paged=True, extras=fa.Extras(kv_layout="VLLM_V1"))),
         ("k_dtype", replace(PLAIN, extras=fa.Extras(k_dtype=DType.BF16))),

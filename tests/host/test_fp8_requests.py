@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import ml_dtypes
@@ -13,12 +14,14 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import DType, Fp8Options, ScaleUnit, SmArch
 from atomr_accel_flashattn.dispatch import key_of_problem
+from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
+from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.problem import Descales, Strides
 from atomr_accel_flashattn.runtime import staleness
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 B, S, HQ, HKV, D = 3, 300, 4, 2, 32
-NO_KERNEL = [arch for arch in SmArch if arch is not SmArch.CPU]
+GPU_ARCHS = [arch for arch in SmArch if arch is not SmArch.CPU]
 
 
 def scale(*shape: int) -> np.ndarray[Any, Any]:
@@ -165,20 +168,55 @@ def test_an_fp8_request_of_fa3_has_fp8_keys_and_values():
     q, k = np.zeros((B, S, HQ, D), np.float16), np.zeros((B, S, HKV, D), E5M2)
     made = fa.Fa3FwdFp8Request(q, k, k, fp8=Fp8Options(k_descale=scale()))
     key = made.dispatch_key(SmArch.SM_90A)
-    assert (key.family.value, key.dtype, key.k_dtype) == ("fa3", DType.F16, DType.F8E5M2)
+    assert (key.family, key.dtype, key.k_dtype) == (Family.FA2, DType.F16, DType.F8E5M2), "wgmma takes fp8 in q alone"
     assert fa.run(made).out.dtype == np.float16
     with pytest.raises(fa.DTypeError, match="k, v: got types float16 and float16"):
         fa.Fa3FwdFp8Request(q, q, q)
 
 
-@pytest.mark.parametrize("arch", NO_KERNEL, ids=lambda arch: arch.value)
-def test_only_the_wgmma_family_has_a_kernel_for_plain_arrays(arch: SmArch):
-    if arch is SmArch.SM_90A:
-        assert fa.lookup(key_of_problem(request().problem, arch)).kernel_name.startswith("fa3_fp8_sm90a_e4m3_obf16_d64_")
+@pytest.mark.parametrize("q", [E4M3, np.float16])
+@pytest.mark.parametrize("arch", GPU_ARCHS, ids=lambda arch: arch.value)
+def test_plain_arrays_are_for_wgmma_where_it_takes_them_and_else_for_mma_sync(arch: SmArch, q: Any):
+    """Whatever family is asked for: a q of 16 bits beside fp8 K and V has one."""
+    key = key_of_problem(request(q).problem, arch)
+    if arch in {SmArch.SM_80, SmArch.SM_86}:
+        with pytest.raises(fa.ArchUnsupportedError, match="which has no fp8; allowed are sm_89"):
+            fa.lookup(key)
         return
-    before = arch in {SmArch.SM_80, SmArch.SM_86}
-    with pytest.raises(fa.DispatchError, match="which has no fp8; allowed are sm_89" if before else "'fp8' is not built"):
-        fa.lookup(key_of_problem(request().problem, arch))
+    wgmma, types = arch is SmArch.SM_90A and q is E4M3, "e4m3_obf16" if q is E4M3 else "f16_ke4m3_ve4m3"
+    name = fa.lookup(key).kernel_name
+    assert name.startswith(
+        f"fa3_fp8_sm90a_{types}_d64_" if wgmma else f"fp8_kvcache_{arch.without_wgmma.value.replace('_', '')}_{types}_d32_"
+    )
+    assert wgmma or name.endswith("m128n32w8s2b1_plainkv"), "the rows of a KV head are more than 64"
+    assert fa.lookup(key_of_problem(request(q).problem, arch, family=Family.FA2)).family is Family.FA2
+    if arch is not SmArch.SM_89:
+        asked = fa.lookup(key_of_problem(request(q).problem, arch, family=Family.FA3))
+        assert asked.family is (Family.FA3 if wgmma else Family.FA2)
+
+
+@pytest.mark.parametrize("name", ["k_descale", "v_descale"])
+def test_plain_arrays_have_no_descales_of_tokens(name: str):
+    key = fa.DispatchKey(SmArch.SM_89, DType.F8E4M3, 64, extras=fa.Extras(**{name: ScaleUnit.TOKEN}))
+    with pytest.raises(fa.DispatchError, match=f"{name}: got those of tokens without pages; allowed are those of all"):
+        fa.lookup(key)
+
+
+@pytest.mark.parametrize("direction", ["dropout_mask", "merge_states"])
+def test_fp8_is_no_type_of_patterns_and_of_outputs(direction: Any):
+    with pytest.raises(fa.ArchUnsupportedError, match="dtype: got e4m3 on sm_89; allowed there are f16, bf16"):
+        fa.lookup(fa.DispatchKey(SmArch.SM_89, DType.F8E4M3, 64, extras=fa.Extras(direction=direction)))
+
+
+@pytest.mark.parametrize("arch", [arch for arch in GPU_ARCHS if arch not in {SmArch.SM_80, SmArch.SM_86}], ids=lambda arch: arch.value)
+def test_every_tile_of_mma_sync_fits_in_shared_memory(arch: SmArch):
+    """99 KB hold 128 rows of a bf16 q, and what they are scaled by."""
+    types, ways = {"k_dtype": DType.F8E4M3, "v_dtype": DType.F8E5M2}, ({}, {"split": True}, {"batch_invariant": True}, {"scheduled": True})
+    for dtype, width, rows, way in product((DType.BF16, DType.F16, DType.F8E4M3), HEAD_DIM_WIDTHS, (16, 32, 64, 128), ways):
+        extras = fa.Extras(family=Family.FA2, cache_rows=rows, kv_cache="scheduled" in way, **types, **way)
+        spec = fa.lookup(fa.DispatchKey(arch, dtype, width, extras=extras))
+        assert isinstance(spec, KernelSpec)
+        assert spec.shared_memory <= arch.shared_memory_per_block
 
 
 def test_a_descale_that_moved_is_told_by_its_name():

@@ -25,7 +25,7 @@ from ..kernels.used import read_kernels
 from ..launch.driver import device_count, device_properties
 from ..limits import FP8_DTYPES, HEAD_DIM_WIDTHS, NOT_BUILT
 from ..tiles.saved import read_saved_tiles, save_tiles
-from ..types import DType, ScaleUnit, SmArch
+from ..types import DType, SmArch
 from .output import Json, console, print_json, print_rows, progress_bar, size_text, time_text
 
 __all__ = ["GPU_ARCHS", "MASKS", "all_specs", "compile_ahead", "outcome_row", "specs_for"]
@@ -247,7 +247,9 @@ def _kernels(keys: Iterable[DispatchKey]) -> list[KernelSpec]:
         answers = [spec for spec in map(lookup, _as_calls_ask(key)) if isinstance(spec, KernelSpec)]
         specs.update(dict.fromkeys(_launched(answers)))
         specs.update(dict.fromkeys(StepScheduleSpec.before(spec) for spec in answers if isinstance(spec, ScheduledKvCacheSpec)))
-        specs.update(dict.fromkeys(append for spec in answers if isinstance(spec, Fa2KvCacheSpec) for append in _appends(spec)))
+        specs.update(
+            dict.fromkeys(append for spec in answers if isinstance(spec, Fa2KvCacheSpec) and not spec.plain_kv for append in _appends(spec))
+        )
     return list(specs)
 
 
@@ -277,12 +279,15 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
     """A key in the forms that calls give it, which choose by lengths and strides.
 
     With few tiles a block each, or by wgmma the keys split; heads packed or not; over a cache tiles of so many rows, keys split or not,
-    or cut by a StepPlan; a backward of grouped heads with blocks that share keys or not.
+    or cut by a StepPlan, and but for that the same of plain fp8 by mma.sync; a backward of grouped heads with blocks that share keys or
+    not.
     """
-    if key.paged or key.extras.kv_cache:
-        for rows, cut in product(_CACHE_ROWS, ("", "split", "scheduled")):
+    cached = key.paged or key.extras.kv_cache
+    if cached or (key.v_dtype.is_fp8 and key.family is Family.FA2):
+        for rows, cut in product(_CACHE_ROWS, ("", "split", "scheduled") if cached else ("", "split")):
             yield replace(key, extras=replace(key.extras, cache_rows=rows, split=cut == "split", scheduled=cut == "scheduled"))
-        yield from _of_many_queries(key)
+        if cached:
+            yield from _of_many_queries(key)
         return
     if key.extras.direction == "bwd" and key.gqa_ratio > 1:
         for split in (False, True):
@@ -295,13 +300,7 @@ def _as_calls_ask(key: DispatchKey) -> Iterator[DispatchKey]:
 
 
 def _of_many_queries(key: DispatchKey) -> Iterator[DispatchKey]:
-    """The forms of a key over a cache that the wgmma family answers, none where it does not: heads packed or not, keys split or not.
-
-    With fp8 it answers where q is fp8 too, and no token has factors of its own.
-    """
-    of_tokens = ScaleUnit.TOKEN in {key.extras.k_descale, key.extras.v_descale}
-    if key.v_dtype.is_fp8 and (of_tokens or not key.dtype.is_fp8):
-        return
+    """The forms of a key over a cache that the wgmma family answers, none where it does not: heads packed or not, keys split or not."""
     lengths: tuple[dict[str, Any], ...] = ({}, {"short_q": True}, {"short_q": True, "few_rows": True})
     for ratio, persistent, split, rows in product((1, WARPGROUP_ROWS), (None, False), (False, True), lengths):
         asked = replace(key.extras, family=Family.FA3, persistent=persistent, split=split, **rows)

@@ -16,7 +16,7 @@ from ..launch.driver import device_properties
 from ..limits import HEAD_DIM_STEP, MAX_GRID, MAX_HEAD_DIM, VECTOR_BYTES
 from ..problem import ArrayInfo, AttentionProblem, BackwardProblem, GradientArrays, StepShape
 from ..tiles.tables import are_few_rows, cache_rows, is_short_q
-from ..types import Device, DType, KvLayout, ScaleUnit, SmArch
+from ..types import Device, DType, KvLayout, SmArch
 from .arch import best_arch
 from .key import DispatchKey, Extras
 from .resolve import lookup
@@ -57,8 +57,10 @@ def key_of_problem(
     key = _asked(problem, arch, out, family)
     if arch is SmArch.CPU:
         return key
-    if problem.cache is not None or problem.batch_invariant:
-        return _on_cache(problem, key, tile, family)
+    reads_fp8 = problem.descales is not None and key.family is Family.FA2
+    if problem.cache is not None or problem.batch_invariant or reads_fp8:
+        may_split = may_split and (tile is None or problem.cache is not None)
+        return _on_cache(problem, key, tile, family, may_split=may_split)
     may_pack = _rows_can_be_packed(problem, key)
     packs = key.packs_heads and may_pack
     choices = replace(_of_rows(problem, key.extras, problem.seqlen_q * (key.gqa_ratio if packs else 1)), pack_gqa=may_pack, tile=tile)
@@ -85,10 +87,10 @@ def _split_where_few(problem: AttentionProblem, key: DispatchKey) -> DispatchKey
     return replace(key_of_split, extras=replace(key_of_split.extras, persistent=_is_persistent(spec, problem, splits)))
 
 
-def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None, family: Family | None) -> DispatchKey:
+def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None, family: Family | None, *, may_split: bool) -> DispatchKey:
     """The kernel over a cache; keys are split where the GPU of the arrays has more SMs than there are tiles.
 
-    It answers batch-invariant calls on plain K and V, too. ``family``: what the caller wants.
+    It answers calls on plain K and V, too, that are batch-invariant, or whose fp8 is read by mma.sync. ``family``: what the caller wants.
     """
     if problem.seqlen_q * key.gqa_ratio > _MOST_ROWS:
         raise ShapeError(
@@ -101,7 +103,7 @@ def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None, fa
     key = replace(key, extras=replace(key.extras, cache_rows=rows, tile=tile, scheduled=scheduled))
     if scheduled:
         return key
-    if not _runs_here(problem.q.device, key.arch):
+    if not may_split or not _runs_here(problem.q.device, key.arch):
         return key
     spec = lookup(key)
     if not isinstance(spec, KernelSpec):
@@ -114,25 +116,19 @@ def _on_cache(problem: AttentionProblem, key: DispatchKey, tile: Tile | None, fa
 def _family_on_cache(problem: AttentionProblem, key: DispatchKey, family: Family | None) -> DispatchKey:
     """Wgmma where the rows of a KV head fill a warpgroup, and TMA can gather the keys; mma.sync for fewer rows, as in decoding.
 
-    The bits of batch-invariant calls depend on no length of q, so they have one family. The blocks of a StepPlan are of mma.sync, and so
-    is what reads an fp8 cache with a q of 16 bits, or with factors of tokens.
+    The bits of batch-invariant calls depend on no length of q, so they have one family. The blocks of a StepPlan are of mma.sync.
     """
     mma_sync = replace(key, extras=replace(key.extras, family=Family.FA2))
     if problem.batch_invariant:  # lookup refuses another family by name
         return mma_sync if family is None else key
-    if problem.step is not None or (problem.descales is not None and not _has_fp8_products(key)):
+    if problem.cache is None or problem.step is not None:
         return mma_sync
-    assert problem.cache is not None  # noqa: S101 - callers have looked
     wgmma = replace(key, extras=replace(key.extras, pack_gqa=_rows_can_be_packed(problem, key)))
     rows = problem.seqlen_q * (key.gqa_ratio if wgmma.packs_heads else 1)
     gathers = pages_fit_boxes(problem.cache) and problem.cache.num_blocks > 0
     if wgmma.family is Family.FA3 and gathers and rows >= WARPGROUP_ROWS:
         return replace(wgmma, extras=_of_rows(problem, wgmma.extras, rows))
     return mma_sync
-
-
-def _has_fp8_products(key: DispatchKey) -> bool:
-    return key.dtype.is_fp8 and ScaleUnit.TOKEN not in {key.extras.k_descale, key.extras.v_descale}
 
 
 def _of_rows(problem: AttentionProblem, extras: Extras, rows: int) -> Extras:

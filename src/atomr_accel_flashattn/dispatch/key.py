@@ -91,7 +91,7 @@ class Extras:
         scheduled: on a KV cache: whether a fixed number of blocks share the keys of all sequences, as a StepPlan says.
         kv_cache: whether K and V are the rows of a contiguous cache, of which each sequence uses some slots; pages are ``paged``.
         kv_layout: layout of a cache, ``"NHD"``, ``"HND"`` or ``"VLLM_V1"``.
-        cache_rows: on a KV cache, rows of a tile (tiles/tables.py): 16, 32, 64 or 128.
+        cache_rows: of a kernel over a KV cache, rows of a tile (tiles/tables.py): 16, 32, 64 or 128.
         left_pad: whether sequences are padded on the left.
         batch_invariant: whether a row's bits may not depend on batch, length of q, pages or splits.
         load_align: bytes that every pointer and stride is a multiple of; 16 takes the vector loads, and TMA needs it.
@@ -255,12 +255,18 @@ class DispatchKey:
     def family(self) -> Family:
         """Who answers on a GPU: wgmma on sm_90a, forward over arrays that TMA can read, a cache only if asked for; else mma.sync.
 
-        Batch-invariant calls have one family.
+        Batch-invariant calls have one family, and so have types that wgmma does not multiply.
         """
         extras = self.extras
         wanted = extras.family or (Family.FA2 if self.paged or extras.kv_cache else Family.FA3)
-        forward = extras.direction != "bwd" and wanted is Family.FA3 and not extras.batch_invariant
+        forward = extras.direction != "bwd" and wanted is Family.FA3 and not extras.batch_invariant and self._fits_wgmma
         return Family.FA3 if forward and self.arch is SmArch.SM_90A and self.aligned and not extras.tiles_for else Family.FA2
+
+    @property
+    def _fits_wgmma(self) -> bool:
+        """Whether wgmma multiplies these types: beside fp8 K and V a q of fp8, and no factor of a token by itself."""
+        of_tokens = ScaleUnit.TOKEN in {self.extras.k_descale, self.extras.v_descale}
+        return not self.v_dtype.is_fp8 or (self.dtype.is_fp8 and not of_tokens)
 
     @property
     def aligned(self) -> bool:

@@ -109,13 +109,15 @@ def _kernel(key: DispatchKey) -> ForwardSpec | Fa2BackwardSpec | Fa2KvCacheSpec 
     if key.extras.direction == "bwd":
         return _backward(key)
     extras = key.extras
-    return _over_cache(key) if key.paged or extras.kv_cache or extras.batch_invariant or extras.split else _forward(key)
+    cached = key.paged or extras.kv_cache
+    reads_fp8 = key.v_dtype.is_fp8 and key.family is Family.FA2
+    return _over_cache(key) if cached or extras.batch_invariant or extras.split or reads_fp8 else _forward(key)
 
 
 def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
     """The kernel over a KV cache that answers ``key``; its ``steps()`` are what is launched.
 
-    It answers calls on plain K and V that are batch-invariant, or whose keys are split.
+    It answers calls on plain K and V that are batch-invariant, whose keys are split, or whose fp8 is read by mma.sync.
     """
     plain = not (key.paged or key.extras.kv_cache)
     width, v_width, arch, extras = head_dim_width(key.head_dim), head_dim_width(key.v_head_dim), key.arch.without_wgmma, key.extras
@@ -276,10 +278,11 @@ def _refuse(key: DispatchKey) -> None:
     _refuse_fp8(key)
     fp8 = key.v_dtype.is_fp8
     gpu, cached = arch is not SmArch.CPU, key.paged or extras.kv_cache
+    fp8_wgmma = fp8 and key.family is Family.FA3
     if gpu and fp8:
         _refuse_fp8_on_gpu(key)
     unbuilt = (
-        (gpu and extras.split and not cached and (extras.direction != "fwd" or extras.dropout or fp8), "split", ""),
+        (gpu and extras.split and not cached and (extras.direction != "fwd" or extras.dropout or fp8_wgmma), "split", ""),
         (gpu and extras.left_pad and not extras.kv_cache, "left_pad", ""),
         (extras.kv_layout not in {"NHD", "HND"}, "kv_layout", f"got {extras.kv_layout!r}"),
         (cached and extras.direction == "bwd", "paged_backward", ""),
@@ -316,8 +319,9 @@ def _refuse_on_cache(key: DispatchKey) -> None:
 
 
 def _refuse_dtype(key: DispatchKey) -> None:
-    allowed = merged_dtypes_of(key.arch) if key.extras.direction == "merge_states" else dtypes_of(key.arch)
-    if key.dtype not in allowed and not key.v_dtype.is_fp8:
+    direction = key.extras.direction
+    allowed = merged_dtypes_of(key.arch) if direction == "merge_states" else dtypes_of(key.arch)
+    if key.dtype not in allowed and not (key.v_dtype.is_fp8 and direction == "fwd"):
         names = ", ".join(dtype.value for dtype in allowed)
         raise ArchUnsupportedError(
             f"dtype: got {key.dtype.value} on {key.arch.value}; allowed there are {names}; convert, or run on the CPU backend"
@@ -354,29 +358,11 @@ def _refuse_fp8_on_gpu(key: DispatchKey) -> None:
     extras, arch = key.extras, key.arch
     if arch in _BEFORE_FP8:
         raise ArchUnsupportedError(f"dtype: got {key.v_dtype.value} on {arch.value}, which has no fp8; allowed are sm_89 and later")
-    if not _has_fp8_kernel(key):
-        raise not_built("fp8", f"got {key.k_dtype.value} and {key.v_dtype.value} in k and v")
     for name, unit in (("k_descale", extras.k_descale), ("v_descale", extras.v_descale)):
         if unit is ScaleUnit.TOKEN and not key.paged:
             raise DispatchError(f"{name}: got those of tokens without pages; allowed are those of all elements, heads or blocks")
     if extras.v_descale is ScaleUnit.TOKEN and extras.batch_invariant:
         raise not_built("invariant_token_scales")
-
-
-def _has_fp8_kernel(key: DispatchKey) -> bool:
-    """Whether a GPU has a kernel for the fp8 K and V of ``key``.
-
-    Over a cache, and for batch-invariant calls, one of the mma.sync family; over arrays, and a cache without factors of tokens, one of
-    the wgmma family, with fp8 q.
-    """
-    extras, cached = key.extras, key.paged or key.extras.kv_cache
-    if extras.direction != "fwd":
-        return False
-    if key.family is Family.FA2 and (cached or extras.batch_invariant):
-        return True
-    if cached:
-        return key.dtype.is_fp8 and key.family is Family.FA3 and ScaleUnit.TOKEN not in {extras.k_descale, extras.v_descale}
-    return key.dtype.is_fp8 and not extras.split and key.family is Family.FA3
 
 
 def _refuse_invariant(key: DispatchKey) -> None:

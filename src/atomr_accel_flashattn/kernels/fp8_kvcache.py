@@ -1,6 +1,7 @@
 """Attention over a cache of fp8 K and V: ``cuda/kernels/fp8_kvcache.cuh``, and ``fp8_step_kvcache.cuh`` in the blocks of a StepPlan.
 
-They are the kernels of 16-bit caches with descales, and with operands of another type (``cuda/attention/cache_operands.cuh``).
+The first answers dense and packed calls, too. They are the kernels of 16 bits with descales, and with operands of another type
+(``cuda/attention/cache_operands.cuh``).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class DescaledStepParams(KernelParams):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8KvCacheSpec(Fa2KvCacheSpec):
-    """K and V are fp8; Q is, or has 16 bits. On every architecture that converts fp8: sm_89 and later."""
+    """K and V, of a cache or plain, are fp8; Q is, or has 16 bits. On every architecture that converts fp8: sm_89 and later."""
 
     HEADER: ClassVar[str] = "fp8_kvcache"
     ENTRY: ClassVar[str] = "fp8_kvcache"

@@ -127,16 +127,13 @@ class Fa2KvCacheSpec(KvCacheSpec):
 
     @property
     def shared_memory(self) -> int:
-        """Q, then the stages of K and V of each group of warps, or what is merged of the groups at the end."""
+        """Q, then the stages of K and V of each group of warps (and factors of q), or what is merged of the groups at the end."""
         tile, row = self.tile, self.head_dim * self.k_type.itemsize + self.v_head_dim * self.v_type.itemsize
         groups = tile.warps * _ROWS_OF_WARP // tile.block_m
         stages = groups * tile.stages * tile.block_n * row
+        scales = 4 * tile.block_m if self.k_type.is_fp8 and self.dtype is DType.BF16 else 0  # what rows of q are divided by
         merge = groups * tile.block_m * (2 + self.v_head_dim + 4) * 4
-        return tile.block_m * self.head_dim * _BYTES_OF_Q + self.row_scales() + max(stages, merge)
-
-    def row_scales(self) -> int:
-        """Bytes of what rows of a bf16 q are divided by beside fp8 K and V, in whole rows of 128."""
-        return -(-self.tile.block_m * 4 // 128) * 128 if self.k_type.is_fp8 and self.dtype is DType.BF16 else 0
+        return tile.block_m * self.head_dim * _BYTES_OF_Q + max(stages + scales, merge)
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:

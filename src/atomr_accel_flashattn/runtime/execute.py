@@ -20,6 +20,7 @@ from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import KernelSpec
 from ..problem import ArrayInfo, AttentionProblem
 from ..reference import attention as reference
+from ..tiles.tables import cache_rows
 from ..types import DType, SmArch
 from .backend import check_backend
 from .gradients import Gradients, differentiate
@@ -190,8 +191,9 @@ def _key(request: FaFwdDispatch, tiles_for: SmArch | None) -> DispatchKey:
     key = request.dispatch_key()
     if tiles_for is None:
         return key
-    choices = replace(key.extras, tiles_for=tiles_for, family=None, short_q=False)
-    choices = replace(choices, persistent=None, persistent_blocks=None, split=key.extras.split and (key.paged or key.extras.kv_cache))
+    choices = replace(key.extras, tiles_for=tiles_for, family=None, short_q=False, persistent=None, persistent_blocks=None)
+    rows = cache_rows(request.problem.seqlen_q * key.gqa_ratio)  # another family may have answered
+    choices = replace(choices, cache_rows=rows, split=key.extras.split and (key.paged or key.extras.kv_cache))
     return replace(key, extras=choices)
 
 

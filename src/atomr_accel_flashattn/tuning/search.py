@@ -31,6 +31,7 @@ from ..errors import DispatchError
 from ..jit.compile import compile_many
 from ..kernels.attention import AttentionSpec
 from ..kernels.fa3_fwd import WARPGROUP_ROWS
+from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.spec import Family, Tile
 from ..tiles.space import SCHEDULES, misfit, tiles_that_fit
 from .groups import Group, by_kernel
@@ -303,19 +304,21 @@ def _stand(cell: Shape, options: Options) -> Stand:
         held = make_cache_inputs(cell, device, seed=options.seed)
         key = cache_request(cell, held[0]).dispatch_key()
         spec = _spec_of(cell, key, options)
-        rows = key.extras.cache_rows if spec.family is Family.FA2 else _few_rows(key)
-        return CacheStand(cell, held, spec, short_q=key.extras.short_q, cache_rows=rows, clock=clock_of(device))
+        return CacheStand(cell, held, spec, short_q=key.extras.short_q, cache_rows=_rows_of(key, spec), clock=clock_of(device))
     sets = make_inputs(cell, device, l2_bytes=l2_bytes, seed=options.seed, dout=options.backward)
     if options.backward:
         key = backward_request_of(cell, sets[0]).dispatch_key()
         return BackwardStand(cell, sets, _spec_of(cell, key, options), short_q=key.extras.short_q)
     problem = request_of(cell, sets[0], options.family).problem
     key = key_of_problem(problem, best_arch(problem.q.device), None, options.family, may_split=False)  # a tile is of the whole kernel
-    return ForwardStand(cell, sets, _spec_of(cell, key, options), short_q=key.extras.short_q, cache_rows=_few_rows(key))
+    spec = _spec_of(cell, key, options)
+    return ForwardStand(cell, sets, spec, short_q=key.extras.short_q, cache_rows=_rows_of(key, spec))
 
 
-def _few_rows(key: DispatchKey) -> int:
-    """Rows that a tile of wgmma is chosen for, 0 where it is the tile of any number."""
+def _rows_of(key: DispatchKey, spec: AttentionSpec) -> int:
+    """Rows that a tile is chosen for, 0 where it is the tile of any number."""
+    if isinstance(spec, Fa2KvCacheSpec):
+        return key.extras.cache_rows
     return WARPGROUP_ROWS if key.extras.few_rows and key.family is Family.FA3 else 0
 
 

@@ -195,7 +195,7 @@ class ForwardStand(Stand):
         if plan is None:
             return None, _nothing
         outputs = make_outputs(request, lse=False)
-        return plan, _repeated(plan, problem.q, addresses_of(problem, outputs), outputs)
+        return plan, _repeated(plan, problem.q, addresses_of(problem, outputs, plan.workspace), outputs)
 
     def _error(self) -> float:
         return check_rows(self.cell, self.sets[0], self._outs[0])

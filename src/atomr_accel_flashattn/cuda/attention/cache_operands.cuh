@@ -69,8 +69,10 @@ struct CacheOperands<C, true> {
   using K = Fp8Traits<C.k_dtype>;
   using V = Fp8Traits<C.v_dtype>;
   static constexpr int kOutTiles = C.v_head_dim / 8;
-  // And what rows of Q are to be multiplied with, where they are scaled. Tiles begin at 128 bytes.
-  static constexpr int kBytesOfQ = TileQ::kBytes + (kScalesQ ? (4 * C.block_m + 127) / 128 * 128 : 0);
+  static constexpr int kBytesOfQ = TileQ::kBytes;
+  // Of all groups. Behind them lies what rows of Q are to be multiplied with, where they are scaled:
+  // it is read before the groups are merged, whose memory it is then.
+  static constexpr int kBytesOfStages = 16 * C.warps / C.block_m * C.stages * (TileK::kBytes + TileV::kBytes);
 
   // All rows of Q, eight threads a row. Rows that do not exist are zeros.
   static __device__ __forceinline__ void load_q(uint32_t sQ, const FwdParams& f, const WorkTile& work, const Sequence& seq) {
@@ -156,7 +158,7 @@ struct CacheOperands<C, true> {
   }
 
  private:
-  static __device__ __forceinline__ uint32_t row_scale(uint32_t sQ, int r) { return sQ + TileQ::kBytes + 4 * r; }
+  static __device__ __forceinline__ uint32_t row_scale(uint32_t sQ, int r) { return sQ + kBytesOfQ + kBytesOfStages + 4 * r; }
 
   // P takes the type of V where Q is fp8.
   static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
