@@ -104,7 +104,7 @@ def _rounded_sum(tiles: Any, kind: Any) -> Any:
 @pytest.mark.parametrize("kind", **KINDS)
 @pytest.mark.parametrize("std", [0.0, 0.5, 2.0, 8.0], ids=["uniform", "diffuse", "between", "peaked"])
 def test_an_average_of_ones_is_one(family: Family, kind: Any, std: float) -> None:
-    """The hardest is a standard deviation of 2: a third of the sum comes from probabilities of a hundredth of the largest."""
+    """The hardest is a standard deviation of 2: half of the sum comes from probabilities below a twentieth of the largest."""
     for keys in (128, 4096, 32768, 131072):
         made, plain = error_of_ones(family, kind, std, keys)
         assert made <= max(4e-3, 1.1 * plain), f"{keys} keys: {made:.5f}, plain {plain:.5f}"
