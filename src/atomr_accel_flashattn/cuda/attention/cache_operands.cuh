@@ -70,8 +70,8 @@ struct CacheOperands<C, true> {
   using V = Fp8Traits<C.v_dtype>;
   static constexpr int kOutTiles = C.v_head_dim / 8;
   static constexpr int kBytesOfQ = TileQ::kBytes;
-  // Of all groups. Behind them lies what rows of Q are to be multiplied with, where they are scaled:
-  // it is read before the groups are merged, whose memory it is then.
+  // Of all groups. Behind them lies what rows of Q are multiplied with where they are scaled.
+  // It is read before the groups are merged, whose memory it is then.
   static constexpr int kBytesOfStages = 16 * C.warps / C.block_m * C.stages * (TileK::kBytes + TileV::kBytes);
 
   // All rows of Q, eight threads a row. Rows that do not exist are zeros.
