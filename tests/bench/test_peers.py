@@ -19,7 +19,7 @@ from atomr_accel_flashattn.bench.forward import chosen_peers  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import Inputs, check_rows, make_inputs  # noqa: E402
 from atomr_accel_flashattn.bench.measure import Options  # noqa: E402
 from atomr_accel_flashattn.bench.other_peers import Absent, FlashAttnPackage, FlexPeer, XformersFa3, importable_peers, named_peers  # noqa: E402
-from atomr_accel_flashattn.bench.peers import Peer, Refused  # noqa: E402
+from atomr_accel_flashattn.bench.peers import OursBf16, Peer, Refused  # noqa: E402
 from atomr_accel_flashattn.cli.bench import PEERS_HELP  # noqa: E402
 from atomr_accel_flashattn.functional import flash_attn_func, flash_attn_varlen_func  # noqa: E402
 from atomr_accel_flashattn.types import DType  # noqa: E402
@@ -100,7 +100,7 @@ def test_a_missing_peer_that_is_asked_for_says_what_to_install() -> None:
 @pytest.mark.usefixtures("nothing_installed")
 def test_all_is_every_name_and_the_help_and_the_picture_know_each() -> None:
     names = [peer.name for peer in chosen_peers(Options(peers=("all",)))]
-    assert names == ["ours", "fa2", "cudnn", "fa3", "fa4", "cudnn_fe", "flex"]
+    assert names == ["ours", "fa2", "cudnn", "fa3", "fa4", "cudnn_fe", "flex", "ours_bf16"]
     assert set(names) <= STYLES.keys()
     assert [name for name in names if name not in PEERS_HELP] == []
 
@@ -366,4 +366,12 @@ def test_named_peers_are_those_that_are_installed_and_the_rest(frontend: Peer) -
         ("fa4", True),
         (frontend.name, False),
         ("flex", False),
+        ("ours_bf16", False),
     ]
+
+
+@pytest.mark.parametrize("cell", FP8, ids=str)
+def test_ours_in_bf16_stands_beside_cells_of_fp8(cell: Cell) -> None:
+    assert_right(OursBf16(), cell)
+    with pytest.raises(Refused, match="beside cells of fp8"):
+        OursBf16().prepare(CELLS[0], inputs_of(CELLS[0]))
