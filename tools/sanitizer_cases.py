@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,28 +29,37 @@ import numpy as np
 import pytest
 
 import atomr_accel_flashattn as fa
+from atomr_accel_flashattn.dispatch import best_arch
 from atomr_accel_flashattn.jit.compile import CompiledKernel, compile_many
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
+from atomr_accel_flashattn.limits import BEFORE_FP8
 from atomr_accel_flashattn.runtime import merging, plan, step
 from atomr_accel_flashattn.runtime.execute import run
 from atomr_accel_flashattn.torch_ops import repeat
+from atomr_accel_flashattn.types import DType
 from tests.case_lists import grouped_cases, hazard_cases, pairwise_cases
 from tests.cases import GPU_DTYPES, Case, build
 from tests.check import check_case, check_gradients
+from tests.fp8_cases import BLOCK_TYPES, FP8_FEATURES, FP8_KINDS, Fp8Types
 from tests.gpu.families import DEVICE, FAMILIES, blocks_for, use_family
+from tests.gpu.fp8_calls import check as check_fp8
 from tests.gpu.harness import Backward, make_call, run_inputs
 from tests.kv_cache import cases
 from tests.kv_cache.cases import CacheCase, check_cached, fill, request_of, with_plan
 from tests.kv_cache.kernel_cases import (
     APPENDS,
+    FP8_APPENDS,
     GRID,
     PLANNED,
     PREFILL,
     check_append,
     check_entries_outside,
+    check_fp8_append,
     with_entries_outside,
     with_new_tokens,
 )
+from tests.kv_cache.test_fp8_cache import AXES as FP8_AXES, check_row
+from tests.pairwise import covering_rows
 from tests.upstream import build_upstream
 
 MAX_SCORES = 200_000
@@ -116,6 +126,16 @@ class Check(NamedTuple):
         return cls(f"{queries} queries, {splits} splits, entries outside of pages of {page}", judge, launch)
 
     @classmethod
+    def fp8(cls, name: str, judge: Callable[[], object]) -> Check:
+        """A check of fp8, which is launched by judging it: without a launch it is wrong, and that is not looked at."""
+
+        def launch() -> None:
+            with contextlib.suppress(AssertionError):
+                judge()
+
+        return cls(name, judge, launch)
+
+    @classmethod
     def merge(cls, shape: tuple[int, ...]) -> Check:
         """Two states made one."""
         random = np.random.default_rng(0)
@@ -142,7 +162,26 @@ SPLIT = (
     replace(FEW, head_dim=40, v_head_dim=24, softcap=20.0),
     replace(FEW, lengths_q=(7, 0, 20), lengths_k=(2300, 30, 0), learned_sink=True),
 )
+FP8_NAMES = ("causal", "everything", "unseen_nan", "more queries than keys")
+# Rows over fp8 caches; one that is batch-invariant, with factors of tokens, is refused.
+FP8_ROWS = [row for row in covering_rows(FP8_AXES)[::5] if not (row["order"].get("batch_invariant") and fa.ScaleUnit.TOKEN in row.values())]
 MERGED = ((3, 50, 4, 64), (1, 7, 3, 20), (70, 2, 8))
+
+
+def fp8_checks(family: Family) -> list[Check]:
+    """Plain K and V in a few features and types, and with mma.sync the rows of a cache and new tokens; none before sm_89."""
+    if DEVICE != "cpu" and best_arch(fa.Device("cuda", 0)) in BEFORE_FP8:
+        return []
+    wgmma = family is Family.FA3
+    kinds = (*FP8_KINDS, BLOCK_TYPES, *(() if wgmma else (Fp8Types(q=DType.BF16),)))
+    made = []
+    for n, types in enumerate(kinds):
+        case = Case(label="fp8", **FP8_FEATURES[FP8_NAMES[n % len(FP8_NAMES)]])
+        made.append(Check.fp8(f"{case} {types}", partial(check_fp8, case, types, wgmma=wgmma)))
+    if not wgmma:
+        made += [Check.fp8(f"fp8 cache {n}", partial(check_row, row)) for n, row in enumerate(FP8_ROWS)]
+        made += [Check.fp8(f"fp8 append {name}", partial(check_fp8_append, **asked)) for name, asked in FP8_APPENDS.items()]
+    return made
 
 
 def checks(family: Family) -> list[Check]:
@@ -159,6 +198,7 @@ def checks(family: Family) -> list[Check]:
     else:
         made += map(Check.forward, SPLIT)
     made += map(Check.cached, ON_CACHES[family])
+    made += fp8_checks(family)
     made += [Check.outside(QUERIES[family], page, splits) for page, splits in OUTSIDE]
     return sorted(made, key=lambda check: zlib.crc32(check.name.encode()))
 

@@ -13,6 +13,7 @@ from .errors import FeatureNotBuiltError
 from .types import DType, SmArch
 
 __all__ = [
+    "BEFORE_FP8",
     "CPU_DTYPES",
     "FP8_DTYPES",
     "FP8_HEAD_DIM_STEP",
@@ -45,6 +46,7 @@ HEAD_DIM_STEP: Final = 8  # of head dims on a GPU: 16 bytes of a 16-bit type; fu
 GPU_DTYPES: Final = (DType.F16, DType.BF16)
 CPU_DTYPES: Final = (DType.F16, DType.BF16, DType.F32, DType.F64)
 FP8_DTYPES: Final = (DType.F8E4M3, DType.F8E5M2)
+BEFORE_FP8: Final = frozenset({SmArch.SM_80, SmArch.SM_86})
 FP8_OUT_DTYPES: Final = (DType.BF16, DType.F16, DType.F32)  # of o where k and v are fp8
 FP8_HEAD_DIM_STEP: Final = 16  # of head dims of fp8: 16 bytes, everywhere; nobody pads
 SCALED_TOKENS: Final = 128  # that share a descale of ScaleUnit.BLOCK

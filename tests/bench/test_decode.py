@@ -300,6 +300,9 @@ def test_flash_attention_4_takes_one_split_where_it_has_no_more(monkeypatch: pyt
     assert seen == [0, 1, 1]
 
 
+FP8_CELL = CacheCell(group="fp8", batch=2, length=200, dtype=DType.F8E4M3, q_dtype=DType.BF16, layout="page64")
+
+
 def test_flash_infer_is_planned_with_the_pages_in_use() -> None:
     cell = next(cell for cell in TINY if cell.empty)
     inputs = sets_of(cell)[0]
@@ -334,6 +337,12 @@ def test_flash_infer_calls_give_what_its_wrappers_return(monkeypatch: pytest.Mon
             assert torch.equal(call(), x.q + x.k.flatten()[0])
         assert ("causal" in planned[-1][1]) == (cell.queries > 1)
         assert planned[-1][0][-1] == cell.page
+    assert planned[0][1] | {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16} == planned[0][1]
+    FlashInfer().prepare(FP8_CELL, sets_of(FP8_CELL))
+    assert planned[-1][1] | {"q_data_type": torch.bfloat16, "kv_data_type": torch.float8_e4m3fn} == planned[-1][1]
+    for peer in (FlashInfer(), Xqa()):
+        with pytest.raises(Refused, match="q in 16 bits"):
+            peer.prepare(replace(FP8_CELL, q_dtype=None), [])
     with pytest.raises(Refused, match="pages only"):
         FlashInfer().prepare(TINY[0], sets_of(TINY[0]))
 
@@ -362,7 +371,7 @@ def test_the_kernel_that_reads_compiles_and_keeps_its_loads_in_registers() -> No
 
 @pytest.mark.parametrize("q_dtype", [None, DType.BF16])
 def test_a_cache_of_fp8_is_answered_and_checked_as_it_is(q_dtype: DType | None) -> None:
-    cell = CacheCell(group="fp8", batch=2, length=200, dtype=DType.F8E4M3, q_dtype=q_dtype, layout="page64")
+    cell = replace(FP8_CELL, q_dtype=q_dtype)
     inputs = make_cache_inputs(cell, CPU, reuse_bytes=1)[0]
     out = fa.run(cache_request(cell, inputs)).out
     assert out.dtype is torch.bfloat16

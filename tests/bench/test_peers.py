@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,9 +19,10 @@ from atomr_accel_flashattn.bench.forward import chosen_peers  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import Inputs, check_rows, make_inputs  # noqa: E402
 from atomr_accel_flashattn.bench.measure import Options  # noqa: E402
 from atomr_accel_flashattn.bench.other_peers import Absent, FlashAttnPackage, FlexPeer, XformersFa3, importable_peers, named_peers  # noqa: E402
-from atomr_accel_flashattn.bench.peers import Peer, Refused  # noqa: E402
+from atomr_accel_flashattn.bench.peers import OursBf16, Peer, Refused  # noqa: E402
 from atomr_accel_flashattn.cli.bench import PEERS_HELP  # noqa: E402
 from atomr_accel_flashattn.functional import flash_attn_func, flash_attn_varlen_func  # noqa: E402
+from atomr_accel_flashattn.types import DType  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -29,6 +31,7 @@ ALIBI = Cell(group="alibi", alibi=True, **SIZES)
 SOFTCAP = Cell(group="softcap", softcap=2.0, **SIZES)
 SINKS = Cell(group="sink4", window=16, sink_tokens=4, **SIZES)
 SHORT = Cell(group="gqa", **SIZES | {"heads_kv": 2, "lengths": (16, 16), "length_k": 200})
+FP8 = [Cell(group="fp8", **SIZES | {"causal": causal}, dtype=DType.F8E4M3) for causal in (False, True)]
 PACKED = Cell(group="varlen", packed=True, **SIZES | {"lengths": (20, 96, 70)})
 CELLS = [
     Cell(group="grid", **SIZES),
@@ -97,7 +100,7 @@ def test_a_missing_peer_that_is_asked_for_says_what_to_install() -> None:
 @pytest.mark.usefixtures("nothing_installed")
 def test_all_is_every_name_and_the_help_and_the_picture_know_each() -> None:
     names = [peer.name for peer in chosen_peers(Options(peers=("all",)))]
-    assert names == ["ours", "fa2", "cudnn", "fa3", "fa4", "cudnn_fe", "flex"]
+    assert names == ["ours", "fa2", "cudnn", "fa3", "fa4", "cudnn_fe", "flex", "ours_bf16"]
     assert set(names) <= STYLES.keys()
     assert [name for name in names if name not in PEERS_HELP] == []
 
@@ -221,6 +224,10 @@ class Tensor:
         self.stride = stride
         return self
 
+    def set_data_type(self, kind: str) -> Tensor:
+        self.kind = kind
+        return self
+
     def set_ragged_offset(self, offset: Tensor) -> Tensor:
         self.offset = offset
         return self
@@ -239,19 +246,28 @@ class Graph:
 
     def __init__(self, **_types: Any) -> None:
         self.options: dict[str, Any] = {}
+        self.factors: dict[str, Tensor] = {}
 
     def tensor(self, *, name: str, dim: list[int], stride: list[int], data_type: str) -> Tensor:
-        assert (name in "qkv", data_type) == (True, "bf16")
+        assert name in "qkv"
+        assert data_type in {"bf16", "e4m3"}
         return Tensor(dim, stride)
 
     def tensor_like(self, x: Any) -> Tensor:
-        assert x.dtype == torch.int32
+        assert x.dtype in {torch.int32, torch.float32}
         return Tensor(list(x.shape), list(x.stride()))
 
     def sdpa(self, **options: Any) -> tuple[Tensor, None]:
         assert options.pop("generate_stats") is False
         self.options, self.o = options, Tensor()
         return self.o, None
+
+    def sdpa_fp8(self, *, use_causal_mask: bool, **options: Any) -> tuple[Tensor, None, Tensor, Tensor]:
+        self.factors = {name: options.pop(name) for name in [*options] if "scale_" in name and name != "attn_scale"}
+        self.largest = Tensor(), Tensor()
+        bounds = {"diagonal_band_right_bound": 0} if use_causal_mask else {}
+        o, _ = self.sdpa(**options, **bounds, use_alibi_mask=False, use_padding_mask=False)
+        return o, None, *self.largest
 
     def build_plans(self) -> None:
         Graph.built += 1
@@ -264,6 +280,10 @@ class Graph:
     def execute(self, pack: dict[Tensor, Any], workspace: Any, *, handle: str) -> None:
         assert (workspace.dtype, handle) == (torch.uint8, "handle")
         q, k, v = (self.options[name] for name in "qkv")
+        if self.factors:
+            assert {pack[x].item() for x in self.factors.values()} == {1, 2**8, 2**-8}
+            assert {x.kind: pack[x].item() for x in self.largest} == {"f32": 0}
+            assert self.o.kind == "bf16"
         for b in range(q.dim[0]):
             rows, keys = q.dim[2], k.dim[2]
             if self.options["use_padding_mask"]:
@@ -287,7 +307,7 @@ class Graph:
 @pytest.fixture
 def frontend(monkeypatch: pytest.MonkeyPatch, nothing_installed: dict[str, Any]) -> Peer:
     module: Any = ModuleType("cudnn")
-    module.data_type = SimpleNamespace(HALF="f16", BFLOAT16="bf16", FLOAT="f32")
+    module.data_type = SimpleNamespace(HALF="f16", BFLOAT16="bf16", FLOAT="f32", FP8_E4M3="e4m3")
     module.diagonal_alignment = SimpleNamespace(BOTTOM_RIGHT="bottom right")
     module.heur_mode = SimpleNamespace(A="A", FALLBACK="FALLBACK")
     module.create_handle = lambda: "handle"
@@ -303,7 +323,7 @@ def frontend(monkeypatch: pytest.MonkeyPatch, nothing_installed: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    "cell", [*CELLS[:6], ALIBI, Cell(group="varlen", packed=True, **SIZES | {"lengths": (20, 96, 70), "heads_kv": 2})], ids=str
+    "cell", [*CELLS[:6], ALIBI, Cell(group="varlen", packed=True, **SIZES | {"lengths": (20, 96, 70), "heads_kv": 2}), *FP8], ids=str
 )
 def test_the_graph_of_cudnn_says_what_the_cell_is(cell: Cell, frontend: Peer) -> None:
     assert_right(frontend, cell)
@@ -313,6 +333,12 @@ def test_cudnn_refuses_what_its_graph_has_no_option_for(frontend: Peer) -> None:
     for cell, feature in ((SOFTCAP, "softcap"), (SINKS, "sink tokens")):
         with pytest.raises(Refused, match=f"^cuDNN's sdpa has no {feature}$"):
             frontend.prepare(cell, inputs_of(cell))
+
+
+def test_cudnn_refuses_fp8_of_which_no_graph_is_written(frontend: Peer) -> None:
+    for cell in (CELLS[3], PACKED, SHORT, ALIBI):
+        with pytest.raises(Refused, match="graphs of dense calls with full and causal masks"):
+            frontend.prepare(replace(cell, dtype=DType.F8E4M3), inputs_of(CELLS[0]))
 
 
 def test_a_graph_is_built_once_for_each_cell(frontend: Peer) -> None:
@@ -340,4 +366,12 @@ def test_named_peers_are_those_that_are_installed_and_the_rest(frontend: Peer) -
         ("fa4", True),
         (frontend.name, False),
         ("flex", False),
+        ("ours_bf16", False),
     ]
+
+
+@pytest.mark.parametrize("cell", FP8, ids=str)
+def test_ours_in_bf16_stands_beside_cells_of_fp8(cell: Cell) -> None:
+    assert_right(OursBf16(), cell)
+    with pytest.raises(Refused, match="beside cells of fp8"):
+        OursBf16().prepare(CELLS[0], inputs_of(CELLS[0]))

@@ -63,3 +63,12 @@ def test_records_from_before_a_feature_was_measured_still_have_their_lines() -> 
     for row in rows:
         del row["softcap"], row["sink_tokens"]
     assert [line.split(":")[0] for line in costs_of(rows)] == ["cost of ALiBi"]
+
+
+@pytest.mark.parametrize(("gains", "said"), [((1.4, 0.97), "narrow"), ((1.4, 1.0), "no cell")])
+def test_where_fp8_does_not_pay_is_said(gains: tuple[float, float], said: str) -> None:
+    rows = [
+        row_of(PLAIN, 1.0) | {"cell": name, "ratios": {"ours_bf16": gain}} for name, gain in zip(("wide", "narrow"), gains, strict=True)
+    ]
+    report = {"rows": [*rows, row_of(WINDOW, 1.0)], "geometric_means": {}, "worst": {}, "ceilings": [], "skipped": [], "failures": []}
+    assert list(summary(report)) == [f"fp8 does not pay in {said} of 2"]

@@ -36,7 +36,7 @@ from atomr_accel_flashattn.kernels.step import ScheduledKvCacheSpec, StepSchedul
 from atomr_accel_flashattn.kernels.used import forget_recorded, read_kernels, record_kernel
 from atomr_accel_flashattn.launch import launcher
 from atomr_accel_flashattn.launch.driver import DeviceProperties, device_count
-from atomr_accel_flashattn.limits import NOT_BUILT
+from atomr_accel_flashattn.limits import BEFORE_FP8, NOT_BUILT
 from tests.cli.conftest import Ask, Invoke
 
 ONE_KERNEL = ("compile", "--arch", "sm_80", "--dtype", "f16", "--head-dim", 32, "--mask", "full")
@@ -466,6 +466,13 @@ def test_fp8_is_compiled_in_the_forms_that_have_kernels() -> None:
     cached = Counter(spec.HEADER for spec in specs_for([fa.SmArch.SM_90A], [fa.DType.F8E4M3], [64], ["causal"], ["paged"]))
     assert cached["fp8_kvcache"] == cached["fa3_fp8_kvcache"] == 8, "numbers of rows, or heads packed and persistence; split or not"
     assert cached["fp8_append"] == 1 + 2 * 4, "tokens in fp8, or in one of two types with four rotations"
+
+
+@pytest.mark.parametrize("option", [("--dtype", "e4m3"), ("--feature", "fp8_kv")], ids=str)
+def test_fp8_is_compiled_for_the_archs_that_have_it(ask: Ask, monkeypatch: pytest.MonkeyPatch, option: tuple[str, str]) -> None:
+    monkeypatch.setattr(compile_module, "device_count", lambda: 0)
+    kernels = ask("compile", *option, "--feature", "paged", "--head-dim", "64", "--mask", "causal", "--dry-run")["kernels"]
+    assert {kernel["arch"] for kernel in kernels} == {arch.value for arch in GPU_ARCHS if arch not in BEFORE_FP8}
 
 
 def test_a_backward_is_compiled_with_what_goes_before_and_behind_it(ask: Ask, invoke: Invoke, cache_dir: Path) -> None:

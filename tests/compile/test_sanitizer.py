@@ -79,8 +79,9 @@ def test_the_kernels_that_cases_need_are_found_without_a_launch(monkeypatch: pyt
     monkeypatch.setattr(harness, "_flat_tensor", lambda storage, _device: fake(to_host(storage, "cpu")))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _index: STREAM, raising=False)
     monkeypatch.setattr(harness, "synchronize", lambda: None)
+    fp8 = {family: sanitizer_cases.fp8_checks(family) for family in (Family.FA2, Family.FA3)}
     fa2, fa3 = (
-        len(sanitizer_cases.checks(family)) - len(sanitizer_cases.ON_CACHES[family]) - len(sanitizer_cases.OUTSIDE)
+        len(sanitizer_cases.checks(family)) - len(sanitizer_cases.ON_CACHES[family]) - len(sanitizer_cases.OUTSIDE) - len(fp8[family])
         for family in (Family.FA2, Family.FA3)
     )
     fa3 -= len(sanitizer_cases.SPLIT)
@@ -92,12 +93,14 @@ def test_the_kernels_that_cases_need_are_found_without_a_launch(monkeypatch: pyt
     made += [sanitizer_cases.Check.append("one token, paged"), sanitizer_cases.Check.merge((2, 3, 4, 8))]
     monkeypatch.setattr(sanitizer_cases.cases, "upload", lambda array: fake(torch.from_numpy(array.copy())))
     made.append(sanitizer_cases.Check.outside(1, 16, 3))
-    *specs, again, before, backward, behind, append, cached, merged, split, combine = sanitizer_cases.needed_specs(Family.FA2)
+    made.append(fp8[Family.FA3][0])
+    *specs, again, before, backward, behind, append, cached, merged, split, combine, narrow = sanitizer_cases.needed_specs(Family.FA2)
     assert [spec.kernel_name.split("_sm")[0] in {"fa2_fwd", "fa3_fwd"} for spec in specs] == [True, False] * 3
     assert [spec.kernel_name for spec in specs[1::2]] == ["dropout_mask_sm90", "dropout_mask_sm90_varlen", "dropout_mask_sm90"]
     assert again == specs[0]
     assert [spec.HEADER for spec in (before, backward, behind)] == ["bwd_preprocess", "fa2_bwd", "bwd_postprocess"]
     assert [spec.HEADER for spec in (append, cached, merged)] == ["kv_append", "fa2_kvcache", "merge_states"]
     assert [spec.HEADER for spec in (split, combine)] == ["fa2_kvcache", "split_combine"]
+    assert narrow.HEADER == "fa3_fp8"
     assert gpu.launches == gpu.specs == []
     assert not store._plans

@@ -19,16 +19,13 @@ from atomr_accel_flashattn.requests.options import Fp8Options, MaskKind  # noqa:
 from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
 from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
-from atomr_accel_flashattn.varlen import VarlenFwdRequest  # noqa: E402
 from atomr_accel_flashattn.with_kvcache import flash_attn_with_kvcache  # noqa: E402
 from tests.cases import Case, Values  # noqa: E402
-from tests.check import Run  # noqa: E402
-from tests.fp8 import DTYPES, Quantised, check_fp8  # noqa: E402
 from tests.fp8_accumulator import sums_of_tiles  # noqa: E402
-from tests.fp8_cases import BLOCK_TYPES, E4M3_TYPES, FP8_FEATURES, FP8_KINDS, Fp8Types, fp8_call  # noqa: E402
+from tests.fp8_cases import BLOCK_TYPES, FP8_FEATURES, FP8_KINDS, Fp8Types, fp8_call  # noqa: E402
 from tests.gpu.families import DEVICE, HAS_WGMMA, blocks_for, use_family  # noqa: E402
-from tests.gpu.harness import Written, asked_of, download, synchronize, upload  # noqa: E402
-from tests.inputs import Layout, place  # noqa: E402
+from tests.gpu.fp8_calls import check, request_of  # noqa: E402
+from tests.gpu.harness import download  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.skipif(not HAS_WGMMA, reason="needs a GPU with wgmma")]
 
@@ -41,23 +38,6 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, reco
     record_property("family", Family.FA3.value)
     with use_family(Family.FA3, monkeypatch, blocks_for(request.node.nodeid)):
         yield Family.FA3
-
-
-def request_of(call: Quantised, out_dtype: DType, out: Any = None) -> DenseFwdRequest | VarlenFwdRequest:
-    """The request of a call, every array on the device."""
-    arrays = [upload(x) for x in (call.q, call.k, call.v)]
-    options = Fp8Options(**{name: torch.from_numpy(x).to(DEVICE) for name, x in call.descales.items()}, out_dtype=out_dtype)
-    asked = asked_of(call.meant) | {"fp8": options, "out": out}
-    return VarlenFwdRequest(*arrays, **asked) if "cu_seqlens_q" in asked else DenseFwdRequest(*arrays, **asked)
-
-
-def check(case: Case, types: Fp8Types = E4M3_TYPES) -> None:
-    """One run on the device, into an output of NaN, compared with the oracle."""
-    call = fp8_call(case, types)
-    out = Written.like(place(np.full(call.meant.out_shape, np.nan, DTYPES[types.out]), Layout.PADDED))
-    output = run(request_of(call, types.out, out.view))
-    synchronize()
-    check_fp8(f"{case} {types}", call, Run(out.alone(), download(output.lse)), types.out, wgmma=True)
 
 
 @pytest.mark.parametrize("types", [*FP8_KINDS, BLOCK_TYPES], ids=str)

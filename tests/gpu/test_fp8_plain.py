@@ -21,8 +21,8 @@ from tests.check import Run  # noqa: E402
 from tests.fp8 import DTYPES, Quantised, check_fp8  # noqa: E402
 from tests.fp8_cases import BLOCK_TYPES, FP8_FEATURES, FP8_KINDS, Fp8Types, fp8_call  # noqa: E402
 from tests.gpu.families import DEVICE, HAS_WGMMA, use_family  # noqa: E402
+from tests.gpu.fp8_calls import request_of  # noqa: E402
 from tests.gpu.harness import Written, download, poison_workspaces, synchronize, upload  # noqa: E402
-from tests.gpu.test_fa3_fp8 import request_of  # noqa: E402
 from tests.inputs import Layout, place  # noqa: E402
 
 GPU = DEVICE != "cpu"

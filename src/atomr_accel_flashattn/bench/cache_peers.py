@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CachePeer", "OurCalls", "cache_peers"]
 
 _WORKSPACE_BYTES: Final = 256 << 20  # of FlashInfer
+WIDE_Q: Final = "it is called with q in 16 bits"
 
 
 class CachePeer(Protocol):
@@ -171,15 +172,21 @@ class Fa4Cache(_Package):
 
 
 class FlashInfer(_Package):
-    """FlashInfer's paged wrappers: decode on tensor cores for one query, prefill for more; planned once, outside of what is timed."""
+    """FlashInfer's paged wrappers: decode on tensor cores for one query, prefill for more; planned once, outside of what is timed.
+
+    Over a cache of fp8 with q in 16 bits.
+    """
 
     name = "fi"
     tensor_cores = True
     modules = ("flashinfer",)
     install = "pip install flashinfer-python"
+    takes_fp8 = True
 
     def cannot(self, cell: CacheCell) -> str:
-        """Pages only, and it appends by another call."""
+        """Pages only, it appends by another call, and q has 16 bits."""
+        if cell.type_of_q.is_fp8:
+            return WIDE_Q
         return "it reads pages only" if not cell.page else "it appends by another call" if cell.appends else ""
 
     def calls(self, package: Any, cell: CacheCell, sets: Sequence[CacheInputs]) -> list[Call]:
@@ -227,14 +234,17 @@ class FlashInferCudaCores(FlashInfer):
 
 
 class Xqa(_Package):
-    """TensorRT-LLM's XQA decode kernel, as FlashInfer offers it on Hopper."""
+    """TensorRT-LLM's XQA decode kernel, as FlashInfer offers it on Hopper; over fp8 with q in 16 bits."""
 
     name = "xqa"
     modules = ("flashinfer",)
     install = "pip install flashinfer-python"
+    takes_fp8 = True
 
     def cannot(self, cell: CacheCell) -> str:
-        """One query over pages of 16 to 128."""
+        """One query of 16 bits over pages of 16 to 128."""
+        if cell.type_of_q.is_fp8:
+            return WIDE_Q
         if cell.queries > 1 or cell.appends:
             return "it is timed with one query a sequence, all of whose keys are there"
         return "" if cell.page in {16, 32, 64, 128} else "it reads pages of 16, 32, 64 and 128"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..types import DType
 from .cells import FEATURES
+from .inputs import out_dtype
 from .peers import Call, Peer, Refused, first_line, tried
 
 if TYPE_CHECKING:
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["CudnnFrontend"]
 
+# Factors that its graph of fp8 takes as tensors of one float32 each. P, at most 1, is rounded in units of 2^-8, as large as e4m3 holds.
+_FP8_FACTORS: Final = {"descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "descale_s": 2.0**-8, "scale_s": 2.0**8, "scale_o": 1.0}
+
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """A built graph of one cell. ``constants``: its handles of lengths and offsets, with their tensors."""
+    """A built graph of one cell. ``constants``: its handles of lengths, offsets and factors of fp8, with their tensors."""
 
     graph: Any
     q: Any
@@ -36,7 +40,8 @@ class _Graph:
 class CudnnFrontend(Peer):
     """Bands by their bounds, ALiBi by cuDNN's own slopes (those of the cells), packed sequences by ragged offsets.
 
-    Its ``sdpa`` has no option for softcap or sink tokens (its ``sink_token`` is a number in the denominator, which has no key).
+    Its ``sdpa`` has no option for softcap or sink tokens (its ``sink_token`` is a number in the denominator, which has no key). In fp8,
+    full and causal masks of dense calls are written here.
     """
 
     name = "cudnn_fe"
@@ -57,8 +62,8 @@ class CudnnFrontend(Peer):
         missing = [feature for feature in cell.features if feature != FEATURES["alibi"]]
         if missing:
             raise Refused(f"cuDNN's sdpa has no {' or '.join(missing)}")
-        if cell.dtype.is_fp8:
-            raise Refused("the graph of cuDNN's sdpa_fp8, which takes scales of P and o beside, is not written here")
+        if cell.dtype.is_fp8 and (cell.packed or cell.alibi or cell.window is not None or (cell.causal and cell.length_k is not None)):
+            raise Refused("of cuDNN's sdpa_fp8, graphs of dense calls with full and causal masks are written here")
         try:
             cudnn = self._package()
             if cell != self._cell:
@@ -71,7 +76,7 @@ class CudnnFrontend(Peer):
         fixed = built.constants | {symbol: _seen(cell, x) for symbol, x in ((built.q, inputs.q), (built.k, inputs.k), (built.v, inputs.v))}
 
         def call() -> torch.Tensor:
-            o = torch.empty_like(inputs.q)
+            o = torch.empty_like(inputs.q, dtype=out_dtype(cell.dtype))
             built.graph.execute(fixed | {built.o: _seen(cell, o)}, built.workspace, handle=handle)
             return o
 
@@ -92,7 +97,8 @@ class CudnnFrontend(Peer):
     def _build(self, cudnn: Any, cell: Cell, inputs: Inputs) -> _Graph:
         import torch
 
-        element = {DType.F16: cudnn.data_type.HALF, DType.BF16: cudnn.data_type.BFLOAT16}[cell.dtype]
+        names = {DType.F16: "HALF", DType.BF16: "BFLOAT16", DType.F8E4M3: "FP8_E4M3", DType.F8E5M2: "FP8_E5M2"}
+        element = getattr(cudnn.data_type, names[cell.dtype])
         single = cudnn.data_type.FLOAT
         graph = cudnn.pygraph(io_data_type=element, intermediate_data_type=single, compute_data_type=single, handle=self._handle)
         lengths, offsets, constants = _packing(graph, cell, inputs)
@@ -106,8 +112,11 @@ class CudnnFrontend(Peer):
 
         sides = ("q", cell.heads, rows), ("k", cell.heads_kv, keys), ("v", cell.heads_kv, keys)
         q, k, v = (declare(*side) for side in sides)
-        scale = cell.head_dim**-0.5
-        o, _ = graph.sdpa(name="sdpa", q=q, k=k, v=v, generate_stats=False, attn_scale=scale, **_mask(cudnn, cell), **lengths)
+        asked: dict[str, Any] = {"q": q, "k": k, "v": v, "generate_stats": False, "attn_scale": cell.head_dim**-0.5}
+        if cell.dtype.is_fp8:
+            o = _sdpa_fp8(cudnn, graph, cell, asked, constants, inputs.q.device)
+        else:
+            o, _ = graph.sdpa(name="sdpa", **asked, **_mask(cudnn, cell), **lengths)
         o.set_output(True).set_dim(_dim(cell, cell.heads, rows)).set_stride(_stride(cell, cell.heads, rows))
         if offsets:
             o.set_ragged_offset(offsets[cell.heads])
@@ -118,6 +127,23 @@ class CudnnFrontend(Peer):
         graph.build_plans()
         workspace = torch.empty(max(graph.get_workspace_size(), 16), device=inputs.q.device, dtype=torch.uint8)
         return _Graph(graph, q, k, v, o, constants, workspace)
+
+
+def _sdpa_fp8(cudnn: Any, graph: Any, cell: Cell, asked: dict[str, Any], constants: dict[Any, torch.Tensor], device: torch.device) -> Any:
+    """O in bfloat16. ``constants`` gets the factors, and the largest numbers of P and o, which the graph always writes."""
+    import torch
+
+    def number(value: float) -> torch.Tensor:
+        return torch.full((1, 1, 1, 1), value, dtype=torch.float32, device=device)
+
+    factors = {name: number(value) for name, value in _FP8_FACTORS.items()}
+    symbols = {name: graph.tensor_like(tensor) for name, tensor in factors.items()}
+    constants |= {symbols[name]: tensor for name, tensor in factors.items()}
+    o, _, *largest = graph.sdpa_fp8(name="sdpa_fp8", **asked, **symbols, use_causal_mask=cell.causal)
+    for symbol in largest:
+        symbol.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(cudnn.data_type.FLOAT)
+        constants[symbol] = number(0)
+    return o.set_data_type(cudnn.data_type.BFLOAT16)
 
 
 def _packing(graph: Any, cell: Cell, inputs: Inputs) -> tuple[dict[str, Any], dict[int, Any], dict[Any, torch.Tensor]]:

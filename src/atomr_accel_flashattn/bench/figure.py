@@ -35,6 +35,7 @@ STYLES: Final = {
     "fa4": Style("FlashAttention-4", "#cc79a7"),
     "ours_fa2": Style("this package, FA2 family", "#8a8a8a"),
     "ours_fa3": Style("this package, FA3 family", "#8a8a8a", "////"),
+    "ours_bf16": Style("this package, bf16", "#8a8a8a", "...."),
     "ours": Style("this package", "#1a1a1a"),
 }
 

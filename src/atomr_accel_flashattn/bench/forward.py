@@ -63,7 +63,7 @@ def run_forward(options: Options, progress: Callable[[Row], None] | None = None)
 
 
 def chosen_peers(options: Options) -> list[Peer]:
-    """Ours first, then those asked for; with none named, those that are installed but FlexAttention, which compiles for seconds a cell.
+    """Ours first, then those asked for; with none named, those that are installed; FlexAttention compiles for seconds a cell.
 
     Raises:
         ValueError: a name that is no peer or no family.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .cells import FEATURES
 from .cudnn_frontend import CudnnFrontend
-from .peers import UNBOUNDED, Call, Peer, Refused, first_line, tried
+from .peers import UNBOUNDED, Call, OursBf16, Peer, Refused, first_line, tried
 
 if TYPE_CHECKING:
     import torch
@@ -193,8 +193,8 @@ def importable_peers() -> list[Peer]:
 
 
 def named_peers() -> list[Peer]:
-    """All that can be asked for by name: the packages, those that are missing as :class:`Absent`, and FlexAttention."""
-    return [*_packages(), FlexPeer()]
+    """All that can be asked for by name: the packages, those that are missing as :class:`Absent`, FlexAttention, ours in bf16."""
+    return [*_packages(), FlexPeer(), OursBf16()]
 
 
 def _packages() -> list[Peer]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .cells import Cell
     from .inputs import Inputs
 
-__all__ = ["UNBOUNDED", "Call", "CudnnPeer", "Ours", "Peer", "Refused", "TorchFa2", "first_line", "tried"]
+__all__ = ["UNBOUNDED", "Call", "CudnnPeer", "Ours", "OursBf16", "Peer", "Refused", "TorchFa2", "first_line", "tried"]
 
 Call = Callable[[], "torch.Tensor"]
 UNBOUNDED = -1
@@ -77,6 +77,21 @@ class Ours(Peer):
         if cell.packed:
             return lambda: flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, **options)
         return lambda: flash_attn_func(q, k, v, **options)
+
+
+class OursBf16(Ours):
+    """This package in bf16 on the numbers of an fp8 cell: its column says what fp8 gains, and where it does not pay."""
+
+    name = "ours_bf16"
+
+    def prepare(self, cell: Cell, inputs: Inputs) -> Call:
+        """Cells of fp8."""
+        if not cell.dtype.is_fp8:
+            raise Refused("it stands beside cells of fp8")
+        import torch
+
+        q, k, v = (x.to(torch.bfloat16) for x in (inputs.q, inputs.k, inputs.v))
+        return Ours.prepare(self, cell, replace(inputs, q=q, k=k, v=v))
 
 
 class _Sdpa(Peer):

@@ -10,7 +10,7 @@ from .cells import FEATURES
 
 __all__ = ["format_row", "header", "markdown", "memory_lines", "summary"]
 
-OURS = "ours"
+OURS, BF16 = "ours", "ours_bf16"
 COST_LIMIT: Final = 1.10  # of the time of the plain cell: what ALiBi, softcap and sink tokens may take
 _SHAPE: Final = ("head_dim", "heads", "heads_kv", "mask", "length", "batch")
 
@@ -52,6 +52,9 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
         cell, ratio = report["worst"][name]
         count = sum(name in row["ratios"] for row in report["rows"])
         yield f"against {name}: geometric mean {mean:.3f} over {count} cells, worst {ratio:.3f} in {cell}"
+    gains = {row["cell"]: row["ratios"][BF16] for row in report["rows"] if BF16 in row["ratios"]}
+    if gains:
+        yield f"fp8 does not pay in {', '.join(cell for cell, gain in gains.items() if gain < 1) or 'no cell'} of {len(gains)}"
     yield from _costs(report["rows"])
     for when, found in zip(("before", "after"), report["ceilings"], strict=False):
         yield f"ceiling {when}: bf16 matmul {found['matmul_bf16_tflops']:.0f} TFLOP/s, copy {found['copy_gbs']:.0f} GB/s"

@@ -23,7 +23,7 @@ from ..kernels.spec import Family, KernelSpec
 from ..kernels.step import ScheduledKvCacheSpec, StepScheduleSpec
 from ..kernels.used import read_kernels
 from ..launch.driver import device_count, device_properties
-from ..limits import FP8_DTYPES, HEAD_DIM_WIDTHS, NOT_BUILT
+from ..limits import BEFORE_FP8, FP8_DTYPES, HEAD_DIM_WIDTHS, NOT_BUILT
 from ..tiles.saved import read_saved_tiles, save_tiles
 from ..types import DType, SmArch
 from .output import Json, console, print_json, print_rows, progress_bar, size_text, time_text
@@ -135,7 +135,10 @@ def _asked_for(
         typer.BadParameter: a value that no kernel is made for.
     """
     try:
-        return specs_for(_archs(arch), [_dtype(name) for name in dtype] if dtype else _DTYPES, head_dims, masks, features)
+        dtypes, archs = [_dtype(name) for name in dtype] if dtype else _DTYPES, _archs(arch)
+        if arch is None and (set(dtypes) & set(FP8_DTYPES) or set(features) & set(_FP8)):  # nobody asked for those that have no fp8
+            archs = [each for each in archs if each not in BEFORE_FP8] or archs
+        return specs_for(archs, dtypes, head_dims, masks, features)
     except DispatchError as error:
         raise typer.BadParameter(str(error)) from error
 

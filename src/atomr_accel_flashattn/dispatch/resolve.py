@@ -24,7 +24,7 @@ from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.merge_states import MergeStatesSpec
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..kernels.step import ScheduledKvCacheSpec
-from ..limits import FP8_HEAD_DIM_STEP, FP8_OUT_DTYPES, GPU_DTYPES, dtypes_of, merged_dtypes_of, not_built
+from ..limits import BEFORE_FP8, FP8_HEAD_DIM_STEP, FP8_OUT_DTYPES, GPU_DTYPES, dtypes_of, merged_dtypes_of, not_built
 from ..tiles.saved import forget_saved_tiles, saved_tile
 from ..tiles.space import misfit
 from ..tiles.tables import (
@@ -45,7 +45,6 @@ from .key import DispatchKey, Extras
 __all__ = ["CpuSpec", "forget_lookups", "lookup"]
 
 _Spec = TypeVar("_Spec", bound=AttentionSpec)
-_BEFORE_FP8: Final = frozenset({SmArch.SM_80, SmArch.SM_86})
 _BEFORE_WGMMA: Final = frozenset({SmArch.SM_80, SmArch.SM_86, SmArch.SM_89, SmArch.SM_90})
 
 
@@ -356,7 +355,7 @@ def _refuse_fp8(key: DispatchKey) -> None:
 def _refuse_fp8_on_gpu(key: DispatchKey) -> None:
     """What fp8 kernels have not."""
     extras, arch = key.extras, key.arch
-    if arch in _BEFORE_FP8:
+    if arch in BEFORE_FP8:
         raise ArchUnsupportedError(f"dtype: got {key.v_dtype.value} on {arch.value}, which has no fp8; allowed are sm_89 and later")
     for name, unit in (("k_descale", extras.k_descale), ("v_descale", extras.v_descale)):
         if unit is ScaleUnit.TOKEN and not key.paged:
