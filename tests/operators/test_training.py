@@ -11,7 +11,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts  # noqa: E402 - after the skip
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402 - after the skip
+from torch._functorch.aot_autograd import make_boxed_func  # noqa: E402
+from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts  # noqa: E402
 
 import atomr_accel_flashattn as fa  # noqa: E402
 from tests.operators.calls import gradients, leaves, operators  # noqa: E402
@@ -80,13 +83,57 @@ def test_a_policy_saves_the_operator():
     assert (False, operators.attention.default) in calls
 
 
-@pytest.mark.parametrize("budget", [0.01, 0.5])
+@pytest.mark.parametrize("budget", [1e-6, 0.01, 0.5])
 def test_a_memory_budget_draws_the_same_dropout(budget: float):
     """With a budget of 0 torch saves nothing but inputs, and draws its own dropouts anew as well (docs/semantics.md)."""
     with torch._functorch.config.patch(activation_memory_budget=budget):
         made = step(torch.compile(attend, fullgraph=True, backend="aot_eager_decomp_partition"))
     for one, other in zip(made, step(attend), strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Block(torch.nn.Module):
+    """Attention with dropout, and products beside which a drawn seed weighs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.up, self.down = torch.nn.Linear(32, 96), torch.nn.Linear(32, 128), torch.nn.Linear(128, 32)
+
+    def forward(self, x: Any) -> Any:
+        """The same shape from x (B, S, 32)."""
+        out = fa.flash_attn_qkvpacked_func(self.qkv(x).unflatten(-1, (3, 2, 16)), 0.3, causal=True)
+        x = x + out.flatten(2)
+        return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+
+def partitioned(budget: float, **config: Any) -> list[Any]:
+    """What the backward calls of two blocks that are compiled with a memory budget. Their gradients are those of the eager ones."""
+    torch.manual_seed(0)
+    model, graphs = torch.nn.Sequential(Block(), Block()), []
+    tensors = [torch.randn(2, 200, 32, requires_grad=True), *model.parameters()]
+
+    def keep(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    made = []
+    with torch._functorch.config.patch(activation_memory_budget=budget, **config):
+        for function in (torch.compile(model, fullgraph=True, backend=backend), model):
+            torch.manual_seed(1)
+            made.append(gradients(function(tensors[0]).sin().sum(), tensors))
+    for one, other in zip(*made, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    return [node.target for node in graphs[-1].graph.nodes]
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3, 0.5])
+def test_a_memory_budget_keeps_seeds_and_knows_what_attention_costs(budget: float):
+    """torch weighs what it may save by operations: a product of millions beside a draw of none, which float32 rounds away."""
+    called = partitioned(budget, is_non_builtin_to_include=True)
+    assert operators.draw_seed.default not in called
+    assert operators.attention.default not in called
+    assert torch.ops.aten.addmm.default in called, "nothing is computed again"
 
 
 def mixed() -> list[Any]:

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.torch
 
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402 - after the skip
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import atomr_accel_flashattn as fa  # noqa: E402
 from tests.operators.calls import FORMS, OPTIONS, gradients, leaves, operators, parts_of  # noqa: E402
@@ -259,6 +260,29 @@ def test_a_dispatch_mode_sees_the_call():
     with Noting() as mode:
         gradients(fa.flash_attn_func(*tensors, 0.2).sin().sum(), tensors)
     assert {operators.draw_seed.default, operators.attention.default, operators.attention_backward.default} <= set(mode.seen)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_flops_are_counted(packed: bool):
+    """Those of the products: QK^T and PV forward, QK^T, dP, dV, dQ and dK backward."""
+    sizes, call = FORMS["flash_attn_varlen_func" if packed else "flash_attn_func"]
+    q, k, v = leaves(*sizes)
+    v = torch.cat((v, v[..., :8]), -1).detach().requires_grad_()
+    scores = 4 * (5 * 5 + 7 * 7 if packed else 2 * 6 * 6)
+    with FlopCounterMode(display=False) as counted:
+        call(q, k, v, causal=True).sum().backward()
+    expected = {operators.attention: 2 * scores * (16 + 24), operators.attention_backward: 2 * scores * (3 * 16 + 2 * 24)}
+    assert counted.get_flop_counts()["Global"] == expected
+
+
+@pytest.mark.parametrize(("longest", "scores"), [(2, 4 * 3 * 2 * 2), (7, 4 * 12 * 12), (torch.tensor(7), 4 * 12 * 12)], ids=str)
+def test_flops_of_offsets_without_values_are_the_most_there_can_be(longest: Any, scores: int):
+    q, k, v = (x.to("meta") for x in plain(12))
+    ends = torch.empty(4, dtype=torch.int32, device="meta")
+    lengths = {f"longest_{of}" if isinstance(longest, torch.Tensor) else f"max_seqlen_{of}": longest for of in "qk"}
+    with FlopCounterMode(display=False) as counted:
+        operators.attention(q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, **lengths)
+    assert counted.get_total_flops() == 2 * scores * (16 + 16)
 
 
 # Of a call that autograd recorded while nothing watched it:

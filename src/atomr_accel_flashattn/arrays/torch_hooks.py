@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, TypeAlias
 
 import wrapt
@@ -26,6 +27,7 @@ __all__ = [
     "empty_on",
     "guard_of",
     "hooks",
+    "is_kept_by_compilers",
     "is_mapped_by_autograd",
     "is_random_to_compilers",
     "is_transformed",
@@ -34,6 +36,7 @@ __all__ = [
     "maker_of",
     "may_have_tangents",
     "meet_torch",
+    "once_flops_are_counted",
     "once_torch_is_there",
     "one_level",
     "recorder",
@@ -243,6 +246,11 @@ def once_torch_is_there(act: Callable[[Any], None]) -> None:
     wrapt.register_post_import_hook(act, "torch")
 
 
+def once_flops_are_counted(act: Callable[[Any], None]) -> None:
+    """Call ``act`` with torch.utils.flop_counter, once something imports it."""
+    wrapt.register_post_import_hook(act, "torch.utils.flop_counter")
+
+
 def keep_out_of_graphs(functions: tuple[Callable[..., Any], ...]) -> None:
     """Have torch.compile break its graph before calls of ``functions``, which are no operators, and not look into what they call.
 
@@ -273,6 +281,33 @@ def is_random_to_compilers(operator: Any) -> None:
             listed.append(operator)
 
     wrapt.register_post_import_hook(add, "torch._functorch.compile_utils")
+
+
+def is_kept_by_compilers(name: str, library: Any) -> None:
+    """Have the partitioner of torch.compile keep what the operator ``name`` gives, and never call it again for the backward.
+
+    It knows random operators of its own by a list; to others it gives no tag and, under ``activation_memory_budget``, the value of one
+    operation in float32 beside products of millions. What a user marks, as a policy of checkpointing, stays.
+    """
+    if not hasattr(sys.modules["torch"].library, "register_torch_dispatch"):
+        return
+
+    def act(proxies: Any) -> None:
+        torch = sys.modules["torch"]
+        must_save = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+
+        def record(mode: Any, operator: Any, types: Any, arguments: Any, options: Any) -> Any:
+            nodes = mode.tracer.graph.nodes
+            before = len(nodes)
+            made = mode.__torch_dispatch__(operator, types, arguments, options)
+            for node in islice(reversed(nodes), len(nodes) - before):
+                if node.target is operator:
+                    node.meta.setdefault("recompute", must_save)
+            return made
+
+        torch.library.register_torch_dispatch(name, proxies.ProxyTorchDispatchMode, record, lib=library)
+
+    wrapt.register_post_import_hook(act, "torch.fx.experimental.proxy_tensor")
 
 
 def answer_compiler(torch: Any) -> None:

@@ -16,7 +16,15 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from ..arrays.new import empty_torch
-from ..arrays.torch_hooks import below_autograd, is_random_to_compilers, may_have_tangents, one_level, tangent_of
+from ..arrays.torch_hooks import (
+    below_autograd,
+    is_kept_by_compilers,
+    is_random_to_compilers,
+    may_have_tangents,
+    once_flops_are_counted,
+    one_level,
+    tangent_of,
+)
 from ..errors import ShapeError
 from ..limits import not_built
 
@@ -105,6 +113,8 @@ def register() -> None:
         torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=library)
         torch.library.register_vmap(f"{NAMESPACE}::{name}", _late("vmap_rules", name), lib=library)
     is_random_to_compilers(torch.ops.atomr_accel_flashattn.draw_seed)
+    is_kept_by_compilers(f"{NAMESPACE}::draw_seed", library)
+    once_flops_are_counted(_late("flop_counts", "register"))
     library.impl("attention", _recorded("attention", _Differentiable), "Autograd")
     library.impl("attention_backward", _recorded("attention_backward", _DifferentiatedOnce), "Autograd")
 
