@@ -17,6 +17,7 @@ from atomr_accel_flashattn.arrays.read import as_numpy, contiguous_strides, dtyp
 from atomr_accel_flashattn.kernels.attention import AttentionSpec
 from atomr_accel_flashattn.kernels.backward import BackwardSpec, BwdParams
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskParams, DropoutMaskSpec
+from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8ForwardSpec, Fa3Fp8FwdParams
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3FwdParams
 from atomr_accel_flashattn.kernels.fa3_kvcache import Fa3KvCacheParams, Fa3KvCacheSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec, FwdParams
@@ -49,6 +50,7 @@ def read_parameters(spec: KernelSpec, address: int) -> Any:
         Fp8KvCacheSpec: DescaledKvCacheParams,
         Fp8ScheduledKvCacheSpec: DescaledStepParams,
         Fp8AppendSpec: Fp8AppendParams,
+        Fa3Fp8ForwardSpec: Fa3Fp8FwdParams,
     }
     kinds |= {DropoutMaskSpec: DropoutMaskParams, BackwardSpec: BwdParams, KvAppendSpec: KvAppendParams, MergeStatesSpec: MergeStatesParams}
     kinds |= dict.fromkeys((ScheduledKvCacheSpec, StepCombineSpec, StepScheduleSpec), StepParams)
@@ -63,8 +65,8 @@ def run_kernel(spec: KernelSpec, params: Any, address: int, *, grid: int, counte
         size = params.batch * params.heads * params.seqlen_q * params.seqlen_k
         np.frombuffer((ctypes.c_uint8 * size).from_address(params.keep), np.uint8)[:] = 1
         return
-    if isinstance(spec, Fa3KvCacheSpec):
-        assert params.tiles % params.splits == 0
+    if isinstance(spec, (Fa3KvCacheSpec, Fa3Fp8ForwardSpec)):
+        assert isinstance(spec, Fa3Fp8ForwardSpec) or params.tiles % params.splits == 0
         assert grid <= params.tiles if spec.tile.persistent else grid == params.tiles
         assert not spec.tile.persistent or params.counters == counters, "a persistent kernel counts in another stream's counters"
         own = np.zeros(2, np.int32)

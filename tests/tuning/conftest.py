@@ -24,6 +24,7 @@ from atomr_accel_flashattn.errors import CompileError  # noqa: E402
 from atomr_accel_flashattn.jit.compile import CompiledKernel  # noqa: E402
 from atomr_accel_flashattn.kernels.bwd_postprocess import BackwardPostprocessSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec  # noqa: E402
+from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8FwdParams  # noqa: E402
 from atomr_accel_flashattn.kernels.forward import ForwardSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.kvcache import Fa2KvCacheSpec  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Tile  # noqa: E402
@@ -59,6 +60,7 @@ class Card(FakeGpu):
     def on_launch(self, *arguments: Any) -> int:
         code = super().on_launch(*arguments)
         spec, p = self.launches[-1][:2]
+        p = p.fwd if isinstance(p, Fa3Fp8FwdParams) else p
         if isinstance(spec, (ForwardSpec, BackwardPostprocessSpec)):  # which write o and dq
             fwd, answer, dim = (p, p.o, p.v_head_dim) if isinstance(spec, ForwardSpec) else (p.fwd, p.dq, p.fwd.head_dim)
             tile = self.last_tile

@@ -349,3 +349,14 @@ def test_tiles_of_calls_that_are_split_are_those_of_the_whole_kernel(hopper: Car
     cell = Cell(group="few", head_dim=64, heads=2, heads_kv=1, lengths=(16,), length_k=3000, causal=True)
     result = tune(cell, Options(tiles=("m128n64w12s2*",), rounds=1))
     assert {spec.HEADER for spec, *_ in hopper.launches} == {"fa3_fwd"} == {result.spec.HEADER}
+
+
+@pytest.mark.parametrize("family", list(Family), ids=lambda family: family.value)
+def test_fp8_is_tuned_in_either_family(hopper: Card, family: Family) -> None:
+    patterns = ("m64n32w4s[12]*",) if family is Family.FA2 else ("m128n64*s2*",)
+    result = tune(replace(CELL, dtype=fa.DType.F8E4M3), replace(NARROW, family=family, tiles=patterns))
+    assert (result.spec.family, result.spec.dtype) == (family, fa.DType.F8E4M3)
+    timed = [trial for trial in result.trials if trial.rounds]
+    assert len(timed) >= 2
+    assert all(trial.error is not None and trial.error < 5e-2 for trial in timed)
+    assert {launch[0].family for launch in hopper.launches} == {family}
