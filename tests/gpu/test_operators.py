@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts  # noqa: E402 - after the skip
+
+import atomr_accel_flashattn as fa  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.torch_ops import repeat  # noqa: E402
 from tests.gpu.families import DEVICE  # noqa: E402
@@ -224,3 +227,56 @@ def test_vmap_and_func_grad():
     made = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(q, k, v)
     each = [torch.func.grad(loss, argnums=(0, 1, 2))(*x) for x in zip(q, k, v, strict=True)]
     close(list(made), [torch.stack(x) for x in zip(*each, strict=True)])
+
+
+def attend_twice(q: Any, k: Any, v: Any) -> Any:
+    """Two calls, each with a dropout of its own, the second on what the first gives."""
+    return fa.flash_attn_func(fa.flash_attn_func(q.sin(), k, v, 0.4).cos(), k, v, 0.3)
+
+
+def trained(function: Callable[..., Any]) -> list[Any]:
+    """Gradients of a step."""
+    tensors = leaves(2, 130)
+    torch.manual_seed(1)
+    function(*tensors).float().square().sum().backward()  # the reentrant way takes no torch.autograd.grad
+    return [x.grad for x in tensors]
+
+
+@pytest.mark.parametrize("way", ["reentrant", "not reentrant", "selective", "compiled", "compiled, selective", "compiled, memory budget"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_what_is_computed_again_has_the_same_dropout(way: str):
+    """The generator is that of the card, whose state torch keeps in other ways than that of the CPU."""
+    keep = partial(create_selective_checkpoint_contexts, [operators.attention.default, operators.draw_seed.default])
+    options: dict[str, Any] = {"use_reentrant": way == "reentrant"} | ({"context_fn": keep} if "selective" in way else {})
+    again = lambda q, k, v: checkpoint(attend_twice, q, k, v, **options)  # noqa: E731
+    expected = trained(attend_twice)
+    for _ in range(3):  # the first call, and ones like it
+        if way == "compiled, memory budget":
+            with torch._functorch.config.patch(activation_memory_budget=0.3):
+                made = trained(torch.compile(attend_twice, fullgraph=True, backend="aot_eager_decomp_partition"))
+        elif "compiled" in way:
+            made = trained(torch.compile(again, fullgraph=True, backend="aot_eager_decomp_partition"))
+        else:
+            made = trained(again)
+        close(made, expected)
+
+
+def test_batched_gradients_of_repeated_calls():
+    for _ in range(3):
+        tensors = leaves(2, 130)
+        out = fa.flash_attn_func(*tensors, 0.3, causal=True)
+        upstream = normal(3, *out.shape, seed=7)
+        each = [torch.autograd.grad(out, tensors, x, retain_graph=True) for x in upstream]
+        made = torch.autograd.grad(out, tensors, upstream, is_grads_batched=True)
+        close(list(made), [torch.stack(x) for x in zip(*each, strict=True)])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_autograd_of_repeated_calls():
+    for _ in range(3):
+        tensors = leaves(2, 130)
+        loss = fa.flash_attn_func(*tensors, 0.3, causal=True).float().square().sum()
+        expected = torch.autograd.grad(loss, tensors, retain_graph=True)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            loss.backward()
+        close([x.grad for x in tensors], list(expected))

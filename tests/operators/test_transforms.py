@@ -244,14 +244,15 @@ def test_second_derivatives_are_refused_by_name():
 
 
 class Noting(TorchDispatchMode):
-    """Notes the operators that it sees."""
+    """Notes the operators that it sees, with their arguments by name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Any] = []
+        self.seen: dict[Any, dict[str, Any]] = {}
 
     def __torch_dispatch__(self, function: Any, _types: Any, arguments: Any = (), options: Any = None) -> Any:
-        self.seen.append(function)
+        names = (argument.name for argument in function._schema.arguments)
+        self.seen[function] = {**dict(zip(names, arguments, strict=False)), **(options or {})}
         return function(*arguments, **(options or {}))
 
 
@@ -260,6 +261,19 @@ def test_a_dispatch_mode_sees_the_call():
     with Noting() as mode:
         gradients(fa.flash_attn_func(*tensors, 0.2).sin().sum(), tensors)
     assert {operators.draw_seed.default, operators.attention.default, operators.attention_backward.default} <= set(mode.seen)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_operator_is_as_deterministic_as_the_call(deterministic: bool):
+    """Which changes nothing on the CPU."""
+    tensors = leaves()
+    with Noting() as whole:
+        gradients(fa.flash_attn_func(*tensors, deterministic=deterministic).sum(), tensors)
+    loss = fa.flash_attn_func(*tensors, deterministic=deterministic).sum()
+    with Noting() as backward:
+        gradients(loss, tensors)
+    for mode, operator in ((whole, operators.attention), (whole, operators.attention_backward), (backward, operators.attention_backward)):
+        assert mode.seen[operator.default].get("deterministic", False) is deterministic
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
