@@ -40,17 +40,21 @@ _TOKENS = 128  # that share a descale
 
 @dataclass(frozen=True)
 class Fp8:
-    """Types and descales of a call. ``q`` None: of the case. Units are those of q, k and v; None is no descale."""
+    """Types and descales of a call. ``q`` None: of the case. Units are those of q, k and v; None is no descale.
+
+    ``products``: mma.sync multiplies q and k in 8 bits.
+    """
 
     q: DType | None = None
     k: DType = DType.F8E4M3
     v: DType = DType.F8E4M3
     out: DType | None = None
     units: tuple[ScaleUnit | None, ...] = (None, None, None)
+    products: bool = False
 
     def __str__(self) -> str:
         types = [each.value for each in (self.q, self.k, self.v, self.out) if each]
-        return "-".join([*types, *(unit.value if unit else "none" for unit in self.units)])
+        return "-".join([*types, *(unit.value if unit else "none" for unit in self.units), *(["products"] if self.products else [])])
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class _Fp8Cached(Cached):
             fields |= {"head_dim": widths[0], "v_head_dim": widths[1]}
             fields |= {"exact_head_dim": widths == (problem.head_dim, problem.v_head_dim)}
             return Fa3Fp8KvCacheSpec(split=self.splits > 1, block_descales=ScaleUnit.BLOCK in units.values(), **fields)
-        fields |= tokens
+        fields |= tokens | {"fp8_products": self.fp8.products}
         if self.blocks:
             return Fp8ScheduledKvCacheSpec(**fields)
         return Fp8KvCacheSpec(split=self.splits > 1, **fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,20 @@ def test_types_over_pages(types: Fp8, way: Cached, number: int):
     units = (HEAD, *units[1:]) if types.q else units
     dtype = (DType.BF16, DType.F16)[number % 2]
     check_fp8(Case(label="decode", dtype=dtype, **DECODE), Fp8(types.q, types.k, types.v, types.out, units), way)
+
+
+PRODUCTS = [
+    ({"head_dim": 32, "v_head_dim": 64}, Fp8(E4M3, E4M3, E4M3, units=(HEAD, HEAD, HEAD), products=True), WAYS[0]),
+    ({"head_dim": 96, "v_head_dim": 32}, Fp8(E4M3, E5M2, E5M2, units=(BLOCK, TOKEN, TOKEN), products=True), WAYS[3]),
+    ({"head_dim": 128, "v_head_dim": 128}, Fp8(E5M2, E4M3, E4M3, units=(HEAD, BLOCK, HEAD), products=True), WAYS[5]),
+    ({"head_dim": 48, "v_head_dim": 48, "layout": Layout.ODD}, Fp8(E5M2, E5M2, E5M2, products=True), CONTIGUOUS[0]),
+    ({"head_dim": 64, "v_head_dim": 64}, Fp8(E4M3, E5M2, E4M3, units=(HEAD, HEAD, BLOCK), products=True), replace(WAYS[4], plain=True)),
+]
+
+
+@pytest.mark.parametrize(("widths", "types", "way"), PRODUCTS, ids=str)
+def test_products_of_8_bits(widths: dict[str, Any], types: Fp8, way: Cached):
+    check_fp8(Case(label="products", dtype=DType.BF16, **UNEQUAL | {"right": 0} | widths), types, way)
 
 
 @pytest.mark.parametrize("name", FEATURES)

@@ -125,4 +125,4 @@ def test_borrowed_tiles_are_those_of_as_many_rows(gpu: FakeGpu):
     output = fa.run(request, tiles_for=SmArch.SM_120)
     check(call, output.out, output.lse)
     spec: Any = gpu.launches[0][0]
-    assert (spec.arch, spec.tile.block_m, spec.split) == (SmArch.SM_89, 128, False)
+    assert (spec.arch, spec.tile.block_m, spec.split, spec.fp8_products) == (SmArch.SM_89, 128, False, True)

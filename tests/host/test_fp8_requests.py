@@ -188,11 +188,26 @@ def test_plain_arrays_are_for_wgmma_where_it_takes_them_and_else_for_mma_sync(ar
     assert name.startswith(
         f"fa3_fp8_sm90a_{types}_d64_" if wgmma else f"fp8_kvcache_{arch.without_wgmma.value.replace('_', '')}_{types}_d32_"
     )
-    assert wgmma or name.endswith("m128n32w8s2b1_plainkv"), "the rows of a KV head are more than 64"
+    products = "_fp8products" if q is E4M3 and arch in {SmArch.SM_89, SmArch.SM_120} else ""
+    assert wgmma or name.endswith(f"m128n32w8s2b1_plainkv{products}"), "the rows of a KV head are more than 64"
     assert fa.lookup(key_of_problem(request(q).problem, arch, family=Family.FA2)).family is Family.FA2
     if arch is not SmArch.SM_89:
         asked = fa.lookup(key_of_problem(request(q).problem, arch, family=Family.FA3))
         assert asked.family is (Family.FA3 if wgmma else Family.FA2)
+
+
+@pytest.mark.parametrize("way", [{}, {"kv_cache": True}, {"kv_cache": True, "scheduled": True}, {"batch_invariant": True}], ids=str)
+def test_q_and_k_are_multiplied_in_8_bits_where_mma_sync_has_such_products(way: dict[str, Any]):
+    extras = fa.Extras(family=Family.FA2, k_dtype=DType.F8E5M2, v_dtype=DType.F8E4M3, out_dtype=DType.BF16, **way)
+    for arch, dtype in product(SmArch, (DType.F8E4M3, DType.BF16)):
+        if arch not in {SmArch.CPU, SmArch.SM_80, SmArch.SM_86}:
+            spec: Any = fa.lookup(fa.DispatchKey(arch, dtype, 64, extras=extras))
+            assert spec.fp8_products is (dtype.is_fp8 and arch in {SmArch.SM_89, SmArch.SM_120})
+            assert ("QMMA" in spec.expected_instructions) is spec.fp8_products
+    if not extras.scheduled:
+        borrowed: Any = fa.lookup(fa.DispatchKey(SmArch.SM_90, DType.F8E4M3, 64, extras=replace(extras, tiles_for=SmArch.SM_89)))
+        assert borrowed.fp8_products, "tests on Hopper run them"
+        assert "QMMA" not in borrowed.expected_instructions
 
 
 @pytest.mark.parametrize("name", ["k_descale", "v_descale"])

@@ -19,7 +19,7 @@ from ..kernels.fa3_fp8_kvcache import Fa3Fp8KvCacheSpec
 from ..kernels.fa3_fwd import WARPGROUP_ROWS, Fa3ForwardSpec
 from ..kernels.fa3_kvcache import Fa3KvCacheSpec
 from ..kernels.forward import ForwardSpec
-from ..kernels.fp8_kvcache import Fp8KvCacheSpec, Fp8ScheduledKvCacheSpec
+from ..kernels.fp8_kvcache import FP8_PRODUCTS, Fp8KvCacheSpec, Fp8ScheduledKvCacheSpec
 from ..kernels.kvcache import Fa2KvCacheSpec
 from ..kernels.merge_states import MergeStatesSpec
 from ..kernels.spec import Family, KernelSpec, Tile
@@ -153,12 +153,14 @@ def _over_cache(key: DispatchKey) -> Fa2KvCacheSpec | Fa3KvCacheSpec:
 
 
 def _fp8_fields(key: DispatchKey) -> dict[str, Any]:
-    """Types other than that of q, and whose descales are those of tokens."""
+    """Types other than that of q, whose descales are those of tokens, and how fp8 is multiplied."""
     types = {"k_dtype": key.k_dtype, "v_dtype": key.v_dtype, "out_dtype": key.out_dtype}
     scales = {"k_token_scales": key.extras.k_descale, "v_token_scales": key.extras.v_descale}
-    return {name: None if dtype is key.dtype else dtype for name, dtype in types.items()} | {
-        name: unit is ScaleUnit.TOKEN for name, unit in scales.items()
-    }
+    return (
+        {name: None if dtype is key.dtype else dtype for name, dtype in types.items()}
+        | {name: unit is ScaleUnit.TOKEN for name, unit in scales.items()}
+        | {"fp8_products": key.dtype.is_fp8 and (key.extras.tiles_for or key.arch) in FP8_PRODUCTS}
+    )
 
 
 def _forward(key: DispatchKey) -> ForwardSpec:

@@ -11,16 +11,21 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from ..problem import ArrayInfo, AttentionProblem
+from ..types import SmArch
 from .forward import DESCALE_SLOTS, descale_strides
 from .kvcache import Fa2KvCacheSpec, KvCacheParams
 from .params import KernelParams, StrideParams
 from .step import ScheduledKvCacheSpec, StepParams
 
-__all__ = ["DescaledKvCacheParams", "DescaledStepParams", "Fp8KvCacheSpec", "Fp8ScheduledKvCacheSpec"]
+__all__ = ["FP8_PRODUCTS", "DescaledKvCacheParams", "DescaledStepParams", "Fp8KvCacheSpec", "Fp8ScheduledKvCacheSpec"]
 
-_UNALIGNED: Final = ("HMMA", "LDSM", "F2FP")
-_ALIGNED: Final = (*_UNALIGNED, "LDGSTS")
+FP8_PRODUCTS: Final = frozenset({SmArch.SM_89, SmArch.SM_120})  # whose mma.sync multiplies fp8; others compile it to products of f16
 _STRIDES: Final = tuple((f"{name}_stride", StrideParams) for name in DESCALE_SLOTS)
+
+
+def _instructions(spec: Fa2KvCacheSpec) -> tuple[str, ...]:
+    products = ("QMMA",) if spec.fp8_products and spec.arch in FP8_PRODUCTS else ()
+    return ("HMMA", "LDSM", "F2FP", *products, *(("LDGSTS",) if spec.aligned else ()))
 
 
 class DescaledKvCacheParams(KernelParams):
@@ -48,7 +53,7 @@ class Fp8KvCacheSpec(Fa2KvCacheSpec):
     @property
     def expected_instructions(self) -> tuple[str, ...]:
         """mma.sync, ldmatrix, conversions, and cp.async where every address is aligned."""
-        return _ALIGNED if self.aligned else _UNALIGNED
+        return _instructions(self)
 
     def pack_call(self, problem: AttentionProblem, out: ArrayInfo, parts: int) -> DescaledKvCacheParams:
         """``fa::DescaledKvCacheParams`` of one call without addresses; ``parts``: splits of its keys."""
@@ -66,7 +71,7 @@ class Fp8ScheduledKvCacheSpec(ScheduledKvCacheSpec):
     @property
     def expected_instructions(self) -> tuple[str, ...]:
         """mma.sync, ldmatrix, conversions, and cp.async where every address is aligned."""
-        return _ALIGNED if self.aligned else _UNALIGNED
+        return _instructions(self)
 
     def pack_call(self, problem: AttentionProblem, out: ArrayInfo, parts: int) -> KernelParams:
         """``fa::DescaledStepParams`` of one call without addresses; ``parts``: blocks of a plan."""

@@ -36,8 +36,7 @@ __all__ = [
 INVARIANT_GROUPS: Final = 4  # of warps that share the keys of a batch-invariant call
 _COMBINE_TILE: Final = Tile(block_m=64, block_n=32, warps=4)
 _ROWS_OF_WARP: Final = 16
-_BYTES_OF_Q: Final = 2  # of an element in shared memory, where fp8 is widened
-_TOKEN_SCALES: Final = ("k_token_scales", "v_token_scales")
+_OF_FP8: Final = ("k_token_scales", "v_token_scales", "fp8_products")
 _MOST_SPLITS: Final = 64
 KEYS_OF_SPLIT: Final = 256  # at least: a split has a partial result to write and to read
 
@@ -114,6 +113,7 @@ class Fa2KvCacheSpec(KvCacheSpec):
     # fp8 K and V in pages: each slot has a descale of its own.
     k_token_scales: bool = False
     v_token_scales: bool = False
+    fp8_products: bool = False  # fp8 q and k are multiplied in 8 bits, else in f16
 
     def config(self) -> dict[str, Any]:
         """With what a cache adds. The learned sink of a call that is split joins where the splits are combined, once."""
@@ -122,8 +122,8 @@ class Fa2KvCacheSpec(KvCacheSpec):
         return AttentionSpec.config(self) | added | {"learned_sink": self.learned_sink and not self.split}
 
     def types_config(self) -> dict[str, Any]:
-        """With whose descales there are."""
-        return AttentionSpec.types_config(self) | {name: True for name in _TOKEN_SCALES if getattr(self, name)}
+        """With whose descales there are, and how fp8 is multiplied."""
+        return AttentionSpec.types_config(self) | {name: True for name in _OF_FP8 if getattr(self, name)}
 
     @property
     def shared_memory(self) -> int:
@@ -133,7 +133,7 @@ class Fa2KvCacheSpec(KvCacheSpec):
         stages = groups * tile.stages * tile.block_n * row
         scales = 4 * tile.block_m if self.k_type.is_fp8 and self.dtype is DType.BF16 else 0  # what rows of q are divided by
         merge = groups * tile.block_m * (2 + self.v_head_dim + 4) * 4
-        return tile.block_m * self.head_dim * _BYTES_OF_Q + max(stages + scales, merge)
+        return tile.block_m * self.head_dim * (1 if self.fp8_products else 2) + max(stages + scales, merge)
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:

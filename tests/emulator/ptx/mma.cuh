@@ -1,5 +1,5 @@
 // cuda/ptx/mma.cuh on the emulator. Fragment layouts are those of the PTX ISA, "Matrix fragments
-// for mma.m16n8k16".
+// for mma.m16n8k16" and "for mma.m16n8k32".
 #pragma once
 
 #include "ptx/common.cuh"
@@ -35,32 +35,33 @@ struct ProductOperands {
   const uint32_t* a;
   uint32_t b[2];
 };
-template <class Widen>
-void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Widen widen) {
+// Operands of kBits bits: a word holds kOfWord of them, neighbours along k.
+template <int kBits, class WidenA, class WidenB>
+void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, WidenA widen_a, WidenB widen_b) {
   ProductOperands mine = {d, a, {b0, b1}};
-  emulator::warp_wide(mine, [widen](ProductOperands** all) {
-    float A[16][16], B[16][8];
+  emulator::warp_wide(mine, [widen_a, widen_b](ProductOperands** all) {
+    constexpr int kOfWord = 32 / kBits, kStep = 8 * kOfWord;
+    constexpr uint32_t kMask = (1u << kBits) - 1;
+    float A[16][kStep], B[kStep][8];
     for (int lane = 0; lane < 32; ++lane) {
-      const int group = lane / 4, pair = lane % 4 * 2;
-      for (int i = 0; i < 4; ++i) {
-        const int row = group + i % 2 * 8, col = pair + i / 2 * 8;
-        A[row][col] = widen(all[lane]->a[i] & 0xffff);
-        A[row][col + 1] = widen(all[lane]->a[i] >> 16);
-      }
-      for (int i = 0; i < 2; ++i) {
-        B[pair + 8 * i][group] = widen(all[lane]->b[i] & 0xffff);
-        B[pair + 8 * i + 1][group] = widen(all[lane]->b[i] >> 16);
+      const int group = lane / 4, first = lane % 4 * kOfWord;
+      for (int n = 0; n < kOfWord; ++n) {
+        for (int i = 0; i < 4; ++i)
+          A[group + i % 2 * 8][first + n + i / 2 * 4 * kOfWord] = widen_a(all[lane]->a[i] >> (n * kBits) & kMask);
+        for (int i = 0; i < 2; ++i) B[first + n + i * 4 * kOfWord][group] = widen_b(all[lane]->b[i] >> (n * kBits) & kMask);
       }
     }
     float D[16][8] = {};
     for (int row = 0; row < 16; ++row)
-      for (int k = 0; k < 16; ++k)
+      for (int k = 0; k < kStep; ++k)
         for (int col = 0; col < 8; ++col) D[row][col] += A[row][k] * B[k][col];
     for (int lane = 0; lane < 32; ++lane)
       for (int e = 0; e < 4; ++e) all[lane]->d[e] += D[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
   });
 }
-inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply(d, a, b0, b1, widen_f16); }
-inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply(d, a, b0, b1, widen_bf16); }
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply<16>(d, a, b0, b1, widen_f16, widen_f16); }
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply<16>(d, a, b0, b1, widen_bf16, widen_bf16);
+}
 
 }  // namespace fa::ptx

@@ -48,6 +48,8 @@ struct CacheOperands {
 // shuffled for that. Q K^T: a lane has columns 4c to 4c + 3 of 16 for 2c, 2c + 1, 2c + 8 and 2c +
 // 9, and Q lies in shared memory in that order. P V: of the 16 columns of two accumulator tiles,
 // one has the even ones, the other one the odd ones.
+//
+// With fp8_products Q stays as it is, and S is made of bytes.
 template <Config C>
 struct CacheOperands<C, true> {
   static constexpr bool kConverts = true, kFp8Q = bytes_of(C.dtype) == 1, kScalesQ = C.dtype == DType::BF16;
@@ -60,10 +62,12 @@ struct CacheOperands<C, true> {
   static constexpr int kElementBytes = 1;
   using Traits = MmaTraits<DType::F16>;
   using Tile = ScoreTile<C, 1>;
-  using TileQ = SharedTile<C.block_m, C.head_dim>;
+  static_assert(kFp8Q || !C.fp8_products, "operands of 8 bits");
+  static constexpr int kColsOfQ = C.fp8_products ? C.head_dim / 2 : C.head_dim;  // of 16 bits
+  using TileQ = SharedTile<C.block_m, kColsOfQ>;
   using TileK = SharedTile<C.block_n, C.head_dim / 2>;
   using TileV = SharedTile<C.block_n, C.v_head_dim / 2>;
-  using ReadQ = FragmentReader<C.block_m, C.head_dim>;
+  using ReadQ = FragmentReader<C.block_m, kColsOfQ>;
   using ReadK = FragmentReader<C.block_n, C.head_dim / 2>;
   using ReadV = FragmentReader<C.block_n, C.v_head_dim / 2>;
   using K = Fp8Traits<C.k_dtype>;
@@ -95,8 +99,12 @@ struct CacheOperands<C, true> {
       for (int i = 0; i < kHeld; ++i) {
         const int chunk = lane + kLanes * i;
         if (kChunks % kLanes != 0 && chunk >= kChunks) break;
-        ptx::store_shared_16(sQ + TileQ::offset(r, 2 * chunk), even[i]);
-        ptx::store_shared_16(sQ + TileQ::offset(r, 2 * chunk + 1), odd[i]);
+        if constexpr (C.fp8_products) {
+          ptx::store_shared_16(sQ + TileQ::offset(r, chunk), even[i]);
+        } else {
+          ptx::store_shared_16(sQ + TileQ::offset(r, 2 * chunk), even[i]);
+          ptx::store_shared_16(sQ + TileQ::offset(r, 2 * chunk + 1), odd[i]);
+        }
       }
     }
   }
@@ -109,6 +117,7 @@ struct CacheOperands<C, true> {
 
   // S += Q K^T
   static __device__ __forceinline__ void multiply_qk(typename Tile::Scores& rS, const ReadQ& read_q, int row, const ReadK& read_k) {
+    if constexpr (C.fp8_products) return multiply_bytes(rS, read_q, row, read_k);
 #pragma unroll
     for (int k = 0; k < C.head_dim / 32; ++k) {
       uint32_t a[2][4], b[4];
@@ -166,9 +175,28 @@ struct CacheOperands<C, true> {
     return Traits::pack(lo, hi);
   }
 
-  // 16 columns of Q as words of two 16-bit numbers: the even and the odd ones.
+  // S += Q K^T in 8 bits: ldmatrix puts bytes where mma wants them.
+  static __device__ __forceinline__ void multiply_bytes(typename Tile::Scores& rS, const ReadQ& read_q, int row, const ReadK& read_k) {
+    using Products = Fp8Products<C.dtype, C.k_dtype>;
+#pragma unroll
+    for (int k = 0; k < C.head_dim / 32; ++k) {
+      uint32_t a[4], b[4];
+      read_q.read(a, row, k);
+#pragma unroll
+      for (int t = 0; t < Tile::kKeyTiles; t += 2) {
+        read_k.read(b, 8 * t, k);
+        Products::mma(rS[0][t], a, b[0], b[1]);
+        Products::mma(rS[0][t + 1], a, b[2], b[3]);
+      }
+    }
+  }
+
+  // 16 columns of Q as words of two 16-bit numbers: the even and the odd ones. For products of 8
+  // bits the former are all of them, as they are.
   static __device__ __forceinline__ void read_chunk(const Bits<C.dtype>* row, int col, int cols, uint4& even, uint4& odd) {
-    if constexpr (kFp8Q) {
+    if constexpr (C.fp8_products) {
+      even = read(row + col, cols - col);
+    } else if constexpr (kFp8Q) {
       using Q = Fp8Traits<kFp8Q ? C.dtype : DType::F8E4M3>;
       const uint4 x = read(row + col, cols - col);
       even = {Q::low(x.x), Q::low(x.y), Q::low(x.z), Q::low(x.w)};

@@ -36,6 +36,7 @@ struct Config {
   DType k_dtype = dtype, v_dtype = dtype, out_dtype = dtype;
   // fp8: each slot of a page has a descale of its own, else 128 tokens or more share one.
   bool k_token_scales = false, v_token_scales = false;
+  bool fp8_products = false;  // mma.sync: Q and K of fp8 are multiplied in 8 bits, else in f16
 
   // Type of P as an operand of P V: that of v if q is fp8.
   constexpr DType p_dtype() const { return bytes_of(dtype) == 1 ? v_dtype : dtype; }

@@ -33,4 +33,21 @@ struct Fp8Traits {
   }
 };
 
+// Products of 8-bit operands. The instruction is of sm_89 and sm_120; other architectures run it in
+// f16.
+template <DType kA, DType kB>
+struct Fp8Products {
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (kA == DType::F8E4M3 && kB == DType::F8E4M3) {
+      ptx::mma_e4m3_e4m3(d, a, b0, b1);
+    } else if constexpr (kA == DType::F8E4M3) {
+      ptx::mma_e4m3_e5m2(d, a, b0, b1);
+    } else if constexpr (kB == DType::F8E4M3) {
+      ptx::mma_e5m2_e4m3(d, a, b0, b1);
+    } else {
+      ptx::mma_e5m2_e5m2(d, a, b0, b1);
+    }
+  }
+};
+
 }  // namespace fa
