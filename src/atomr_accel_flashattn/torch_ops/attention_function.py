@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import torch
 
-from ..arrays.torch_hooks import hooks, is_mapped_by_autograd, is_watched
+from ..arrays.torch_hooks import hooks, is_watched, mapped_gradient_check
 from ..limits import not_built
 
 __all__ = ["SAVED", "Attention", "Differentiator", "RecordedCall", "Saved", "apply_quickly"]
@@ -15,6 +15,8 @@ __all__ = ["SAVED", "Attention", "Differentiator", "RecordedCall", "Saved", "app
 # before it is read again. The last ones may be left out where there are none: each costs autograd 0.3 us.
 SAVED: Final = ("q", "k", "v", "learned_sink", "out", "lse", "slopes", "rng", "cu_seqlens_q", "cu_seqlens_k")
 Saved: TypeAlias = tuple[Any, ...]
+
+_is_mapped: Final = mapped_gradient_check()
 
 
 class Differentiator(Protocol):
@@ -58,7 +60,7 @@ class Attention(torch.autograd.Function):  # type: ignore[misc] # torch is Any h
             return (None,) * (1 + len(wanted))
         saved, differentiator = ctx.saved_tensors, ctx.differentiator
         # torch's compiled autograd, or mapped gradients, or a dispatch mode, which the forward was not in
-        watched = hooks.is_compiling() or is_watched() or is_mapped_by_autograd(dout) or is_mapped_by_autograd(dlse)
+        watched = hooks.is_compiling() or is_watched() or (dout is not None and _is_mapped(dout)) or (dlse is not None and _is_mapped(dlse))
         made = differentiator.by_operator(saved, dout, dlse) if watched else differentiator.gradients(saved, dout, dlse)
         gradients = [each if want else None for each, want in zip(made, wanted, strict=False)]
         if torch.is_grad_enabled() and not watched:  # create_graph=True; the operator refuses it by itself
