@@ -246,11 +246,24 @@ def test_a_first_call_that_is_refused_is_refused_by_name():
     assert made.stdout == "refused\n"
 
 
-def test_a_scale_and_a_probability_that_change_are_not_kept():
-    call = lambda q, k, v, scale: fa.flash_attn_func(q, k, v, softmax_scale=scale)  # noqa: E731
+@pytest.mark.parametrize("kind", [float, np.float64])
+def test_a_scale_and_a_probability_that_change_are_not_kept(kind: Callable[[float], float]):
+    call = lambda q, k, v, scale, p: fa.flash_attn_func(q, k, v, p, scale, softcap=scale)  # noqa: E731
     function = compiled(call)
-    for scale in (0.1, 0.2, 0.3, 0.4):
-        assert torch.equal(function(*leaves(), scale), call(*leaves(), scale))
+    for scale, p in ((0.1, 0.0), (0.2, 0.0), (0.3, 0.25), (0.4, 0.5), (0.1, 0.5)):
+        arguments = (*leaves(), kind(scale), kind(p))
+        torch.manual_seed(3)
+        made = function(*arguments)
+        torch.manual_seed(3)
+        assert torch.equal(made, call(*arguments)), (scale, p)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_scale_that_numpy_computes(fullgraph: bool):
+    """torch.compile takes a number of NumPy for an array without dimensions."""
+    call = lambda q, k, v: fa.flash_attn_func(q, k, v, softmax_scale=2 / np.sqrt(q.shape[-1]))  # noqa: E731
+    tensors = leaves()
+    assert torch.equal(torch.compile(call, fullgraph=fullgraph, backend="aot_eager")(*tensors), call(*tensors))
 
 
 def test_broadcast_layouts_do_not_share_a_graph():

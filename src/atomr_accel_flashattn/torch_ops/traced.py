@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.torch_hooks import is_watched
+from ..arrays.torch_hooks import hooks, is_watched
 from ..errors import ArrayTypeError, CuSeqlensError, OutputError
 from ..requests.arguments import flag, mask_of, needs_padding, softcap_of, step_up
 from ..requests.options import AttentionOptions
@@ -73,6 +73,7 @@ def attend(q: Any, k: Any, v: Any, packing: Any, numbers: tuple[Any, ...], other
         return _attend_numpy(q, k, v, packing, numbers, others, deterministic)
     dropout_p, softmax_scale, causal, window_size, softcap, sink_tokens, probs = numbers
     slopes, learned_sink, out = others
+    dropout_p, softmax_scale, softcap = map(_float, (dropout_p, softmax_scale, softcap))
     deterministic, probs = flag(deterministic, "deterministic"), flag(probs, "return_attn_probs")
     mask = mask_of(window_size, causal=flag(causal, "causal"))
     band = mask.band(sink_tokens)
@@ -157,6 +158,14 @@ def _length(length: Any, name: str) -> tuple[Any, Any]:
             f"max_seqlen of cu_seqlens_{name}: got {length!r}; allowed is an integer, or an integer tensor without dimensions"
         )
     return 0, tensor
+
+
+def _float(number: Any) -> Any:
+    """A number of NumPy, as ``1 / np.sqrt(64)`` is, for Python: torch.compile takes it for an array without dimensions."""
+    import torch
+
+    traced = hooks.is_compiling() and isinstance(number, np.ndarray)
+    return float(number) if traced and torch.as_tensor(number).dtype is torch.float64 else number
 
 
 def _check_out(out: Any, made: Any) -> None:
