@@ -1,8 +1,8 @@
 """Quantising to fp8 with descales that calls take, and the rotation of q and k that spreads outliers. In NumPy, or in operations of torch.
 
-The scale of elements that share one is their largest magnitude over the largest number of the type, so that nothing is cut off. One by
-token depends on no other token; one by tensor, (batch, KV head) or block of 128 tokens depends on later tokens too, so what is appended
-to a cache later may not fit it.
+The scale of elements that share one is their largest magnitude over the largest number of the type, so that nothing is cut off: 1 for
+zeros, else a normal float32. NaN stays NaN and has no part in it. One by token depends on no other token; one by tensor, (batch, KV head)
+or block of 128 tokens depends on later tokens too, so what is appended to a cache later may not fit it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .types import DType, ScaleUnit
 __all__ = ["Quantized", "quantize", "rotate_outliers"]
 
 _LARGEST: Final = {DType.F8E4M3: 448.0, DType.F8E5M2: 57344.0}
+_LEAST: Final = np.finfo(np.float32).smallest_normal  # of a scale: smaller ones lose bits
 _FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -48,15 +49,16 @@ def quantize(
         unit: what shares a descale. TENSOR: all, (). HEAD: a sequence and KV head, (B, Hkv). BLOCK: 128 tokens of these, (B, Hkv,
             ceil(S / 128)). TOKEN: a token and head, ``x.shape[:-1]``, as it goes beside pages.
         heads_kv: KV heads, for a q that has more heads: those of a group share a descale. None is as many as ``x`` has.
-        cu_seqlens: int32 (B + 1,), where packed sequences begin. Rows that no sequence owns become 0.
-        max_seqlen: of packed sequences in BLOCK, the longest length, or an upper bound.
+        cu_seqlens: int32 (B + 1,) of the library of ``x``, where packed sequences begin. Rows that no sequence owns become 0.
+        max_seqlen: of packed sequences in BLOCK, the longest length, or an upper bound. On a GPU nobody looks whether it is: tokens past
+            it would have the descale of the last block.
 
     Raises:
         ArrayTypeError: another kind of array.
         DTypeError: a ``dtype`` that is not fp8, or an ``x`` that is no float of 16 bits or more.
         ShapeError: a rank that has no such meaning.
         HeadCountError: heads that are no multiple of ``heads_kv``.
-        CuSeqlensError: BLOCK of packed sequences without their longest length.
+        CuSeqlensError: no offsets; BLOCK of packed sequences without their longest length.
     """
     library = _library_of(x)
     if dtype not in FP8_DTYPES:
@@ -68,21 +70,19 @@ def quantize(
         allowed = "(total, heads, head dim) with cu_seqlens" if packed else "(batch, length, heads, head dim)"
         raise ShapeError(f"x: got shape {tuple(x.shape)}; allowed is {allowed}")
     heads = x.shape[-2]
-    groups = heads if heads_kv is None or unit is ScaleUnit.TOKEN else heads_kv
-    if groups < 1 or heads % groups:
-        raise HeadCountError(f"heads_kv: got {heads_kv} with {heads} heads; allowed is a number that divides them")
-    if packed and unit is ScaleUnit.BLOCK and as_integer(max_seqlen) is None:
-        raise CuSeqlensError(f"max_seqlen: got {max_seqlen!r} with packed sequences; allowed is the longest length, for descales of blocks")
+    groups = heads if heads_kv is None or unit is ScaleUnit.TOKEN else as_integer(heads_kv)
+    if groups is None or groups < 1 or heads % groups:
+        raise HeadCountError(f"heads_kv: got {heads_kv!r} with {heads} heads; allowed is a number that divides them")
     rows = library.wide(x).reshape(-1, groups, heads // groups * x.shape[-1])
-    amax = library.largest(rows)
     if packed:
-        sequence, position, owned = library.places(cu_seqlens, x.shape[0])
-        batch, longest = cu_seqlens.shape[0] - 1, max_seqlen or 0
-        rows, amax = rows * owned[:, None, None], amax * owned[:, None]
+        batch, longest = _packing(library, cu_seqlens, max_seqlen, unit)
+        sequence, position, owned = library.places(cu_seqlens, x.shape[0], longest)
+        rows = library.only(owned[:, None, None], rows)
     else:
         batch, longest = x.shape[0], x.shape[1]
         number = library.arange(x, batch * longest)
         sequence, position = number // max(longest, 1), number % max(longest, 1)
+    amax = library.largest(rows)
     blocks = -(-longest // SCALED_TOKENS) if unit is ScaleUnit.BLOCK else 1
     place = sequence * blocks + (position // SCALED_TOKENS if unit is ScaleUnit.BLOCK else 0)
     if unit is ScaleUnit.TOKEN:
@@ -111,8 +111,11 @@ def rotate_outliers(x: Any) -> Any:
     Raises:
         ArrayTypeError: another kind of array.
         DTypeError: no float of 16 bits or more.
+        ShapeError: no dimension.
     """
     library = _library_of(x)
+    if not x.shape:
+        raise ShapeError("x: got shape (); allowed is (..., head dim)")
     width = x.shape[-1]
     part = width & -width
     number = np.arange(width)
@@ -127,8 +130,40 @@ def rotate_outliers(x: Any) -> Any:
     return library.as_type(y.reshape(x.shape), x)
 
 
+def _packing(library: _NumPy | _Torch, cu_seqlens: Any, max_seqlen: Any, unit: ScaleUnit) -> tuple[int, int]:
+    """How many packed sequences there are, and their longest length, which is 1 where no descale depends on it.
+
+    Raises:
+        CuSeqlensError: no offsets, or no longest length where it is needed.
+    """
+    kind = getattr(cu_seqlens, "dtype", type(cu_seqlens).__qualname__)
+    if not library.owns(cu_seqlens) or len(cu_seqlens.shape) != 1 or "int" not in str(kind):
+        shape = "" if getattr(cu_seqlens, "shape", None) is None else f" of shape {tuple(cu_seqlens.shape)}"
+        raise CuSeqlensError(f"cu_seqlens: got {kind}{shape}; allowed is an int32 array (batch + 1,) of the library of x")
+    batch = cu_seqlens.shape[0] - 1
+    if unit is not ScaleUnit.BLOCK:
+        return batch, 1
+    longest = as_integer(max_seqlen)
+    least = library.longest(cu_seqlens)
+    if longest is None or longest < least:
+        raise CuSeqlensError(
+            f"max_seqlen: got {max_seqlen!r} with packed sequences{f' of up to {least}' if least else ''}; "
+            "allowed is the longest length, for descales of blocks"
+        )
+    return batch, max(longest, 1)
+
+
 class _NumPy:
     """What of a library is needed, in NumPy."""
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, np.ndarray)
+
+    def longest(self, cu_seqlens: Any) -> int:
+        return int(np.diff(cu_seqlens).max(initial=0))
+
+    def only(self, where: Any, x: Any) -> Any:
+        return np.where(where, x, np.float32(0))
 
     def wide(self, x: Any) -> Any:
         return x.astype(np.float32)
@@ -137,16 +172,16 @@ class _NumPy:
         return np.arange(count)
 
     def largest(self, rows: Any) -> Any:
-        return np.abs(rows).max(axis=-1, initial=0)
+        return np.fmax.reduce(np.abs(rows), axis=-1, initial=0)
 
     def whole(self, amax: Any) -> Any:
         return np.asarray(amax.max(initial=0))
 
-    def places(self, cu_seqlens: Any, rows: int) -> tuple[Any, Any, Any]:
+    def places(self, cu_seqlens: Any, rows: int, longest: int) -> tuple[Any, Any, Any]:
         number = np.arange(rows)
         last = max(len(cu_seqlens) - 2, 0)
         sequence = np.clip(np.searchsorted(cu_seqlens, number, side="right") - 1, 0, last)
-        return sequence, number - cu_seqlens[sequence], number < cu_seqlens[-1]
+        return sequence, np.minimum(number - cu_seqlens[sequence], longest - 1), number < cu_seqlens[-1]
 
     def gathered(self, amax: Any, place: Any, count: int) -> Any:
         found = np.zeros((count, amax.shape[1]), np.float32)
@@ -154,7 +189,7 @@ class _NumPy:
         return found
 
     def scale(self, amax: Any, largest: float) -> Any:
-        return np.where(amax > 0, amax / np.float32(largest), np.float32(1)).astype(np.float32)
+        return np.where(amax > 0, np.maximum(amax / np.float32(largest), _LEAST), np.float32(1)).astype(np.float32)
 
     def narrow(self, values: Any, dtype: DType, largest: float) -> Any:
         return np.clip(values, -largest, largest).astype(numpy_dtype(dtype_name_of(dtype)))
@@ -178,6 +213,15 @@ class _Torch:
     def __init__(self) -> None:
         self.torch = sys.modules["torch"]
 
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, self.torch.Tensor)
+
+    def longest(self, cu_seqlens: Any) -> int:
+        return 0 if cu_seqlens.device.type != "cpu" or len(cu_seqlens) < 2 else int(cu_seqlens.diff().max())
+
+    def only(self, where: Any, x: Any) -> Any:
+        return self.torch.where(where, x, 0.0)
+
     def wide(self, x: Any) -> Any:
         return x.float()
 
@@ -185,23 +229,23 @@ class _Torch:
         return self.torch.arange(count, device=x.device)
 
     def largest(self, rows: Any) -> Any:
-        return rows.abs().amax(dim=-1)
+        return rows.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(dim=-1)
 
     def whole(self, amax: Any) -> Any:
         return amax.amax() if amax.numel() else amax.new_zeros(())
 
-    def places(self, cu_seqlens: Any, rows: int) -> tuple[Any, Any, Any]:
+    def places(self, cu_seqlens: Any, rows: int, longest: int) -> tuple[Any, Any, Any]:
         number = self.torch.arange(rows, device=cu_seqlens.device)
         last = max(len(cu_seqlens) - 2, 0)
         sequence = (self.torch.searchsorted(cu_seqlens.long(), number, right=True) - 1).clamp(0, last)
-        return sequence, number - cu_seqlens.long()[sequence], number < cu_seqlens[-1]
+        return sequence, (number - cu_seqlens.long()[sequence]).clamp(max=longest - 1), number < cu_seqlens[-1]
 
     def gathered(self, amax: Any, place: Any, count: int) -> Any:
         found = amax.new_zeros((count, amax.shape[1]))
         return found.scatter_reduce(0, place[:, None].expand_as(amax), amax, "amax")
 
     def scale(self, amax: Any, largest: float) -> Any:
-        return self.torch.where(amax > 0, amax / largest, self.torch.ones_like(amax))
+        return self.torch.where(amax > 0, (amax / largest).clamp(min=float(_LEAST)), 1.0)
 
     def narrow(self, values: Any, dtype: DType, largest: float) -> Any:
         return values.clamp(-largest, largest).to(getattr(self.torch, dtype_name_of(dtype)))

@@ -106,13 +106,13 @@ def test_head_dims_of_fp8_are_not_padded():
 @pytest.mark.parametrize("call", [fa.flash_attn_func, fa.flash_attn_with_kvcache])
 def test_a_descale_of_16_bits_is_refused(call: Any):
     q = np.zeros((1, 4, H, D), np.float16)
-    with pytest.raises(fa.DescaleError, match="fp8: got Fp8Options with float16 in k and float16 in v"):
+    with pytest.raises(fa.DescaleError, match="k_descale: got one with float16 in k and float16 in v"):
         call(q, q, q, k_descale=scales()["k_descale"])
 
 
 def test_an_out_of_another_type_is_refused():
     q, k, v = arrays(1, 4, H, D)
-    with pytest.raises(fa.OutputError, match=r"out: got float8_e4m3fn.*allowed is bfloat16"):
+    with pytest.raises(fa.OutputError, match="out: got float8_e4m3fn with fp8 in v; allowed are bfloat16, float16, float32"):
         fa.flash_attn_func(q, k, v, out=np.empty_like(q))
 
 
@@ -147,7 +147,7 @@ class TestTorch:
 
     def test_bytes_are_not_taken_for_fp8(self):
         (q, k, v), descales = self.call()
-        with pytest.raises(fa.DTypeError, match="q: got type uint8"):
+        with pytest.raises(fa.DTypeError, match=r"q: got type uint8.*float8_e4m3fn, float8_e5m2; view bytes of fp8"):
             fa.flash_attn_func(*(x.view(self.torch.uint8) for x in (q, k, v)), **descales)
 
     @pytest.mark.parametrize("given", [True, False], ids=["descales", "none"])
@@ -160,6 +160,12 @@ class TestTorch:
 
         expected = dense(**scales(B, H)) if given else dense()
         same(model(q, k, v, descales if given else {}), expected.astype(np.float32) * 2)
+
+    def test_a_whole_graph_is_refused_with_the_reason(self):
+        (q, k, v), descales = self.call()
+        model = self.torch.compile(fa.flash_attn_func, backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match="on a KV cache or on fp8 are no operators of torch"):
+            model(q, k, v, **descales)
 
     def test_a_trace_refuses(self):
         from torch.fx.experimental.proxy_tensor import make_fx

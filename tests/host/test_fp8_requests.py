@@ -85,6 +85,7 @@ def test_lengths_that_vary_leave_room_for_more_blocks_of_tokens():
 
 REFUSED = {
     "one dimension": (fa.DescaleError, r"k_descale: got shape \(2,\), which may be", lambda: request(k_descale=scale(HKV))),
+    "one number": (fa.DescaleError, r"k_descale: got shape \(1,\).*call .reshape\(\(\)\)", lambda: request(k_descale=scale(1))),
     "wrong shape": (
         fa.DescaleError,
         r"v_descale: got shape \(2, 3\); allowed are \(\).*\(3, 2\)",
@@ -100,14 +101,23 @@ REFUSED = {
     ),
     "type": (fa.DescaleError, "k_descale: got type float64", lambda: request(k_descale=np.ones((B, HKV)))),
     "16-bit q": (fa.DescaleError, "q_descale: got an array with float16 in q", lambda: request(np.float16, q_descale=scale())),
-    "16 bits": (fa.DescaleError, "fp8: got Fp8Options with float16 in k", lambda: request(*[np.float16] * 3, k_descale=scale())),
+    "16 bits": (
+        fa.DescaleError,
+        "k_descale, v_descale: got one with float16 in k",
+        lambda: request(*[np.float16] * 3, k_descale=scale(), v_descale=scale()),
+    ),
+    "options beside 16 bits": (
+        fa.DescaleError,
+        "fp8: got Fp8Options with float16 in k",
+        lambda: request(*[np.float16] * 3, out_dtype=DType.F32),
+    ),
     "no options": (fa.ArrayTypeError, "fp8: got ndarray", lambda: replace(request(), fp8=scale())),
     "out_dtype": (fa.DTypeError, "out_dtype: got <DType.F64", lambda: Fp8Options(out_dtype=DType.F64)),
     "only v": (fa.DTypeError, "v: got type float8_e4m3fn with bfloat16 in q", lambda: request(*[ml_dtypes.bfloat16] * 2)),
     "only q": (fa.DTypeError, "k: got type bfloat16 with float8_e4m3fn in q", lambda: request(E4M3, *[ml_dtypes.bfloat16] * 2)),
     "wide q": (fa.DTypeError, "k: got type float8_e4m3fn with float32 in q", lambda: request(np.float32)),
     "bytes": (fa.DTypeError, "q: got type uint8", lambda: request(*[np.uint8] * 3)),
-    "head dim": (fa.HeadDimError, "q: got head dim 24 with fp8; allowed are multiples of 16", lambda: request(head_dim=24)),
+    "head dim": (fa.HeadDimError, "q: got head dim 24 with fp8; allowed are multiples of 16.*softmax_scale", lambda: request(head_dim=24)),
     "dropout": (fa.DropoutError, "with fp8 k and v", lambda: replace(request(), options=fa.AttentionOptions(dropout_p=0.5))),
     "out": (fa.OutputError, "allowed is float32", lambda: replace(request(out_dtype=DType.F32), out=np.zeros((B, S, HQ, D), E4M3))),
 }

@@ -122,6 +122,54 @@ def test_empty_arrays_come_out_empty():
         assert made.values.shape == (1, 0, 2, 16)
 
 
+LIBRARIES = ["numpy", pytest.param("torch", marks=pytest.mark.torch)]
+
+
+def in_library(library: str, x: Any) -> Any:
+    return x if library == "numpy" else pytest.importorskip("torch").from_numpy(x)
+
+
+def in_numpy(x: Any) -> Any:
+    return np.asarray(x if isinstance(x, np.ndarray) else x.float(), np.float32)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.value)
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=lambda dtype: dtype.value)
+def test_the_smallest_numbers_beside_zeros_are_no_nan(unit: ScaleUnit, dtype: DType, library: str):
+    x = np.zeros((1, 4, 2, 16), np.float32)
+    x[..., 0] = np.float32(1e-44)  # over the largest number of the type it is 0
+    made = fa.quantize(in_library(library, x), dtype, unit=unit)
+    assert (in_numpy(made.values) == 0).all()
+    assert (in_numpy(made.descale) == np.finfo(np.float32).smallest_normal).all()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.value)
+def test_nan_stays_and_changes_no_other_element(unit: ScaleUnit, library: str):
+    x = normal(1, 4, 2, 16) * 1000
+    expected = fa.quantize(x, unit=unit)
+    bad = np.concatenate([x, np.full((*x.shape[:-1], 2), np.nan, np.float32)], axis=-1)
+    made = fa.quantize(in_library(library, bad), unit=unit)
+    assert np.isnan(in_numpy(made.values)[..., 16:]).all()
+    np.testing.assert_array_equal(in_numpy(made.values)[..., :16], in_numpy(expected.values))
+    np.testing.assert_array_equal(in_numpy(made.descale), expected.descale)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.value)
+@pytest.mark.parametrize("spare", [1, 700])
+def test_rows_of_no_sequence_become_zeros_whatever_they_hold(unit: ScaleUnit, spare: int, library: str):
+    x, ends = normal(100, 2, 16), np.array([0, 30, 100], np.int32)
+    expected = fa.quantize(x, unit=unit, cu_seqlens=ends, max_seqlen=70)
+    wide = np.concatenate([x, np.full((spare, 2, 16), np.nan, np.float32)])
+    made = fa.quantize(in_library(library, wide), unit=unit, cu_seqlens=in_library(library, ends), max_seqlen=70)
+    assert (in_numpy(made.values)[100:] == 0).all()
+    np.testing.assert_array_equal(in_numpy(made.values)[:100], in_numpy(expected.values))
+    descale = in_numpy(made.descale)
+    np.testing.assert_array_equal(descale[:100] if unit is ScaleUnit.TOKEN else descale, expected.descale)
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.value)
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -168,7 +216,23 @@ REFUSED: dict[str, tuple[type[Exception], str, Any]] = {
     "rank": (fa.ShapeError, r"x: got shape \(4, 4, 16\); allowed is \(batch", lambda: fa.quantize(X[0])),
     "packed rank": (fa.ShapeError, r"allowed is \(total, heads", lambda: fa.quantize(X, cu_seqlens=ENDS)),
     "heads": (fa.HeadCountError, "heads_kv: got 3 with 4 heads", lambda: fa.quantize(X, heads_kv=3)),
+    "heads of no number": (fa.HeadCountError, "heads_kv: got 2.0 with 4 heads", lambda: fa.quantize(X, heads_kv=2.0)),  # type: ignore[arg-type]
     "longest": (fa.CuSeqlensError, "max_seqlen: got None", lambda: fa.quantize(X[0], unit=ScaleUnit.BLOCK, cu_seqlens=ENDS)),
+    "too short": (
+        *(fa.CuSeqlensError, "max_seqlen: got 259 with packed sequences of up to 260; allowed is the longest length"),
+        lambda: fa.quantize(normal(400, 4, 16), unit=ScaleUnit.BLOCK, cu_seqlens=ENDS, max_seqlen=259),
+    ),
+    "negative": (
+        *(fa.CuSeqlensError, "max_seqlen: got -3"),
+        lambda: fa.quantize(X[0, :0], unit=ScaleUnit.BLOCK, cu_seqlens=np.zeros(2, np.int32), max_seqlen=-3),
+    ),
+    "offsets in a list": (
+        fa.CuSeqlensError,
+        "cu_seqlens: got list; allowed is an int32 array",
+        lambda: fa.quantize(X[0], cu_seqlens=[0, 4]),
+    ),
+    "offsets of two dimensions": (fa.CuSeqlensError, r"got int32 of shape \(1, 4\)", lambda: fa.quantize(X[0], cu_seqlens=ENDS[None])),
+    "a number to be turned": (fa.ShapeError, r"x: got shape \(\)", lambda: fa.rotate_outliers(np.array(1, np.float32))),
 }
 
 

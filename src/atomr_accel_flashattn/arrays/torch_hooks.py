@@ -272,7 +272,7 @@ def keep_out_of_graphs(functions: tuple[Callable[..., Any], ...]) -> None:
         for function in functions:
             described: Any = function
             described._torchdynamo_disable = True
-            described._torchdynamo_disable_msg = "calls of atomr_accel_flashattn on a KV cache are no operators of torch yet"
+            described._torchdynamo_disable_msg = "calls of atomr_accel_flashattn on a KV cache or on fp8 are no operators of torch yet"
             frames.set_code_exec_strategy(function.__code__, skip)
 
     once_torch_is_there(mark)

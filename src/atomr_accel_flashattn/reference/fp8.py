@@ -62,8 +62,8 @@ def _factors(descale: Descale | None) -> Factors | None:
 def quantise_rows(rows: Array, slots: Slots, factors: Factors | None, sequence: int, first_token: int) -> Array:
     """New tokens (n, Hkv, D) as a cache of fp8 has them: over their descale in float32, at most the largest number of the type.
 
-    A descale by slots is made from them and written beside them: the largest magnitude of a token and KV head over the largest number of
-    the type, and 1 where all elements are 0.
+    A descale by slots is made from them and written beside them: the largest magnitude of a token and KV head, NaN left out, over the
+    largest number of the type, at least the smallest normal float32, and 1 where all elements are 0.
 
     Args:
         rows: of a 16-bit type.
@@ -75,8 +75,8 @@ def quantise_rows(rows: Array, slots: Slots, factors: Factors | None, sequence: 
     largest = np.float32(ml_dtypes.finfo(slots.dtype).max)
     values: Array = rows.astype(np.float32)
     if factors is not None and factors.unit is ScaleUnit.TOKEN:
-        amax = np.abs(values).max(axis=-1)
-        scale = np.where(amax > 0, amax / largest, np.float32(1))
+        amax = np.fmax.reduce(np.abs(values), axis=-1)
+        scale = np.where(amax > 0, np.maximum(amax / largest, np.finfo(np.float32).smallest_normal), np.float32(1))
         slots.put_beside(factors.values, scale)
         values /= scale[..., None]
     elif factors is not None:

@@ -23,7 +23,7 @@ from ..errors import (
     SlopesError,
     StrideError,
 )
-from ..limits import CPU_DTYPES, FP8_HEAD_DIM_STEP, GPU_DTYPES, HEAD_DIM_STEP, MAX_HEAD_DIM, NOT_BUILT, not_built
+from ..limits import CPU_DTYPES, FP8_DTYPES, FP8_HEAD_DIM_STEP, GPU_DTYPES, HEAD_DIM_STEP, MAX_HEAD_DIM, NOT_BUILT, not_built
 from ..problem import ArrayInfo, Dropout
 from ..types import DType
 
@@ -148,8 +148,11 @@ def _check_dtypes(named: tuple[tuple[str, ArrayInfo], ...]) -> None:
     _, q = named[0]
     for name, info in named:
         if info.dtype is None:
-            names = ", ".join(map(dtype_name_of, CPU_DTYPES))
-            raise DTypeError(f"{name}: got type {info.dtype_name}; allowed are {names} (on a GPU float16 and bfloat16); convert {name}")
+            names, narrow = (", ".join(map(dtype_name_of, dtypes)) for dtypes in (CPU_DTYPES, FP8_DTYPES))
+            advice = f"view bytes of fp8 as that type, or convert {name}" if info.dtype_name in {"uint8", "int8"} else f"convert {name}"
+            raise DTypeError(
+                f"{name}: got type {info.dtype_name}; allowed are {names} (on a GPU float16 and bfloat16), and {narrow}; {advice}"
+            )
         if info.device.kind != "cpu" and info.dtype not in GPU_DTYPES and not info.dtype.is_fp8:
             raise DTypeError(
                 f"{name}: got type {info.dtype_name} on {info.device}; allowed on a GPU are float16, bfloat16 and fp8; "
@@ -176,7 +179,8 @@ def _check_head_dim(name: str, info: ArrayInfo, *, fp8: bool) -> None:
     size = info.shape[-1]
     if fp8 and (not 1 <= size <= MAX_HEAD_DIM or size % FP8_HEAD_DIM_STEP):
         raise HeadDimError(
-            f"{name}: got head dim {size} with fp8; allowed are multiples of {FP8_HEAD_DIM_STEP} up to {MAX_HEAD_DIM}; pad with zeros"
+            f"{name}: got head dim {size} with fp8; allowed are multiples of {FP8_HEAD_DIM_STEP} up to {MAX_HEAD_DIM}; "
+            "pad with zeros, and give the softmax_scale of the head dim before"
         )
     step = 1 if info.device.kind == "cpu" else HEAD_DIM_STEP
     if not 1 <= size <= MAX_HEAD_DIM or size % step:

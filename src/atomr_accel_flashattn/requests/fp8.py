@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final, TypeAlias
 
-from ..arrays.read import read_array, share_memory, why_not_written
+from ..arrays.read import dtype_name_of, read_array, share_memory, why_not_written
 from ..errors import ArrayTypeError, DescaleError, DropoutError, OutputError
 from ..limits import FP8_OUT_DTYPES, SCALED_TOKENS
 from ..problem import ArrayInfo, AttentionProblem, Descale, Descales, Strides
@@ -23,7 +23,11 @@ _NOTHING: Final = Fp8Options()
 
 
 def fp8_of(v: Any, descales: Scales, out: Any) -> Fp8Options | None:
-    """The options of a functional call, where there is something to say: with fp8 ``v``, o has the type of ``out`` where it may."""
+    """The options of a functional call, where there is something to say: with fp8 ``v``, o has the type of ``out`` .
+
+    Raises:
+        OutputError: an ``out`` of a type that o has not.
+    """
     q_descale, k_descale, v_descale = descales
     undescaled = q_descale is k_descale is v_descale is None
     if undescaled and out is None:
@@ -31,8 +35,10 @@ def fp8_of(v: Any, descales: Scales, out: Any) -> Fp8Options | None:
     fp8 = is_fp8(read_array(v, "v"))
     if undescaled and not fp8:
         return None
-    dtype = read_array(out, "out").dtype if fp8 and out is not None else None
-    return Fp8Options(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, out_dtype=dtype if dtype in FP8_OUT_DTYPES else None)
+    info = read_array(out, "out") if fp8 and out is not None else None
+    if info is not None and info.dtype not in FP8_OUT_DTYPES:
+        raise OutputError(f"out: got {info.dtype_name} with fp8 in v; allowed are {', '.join(map(dtype_name_of, FP8_OUT_DTYPES))}")
+    return Fp8Options(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, out_dtype=None if info is None else info.dtype)
 
 
 def is_fp8(info: ArrayInfo) -> bool:
@@ -57,9 +63,10 @@ def with_fp8(problem: AttentionProblem, options: Fp8Options | None) -> Attention
         )
     if not is_fp8(problem.v):
         if options is not None:
+            named = ", ".join(f"{name}_descale" for name in "qkv" if getattr(options, f"{name}_descale") is not None)
             raise DescaleError(
-                f"fp8: got Fp8Options with {problem.k.dtype_name} in k and {problem.v.dtype_name} in v; "
-                "allowed are descales and an out_dtype with fp8 k and v; multiply, or convert o"
+                f"{named or 'fp8'}: got {'one' if named else 'Fp8Options'} with {problem.k.dtype_name} in k and {problem.v.dtype_name} in v"
+                "; allowed are descales and an out_dtype with fp8 k and v; multiply, or convert o"
             )
         return problem
     options = options or _NOTHING
@@ -105,7 +112,8 @@ def _described(info: ArrayInfo, of: str, problem: AttentionProblem) -> Descale:
     allowed = f"() for all elements, {heads} for a sequence and KV head, {(*heads, blocks)}{more} for blocks of {SCALED_TOKENS} tokens"
     allowed += "" if pages is None else f", and {pages} for slots of the cache"
     if len(shape) == 1:
-        raise DescaleError(f"{name}: got shape {shape}, which may be that of the batch or of the KV heads; allowed are {allowed}")
+        advice = "; call .reshape(()) on one number" if shape == (1,) else ""
+        raise DescaleError(f"{name}: got shape {shape}, which may be that of the batch or of the KV heads; allowed are {allowed}{advice}")
     if fits_blocks and shape == pages:
         raise DescaleError(
             f"{name}: got shape {shape}, which fits blocks of tokens and slots of the cache; allowed are {allowed}; "
