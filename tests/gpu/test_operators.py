@@ -242,7 +242,10 @@ def trained(function: Callable[..., Any]) -> list[Any]:
     return [x.grad for x in tensors]
 
 
-@pytest.mark.parametrize("way", ["reentrant", "not reentrant", "selective", "compiled", "compiled, selective", "compiled, memory budget"])
+WAYS = ["reentrant", "not reentrant", "selective", "compiled", "compiled, selective", "compiled, budget 0.3", "compiled, budget 0"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_what_is_computed_again_has_the_same_dropout(way: str):
     """The generator is that of the card, whose state torch keeps in other ways than that of the CPU."""
@@ -251,8 +254,8 @@ def test_what_is_computed_again_has_the_same_dropout(way: str):
     again = lambda q, k, v: checkpoint(attend_twice, q, k, v, **options)  # noqa: E731
     expected = trained(attend_twice)
     for _ in range(3):  # the first call, and ones like it
-        if way == "compiled, memory budget":
-            with torch._functorch.config.patch(activation_memory_budget=0.3):
+        if "budget" in way:
+            with torch._functorch.config.patch(activation_memory_budget=float(way.rpartition(" ")[2])):
                 made = trained(torch.compile(attend_twice, fullgraph=True, backend="aot_eager_decomp_partition"))
         elif "compiled" in way:
             made = trained(torch.compile(again, fullgraph=True, backend="aot_eager_decomp_partition"))

@@ -83,11 +83,17 @@ def test_a_policy_saves_the_operator():
     assert (False, operators.attention.default) in calls
 
 
-@pytest.mark.parametrize("budget", [1e-6, 0.01, 0.5])
-def test_a_memory_budget_draws_the_same_dropout(budget: float):
-    """With a budget of 0 torch saves nothing but inputs, and draws its own dropouts anew as well (docs/semantics.md)."""
-    with torch._functorch.config.patch(activation_memory_budget=budget):
-        made = step(torch.compile(attend, fullgraph=True, backend="aot_eager_decomp_partition"))
+@pytest.mark.parametrize("region", [False, True], ids=["", "of a region"])
+@pytest.mark.parametrize("budget", [0.0, 1e-6, 0.01, 0.5])
+def test_a_memory_budget_draws_the_same_dropout(budget: float, region: bool):
+    """With a budget of 0 torch saves nothing but inputs."""
+
+    def in_region(*tensors: Any) -> Any:
+        with torch.autograd.graph.region_activation_memory_budget(budget):
+            return attend(*tensors)
+
+    with torch._functorch.config.patch(activation_memory_budget=1.0 if region else budget):
+        made = step(torch.compile(in_region if region else attend, fullgraph=True, backend="aot_eager_decomp_partition"))
     for one, other in zip(made, step(attend), strict=True):
         torch.testing.assert_close(one, other)
 

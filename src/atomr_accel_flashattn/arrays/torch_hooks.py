@@ -290,17 +290,18 @@ def is_random_to_compilers(operator: Any) -> None:
 
 
 def is_kept_by_compilers(name: str, library: Any) -> None:
-    """Have the partitioner of torch.compile keep what the operator ``name`` gives, and never call it again for the backward.
+    """Have the partitioner of torch.compile keep what the operator ``name`` gives, and never call it anew for the backward.
 
-    It knows random operators of its own by a list; to others it gives no tag and, under ``activation_memory_budget``, the value of one
-    operation in float32 beside products of millions. What a user marks, as a policy of checkpointing, stays.
+    It knows random operators of its own by a list; to others it gives no tag and, under a memory budget, the value of one operation in
+    float32 beside products of millions. With a budget of 0 it keeps nothing but inputs: there the operator is marked as one to be called
+    again, for which torch keeps the state of the generator. What a user marks, as a policy of checkpointing, stays.
     """
     if not hasattr(sys.modules["torch"].library, "register_torch_dispatch"):
         return
 
     def act(proxies: Any) -> None:
         torch = sys.modules["torch"]
-        must_save = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+        policies = torch.utils.checkpoint.CheckpointPolicy
 
         def record(mode: Any, operator: Any, types: Any, arguments: Any, options: Any) -> Any:
             nodes = mode.tracer.graph.nodes
@@ -308,12 +309,21 @@ def is_kept_by_compilers(name: str, library: Any) -> None:
             made = mode.__torch_dispatch__(operator, types, arguments, options)
             for node in islice(reversed(nodes), len(nodes) - before):
                 if node.target is operator:
-                    node.meta.setdefault("recompute", must_save)
+                    policy = policies.MUST_SAVE if _memory_budget(node) > 0 else policies.MUST_RECOMPUTE
+                    node.meta.setdefault("recompute", policy)
             return made
 
         torch.library.register_torch_dispatch(name, proxies.ProxyTorchDispatchMode, record, lib=library)
 
     wrapt.register_post_import_hook(act, "torch.fx.experimental.proxy_tensor")
+
+
+def _memory_budget(node: Any) -> float:
+    """Of the graph that a node is recorded in: that of its region, else that of torch.compile."""
+    of_region: Any = getattr(sys.modules.get("torch.fx.traceback"), "_get_memory_budget_annotation", None)
+    budget: Any = None if of_region is None else of_region(node)
+    of_all: Any = getattr(sys.modules.get("torch._functorch.config"), "activation_memory_budget", 1.0)
+    return float(of_all if budget is None else budget)
 
 
 def answer_compiler(torch: Any) -> None:
