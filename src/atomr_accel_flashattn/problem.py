@@ -219,6 +219,7 @@ class AttentionProblem:
     step: StepBuffers | None = None  # of a StepPlan: on a GPU blocks share the keys of all sequences as the schedule there says
     descales: Descales | None = None  # where k and v are fp8, and only there
     out_dtype: DType | None = None  # of o; None is that of q, which it is wherever k and v are not fp8
+    single_level: bool = False  # of fp8: whether P V may stay in the accumulator of 8-bit wgmma
 
     @property
     def is_varlen(self) -> bool:

@@ -227,10 +227,13 @@ def test_fp8_is_the_same_after_its_way_over_the_wire(request_of: type[fa.DenseFw
     kinds = (ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
     arrays = [rng.standard_normal((4, 2, 16) if packed else (1, 4, 2, 16)).astype(kind) for kind in kinds]
     given: dict[str, Any] = {"cu_seqlens_q": fa.CumulativeSeqlens.from_lengths([4])} if packed else {}
-    sent = request_of(*arrays, fp8=fa.Fp8Options(k_descale=descale, v_descale=descale, out_dtype=fa.DType.F32), **given)
+    sent = request_of(
+        *arrays, fp8=fa.Fp8Options(k_descale=descale, v_descale=descale, out_dtype=fa.DType.F32, single_level=packed), **given
+    )
     wire, bits = pickle.loads(pickle.dumps(WireRequest.pack(FlashAttnMsg.Forward(sent, lse=False))))  # noqa: S301 - our own bytes
     assert {array.dtype.name for array in bits} <= {"uint8", "float32", "int32"}
     came = wire.unpack(tuple(bits), fa.Device("cpu", 0)).request
     assert type(came) is request_of
     assert came.problem.descales.q is None
+    assert came.problem.single_level is packed
     np.testing.assert_array_equal(fa.run(came).out, fa.run(sent).out)

@@ -221,7 +221,9 @@ def test_cells_that_the_budget_does_not_reach_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("made_up")
 def test_an_unknown_peer_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="no peer named fa9; there are ours, fa2, cudnn, fa3, fa4, cudnn_fe, flex, ours_bf16, and all"):
+    with pytest.raises(
+        ValueError, match="no peer named fa9; there are ours, fa2, cudnn, fa3, fa4, cudnn_fe, flex, ours_bf16, ours_single_level, and all"
+    ):
         forward.run_forward(Options(peers=("fa9",)))
 
 

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 from atomr_accel_flashattn.bench import entry, forward, measure, other_peers  # noqa: E402 - after the skip
 from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
+from atomr_accel_flashattn.bench.families import OursSingleLevel  # noqa: E402
 from atomr_accel_flashattn.bench.figure import STYLES  # noqa: E402
 from atomr_accel_flashattn.bench.forward import chosen_peers  # noqa: E402
 from atomr_accel_flashattn.bench.inputs import Inputs, check_rows, make_inputs  # noqa: E402
@@ -100,7 +101,7 @@ def test_a_missing_peer_that_is_asked_for_says_what_to_install() -> None:
 @pytest.mark.usefixtures("nothing_installed")
 def test_all_is_every_name_and_the_help_and_the_picture_know_each() -> None:
     names = [peer.name for peer in chosen_peers(Options(peers=("all",)))]
-    assert names == ["ours", "fa2", "cudnn", "fa3", "fa4", "cudnn_fe", "flex", "ours_bf16"]
+    assert names == ["ours", "fa2", "cudnn", "fa3", "fa4", "cudnn_fe", "flex", "ours_bf16", "ours_single_level"]
     assert set(names) <= STYLES.keys()
     assert [name for name in names if name not in PEERS_HELP] == []
 
@@ -375,3 +376,10 @@ def test_ours_in_bf16_stands_beside_cells_of_fp8(cell: Cell) -> None:
     assert_right(OursBf16(), cell)
     with pytest.raises(Refused, match="beside cells of fp8"):
         OursBf16().prepare(CELLS[0], inputs_of(CELLS[0]))
+
+
+def test_a_single_level_stands_beside_cells_of_fp8_that_wgmma_answers() -> None:
+    with pytest.raises(Refused, match="beside cells of fp8"):
+        OursSingleLevel().prepare(CELLS[0], inputs_of(CELLS[0]))
+    with pytest.raises(Refused, match="nothing but wgmma"):  # the CPU backend
+        OursSingleLevel().prepare(FP8[0], inputs_of(FP8[0]))

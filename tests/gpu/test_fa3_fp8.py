@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from atomr_accel_flashattn.dispatch import DispatchKey, lookup  # noqa: E402 - a
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec  # noqa: E402
 from atomr_accel_flashattn.requests.dense import DenseFwdRequest  # noqa: E402
 from atomr_accel_flashattn.requests.options import Fp8Options, MaskKind  # noqa: E402
-from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from atomr_accel_flashattn.runtime.execute import run  # noqa: E402
 from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 from atomr_accel_flashattn.with_kvcache import flash_attn_with_kvcache  # noqa: E402
@@ -88,15 +86,16 @@ def test_bits_do_not_depend_on_the_run(width: int) -> None:
         assert download(run(request).out).tobytes() == expected
 
 
-def means(keys: int, width: int) -> tuple[Any, Any]:
-    """With q = 0, v (keys, d) of 1 + noise, and o of one row of one head: the mean of v."""
+def means(keys: int, width: int, *, single_level: bool = False) -> tuple[Any, Any, Any]:
+    """With q = 0, v (keys, d) of 1 + noise, o of one row of one head, which is the mean of v, and the kernel."""
     q = torch.zeros(1, 128, 2, width, device=DEVICE).to(torch.float8_e4m3fn)
     k = torch.zeros(1, keys, 2, width, device=DEVICE).to(torch.float8_e4m3fn)
     torch.manual_seed(keys + width)
     v = (1 + torch.randn(1, keys, 2, width, device=DEVICE) / 4).to(torch.float8_e4m3fn)
-    out = run(DenseFwdRequest(q, k, v, fp8=Fp8Options(out_dtype=DType.F32))).out
+    request = DenseFwdRequest(q, k, v, fp8=Fp8Options(out_dtype=DType.F32, single_level=single_level))
+    out = run(request).out
     assert bool((out == out[:, :1]).all())
-    return v[0, :, 1].double(), out[0, 0, 1].double()
+    return v[0, :, 1].double(), out[0, 0, 1].double(), lookup(request.dispatch_key())
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
@@ -110,24 +109,18 @@ def test_the_mean_of_many_values_is_kept(width: int) -> None:
     """
     lost = {}
     for keys in (4096, 131072):
-        v, out = means(keys, width)
+        v, out, _ = means(keys, width)
         lost[keys] = ((out - v.mean(dim=0)) / v.mean(dim=0)).abs().max().item()
     assert lost[4096] < 4e-3, lost
     assert lost[131072] < 1.1 * lost[4096] + 1e-4, lost
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
-def test_an_accumulator_without_flushes_loses_what_its_model_says(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_accumulator_by_itself_loses_what_its_model_says(width: int) -> None:
     """tests/fp8_accumulator.py, which bounds other tests, says it of this device."""
-    used: list[Any] = []
-
-    def single_level(key: DispatchKey) -> Any:
-        used.append(replace(lookup(key), single_level=True))  # type: ignore[type-var]
-        return used[-1]
-
-    monkeypatch.setattr(execute, "lookup", single_level)
-    v, out = means(16320, width)  # a number of keys of no other test, whose plans are kept
-    model = sums_of_tiles(download(v), used[-1].tile.block_n) / (2.0**8 * 16320)
+    v, out, spec = means(16384, width, single_level=True)
+    assert spec.single_level
+    model = sums_of_tiles(download(v), spec.tile.block_n) / (2.0**8 * 16384)
     assert float(np.abs(1 - model / download(v).mean(axis=0)).min()) > 0.05
     np.testing.assert_allclose(download(out), model, rtol=1e-3)
 

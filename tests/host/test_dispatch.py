@@ -245,6 +245,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "batch_invariant": (None, "yes"),
     "load_align": (None, 0, -16, 16.0, True),
     "scale_first": (None, -1),
+    "single_level": (None, 1),
     "family": ("fa2", 3),
     "pack_gqa": (None, 1, "yes"),
     "persistent": (1, "yes", np.False_),

@@ -15,9 +15,10 @@ import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import DType, Fp8Options, ScaleUnit, SmArch
 from atomr_accel_flashattn.dispatch import key_of_problem
 from atomr_accel_flashattn.kernels.spec import Family, KernelSpec
-from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
+from atomr_accel_flashattn.limits import BEFORE_FP8, HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.problem import Descales, Strides
 from atomr_accel_flashattn.runtime import staleness
+from atomr_accel_flashattn.runtime.plan import _facts_of_fp8
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 B, S, HQ, HKV, D = 3, 300, 4, 2, 32
@@ -251,3 +252,26 @@ def test_a_descale_that_moved_is_told_by_its_name():
     given.resize((B, HKV + 1), refcheck=False)
     with pytest.raises(fa.StaleArrayError, match=r"^k_descale: its memory changed since the request was made"):
         staleness.Fingerprint.of(made)
+
+
+def test_a_single_level_is_that_of_wgmma_alone():
+    plain, single = (request(single_level=wanted, out_dtype=DType.F32) for wanted in (False, True))
+    for arch in GPU_ARCHS:
+        if arch in BEFORE_FP8:
+            continue
+        specs = [fa.lookup(each.dispatch_key(arch)) for each in (plain, single)]
+        if arch is SmArch.SM_90A:
+            assert specs[1] == replace(specs[0], single_level=True)
+        else:
+            assert specs[0] == specs[1]
+    assert fa.lookup(replace(single.dispatch_key(SmArch.SM_90A), paged=True)).single_level
+    assert _facts_of_fp8(plain.problem, plain.problem.descales) != _facts_of_fp8(single.problem, single.problem.descales)
+    assert "single_level=True" in repr(single.fp8)
+
+
+def test_a_single_level_is_a_flag_and_of_fp8():
+    with pytest.raises(fa.UnsupportedArgumentError, match="single_level: got 1; allowed are True and False"):
+        Fp8Options(single_level=1)
+    key = fa.DispatchKey(SmArch.SM_90A, DType.BF16, 64, extras=fa.Extras(single_level=True))
+    with pytest.raises(fa.DispatchError, match="single_level: got it with bf16"):
+        fa.lookup(key)

@@ -11,7 +11,7 @@ from ..fa2 import MaskKind, PositionBias
 from ..kernels.spec import Family, KernelSpec, Tile
 from ..problem import ArrayInfo, AttentionProblem
 from ..requests.dense import DenseFwdRequest
-from ..requests.options import AttentionOptions
+from ..requests.options import AttentionOptions, Fp8Options
 from ..runtime.execute import execute, make_outputs
 from ..runtime.plan import SLOTS, Plan, addresses_of
 from ..types import SmArch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .cells import Cell
     from .inputs import Inputs
 
-__all__ = ["OfFamily", "options_of", "repeated", "request_of"]
+__all__ = ["OfFamily", "OursSingleLevel", "options_of", "repeated", "request_of"]
 
 _OUT = SLOTS.index("o")
 
@@ -104,4 +104,23 @@ class OfFamily(Peer):
         plan = execute(request, lse=False)[1]
         if plan is None or not plan.launches:
             raise Refused("nothing to launch")
+        return repeated(plan, request)
+
+
+class OursSingleLevel(Peer):
+    """This package with P V of fp8 in the accumulator of wgmma alone: what the float32 total costs."""
+
+    name = "ours_single_level"
+
+    def prepare(self, cell: Cell, inputs: Inputs) -> Call:
+        """Cells of fp8 that wgmma answers."""
+        if not cell.dtype.is_fp8:
+            raise Refused("it stands beside cells of fp8")
+        kind: Any = DenseFwdRequest if inputs.offsets is None else VarlenFwdRequest
+        options = options_of(cell, inputs) | {"fp8": Fp8Options(single_level=True)}
+        request = kind(inputs.q, inputs.k, inputs.v, **options)
+        if not getattr(lookup(request.dispatch_key()), "single_level", False):
+            raise Refused("nothing but wgmma sums so")
+        plan = execute(request, lse=False)[1]
+        assert plan is not None  # noqa: S101 - a kernel was found
         return repeated(plan, request)

@@ -36,6 +36,7 @@ STYLES: Final = {
     "ours_fa2": Style("this package, FA2 family", "#8a8a8a"),
     "ours_fa3": Style("this package, FA3 family", "#8a8a8a", "////"),
     "ours_bf16": Style("this package, bf16", "#8a8a8a", "...."),
+    "ours_single_level": Style("this package, one level", "#8a8a8a", "xxxx"),
     "ours": Style("this package", "#1a1a1a"),
 }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..dispatch import lookup
 from ..kernels.spec import Family
 from .cells import Cell, select
-from .families import OfFamily, request_of
+from .families import OfFamily, OursSingleLevel, request_of
 from .inputs import ERROR_LIMIT, Inputs, check_rows
 from .measure import OURS, Direction, Options, Report, Row, run_cells
 from .other_peers import importable_peers, named_peers
@@ -70,7 +70,8 @@ def chosen_peers(options: Options) -> list[Peer]:
     """
     families = [_family(name) for name in options.families]
     ours: list[Peer] = [OfFamily(family, f"{OURS}_{family.value}" if n else OURS) for n, family in enumerate(families)] or [Ours()]
-    there: list[Peer] = [*ours, TorchFa2(), CudnnPeer(), *(importable_peers() if options.peers is None else named_peers())]
+    there: list[Peer] = [*ours, TorchFa2(), CudnnPeer()]
+    there += importable_peers() if options.peers is None else [*named_peers(), OursSingleLevel()]
     if options.peers is None or EVERY_PEER in options.peers:
         return there
     known = [peer.name for peer in there]

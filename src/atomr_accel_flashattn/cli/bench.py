@@ -24,9 +24,9 @@ __all__ = ["bench"]
 
 PEERS_HELP = (
     "Only these columns, comma-separated, or all: ours; fa2 and cudnn (torch's own); flex (torch's FlexAttention, which compiles for "
-    "seconds a cell); fa3 (FlashAttention-3, the authors' or xformers'); fa4 (FlashAttention-4); cudnn_fe (nvidia-cudnn-frontend); "
-    "ours_bf16 (beside cells of fp8). What is named and not installed is a column that says so. Without this: all that are installed, but "
-    "flex and ours_bf16. Of decode: ours, fa3, fa4, fi, fi_cc and xqa (FlashInfer), cudnn_fe; without this all."
+    "seconds a cell); fa3 (FlashAttention-3, the authors' or xformers'); fa4 (FlashAttention-4); cudnn_fe (nvidia-cudnn-frontend); beside "
+    "cells of fp8 ours_bf16 and ours_single_level. What is named and not installed is a column that says so. Without this: all that are "
+    "installed, but flex and the last two. Of decode: ours, fa3, fa4, fi, fi_cc and xqa (FlashInfer), cudnn_fe; without this all."
 )
 
 

@@ -244,12 +244,13 @@ def _asked(problem: AttentionProblem, arch: SmArch, out: ArrayInfo | None, famil
 
 
 def _types(problem: AttentionProblem) -> dict[str, Any]:
-    """Types other than that of q, and descales, of a call with fp8 K and V."""
+    """Types other than that of q, descales, and how P V is summed, of a call with fp8 K and V."""
     if problem.descales is None:
         return {}
     q, types = problem.q.dtype, (problem.k.dtype, problem.v.dtype, problem.out_dtype)
     found = {name: None if dtype is q else dtype for name, dtype in zip(("k_dtype", "v_dtype", "out_dtype"), types, strict=True)}
-    return found | {f"{name}_descale": each and each.unit for name, each in zip("qkv", problem.descales, strict=True)}
+    units = {f"{name}_descale": each and each.unit for name, each in zip("qkv", problem.descales, strict=True)}
+    return found | units | {"single_level": problem.single_level}
 
 
 def _rows_can_be_packed(problem: AttentionProblem, key: DispatchKey) -> bool:

@@ -24,6 +24,7 @@ _EXTRA_FLAGS: Final = (
     "left_pad",
     "batch_invariant",
     "scale_first",
+    "single_level",
     "short_q",
     "few_rows",
     "pack_gqa",
@@ -80,6 +81,7 @@ class Extras:
         q_descale: what elements of q share a factor, None is a factor of 1.
         k_descale: the same of k.
         v_descale: the same of v.
+        single_level: of fp8 by wgmma: whether P V stays in its accumulator of 14 bits, which loses more the longer rows are.
         softcap: c of c * tanh(s / c), 0 is none.
         dropout: whether probabilities are dropped.
         learned_sink: whether a learned sink joins the denominator.
@@ -118,6 +120,7 @@ class Extras:
     q_descale: ScaleUnit | None = None
     k_descale: ScaleUnit | None = None
     v_descale: ScaleUnit | None = None
+    single_level: bool = False
     softcap: float = 0.0
     dropout: bool = False
     learned_sink: bool = False

@@ -187,7 +187,7 @@ def _fp8_wgmma(key: DispatchKey, kind: type[_Spec], **fields: Any) -> _Spec:
     tile = replace(tile, persistent=extras.persistent is not False)
     named = (("k_dtype", key.k_dtype), ("v_dtype", key.v_dtype), ("out_dtype", key.out_dtype))
     fields |= {name: dtype for name, dtype in named if dtype is not key.dtype}
-    fields |= _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "block_descales": blocks}
+    fields |= _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "block_descales": blocks, "single_level": extras.single_level}
     return kind(arch=key.arch, tile=tile, **fields)
 
 
@@ -336,6 +336,8 @@ def _refuse_fp8(key: DispatchKey) -> None:
         if getattr(extras, f"{name}_descale") is not None and not dtype.is_fp8:
             raise DispatchError(f"{name}_descale: got one with {dtype.value} in {name}; allowed is None, because only fp8 is scaled")
     if not any(dtype.is_fp8 for dtype in (*types.values(), key.out_dtype)):
+        if extras.single_level:
+            raise DispatchError(f"single_level: got it with {key.dtype.value}; allowed with fp8, whose sums have two levels")
         return
     if extras.direction == "bwd":
         raise not_built("fp8_backward", f"got {key.dtype.value}")

@@ -74,7 +74,7 @@ def with_fp8(problem: AttentionProblem, options: Fp8Options | None) -> Attention
         raise DropoutError(f"dropout_p: got {problem.dropout.p} with fp8 k and v; allowed is 0, because fp8 has no backward to drop for")
     out_dtype = options.out_dtype or (DType.BF16 if is_fp8(problem.q) else problem.q.dtype)
     descales = Descales(*(_read(getattr(options, f"{name}_descale"), name, problem) for name in "qkv"))
-    problem = replace(problem, descales=descales, out_dtype=out_dtype)
+    problem = replace(problem, descales=descales, out_dtype=out_dtype, single_level=options.single_level)
     _check_written(problem)
     return problem
 

@@ -206,17 +206,23 @@ class Fp8Options(ShortRepr):
         k_descale: of k.
         v_descale: of v.
         out_dtype: element type of o, BF16, F16 or F32; None is that of q, and BF16 where q is fp8.
+        single_level: whether P V of 8-bit wgmma is summed in its accumulator of 14 bits alone, and not added to float32 from time to time:
+            faster, and wrong by a quarter for a mean over 16k keys (docs/fp8.md). Nothing else sums so: others take it for False.
 
     Raises:
         DTypeError: an ``out_dtype`` that is none of them.
+        UnsupportedArgumentError: ``single_level`` that is neither True nor False.
     """
 
     q_descale: Any = None
     k_descale: Any = None
     v_descale: Any = None
     out_dtype: DType | None = None
+    single_level: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.single_level, bool):
+            raise UnsupportedArgumentError(f"single_level: got {self.single_level!r}; allowed are True and False")
         if self.out_dtype is not None and self.out_dtype not in FP8_OUT_DTYPES:
             raise DTypeError(f"out_dtype: got {self.out_dtype!r}; allowed are {', '.join(map(str, FP8_OUT_DTYPES))}, or None")
 

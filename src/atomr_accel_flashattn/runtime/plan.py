@@ -307,9 +307,9 @@ def _facts(problem: AttentionProblem, addresses: int) -> Key:
 
 
 def _facts_of_fp8(problem: AttentionProblem, descales: Descales) -> Key:
-    """Types of k, v and o, and where the descales lie."""
+    """Types of k, v and o, how P V is summed, and where the descales lie."""
     units = (None if each is None else (each.unit, *_layout(each.array)) for each in descales)
-    return problem.k.dtype_name, problem.v.dtype_name, problem.out_dtype, *units
+    return problem.k.dtype_name, problem.v.dtype_name, problem.out_dtype, problem.single_level, *units
 
 
 def _facts_of_cache(cache: KvCache) -> Key:

@@ -77,6 +77,7 @@ class WireRequest:
         values: arguments of the request that are neither arrays nor options.
         options: those of AttentionOptions that are numbers or flags.
         out_dtype: type of o of a call with fp8 k and v; None of others.
+        single_level: of such a call.
     """
 
     message: type[Any]
@@ -87,6 +88,7 @@ class WireRequest:
     values: dict[str, Any]
     options: dict[str, Any]
     out_dtype: DType | None
+    single_level: bool
 
     @classmethod
     def pack(cls, message: Message[Any]) -> tuple[WireRequest, list[np.ndarray[Any, Any]]]:
@@ -118,6 +120,7 @@ class WireRequest:
                 "batch_invariant": known.batch_invariant,
             },
             out_dtype=known.out_dtype,
+            single_level=known.single_level,
         )
         return wire, [array.bits for array in found.values()]
 
@@ -138,7 +141,8 @@ class WireRequest:
             "options": AttentionOptions(**self.options, learned_sink=found.get("learned_sink"), rng=found.get("rng")),
         }
         if self.out_dtype is not None:
-            given["fp8"] = Fp8Options(**{name: found.get(name) for name in DESCALE_SLOTS}, out_dtype=self.out_dtype)
+            scales = {name: found.get(name) for name in DESCALE_SLOTS}
+            given["fp8"] = Fp8Options(**scales, out_dtype=self.out_dtype, single_level=self.single_level)
         for name, longest in zip(("cu_seqlens_q", "cu_seqlens_k"), self.max_seqlens or (), strict=False):
             given[name] = CumulativeSeqlens(found[name], longest)
         message: Message[Any] = self.message(self.request(found["q"], found["k"], found["v"], **given), **self.wanted)
