@@ -65,6 +65,30 @@ def test_a_factor_of_zero_hides_a_block_and_one_of_k_makes_its_scores_equal():
     check_fp8(str(case), call, emulate_fp8(call, BLOCK_TYPES.out), BLOCK_TYPES.out, wgmma=True)
 
 
+@pytest.mark.parametrize("name", ["causal", "alibi", "everything"])
+@pytest.mark.parametrize("factor", [0.0, -0.0, 1e-42])
+def test_a_factor_of_zero_by_head_makes_scores_equal(name: str, factor: float):
+    call = fp8_call(Case(label=name, **FP8_FEATURES[name]), E4M3_TYPES)
+    call.descales["k_descale"][...] *= np.float32(factor)
+    call.meant.k[...] *= factor
+    check_fp8(f"{name} {factor}", call, emulate_fp8(call, E4M3_TYPES.out), E4M3_TYPES.out, wgmma=True)
+
+
+@pytest.mark.parametrize("name", ["full", "softcap", "negative"])
+def test_a_negative_factor_by_head_is_right_or_nan(name: str):
+    """Raw scores are compared where nothing brings them to log2 units first: the largest would be the smallest."""
+    call = fp8_call(Case(label=name, **FP8_FEATURES[name]), E4M3_TYPES)
+    call.descales["q_descale"][...] *= -1
+    call.meant.q[...] *= -1
+    run = emulate_fp8(call, E4M3_TYPES.out)
+    if name == "full":
+        assert run.lse is not None
+        assert np.isnan(run.out.astype(np.float32)).all()
+        assert np.isnan(run.lse).all()
+    else:
+        check_fp8(name, call, run, E4M3_TYPES.out, wgmma=True)
+
+
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_a_tile_is_right_and_its_bits_do_not_depend_on_the_order_of_threads_and_copies(tile: Tile):
     case = Case(lengths_q=(40, 150), lengths_k=(333, 170), heads=4, heads_kv=2, left=200, right=0, sink_tokens=3)

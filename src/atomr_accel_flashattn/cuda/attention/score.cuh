@@ -22,6 +22,8 @@ struct Score {
   // fp8 has no room above the maximum for scores of which none is taken.
   static constexpr bool kHasPolynomial = C.softcap && !C.alibi && !C.scale_first && bytes_of(C.p_dtype()) > 1;
   static constexpr bool kDescaled = bytes_of(C.k_dtype) == 1;
+  // The factors of q and k are in that of the exponent, where raw scores need a positive one.
+  static constexpr bool kFoldsDescale = kDescaled && !C.any_ratio && !C.block_descales && !kInLog2;
   float factor;  // from what apply() leaves to log2 units
   float scale, cap_scale, cap;
   float cubic, quintic;  // coefficients of polynomial()
@@ -29,7 +31,7 @@ struct Score {
 
   // `descale`: of raw scores, fp8 only: the factors of q and k.
   __device__ __forceinline__ Score(const FwdParams& p, int batch, int head, float descale = 1.f)
-      : factor(kInLog2 ? 1.f : descaled(p.scale_log2, descale)),
+      : factor(kInLog2 ? 1.f : positive(descaled(p.scale_log2, descale))),
         scale(descaled(p.scale_log2, descale)),
         cap_scale(descaled(p.softcap_scale, descale)),
         cap(p.softcap_log2),
@@ -41,7 +43,7 @@ struct Score {
 
   static __device__ __forceinline__ float slope_of(const FwdParams& p, int batch, int head, float descale = 1.f) {
     const float slope = p.alibi_slopes[batch * p.alibi_batch_stride + head] * kLog2e;
-    return kInLog2 ? slope : slope / descaled(p.scale_log2, descale);
+    return kInLog2 ? slope : slope / positive(descaled(p.scale_log2, descale));
   }
 
   // `distance` is j - p.
@@ -71,6 +73,13 @@ struct Score {
 
  private:
   static __device__ __forceinline__ float descaled(float x, float descale) { return kDescaled ? x * descale : x; }
+  // 2^-60 makes every score 0, as a smaller factor would, and is small to no slope. A negative one
+  // becomes NaN, and so does o: the largest raw score would be the smallest.
+  static __device__ __forceinline__ float positive(float x) {
+    constexpr float kLeast = 8.6736174e-19f;
+    if constexpr (!kFoldsDescale) return x;
+    return x > kLeast ? x : x >= 0.f ? kLeast : __int_as_float(0x7fffffff);
+  }
 
   // 1 - 2 / (e^2x + 1): absolute error about 1e-7, where tanh.approx has 5e-4 and would show in
   // f16. A cap far above the scores multiplies that error, so small arguments take the Taylor
