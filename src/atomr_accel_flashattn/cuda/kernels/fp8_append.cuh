@@ -85,7 +85,7 @@ struct Fp8Append : KvAppend<bytes_of(kSource) == 1 ? DType::F16 : kSource, kPage
       for (int i = 0; i < kHeld; ++i) largest = fmaxf(largest, fabsf(x[i]));
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-      // Never below the smallest normal number: a scale of few bits would cut off the largest element.
+      // Never below the smallest normal number: a scale of few bits would cut off the largest one.
       const float scale = largest > 0.f ? fmaxf(largest / (kType == DType::F8E4M3 ? 448.f : 57344.f), 1.17549435e-38f) : 1.f;
       int64_t at;
       if (threadIdx.x % 32 == 0 && locate(batch, slot, step, at)) descale[at] = scale;
