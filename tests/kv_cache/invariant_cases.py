@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["CASES", "WAYS", "Asked", "check_against_plain", "check_way", "tokens_of"]
 
 CAUSAL = fa.MaskKind.causal()
+E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Asked:
     learned_sink: bool = False
     bfloat16: bool = False
     loud: tuple[int, ...] = field(default=())  # queries with huge scores
+    # Types of q (None: 16 bits), k and v in fp8, which then have descales by blocks of tokens, and q by heads.
+    fp8: tuple[Any, ...] = field(default=())
 
     def __str__(self) -> str:
         return f"{self.name}-invariant"
@@ -56,6 +59,8 @@ CASES = (
     Asked(name="everything", mask=fa.MaskKind.sliding_causal(110), sink_tokens=3, slopes=True, softcap=20.0, learned_sink=True, loud=(88,)),
     Asked(name="negative scale", scale=-0.3, head_dim=40, heads=4, heads_kv=2, loud=(30,)),
     Asked(name="wide", head_dim=128, tokens=100, loud=(90,)),
+    Asked(name="fp8 keys", fp8=(None, E4M3, E5M2), tokens=290, heads=4, heads_kv=2, bfloat16=True, loud=(277,)),
+    Asked(name="fp8", fp8=(E4M3, E5M2, E4M3), tokens=270, mask=fa.MaskKind.sliding_causal(150), sink_tokens=5, learned_sink=True),
 )
 
 
@@ -87,15 +92,32 @@ def tokens_of(asked: Asked, seed: int = 0, length: int | None = None) -> Tokens:
         if loud + 3 < length:
             q[loud, :1] *= 8000  # of one head: such scores may not change how those beside them are rounded
             q[loud + 1 : loud + 3] *= 300  # large enough to show it
-    return Tokens(*(x.astype(dtype) for x in (q, k, v)))
+    kinds = (each or dtype for each in asked.fp8 or (None,) * 3)
+    return Tokens(*(x.astype(kind) for x, kind in zip((q, k, v), kinds, strict=True)))
+
+
+def descales_of(asked: Asked, tokens: int, seed: int = 0) -> dict[str, Array]:
+    """Those of a sequence with so many keys: (Hkv,) of q where it is fp8, (Hkv, blocks) of k and of v."""
+    if not asked.fp8:
+        return {}
+    random = np.random.default_rng((seed, 9))
+    heads, blocks = asked.heads_kv, -(-tokens // 128)
+    # As many numbers as of the longest, so that fewer keys have the same.
+    q, k, v = random.uniform(0.4, 2, heads), *random.uniform(0.4, 2, (2, heads, 8))
+    found = {"k_descale": k[:, :blocks], "v_descale": v[:, :blocks]} | ({"q_descale": q} if asked.fp8[0] else {})
+    return {name: x.astype(np.float32) for name, x in found.items()}
 
 
 def per_head(asked: Asked, make: Callable[[int], Array], *, wanted: bool) -> Any:
     return cases.upload(make(asked.heads).astype(np.float32)) if wanted else None
 
 
-def options_of(asked: Asked, *, invariant: bool = True) -> dict[str, Any]:
+def options_of(asked: Asked, tokens: int | None = None, seeds: tuple[int, ...] = (0,), *, invariant: bool = True) -> dict[str, Any]:
+    """``tokens``: keys of the longest sequence, None is all of the one that is asked for; ``seeds``: those of the sequences of the call."""
+    descales = [descales_of(asked, asked.tokens if tokens is None else tokens, seed) for seed in seeds]
+    fp8 = {name: cases.upload(np.stack([each[name] for each in descales])) for name in descales[0]}
     return {
+        "fp8": fa.Fp8Options(**fp8, out_dtype=fa.DType.F32) if fp8 else None,  # 16 bits would hide most roundings
         "mask": asked.mask,
         "sink_tokens": asked.sink_tokens,
         "bias": fa.PositionBias(per_head(asked, lambda n: 0.5 ** np.arange(1, n + 1), wanted=asked.slopes)),
@@ -124,7 +146,7 @@ def dense(asked: Asked, *, invariant: bool = True) -> Rows:
 def _in_a_batch(asked: Asked) -> Iterator[Rows]:
     several = [tokens_of(asked, seed) for seed in (3, 0, 4)]
     q, k, v = (cases.upload(np.stack([getattr(each, name) for each in several])) for name in "qkv")
-    yield rows_of(fa.DenseFwdRequest(q, k, v, **options_of(asked)), range(asked.tokens), 1)
+    yield rows_of(fa.DenseFwdRequest(q, k, v, **options_of(asked, seeds=(3, 0, 4))), range(asked.tokens), 1)
 
 
 def _packed(asked: Asked) -> Iterator[Rows]:
@@ -133,7 +155,7 @@ def _packed(asked: Asked) -> Iterator[Rows]:
     several = [tokens_of(asked, seed, length) for seed, length in zip((3, 0, 4), lengths, strict=True)]
     q, k, v = (cases.upload(np.concatenate([getattr(each, name) for each in several] + [getattr(several[2], name)])) for name in "qkv")
     offsets = fa.CumulativeSeqlens(cases.upload(np.cumsum([0, *lengths]).astype(np.int32)), max(lengths))
-    made = fa.run(fa.VarlenFwdRequest(q, k, v, cu_seqlens_q=offsets, cu_seqlens_k=offsets, **options_of(asked)))
+    made = fa.run(fa.VarlenFwdRequest(q, k, v, cu_seqlens_q=offsets, cu_seqlens_k=offsets, **options_of(asked, seeds=(3, 0, 4))))
     own = slice(5, 5 + asked.tokens)
     yield Rows(range(asked.tokens), cases.download(made.out)[own], cases.download(made.lse)[:, own].T)
 
@@ -153,9 +175,11 @@ def paged(asked: Asked, size: int, parts: list[range], *, others: bool = False) 
         q = one.q[None, part.start : part.stop]
         table, lengths, batch = pages[None, : len(pages) - 1], np.array([length], np.int32), 0
         if others:  # they read the same pages
-            q, batch = np.concatenate([q[:, ::-1], q, q + q.dtype.type(1)]), 1
+            q, batch = np.concatenate([q[:, ::-1], q, (q.astype(np.float32) + 1).astype(q.dtype)]), 1
             table, lengths = np.repeat(table, 3, 0), np.array([max(1, length // 2), length, 1], np.int32)
-        request = fa.PagedAttentionRequest(*map(cases.upload, (q,)), k, v, cases.upload(table), cases.upload(lengths), **options_of(asked))
+        slots = size * table.shape[1]
+        options = options_of(asked, slots, (0,) * len(q))
+        request = fa.PagedAttentionRequest(*map(cases.upload, (q,)), k, v, cases.upload(table), cases.upload(lengths), **options)
         yield rows_of(request, part, batch)
 
 
@@ -175,7 +199,7 @@ def _in_a_slot(asked: Asked) -> Iterator[Rows]:
         pool[2, pad : pad + asked.tokens] = x
     q, k, v = map(cases.upload, (one.q[None], *cache))
     lengths, row, padding = (cases.upload(np.array([x], np.int32)) for x in (asked.tokens + pad, 2, pad))
-    request = fa.CachedFwdRequest(q, k, v, lengths, cache_batch_idx=row, cache_leftpad=padding, **options_of(asked))
+    request = fa.CachedFwdRequest(q, k, v, lengths, cache_batch_idx=row, cache_leftpad=padding, **options_of(asked, asked.tokens + 11))
     yield rows_of(request, range(asked.tokens))
 
 
@@ -187,7 +211,7 @@ def _short(asked: Asked) -> Iterator[Rows]:
     for end in (1, 19, asked.tokens - 3):
         first = max(0, end - 3)
         q, k, v = (cases.upload(x[None]) for x in (one.q[first:end], one.k[:end], one.v[:end]))
-        yield rows_of(fa.DenseFwdRequest(q, k, v, **options_of(asked)), range(first, end))
+        yield rows_of(fa.DenseFwdRequest(q, k, v, **options_of(asked, end)), range(first, end))
 
 
 WAYS: dict[str, Callable[[Asked], Iterator[Rows]]] = {
@@ -228,8 +252,12 @@ def check_against_plain(asked: Asked, whole: Rows) -> None:
     finally:
         cases.upload = keep
     q, k, v = (x[None].astype(np.float32) for x in (one.q, one.k, one.v))
+    if asked.fp8:
+        options["fp8"], descales = None, descales_of(asked, asked.tokens)
+        q *= np.repeat(descales.get("q_descale", np.ones(asked.heads_kv, np.float32)), asked.heads // asked.heads_kv)[:, None]
+        k, v = (x * np.repeat(descales[name].T, 128, axis=0)[: asked.tokens, :, None] for x, name in ((k, "k_descale"), (v, "v_descale")))
     plain = fa.run(fa.DenseFwdRequest(q, k, v, **options))
     quiet = [i for i in range(asked.tokens) if not any(loud <= i < loud + 3 for loud in asked.loud)]
-    rounding = 2e-2 if asked.bfloat16 else 3e-3
+    rounding = 0.1 if asked.fp8 and asked.fp8[0] else 2e-2 if asked.bfloat16 else 3e-3
     np.testing.assert_allclose(whole.out[quiet].astype(np.float32), plain.out[0][quiet], atol=2 * rounding, rtol=rounding)
     np.testing.assert_allclose(whole.lse[quiet], plain.lse[0].T[quiet], atol=1e-3, rtol=1e-4)

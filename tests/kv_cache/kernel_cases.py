@@ -149,6 +149,7 @@ def check_fp8_append(
         kind_of_call: for :func:`with_new_tokens`.
     """
     asked, random = with_new_tokens(**kind_of_call), np.random.default_rng(7)
+    asked["k"][..., 20], asked["v"][..., 3] = 0, -0.0
     if longer:
         asked |= {name: np.tile(asked[name], (1, 5, 1, 1)) for name in ("k_cache", "v_cache")}
         asked["cache_seqlens"] += 241

@@ -22,7 +22,7 @@ def test_a_row_has_the_same_bits_in_every_call(gpu: FakeGpu, asked: Asked):  # n
     assert counts["pages of 16"] == counts["packed"] == asked.tokens
     specs = {spec for spec, *_ in gpu.launches}
     assert {(spec.HEADER, spec.batch_invariant, spec.split, spec.tile.block_n) for spec in specs} == {
-        ("fa2_kvcache", True, False, 16 if asked.head_dim > 96 else 32)
+        ("fp8_kvcache" if asked.fp8 else "fa2_kvcache", True, False, 16 if asked.head_dim > 96 else 32)
     }
     assert len({spec.tile.block_m for spec in specs}) > 1, "every call had the same number of rows a tile"
     assert {spec.plain_kv for spec in specs} == {spec.paged for spec in specs} == {False, True}

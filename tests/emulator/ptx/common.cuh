@@ -83,6 +83,7 @@ inline uint32_t round_fp8(float x, Fp8Format format) {
   if (x != x) return 0x7f;
   const uint32_t sign = std::signbit(x) ? 0x80 : 0;
   const float magnitude = std::min(std::fabs(x), format.largest);
+  if (magnitude == 0.f) return sign;  // frexp gives it the exponent of 1/2
   int exponent;
   std::frexp(magnitude, &exponent);
   const int step = std::max(exponent - 1, 1 - format.bias) - format.mantissa;  // of the last bit
