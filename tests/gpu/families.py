@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from atomr_accel_flashattn.launch.driver import DeviceProperties
 
-__all__ = ["DEVICE", "FAMILIES", "HAS_WGMMA", "blocks_for", "pretend_multiprocessors", "use_family"]
+__all__ = ["DEVICE", "FAMILIES", "HAS_FP8", "HAS_WGMMA", "blocks_for", "pretend_multiprocessors", "use_family"]
 
 DEVICE = os.environ.get("ATOMR_FLASHATTN_TEST_DEVICE", "cuda:0")
 HAS_WGMMA = DEVICE != "cpu" and device_count() > 0 and device_properties(0).compute_capability == (9, 0)
+HAS_FP8 = DEVICE == "cpu" or (device_count() > 0 and device_properties(0).compute_capability >= (8, 9))
 FAMILIES = (Family.FA2, Family.FA3) if HAS_WGMMA else (Family.FA2,)
 FEW_BLOCKS = 3  # of persistent kernels, so that they take many tiles each in tests of any size
 

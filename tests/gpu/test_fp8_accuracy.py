@@ -16,9 +16,9 @@ torch = pytest.importorskip("torch")
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn import DType, Fp8Options, ScaleUnit  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
-from tests.gpu.families import DEVICE  # noqa: E402
+from tests.gpu.families import DEVICE, HAS_FP8  # noqa: E402
 
-pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.skipif(not HAS_FP8, reason="needs a GPU with fp8")]
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 KINDS = {"argvalues": [E4M3, E5M2], "ids": ["e4m3", "e5m2"]}

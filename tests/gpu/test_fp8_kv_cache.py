@@ -13,14 +13,14 @@ import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn import DType, ScaleUnit  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
 from atomr_accel_flashattn.runtime import execute  # noqa: E402
-from tests.gpu.families import DEVICE  # noqa: E402
+from tests.gpu.families import DEVICE, HAS_FP8  # noqa: E402
 from tests.gpu.harness import poison_workspaces  # noqa: E402
 from tests.kv_cache import cases  # noqa: E402
 from tests.kv_cache.kernel_cases import FP8_APPENDS, check_fp8_append  # noqa: E402
 from tests.kv_cache.test_fp8_cache import AXES, check_row  # noqa: E402
 from tests.pairwise import covering_rows  # noqa: E402
 
-pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.skipif(not HAS_FP8, reason="needs a GPU with fp8")]
 
 GPU = DEVICE != "cpu"
 E4M3, E5M2 = DType.F8E4M3, DType.F8E5M2

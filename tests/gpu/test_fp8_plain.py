@@ -13,20 +13,18 @@ torch = pytest.importorskip("torch")
 
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
-from atomr_accel_flashattn.launch.driver import device_count, device_properties  # noqa: E402
 from atomr_accel_flashattn.runtime import execute  # noqa: E402
 from atomr_accel_flashattn.types import DType, SmArch  # noqa: E402
 from tests.cases import Case, Values  # noqa: E402
 from tests.check import Run  # noqa: E402
 from tests.fp8 import DTYPES, Quantised, check_fp8  # noqa: E402
 from tests.fp8_cases import BLOCK_TYPES, FP8_FEATURES, FP8_KINDS, Fp8Types, fp8_call  # noqa: E402
-from tests.gpu.families import DEVICE, HAS_WGMMA, use_family  # noqa: E402
+from tests.gpu.families import DEVICE, HAS_FP8, HAS_WGMMA, use_family  # noqa: E402
 from tests.gpu.fp8_calls import request_of  # noqa: E402
 from tests.gpu.harness import Written, download, poison_workspaces, synchronize, upload  # noqa: E402
 from tests.inputs import Layout, place  # noqa: E402
 
 GPU = DEVICE != "cpu"
-HAS_FP8 = not GPU or (device_count() > 0 and device_properties(0).compute_capability >= (8, 9))
 pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.skipif(not HAS_FP8, reason="needs a GPU with fp8")]
 
 WIDTHS = (64, 128, 256)
