@@ -36,13 +36,14 @@ __all__ = ["Fp8", "check_fp8"]
 
 FP8 = {DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn), DType.F8E5M2: np.dtype(ml_dtypes.float8_e5m2)}
 _TOKENS = 128  # that share a descale
+_ODD = (0, -1, 0.25, -3, 2, 2.0**-40)
 
 
 @dataclass(frozen=True)
 class Fp8:
     """Types and descales of a call. ``q`` None: of the case. Units are those of q, k and v; None is no descale.
 
-    ``products``: mma.sync multiplies q and k in 8 bits.
+    ``products``: mma.sync multiplies q and k in 8 bits. ``odd``: descales of 0, negative ones, and some 2^40 apart, side by side.
     """
 
     q: DType | None = None
@@ -50,6 +51,7 @@ class Fp8:
     v: DType = DType.F8E4M3
     out: DType | None = None
     units: tuple[ScaleUnit | None, ...] = (None, None, None)
+    odd: bool = False
     products: bool = False
 
     def __str__(self) -> str:
@@ -172,7 +174,7 @@ def _quantised(case: Case, fp8: Fp8) -> _Call:
     for name, unit in zip("qkv", fp8.units, strict=True):
         array = getattr(base, name)
         low = array.astype(np.float32).astype(kinds[name])
-        values, of_token = _descale(random, unit, base, name)
+        values, of_token = _descale(random, unit, base, name, odd=fp8.odd)
         if unit is not None:
             descales[name] = (unit, values)
         given[name] = place(low, case.layout)
@@ -183,7 +185,7 @@ def _quantised(case: Case, fp8: Fp8) -> _Call:
     return _Call(replace(base, **given), wide, descales)
 
 
-def _descale(random: np.random.Generator, unit: ScaleUnit | None, inputs: Inputs, name: str) -> tuple[Array, Array]:
+def _descale(random: np.random.Generator, unit: ScaleUnit | None, inputs: Inputs, name: str, *, odd: bool) -> tuple[Array, Array]:
     """A descale, and that of each row (the shape of q, k or v without heads and columns, and KV heads)."""
     array = getattr(inputs, name)
     lead, heads, batch = array.shape[:-2], inputs.heads_kv, inputs.batch
@@ -191,9 +193,11 @@ def _descale(random: np.random.Generator, unit: ScaleUnit | None, inputs: Inputs
     blocks = -(-longest // _TOKENS)
     shape = {None: (), ScaleUnit.TENSOR: (), ScaleUnit.HEAD: (batch, heads), ScaleUnit.BLOCK: (batch, heads, blocks)}.get(unit)
     if shape is None:
-        values = random.choice(np.array([0.25, 0.5, 0.7, 1, 3], np.float32), (*lead, heads))
+        values = random.choice(np.array(_ODD if odd else [0.25, 0.5, 0.7, 1, 3], np.float32), (*lead, heads))
         return values, values
-    values = random.uniform(0.3, 3, shape).astype(np.float32) if unit else np.ones((), np.float32)
+    values = (
+        np.asarray(random.choice(_ODD, shape) if odd else random.uniform(0.3, 3, shape), np.float32) if unit else np.ones((), np.float32)
+    )
     of_token = np.ones((*lead, heads), np.float32)
     for sequence in inputs.sequences():
         rows = sequence.out_rows if name == "q" else _rows_of_keys(inputs, sequence.index)

@@ -80,6 +80,14 @@ def test_products_of_8_bits(widths: dict[str, Any], types: Fp8, way: Cached):
     check_fp8(Case(label="products", dtype=DType.BF16, **UNEQUAL | {"right": 0} | widths), types, way)
 
 
+@pytest.mark.parametrize(("q", "units"), [(None, UNITS[2]), (E4M3, UNITS[1]), (None, UNITS[3]), (E4M3, (None, HEAD, TOKEN))], ids=str)
+def test_descales_may_be_zero_or_negative_and_far_apart(q: DType | None, units: tuple[ScaleUnit | None, ...]):
+    case = Case(
+        label="odd_descales", dtype=DType.BF16, **UNEQUAL | {"left": 330, "right": 0, "sink_tokens": 4, "lengths_k": (650, 20, 140)}
+    )
+    check_fp8(case, Fp8(q=q, units=((HEAD if q else None), *units[1:]), odd=True), Cached(splits=2, block_size=7))
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_feature(name: str):
     number = list(FEATURES).index(name)
