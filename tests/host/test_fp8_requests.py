@@ -147,6 +147,19 @@ def test_a_gradient_is_refused_by_name(wants: str):
         fa.DenseFwdRequest(**tensors)
 
 
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_batch_invariant_rows_have_no_descales_of_v_by_slots_on_a_gpu(name: str):
+    extras = fa.Extras(batch_invariant=True, **{f"{name}_descale": ScaleUnit.TOKEN})
+    keys = [fa.DispatchKey(arch, DType.F8E4M3, 64, paged=True, extras=extras) for arch in (SmArch.CPU, SmArch.SM_89, SmArch.SM_90)]
+    assert fa.lookup(keys[0]).kernel_name == "reference_cpu"
+    for key in keys[1:]:
+        if name == "k":
+            assert fa.lookup(key).batch_invariant
+            continue
+        with pytest.raises(fa.FeatureNotBuiltError, match="'invariant_token_scales' is not built"):
+            fa.lookup(key)
+
+
 PLAIN = fa.DispatchKey(SmArch.CPU, DType.F8E4M3, 64)
 CONTRADICTIONS = {
     "q descale": (
