@@ -116,6 +116,7 @@ def wgmma_fp8_specs() -> list[KernelSpec]:
         for w, width in enumerate((64, 128, 192, 256))
         for persistent in (True, False)
     ]
+    plain += [replace(key, extras=replace(key.extras, single_level=True)) for key in plain[::2]]
     keys = []
     for i, row in enumerate(covering_rows(FP8_AXES)):
         dtype, k_dtype, v_dtype = types[i % 3]

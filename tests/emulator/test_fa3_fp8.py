@@ -1,4 +1,4 @@
-"""The wgmma family over fp8 tensors on the emulator: 8-bit products, V transposed by producer warps, factors, the float32 total of O."""
+"""The wgmma family over fp8 tensors on the emulator: 8-bit products, V transposed by producer warps, factors, O in float32."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_blocks_of_tokens_have_factors_of_their_own(name: str, tile: Tile):
 
 
 @pytest.mark.parametrize("width", [64, 256])
-def test_factors_of_blocks_with_the_tile_of_a_width_and_flushes_between(width: int):
+def test_factors_of_blocks_with_the_tile_of_a_width_over_many_tiles(width: int):
     check(Case(seqlen_q=300, seqlen_k=2500, heads=2, heads_kv=1, head_dim=width, v_head_dim=width, right=0), BLOCK_TYPES)
 
 
@@ -111,8 +111,9 @@ def test_a_total_in_float32_keeps_what_an_accumulator_of_14_bits_loses():
     error = {single: np.abs(each / mean[:, None] - 1).max() for single, each in out.items()}
     assert error[False] < 2e-3
     assert error[True] > 0.05
-    model = sums_of_tiles(call.v[0, :, 0].astype(np.float64), TWO.block_n) / (2.0**8 * 9000)
-    np.testing.assert_allclose(out[True][0, 0, 0], model, rtol=1e-6)
+    for single, tiles in ((True, 0), (False, 1)):
+        model = sums_of_tiles(call.v[0, :, 0].astype(np.float64), TWO.block_n, tiles) / (2.0**8 * 9000)
+        np.testing.assert_allclose(out[single][0, 0, 0], model, rtol=1e-6)
 
 
 def test_truncated_products_of_q_and_k_cost_rising_scores_what_the_model_says():
@@ -123,3 +124,19 @@ def test_truncated_products_of_q_and_k_cost_rising_scores_what_the_model_says():
     lost = np.abs(lse - exact).max()
     assert lost > 10 * LSE_TOLERANCE
     assert lost_lse(call.meant, call.q, call.k, lse, exact) == pytest.approx(lost, abs=1e-4)
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_o_in_the_accumulator(width: int):
+    case = Case(seqlen_q=70, seqlen_k=450, heads=2, heads_kv=1, head_dim=width, v_head_dim=width, right=0)
+    tile = Tile(block_m=128, block_n=64, warps=12, stages=2, ping_pong=True, persistent=True)
+    check(case, tile=tile, single_level=True)
+
+
+@pytest.mark.parametrize("shift", [-3.0, 3.0])
+def test_scores_all_below_or_above_zero(shift: float):
+    call = fp8_call(Case(seqlen_q=100, seqlen_k=500, heads=2, heads_kv=2, right=0), Fp8Types(unit=None))
+    for x, sign in ((call.q, 1.0), (call.k, np.sign(shift))):
+        x[...] = (np.abs(x.astype(np.float32)) * sign).astype(x.dtype)
+    call.meant.q[...], call.meant.k[...] = call.q.astype(call.meant.q.dtype), call.k.astype(call.meant.k.dtype)
+    check_fp8("signs", call, emulate_fp8(call, DType.F32), DType.F32, wgmma=True)

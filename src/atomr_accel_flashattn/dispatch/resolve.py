@@ -183,7 +183,8 @@ def _fp8_wgmma(key: DispatchKey, kind: type[_Spec], **fields: Any) -> _Spec:
     width, v_width, extras = fp8_width(key.head_dim), fp8_width(key.v_head_dim), key.extras
     blocks = ScaleUnit.BLOCK in {extras.q_descale, extras.k_descale, extras.v_descale}
     crowded = key.alibi or extras.softcap > 0
-    tile = fp8_wgmma_tile_for(width, v_width, crowded=crowded, blocks=blocks or key.paged or extras.kv_cache)
+    on_blocks = blocks or key.paged or extras.kv_cache
+    tile = fp8_wgmma_tile_for(width, v_width, crowded=crowded, blocks=on_blocks, single_level=extras.single_level)
     tile = replace(tile, persistent=extras.persistent is not False)
     named = (("k_dtype", key.k_dtype), ("v_dtype", key.v_dtype), ("out_dtype", key.out_dtype))
     fields |= {name: dtype for name, dtype in named if dtype is not key.dtype}

@@ -10,27 +10,27 @@ from typing import Any, ClassVar, Final
 
 from ..limits import SCALED_TOKENS
 from ..problem import ArrayInfo, AttentionProblem
-from .fa3_fwd import Fa3ForwardSpec
+from .fa3_fwd import Fa3ForwardSpec, consumer_holds
 from .forward import DESCALE_SLOTS, FwdParams, descale_strides
 from .params import KernelParams, StrideParams, TensorMapParams
 from .spec import Tile
+from .wgmma import Product
 
 __all__ = [
-    "FLUSH_KEYS",
     "FP8_INSTRUCTIONS",
     "FP8_WIDTHS",
     "Fa3Fp8ForwardSpec",
     "Fa3Fp8FwdParams",
     "fp8_config",
+    "fp8_products",
     "fp8_width",
     "loaded_bytes",
     "misfit_of_keys",
+    "pv_columns",
 ]
 
 FP8_WIDTHS: Final = (64, 128, 192, 256)  # rows of tiles are whole panels of 64 or 128 bytes
-# Keys between two flushes of O: an accumulator has lost 0.3 % by then, a tenth of what e4m3 costs, and to move O takes a few per cent of
-# the time of so many keys. By arithmetic, not measured.
-FLUSH_KEYS: Final = 2048
+_MOST_COLUMNS: Final = 128  # of O in one product: two of them are faster than one of 256
 _MOST_LOADED: Final = 2  # buffers of V before it is transposed
 _GROUP: Final = 32  # keys of a step of wgmma
 FP8_INSTRUCTIONS: Final = ("QGMMA", "UTMALDG", "SYNCS", "LDSM", "STSM")
@@ -46,6 +46,26 @@ def loaded_bytes(tile: Tile, v_head_dim: int) -> int:
     return min(tile.stages, _MOST_LOADED) * tile.block_n * v_head_dim
 
 
+def pv_columns(v_head_dim: int) -> int:
+    """Columns of O in one product P V whose accumulators take the registers of S."""
+    return v_head_dim // -(-v_head_dim // _MOST_COLUMNS)
+
+
+def pv_sum(tile: Tile, v_head_dim: int, *, single_level: bool) -> str:
+    """The ``fa::PvSum`` of a tile: beside O where registers hold both, S and P."""
+    if single_level:
+        return "InO"
+    return "Beside" if consumer_holds(tile, v_head_dim + tile.block_n // 2 + tile.block_n // 8) else "InScores"
+
+
+def fp8_products(products: tuple[Product, ...], tile: Tile, *, single_level: bool) -> tuple[Product, ...]:
+    """Q K^T, and P V at once or in equal parts."""
+    qk, (width, p_type, v_type) = products
+    if pv_sum(tile, width, single_level=single_level) != "InScores":
+        return products
+    return qk, (pv_columns(width), p_type, v_type)
+
+
 def misfit_of_keys(tile: Tile, *, block_descales: bool) -> str:
     """Why there can be no kernel with these keys of a tile; empty when there can."""
     if tile.block_n % _GROUP:
@@ -55,9 +75,10 @@ def misfit_of_keys(tile: Tile, *, block_descales: bool) -> str:
     return ""
 
 
-def fp8_config(tile: Tile, *, single_level: bool, block_descales: bool) -> dict[str, Any]:
-    """Members of ``fa::Config`` that fp8 adds: factors of blocks, and tiles of keys between flushes."""
-    return {"block_descales": block_descales, "flush_tiles": 0 if single_level else max(1, FLUSH_KEYS // tile.block_n)}
+def fp8_config(tile: Tile, v_head_dim: int, *, single_level: bool, block_descales: bool) -> dict[str, Any]:
+    """Members of ``fa::Config`` that fp8 adds: factors of blocks, and how P V gets into O."""
+    how = pv_sum(tile, v_head_dim, single_level=single_level)
+    return {"block_descales": block_descales, "pv_sum": f"fa::PvSum::{how}", "pv_columns": pv_columns(v_head_dim)}
 
 
 class Fa3Fp8FwdParams(KernelParams):
@@ -78,9 +99,9 @@ class Fa3Fp8FwdParams(KernelParams):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
-    """The mainloop of :class:`Fa3ForwardSpec` with 8-bit wgmma; two of the producer's warps transpose V. sm_90a.
+    """The mainloop of :class:`Fa3ForwardSpec` with 8-bit wgmma; three of the producer's warps transpose V. sm_90a.
 
-    ``single_level``: O stays in the accumulator of wgmma, of 14 bits, to the end. ``block_descales``: blocks of 128 tokens of q, k or v
+    ``single_level``: wgmma adds P V to O, of which it keeps 14 bits. ``block_descales``: blocks of 128 tokens of q, k or v
     have factors of their own, and a tile of keys lies in one of them.
     """
 
@@ -95,7 +116,7 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
     block_descales: bool = False
 
     def shared_tiles(self) -> tuple[int, int]:
-        """With the buffers of V before it is transposed."""
+        """With what fp8 adds."""
         q, kv = Fa3ForwardSpec.shared_tiles(self)
         return q, kv + loaded_bytes(self.tile, self.v_head_dim)
 
@@ -104,17 +125,24 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
         """Wgmma of 8 bits, TMA loads, mbarriers, the transposition of V."""
         return FP8_INSTRUCTIONS
 
+    def products(self) -> tuple[Product, ...]:
+        """With the parts of P V."""
+        return fp8_products(Fa3ForwardSpec.products(self), self.tile, single_level=self.single_level)
+
     def misfit(self) -> str:
         """As for 16 bits, with whole steps of 32 keys and widths of whole panels."""
         return Fa3ForwardSpec.misfit(self) or misfit_of_keys(self.tile, block_descales=self.block_descales)
 
     def registers_suffice(self) -> bool:
-        """O and S in float32, and P in 8 bits."""
-        return self._registers_suffice(self.tile.block_n // 8)
+        """O and S, or a product P V in its registers, in float32, and P in 8 bits."""
+        wider = 0 if self.single_level else max(0, pv_columns(self.v_head_dim) - self.tile.block_n)
+        return self._registers_suffice(wider // 2 + self.tile.block_n // 8)
 
     def config(self) -> dict[str, Any]:
-        """With the tiles between flushes."""
-        return Fa3ForwardSpec.config(self) | fp8_config(self.tile, single_level=self.single_level, block_descales=self.block_descales)
+        """With what fp8 adds."""
+        return Fa3ForwardSpec.config(self) | fp8_config(
+            self.tile, self.v_head_dim, single_level=self.single_level, block_descales=self.block_descales
+        )
 
     def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
         """``fa::Fa3Fp8FwdParams`` with its maps still to be encoded."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..problem import ArrayInfo, AttentionProblem
-from .fa3_fp8 import FP8_INSTRUCTIONS, Fa3Fp8ForwardSpec, fp8_config, loaded_bytes, misfit_of_keys
+from .fa3_fp8 import FP8_INSTRUCTIONS, Fa3Fp8ForwardSpec, fp8_config, fp8_products, loaded_bytes, misfit_of_keys, pv_columns
 from .fa3_kvcache import Fa3KvCacheSpec
 from .forward import DESCALE_SLOTS, descale_strides
 from .kvcache import KvCacheParams, cache_numbers
 from .params import KernelParams, StrideParams, TensorMapParams
+from .wgmma import Product
 
 __all__ = ["Fa3Fp8KvCacheParams", "Fa3Fp8KvCacheSpec"]
 
@@ -47,7 +48,7 @@ class Fa3Fp8KvCacheSpec(Fa3KvCacheSpec):
     block_descales: bool = False
 
     def shared_tiles(self) -> tuple[int, int]:
-        """With the buffers of V before it is transposed."""
+        """With what fp8 adds."""
         q, kv = Fa3KvCacheSpec.shared_tiles(self)
         return q, kv + loaded_bytes(self.tile, self.v_head_dim)
 
@@ -56,17 +57,24 @@ class Fa3Fp8KvCacheSpec(Fa3KvCacheSpec):
         """Those of fp8 without a cache."""
         return FP8_INSTRUCTIONS
 
+    def products(self) -> tuple[Product, ...]:
+        """With the parts of P V."""
+        return fp8_products(Fa3KvCacheSpec.products(self), self.tile, single_level=self.single_level)
+
     def misfit(self) -> str:
         """As for 16 bits, with whole steps of 32 keys."""
         return Fa3KvCacheSpec.misfit(self) or misfit_of_keys(self.tile, block_descales=self.block_descales)
 
     def registers_suffice(self) -> bool:
-        """O and S in float32, and P in 8 bits."""
-        return self._registers_suffice(self.tile.block_n // 8)
+        """O and S, or a product P V in its registers, in float32, and P in 8 bits."""
+        wider = 0 if self.single_level else max(0, pv_columns(self.v_head_dim) - self.tile.block_n)
+        return self._registers_suffice(wider // 2 + self.tile.block_n // 8)
 
     def config(self) -> dict[str, Any]:
         """With what fp8 adds."""
-        return Fa3KvCacheSpec.config(self) | fp8_config(self.tile, single_level=self.single_level, block_descales=self.block_descales)
+        return Fa3KvCacheSpec.config(self) | fp8_config(
+            self.tile, self.v_head_dim, single_level=self.single_level, block_descales=self.block_descales
+        )
 
     def pack_call(self, problem: AttentionProblem, out: ArrayInfo, splits: int) -> KernelParams:
         """``fa::Fa3Fp8KvCacheParams`` of one call without addresses, its maps still to be encoded."""

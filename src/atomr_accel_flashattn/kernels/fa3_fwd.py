@@ -12,10 +12,10 @@ from ..problem import ArrayInfo, AttentionProblem, Strides
 from ..types import DType
 from .forward import ForwardSpec, FwdParams
 from .params import KernelParams, TensorMapParams, TensorMapSpec
-from .spec import Family
-from .wgmma import wgmma_leaves
+from .spec import Family, Tile
+from .wgmma import Product, wgmma_leaves
 
-__all__ = ["WARPGROUP_ROWS", "Fa3ForwardSpec", "Fa3FwdParams", "fits_warpgroup", "tensor_map_of", "tensor_map_of_q"]
+__all__ = ["WARPGROUP_ROWS", "Fa3ForwardSpec", "Fa3FwdParams", "consumer_holds", "fits_warpgroup", "tensor_map_of", "tensor_map_of_q"]
 
 WARPGROUP_ROWS: Final = 64  # of Q, in a buffer of its own
 _BARRIER_BYTES: Final = 512  # the kernel asserts that its barriers fit
@@ -45,6 +45,11 @@ class Fa3FwdParams(KernelParams):
         ("_alignment", ctypes.c_ubyte * (-(ctypes.sizeof(FwdParams) + 12) % 64)),  # the maps begin at a multiple of 64
         *((name, TensorMapParams) for name, _ in MAPS),
     )
+
+
+def consumer_holds(tile: Tile, held: int) -> bool:
+    """Whether a consumer thread of this tile has so many registers beside what each needs."""
+    return held + _OTHER_REGISTERS <= _CONSUMER_REGISTERS[tile.warps // 4 - 1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,15 +103,14 @@ class Fa3ForwardSpec(ForwardSpec):
 
     def _registers_suffice(self, of_p: int) -> bool:
         """With P in so many registers."""
-        held = self.v_head_dim // 2 + self.tile.block_n // 2 + of_p
-        return held + _OTHER_REGISTERS <= _CONSUMER_REGISTERS[self.tile.warps // 4 - 1]
+        return consumer_holds(self.tile, self.v_head_dim // 2 + self.tile.block_n // 2 + of_p)
 
     def leaves(self) -> str:
         """Wgmma for the N of both products: an instruction names each of its accumulators."""
         return '#include "ptx/wgmma.cuh"\n\n' + wgmma_leaves(self.products()) + "\n"
 
-    def products(self) -> tuple[tuple[int, DType, DType], ...]:
-        """N, and the types of both operands, of Q K^T and P V."""
+    def products(self) -> tuple[Product, ...]:
+        """Those of Q K^T and P V."""
         return (self.tile.block_n, self.dtype, self.k_type), (self.v_head_dim, self.v_type, self.v_type)
 
     @property

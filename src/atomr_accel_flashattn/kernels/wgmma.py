@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, TypeAlias
 
 from ..types import DType
 
-__all__ = ["wgmma_leaves"]
+__all__ = ["Product", "wgmma_leaves"]
+
+Product: TypeAlias = tuple[int, DType, DType]  # N, and the types of A and B
 
 # Of 8 bits both operands are K-major; of 16 bits an instruction says of each whether it is.
 _K_STEP: Final = {2: "k16", 1: "k32"}
@@ -22,17 +24,18 @@ struct Wgmma<{n}, DType::{a_dtype}, DType::{b_dtype}> {{
                  : {outputs}
                  : "l"(a), "l"(b), "r"(accumulate));
   }}
+  template <bool kAccumulate = true>
   static __device__ __forceinline__ void rs(float (&d)[{tiles}][4], const uint32_t (&a)[4], uint64_t b) {{
     asm volatile("wgmma.mma_async.sync.aligned.m64n{n}{k}.f32.{a_ptx}.{b_ptx} {{{d}}}, {{%{a}, %{a1}, %{a2}, %{a3}}}, "
-                 "%{b4}, 1, 1, 1{rs_majors};\\n"
+                 "%{b4}, %{rs_acc}, 1, 1{rs_majors};\\n"
                  : {outputs}
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAccumulate));
   }}
 }};
 """
 
 
-def wgmma_leaves(products: Iterable[tuple[int, DType, DType]]) -> str:
+def wgmma_leaves(products: Iterable[Product]) -> str:
     """Specialisations of ``fa::ptx::Wgmma`` (PTX ISA, "wgmma.mma_async"), each product once.
 
     A product is N, a multiple of 8 up to 256, and the types of A and B, which are one type of 16 bits or any two of 8.
@@ -63,4 +66,5 @@ def _leaf(n: int, a_dtype: DType, b_dtype: DType) -> str:
         b=count + 1,
         b4=count + 4,
         acc=count + 2,
+        rs_acc=count + 5,
     )

@@ -165,35 +165,41 @@ def wgmma_tile_for(
     return tile
 
 
-# fp8 of the wgmma family, by the wider width. Keys as many as registers hold without spills; not measured.
+# fp8 of the wgmma family, by the wider width: keys as many as registers hold without spills in the main loop (H200, docs/performance.md).
+# At 128 those beside which P V has registers of its own, 3 % faster than half as many again that share them.
 _WGMMA_FP8 = {
-    64: Tile(block_m=192, block_n=128, warps=16, stages=3, ping_pong=True),
-    128: Tile(block_m=128, block_n=192, warps=12, stages=2, ping_pong=True),
+    64: Tile(block_m=192, block_n=160, warps=16, stages=3, ping_pong=True),
+    128: Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True),
     192: Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True),
-    256: Tile(block_m=128, block_n=96, warps=12, stages=2, ping_pong=True),
+    256: Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True),
 }
+_WGMMA_FP8_CROWDED_KEYS = {64: 96}  # with slopes or a softcap in registers
+
+# The same where wgmma adds P V to O.
+_WGMMA_FP8_SINGLE_LEVEL_KEYS = {64: 160, 128: 192, 192: 128, 256: 96}
+_WGMMA_FP8_SINGLE_LEVEL_CROWDED_KEYS = {64: 128, 128: 160, 192: 96, 256: 64}
+_WGMMA_FP8_SINGLE_LEVEL_BLOCK_KEYS = {192: 64, 256: 64}  # with factors of blocks of 128 keys, of which a tile has one
 
 
-_WGMMA_FP8_CROWDED_KEYS = {128: 160, 192: 96, 256: 64}  # with slopes or a softcap in registers
-
-
-_WGMMA_FP8_BLOCK_KEYS = {192: 64, 256: 64}  # with factors of blocks of 128 keys, of which a tile has one
-
-
-def fp8_wgmma_tile_for(head_dim: int, v_head_dim: int, *, crowded: bool = False, blocks: bool = False) -> Tile:
+def fp8_wgmma_tile_for(head_dim: int, v_head_dim: int, *, crowded: bool = False, blocks: bool = False, single_level: bool = False) -> Tile:
     """The tile of the wgmma family for two widths of fp8 (kernels/fa3_fp8.py).
 
     Args:
         head_dim: width of q and k.
         v_head_dim: width of v.
         crowded: whether ALiBi or softcap need registers.
-        blocks: whether factors are those of blocks of tokens.
+        blocks: whether factors are those of blocks of tokens, or pages have to be whole parts of tiles.
+        single_level: whether wgmma adds P V to O.
     """
     wider = max(head_dim, v_head_dim)
     tile = _WGMMA_FP8[wider]
     if blocks:
-        return replace(tile, block_n=_WGMMA_FP8_BLOCK_KEYS.get(wider, SCALED_TOKENS))
-    return replace(tile, block_n=_WGMMA_FP8_CROWDED_KEYS.get(wider, tile.block_n)) if crowded else tile
+        keys = _WGMMA_FP8_SINGLE_LEVEL_BLOCK_KEYS.get(wider, SCALED_TOKENS) if single_level else SCALED_TOKENS
+    elif single_level:
+        keys = (_WGMMA_FP8_SINGLE_LEVEL_CROWDED_KEYS if crowded else _WGMMA_FP8_SINGLE_LEVEL_KEYS)[wider]
+    else:
+        keys = _WGMMA_FP8_CROWDED_KEYS.get(wider, tile.block_n) if crowded else tile.block_n
+    return replace(tile, block_n=keys)
 
 
 # Over a KV cache, by v width: keys that have large common divisors with pages, so that TMA copies few boxes.

@@ -150,8 +150,9 @@ struct Wgmma {
   static void ss(float (&d)[kN / 8][4], uint64_t a, uint64_t b, int accumulate) {
     push({&d[0][0], nullptr, a, b, accumulate != 0, false, kN, kBytes, widen<kA>, widen<kB>});
   }
+  template <bool kAccumulate = true>
   static void rs(float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b) {
-    push({&d[0][0], a, 0, b, true, kBytes == 2, kN, kBytes, widen<kA>, widen<kB>});
+    push({&d[0][0], a, 0, b, kAccumulate, kBytes == 2, kN, kBytes, widen<kA>, widen<kB>});
   }
 
  private:

@@ -7,6 +7,10 @@
 
 namespace fa {
 
+// P V of a tile of keys: wgmma adds it to O; or it starts from 0, beside O or in the registers of
+// S, and is added in float32.
+enum class PvSum { InO, Beside, InScores };
+
 struct Config {
   DType dtype;               // of q, and where nothing else is said of k, v and o
   int head_dim, v_head_dim;  // tile widths; the user's sizes may be smaller
@@ -32,7 +36,8 @@ struct Config {
   bool plain_kv = false;  // of a kernel over a cache: K and V are dense or packed arrays instead
 
   bool block_descales = false;  // fp8: factors of blocks of tokens (block_descales.cuh)
-  int flush_tiles = 0;          // fp8: of keys, between additions of O to a float32 total; 0: none
+  PvSum pv_sum = PvSum::InO;    // fp8: how P V of a tile of keys gets into O
+  int pv_columns = 0;           // of O in one product, InScores
   DType k_dtype = dtype, v_dtype = dtype, out_dtype = dtype;
   // fp8: each slot of a page has a descale of its own, else 128 tokens or more share one.
   bool k_token_scales = false, v_token_scales = false;

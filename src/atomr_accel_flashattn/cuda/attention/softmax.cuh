@@ -23,6 +23,7 @@ __device__ __forceinline__ float quad_reduce(float x, Op op) {
 template <DType kP>
 struct ProbabilityRange {
   static constexpr float kOffset = 0.f, kRescaleThreshold = 8.f, kOverflowThreshold = 15.f;
+  static constexpr bool kComparesBits = false;  // top_by_bits() says enough of the maximum
 };
 // fp8 has few small numbers: the largest P is as large a power of two as fits. e4m3 ends at 448,
 // e5m2 at 57344. Any growth beyond rounding raises the maximum, so that its own P is not rounded,
@@ -30,15 +31,18 @@ struct ProbabilityRange {
 template <>
 struct ProbabilityRange<DType::F8E4M3> {
   static constexpr float kOffset = 8.f, kRescaleThreshold = 1.f / 256.f, kOverflowThreshold = 1.f / 256.f;
+  static constexpr bool kComparesBits = true;
 };
 template <>
 struct ProbabilityRange<DType::F8E5M2> {
   static constexpr float kOffset = 15.f, kRescaleThreshold = 1.f / 256.f, kOverflowThreshold = 1.f / 256.f;
+  static constexpr bool kComparesBits = true;
 };
 
 // P in f16 where Q is bf16: small numbers as far down as they go.
 struct WideRange {
   static constexpr float kOffset = 8.f, kRescaleThreshold = 7.f, kOverflowThreshold = 7.f;
+  static constexpr bool kComparesBits = false;
 };
 
 // State of this lane's 2 * kBlocks rows: lane / 4 and lane / 4 + 8 of each 16-row block.
@@ -80,16 +84,23 @@ struct OnlineSoftmax {
   template <bool kHasRowBias, int kTiles, class Decides>
   __device__ __forceinline__ bool update(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2], float (&rescale)[kBlocks][2],
                                          float factor, Decides decides) {
+    constexpr bool kComparesBits = Range::kComparesBits && !kHasRowBias;
     float top[kBlocks][2];  // of this lane
     bool look = false, grew = false, differences = false;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        top[b][r] = kHasRowBias ? row_max(s[b], r) + row_bias[b][r] : row_max(s[b], r);
+        if constexpr (kComparesBits) {
+          top[b][r] = top_by_bits(s[b], r);
+          look |= top[b][r] < 0.f && max[b][r] < 0.f;
+        } else {
+          top[b][r] = kHasRowBias ? row_max(s[b], r) + row_bias[b][r] : row_max(s[b], r);
+        }
         look |= (top[b][r] - max[b][r]) * factor > look_above;
       }
     if (__any_sync(0xffffffffu, look)) {
+      if constexpr (kComparesBits) look_below_zero(s, top);
       grew = raise_max(top, rescale, factor);
       differences = any_huge(factor, decides);
       look_above = differences ? negative_infinity() : kRescaleThreshold;
@@ -205,6 +216,17 @@ struct OnlineSoftmax {
       }
   }
 
+  // Replaces what top_by_bits() found, where it is below 0.
+  template <int kTiles>
+  __device__ __forceinline__ void look_below_zero(const float (&s)[kBlocks][kTiles][4], float (&top)[kBlocks][2]) const {
+    bool below = false;
+#pragma unroll
+    for (int i = 0; i < kBlocks * 2; ++i) below |= top[i / 2][i % 2] < 0.f && max[i / 2][i % 2] < 0.f;
+    if (!__any_sync(0xffffffffu, below)) return;
+#pragma unroll
+    for (int i = 0; i < kBlocks * 2; ++i) top[i / 2][i % 2] = row_max(s[i / 2], i % 2);
+  }
+
   // Raises the references that grew, with the sums; returns, warp-uniformly, whether one did.
   __device__ __forceinline__ bool raise_max(const float (&top)[kBlocks][2], float (&rescale)[kBlocks][2], float factor) {
     bool grew = false;
@@ -220,6 +242,17 @@ struct OnlineSoftmax {
         grew |= !keep;
       }
     return __any_sync(0xffffffffu, grew);
+  }
+
+  // The largest number of a row as integers compare, three in an instruction: the maximum where
+  // that is 0 or above, else some number below 0. That will do where the reference is 0 or above.
+  template <int kTiles>
+  static __device__ __forceinline__ float top_by_bits(const float (&s)[kTiles][4], int r) {
+    const auto larger = [](int x, int y) { return x > y ? x : y; };
+    int m[2] = {__float_as_int(s[0][2 * r]), __float_as_int(s[0][2 * r + 1])};  // of two chains
+#pragma unroll
+    for (int t = 1; t < kTiles; ++t) m[t % 2] = larger(larger(m[t % 2], __float_as_int(s[t][2 * r])), __float_as_int(s[t][2 * r + 1]));
+    return __int_as_float(larger(m[0], m[1]));
   }
 
   template <int kTiles>

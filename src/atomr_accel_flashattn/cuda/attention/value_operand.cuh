@@ -18,8 +18,8 @@ struct ValueOperand {
   static constexpr int kWarps = 1;      // that fill a stage
   static constexpr int kRawStages = 0;  // buffers of tiles to transpose
 
-  // B of step k of P V.
-  static __device__ __forceinline__ uint64_t descriptor(uint32_t tile, int k) { return Tile::mn_major(tile, k); }
+  // B of step k of P V, from column `first` on; here 0.
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t tile, int k, int) { return Tile::mn_major(tile, k); }
 };
 
 template <Config C>
@@ -27,30 +27,31 @@ struct ValueOperand<C, true> {
   using Transpose = ByteTranspose<C.block_n, C.v_head_dim>;
   using Tile = typename Transpose::To;
   using Loaded = typename Transpose::From;
-  static constexpr int kWarps = 2, kRawStages = C.stages > 1 ? 2 : 1;
+  static constexpr int kWarps = 3, kRawStages = C.stages > 1 ? 2 : 1;
 
-  static __device__ __forceinline__ uint64_t descriptor(uint32_t tile, int k) { return Tile::k_major(tile, k); }
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t tile, int k, int first) {
+    return Tile::k_major(tile, k) + (first * Tile::kRowBytes >> 4);
+  }
 
-  // Warp `part` of kWarps transposes its share of tile n. Rows that no query sees become zeros
+  // Warp `warp` of kWarps transposes its share of tile n. Rows that no query sees become zeros
   // first, as a NaN there would survive a probability of zero.
-  static __device__ __forceinline__ void transpose(uint32_t loaded, uint32_t tile, int n, const RowRange& seen, int part) {
+  static __device__ __forceinline__ void transpose(uint32_t loaded, uint32_t tile, int n, const RowRange& seen, int warp) {
     const bool whole = seen.covers(n * C.block_n, C.block_n);
 #pragma unroll 1
-    for (int group = part; group < Transpose::kGroups; group += kWarps) {
-      if (!whole) zero_unseen(loaded, n * C.block_n, group * Transpose::kGroup, seen);
-      Transpose::transpose(loaded, tile, group);
+    for (int part = warp; part < Transpose::kParts; part += kWarps) {
+      if (!whole) zero_unseen(loaded, n * C.block_n, part, seen);
+      Transpose::transpose(loaded, tile, part);
     }
     ptx::fence_proxy_async();
     __syncwarp();
   }
 
  private:
-  static __device__ __forceinline__ void zero_unseen(uint32_t loaded, int first_key, int first_row, const RowRange& seen) {
-    constexpr int kChunks = C.v_head_dim / 16;
-    const int row = first_row + static_cast<int>(threadIdx.x) % 32;
+  static __device__ __forceinline__ void zero_unseen(uint32_t loaded, int first_key, int part, const RowRange& seen) {
+    const int row = Transpose::first_key(part) + static_cast<int>(threadIdx.x) % 32, chunk = Transpose::first_chunk(part);
     if (!seen.contains(first_key + row)) {
 #pragma unroll 1
-      for (int chunk = 0; chunk < kChunks; ++chunk) ptx::store_shared_16(loaded + Loaded::offset(row, chunk), {0, 0, 0, 0});
+      for (int i = 0; i < Transpose::kLoads; ++i) ptx::store_shared_16(loaded + Loaded::offset(row, chunk + i), {0, 0, 0, 0});
     }
     __syncwarp();
   }

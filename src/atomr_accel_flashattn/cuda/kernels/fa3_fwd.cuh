@@ -8,7 +8,7 @@
 #pragma once
 
 #include "attention/block_descales.cuh"
-#include "attention/output_total.cuh"
+#include "attention/pv_product.cuh"
 #include "attention/rows.cuh"
 #include "attention/unowned_rows.cuh"
 #include "kernels/fa3_producer.cuh"
@@ -27,7 +27,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
   using typename Block::Params, typename Block::TileQ, typename Block::TileK, typename Block::TileV, typename Block::Values;
   static constexpr bool kDescaled = Score<C>::kDescaled;
   using Rows = WarpRows<C, 1>;
-  using Total = OutputTotal<C>;
+  using Product = PvProduct<C, Rows>;
   using Scales = BlockDescales<C, Params>;
   static constexpr int kStepsQK = C.head_dim / MmaTraits<C.dtype>::kStep;   // of Q K^T
   static constexpr int kStepsPV = C.block_n / MmaTraits<C.v_dtype>::kStep;  // of P V
@@ -58,14 +58,20 @@ struct Fa3Forward : Fa3Producer<C, Source> {
       const int first_row = current.work.block_m * C.block_m;
       Rows rows(p.fwd, current.work, current.seq, first_row + (warp_index() - 4) * 16, kDescaled ? descale_qk(current.work) : 1.f);
       Scales scales(p, rows);
-      typename Total::Memory memory;
-      Total total(memory);
       bool pending = current.n >= 0;  // a PV product is in flight
-      int n = pending ? mainloop(rows, r, total, scales, current.walk, current.n, warpgroup) : -1;
+      Product product;
+      int n = -1;
+      if constexpr (C.pv_sum == PvSum::InScores) {
+        if (pending) n = mainloop_in_scores(rows, r, scales, current.walk, current.n, warpgroup);
+        pending = false;
+      } else {
+        n = pending ? mainloop(rows, r, product, scales, current.walk, current.n, warpgroup) : -1;
+      }
       auto drain_pv = [&] {
         ptx::wgmma_wait<0>();
-        ptx::warpgroup_fence_operand(rows.rO[0]);
+        ptx::warpgroup_fence_operand(product.of(rows));
         if (pending) pipe_v.consumer_release();
+        if (pending) product.add_last_to(rows);
         pending = false;
       };
       const auto lse = [&] {
@@ -85,14 +91,14 @@ struct Fa3Forward : Fa3Producer<C, Source> {
         next = prologue(scheduler.get_next(), r, warpgroup, drain_pv);
         rows.finalize(lse, kDescaled ? descale_v(scales, current.work) : 1.f);
         ptx::wgmma_wait<1>();
-        ptx::warpgroup_fence_operand(rows.rO[0]);
+        ptx::warpgroup_fence_operand(product.of(rows));
         if (pending) pipe_v.consumer_release();
+        if (pending) product.add_last_to(rows);
       } else {
         ptx::optimisation_barrier(next.work.block_m);
         rows.finalize(lse, kDescaled ? descale_v(scales, current.work) : 1.f);
         drain_pv();
       }
-      total.add_to(rows.rO[0]);
       if (first_row < row_count<C>(p.fwd, current.seq)) {
         if constexpr (C.split) {
           rows.store_partial(p.partial_o + current.work.split * p.lse_rows * p.fwd.v_head_dim);
@@ -173,7 +179,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
 
   // Algorithm 2 of the paper: S of the next tile is multiplied during the softmax of this one. On
   // return the last PV is still in flight; returns the next tile that the block visits.
-  __device__ __forceinline__ int mainloop(Rows& rows, Fragments& r, Total& total, Scales& scales, const TileWalk& walk, int n,
+  __device__ __forceinline__ int mainloop(Rows& rows, Fragments& r, Product& product, Scales& scales, const TileWalk& walk, int n,
                                           int warpgroup) {
     int next = walk.next(n);
     pipe_k.consumer_release();
@@ -192,7 +198,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
       ping_pong.sync(warpgroup);
       multiply_qk(r, warpgroup);
       pipe_v.consumer_wait();
-      multiply_pv(rows, r);
+      multiply_pv<0, C.v_head_dim, Product::kAccumulates>(product.of(rows), r);
       ping_pong.arrive_next(warpgroup);
       n = next;
       next = walk.next(n);
@@ -206,18 +212,43 @@ struct Fa3Forward : Fa3Producer<C, Source> {
       bool grew = rows.online_softmax(r.S, n);
       if constexpr (C.block_descales) grew = scales.change_unit(r.S[0], rows.rescale[0], grew);
       ptx::wgmma_wait<0>();
-      ptx::warpgroup_fence_operand(rows.rO[0]);
+      ptx::warpgroup_fence_operand(product.of(rows));
       pipe_v.consumer_release();
       r.pack_p();
-      if (grew) {
-        rows.rescale_output();
-        total.rescale(rows.rescale[0]);
-      }
-      if (total.due()) total.flush(rows.rO[0]);
+      product.add_to(rows, grew);
     }
     pipe_v.consumer_wait();
-    multiply_pv(rows, r);
+    multiply_pv<0, C.v_head_dim, Product::kAccumulates>(product.of(rows), r);
     return walk.block.next_tile(n);
+  }
+
+  // One product after the other, as PV takes the registers that S has left for P, and S of the next
+  // tile takes them back: a third fewer, for tiles of a third more keys. The other warpgroups'
+  // softmax runs beside them. On return nothing is in flight.
+  __device__ __forceinline__ int mainloop_in_scores(Rows& rows, Fragments& r, Scales& scales, const TileWalk& walk, int n, int warpgroup) {
+    while (true) {
+      const int next = walk.next(n);
+      if constexpr (C.block_descales) scales.load(n);
+      ptx::wgmma_wait<0>();
+      ptx::warpgroup_fence_operand(r.S[0]);
+      pipe_k.consumer_release();
+      if (next < 0) pipe_q.consumer_release();  // early: the producer waits for it
+      if constexpr (C.block_descales) scales.apply(r.S[0]);
+      rows.apply_bias_and_mask(r.S, n, static_cast<const KeysThere<Source::kHasHoles>&>(r));
+      bool grew = rows.online_softmax(r.S, n);
+      if constexpr (C.block_descales) grew = scales.change_unit(r.S[0], rows.rescale[0], grew);
+      r.pack_p();
+      const float factor[2] = {grew ? rows.rescale[0][0] : 1.f, grew ? rows.rescale[0][1] : 1.f};
+      pipe_v.consumer_wait();
+      if (next >= 0) ping_pong.sync(warpgroup);
+      add_pv<0>(rows, r, factor);
+      if (next < 0) return walk.block.next_tile(n);
+      pipe_k.consumer_wait();
+      read_there(r, warpgroup);
+      multiply_qk(r, warpgroup);
+      ping_pong.arrive_next(warpgroup);
+      n = next;
+    }
   }
 
   // Skip a tile that is fully masked for this warpgroup. Order matters:
@@ -258,14 +289,37 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     ptx::wgmma_commit();
   }
 
-  // O += P V: RS-wgmma, one commit group.
-  __device__ __forceinline__ void multiply_pv(Rows& rows, const Fragments& r) {
-    using Mma = ptx::Wgmma<C.v_head_dim, C.p_dtype(), C.v_dtype>;
+  // Columns [kFrom, kTo) of P V, added to d or alone: RS-wgmma, one commit group.
+  template <int kFrom, int kTo, bool kAccumulate>
+  __device__ __forceinline__ void multiply_pv(float (&d)[(kTo - kFrom) / 8][4], const Fragments& r) {
+    using Mma = ptx::Wgmma<kTo - kFrom, C.p_dtype(), C.v_dtype>;
     const uint32_t sV = shared + kV + pipe_v.stage * TileV::kBytes;
     ptx::wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kStepsPV; ++k) Mma::rs(rows.rO[0], r.P[k], Values::descriptor(sV, k));
+    for (int k = 0; k < kStepsPV; ++k) {
+      if (k == 0 && !kAccumulate) {
+        Mma::template rs<false>(d, r.P[k], Values::descriptor(sV, k, kFrom));
+      } else {
+        Mma::rs(d, r.P[k], Values::descriptor(sV, k, kFrom));
+      }
+    }
     ptx::wgmma_commit();
+  }
+
+  // O = O * factor + P V from column kFrom on, product by product; releases V.
+  template <int kFrom>
+  __device__ __forceinline__ void add_pv(Rows& rows, const Fragments& r, const float (&factor)[2]) {
+    constexpr int kTo = kFrom + C.pv_columns < C.v_head_dim ? kFrom + C.pv_columns : C.v_head_dim, kColumns = kTo - kFrom;
+    float product[kColumns / 8][4];
+    multiply_pv<kFrom, kTo, false>(product, r);
+    ptx::wgmma_wait<0>();
+    ptx::warpgroup_fence_operand(product);
+    if constexpr (kTo == C.v_head_dim) pipe_v.consumer_release();
+#pragma unroll
+    for (int t = 0; t < kColumns / 8; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rows.rO[0][kFrom / 8 + t][e] = fmaf(rows.rO[0][kFrom / 8 + t][e], factor[e / 2], product[t][e]);
+    if constexpr (kTo < C.v_head_dim) add_pv<kTo>(rows, r, factor);
   }
 };
 
@@ -282,11 +336,11 @@ __device__ __forceinline__ void fa3_forward(const typename Source::Params& p) {
     if constexpr (Kernel::kConsumers > 1) ptx::setmaxnreg_dec<Kernel::kProducerRegisters>();
     if (warp == 0) kernel.produce_k();
     if constexpr (Kernel::kTransposesV) {
-      if (warp == 1 || warp == 3) kernel.transpose_v(warp / 2);
+      if (warp > 0) kernel.transpose_v(warp - 1);
     } else {
       if (warp == 1) kernel.produce_v();
+      if (warp == 2) kernel.produce_q();
     }
-    if (warp == 2) kernel.produce_q();
     if (warp == 3 && !C.split) write_unowned_rows<C>(p.fwd, blockIdx.x, gridDim.x, threadIdx.x % 32, 32);
   } else {
     if constexpr (Kernel::kConsumers > 1) ptx::setmaxnreg_inc<Kernel::kConsumerRegisters>();

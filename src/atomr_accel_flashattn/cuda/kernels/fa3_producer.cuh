@@ -76,16 +76,19 @@ struct Fa3Producer {
     TmaPipeline<C.stages>::init(shared + kBarriersV, Values::kWarps, kConsumers);
     if constexpr (kTransposesV) PipeLoadedV::init(shared + kBarriersLoadedV, 1, Values::kWarps);
     ptx::mbarrier_init(shared + kZeroFill, 1);
-    Scheduler::init(shared + kScheduler, 4 * kConsumers + 1 + Values::kWarps);
+    Scheduler::init(shared + kScheduler, 4 * kConsumers + (kTransposesV ? 0 : 1) + Values::kWarps);
     ptx::mbarrier_init_fence();
   }
 
-  // Producer warp of K, and of V that is still to be transposed, which also runs the tile
-  // scheduler. Control flow is uniform over the warp; one elected lane issues.
+  // Producer warp of K, which also runs the tile scheduler. Where the others transpose V, it loads
+  // V and Q as well. Control flow is uniform over the warp; one elected lane issues.
   __device__ __forceinline__ void produce_k() {
     const bool leader = ptx::elect_one();
     if (leader) ptx::tma_prefetch_map(&p.k_map);
-    if (kTransposesV && leader) ptx::tma_prefetch_map(&p.v_map);
+    if (kTransposesV && leader) {
+      ptx::tma_prefetch_map(&p.v_map);
+      ptx::tma_prefetch_map(&p.q_map);
+    }
     for (WorkTile work = scheduler.first(); !work.past_end(); work = scheduler.broadcast_next()) {
       const Sequence seq = Source::read_sequence(p, work.batch);
       const BlockBand<C> band = block_band(work, seq, work.block_m * C.block_m);
@@ -93,6 +96,7 @@ struct Fa3Producer {
       const int head_kv = kv_head_of<C>(p.fwd, work.head);
       int n = first_tile(work, seq, band);
       if (n < 0) scheduler.prefetch_next();
+      bool q_is_due = kTransposesV;
 #pragma unroll 1
       for (int next; n >= 0; n = next) {
         next = band.next_tile(n);
@@ -109,35 +113,28 @@ struct Fa3Producer {
           source.template load<LoadedV>(at, shared + kLoadedV, pipe_loaded_v.stage, &p.v_map, pipe_loaded_v.full_barrier(), head_kv, n,
                                         leader);
           pipe_loaded_v.advance();
+          // No earlier: consumers still need Q of the last work tile.
+          if (q_is_due) load_q(work, seq, leader);
+          q_is_due = false;
         }
       }
     }
     scheduler.reset_counters(leader);
   }
 
-  // Producer warp of Q. Each consumer warpgroup has a Q buffer of its own, so that one can start
-  // the next work tile while another still computes this one.
+  // Producer warp of Q.
   __device__ __forceinline__ void produce_q() {
     const bool leader = ptx::elect_one();
     if (leader) ptx::tma_prefetch_map(&p.q_map);
     for (WorkTile work = scheduler.first(); !work.past_end(); work = scheduler.get_next()) {
       const Sequence seq = Source::read_sequence(p, work.batch);
       if (first_tile(work, seq, block_band(work, seq, work.block_m * C.block_m)) < 0) continue;
-#pragma unroll 1
-      for (int i = 0; i < kConsumers; ++i) {
-        // In the order in which they release Q: with a left bound, later rows reach their last tile
-        // first.
-        const int w = C.left_bound ? kConsumers - 1 - i : i;
-        const TmaPipeline<1> pipe = pipe_q.neighbour(w);
-        pipe.producer_acquire();
-        if (leader) load_q(pipe.full_barrier(), w, work, seq);
-      }
-      pipe_q.advance();
+      load_q(work, seq, leader);
     }
   }
 
-  // Producer warp `part` of transposed V (value_operand.cuh).
-  __device__ __forceinline__ void transpose_v(int part) {
+  // Producer warp `warp` of transposed V (value_operand.cuh).
+  __device__ __forceinline__ void transpose_v(int warp) {
     for (WorkTile work = scheduler.first(); !work.past_end(); work = scheduler.get_next()) {
       const Sequence seq = Source::read_sequence(p, work.batch);
       const BlockBand<C> band = block_band(work, seq, work.block_m * C.block_m);
@@ -147,7 +144,7 @@ struct Fa3Producer {
         pipe_loaded_v.consumer_wait();
         pipe_v.producer_acquire();
         Values::transpose(shared + kLoadedV + pipe_loaded_v.stage * LoadedV::kBytes, shared + kV + pipe_v.stage * TileV::kBytes, n, seen,
-                          part);
+                          warp);
         if (threadIdx.x % 32 == 0) {
           ptx::mbarrier_arrive(pipe_loaded_v.empty_barrier());
           ptx::mbarrier_arrive(pipe_v.full_barrier());
@@ -195,6 +192,21 @@ struct Fa3Producer {
   // -1 if the rows of this work tile do not exist or see no key: no role then touches a pipeline.
   __device__ __forceinline__ int first_tile(const WorkTile& work, const Sequence& seq, const BlockBand<C>& band) const {
     return work.block_m * C.block_m < row_count<C>(p.fwd, seq) ? band.first_tile() : -1;
+  }
+
+  // Q of a work tile. Each consumer warpgroup has a Q buffer of its own, so that one can start the
+  // next work tile while another still computes this one.
+  __device__ __forceinline__ void load_q(const WorkTile& work, const Sequence& seq, bool leader) {
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i) {
+      // In the order in which they release Q: with a left bound, later rows reach their last tile
+      // first.
+      const int w = C.left_bound ? kConsumers - 1 - i : i;
+      const TmaPipeline<1> pipe = pipe_q.neighbour(w);
+      pipe.producer_acquire();
+      if (leader) load_q(pipe.full_barrier(), w, work, seq);
+    }
+    pipe_q.advance();
   }
 
   // Q of consumer warpgroup `w`.

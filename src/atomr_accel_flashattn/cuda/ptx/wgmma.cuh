@@ -37,7 +37,7 @@ __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[kTiles][4]) {
 // wgmma.mma_async m64nN, k of 32 bytes: d (+)= a b. kernels/wgmma.py writes out the sizes N of a
 // kernel.
 //   ss(d, a, b, accumulate): a and b from shared memory, both K-major: S = Q K^T
-//   rs(d, a, b): a from registers, b from shared memory, MN-major: O += P V
+//   rs(d, a, b): a from registers, b from shared memory, MN-major: O += P V; rs<false>: d = a b
 template <int kN, DType kA, DType kB>
 struct Wgmma;
 

@@ -12,41 +12,40 @@ namespace fa {
 // A tile (kRows keys, kCols columns) becomes (kCols, kRows). Within 16 keys their order is
 // 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15: a lane then holds, of the accumulator S, just the keys
 // that are its own in the A operand P of the next product, and no shuffle is needed.
+//
+// It is cut into parts of 32 keys, a step of wgmma, and 64 columns, which warps share evenly.
 template <int kRows, int kCols>
 struct ByteTranspose {
   using From = SwizzledTile<kRows, kCols, 1>;
   using To = SwizzledTile<kCols, kRows, 1>;
-  static constexpr int kGroup = 32, kGroups = kRows / kGroup;  // keys of a step of wgmma
-  static constexpr int kInFlight = 4;                          // loads before the first store
-  static constexpr int kChunks = From::kRowBytes / 16;         // of a panel
-  static_assert(kRows % kGroup == 0 && kChunks % kInFlight == 0);
+  static constexpr int kPartKeys = 32, kPartCols = 64, kAcross = kCols / kPartCols, kParts = kRows / kPartKeys * kAcross;
+  static constexpr int kLoads = kPartCols / 16;                       // before the first store
+  static constexpr int kPartsOfPanel = From::kPanelCols / kPartCols;  // side by side
+  static_assert(kRows % kPartKeys == 0 && kCols % kPartCols == 0 && kPartsOfPanel > 0);
 
-  // A warp transposes keys 32 `group` to 32 `group` + 31. ldmatrix.trans takes columns in pairs,
-  // which a byte permutation parts. Matrices of even columns alone would store to half of the
-  // banks: rows 0-3 of a matrix are even columns and rows 4-7 odd ones, or the other way round.
-  static __device__ __forceinline__ void transpose(uint32_t from, uint32_t to, int group) {
+  // The first key, and the first chunk of 16 columns.
+  static __device__ __forceinline__ int first_key(int part) { return part / kAcross * kPartKeys; }
+  static __device__ __forceinline__ int first_chunk(int part) { return part % kAcross * kLoads; }
+
+  // By a warp. ldmatrix.trans takes columns in pairs, which a byte permutation parts. Matrices of
+  // even columns alone would store to half of the banks: rows 0-3 of a matrix are even columns and
+  // rows 4-7 odd ones, or the other way round.
+  static __device__ __forceinline__ void transpose(uint32_t from, uint32_t to, int part) {
     const int lane = static_cast<int>(threadIdx.x) % 32, row = lane % 8, matrix = lane / 8;
-    const int col = 2 * row + ((row >= 4) != (matrix % 2 == 1)), chunk = 2 * group + matrix / 2;
+    const int col = 2 * row + ((row >= 4) != (matrix % 2 == 1));
     const uint32_t first = lane < 16 ? 0x6420 : 0x7531, second = lane < 16 ? 0x7531 : 0x6420;
-    from += From::offset(group * kGroup + lane, 0);
-    to += To::offset(col, chunk);
-#pragma unroll 1
-    for (int panel = 0; panel < From::kPanels; ++panel) {
-#pragma unroll 1
-      for (int c = 0; c < kChunks; c += kInFlight) {
-        uint32_t pairs[kInFlight][4];
+    const int across = part % kAcross;
+    from += From::offset(first_key(part) + lane, 0) + across / kPartsOfPanel * From::kPanelBytes;
+    to += To::offset(col, (first_key(part) / 16) + matrix / 2) + across * kPartCols * To::kRowBytes;
+    uint32_t pairs[kLoads][4];
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) ptx::ldmatrix_x4_trans(pairs[i], from ^ ((c + i) << 4));
+    for (int i = 0; i < kLoads; ++i) ptx::ldmatrix_x4_trans(pairs[i], from ^ ((across % kPartsOfPanel * kLoads + i) << 4));
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-          const uint32_t (&x)[4] = pairs[i];
-          const uint32_t bytes[4] = {__byte_perm(x[0], x[1], first), __byte_perm(x[0], x[1], second), __byte_perm(x[2], x[3], first),
-                                     __byte_perm(x[2], x[3], second)};
-          ptx::stmatrix_x4(to + (c + i) * 16 * To::kRowBytes, bytes);
-        }
-      }
-      from += From::kPanelBytes;
-      to += From::kPanelCols * To::kRowBytes;
+    for (int i = 0; i < kLoads; ++i) {
+      const uint32_t (&x)[4] = pairs[i];
+      const uint32_t bytes[4] = {__byte_perm(x[0], x[1], first), __byte_perm(x[0], x[1], second), __byte_perm(x[2], x[3], first),
+                                 __byte_perm(x[2], x[3], second)};
+      ptx::stmatrix_x4(to + i * 16 * To::kRowBytes, bytes);
     }
   }
 };
