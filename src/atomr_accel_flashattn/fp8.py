@@ -106,7 +106,8 @@ def rotate_outliers(x: Any) -> Any:
     outlier. Of a head dim that is no power of two, parts of the largest one that divides it are turned. Rotary embedding goes before.
 
     Args:
-        x: a torch tensor or an array of NumPy, (..., D), of any float type. The sums are float32.
+        x: a torch tensor or an array of NumPy, (..., D), of any float type. The sums are float32. Of a tensor on a GPU all is done there,
+            without a wait, and may be captured in a CUDA graph.
 
     Raises:
         ArrayTypeError: another kind of array.
@@ -118,10 +119,13 @@ def rotate_outliers(x: Any) -> Any:
         raise ShapeError("x: got shape (); allowed is (..., head dim)")
     width = x.shape[-1]
     part = width & -width
-    number = np.arange(width)
+    number = library.arange(x, width)
     ones = number & (number >> 1)
-    signs = np.array([1 - 2 * (int(each).bit_count() & 1) for each in ones], np.float32) / np.float32(sqrt(part))
-    y = library.wide(x) * library.like(x, signs)
+    shift = 1 << max(width.bit_length() - 1, 1).bit_length() - 1
+    while shift:  # bit 0 becomes the parity of all
+        ones = ones ^ (ones >> shift)
+        shift //= 2
+    y = library.wide(x) * (library.wide(1 - 2 * (ones & 1)) / np.float32(sqrt(part)))
     step = 1
     while step < part:
         y = y.reshape(*x.shape[:-1], width // (2 * step), 2, step)
@@ -197,9 +201,6 @@ class _NumPy:
     def contiguous(self, x: Any) -> Any:
         return np.ascontiguousarray(x)
 
-    def like(self, x: Any, values: Any) -> Any:  # noqa: ARG002 - as above
-        return values
-
     def stack(self, first: Any, second: Any) -> Any:
         return np.stack((first, second), axis=-2)
 
@@ -252,9 +253,6 @@ class _Torch:
 
     def contiguous(self, x: Any) -> Any:
         return x.contiguous()
-
-    def like(self, x: Any, values: Any) -> Any:
-        return self.torch.from_numpy(values).to(x.device)
 
     def stack(self, first: Any, second: Any) -> Any:
         return self.torch.stack((first, second), dim=-2)

@@ -206,6 +206,25 @@ def test_torch_turns_as_numpy_does():
     assert fa.rotate_outliers(torch.from_numpy(x).bfloat16()).dtype is torch.bfloat16
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.value)
+def test_nothing_goes_from_the_host_to_the_device_of_a_tensor(unit: ScaleUnit):
+    """A copy would wait for the device, and could not be captured in a CUDA graph."""
+    torch = pytest.importorskip("torch")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class OnlyMeta(TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            devices = {each.device.type for each in args if isinstance(each, torch.Tensor) and each.shape}
+            assert devices <= {"meta"}, f"{func} of a tensor on {devices}"
+            return func(*args, **(kwargs or {}))
+
+    with OnlyMeta():
+        x = torch.empty(400, 4, 96, device="meta")
+        turned = fa.rotate_outliers(x)
+        fa.quantize(turned, unit=unit, cu_seqlens=torch.empty(4, dtype=torch.int32, device="meta"), max_seqlen=260)
+
+
 X = np.zeros((1, 4, 4, 16), np.float32)
 REFUSED: dict[str, tuple[type[Exception], str, Any]] = {
     "list": (fa.ArrayTypeError, "x: got builtins.list", lambda: fa.quantize([1.0])),
