@@ -83,7 +83,7 @@ FLAWS = {
         (
             (r"(?s)(void multiply_pv\([^{]*\{.*?)ptx::wgmma_fence\(\);", r"\1" + _RELEASE_EARLY),
             (
-                r"(ptx::warpgroup_fence_operand\(rows\.rO\[0\]\);\s*(?:if \(pending\) )?)pipe_v\.consumer_release\(\);",
+                r"(ptx::warpgroup_fence_operand\(product\.of\(rows\)\);\s*(?:if \(pending\) )?)pipe_v\.consumer_release\(\);",
                 r"\1pipe_v.advance();",
             ),
         ),
