@@ -248,20 +248,44 @@ WAYS = ["reentrant", "not reentrant", "selective", "compiled", "compiled, select
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_what_is_computed_again_has_the_same_dropout(way: str):
-    """The generator is that of the card, whose state torch keeps in other ways than that of the CPU."""
+    """The generator is that of the card, whose state torch keeps in other ways than that of the CPU.
+
+    What a compiled graph draws again, torch draws from generators that it seeds anew for the graph, unless it is told not to: the
+    gradients are not those of an eager step then.
+    """
     keep = partial(create_selective_checkpoint_contexts, [operators.attention.default, operators.draw_seed.default])
     options: dict[str, Any] = {"use_reentrant": way == "reentrant"} | ({"context_fn": keep} if "selective" in way else {})
     again = lambda q, k, v: checkpoint(attend_twice, q, k, v, **options)  # noqa: E731
     expected = trained(attend_twice)
     for _ in range(3):  # the first call, and ones like it
-        if "budget" in way:
-            with torch._functorch.config.patch(activation_memory_budget=float(way.rpartition(" ")[2])):
-                made = trained(torch.compile(attend_twice, fullgraph=True, backend="aot_eager_decomp_partition"))
-        elif "compiled" in way:
-            made = trained(torch.compile(again, fullgraph=True, backend="aot_eager_decomp_partition"))
-        else:
-            made = trained(again)
+        with torch._functorch.config.patch(graphsafe_rng_functionalization=False):
+            if "budget" in way:
+                with torch._functorch.config.patch(activation_memory_budget=float(way.rpartition(" ")[2])):
+                    made = trained(torch.compile(attend_twice, fullgraph=True, backend="aot_eager_decomp_partition"))
+            elif "compiled" in way:
+                made = trained(torch.compile(again, fullgraph=True, backend="aot_eager_decomp_partition"))
+            else:
+                made = trained(again)
         close(made, expected)
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "budget 0"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_generators_of_a_compiled_graph_draw_the_dropout_of_the_forward_again(way: str):
+    """Of calls that are linear in v, the sum of v and its gradient is the loss if the backward drops what the forward did."""
+    both = lambda q, k, v: fa.flash_attn_func(q.sin(), k, v, 0.4) + fa.flash_attn_func(q.cos(), k, v, 0.3)  # noqa: E731
+    again = both if way == "budget 0" else lambda q, k, v: checkpoint(both, q, k, v, use_reentrant=False)
+    function = torch.compile(again, fullgraph=True, backend="aot_eager_decomp_partition")
+    weights, losses = normal(2, 130, 4, 64, seed=5), []
+    with torch._functorch.config.patch(activation_memory_budget=0.0 if way == "budget 0" else 1.0):
+        for _ in range(4):
+            tensors = leaves(2, 130)
+            loss = (function(*tensors).double() * weights).sum()
+            loss.backward()
+            parts = tensors[2].grad.double() * tensors[2].detach()
+            assert abs(loss.item() - parts.sum().item()) <= 1e-4 * parts.abs().sum().item()
+            losses.append(loss.item())
+    assert len(set(losses)) == 4  # a dropout of its own for each step
 
 
 def test_batched_gradients_of_repeated_calls():
