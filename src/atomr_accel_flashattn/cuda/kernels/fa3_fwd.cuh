@@ -240,11 +240,16 @@ struct Fa3Forward : Fa3Producer<C, Source> {
       r.pack_p();
       const float factor[2] = {grew ? rows.rescale[0][0] : 1.f, grew ? rows.rescale[0][1] : 1.f};
       pipe_v.consumer_wait();
-      if (next >= 0) ping_pong.sync(warpgroup);
+      if (next >= 0) {
+        if constexpr (Source::kHasHoles) {
+          pipe_k.consumer_wait();
+          read_there(r, warpgroup);
+        }
+        ping_pong.sync(warpgroup);
+      }
       add_pv<0>(rows, r, factor);
       if (next < 0) return walk.block.next_tile(n);
-      pipe_k.consumer_wait();
-      read_there(r, warpgroup);
+      if constexpr (!Source::kHasHoles) pipe_k.consumer_wait();
       multiply_qk(r, warpgroup);
       ping_pong.arrive_next(warpgroup);
       n = next;
