@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from atomr_accel_flashattn.bench import entry, forward, measure, other_peers  # noqa: E402 - after the skip
+from atomr_accel_flashattn.bench import cudnn_frontend, entry, forward, measure, other_peers  # noqa: E402 - after the skip
 from atomr_accel_flashattn.bench.cells import Cell  # noqa: E402
 from atomr_accel_flashattn.bench.families import OursSingleLevel  # noqa: E402
 from atomr_accel_flashattn.bench.figure import STYLES  # noqa: E402
@@ -284,7 +284,7 @@ class Graph:
         if self.factors:
             assert {pack[x].item() for x in self.factors.values()} == {1, 2**8, 2**-8}
             assert {x.kind: pack[x].item() for x in self.largest} == {"f32": 0}
-            assert self.o.kind == "bf16"
+            assert self.o.kind == {torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3"}[pack[self.o].dtype]
         for b in range(q.dim[0]):
             rows, keys = q.dim[2], k.dim[2]
             if self.options["use_padding_mask"]:
@@ -328,6 +328,13 @@ def frontend(monkeypatch: pytest.MonkeyPatch, nothing_installed: dict[str, Any])
 )
 def test_the_graph_of_cudnn_says_what_the_cell_is(cell: Cell, frontend: Peer) -> None:
     assert_right(frontend, cell)
+
+
+@pytest.mark.parametrize("cell", FP8, ids=str)
+def test_cudnn_writes_o_in_fp8_where_it_gives_no_other(cell: Cell, frontend: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudnn_frontend, "_narrows_o", lambda _device: True)
+    assert_right(frontend, cell, limit=4e-2)
+    assert frontend.prepare(cell, inputs_of(cell))().dtype == torch.float8_e4m3fn
 
 
 def test_cudnn_refuses_what_its_graph_has_no_option_for(frontend: Peer) -> None:

@@ -35,6 +35,7 @@ class _Graph:
     o: Any
     constants: dict[Any, torch.Tensor]
     workspace: torch.Tensor
+    out_dtype: torch.dtype
 
 
 class CudnnFrontend(Peer):
@@ -76,7 +77,7 @@ class CudnnFrontend(Peer):
         fixed = built.constants | {symbol: _seen(cell, x) for symbol, x in ((built.q, inputs.q), (built.k, inputs.k), (built.v, inputs.v))}
 
         def call() -> torch.Tensor:
-            o = torch.empty_like(inputs.q, dtype=out_dtype(cell.dtype))
+            o = torch.empty_like(inputs.q, dtype=built.out_dtype)
             built.graph.execute(fixed | {built.o: _seen(cell, o)}, built.workspace, handle=handle)
             return o
 
@@ -113,8 +114,11 @@ class CudnnFrontend(Peer):
         sides = ("q", cell.heads, rows), ("k", cell.heads_kv, keys), ("v", cell.heads_kv, keys)
         q, k, v = (declare(*side) for side in sides)
         asked: dict[str, Any] = {"q": q, "k": k, "v": v, "generate_stats": False, "attn_scale": cell.head_dim**-0.5}
+        made = out_dtype(cell.dtype)
         if cell.dtype.is_fp8:
+            made = inputs.q.dtype if _narrows_o(inputs.q.device) else made
             o = _sdpa_fp8(cudnn, graph, cell, asked, constants, inputs.q.device)
+            o.set_data_type(element if made == inputs.q.dtype else cudnn.data_type.BFLOAT16)
         else:
             o, _ = graph.sdpa(name="sdpa", **asked, **_mask(cudnn, cell), **lengths)
         o.set_output(True).set_dim(_dim(cell, cell.heads, rows)).set_stride(_stride(cell, cell.heads, rows))
@@ -126,11 +130,11 @@ class CudnnFrontend(Peer):
         graph.check_support()
         graph.build_plans()
         workspace = torch.empty(max(graph.get_workspace_size(), 16), device=inputs.q.device, dtype=torch.uint8)
-        return _Graph(graph, q, k, v, o, constants, workspace)
+        return _Graph(graph, q, k, v, o, constants, workspace, made)
 
 
 def _sdpa_fp8(cudnn: Any, graph: Any, cell: Cell, asked: dict[str, Any], constants: dict[Any, torch.Tensor], device: torch.device) -> Any:
-    """O in bfloat16. ``constants`` gets the factors, and the largest numbers of P and o, which the graph always writes."""
+    """O, whose type is to be set. ``constants`` gets the factors, and the largest numbers of P and o, which the graph always writes."""
     import torch
 
     def number(value: float) -> torch.Tensor:
@@ -143,7 +147,14 @@ def _sdpa_fp8(cudnn: Any, graph: Any, cell: Cell, asked: dict[str, Any], constan
     for symbol in largest:
         symbol.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(cudnn.data_type.FLOAT)
         constants[symbol] = number(0)
-    return o.set_data_type(cudnn.data_type.BFLOAT16)
+    return o
+
+
+def _narrows_o(device: torch.device) -> bool:
+    """Whether sdpa_fp8 gives o in fp8 alone there: cuDNN writes 16 bits from Blackwell on."""
+    import torch
+
+    return device.type == "cuda" and bool(torch.cuda.get_device_capability(device) < (10, 0))
 
 
 def _packing(graph: Any, cell: Cell, inputs: Inputs) -> tuple[dict[str, Any], dict[int, Any], dict[Any, torch.Tensor]]:
