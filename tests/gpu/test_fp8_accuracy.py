@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 import atomr_accel_flashattn as fa  # noqa: E402 - after the skip
 from atomr_accel_flashattn import DType, Fp8Options, ScaleUnit  # noqa: E402
 from atomr_accel_flashattn.kernels.spec import Family  # noqa: E402
+from tests.fp8_entries import ENTRIES, causal_by_entry  # noqa: E402
 from tests.gpu.families import DEVICE, HAS_FP8  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.skipif(not HAS_FP8, reason="needs a GPU with fp8")]
@@ -180,28 +181,18 @@ def test_windows_end_on_a_cache(seqlen: int, window: int, kind: Any) -> None:
     assert relative(out[0], torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)) < (0.035 if kind is E4M3 else 0.006)
 
 
-@pytest.mark.parametrize("entry", ["dense", "packed", "kvcache", "paged", "prefill", "16-bit q"])
+@pytest.mark.parametrize("entry", [*ENTRIES, "16-bit q"])
 def test_descales_by_head_equal_the_values_on_every_entry(entry: str) -> None:
     factors = torch.tensor([[0.25, 0.5, 3]], device=DEVICE)
     descale = dict.fromkeys(("q_descale", "k_descale", "v_descale"), factors)
     q, k, v = (normal(1, 64, 3, 32, seed=seed).to(E4M3) for seed in range(3))
     wide = [(x.float() * factors[0, :, None]).to(torch.bfloat16) for x in (q, k, v)]
     right = fa.flash_attn_func(*wide, causal=True).double()
-    ends, table = torch.tensor([0, 64], dtype=torch.int32, device=DEVICE), torch.arange(4, dtype=torch.int32, device=DEVICE)[None]
-    if entry == "dense":
-        made = fa.flash_attn_func(q, k, v, causal=True, **descale)
-    elif entry == "packed":
-        made = fa.flash_attn_varlen_func(q[0], k[0], v[0], ends, ends, 64, 64, causal=True, **descale)[None]
-    elif entry == "kvcache":
-        made = fa.flash_attn_with_kvcache(q, k, v, causal=True, **descale)
-    elif entry == "paged":
-        pages = [x.reshape(4, 16, 3, 32) for x in (k, v)]
-        made = fa.flash_attn_with_kvcache(q, *pages, block_table=table, causal=True, **descale)
-    elif entry == "16-bit q":
+    if entry == "16-bit q":
         del descale["q_descale"]
         made = fa.flash_attn_with_kvcache(wide[0], k, v, causal=True, **descale)
     else:
-        cache = [torch.zeros(1, 64, 3, 32, device=DEVICE).to(E4M3) for _ in range(2)]
-        chunks = [fa.ChunkLayout(64)]
-        made = fa.run(fa.ChunkedPrefillRequest(q[0], k[0], v[0], *cache, chunks=chunks, fp8=Fp8Options(**descale))).out[None]
+        ends, table = torch.tensor([0, 64], dtype=torch.int32, device=DEVICE), torch.arange(4, dtype=torch.int32, device=DEVICE)[None]
+        empty = torch.zeros(1, 64, 3, 32, device=DEVICE).to(E4M3), torch.zeros(1, 64, 3, 32, device=DEVICE).to(E4M3)
+        made = causal_by_entry(entry, q, k, v, descale, ends=ends, table=table, empty=empty)
     assert relative(made, right) < (0.006 if entry == "16-bit q" else 0.03)

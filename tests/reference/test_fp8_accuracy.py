@@ -11,6 +11,7 @@ import pytest
 import atomr_accel_flashattn as fa
 from atomr_accel_flashattn import DType, Fp8Options, ScaleUnit
 from tests.fp8 import DTYPES
+from tests.fp8_entries import ENTRIES, causal_by_entry
 
 E4M3, E5M2 = DType.F8E4M3, DType.F8E5M2
 F32 = Fp8Options(out_dtype=DType.F32)
@@ -125,24 +126,12 @@ def test_every_length_ends_with_every_window(length: int, window: int):
     assert relative(made, exact) < 0.03
 
 
-@pytest.mark.parametrize("entry", ["dense", "packed", "kvcache", "paged", "prefill"])
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_descales_by_head_equal_the_values_on_every_entry(entry: str):
     descale = {name: np.array([[0.25, 0.5, 3]], np.float32) for name in ("q_descale", "k_descale", "v_descale")}
     q, k, v = fp8(E4M3, *(normal(1, 64, 3, 32, seed=seed) for seed in range(3)))
     wide = [(x.astype(np.float32) * [[[0.25], [0.5], [3]]]).astype(ml_dtypes.bfloat16) for x in (q, k, v)]
     exact = fa.flash_attn_func(*wide, causal=True).astype(np.float32)
-    ends, table = np.array([0, 64], np.int32), np.arange(4, dtype=np.int32)[None]
-    if entry == "dense":
-        made = fa.flash_attn_func(q, k, v, causal=True, **descale)
-    elif entry == "packed":
-        made = fa.flash_attn_varlen_func(q[0], k[0], v[0], ends, ends, 64, 64, causal=True, **descale)[None]
-    elif entry == "kvcache":
-        made = fa.flash_attn_with_kvcache(q, k, v, causal=True, **descale)
-    elif entry == "paged":
-        pages = [x.reshape(4, 16, 3, 32) for x in (k, v)]
-        made = fa.flash_attn_with_kvcache(q, *pages, block_table=table, causal=True, **descale)
-    else:
-        cache = [np.zeros((1, 64, 3, 32), DTYPES[E4M3]) for _ in range(2)]
-        chunks = [fa.ChunkLayout(64)]
-        made = fa.run(fa.ChunkedPrefillRequest(q[0], k[0], v[0], *cache, chunks=chunks, fp8=Fp8Options(**descale))).out[None]
+    ends, table, empty = np.array([0, 64], np.int32), np.arange(4, dtype=np.int32)[None], (np.zeros_like(k), np.zeros_like(v))
+    made = causal_by_entry(entry, q, k, v, descale, ends=ends, table=table, empty=empty)
     assert relative(made.astype(np.float32), exact) < 0.03
