@@ -6,6 +6,15 @@
 
 namespace fa {
 
+// Of accumulator tiles kFirst on: O = O * factor + product.
+template <int kFirst, int kOfO, int kTiles>
+__device__ __forceinline__ void add_product(float (&rO)[kOfO][4], const float (&factor)[2], const float (&product)[kTiles][4]) {
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) rO[kFirst + t][e] = fmaf(rO[kFirst + t][e], factor[e / 2], product[t][e]);
+}
+
 // O is the accumulator.
 template <Config C, class Rows, bool kBeside = C.pv_sum == PvSum::Beside>
 struct PvProduct {
@@ -35,12 +44,7 @@ struct PvProduct<C, Rows, true> {
 #pragma unroll
     for (int r = 0; r < 2; ++r) factor[r] = grew ? rows.rescale[0][r] : 1.f;
   }
-  __device__ __forceinline__ void add_last_to(Rows& rows) const {
-#pragma unroll
-    for (int t = 0; t < C.v_head_dim / 8; ++t)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) rows.rO[0][t][e] = fmaf(rows.rO[0][t][e], factor[e / 2], product[t][e]);
-  }
+  __device__ __forceinline__ void add_last_to(Rows& rows) const { add_product<0>(rows.rO[0], factor, product); }
 };
 
 }  // namespace fa

@@ -177,6 +177,18 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     return {work, seq, walk, n};
   }
 
+  // P of tile n in place of S, which is there; releases K. Whether rows.rescale of O is due.
+  __device__ __forceinline__ bool softmax(Rows& rows, Fragments& r, Scales& scales, int n, int next) {
+    ptx::warpgroup_fence_operand(r.S[0]);
+    pipe_k.consumer_release();
+    if (next < 0) pipe_q.consumer_release();  // early: the producer waits for it
+    if constexpr (C.block_descales) scales.apply(r.S[0]);
+    rows.apply_bias_and_mask(r.S, n, static_cast<const KeysThere<Source::kHasHoles>&>(r));
+    bool grew = rows.online_softmax(r.S, n);
+    if constexpr (C.block_descales) grew = scales.change_unit(r.S[0], rows.rescale[0], grew);
+    return grew;
+  }
+
   // Algorithm 2 of the paper: S of the next tile is multiplied during the softmax of this one. On
   // return the last PV is still in flight; returns the next tile that the block visits.
   __device__ __forceinline__ int mainloop(Rows& rows, Fragments& r, Product& product, Scales& scales, const TileWalk& walk, int n,
@@ -204,13 +216,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
       next = walk.next(n);
       if constexpr (C.block_descales) scales.load(n);
       ptx::wgmma_wait<1>();
-      ptx::warpgroup_fence_operand(r.S[0]);
-      pipe_k.consumer_release();
-      if (next < 0) pipe_q.consumer_release();  // early: the producer waits for it
-      if constexpr (C.block_descales) scales.apply(r.S[0]);
-      rows.apply_bias_and_mask(r.S, n, static_cast<const KeysThere<Source::kHasHoles>&>(r));
-      bool grew = rows.online_softmax(r.S, n);
-      if constexpr (C.block_descales) grew = scales.change_unit(r.S[0], rows.rescale[0], grew);
+      const bool grew = softmax(rows, r, scales, n, next);
       ptx::wgmma_wait<0>();
       ptx::warpgroup_fence_operand(product.of(rows));
       pipe_v.consumer_release();
@@ -230,13 +236,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
       const int next = walk.next(n);
       if constexpr (C.block_descales) scales.load(n);
       ptx::wgmma_wait<0>();
-      ptx::warpgroup_fence_operand(r.S[0]);
-      pipe_k.consumer_release();
-      if (next < 0) pipe_q.consumer_release();  // early: the producer waits for it
-      if constexpr (C.block_descales) scales.apply(r.S[0]);
-      rows.apply_bias_and_mask(r.S, n, static_cast<const KeysThere<Source::kHasHoles>&>(r));
-      bool grew = rows.online_softmax(r.S, n);
-      if constexpr (C.block_descales) grew = scales.change_unit(r.S[0], rows.rescale[0], grew);
+      const bool grew = softmax(rows, r, scales, n, next);
       r.pack_p();
       const float factor[2] = {grew ? rows.rescale[0][0] : 1.f, grew ? rows.rescale[0][1] : 1.f};
       pipe_v.consumer_wait();
@@ -320,10 +320,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     ptx::wgmma_wait<0>();
     ptx::warpgroup_fence_operand(product);
     if constexpr (kTo == C.v_head_dim) pipe_v.consumer_release();
-#pragma unroll
-    for (int t = 0; t < kColumns / 8; ++t)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) rows.rO[0][kFrom / 8 + t][e] = fmaf(rows.rO[0][kFrom / 8 + t][e], factor[e / 2], product[t][e]);
+    add_product<kFrom / 8>(rows.rO[0], factor, product);
     if constexpr (kTo < C.v_head_dim) add_pv<kTo>(rows, r, factor);
   }
 };
