@@ -55,7 +55,7 @@ _DIVISIONS_OF_APPEND = "divisions of 64 bits, and exact ones of float32, are cal
 _SIXTEEN_WARPS = "sixteen warps leave 128 registers a thread; a loop invariant spills where the order of sums is fixed, stored once"
 
 _FP8 = (
-    "two computing warpgroups have 232 registers a thread beside producers that transpose V, three have 160. Windows, slopes and softcap "
+    "two consumer warpgroups have 232 registers a thread beside producers that transpose V, three have 160. Windows, slopes and softcap "
     "meet the accumulators of wide heads; loop invariants spill, a few loads per work tile"
 )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CachePeer", "OurCalls", "cache_peers"]
 
 _WORKSPACE_BYTES: Final = 256 << 20  # of FlashInfer
-WIDE_Q: Final = "it is called with q in 16 bits"
+_WIDE_Q: Final = "it is called with q in 16 bits"
 
 
 class CachePeer(Protocol):
@@ -186,7 +186,7 @@ class FlashInfer(_Package):
     def cannot(self, cell: CacheCell) -> str:
         """Pages only, it appends by another call, and q has 16 bits."""
         if cell.type_of_q.is_fp8:
-            return WIDE_Q
+            return _WIDE_Q
         return "it reads pages only" if not cell.page else "it appends by another call" if cell.appends else ""
 
     def calls(self, package: Any, cell: CacheCell, sets: Sequence[CacheInputs]) -> list[Call]:
@@ -244,7 +244,7 @@ class Xqa(_Package):
     def cannot(self, cell: CacheCell) -> str:
         """One query of 16 bits over pages of 16 to 128."""
         if cell.type_of_q.is_fp8:
-            return WIDE_Q
+            return _WIDE_Q
         if cell.queries > 1 or cell.appends:
             return "it is timed with one query a sequence, all of whose keys are there"
         return "" if cell.page in {16, 32, 64, 128} else "it reads pages of 16, 32, 64 and 128"

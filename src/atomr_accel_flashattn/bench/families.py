@@ -52,10 +52,18 @@ class _Held:
         return key_of_problem(self.problem, arch or best_arch(self.problem.q.device), self.out_array, self.family, tile=self.tile)
 
 
-def request_of(cell: Cell, inputs: Inputs, family: Family | None = None, *, tile: Tile | None = None, out: Any = None) -> FaFwdDispatch:
-    """The request of a cell; None takes the family, the tile and the kind of output that functional calls take."""
+def request_of(
+    cell: Cell,
+    inputs: Inputs,
+    family: Family | None = None,
+    *,
+    tile: Tile | None = None,
+    out: Any = None,
+    fp8: Fp8Options | None = None,
+) -> FaFwdDispatch:
+    """The request of a cell; None takes the family, the tile, the kind of output and the options of fp8 that functional calls take."""
     kind: Any = DenseFwdRequest if inputs.offsets is None else VarlenFwdRequest
-    request: FaFwdDispatch = kind(inputs.q, inputs.k, inputs.v, out=out, **options_of(cell, inputs))
+    request: FaFwdDispatch = kind(inputs.q, inputs.k, inputs.v, out=out, fp8=fp8, **options_of(cell, inputs))
     return request if family is None and tile is None else _Held(request, family, tile)
 
 
@@ -116,9 +124,7 @@ class OursSingleLevel(Peer):
         """Cells of fp8 that wgmma answers."""
         if not cell.dtype.is_fp8:
             raise Refused("it stands beside cells of fp8")
-        kind: Any = DenseFwdRequest if inputs.offsets is None else VarlenFwdRequest
-        options = options_of(cell, inputs) | {"fp8": Fp8Options(single_level=True)}
-        request = kind(inputs.q, inputs.k, inputs.v, **options)
+        request = request_of(cell, inputs, fp8=Fp8Options(single_level=True))
         if not getattr(lookup(request.dispatch_key()), "single_level", False):
             raise Refused("nothing but wgmma sums so")
         plan = execute(request, lse=False)[1]

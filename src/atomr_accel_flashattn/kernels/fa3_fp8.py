@@ -23,10 +23,10 @@ __all__ = [
     "Fa3Fp8FwdParams",
     "fp8_config",
     "fp8_products",
+    "fp8_registers",
     "fp8_width",
     "loaded_bytes",
     "misfit_of_keys",
-    "pv_columns",
 ]
 
 FP8_WIDTHS: Final = (64, 128, 192, 256)  # rows of tiles are whole panels of 64 or 128 bytes
@@ -73,6 +73,12 @@ def misfit_of_keys(tile: Tile, *, block_descales: bool) -> str:
     if block_descales and SCALED_TOKENS % tile.block_n:
         return f"block_n: got {tile.block_n}; allowed with factors of blocks are divisors of {SCALED_TOKENS}"
     return ""
+
+
+def fp8_registers(tile: Tile, v_head_dim: int, *, single_level: bool) -> int:
+    """Of a consumer thread beside O and S: P, and what a product P V has more than S."""
+    wider = 0 if single_level else max(0, pv_columns(v_head_dim) - tile.block_n)
+    return wider // 2 + tile.block_n // 8
 
 
 def fp8_config(tile: Tile, v_head_dim: int, *, single_level: bool, block_descales: bool) -> dict[str, Any]:
@@ -135,8 +141,7 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
 
     def registers_suffice(self) -> bool:
         """O and S, or a product P V in its registers, in float32, and P in 8 bits."""
-        wider = 0 if self.single_level else max(0, pv_columns(self.v_head_dim) - self.tile.block_n)
-        return self._registers_suffice(wider // 2 + self.tile.block_n // 8)
+        return self._registers_suffice(fp8_registers(self.tile, self.v_head_dim, single_level=self.single_level))
 
     def config(self) -> dict[str, Any]:
         """With what fp8 adds."""

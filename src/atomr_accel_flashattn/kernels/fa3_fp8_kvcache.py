@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..problem import ArrayInfo, AttentionProblem
-from .fa3_fp8 import FP8_INSTRUCTIONS, Fa3Fp8ForwardSpec, fp8_config, fp8_products, loaded_bytes, misfit_of_keys, pv_columns
+from .fa3_fp8 import FP8_INSTRUCTIONS, Fa3Fp8ForwardSpec, fp8_config, fp8_products, fp8_registers, loaded_bytes, misfit_of_keys
 from .fa3_kvcache import Fa3KvCacheSpec
 from .forward import DESCALE_SLOTS, descale_strides
 from .kvcache import KvCacheParams, cache_numbers
@@ -67,8 +67,7 @@ class Fa3Fp8KvCacheSpec(Fa3KvCacheSpec):
 
     def registers_suffice(self) -> bool:
         """O and S, or a product P V in its registers, in float32, and P in 8 bits."""
-        wider = 0 if self.single_level else max(0, pv_columns(self.v_head_dim) - self.tile.block_n)
-        return self._registers_suffice(wider // 2 + self.tile.block_n // 8)
+        return self._registers_suffice(fp8_registers(self.tile, self.v_head_dim, single_level=self.single_level))
 
     def config(self) -> dict[str, Any]:
         """With what fp8 adds."""

@@ -23,7 +23,7 @@ _NOTHING: Final = Fp8Options()
 
 
 def fp8_of(v: Any, descales: Scales, out: Any) -> Fp8Options | None:
-    """The options of a functional call, where there is something to say: with fp8 ``v``, o has the type of ``out`` .
+    """The options of a functional call, where there is something to say: with fp8 ``v``, o has the type of ``out``.
 
     Raises:
         OutputError: an ``out`` of a type that o has not.
