@@ -16,6 +16,7 @@ pytestmark = pytest.mark.torch
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "use-in-your-model.md").read_text(encoding="utf-8")
 
+KEPT: list[object] = []  # freed at the end of a test, a group of gloo may wait for ever: two_processes.py
 
 # On a GPU the first snippet names another device.
 DEVICES = ['device, dtype = "cpu", torch.float32', pytest.param('device, dtype = "cuda", torch.bfloat16', marks=pytest.mark.gpu)]
@@ -33,6 +34,7 @@ def test_its_snippets_run(device: str, monkeypatch: pytest.MonkeyPatch, capsys: 
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     names: dict[str, Any] = {"__name__": "page"}
+    KEPT.append(names)
     page, lines = re.subn(r"^device, dtype = .*$", device, PAGE, flags=re.MULTILINE)
     assert lines == 1
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
