@@ -111,7 +111,12 @@ def wgmma_fp8_specs() -> list[KernelSpec]:
     types = ((DType.F8E4M3, None, None), (DType.F8E4M3, DType.F8E5M2, DType.F8E5M2), (DType.F8E5M2, None, DType.F8E4M3))
     plain = [
         DispatchKey(
-            SmArch.SM_90A, types[w % 3][0], width, causal=w % 2 == 0, gqa_ratio=1 if w % 2 else 4, extras=Extras(persistent=persistent)
+            SmArch.SM_90A,
+            DType.F8E4M3 if persistent else DType.F8E5M2,
+            width,
+            causal=w % 2 == 0,
+            gqa_ratio=1 if w % 2 else 4,
+            extras=Extras(persistent=persistent),
         )
         for w, width in enumerate((64, 128, 192, 256))
         for persistent in (True, False)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["Fp8", "check_fp8"]
+__all__ = ["Fp8", "average_of_ones", "check_fp8"]
 
 FP8 = {DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn), DType.F8E5M2: np.dtype(ml_dtypes.float8_e5m2)}
 _TOKENS = 128  # that share a descale
@@ -127,9 +127,18 @@ class _Fp8Cached(Cached):
 def check_fp8(case: Case, fp8: Fp8, way: Cached) -> None:
     """The kernel is as near to the exact attention over dequantised arrays as one that rounds P to the same type."""
     call = _quantised(case, fp8)
-    made = _Fp8Cached(**{name: getattr(way, name) for name in Cached.__dataclass_fields__}, fp8=fp8, call=call)(call.given)
-    name = f"{case} {fp8}"
-    _compare(name, call, fp8, made, wgmma=way.family is Family.FA3)
+    _compare(f"{case} {fp8}", call, fp8, _run(call, fp8, way), wgmma=way.family is Family.FA3)
+
+
+def average_of_ones(case: Case, fp8: Fp8, way: Cached) -> Array:
+    """O of the kernel where V is 1."""
+    call = _quantised(case, fp8)
+    call.given.v[...] = 1
+    return _run(call, fp8, way).out
+
+
+def _run(call: _Call, fp8: Fp8, way: Cached) -> Run:
+    return _Fp8Cached(**{name: getattr(way, name) for name in Cached.__dataclass_fields__}, fp8=fp8, call=call)(call.given)
 
 
 def _compare(name: str, call: _Call, fp8: Fp8, made: Run, *, wgmma: bool) -> None:

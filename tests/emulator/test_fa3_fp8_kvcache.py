@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from atomr_accel_flashattn.kernels.spec import Family, Tile
@@ -11,7 +12,7 @@ from atomr_accel_flashattn.types import DType, KvLayout, ScaleUnit
 from tests.cases import Case
 
 from .build import compiler
-from .running_fp8_kvcache import Fp8, check_fp8
+from .running_fp8_kvcache import Fp8, average_of_ones, check_fp8
 from .running_kvcache import Cached
 from .test_fa3_kvcache import FEATURES
 
@@ -19,13 +20,14 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a
 
 E4M3, E5M2 = DType.F8E4M3, DType.F8E5M2
 HEAD, BLOCK = ScaleUnit.HEAD, ScaleUnit.BLOCK
-SMALL = Tile(block_m=64, block_n=32, warps=8, stages=2)
+SMALL = Tile(block_m=64, block_n=64, warps=8, stages=2)
 TWO = Tile(block_m=128, block_n=64, warps=12, stages=2, ping_pong=True, persistent=True)
 THREE = Tile(block_m=192, block_n=128, warps=16, stages=2, ping_pong=True, persistent=True)
 TYPES = [
     Fp8(q=E4M3, units=(HEAD, HEAD, HEAD)),
     Fp8(q=E4M3, k=E5M2, v=E5M2, out=DType.F32, units=(BLOCK, BLOCK, BLOCK)),
     Fp8(q=E5M2, out=DType.F16, units=(None, BLOCK, HEAD)),
+    Fp8(q=E4M3, v=E5M2, units=(HEAD, None, HEAD)),
 ]
 
 
@@ -50,3 +52,11 @@ FEATURES_AND_WAYS = [(name, how, (i + j) // 2) for i, name in enumerate(FEATURES
 def test_feature(name: str, how: Cached, number: int):
     sizes = {"head_dim": 48, "v_head_dim": 32} if name == "padded" else {}
     check_fp8(Case(label=name.replace(" ", "_"), dtype=DType.BF16, **FEATURES[name] | sizes), TYPES[number % len(TYPES)], how)
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+def test_an_average_of_ones_in_e5m2_is_one_whatever_parts_it_has(how: Cached):
+    case = Case(dtype=DType.BF16, **FEATURES["causal"])
+    out = average_of_ones(case, Fp8(q=E5M2, k=E5M2, v=E5M2, out=DType.F32), how)
+    np.testing.assert_allclose(out[out != 0], 1, atol=1e-6)
+    assert (out != 0).mean() > 0.9

@@ -105,10 +105,15 @@ def _rounded_sum(tiles: Any, kind: Any) -> Any:
 @pytest.mark.parametrize("kind", **KINDS)
 @pytest.mark.parametrize("std", [0.0, 0.5, 2.0, 8.0], ids=["uniform", "diffuse", "between", "peaked"])
 def test_an_average_of_ones_is_one(family: Family, kind: Any, std: float) -> None:
-    """The hardest is a standard deviation of 2: half of the sum comes from probabilities below a twentieth of the largest."""
+    """The hardest is a standard deviation of 2: half of the sum comes from probabilities below a twentieth of the largest.
+
+    With wgmma O of e5m2 is divided by the sum of P as it was rounded, so that nothing is left but float32's own roundings.
+    """
     for keys in (128, 4096, 32768, 131072):
         made, plain = error_of_ones(family, kind, std, keys)
-        assert made <= max(4e-3, 1.1 * plain), f"{keys} keys: {made:.5f}, plain {plain:.5f}"
+        floor = 1e-5 if family is Family.FA3 else 4e-3
+        limit = floor if family is Family.FA3 and kind is E5M2 else max(floor, 1.1 * plain)
+        assert made <= limit, f"{keys} keys: {made:.5f}, plain {plain:.5f}"
 
 
 def test_a_rotation_at_least_halves_the_error_of_outlier_channels(family: Family) -> None:

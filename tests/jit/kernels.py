@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from atomr_accel_flashattn.kernels.dropout_mask import DropoutMaskSpec
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
 from atomr_accel_flashattn.kernels.fa2_fwd import Fa2ForwardSpec
@@ -28,7 +30,13 @@ WGMMA = Fa3ForwardSpec(
     tile=Tile(block_m=64, block_n=32, warps=8, stages=2, persistent=True),
 )
 FP8 = Fa3Fp8ForwardSpec(
-    arch=SmArch.SM_90A, dtype=DType.F8E4M3, v_dtype=DType.F8E5M2, out_dtype=DType.BF16, head_dim=64, v_head_dim=64, tile=WGMMA.tile
+    arch=SmArch.SM_90A,
+    dtype=DType.F8E4M3,
+    v_dtype=DType.F8E5M2,
+    out_dtype=DType.BF16,
+    head_dim=64,
+    v_head_dim=64,
+    tile=replace(WGMMA.tile, block_n=64),
 )
 FP8_WGMMA_CACHE = Fa3Fp8KvCacheSpec(
     arch=SmArch.SM_90A,

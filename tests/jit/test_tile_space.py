@@ -9,12 +9,13 @@ from atomr_accel_flashattn.dispatch import DispatchKey, Extras, lookup
 from atomr_accel_flashattn.errors import DispatchError
 from atomr_accel_flashattn.kernels.fa2_bwd import Fa2BackwardSpec
 from atomr_accel_flashattn.kernels.fa2_fwd import Fa2ForwardSpec
+from atomr_accel_flashattn.kernels.fa3_fp8 import Fa3Fp8ForwardSpec
 from atomr_accel_flashattn.kernels.fa3_fwd import Fa3ForwardSpec
 from atomr_accel_flashattn.kernels.forward import ForwardSpec
 from atomr_accel_flashattn.kernels.spec import Family, Tile
 from atomr_accel_flashattn.limits import HEAD_DIM_WIDTHS
 from atomr_accel_flashattn.tiles.space import SCHEDULES, misfit, tiles_that_fit
-from atomr_accel_flashattn.types import DType, SmArch
+from atomr_accel_flashattn.types import DType, ScaleUnit, SmArch
 
 FA2_TILE = Tile(block_m=128, block_n=64, warps=4, min_blocks=2)
 BWD_TILE = Tile(block_m=64, block_n=64, warps=4)
@@ -35,6 +36,12 @@ def backward_spec(arch: SmArch = SmArch.SM_90, head_dim: int = 128, **extras: An
 
 def fa3_spec(head_dim: int = 128, **extras: Any) -> ForwardSpec:
     return spec_of(SmArch.SM_90A, head_dim, family=Family.FA3, **extras)
+
+
+def fp8_spec(dtype: DType = DType.F8E4M3, head_dim: int = 128, **extras: Any) -> ForwardSpec:
+    spec = lookup(DispatchKey(SmArch.SM_90A, dtype, head_dim, extras=Extras(**extras)))
+    assert isinstance(spec, Fa3Fp8ForwardSpec)
+    return spec
 
 
 def test_every_field_of_a_tile_is_searched_in_some_family() -> None:
@@ -69,6 +76,13 @@ def test_the_table_of_the_wgmma_family_is_among_the_candidates(head_dim: int, dr
     assert all(tile.block_n % 32 == 0 for tile in candidates if dropout)
 
 
+@pytest.mark.parametrize("dtype", [DType.F8E4M3, DType.F8E5M2], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_the_table_of_fp8_is_among_the_candidates(head_dim: int, dtype: DType) -> None:
+    spec = fp8_spec(dtype, head_dim)
+    assert spec.tile in set(tiles_that_fit(spec))
+
+
 def test_candidates_are_valid_kernels_that_fit_the_multiprocessor() -> None:
     for spec in (spec_of(), fa3_spec(64)):
         for tile in tiles_that_fit(spec):
@@ -92,13 +106,18 @@ def test_candidates_are_valid_kernels_that_fit_the_multiprocessor() -> None:
         (fa3_spec(64), replace(FA3_TILE, block_n=272), "block_n: got 272; allowed is at most 256"),
         (fa3_spec(), replace(FA3_TILE, min_blocks=2), "fa3_fwd reads no min_blocks"),
         (fa3_spec(), replace(FA3_TILE, block_m=64, warps=8, ping_pong=True), "ping_pong: allowed with two to four consumer warpgroups"),
+        (fp8_spec(), replace(FA3_TILE, block_n=80), "block_n: got 80; allowed are multiples of 32"),
+        (fp8_spec(DType.F8E5M2), replace(FA3_TILE, block_n=32), "block_n: got 32; allowed with v of e5m2 are 64 and more"),
+        (fp8_spec(DType.F8E5M2, 256), FA3_TILE, "it needs 232960 bytes of shared memory; allowed are 232448"),
+        (fp8_spec(k_descale=ScaleUnit.BLOCK), replace(FA3_TILE, block_n=96), "allowed with factors of blocks are divisors of 128"),
     ],
 )
 def test_a_tile_that_cannot_be_is_refused_with_a_reason(spec: ForwardSpec, tile: Tile, reason: str) -> None:
     assert reason in misfit(replace(spec, tile=tile))
-    extras = Extras(family=spec.family, dropout=spec.dropout, tile=tile)
+    unit = ScaleUnit.BLOCK if isinstance(spec, Fa3Fp8ForwardSpec) and spec.block_descales else None
+    extras = Extras(family=spec.family, dropout=spec.dropout, tile=tile, k_descale=unit)
     with pytest.raises(DispatchError, match=r"^tile: got m"):
-        lookup(DispatchKey(spec.arch, DType.BF16, spec.head_dim, extras=extras))
+        lookup(DispatchKey(spec.arch, spec.dtype, spec.head_dim, extras=extras))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ..kernels.attention import AttentionSpec
 from ..kernels.dropout_mask import DropoutMaskSpec
 from ..kernels.fa2_bwd import Fa2BackwardSpec
 from ..kernels.fa2_fwd import Fa2ForwardSpec
-from ..kernels.fa3_fp8 import Fa3Fp8ForwardSpec, fp8_width
+from ..kernels.fa3_fp8 import Fa3Fp8ForwardSpec, fp8_width, has_sum_columns
 from ..kernels.fa3_fp8_kvcache import Fa3Fp8KvCacheSpec
 from ..kernels.fa3_fwd import WARPGROUP_ROWS, Fa3ForwardSpec
 from ..kernels.fa3_kvcache import Fa3KvCacheSpec
@@ -184,7 +184,8 @@ def _fp8_wgmma(key: DispatchKey, kind: type[_Spec], **fields: Any) -> _Spec:
     blocks = ScaleUnit.BLOCK in {extras.q_descale, extras.k_descale, extras.v_descale}
     crowded = key.alibi or extras.softcap > 0
     on_blocks = blocks or key.paged or extras.kv_cache
-    tile = fp8_wgmma_tile_for(width, v_width, crowded=crowded, blocks=on_blocks, single_level=extras.single_level)
+    sums = has_sum_columns(key.v_dtype, single_level=extras.single_level, block_descales=blocks)
+    tile = fp8_wgmma_tile_for(width, v_width, crowded=crowded, blocks=on_blocks, single_level=extras.single_level, sums=sums)
     tile = replace(tile, persistent=extras.persistent is not False)
     named = (("k_dtype", key.k_dtype), ("v_dtype", key.v_dtype), ("out_dtype", key.out_dtype))
     fields |= {name: dtype for name, dtype in named if dtype is not key.dtype}

@@ -6,11 +6,12 @@ import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Protocol
 
 from ..limits import SCALED_TOKENS
 from ..problem import ArrayInfo, AttentionProblem
-from .fa3_fwd import Fa3ForwardSpec, consumer_holds
+from ..types import DType
+from .fa3_fwd import SWIZZLE_BYTES, Fa3ForwardSpec, consumer_holds
 from .forward import DESCALE_SLOTS, FwdParams, descale_strides
 from .params import KernelParams, StrideParams, TensorMapParams
 from .spec import Tile
@@ -21,11 +22,13 @@ __all__ = [
     "FP8_WIDTHS",
     "Fa3Fp8ForwardSpec",
     "Fa3Fp8FwdParams",
+    "Fp8Wgmma",
+    "added_bytes",
     "fp8_config",
     "fp8_products",
     "fp8_registers",
     "fp8_width",
-    "loaded_bytes",
+    "has_sum_columns",
     "misfit_of_keys",
 ]
 
@@ -33,6 +36,7 @@ FP8_WIDTHS: Final = (64, 128, 192, 256)  # rows of tiles are whole panels of 64 
 _MOST_COLUMNS: Final = 128  # of O in one product: two of them are faster than one of 256
 _MOST_LOADED: Final = 2  # buffers of V before it is transposed
 _GROUP: Final = 32  # keys of a step of wgmma
+_SUM_COLUMNS: Final = 8
 FP8_INSTRUCTIONS: Final = ("QGMMA", "UTMALDG", "SYNCS", "LDSM", "STSM")
 
 
@@ -41,9 +45,50 @@ def fp8_width(head_dim: int) -> int:
     return next(width for width in FP8_WIDTHS if width >= head_dim)
 
 
-def loaded_bytes(tile: Tile, v_head_dim: int) -> int:
-    """Of the buffers of V before it is transposed."""
-    return min(tile.stages, _MOST_LOADED) * tile.block_n * v_head_dim
+class Fp8Wgmma(Protocol):
+    """What kernels of fp8 in this family have in common: over plain arrays, and over a cache."""
+
+    @property
+    def tile(self) -> Tile:
+        """Block sizes."""
+
+    @property
+    def v_head_dim(self) -> int:
+        """Width of V."""
+
+    @property
+    def v_type(self) -> DType:
+        """That of V, and of P."""
+
+    @property
+    def single_level(self) -> bool:
+        """Whether wgmma adds P V to O."""
+
+    @property
+    def block_descales(self) -> bool:
+        """Whether factors are those of blocks of tokens."""
+
+
+def has_sum_columns(v_type: DType, *, single_level: bool, block_descales: bool) -> bool:
+    """Whether ones behind the columns of V add up P as it was rounded, and O is divided by that: in e5m2.
+
+    Rounding P to three bits moves its sum by up to 0.8 %, and 8-bit wgmma loses a tenth of that more. There are none with factors of
+    blocks, as O has another unit in each tile then and those sums have not; and none in a single level, which is to be fast.
+    """
+    return v_type is DType.F8E5M2 and not (single_level or block_descales)
+
+
+def sum_columns(spec: Fp8Wgmma) -> int:
+    """How many columns of ones there are: none, or the least that wgmma multiplies."""
+    sums = has_sum_columns(spec.v_type, single_level=spec.single_level, block_descales=spec.block_descales)
+    return _SUM_COLUMNS if sums else 0
+
+
+def added_bytes(spec: Fp8Wgmma) -> int:
+    """Of shared memory: the buffers of V before it is transposed, and the columns of ones of each stage."""
+    tile = spec.tile
+    ones = sum_columns(spec) * tile.block_n * tile.stages
+    return min(tile.stages, _MOST_LOADED) * tile.block_n * spec.v_head_dim + -(-ones // SWIZZLE_BYTES) * SWIZZLE_BYTES
 
 
 def pv_columns(v_head_dim: int) -> int:
@@ -51,40 +96,50 @@ def pv_columns(v_head_dim: int) -> int:
     return v_head_dim // -(-v_head_dim // _MOST_COLUMNS)
 
 
-def pv_sum(tile: Tile, v_head_dim: int, *, single_level: bool) -> str:
-    """The ``fa::PvSum`` of a tile: beside O where registers hold both, S and P."""
-    if single_level:
+def pv_sum(spec: Fp8Wgmma) -> str:
+    """The ``fa::PvSum``: beside O where registers hold both, S and P."""
+    if spec.single_level:
         return "InO"
-    return "Beside" if consumer_holds(tile, v_head_dim + tile.block_n // 2 + tile.block_n // 8) else "InScores"
+    keys = spec.tile.block_n
+    held = spec.v_head_dim + sum_columns(spec) + keys // 2 + keys // 8
+    return "Beside" if consumer_holds(spec.tile, held, transposing=True) else "InScores"
 
 
-def fp8_products(products: tuple[Product, ...], tile: Tile, *, single_level: bool) -> tuple[Product, ...]:
-    """Q K^T, and P V at once or in equal parts."""
+def fp8_products(spec: Fp8Wgmma, products: tuple[Product, ...]) -> tuple[Product, ...]:
+    """Q K^T, and P V at once or in equal parts, of which the last one has the columns of ones."""
     qk, (width, p_type, v_type) = products
-    if pv_sum(tile, width, single_level=single_level) != "InScores":
-        return products
-    return qk, (pv_columns(width), p_type, v_type)
+    part = pv_columns(width) if pv_sum(spec) == "InScores" else width
+    widths = {part, part + sum_columns(spec)} if part < width else {part + sum_columns(spec)}
+    return qk, *((n, p_type, v_type) for n in sorted(widths))
 
 
-def misfit_of_keys(tile: Tile, *, block_descales: bool) -> str:
+def misfit_of_keys(spec: Fp8Wgmma) -> str:
     """Why there can be no kernel with these keys of a tile; empty when there can."""
-    if tile.block_n % _GROUP:
-        return f"block_n: got {tile.block_n}; allowed are multiples of {_GROUP}"
-    if block_descales and SCALED_TOKENS % tile.block_n:
-        return f"block_n: got {tile.block_n}; allowed with factors of blocks are divisors of {SCALED_TOKENS}"
+    keys = spec.tile.block_n
+    if keys % _GROUP:
+        return f"block_n: got {keys}; allowed are multiples of {_GROUP}"
+    if keys == _GROUP and sum_columns(spec):
+        return f"block_n: got {keys}; allowed with v of e5m2 are {2 * _GROUP} and more: ptxas serialises a single step with columns of ones"
+    if spec.block_descales and SCALED_TOKENS % keys:
+        return f"block_n: got {keys}; allowed with factors of blocks are divisors of {SCALED_TOKENS}"
     return ""
 
 
-def fp8_registers(tile: Tile, v_head_dim: int, *, single_level: bool) -> int:
-    """Of a consumer thread beside O and S: P, and what a product P V has more than S."""
-    wider = 0 if single_level else max(0, pv_columns(v_head_dim) - tile.block_n)
-    return wider // 2 + tile.block_n // 8
+def fp8_registers(spec: Fp8Wgmma) -> int:
+    """Of a consumer thread beside O and S: P, the sums of the columns of ones, and what a product P V has more than S."""
+    columns, keys = sum_columns(spec), spec.tile.block_n
+    wider = 0 if spec.single_level else max(0, pv_columns(spec.v_head_dim) + columns - keys)
+    return (wider + columns) // 2 + keys // 8
 
 
-def fp8_config(tile: Tile, v_head_dim: int, *, single_level: bool, block_descales: bool) -> dict[str, Any]:
-    """Members of ``fa::Config`` that fp8 adds: factors of blocks, and how P V gets into O."""
-    how = pv_sum(tile, v_head_dim, single_level=single_level)
-    return {"block_descales": block_descales, "pv_sum": f"fa::PvSum::{how}", "pv_columns": pv_columns(v_head_dim)}
+def fp8_config(spec: Fp8Wgmma) -> dict[str, Any]:
+    """Members of ``fa::Config`` that fp8 adds: factors of blocks, how P V gets into O, columns of ones."""
+    return {
+        "block_descales": spec.block_descales,
+        "pv_sum": f"fa::PvSum::{pv_sum(spec)}",
+        "pv_columns": pv_columns(spec.v_head_dim),
+        "sum_columns": sum_columns(spec),
+    }
 
 
 class Fa3Fp8FwdParams(KernelParams):
@@ -124,7 +179,7 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
     def shared_tiles(self) -> tuple[int, int]:
         """With what fp8 adds."""
         q, kv = Fa3ForwardSpec.shared_tiles(self)
-        return q, kv + loaded_bytes(self.tile, self.v_head_dim)
+        return q, kv + added_bytes(self)
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
@@ -133,21 +188,19 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
 
     def products(self) -> tuple[Product, ...]:
         """With the parts of P V."""
-        return fp8_products(Fa3ForwardSpec.products(self), self.tile, single_level=self.single_level)
+        return fp8_products(self, Fa3ForwardSpec.products(self))
 
     def misfit(self) -> str:
         """As for 16 bits, with whole steps of 32 keys and widths of whole panels."""
-        return Fa3ForwardSpec.misfit(self) or misfit_of_keys(self.tile, block_descales=self.block_descales)
+        return Fa3ForwardSpec.misfit(self) or misfit_of_keys(self)
 
     def registers_suffice(self) -> bool:
         """O and S, or a product P V in its registers, in float32, and P in 8 bits."""
-        return self._registers_suffice(fp8_registers(self.tile, self.v_head_dim, single_level=self.single_level))
+        return self._registers_suffice(fp8_registers(self))
 
     def config(self) -> dict[str, Any]:
         """With what fp8 adds."""
-        return Fa3ForwardSpec.config(self) | fp8_config(
-            self.tile, self.v_head_dim, single_level=self.single_level, block_descales=self.block_descales
-        )
+        return Fa3ForwardSpec.config(self) | fp8_config(self)
 
     def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
         """``fa::Fa3Fp8FwdParams`` with its maps still to be encoded."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..problem import ArrayInfo, AttentionProblem
-from .fa3_fp8 import FP8_INSTRUCTIONS, Fa3Fp8ForwardSpec, fp8_config, fp8_products, fp8_registers, loaded_bytes, misfit_of_keys
+from .fa3_fp8 import FP8_INSTRUCTIONS, Fa3Fp8ForwardSpec, added_bytes, fp8_config, fp8_products, fp8_registers, misfit_of_keys
 from .fa3_kvcache import Fa3KvCacheSpec
 from .forward import DESCALE_SLOTS, descale_strides
 from .kvcache import KvCacheParams, cache_numbers
@@ -50,7 +50,7 @@ class Fa3Fp8KvCacheSpec(Fa3KvCacheSpec):
     def shared_tiles(self) -> tuple[int, int]:
         """With what fp8 adds."""
         q, kv = Fa3KvCacheSpec.shared_tiles(self)
-        return q, kv + loaded_bytes(self.tile, self.v_head_dim)
+        return q, kv + added_bytes(self)
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
@@ -59,21 +59,19 @@ class Fa3Fp8KvCacheSpec(Fa3KvCacheSpec):
 
     def products(self) -> tuple[Product, ...]:
         """With the parts of P V."""
-        return fp8_products(Fa3KvCacheSpec.products(self), self.tile, single_level=self.single_level)
+        return fp8_products(self, Fa3KvCacheSpec.products(self))
 
     def misfit(self) -> str:
         """As for 16 bits, with whole steps of 32 keys."""
-        return Fa3KvCacheSpec.misfit(self) or misfit_of_keys(self.tile, block_descales=self.block_descales)
+        return Fa3KvCacheSpec.misfit(self) or misfit_of_keys(self)
 
     def registers_suffice(self) -> bool:
         """O and S, or a product P V in its registers, in float32, and P in 8 bits."""
-        return self._registers_suffice(fp8_registers(self.tile, self.v_head_dim, single_level=self.single_level))
+        return self._registers_suffice(fp8_registers(self))
 
     def config(self) -> dict[str, Any]:
         """With what fp8 adds."""
-        return Fa3KvCacheSpec.config(self) | fp8_config(
-            self.tile, self.v_head_dim, single_level=self.single_level, block_descales=self.block_descales
-        )
+        return Fa3KvCacheSpec.config(self) | fp8_config(self)
 
     def pack_call(self, problem: AttentionProblem, out: ArrayInfo, splits: int) -> KernelParams:
         """``fa::Fa3Fp8KvCacheParams`` of one call without addresses, its maps still to be encoded."""

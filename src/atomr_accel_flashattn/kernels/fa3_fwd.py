@@ -15,14 +15,24 @@ from .params import KernelParams, TensorMapParams, TensorMapSpec
 from .spec import Family, Tile
 from .wgmma import Product, wgmma_leaves
 
-__all__ = ["WARPGROUP_ROWS", "Fa3ForwardSpec", "Fa3FwdParams", "consumer_holds", "fits_warpgroup", "tensor_map_of", "tensor_map_of_q"]
+__all__ = [
+    "SWIZZLE_BYTES",
+    "WARPGROUP_ROWS",
+    "Fa3ForwardSpec",
+    "Fa3FwdParams",
+    "consumer_holds",
+    "fits_warpgroup",
+    "tensor_map_of",
+    "tensor_map_of_q",
+]
 
 WARPGROUP_ROWS: Final = 64  # of Q, in a buffer of its own
 _BARRIER_BYTES: Final = 512  # the kernel asserts that its barriers fit
-_SWIZZLE_BYTES: Final = 1024  # the swizzle repeats over 1024 bytes, dynamic shared memory starts on 16
+SWIZZLE_BYTES: Final = 1024  # the swizzle repeats over 1024 bytes, dynamic shared memory starts on 16
 _WIDE_ROW, _NARROW_ROW = 128, 64  # bytes of a tile's row, and so the swizzle's span
 _OTHER_REGISTERS: Final = 24  # beside accumulators and scores
 _CONSUMER_REGISTERS: Final = {1: 255, 2: 240, 3: 160, 4: 112}  # per thread, by consumer warpgroups: the header sets the same
+_BESIDE_TRANSPOSITION: Final = {2: 232}  # where producers transpose V
 _LONGEST_WGMMA: Final = 256
 _MOST_STAGES: Final = 11
 _NOWHERE: Final = 16  # the address of arrays without elements, which nobody reads: null may not be one
@@ -47,9 +57,10 @@ class Fa3FwdParams(KernelParams):
     )
 
 
-def consumer_holds(tile: Tile, held: int) -> bool:
-    """Whether a consumer thread of this tile has so many registers beside what each needs."""
-    return held + _OTHER_REGISTERS <= _CONSUMER_REGISTERS[tile.warps // 4 - 1]
+def consumer_holds(tile: Tile, held: int, *, transposing: bool = False) -> bool:
+    """Whether a consumer thread of this tile has so many registers beside what each needs; ``transposing``: producers transpose V."""
+    registers = _CONSUMER_REGISTERS | (_BESIDE_TRANSPOSITION if transposing else {})
+    return held + _OTHER_REGISTERS <= registers[tile.warps // 4 - 1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +85,7 @@ class Fa3ForwardSpec(ForwardSpec):
     @property
     def shared_memory(self) -> int:
         """Q, the stages of K and V, and the barriers."""
-        return sum(self.shared_tiles()) + _BARRIER_BYTES + _SWIZZLE_BYTES
+        return sum(self.shared_tiles()) + _BARRIER_BYTES + SWIZZLE_BYTES
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:

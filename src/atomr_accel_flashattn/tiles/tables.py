@@ -174,6 +174,7 @@ _WGMMA_FP8 = {
     256: Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True),
 }
 _WGMMA_FP8_CROWDED_KEYS = {64: 96}  # with slopes or a softcap in registers
+_WGMMA_FP8_SUM_KEYS = {128: 192, 256: 96}  # with columns of ones, which take registers and shared memory
 
 # The same where wgmma adds P V to O.
 _WGMMA_FP8_SINGLE_LEVEL_KEYS = {64: 160, 128: 192, 192: 128, 256: 96}
@@ -181,7 +182,9 @@ _WGMMA_FP8_SINGLE_LEVEL_CROWDED_KEYS = {64: 128, 128: 160, 192: 96, 256: 64}
 _WGMMA_FP8_SINGLE_LEVEL_BLOCK_KEYS = {192: 64, 256: 64}  # with factors of blocks of 128 keys, of which a tile has one
 
 
-def fp8_wgmma_tile_for(head_dim: int, v_head_dim: int, *, crowded: bool = False, blocks: bool = False, single_level: bool = False) -> Tile:
+def fp8_wgmma_tile_for(
+    head_dim: int, v_head_dim: int, *, crowded: bool = False, blocks: bool = False, single_level: bool = False, sums: bool = False
+) -> Tile:
     """The tile of the wgmma family for two widths of fp8 (kernels/fa3_fp8.py).
 
     Args:
@@ -190,15 +193,18 @@ def fp8_wgmma_tile_for(head_dim: int, v_head_dim: int, *, crowded: bool = False,
         crowded: whether ALiBi or softcap need registers.
         blocks: whether factors are those of blocks of tokens, or pages have to be whole parts of tiles.
         single_level: whether wgmma adds P V to O.
+        sums: whether columns of ones behind those of V add up P.
     """
     wider = max(head_dim, v_head_dim)
     tile = _WGMMA_FP8[wider]
+    with_sums = _WGMMA_FP8_SUM_KEYS if sums else {}
     if blocks:
         keys = _WGMMA_FP8_SINGLE_LEVEL_BLOCK_KEYS.get(wider, SCALED_TOKENS) if single_level else SCALED_TOKENS
+        keys = min(keys, with_sums.get(wider, keys))
     elif single_level:
         keys = (_WGMMA_FP8_SINGLE_LEVEL_CROWDED_KEYS if crowded else _WGMMA_FP8_SINGLE_LEVEL_KEYS)[wider]
     else:
-        keys = _WGMMA_FP8_CROWDED_KEYS.get(wider, tile.block_n) if crowded else tile.block_n
+        keys = (with_sums | (_WGMMA_FP8_CROWDED_KEYS if crowded else {})).get(wider, tile.block_n)
     return replace(tile, block_n=keys)
 
 

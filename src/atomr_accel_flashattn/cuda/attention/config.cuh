@@ -38,11 +38,16 @@ struct Config {
   bool block_descales = false;  // fp8: factors of blocks of tokens (block_descales.cuh)
   PvSum pv_sum = PvSum::InO;    // fp8: how P V of a tile of keys gets into O
   int pv_columns = 0;           // of O in one product, InScores
+  // fp8: of ones behind those of V, 8 or none. Their products are the sums of P as it was rounded,
+  // added up just as O is.
+  int sum_columns = 0;
   DType k_dtype = dtype, v_dtype = dtype, out_dtype = dtype;
   // fp8: each slot of a page has a descale of its own, else 128 tokens or more share one.
   bool k_token_scales = false, v_token_scales = false;
   bool fp8_products = false;  // mma.sync: Q and K of fp8 are multiplied in 8 bits, else in f16
 
+  // Columns of O in registers.
+  constexpr int o_width() const { return v_head_dim + sum_columns; }
   // Type of P as an operand of P V: that of v if q is fp8.
   constexpr DType p_dtype() const { return bytes_of(dtype) == 1 ? v_dtype : dtype; }
 };

@@ -18,7 +18,7 @@ __device__ __forceinline__ void add_product(float (&rO)[kOfO][4], const float (&
 // O is the accumulator.
 template <Config C, class Rows, bool kBeside = C.pv_sum == PvSum::Beside>
 struct PvProduct {
-  using Output = float[C.v_head_dim / 8][4];
+  using Output = float[C.o_width() / 8][4];
   static constexpr bool kAccumulates = true;
 
   static __device__ __forceinline__ Output& of(Rows& rows) { return rows.rO[0]; }
@@ -32,7 +32,7 @@ struct PvProduct {
 // Registers of their own, from zero for each tile.
 template <Config C, class Rows>
 struct PvProduct<C, Rows, true> {
-  using Output = float[C.v_head_dim / 8][4];
+  using Output = float[C.o_width() / 8][4];
   static constexpr bool kAccumulates = false;
 
   Output product;

@@ -18,10 +18,10 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   using Tile::kRows, Tile::kKeyTiles, Tile::kFoldsBias;
   using Tile::p, Tile::work, Tile::seq, Tile::first_row, Tile::band, Tile::score, Tile::row_bias;
   using typename Tile::Scores;
-  static constexpr int kOutTiles = C.v_head_dim / 8;
+  static constexpr int kOutTiles = C.v_head_dim / 8, kTilesOfO = C.o_width() / 8;
 
-  float rO[kBlocks][kOutTiles][4];
-  float rescale[kBlocks][2];  // factor of rO: for a new maximum, and in the end the normalisation
+  float rO[kBlocks][kTilesOfO][4];  // behind those of V, with sum_columns: the sum of P of each row
+  float rescale[kBlocks][2];        // factor of rO: for a new maximum, in the end to normalise
   OnlineSoftmax<kBlocks, ProbabilityRange<C.p_dtype()>> softmax;
 
   // Polynomial softcap (Score::kHasPolynomial): whether this tile takes it, and up to which |s| the
@@ -65,7 +65,7 @@ struct WarpRows : ScoreTile<C, kBlocks> {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int t = 0; t < kOutTiles; ++t)
+      for (int t = 0; t < kTilesOfO; ++t)
 #pragma unroll
         for (int e = 0; e < 4; ++e) rO[b][t][e] *= rescale[b][e / 2];
   }
@@ -88,8 +88,21 @@ struct WarpRows : ScoreTile<C, kBlocks> {
           lse()[work.batch * p.lse_batch_stride + head * p.lse_head_stride + seq.q_row + query_of<C>(p, row)] =
               lse_or_parts(end.lse, b, r, sum);
         }
+        if constexpr (C.sum_columns > 0) softmax.sum[b][r] = sum;
         rescale[b][r] = C.dropout ? end.scale * p.dropout_rescale : Score<C>::kDescaled ? end.scale * descale : end.scale;
       }
+  }
+
+  // With sum_columns, after finalize(), once O is complete: it is divided by the sum of P as it was
+  // rounded instead, so that what rounding adds to all of them cancels. The LSE has the sum before.
+  __device__ __forceinline__ void normalise_by_sum_columns() {
+    if constexpr (C.sum_columns > 0) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          if (softmax.sum[b][r] != 0.f) rescale[b][r] *= softmax.sum[b][r] * ptx::reciprocal(rO[b][kOutTiles][2 * r]);
+    }
   }
 
   // Of an LSE.

@@ -24,13 +24,25 @@ struct ValueOperand {
 
 template <Config C>
 struct ValueOperand<C, true> {
-  using Transpose = ByteTranspose<C.block_n, C.v_head_dim>;
+  using Transpose = ByteTranspose<C.block_n, C.v_head_dim, C.sum_columns>;
   using Tile = typename Transpose::To;
   using Loaded = typename Transpose::From;
   static constexpr int kWarps = 3, kRawStages = C.stages > 1 ? 2 : 1;
 
   static __device__ __forceinline__ uint64_t descriptor(uint32_t tile, int k, int first) {
     return Tile::k_major(tile, k) + (first * Tile::kRowBytes >> 4);
+  }
+
+  // Writes the columns of ones of every stage; nothing else writes there. By all threads of the
+  // block, before any of them multiplies.
+  static __device__ __forceinline__ void write_sum_columns(uint32_t stages) {
+    constexpr int kChunks = C.sum_columns * Tile::kRowBytes / 16;  // of a panel, one like the other
+    constexpr uint32_t kOnes = C.v_dtype == DType::F8E4M3 ? 0x38383838u : 0x3c3c3c3cu;
+    for (int i = threadIdx.x; i < C.stages * Tile::kPanels * kChunks; i += 32 * C.warps) {
+      const uint32_t panel = stages + i / kChunks * Tile::kPanelBytes;
+      ptx::store_shared_16(panel + C.v_head_dim * Tile::kRowBytes + i % kChunks * 16, {kOnes, kOnes, kOnes, kOnes});
+    }
+    ptx::fence_proxy_async();
   }
 
   // Warp `warp` of kWarps transposes its share of tile n. Rows that no query sees become zeros

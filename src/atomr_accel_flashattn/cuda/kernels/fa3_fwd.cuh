@@ -99,6 +99,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
         rows.finalize(lse, kDescaled ? descale_v(scales, current.work) : 1.f);
         drain_pv();
       }
+      rows.normalise_by_sum_columns();
       if (first_row < row_count<C>(p.fwd, current.seq)) {
         if constexpr (C.split) {
           rows.store_partial(p.partial_o + current.work.split * p.lse_rows * p.fwd.v_head_dim);
@@ -210,7 +211,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
       ping_pong.sync(warpgroup);
       multiply_qk(r, warpgroup);
       pipe_v.consumer_wait();
-      multiply_pv<0, C.v_head_dim, Product::kAccumulates>(product.of(rows), r);
+      multiply_pv<0, C.o_width(), Product::kAccumulates>(product.of(rows), r);
       ping_pong.arrive_next(warpgroup);
       n = next;
       next = walk.next(n);
@@ -224,7 +225,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
       product.add_to(rows, grew);
     }
     pipe_v.consumer_wait();
-    multiply_pv<0, C.v_head_dim, Product::kAccumulates>(product.of(rows), r);
+    multiply_pv<0, C.o_width(), Product::kAccumulates>(product.of(rows), r);
     return walk.block.next_tile(n);
   }
 
@@ -314,14 +315,15 @@ struct Fa3Forward : Fa3Producer<C, Source> {
   // O = O * factor + P V from column kFrom on, product by product; releases V.
   template <int kFrom>
   __device__ __forceinline__ void add_pv(Rows& rows, const Fragments& r, const float (&factor)[2]) {
-    constexpr int kTo = kFrom + C.pv_columns < C.v_head_dim ? kFrom + C.pv_columns : C.v_head_dim, kColumns = kTo - kFrom;
+    constexpr bool kLast = kFrom + C.pv_columns >= C.v_head_dim;
+    constexpr int kTo = kLast ? C.o_width() : kFrom + C.pv_columns, kColumns = kTo - kFrom;
     float product[kColumns / 8][4];
     multiply_pv<kFrom, kTo, false>(product, r);
     ptx::wgmma_wait<0>();
     ptx::warpgroup_fence_operand(product);
-    if constexpr (kTo == C.v_head_dim) pipe_v.consumer_release();
+    if constexpr (kLast) pipe_v.consumer_release();
     add_product<kFrom / 8>(rows.rO[0], factor, product);
-    if constexpr (kTo < C.v_head_dim) add_pv<kTo>(rows, r, factor);
+    if constexpr (!kLast) add_pv<kTo>(rows, r, factor);
   }
 };
 
@@ -332,6 +334,7 @@ __device__ __forceinline__ void fa3_forward(const typename Source::Params& p) {
   const uint32_t address = (ptx::shared_address(shared) + 1023) & ~1023u;
   const int warpgroup = warpgroup_index(), warp = warp_index();
   if (threadIdx.x == 0) Kernel::init_barriers(address);
+  if constexpr (C.sum_columns > 0) Kernel::Values::write_sum_columns(address + Kernel::kV);
   __syncthreads();
   Kernel kernel(p, address, max(warpgroup - 1, 0));
   if (warpgroup == 0) {

@@ -34,7 +34,8 @@ struct Fa3Producer {
 
   // Offsets in shared memory, from an address aligned to 1024 bytes, the period of the swizzle.
   static constexpr int kQ = 0, kK = kQ + kConsumers * TileQ::kBytes, kV = kK + C.stages * TileK::kBytes,
-                       kLoadedV = kV + C.stages * TileV::kBytes, kBarriersQ = kLoadedV + Values::kRawStages * LoadedV::kBytes;
+                       kLoadedV = kV + (C.stages * TileV::kBytes + 1023) / 1024 * 1024,
+                       kBarriersQ = kLoadedV + Values::kRawStages * LoadedV::kBytes;
   static constexpr int kBarriersK = kBarriersQ + kConsumers * TmaPipeline<1>::kBytes,
                        kBarriersV = kBarriersK + TmaPipeline<C.stages>::kBytes;
   static constexpr int kZeroFill = kBarriersV + TmaPipeline<C.stages>::kBytes, kScheduler = kZeroFill + TmaPipeline<1>::kBytes;

@@ -15,7 +15,7 @@ struct SwizzledTile {
   static constexpr int kPanelBytes = kRows * kRowBytes;
   static constexpr int kBytes = kPanels * kPanelBytes;
   static constexpr int kGroupBytes = 8 * kRowBytes;  // stride of descriptors: 8 rows
-  static_assert(kPanelBytes % 1024 == 0, "panels start on a swizzle period");
+  static_assert(kPanelBytes % kGroupBytes == 0, "panels start on a swizzle period");
 
   // One TMA load a panel; all complete on the same mbarrier.
   static __device__ __forceinline__ void load(uint32_t tile, const TensorMap* map, uint32_t barrier, int row, int head, int batch,

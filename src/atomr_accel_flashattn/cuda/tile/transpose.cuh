@@ -9,15 +9,16 @@
 
 namespace fa {
 
-// A tile (kRows keys, kCols columns) becomes (kCols, kRows). Within 16 keys their order is
+// A tile (kRows keys, kCols columns) becomes (kCols, kRows), and kMore rows behind them are left as
+// they are. Within 16 keys their order is
 // 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15: a lane then holds, of the accumulator S, just the keys
 // that are its own in the A operand P of the next product, and no shuffle is needed.
 //
 // It is cut into parts of 32 keys, a step of wgmma, and 64 columns, which warps share evenly.
-template <int kRows, int kCols>
+template <int kRows, int kCols, int kMore>
 struct ByteTranspose {
   using From = SwizzledTile<kRows, kCols, 1>;
-  using To = SwizzledTile<kCols, kRows, 1>;
+  using To = SwizzledTile<kCols + kMore, kRows, 1>;
   static constexpr int kPartKeys = 32, kPartCols = 64, kAcross = kCols / kPartCols, kParts = kRows / kPartKeys * kAcross;
   static constexpr int kLoads = kPartCols / 16;                       // before the first store
   static constexpr int kPartsOfPanel = From::kPanelCols / kPartCols;  // side by side
