@@ -127,7 +127,10 @@ class _Fp8Cached(Cached):
 def check_fp8(case: Case, fp8: Fp8, way: Cached) -> None:
     """The kernel is as near to the exact attention over dequantised arrays as one that rounds P to the same type."""
     call = _quantised(case, fp8)
-    _compare(f"{case} {fp8}", call, fp8, _run(call, fp8, way), wgmma=way.family is Family.FA3)
+    run = _run(call, fp8, way)
+    if way.holes:
+        call = replace(call, exact=way.hide_holes(call.exact))
+    _compare(f"{case} {fp8}", call, fp8, run, wgmma=way.family is Family.FA3 and not way.holes)
 
 
 def average_of_ones(case: Case, fp8: Fp8, way: Cached) -> Array:

@@ -44,7 +44,7 @@ SMALL = Tile(block_m=16, block_n=32, warps=4, stages=2)
 class Cached:
     """How a case is run: ``block_size`` None is a contiguous cache, ``layout`` is its pages'; with ``blocks`` in so many of a StepPlan.
 
-    ``plain``: K and V are the case's own arrays, and no cache.
+    ``plain``: K and V are the case's own arrays, and no cache. ``holes``: which pages of each sequence have an entry outside the cache.
     """
 
     block_size: int | None = 16
@@ -56,6 +56,7 @@ class Cached:
     family: Family = Family.FA2
     layout: KvLayout = KvLayout.NHD
     plain: bool = False
+    holes: tuple[int, ...] = ()
 
     def __call__(self, inputs: Inputs) -> Run:
         """What :func:`tests.check.check_case` calls."""
@@ -121,6 +122,14 @@ class Cached:
                 left_pad=None if held.get("left_pad") is None else read_array(held["left_pad"], "left_pad"),
             ),
         )
+
+    def hide_holes(self, inputs: Inputs) -> Inputs:
+        """The same call without holes, by another way: one more column of q and k makes the scores of their keys -inf."""
+        one, hidden = np.ones((*inputs.q.shape[:-1], 1)), np.zeros((*inputs.k.shape[:-1], 1))
+        for sequence in replace(inputs, k=hidden).sequences():
+            pages = np.arange(len(sequence.k)) // (self.block_size or 1)
+            sequence.k[np.isin(pages, self.holes)] = -np.inf
+        return replace(inputs, q=np.concatenate([inputs.q, one], axis=-1), k=np.concatenate([inputs.k, hidden], axis=-1))
 
     def schedule(self, problem: AttentionProblem, spec: ScheduledKvCacheSpec, arrays: dict[str, Any]) -> Array:
         """What the kernel makes of these lengths, in the bytes that it is given and in no other."""
@@ -190,6 +199,7 @@ class Cached:
                 page, row = table[index, j // size], j % size
                 k[page, row], v[page, row] = sequence.k[j], sequence.v[j]
             first += needed[index]
+        table[:, list(self.holes)] = np.array([-1, 2**31 - 1, len(pages), -(2**31)], np.int32)[np.arange(len(self.holes)) % 4]
         return {"k": k, "v": v, "cache_lengths": lengths, "blocks": table, "fits": width * size}
 
 

@@ -54,6 +54,15 @@ def test_feature(name: str, how: Cached, number: int):
     check_fp8(Case(label=name.replace(" ", "_"), dtype=DType.BF16, **FEATURES[name] | sizes), TYPES[number % len(TYPES)], how)
 
 
+HOLES = [way(tile=TWO, splits=3, holes=(0, 3, 4, 5, 12)), way(tile=THREE, block_size=64, seed=1, holes=(0, 2))]
+
+
+@pytest.mark.parametrize("name", ["full", "window", "sinks", "ratio"])
+@pytest.mark.parametrize("how", HOLES, ids=str)
+def test_an_entry_outside_the_cache_is_no_keys(how: Cached, name: str):
+    check_fp8(Case(label=name, dtype=DType.BF16, **FEATURES[name]), TYPES[3], how)
+
+
 @pytest.mark.parametrize("how", WAYS, ids=str)
 def test_an_average_of_ones_in_e5m2_is_one_whatever_parts_it_has(how: Cached):
     case = Case(dtype=DType.BF16, **FEATURES["causal"])

@@ -9,7 +9,7 @@ import pytest
 from atomr_accel_flashattn.kernels.spec import Family, Tile
 from atomr_accel_flashattn.types import DType, KvLayout
 from tests.cases import Alibi, Case, build
-from tests.check import check_case
+from tests.check import check_arrays, check_case
 
 from .build import compiler
 from .running_kvcache import Cached
@@ -69,6 +69,21 @@ FEATURES_AND_WAYS = [
 @pytest.mark.parametrize(("name", "how", "number"), FEATURES_AND_WAYS, ids=str)
 def test_feature(name: str, how: Cached, number: int):
     check_case(Case(label=name.replace(" ", "_"), dtype=(DType.F16, DType.BF16)[number % 2], **FEATURES[name]), how)
+
+
+HOLES = [
+    way(tile=TWO, holes=(0, 3, 4, 5, 6, 12)),
+    way(tile=TWO, splits=3, seed=1, holes=(2, 5)),
+    way(tile=SMALL, block_size=24, seed=3, holes=(1,)),
+    way(tile=THREE, block_size=64, seed=1, holes=(0, 2)),
+]
+
+
+@pytest.mark.parametrize("how", HOLES, ids=str)
+@pytest.mark.parametrize("name", ["causal", "sinks", "learned_sink"])
+def test_an_entry_outside_the_cache_is_no_keys(name: str, how: Cached):
+    inputs = build(Case(label=name, dtype=DType.F16, **FEATURES[name]))
+    check_arrays(f"{name} {how}", how.hide_holes(inputs), how(inputs))
 
 
 @pytest.mark.parametrize("splits", [1, 3])
