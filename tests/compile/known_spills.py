@@ -77,7 +77,7 @@ KNOWN_SPILLS = (
     ),
     Spill("fa3_fp8_*_d192_m128n128w12s2*", 24, _FP8),
     Spill("fa3_fp8_*_d256_m128n128w12s2*", 152, _FP8),
-    Spill("fa3_fp8_*_d256_m128n96w12s2*", 184, _FP8),
+    Spill("fa3_fp8_*e5m2*_d256_m128n96w12s2*", 184, _FP8),
     Spill("fa2_bwd_*_d64_m64n128w4s3b*", 320, _BACKWARD),
     Spill("fa2_bwd_*_d96_m64n128w8s2b1*", 32, _BACKWARD),
     Spill("fa2_bwd_*_d128_m64n128w8s2b1*", 192, _BACKWARD),

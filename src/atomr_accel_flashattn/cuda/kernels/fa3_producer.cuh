@@ -36,6 +36,7 @@ struct Fa3Producer {
   static constexpr int kQ = 0, kK = kQ + kConsumers * TileQ::kBytes, kV = kK + C.stages * TileK::kBytes,
                        kLoadedV = kV + (C.stages * TileV::kBytes + 1023) / 1024 * 1024,
                        kBarriersQ = kLoadedV + Values::kRawStages * LoadedV::kBytes;
+  static_assert(kK % 1024 == 0 && kV % 1024 == 0 && kLoadedV % 1024 == 0, "first stages begin on the longest period");
   static constexpr int kBarriersK = kBarriersQ + kConsumers * TmaPipeline<1>::kBytes,
                        kBarriersV = kBarriersK + TmaPipeline<C.stages>::kBytes;
   static constexpr int kZeroFill = kBarriersV + TmaPipeline<C.stages>::kBytes, kScheduler = kZeroFill + TmaPipeline<1>::kBytes;
