@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final
 
 from ..limits import SCALED_TOKENS
 from ..problem import ArrayInfo, AttentionProblem
@@ -14,59 +14,20 @@ from ..types import DType
 from .fa3_fwd import SWIZZLE_BYTES, Fa3ForwardSpec, consumer_holds
 from .forward import DESCALE_SLOTS, FwdParams, descale_strides
 from .params import KernelParams, StrideParams, TensorMapParams
-from .spec import Tile
 from .wgmma import Product
 
-__all__ = [
-    "FP8_INSTRUCTIONS",
-    "FP8_WIDTHS",
-    "Fa3Fp8ForwardSpec",
-    "Fa3Fp8FwdParams",
-    "Fp8Wgmma",
-    "added_bytes",
-    "fp8_config",
-    "fp8_products",
-    "fp8_registers",
-    "fp8_width",
-    "has_sum_columns",
-    "misfit_of_keys",
-]
+__all__ = ["FP8_WIDTHS", "Fa3Fp8ForwardSpec", "Fa3Fp8FwdParams", "Fp8Wgmma", "fp8_width", "has_sum_columns"]
 
 FP8_WIDTHS: Final = (64, 128, 192, 256)  # rows of tiles are whole panels of 64 or 128 bytes
 _MOST_COLUMNS: Final = 128  # of O in one product: two of them are faster than one of 256
 _MOST_LOADED: Final = 2  # buffers of V before it is transposed
 _GROUP: Final = 32  # keys of a step of wgmma
 _SUM_COLUMNS: Final = 8
-FP8_INSTRUCTIONS: Final = ("QGMMA", "UTMALDG", "SYNCS", "LDSM", "STSM")
 
 
 def fp8_width(head_dim: int) -> int:
     """The tile width that holds a head dim of 16..256."""
     return next(width for width in FP8_WIDTHS if width >= head_dim)
-
-
-class Fp8Wgmma(Protocol):
-    """What kernels of fp8 in this family have in common: over plain arrays, and over a cache."""
-
-    @property
-    def tile(self) -> Tile:
-        """Block sizes."""
-
-    @property
-    def v_head_dim(self) -> int:
-        """Width of V."""
-
-    @property
-    def v_type(self) -> DType:
-        """That of V, and of P."""
-
-    @property
-    def single_level(self) -> bool:
-        """Whether wgmma adds P V to O."""
-
-    @property
-    def block_descales(self) -> bool:
-        """Whether factors are those of blocks of tokens."""
 
 
 def has_sum_columns(v_type: DType, *, single_level: bool, block_descales: bool) -> bool:
@@ -77,70 +38,6 @@ def has_sum_columns(v_type: DType, *, single_level: bool, block_descales: bool) 
     and none in a single level, which is to be fast.
     """
     return v_type is DType.F8E5M2 and not (single_level or block_descales)
-
-
-def sum_columns(spec: Fp8Wgmma) -> int:
-    """How many columns of ones there are: none, or the least that wgmma multiplies."""
-    sums = has_sum_columns(spec.v_type, single_level=spec.single_level, block_descales=spec.block_descales)
-    return _SUM_COLUMNS if sums else 0
-
-
-def added_bytes(spec: Fp8Wgmma) -> int:
-    """Of shared memory: the buffers of V before it is transposed, and the columns of ones of each stage."""
-    tile = spec.tile
-    ones = sum_columns(spec) * tile.block_n * tile.stages
-    return min(tile.stages, _MOST_LOADED) * tile.block_n * spec.v_head_dim + -(-ones // SWIZZLE_BYTES) * SWIZZLE_BYTES
-
-
-def pv_columns(v_head_dim: int) -> int:
-    """Columns of O in one product P V whose accumulators take the registers of S."""
-    return v_head_dim // -(-v_head_dim // _MOST_COLUMNS)
-
-
-def pv_sum(spec: Fp8Wgmma) -> str:
-    """The ``fa::PvSum``: beside O where registers hold both, S and P."""
-    if spec.single_level:
-        return "InO"
-    keys = spec.tile.block_n
-    held = spec.v_head_dim + sum_columns(spec) + keys // 2 + keys // 8
-    return "Beside" if consumer_holds(spec.tile, held, transposing=True) else "InScores"
-
-
-def fp8_products(spec: Fp8Wgmma, products: tuple[Product, ...]) -> tuple[Product, ...]:
-    """Q K^T, and P V at once or in equal parts, of which the last one has the columns of ones."""
-    qk, (width, p_type, v_type) = products
-    part = pv_columns(width) if pv_sum(spec) == "InScores" else width
-    widths = {part, part + sum_columns(spec)} if part < width else {part + sum_columns(spec)}
-    return qk, *((n, p_type, v_type) for n in sorted(widths))
-
-
-def misfit_of_keys(spec: Fp8Wgmma) -> str:
-    """Why there can be no kernel with these keys of a tile; empty when there can."""
-    keys = spec.tile.block_n
-    if keys % _GROUP:
-        return f"block_n: got {keys}; allowed are multiples of {_GROUP}"
-    if keys == _GROUP and sum_columns(spec):
-        return f"block_n: got {keys}; allowed with v of e5m2 are {2 * _GROUP} and more: ptxas serialises a single step with columns of ones"
-    if spec.block_descales and SCALED_TOKENS % keys:
-        return f"block_n: got {keys}; allowed with factors of blocks are divisors of {SCALED_TOKENS}"
-    return ""
-
-
-def fp8_registers(spec: Fp8Wgmma) -> int:
-    """Of a consumer thread beside O and S: P, the sums of the columns of ones, and what a product P V has more than S."""
-    columns, keys = sum_columns(spec), spec.tile.block_n
-    wider = 0 if spec.single_level else max(0, pv_columns(spec.v_head_dim) + columns - keys)
-    return (wider + columns) // 2 + keys // 8
-
-
-def fp8_config(spec: Fp8Wgmma) -> dict[str, Any]:
-    """Members of ``fa::Config`` that fp8 adds: factors of blocks, how P V gets into O, columns of ones."""
-    return {
-        "block_descales": spec.block_descales,
-        "pv_sum": f"fa::PvSum::{pv_sum(spec)}",
-        "pv_columns": pv_columns(spec.v_head_dim),
-        "sum_columns": sum_columns(spec),
-    }
 
 
 class Fa3Fp8FwdParams(KernelParams):
@@ -159,17 +56,15 @@ class Fa3Fp8FwdParams(KernelParams):
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
-    """The mainloop of :class:`Fa3ForwardSpec` with 8-bit wgmma; three of the producer's warps transpose V. sm_90a.
+@dataclass(frozen=True, kw_only=True)
+class Fp8Wgmma(Fa3ForwardSpec):
+    """What fp8 adds to a kernel of the wgmma family, over plain arrays or over a cache: a base before that of 16 bits.
 
-    ``single_level``: wgmma adds P V to O, of which it keeps 14 bits. ``block_descales``: blocks of 128 tokens of q, k or v
-    have factors of their own, and a tile of keys lies in one of them.
+    Three of the producer's warps transpose V. ``single_level``: wgmma adds P V to O, of which it keeps 14 bits. ``block_descales``: blocks
+    of 128 tokens of q, k or v have factors of their own, and a tile of keys lies in one of them.
     """
 
-    HEADER: ClassVar[str] = "fa3_fp8"
-    ENTRY: ClassVar[str] = "fa3_fp8"
-    PARAMS: ClassVar[str] = "Fa3Fp8FwdParams"
+    __slots__ = ()
     AXES: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
         {**Fa3ForwardSpec.AXES, "block_n": tuple(range(_GROUP, 257, _GROUP)), "stages": (1, 2, 3, 4)}
     )
@@ -177,31 +72,84 @@ class Fa3Fp8ForwardSpec(Fa3ForwardSpec):
     single_level: bool = False
     block_descales: bool = False
 
-    def shared_tiles(self) -> tuple[int, int]:
-        """With what fp8 adds."""
-        q, kv = Fa3ForwardSpec.shared_tiles(self)
-        return q, kv + added_bytes(self)
+    @property
+    def sum_columns(self) -> int:
+        """How many columns of ones stand behind those of V: none, or the least that wgmma multiplies."""
+        sums = has_sum_columns(self.v_type, single_level=self.single_level, block_descales=self.block_descales)
+        return _SUM_COLUMNS if sums else 0
+
+    @property
+    def pv_columns(self) -> int:
+        """Columns of O in one product P V whose accumulators take the registers of S."""
+        return self.v_head_dim // -(-self.v_head_dim // _MOST_COLUMNS)
+
+    @property
+    def pv_sum(self) -> str:
+        """The ``fa::PvSum``: beside O where registers hold both, S and P."""
+        if self.single_level:
+            return "InO"
+        keys = self.tile.block_n
+        held = self.v_head_dim + self.sum_columns + keys // 2 + keys // 8
+        return "Beside" if consumer_holds(self.tile, held, transposing=True) else "InScores"
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
         """Wgmma of 8 bits, TMA loads, mbarriers, the transposition of V."""
-        return FP8_INSTRUCTIONS
+        return "QGMMA", "UTMALDG", "SYNCS", "LDSM", "STSM"
+
+    def shared_tiles(self) -> tuple[int, int]:
+        """With the buffers of V before it is transposed, and the columns of ones of each stage."""
+        (q, kv), tile = super().shared_tiles(), self.tile
+        loaded = min(tile.stages, _MOST_LOADED) * tile.block_n * self.v_head_dim
+        ones = self.sum_columns * tile.block_n * tile.stages
+        return q, kv + loaded + -(-ones // SWIZZLE_BYTES) * SWIZZLE_BYTES
 
     def products(self) -> tuple[Product, ...]:
-        """With the parts of P V."""
-        return fp8_products(self, Fa3ForwardSpec.products(self))
+        """Q K^T, and P V at once or in equal parts, of which the last one has the columns of ones."""
+        qk, (width, p_type, v_type) = super().products()
+        part = self.pv_columns if self.pv_sum == "InScores" else width
+        widths = {part, part + self.sum_columns} if part < width else {part + self.sum_columns}
+        return qk, *((n, p_type, v_type) for n in sorted(widths))
 
     def misfit(self) -> str:
-        """As for 16 bits, with whole steps of 32 keys and widths of whole panels."""
-        return Fa3ForwardSpec.misfit(self) or misfit_of_keys(self)
+        """As for 16 bits, with whole steps of 32 keys."""
+        reason, keys = super().misfit(), self.tile.block_n
+        if reason:
+            return reason
+        if keys % _GROUP:
+            return f"block_n: got {keys}; allowed are multiples of {_GROUP}"
+        if keys == _GROUP and self.sum_columns:
+            return (
+                f"block_n: got {keys}; allowed with v of e5m2 are {2 * _GROUP} and more: "
+                "ptxas serialises a single step with columns of ones"
+            )
+        if self.block_descales and SCALED_TOKENS % keys:
+            return f"block_n: got {keys}; allowed with factors of blocks are divisors of {SCALED_TOKENS}"
+        return ""
 
     def registers_suffice(self) -> bool:
-        """O and S, or a product P V in its registers, in float32, and P in 8 bits."""
-        return self._registers_suffice(fp8_registers(self))
+        """O and S, or a product P V in its registers, and the sums of the columns of ones, in float32, and P in 8 bits."""
+        columns, keys = self.sum_columns, self.tile.block_n
+        wider = 0 if self.single_level else max(0, self.pv_columns + columns - keys)
+        return self._registers_suffice((wider + columns) // 2 + keys // 8)
 
     def config(self) -> dict[str, Any]:
-        """With what fp8 adds."""
-        return Fa3ForwardSpec.config(self) | fp8_config(self)
+        """With factors of blocks, how P V gets into O, and columns of ones."""
+        return super().config() | {
+            "block_descales": self.block_descales,
+            "pv_sum": f"fa::PvSum::{self.pv_sum}",
+            "pv_columns": self.pv_columns,
+            "sum_columns": self.sum_columns,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fa3Fp8ForwardSpec(Fp8Wgmma):
+    """The mainloop of :class:`Fa3ForwardSpec` with 8-bit wgmma. sm_90a."""
+
+    HEADER: ClassVar[str] = "fa3_fp8"
+    ENTRY: ClassVar[str] = "fa3_fp8"
+    PARAMS: ClassVar[str] = "Fa3Fp8FwdParams"
 
     def pack(self, problem: AttentionProblem, out: ArrayInfo) -> KernelParams:
         """``fa::Fa3Fp8FwdParams`` with its maps still to be encoded."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..problem import ArrayInfo, AttentionProblem
-from .fa3_fp8 import FP8_INSTRUCTIONS, Fa3Fp8ForwardSpec, added_bytes, fp8_config, fp8_products, fp8_registers, misfit_of_keys
+from .fa3_fp8 import Fp8Wgmma
 from .fa3_kvcache import Fa3KvCacheSpec
 from .forward import DESCALE_SLOTS, descale_strides
 from .kvcache import KvCacheParams, cache_numbers
 from .params import KernelParams, StrideParams, TensorMapParams
-from .wgmma import Product
 
 __all__ = ["Fa3Fp8KvCacheParams", "Fa3Fp8KvCacheSpec"]
 
@@ -36,42 +35,12 @@ class Fa3Fp8KvCacheParams(KernelParams):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fa3Fp8KvCacheSpec(Fa3KvCacheSpec):
+class Fa3Fp8KvCacheSpec(Fp8Wgmma, Fa3KvCacheSpec):
     """The mainloop of :class:`~.fa3_fp8.Fa3Fp8ForwardSpec` with K and V in a cache. sm_90a."""
 
     HEADER: ClassVar[str] = "fa3_fp8_kvcache"
     ENTRY: ClassVar[str] = "fa3_fp8_kvcache"
     PARAMS: ClassVar[str] = "Fa3Fp8KvCacheParams"
-    AXES = Fa3Fp8ForwardSpec.AXES
-
-    single_level: bool = False
-    block_descales: bool = False
-
-    def shared_tiles(self) -> tuple[int, int]:
-        """With what fp8 adds."""
-        q, kv = Fa3KvCacheSpec.shared_tiles(self)
-        return q, kv + added_bytes(self)
-
-    @property
-    def expected_instructions(self) -> tuple[str, ...]:
-        """Those of fp8 without a cache."""
-        return FP8_INSTRUCTIONS
-
-    def products(self) -> tuple[Product, ...]:
-        """With the parts of P V."""
-        return fp8_products(self, Fa3KvCacheSpec.products(self))
-
-    def misfit(self) -> str:
-        """As for 16 bits, with whole steps of 32 keys."""
-        return Fa3KvCacheSpec.misfit(self) or misfit_of_keys(self)
-
-    def registers_suffice(self) -> bool:
-        """O and S, or a product P V in its registers, in float32, and P in 8 bits."""
-        return self._registers_suffice(fp8_registers(self))
-
-    def config(self) -> dict[str, Any]:
-        """With what fp8 adds."""
-        return Fa3KvCacheSpec.config(self) | fp8_config(self)
 
     def pack_call(self, problem: AttentionProblem, out: ArrayInfo, splits: int) -> KernelParams:
         """``fa::Fa3Fp8KvCacheParams`` of one call without addresses, its maps still to be encoded."""
