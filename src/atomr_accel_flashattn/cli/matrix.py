@@ -106,7 +106,7 @@ def matrix(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show which feature runs, compiles or is refused on which architecture, a row a feature."""
+    """Show which feature runs on which architecture, or why not."""
     table = support_matrix(record)
     if write is not None:
         write.write_text(rendered_readme(write.read_text(encoding="utf-8"), table), encoding="utf-8")
