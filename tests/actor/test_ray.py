@@ -309,5 +309,7 @@ def test_the_example(capsys: pytest.CaptureFixture[str]):
 
 def test_workers_that_cannot_start_are_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pool_module, "_START_SECONDS", 0.5)
-    with pytest.raises(fa.WorkerLostError, match="did not start"):
+    with pytest.raises(
+        fa.WorkerLostError, match=r"did not start in 0.5 s; Ray has \d+ GPUs and .*a worker takes one and one core; start fewer"
+    ):
         FlashAttnPool.start(1, FlashAttnProps(device="cuda:0"))

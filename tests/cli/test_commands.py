@@ -49,6 +49,7 @@ def test_help_lists_every_command(invoke: Invoke) -> None:
     assert result.exit_code == 0
     for command in ("demo", "info", "matrix", "compile", "cache", "bench", "tune"):
         assert command in result.stdout
+    assert "..." not in result.stdout.partition("Commands:")[2], "a summary is cut at 80 columns"
 
 
 @pytest.mark.parametrize("command", ["demo", "info", "matrix", "compile", "cache", "bench", "tune"])

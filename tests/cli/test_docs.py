@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from atomr_accel_flashattn.bench.cache_cells import cache_cells, fp8_cache_cells
+from atomr_accel_flashattn.bench.cells import all_cells, backward_cells, fp8_cells
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "atomr_accel_flashattn"
 PAGES = ("README.md", "docs/architecture.md", "docs/life-of-a-request.md", "docs/performance.md")
@@ -47,3 +50,27 @@ def test_names_that_are_named_exist(page: str) -> None:
     names = {word for word in spoken(page) if re.fullmatch(r"[A-Za-z_][\w.]*", word) and not re.search(r"\.(pyi?|cuh|md|h|toml)$", word)}
     unknown = {name for name in names - FOREIGN if name.rpartition(".")[2] not in defined_names()}
     assert {name for name in unknown if name not in settings} == set()
+
+
+def test_every_kind_of_record_is_explained() -> None:
+    """The kind is what a file's name begins with."""
+    kinds = set(re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in benchmark_tables())))
+    names = sorted(path.name for path in (ROOT / "benchmarks" / "results").iterdir() if path.suffix in {".json", ".txt"})
+    of_nvrtc = re.compile(r"^with_nvrtc_[\d.]+_")  # the same kind, with another compiler
+    assert [name for name in names if not any(of_nvrtc.sub("", name).startswith(kind) for kind in kinds)] == []
+
+
+def test_every_group_of_cells_is_explained() -> None:
+    forward, cache = (set(re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)) for part in benchmark_page().split("### Over a KV cache"))
+    assert {cell.group for cell in [*all_cells(), *fp8_cells(), *backward_cells()]} - {"deterministic"} <= forward
+    assert {cell.group for cell in [*cache_cells(), *fp8_cache_cells()]} <= cache
+
+
+def benchmark_page() -> str:
+    """What benchmarks/README.md says."""
+    return (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def benchmark_tables() -> list[str]:
+    """The rows of its tables."""
+    return [line for line in benchmark_page().splitlines() if line.startswith("| `")]

@@ -79,7 +79,10 @@ REFUSED = {
         fa.SeqLensError, "got 65 tokens in sequence 0", {"cache_seqlens": np.array([65, 1], np.int32), "k": None, "v": None}, paged=True
     ),
     "more new tokens than slots": Refused(
-        fa.SeqLensError, "k: got 65 new tokens; allowed are at most 64", {"k": normal(2, 65, 2, 8), "v": normal(2, 65, 2, 8)}
+        fa.SeqLensError, "k: got 65 new tokens; allowed are at most 64, .*sequence$", {"k": normal(2, 65, 2, 8), "v": normal(2, 65, 2, 8)}
+    ),
+    "a table made before the pages": Refused(
+        fa.SeqLensError, "got 3 new tokens; allowed are at most 0, .*; reserve pages", {"block_table": TABLE[:, :0]}, paged=True
     ),
     "type of lengths": Refused(fa.DTypeError, "cache_seqlens: got type int64; allowed is int32", {"cache_seqlens": np.array([5, 9])}),
     "shape of lengths": Refused(fa.SeqLensError, r"cache_seqlens: got shape \(3,\)", {"cache_seqlens": np.array([5, 9, 1], np.int32)}),

@@ -6,9 +6,13 @@ import functools
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+import atomr_accel_flashattn as fa
+from atomr_accel_flashattn.bert_padding import pad_input, unpad_input
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -51,3 +55,28 @@ def test_its_links_lead_somewhere():
     local = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGE) if "://" not in link]
     assert len(local) > 2
     assert [link for link in local if not (ROOT / "docs" / link).exists()] == []
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_of_transformers_is_that_of_torch(causal: bool):
+    """Padding on the left, as generate() has it, with all tokens and with the last one alone; its call by the names of transformers."""
+    names: dict[str, Any] = {"fa": fa, "unpad_input": unpad_input, "pad_input": pad_input}
+    block = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if block.startswith("def attend("))
+    exec(compile(block, "attend", "exec"), names)  # noqa: S102 - of our own page
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 9, 16), *torch.randn(2, 2, 2, 9, 16)
+    tokens = torch.tensor([[True] * 9, [False] * 4 + [True] * 5])
+    place = torch.arange(9)
+    distance = place[:, None] - place
+    near = ((distance >= 0) if causal else (distance > -3)) & (distance < 3)
+    seen = near & tokens[:, None, None, :]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.3, enable_gqa=True).transpose(1, 2)
+    for new in (9, 1):
+        made, weights = names["attend"](
+            SimpleNamespace(is_causal=causal), q[:, :, -new:], k, v, tokens, scaling=0.3, sliding_window=3, softcap=None, position_ids=None
+        )
+        assert weights is None
+        own = tokens[:, -new:]
+        torch.testing.assert_close(made[own], expected[:, -new:][own], rtol=1e-4, atol=1e-4)
+        unpadded, _ = names["attend"](SimpleNamespace(is_causal=causal), q[:1, :, -new:], k[:1], v[:1], None, scaling=0.3, sliding_window=3)
+        torch.testing.assert_close(unpadded, expected[:1, -new:], rtol=1e-4, atol=1e-4)

@@ -108,11 +108,19 @@ def _read_protocol(x: Any, name: str) -> ArrayInfo:
         return _info(view.ptr, view.shape, view.strides, view.dtype_name, view.device, view.borrowed)
     if hasattr(x, "__cuda_array_interface__"):
         return _read_cuda_array_interface(x, name)
-    advice = "; call numpy.asarray" if isinstance(x, (list, tuple)) else "; call it outside of jax.jit" if _packages(x) & _JAX else ""
     raise ArrayTypeError(
         f"{name}: got {type(x).__module__}.{type(x).__qualname__}, which is no array; allowed are torch tensors, NumPy and CuPy arrays, "
-        f"DeviceArray, and objects with __dlpack__ or __cuda_array_interface__{advice}"
+        f"DeviceArray, and objects with __dlpack__ or __cuda_array_interface__{_advice_for(x)}"
     )
+
+
+def _advice_for(x: Any) -> str:
+    """What makes an array of ``x``, as the end of a message; empty where nothing does."""
+    if isinstance(x, tuple) and hasattr(x, "_fields"):  # a Quantized, whose values and descale are two arguments
+        return f"; pass its {' and its '.join(x._fields)}, each as an argument of its own"
+    if isinstance(x, (list, tuple, int, float)):
+        return "; call numpy.asarray"
+    return "; call it outside of jax.jit" if _packages(x) & _JAX else ""
 
 
 def why_not_written(info: ArrayInfo) -> str:

@@ -56,7 +56,10 @@ def bench(
     list_cells: Annotated[bool, typer.Option("--list", help="Only list the cells.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure speed against the peers that are installed, all in one run, or with --host what a call costs. Needs a GPU and torch."""
+    """Measure speed beside the peers that are installed.
+
+    All take turns in one run. With --host: what a call costs on the CPU. Needs a GPU and torch.
+    """
     if backward and host:
         raise typer.BadParameter("got it beside --host, which measures a training step too; leave one out", param_hint="--backward")
     decode = what is What.DECODE

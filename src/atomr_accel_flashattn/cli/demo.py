@@ -31,7 +31,10 @@ def demo(
     compile_kernels: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the kernels for every supported arch.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Compute attention of a real layer and of a long context, compare, compile for every arch, and draw the map. Status 1 when wrong."""
+    """Compute attention of a real layer, compare, and draw it.
+
+    Then that of a long context, and the kernels of both for every arch. Status 1 when an answer is wrong.
+    """
     if device not in {"auto", "cpu", "gpu"}:
         raise typer.BadParameter(f"got {device!r}; allowed are auto, cpu and gpu", param_hint="--device")
     draws = find_spec("matplotlib") is not None

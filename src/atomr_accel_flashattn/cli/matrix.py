@@ -106,7 +106,7 @@ def matrix(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show which feature runs, compiles or is refused on which architecture, a row a feature."""
+    """Show which feature runs on which architecture, or why not."""
     table = support_matrix(record)
     if write is not None:
         write.write_text(rendered_readme(write.read_text(encoding="utf-8"), table), encoding="utf-8")
@@ -126,7 +126,7 @@ def support_matrix(record: Path | None = None) -> Matrix:
         record: a record of kind ``gpu_tests``, or a folder whose ``gpu_tests*.json`` count together; None claims no run.
 
     Raises:
-        CacheError: a record cannot be read or is none, or they are of several cards.
+        CacheError: a record cannot be read or is none, they are of several cards, or the folder has none.
     """
     runs = Runs.read(record)
     rows = {_DTYPE_LABELS[dtype]: _row(runs, dtype.value, dtype) for dtype in DType}
@@ -148,9 +148,11 @@ class Runs:
         """Read a record, or those of a folder. A run with a failed test counts for nothing.
 
         Raises:
-            CacheError: one cannot be read or is no record of GPU tests, or they are of several cards.
+            CacheError: one cannot be read or is no record of GPU tests, they are of several cards, or the folder has none.
         """
         files = [] if path is None else sorted(path.glob("gpu_tests*.json")) if path.is_dir() else [path]
+        if path is not None and not files:
+            raise CacheError(f"{path}: got a folder without a gpu_tests*.json; allowed is one with records; make one with make gpu-test")
         runs = [run for run in map(cls._of, files) if run.card]
         if len({(run.card, run.arch) for run in runs}) > 1:
             raise CacheError(f"{path}: got records of {', '.join(dict.fromkeys(run.card for run in runs))}; allowed is one card")

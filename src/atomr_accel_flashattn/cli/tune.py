@@ -61,9 +61,10 @@ def tune(
     out: Annotated[Path | None, typer.Option(file_okay=False, help="A folder that gets a record of the run.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Search tiles, stages and scheduler for a shape on this card; later calls use the winners. Needs a GPU and torch.
+    """Search the fastest tiles for a shape on this card.
 
-    Every candidate is checked against float32 before it is timed. Status 1 when the tile in use was wrong or could not be timed.
+    Later calls use the winners. Needs a GPU and torch. Every candidate is checked against float32 before it is timed.
+    Status 1 when the tile in use was wrong or could not be timed.
     """
     if dtype not in {None, *_DTYPES} or family not in {None, *(each.value for each in Family)}:
         raise typer.BadParameter(f"got --dtype {dtype} and --family {family}; allowed are {', '.join(_DTYPES)}, and fa2 or fa3")

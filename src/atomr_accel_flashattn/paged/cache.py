@@ -415,7 +415,8 @@ class PagedKvCache:
             lead = (batch, infos[0].shape[1]) if tokens is None and len(infos[0].shape) == 4 else infos[0].shape[:1]
             if info.shape != (*lead, self.heads_kv, width) or (tokens is None) != (len(info.shape) == 4):
                 form = f"({batch}, tokens, {self.heads_kv}, {width})" if tokens is None else f"(total, {self.heads_kv}, {width})"
-                raise ShapeError(f"{name}: got shape {info.shape}; allowed is {form}, equal tokens in k and v")
+                advice = "; give tokens=[...] beside packed rows" if tokens is None and len(info.shape) == 3 else ""
+                raise ShapeError(f"{name}: got shape {info.shape}; allowed is {form}, equal tokens in k and v{advice}")
             allowed = _QUANTISED if self._descales else (cache.dtype,)
             if info.dtype not in allowed or info.device != cache.device:
                 names = " or ".join(dtype_name_of(each) for each in allowed if each is not None)

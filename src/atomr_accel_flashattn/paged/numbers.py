@@ -27,11 +27,11 @@ def check_sizes(**sizes: Any) -> None:
             raise HeadDimError(f"{name}: got {size}; allowed are 1..{MAX_HEAD_DIM}")
 
 
-def count_of(value: Any, name: str) -> int:
-    """A number of tokens; raises ShapeError where it is none."""
+def count_of(value: Any, name: str, also: str = "") -> int:
+    """A number of tokens; raises ShapeError where it is none. ``also``: what else the message says is allowed."""
     number = as_integer(value)
     if number is None or not 0 <= number <= MAX_LENGTH:
-        raise ShapeError(f"{name}: got {value!r}; allowed is an integer in 0..{MAX_LENGTH}")
+        raise ShapeError(f"{name}: got {value!r}; allowed is an integer in 0..{MAX_LENGTH}{also}")
     return number
 
 
@@ -44,7 +44,7 @@ def counts_of(tokens: int | Sequence[int], batch: int) -> list[int]:
     """One number for each of ``batch`` sequences; one for all of them counts for each."""
     alone = as_integer(tokens)
     numbers: Any = [alone] * batch if alone is not None else listed(tokens)
-    counts = [count_of(each, "tokens") for each in numbers]
+    counts = [count_of(each, "tokens", ", or a list of one for each sequence") for each in numbers]
     if len(counts) != batch:
         raise ShapeError(f"tokens: got {len(counts)} numbers for {batch} sequences; allowed is one for each, or one for all")
     return counts

@@ -169,9 +169,13 @@ def _check_mixed(named: tuple[tuple[str, ArrayInfo], ...]) -> None:
     if all(fp8) and (q.dtype in GPU_DTYPES or (q.dtype is not None and q.dtype.is_fp8)):
         return
     name, info = next((name, info) for name, info in others if info.dtype is not q.dtype)
+    if any(fp8):
+        odd = next((other for (other, _), narrow in zip(others, fp8, strict=True) if not narrow), "q")
+    else:
+        odd = "q" if q.dtype is not None and q.dtype.is_fp8 else name
     raise DTypeError(
         f"{name}: got type {info.dtype_name} with {q.dtype_name} in q; allowed is one type for q, k and v, "
-        f"or fp8 in {others[0][0]} and {others[1][0]} with fp8, float16 or bfloat16 in q; convert {name}"
+        f"or fp8 in {others[0][0]} and {others[1][0]} with fp8, float16 or bfloat16 in q; convert {odd}"
     )
 
 

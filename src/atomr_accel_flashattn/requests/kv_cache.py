@@ -219,7 +219,8 @@ def _cache(given: CacheArguments, q: ArrayInfo, slots: tuple[ArrayInfo, ArrayInf
         lengths_name=given.lengths_name,
     )
     if cache.new is not None and cache.new.longest > cache.capacity:
-        raise SeqLensError(f"k: got {cache.new.longest} new tokens; allowed are at most {cache.capacity}, the slots of a sequence")
+        advice = "; reserve pages for them before block_table is made" if cache.paged else ""
+        raise SeqLensError(f"k: got {cache.new.longest} new tokens; allowed are at most {cache.capacity}, the slots of a sequence{advice}")
     return cache
 
 

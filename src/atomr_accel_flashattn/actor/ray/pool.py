@@ -131,9 +131,16 @@ class FlashAttnPool(Client):
             ray.get([member.actor.ready.remote() for member in pool._members], timeout=_START_SECONDS)
         except BaseException as error:  # a Ctrl-C, too: nobody will have the pool to stop it
             pool.stop(drain=False)
-            if isinstance(error, ray.exceptions.RayError):
-                raise WorkerLostError(f"{props.label}: {workers} workers did not start: {error}") from error
-            raise
+            if not isinstance(error, ray.exceptions.RayError):
+                raise
+            if isinstance(error, ray.exceptions.GetTimeoutError):
+                there = ray.cluster_resources()
+                raise WorkerLostError(
+                    f"{props.label}: got {workers} workers, of which some did not start in {_START_SECONDS:g} s; Ray has "
+                    f"{there.get('GPU', 0):g} GPUs and {there.get('CPU', 0):g} CPU cores, and a worker takes "
+                    f"{'no GPU and ' if props.place.kind == 'cpu' else 'one and '}one core; start fewer workers, or nodes that have them"
+                ) from error
+            raise WorkerLostError(f"{props.label}: {workers} workers did not start: {error}") from error
         return pool
 
     def _close(self, *, drain: bool) -> None:
