@@ -321,6 +321,12 @@ def test_a_record_of_kernels_that_is_none_names_its_line(invoke: Invoke, tmp_pat
     assert "kernels.jsonl, line 1: no kernel of this version" in result.stderr
 
 
+def test_a_record_without_a_kernel_is_an_error(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "kernels.jsonl").touch()
+    result = invoke("compile", "--like", tmp_path / "kernels.jsonl")
+    assert (result.exit_code, "got a record without a kernel" in result.stderr) == (1, True)
+
+
 def test_a_record_of_kernels_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("ATOMR_FLASHATTN_RECORD_KERNELS", str(tmp_path / "file" / "kernels.jsonl"))

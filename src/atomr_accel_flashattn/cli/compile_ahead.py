@@ -106,7 +106,10 @@ def compile_ahead(
     if everything and narrowed:
         raise typer.BadParameter(f"got it beside {', '.join(narrowed)}; it takes all of them; --arch may stay", param_hint="--all")
     if like is not None:
-        specs = _launched(read_kernels(like))
+        used = read_kernels(like)
+        if not used:
+            raise CacheError(f"{like}: got a record without a kernel; record a run on a GPU, as the CPU backend launches none")
+        specs = _launched(used)
     elif everything:
         specs = _count_all(_archs(arch or ["all"]), hidden=as_json)
     else:
