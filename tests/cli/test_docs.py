@@ -74,3 +74,20 @@ def benchmark_page() -> str:
 def benchmark_tables() -> list[str]:
     """The rows of its tables."""
     return [line for line in benchmark_page().splitlines() if line.startswith("| `")]
+
+
+PROSE = [
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    ROOT / "benchmarks" / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+]
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.stem)
+def test_prose_has_at_most_100_columns(path: Path) -> None:
+    """Tables, code and pictures may have more."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "![", "    "))]
+    assert [line for line in prose if len(line) > 100] == []
