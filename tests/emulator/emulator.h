@@ -178,17 +178,6 @@ void warp_wide(Operands& operands, Instruction execute) {
   pause();
 }
 
-// Waits until `count` threads have come to `waiting`; the last one does the work first.
-template <class Work>
-void gather(std::vector<unsigned>& waiting, size_t count, Work work) {
-  waiting.push_back(machine->current);
-  if (waiting.size() == count) {
-    work();
-    wake(waiting);
-  }
-  pause();
-}
-
 // A thread comes to a named barrier of `threads`; those that wait go on when all have come.
 inline void come(NamedBarrier& barrier, size_t threads) {
   if (barrier.arrived != 0 && barrier.threads != threads)

@@ -18,6 +18,7 @@ from tests.gpu.jitter import FLAWS
 
 from . import build as building
 from .running import emulate
+from .running_kvcache import Cached
 
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="the emulator needs a C++20 compiler")
 
@@ -94,3 +95,29 @@ def test_cases_see_where_the_series_of_softcap_may_not_be_taken(guard: str, edit
 
     edit_headers(take_away)
     assert any(map(is_wrong, SERIES_CASES))
+
+
+READ = "      read_there(r, warpgroup);\n"
+TURN = "      ping_pong.sync(warpgroup);\n      multiply_qk(r, warpgroup);\n      pipe_v.consumer_wait();\n"
+LATE_READ = "      r.there = ptx::load_shared_4(shared + kThere + 4 * pipe_k.stage);\n"
+
+
+def test_holes_are_read_before_a_barrier_as_a_wait_for_wgmma_is_none(edit_headers: Callable[..., None]):
+    """The producer overwrites which keys of a stage there are once one thread has released it for 128."""
+    inputs = build(Case(dtype=DType.BF16, heads=2, heads_kv=2, seqlen_q=64, seqlen_k=1024))
+    tile = Tile(block_m=64, block_n=32, warps=8, stages=2)
+
+    def bits(seed: int) -> bytes:
+        return Cached(family=Family.FA3, tile=tile, holes=tuple(range(1, 64, 3)), seed=seed)(inputs).out.view(np.uint16).tobytes()
+
+    expected = bits(0)
+    assert all(bits(seed) == expected for seed in range(1, 4))
+
+    def read_late(folder: Path) -> None:
+        path = folder / "kernels/fa3_fwd.cuh"
+        source = path.read_text()
+        assert source.count(READ + TURN) == 1
+        path.write_text(source.replace(READ + TURN, TURN + LATE_READ))
+
+    edit_headers(read_late)
+    assert any(bits(seed) != expected for seed in range(12))

@@ -108,30 +108,40 @@ inline void execute(emulator::Product* const* all) {
   }
 }
 
-// All 128 threads come together, then everything but the newest `pending` groups is executed.
-inline void finish_products(size_t pending) {
+// Executes the oldest group of a warpgroup, if all 128 threads have committed it.
+inline bool execute_oldest(unsigned first) {
+  emulator::Thread* const threads = &emulator::machine->threads[first];
+  for (int t = 0; t < 128; ++t)
+    if (threads[t].product_groups.empty()) return false;
+  for (size_t i = 0; i < threads[0].product_groups.front().size(); ++i) {
+    emulator::Product* all[128];
+    for (int t = 0; t < 128; ++t) all[t] = &threads[t].product_groups.front().at(i);
+    execute(all);
+  }
+  for (int t = 0; t < 128; ++t) threads[t].product_groups.erase(threads[t].product_groups.begin());
+  return true;
+}
+
+// A wait is no barrier: a thread goes on as soon as the others have committed what it waits for.
+inline void wgmma_commit() {
   emulator::Machine& m = *emulator::machine;
   const unsigned first = m.current / 128 * 128;
-  emulator::gather(m.warpgroups[first], 128, [&m, first, pending] {
-    while (m.threads[first].product_groups.size() > pending) {
-      for (size_t i = 0; i < m.threads[first].product_groups.front().size(); ++i) {
-        emulator::Product* all[128];
-        for (int t = 0; t < 128; ++t) all[t] = &m.threads[first + t].product_groups.front().at(i);
-        execute(all);
-      }
-      for (int t = 0; t < 128; ++t) m.threads[first + t].product_groups.erase(m.threads[first + t].product_groups.begin());
-    }
-  });
-}
-inline void wgmma_commit() {
-  emulator::Thread& self = emulator::machine->threads[emulator::machine->current];
+  emulator::Thread& self = m.threads[m.current];
   self.product_groups.push_back(std::move(self.open_products));
   self.open_products.clear();
-  if (!emulator::machine->late_copies) finish_products(0);
+  while (!m.late_copies && execute_oldest(first)) {
+  }
+  emulator::wake(m.warpgroups[first]);
 }
 template <int kPending>
 void wgmma_wait() {
-  finish_products(kPending);
+  emulator::Machine& m = *emulator::machine;
+  const unsigned first = m.current / 128 * 128;
+  while (m.threads[m.current].product_groups.size() > kPending) {
+    if (execute_oldest(first)) continue;
+    m.warpgroups[first].push_back(m.current);
+    emulator::pause();
+  }
 }
 template <int kTiles>
 void warpgroup_fence_operand(float (&)[kTiles][4]) {}
