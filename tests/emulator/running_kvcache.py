@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,16 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["Cached", "launch"]
+__all__ = ["Cached", "diagonals", "launch"]
 
 _MULTIPROCESSORS = 3  # so few that persistent blocks take many tiles
 SMALL = Tile(block_m=16, block_n=32, warps=4, stages=2)
+
+
+def diagonals(rows: Iterable[Any], columns: Iterable[Any], step: int, whole: Container[Any] = ()) -> list[tuple[Any, Any, int]]:
+    """Each row with one of ``step`` columns, those of ``whole`` with all: pairs, and the number of their diagonal."""
+    numbered = [(row, column, i + j) for i, row in enumerate(rows) for j, column in enumerate(columns)]
+    return [(row, column, number) for row, column, number in numbered if number % step == 0 or row in whole]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tests.cases import Case
 
 from .build import compiler
 from .running_fp8_kvcache import Fp8, average_of_ones, check_fp8
-from .running_kvcache import Cached
+from .running_kvcache import Cached, diagonals
 from .test_fa3_kvcache import FEATURES
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
@@ -44,14 +44,10 @@ WAYS = [
 ]
 
 
-# Every feature and every way with half of the others.
-FEATURES_AND_WAYS = [(name, how, (i + j) // 2) for i, name in enumerate(FEATURES) for j, how in enumerate(WAYS) if (i + j) % 2 == 0]
-
-
-@pytest.mark.parametrize(("name", "how", "number"), FEATURES_AND_WAYS, ids=str)
+@pytest.mark.parametrize(("name", "how", "number"), diagonals(FEATURES, WAYS, 2), ids=str)
 def test_feature(name: str, how: Cached, number: int):
     sizes = {"head_dim": 48, "v_head_dim": 32} if name == "padded" else {}
-    check_fp8(Case(label=name.replace(" ", "_"), dtype=DType.BF16, **FEATURES[name] | sizes), TYPES[number % len(TYPES)], how)
+    check_fp8(Case(label=name.replace(" ", "_"), dtype=DType.BF16, **FEATURES[name] | sizes), TYPES[number // 2 % len(TYPES)], how)
 
 
 HOLES = [way(tile=TWO, splits=3, holes=(0, 3, 4, 5, 12)), way(tile=THREE, block_size=64, seed=1, holes=(0, 2))]

@@ -12,7 +12,7 @@ from tests.cases import Alibi, Case, build
 from tests.check import check_arrays, check_case
 
 from .build import compiler
-from .running_kvcache import Cached
+from .running_kvcache import Cached, diagonals
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
 
@@ -57,16 +57,7 @@ WAYS = [
 ]
 
 
-# Two features and every way, the others with a third of the ways each.
-FEATURES_AND_WAYS = [
-    (name, how, i + j)
-    for i, name in enumerate(FEATURES)
-    for j, how in enumerate(WAYS)
-    if name in {"sinks", "everything"} or (i + j) % 3 == 0
-]
-
-
-@pytest.mark.parametrize(("name", "how", "number"), FEATURES_AND_WAYS, ids=str)
+@pytest.mark.parametrize(("name", "how", "number"), diagonals(FEATURES, WAYS, 3, whole={"sinks", "everything"}), ids=str)
 def test_feature(name: str, how: Cached, number: int):
     check_case(Case(label=name.replace(" ", "_"), dtype=(DType.F16, DType.BF16)[number % 2], **FEATURES[name]), how)
 

@@ -14,7 +14,7 @@ from tests.inputs import Layout
 
 from .build import compiler
 from .running_fp8_kvcache import Fp8, check_fp8
-from .running_kvcache import Cached
+from .running_kvcache import Cached, diagonals
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
 
@@ -54,15 +54,11 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-# Every type and every way with half of the others.
-TYPES_AND_WAYS = [(TYPES[i], WAYS[j], (i + j) // 2) for i in range(len(TYPES)) for j in range(len(WAYS)) if (i + j) % 2 == 0]
-
-
-@pytest.mark.parametrize(("types", "way", "number"), TYPES_AND_WAYS, ids=str)
+@pytest.mark.parametrize(("types", "way", "number"), diagonals(TYPES, WAYS, 2), ids=str)
 def test_types_over_pages(types: Fp8, way: Cached, number: int):
-    units = UNITS[number % len(UNITS)]
+    units = UNITS[number // 2 % len(UNITS)]
     units = (HEAD, *units[1:]) if types.q else units
-    dtype = (DType.BF16, DType.F16)[number % 2]
+    dtype = (DType.BF16, DType.F16)[number // 2 % 2]
     check_fp8(Case(label="decode", dtype=dtype, **DECODE), Fp8(types.q, types.k, types.v, types.out, units), way)
 
 

@@ -14,7 +14,7 @@ from tests.check import check_case
 from tests.inputs import Inputs, Layout
 
 from .build import compiler
-from .running_kvcache import Cached
+from .running_kvcache import Cached, diagonals
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++20 compiler")
 
@@ -50,16 +50,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-# Two features and every way, the others with a third of the ways each.
-FEATURES_AND_WAYS = [
-    (name, how, i + j)
-    for i, name in enumerate(FEATURES)
-    for j, how in enumerate(WAYS)
-    if name in {"decode", "everything"} or (i + j) % 3 == 0
-]
-
-
-@pytest.mark.parametrize(("name", "way", "number"), FEATURES_AND_WAYS, ids=str)
+@pytest.mark.parametrize(("name", "way", "number"), diagonals(FEATURES, WAYS, 3, whole={"decode", "everything"}), ids=str)
 def test_feature(name: str, way: Cached, number: int):
     check_case(Case(label=name, dtype=(DType.F16, DType.BF16)[number % 2], **FEATURES[name]), way)
 
