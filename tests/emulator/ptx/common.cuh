@@ -81,7 +81,6 @@ inline float widen_e5m2(uint32_t bits) { return widen_fp8(bits & 0xff, kE5m2); }
 // Round to nearest even; what is too large becomes the largest number.
 inline uint32_t round_fp8(float x, Fp8Format format) {
   if (x != x) return 0x7f;
-  if (x == 0.f) return std::signbit(x) ? 0x80 : 0;
   const uint32_t sign = std::signbit(x) ? 0x80 : 0;
   const float magnitude = std::min(std::fabs(x), format.largest);
   if (magnitude == 0.f) return sign;  // frexp gives it the exponent of 1/2
