@@ -15,13 +15,12 @@ import numpy as np
 
 from .arrays.read import dtype_name_of, numpy_dtype
 from .errors import ArrayTypeError, CuSeqlensError, DTypeError, HeadCountError, ShapeError
-from .limits import FP8_DTYPES, SCALED_TOKENS, as_integer
+from .limits import FP8_DTYPES, SCALED_TOKENS, SMALLEST_SCALE, as_integer
 from .types import DType, ScaleUnit
 
 __all__ = ["Quantized", "quantize", "rotate_outliers"]
 
 _LARGEST: Final = {DType.F8E4M3: 448.0, DType.F8E5M2: 57344.0}
-_LEAST: Final = np.finfo(np.float32).smallest_normal  # of a scale: smaller ones lose bits
 _FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -193,7 +192,7 @@ class _NumPy:
         return found
 
     def scale(self, amax: Any, largest: float) -> Any:
-        return np.where(amax > 0, np.maximum(amax / np.float32(largest), _LEAST), np.float32(1)).astype(np.float32)
+        return np.where(amax > 0, np.maximum(amax / np.float32(largest), np.float32(SMALLEST_SCALE)), np.float32(1)).astype(np.float32)
 
     def narrow(self, values: Any, dtype: DType, largest: float) -> Any:
         return np.clip(values, -largest, largest).astype(numpy_dtype(dtype_name_of(dtype)))
@@ -246,7 +245,7 @@ class _Torch:
         return found.scatter_reduce(0, place[:, None].expand_as(amax), amax, "amax")
 
     def scale(self, amax: Any, largest: float) -> Any:
-        return self.torch.where(amax > 0, (amax / largest).clamp(min=float(_LEAST)), 1.0)
+        return self.torch.where(amax > 0, (amax / largest).clamp(min=SMALLEST_SCALE), 1.0)
 
     def narrow(self, values: Any, dtype: DType, largest: float) -> Any:
         return values.clamp(-largest, largest).to(getattr(self.torch, dtype_name_of(dtype)))

@@ -29,6 +29,7 @@ __all__ = [
     "NOT_BUILT",
     "PHILOX_KEYS",
     "SCALED_TOKENS",
+    "SMALLEST_SCALE",
     "UNBOUNDED",
     "VECTOR_BYTES",
     "as_integer",
@@ -50,6 +51,7 @@ BEFORE_FP8: Final = frozenset({SmArch.SM_80, SmArch.SM_86})
 FP8_OUT_DTYPES: Final = (DType.BF16, DType.F16, DType.F32)  # of o where k and v are fp8
 FP8_HEAD_DIM_STEP: Final = 16  # of head dims of fp8: 16 bytes, everywhere; nobody pads
 SCALED_TOKENS: Final = 128  # that share a descale of ScaleUnit.BLOCK
+SMALLEST_SCALE: Final = 2.0**-126  # that quantising makes: a float32 below has fewer bits; cuda/kernels/fp8_append.cuh has the same
 VECTOR_BYTES: Final = 16  # one cp.async, and what strides and addresses of TMA are multiples of
 PHILOX_KEYS: Final = 32  # one call of the generator covers 32 keys, so no tile with dropout is narrower
 UNBOUNDED: Final = 1 << 30  # a window without a bound: kUnbounded of cuda/attention/params.cuh

@@ -96,6 +96,13 @@ def repeated(plan: Plan, request: FaFwdDispatch) -> Call:
     return call
 
 
+def _prepared(request: FaFwdDispatch) -> Call:
+    plan = execute(request, lse=False)[1]
+    if plan is None or not plan.launches:
+        raise Refused("nothing to launch")
+    return repeated(plan, request)
+
+
 class OfFamily(Peer):
     """This package with the family chosen: a plan that is repeated, with a new output every time, as the functional calls do."""
 
@@ -109,10 +116,7 @@ class OfFamily(Peer):
         spec = lookup(request.dispatch_key())
         if not isinstance(spec, KernelSpec) or spec.family is not self.family:
             raise Refused(f"{self.family.value} resolves to {spec.kernel_name} here")
-        plan = execute(request, lse=False)[1]
-        if plan is None or not plan.launches:
-            raise Refused("nothing to launch")
-        return repeated(plan, request)
+        return _prepared(request)
 
 
 class OursSingleLevel(Peer):
@@ -127,6 +131,4 @@ class OursSingleLevel(Peer):
         request = request_of(cell, inputs, fp8=Fp8Options(single_level=True))
         if not getattr(lookup(request.dispatch_key()), "single_level", False):
             raise Refused("nothing but wgmma sums so")
-        plan = execute(request, lse=False)[1]
-        assert plan is not None  # noqa: S101 - a kernel was found
-        return repeated(plan, request)
+        return _prepared(request)

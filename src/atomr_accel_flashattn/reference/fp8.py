@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from ..arrays.read import as_numpy
-from ..limits import SCALED_TOKENS
+from ..limits import SCALED_TOKENS, SMALLEST_SCALE
 from ..types import ScaleUnit
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def quantise_rows(rows: Array, slots: Slots, factors: Factors | None, sequence: 
     values: Array = rows.astype(np.float32)
     if factors is not None and factors.unit is ScaleUnit.TOKEN:
         amax = np.fmax.reduce(np.abs(values), axis=-1)
-        scale = np.where(amax > 0, np.maximum(amax / largest, np.finfo(np.float32).smallest_normal), np.float32(1))
+        scale = np.where(amax > 0, np.maximum(amax / largest, np.float32(SMALLEST_SCALE)), np.float32(1))
         slots.put_beside(factors.values, scale)
         values /= scale[..., None]
     elif factors is not None:

@@ -37,7 +37,8 @@ struct ValueOperand<C, true> {
   // block, before any of them multiplies.
   static __device__ __forceinline__ void write_sum_columns(uint32_t stages) {
     constexpr int kChunks = C.sum_columns * Tile::kRowBytes / 16;  // of a panel, one like the other
-    constexpr uint32_t kOnes = C.v_dtype == DType::F8E4M3 ? 0x38383838u : 0x3c3c3c3cu;
+    static_assert(C.v_dtype == DType::F8E5M2, "whose 1 is 0x3c");
+    constexpr uint32_t kOnes = 0x3c3c3c3cu;
     for (int i = threadIdx.x; i < C.stages * Tile::kPanels * kChunks; i += 32 * C.warps) {
       const uint32_t panel = stages + i / kChunks * Tile::kPanelBytes;
       ptx::store_shared_16(panel + C.v_head_dim * Tile::kRowBytes + i % kChunks * 16, {kOnes, kOnes, kOnes, kOnes});
