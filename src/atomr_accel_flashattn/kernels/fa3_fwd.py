@@ -110,11 +110,7 @@ class Fa3ForwardSpec(ForwardSpec):
 
     def registers_suffice(self) -> bool:
         """O and S in float32, and P in 16 bits, of a consumer's registers."""
-        return self._registers_suffice(self.tile.block_n // 4)
-
-    def _registers_suffice(self, of_p: int) -> bool:
-        """With P in so many registers."""
-        return consumer_holds(self.tile, self.v_head_dim // 2 + self.tile.block_n // 2 + of_p)
+        return consumer_holds(self.tile, self.v_head_dim // 2 + self.tile.block_n // 2 + self.tile.block_n // 4)
 
     def leaves(self) -> str:
         """Wgmma for the N of both products: an instruction names each of its accumulators."""

@@ -177,7 +177,7 @@ _WGMMA_FP8_CROWDED_KEYS = {64: 96}  # with slopes or a softcap in registers
 _WGMMA_FP8_SUM_KEYS = {128: 192, 256: 96}  # with columns of ones, which take registers and shared memory
 
 # The same where wgmma adds P V to O.
-_WGMMA_FP8_SINGLE_LEVEL_KEYS = {64: 160, 128: 192, 192: 128, 256: 96}
+_WGMMA_FP8_SINGLE_LEVEL_KEYS = {64: 160, 128: 192, 192: 128, 256: 128}
 _WGMMA_FP8_SINGLE_LEVEL_CROWDED_KEYS = {64: 128, 128: 160, 192: 96, 256: 64}
 _WGMMA_FP8_SINGLE_LEVEL_BLOCK_KEYS = {192: 64, 256: 64}  # with factors of blocks of 128 keys, of which a tile has one
 

@@ -56,8 +56,8 @@ struct BlockDescales<C, Params, true> {
       for (int e = 0; e < 4; ++e) rS[t][e] *= factor[e / 2];
   }
 
-  // Before P of the tile is packed: brings O to the factor of v through `rescale`, which is valid
-  // if `grew`. Returns whether O is to be rescaled. A factor of 0 leaves the unit and hides P.
+  // Before P of the tile is packed: brings O to the factor of v through `rescale`. Returns whether O
+  // is to be rescaled, which it was if `grew`. A factor of 0 leaves the unit and hides P.
   __device__ __forceinline__ bool change_unit(float (&rP)[kTiles][4], float (&rescale)[2], bool grew) {
     if (v == 0.f) {
 #pragma unroll
@@ -69,7 +69,7 @@ struct BlockDescales<C, Params, true> {
     const float ratio = unit / v;
     unit = v;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) rescale[r] = grew ? rescale[r] * ratio : ratio;
+    for (int r = 0; r < 2; ++r) rescale[r] *= ratio;
     return true;
   }
 };

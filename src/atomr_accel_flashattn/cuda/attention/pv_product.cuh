@@ -24,7 +24,7 @@ struct PvProduct {
   static __device__ __forceinline__ Output& of(Rows& rows) { return rows.rO[0]; }
   // P V of a tile is done; `grew`: what rows.rescale says is due before that of the next.
   __device__ __forceinline__ void add_to(Rows& rows, bool grew) const {
-    if (grew) rows.rescale_output();
+    if (rows.softmax.anywhere(grew)) rows.rescale_output();
   }
   __device__ __forceinline__ void add_last_to(Rows&) const {}
 };
@@ -39,10 +39,10 @@ struct PvProduct<C, Rows, true> {
   float factor[2] = {0.f, 0.f};  // of O, before this product is added to it
 
   __device__ __forceinline__ Output& of(Rows&) { return product; }
-  __device__ __forceinline__ void add_to(Rows& rows, bool grew) {
+  __device__ __forceinline__ void add_to(Rows& rows, bool) {
     add_last_to(rows);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) factor[r] = grew ? rows.rescale[0][r] : 1.f;
+    for (int r = 0; r < 2; ++r) factor[r] = rows.rescale[0][r];
   }
   __device__ __forceinline__ void add_last_to(Rows& rows) const { add_product<0>(rows.rO[0], factor, product); }
 };

@@ -23,7 +23,7 @@ __device__ __forceinline__ float quad_reduce(float x, Op op) {
 template <DType kP>
 struct ProbabilityRange {
   static constexpr float kOffset = 0.f, kRescaleThreshold = 8.f, kOverflowThreshold = 15.f;
-  static constexpr bool kComparesBits = false;  // top_by_bits() says enough of the maximum
+  static constexpr bool kGrowsOften = false;  // update() of each tile raises maxima, without a branch
 };
 // fp8 has few small numbers: the largest P is as large a power of two as fits. e4m3 ends at 448,
 // e5m2 at 57344. Any growth beyond rounding raises the maximum, so that its own P is not rounded,
@@ -31,18 +31,18 @@ struct ProbabilityRange {
 template <>
 struct ProbabilityRange<DType::F8E4M3> {
   static constexpr float kOffset = 8.f, kRescaleThreshold = 1.f / 256.f, kOverflowThreshold = 1.f / 256.f;
-  static constexpr bool kComparesBits = true;
+  static constexpr bool kGrowsOften = true;
 };
 template <>
 struct ProbabilityRange<DType::F8E5M2> {
   static constexpr float kOffset = 15.f, kRescaleThreshold = 1.f / 256.f, kOverflowThreshold = 1.f / 256.f;
-  static constexpr bool kComparesBits = true;
+  static constexpr bool kGrowsOften = true;
 };
 
 // P in f16 where Q is bf16: small numbers as far down as they go.
 struct WideRange {
   static constexpr float kOffset = 8.f, kRescaleThreshold = 7.f, kOverflowThreshold = 7.f;
-  static constexpr bool kComparesBits = false;
+  static constexpr bool kGrowsOften = false;
 };
 
 // State of this lane's 2 * kBlocks rows: lane / 4 and lane / 4 + 8 of each 16-row block.
@@ -76,40 +76,41 @@ struct OnlineSoftmax {
     }
   }
 
-  // In place: scores to unnormalised probabilities. Returns, warp-uniformly, whether a reference
-  // maximum changed; `rescale` is then the factor of the output accumulated so far. With
+  // In place: scores to unnormalised probabilities. Returns whether a reference maximum changed, which
+  // anywhere() makes warp-uniform; `rescale` is then the factor of the output accumulated so far. With
   // kHasRowBias, `row_bias` is a per-row bias not yet added to the scores; it is folded into the
   // maximum and the exponent.
   // `decides` says of a row whether it is the sequence's own.
   template <bool kHasRowBias, int kTiles, class Decides>
   __device__ __forceinline__ bool update(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2], float (&rescale)[kBlocks][2],
                                          float factor, Decides decides) {
-    constexpr bool kComparesBits = Range::kComparesBits && !kHasRowBias;
-    float top[kBlocks][2];  // of this lane
-    bool look = false, grew = false, differences = false;
+    bool grew = false, differences = false;
+    if constexpr (Range::kGrowsOften) {
+      grew = raise_often<kHasRowBias>(s, row_bias, rescale, factor, decides, differences);
+    } else {
+      float top[kBlocks][2];  // of this lane
+      bool look = false;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+      for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if constexpr (kComparesBits) {
-          top[b][r] = top_by_bits(s[b], r);
-          look |= top[b][r] < 0.f && max[b][r] < 0.f;
-        } else {
-          top[b][r] = kHasRowBias ? row_max(s[b], r) + row_bias[b][r] : row_max(s[b], r);
+        for (int r = 0; r < 2; ++r) {
+          top[b][r] = top_of<kHasRowBias>(s, row_bias, b, r);
+          look |= (top[b][r] - max[b][r]) * factor > look_above;
         }
-        look |= (top[b][r] - max[b][r]) * factor > look_above;
+      if (__any_sync(0xffffffffu, look)) {
+        grew = raise_max(top, rescale, factor);
+        differences = any_huge(factor, decides);
+        look_above = differences ? negative_infinity() : kRescaleThreshold;
+        if (differences) subtract_reference<kHasRowBias>(s, row_bias);
       }
-    if (__any_sync(0xffffffffu, look)) {
-      if constexpr (kComparesBits) look_below_zero(s, top);
-      grew = raise_max(top, rescale, factor);
-      differences = any_huge(factor, decides);
-      look_above = differences ? negative_infinity() : kRescaleThreshold;
-      if (differences) subtract_reference<kHasRowBias>(s, row_bias);
     }
     accumulate<kHasRowBias>(s, row_bias, differences,
                             [factor](float x, float reference) { return fmaf(x, factor, addend(reference, factor)); });
     return grew;
   }
+
+  // Of what update() returned: whether a reference of the warp changed.
+  static __device__ __forceinline__ bool anywhere(bool grew) { return Range::kGrowsOften ? __any_sync(0xffffffffu, grew) : grew; }
 
   // What is in units of 2^kOffset, as P, its sums and O.
   static __device__ __forceinline__ float without_offset(float x) {
@@ -190,7 +191,12 @@ struct OnlineSoftmax {
     return fmaf(-reference, factor, Range::kOffset);
   }
 
-  // Whether a row of the warp that decides has a reference beyond the limit; -inf is none yet.
+  // Whether a reference is beyond the limit; -inf is none yet.
+  static __device__ __forceinline__ bool is_huge(float reference, float factor) {
+    return fabsf(reference * factor) > kLargestFused && reference != negative_infinity();
+  }
+
+  // Whether a row of the warp that decides has such a one.
   template <class Decides>
   __device__ __forceinline__ bool any_huge(float factor, Decides decides) const {
     bool huge = false;
@@ -216,32 +222,74 @@ struct OnlineSoftmax {
       }
   }
 
-  // Replaces what top_by_bits() found, where it is below 0.
-  template <int kTiles>
-  __device__ __forceinline__ void look_below_zero(const float (&s)[kBlocks][kTiles][4], float (&top)[kBlocks][2]) const {
-    bool below = false;
-#pragma unroll
-    for (int i = 0; i < kBlocks * 2; ++i) below |= top[i / 2][i % 2] < 0.f && max[i / 2][i % 2] < 0.f;
-    if (!__any_sync(0xffffffffu, below)) return;
-#pragma unroll
-    for (int i = 0; i < kBlocks * 2; ++i) top[i / 2][i % 2] = row_max(s[i / 2], i % 2);
-  }
-
   // Raises the references that grew, with the sums; returns, warp-uniformly, whether one did.
   __device__ __forceinline__ bool raise_max(const float (&top)[kBlocks][2], float (&rescale)[kBlocks][2], float factor) {
     bool grew = false;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float seen = quad_reduce(top[b][r], [](float x, float y) { return fmaxf(x, y); });
-        const bool keep = !((seen - max[b][r]) * factor > kRescaleThreshold);
-        rescale[b][r] = keep ? 1.f : ptx::exp2((max[b][r] - seen) * factor);
-        max[b][r] = keep ? max[b][r] : seen;
-        sum[b][r] *= rescale[b][r];
-        grew |= !keep;
-      }
+      for (int r = 0; r < 2; ++r) grew |= raise(b, r, quad_max(top[b][r]), rescale, factor);
     return __any_sync(0xffffffffu, grew);
+  }
+
+  // Raises references where some row of a warp grows in most tiles, so that a branch around it would
+  // be taken more often than not: quads exchange maxima in all tiles, and `rescale` is 1 where none
+  // grew. The vote beside that is for rows of which top_by_bits() does not say enough, and for huge
+  // ones. `differences`: scores became those to their references. Returns whether a row of this lane
+  // grew.
+  template <bool kHasRowBias, int kTiles, class Decides>
+  __device__ __forceinline__ bool raise_often(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2],
+                                              float (&rescale)[kBlocks][2], float factor, Decides decides, bool& differences) {
+    float seen[kBlocks][2];
+    bool unusual = false, grew = false;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float top = kHasRowBias ? top_of<true>(s, row_bias, b, r) : top_by_bits(s[b], r);
+        if constexpr (!kHasRowBias) unusual |= top < 0.f && max[b][r] < 0.f;
+        seen[b][r] = fmaxf(top, max[b][r]);
+        unusual |= is_huge(seen[b][r], factor) && decides(b, r);
+      }
+    unusual = __any_sync(0xffffffffu, unusual);
+#pragma unroll
+    for (int i = 0; i < kBlocks * 2; ++i) seen[i / 2][i % 2] = quad_max(seen[i / 2][i % 2]);
+    if (unusual) {
+      bool huge = false;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          seen[b][r] = quad_max(fmaxf(top_of<kHasRowBias>(s, row_bias, b, r), max[b][r]));
+          huge |= is_huge(seen[b][r], factor) && decides(b, r);
+        }
+      differences = __any_sync(0xffffffffu, huge);
+    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) grew |= raise(b, r, seen[b][r], rescale, factor);
+    if (differences) subtract_reference<kHasRowBias>(s, row_bias);
+    return grew;
+  }
+
+  // Whether the reference grew.
+  __device__ __forceinline__ bool raise(int b, int r, float seen, float (&rescale)[kBlocks][2], float factor) {
+    const bool keep = !((seen - max[b][r]) * factor > kRescaleThreshold);
+    rescale[b][r] = keep ? 1.f : ptx::exp2((max[b][r] - seen) * factor);
+    max[b][r] = keep ? max[b][r] : seen;
+    sum[b][r] *= rescale[b][r];
+    return !keep;
+  }
+
+  static __device__ __forceinline__ float quad_max(float x) {
+    return quad_reduce(x, [](float a, float b) { return fmaxf(a, b); });
+  }
+
+  // The largest score of a row in this lane.
+  template <bool kHasRowBias, int kTiles>
+  static __device__ __forceinline__ float top_of(const float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2], int b, int r) {
+    return kHasRowBias ? row_max(s[b], r) + row_bias[b][r] : row_max(s[b], r);
   }
 
   // The largest number of a row as integers compare, three in an instruction: the maximum where

@@ -251,8 +251,8 @@ struct Fa2KvCache {
 
   __device__ __forceinline__ bool update_softmax(typename Scores::Scores& rS, float (&rescale)[1][2]) {
     if constexpr (C.batch_invariant) return softmax.update_each_row(rS, rescale, tile.score.factor);
-    return softmax.template update<false>(rS, tile.row_bias, rescale, tile.score.factor,
-                                          [this](int b, int r) { return tile.decides(b, r); });
+    return softmax.anywhere(
+        softmax.template update<false>(rS, tile.row_bias, rescale, tile.score.factor, [this](int b, int r) { return tile.decides(b, r); }));
   }
 
   // A product that the compiler fuses with no sum, in one kernel and not in another.

@@ -48,8 +48,9 @@ struct Fa3Producer {
 
   // Registers per thread after setmaxnreg, which moves them from the producer warpgroup to the
   // consumers; 64 Ki in all.
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kTransposesV && kConsumers == 2 ? 40 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? (kTransposesV ? 232 : 240) : kConsumers == 3 ? 160 : 112;
+  static constexpr bool kSpares = kConsumers == 2 && kTransposesV && !C.lean_producer;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kSpares ? 40 : 24;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? (kSpares ? 232 : 240) : kConsumers == 3 ? 160 : 112;
 
   // Every row sees every key that the tensor has.
   static constexpr bool kUnmasked = Source::kEndsWithTensor && !C.left_bound && !C.right_bound;
