@@ -284,10 +284,12 @@ def test_a_single_level_is_that_of_wgmma_alone():
             continue
         specs = [fa.lookup(each.dispatch_key(arch)) for each in (plain, single)]
         if arch is SmArch.SM_90A:
-            assert specs[1] == replace(specs[0], single_level=True)
+            assert specs[1] == replace(specs[0], single_level=True, tile=specs[1].tile)
         else:
             assert specs[0] == specs[1]
     assert fa.lookup(replace(single.dispatch_key(SmArch.SM_90A), paged=True)).single_level
+    by_block = [request(single_level=wanted, v_descale=scale(B, HKV, 3)).dispatch_key(SmArch.SM_90A) for wanted in (False, True)]
+    assert fa.lookup(by_block[0]) == fa.lookup(by_block[1])
     assert _facts_of_fp8(plain.problem, plain.problem.descales) != _facts_of_fp8(single.problem, single.problem.descales)
     assert "single_level=True" in repr(single.fp8)
 

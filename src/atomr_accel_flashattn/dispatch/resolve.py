@@ -184,12 +184,13 @@ def _fp8_wgmma(key: DispatchKey, kind: type[_Spec], **fields: Any) -> _Spec:
     blocks = ScaleUnit.BLOCK in {extras.q_descale, extras.k_descale, extras.v_descale}
     crowded = key.alibi or extras.softcap > 0
     on_blocks = blocks or key.paged or extras.kv_cache
-    sums = has_sum_columns(key.v_dtype, single_level=extras.single_level, block_descales=blocks)
-    tile = fp8_wgmma_tile_for(width, v_width, crowded=crowded, blocks=on_blocks, single_level=extras.single_level, sums=sums)
+    single_level = extras.single_level and not blocks  # O has another unit in each block: one level gains nothing there
+    sums = has_sum_columns(key.v_dtype, single_level=single_level, block_descales=blocks)
+    tile = fp8_wgmma_tile_for(width, v_width, crowded=crowded, blocks=on_blocks, single_level=single_level, sums=sums)
     tile = replace(tile, persistent=extras.persistent is not False)
     named = (("k_dtype", key.k_dtype), ("v_dtype", key.v_dtype), ("out_dtype", key.out_dtype))
     fields |= {name: dtype for name, dtype in named if dtype is not key.dtype}
-    fields |= _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "block_descales": blocks, "single_level": extras.single_level}
+    fields |= _features(key, width, v_width) | {"pack_gqa": key.packs_heads, "block_descales": blocks, "single_level": single_level}
     return kind(arch=key.arch, tile=tile, **fields)
 
 

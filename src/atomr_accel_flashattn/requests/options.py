@@ -207,7 +207,8 @@ class Fp8Options(ShortRepr):
         v_descale: of v.
         out_dtype: element type of o, BF16, F16 or F32; None is that of q, and BF16 where q is fp8.
         single_level: whether P V of 8-bit wgmma is summed in its accumulator of 14 bits alone, and not added to float32 from time to time:
-            faster, and wrong by a quarter for a mean over 16k keys (docs/fp8.md). Nothing else sums so: others take it for False.
+            faster, and wrong by a quarter for a mean over 16k keys (docs/fp8.md). Nothing else sums so: others, and
+            calls with a descale by blocks, take it for False.
 
     Raises:
         DTypeError: an ``out_dtype`` that is none of them.

@@ -180,7 +180,7 @@ _WGMMA_FP8_SUM_KEYS = {128: 192, 256: 96}  # with columns of ones, which take re
 _WGMMA_FP8_SINGLE_LEVEL_KEYS = {64: 160, 128: 192, 192: 128, 256: 128}
 _WGMMA_FP8_SINGLE_LEVEL_CROWDED_KEYS = {64: 128, 128: 160, 192: 96, 256: 64}
 _WGMMA_FP8_SINGLE_LEVEL_TAKES_TURNS = {192, 256}  # narrower ones are 1 to 2 % faster without
-_WGMMA_FP8_SINGLE_LEVEL_BLOCK_KEYS = {192: 64, 256: 64}  # with factors of blocks of 128 keys, of which a tile has one
+_WGMMA_FP8_SINGLE_LEVEL_CACHE_KEYS = {192: 64, 256: 64}  # of which pages are whole parts
 
 
 def fp8_wgmma_tile_for(
@@ -200,7 +200,7 @@ def fp8_wgmma_tile_for(
     tile = _WGMMA_FP8[wider]
     with_sums = _WGMMA_FP8_SUM_KEYS if sums else {}
     if blocks:
-        keys = _WGMMA_FP8_SINGLE_LEVEL_BLOCK_KEYS.get(wider, SCALED_TOKENS) if single_level else SCALED_TOKENS
+        keys = _WGMMA_FP8_SINGLE_LEVEL_CACHE_KEYS.get(wider, SCALED_TOKENS) if single_level else SCALED_TOKENS
         keys = min(keys, with_sums.get(wider, keys))
     elif single_level:
         keys = (_WGMMA_FP8_SINGLE_LEVEL_CROWDED_KEYS if crowded else _WGMMA_FP8_SINGLE_LEVEL_KEYS)[wider]

@@ -22,7 +22,7 @@ struct BlockDescales {
 // O has the unit of the last tile: it is rescaled where the factor of v changes.
 template <Config C, class Params>
 struct BlockDescales<C, Params, true> {
-  static_assert(kScaledTokens % C.block_n == 0);
+  static_assert(kScaledTokens % C.block_n == 0 && C.pv_sum != PvSum::InO);
   static constexpr int kTiles = C.block_n / 8;
 
   const Params& p;
@@ -56,21 +56,20 @@ struct BlockDescales<C, Params, true> {
       for (int e = 0; e < 4; ++e) rS[t][e] *= factor[e / 2];
   }
 
-  // Before P of the tile is packed: brings O to the factor of v through `rescale`. Returns whether O
-  // is to be rescaled, which it was if `grew`. A factor of 0 leaves the unit and hides P.
-  __device__ __forceinline__ bool change_unit(float (&rP)[kTiles][4], float (&rescale)[2], bool grew) {
+  // Before P of the tile is packed: brings O to the factor of v, through `rescale`. A factor of 0
+  // leaves the unit and hides P.
+  __device__ __forceinline__ void change_unit(float (&rP)[kTiles][4], float (&rescale)[2]) {
     if (v == 0.f) {
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int e = 0; e < 4; ++e) rP[t][e] = 0.f;
     }
-    if (v == 0.f || v == unit) return grew;
+    if (v == 0.f || v == unit) return;
     const float ratio = unit / v;
     unit = v;
 #pragma unroll
     for (int r = 0; r < 2; ++r) rescale[r] *= ratio;
-    return true;
   }
 };
 

@@ -185,8 +185,8 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     if (next < 0) pipe_q.consumer_release();  // early: the producer waits for it
     if constexpr (C.block_descales) scales.apply(r.S[0]);
     rows.apply_bias_and_mask(r.S, n, static_cast<const KeysThere<Source::kHasHoles>&>(r));
-    bool grew = rows.online_softmax(r.S, n);
-    if constexpr (C.block_descales) grew = scales.change_unit(r.S[0], rows.rescale[0], grew);
+    const bool grew = rows.online_softmax(r.S, n);
+    if constexpr (C.block_descales) scales.change_unit(r.S[0], rows.rescale[0]);
     return grew;
   }
 
@@ -203,7 +203,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     }
     rows.apply_bias_and_mask(r.S, n, static_cast<const KeysThere<Source::kHasHoles>&>(r));
     rows.online_softmax(r.S, n);  // nothing to rescale yet
-    if constexpr (C.block_descales) scales.change_unit(r.S[0], rows.rescale[0], false);
+    if constexpr (C.block_descales) scales.change_unit(r.S[0], rows.rescale[0]);
     r.pack_p();
     while (next >= 0) {
       pipe_k.consumer_wait();
