@@ -1,8 +1,9 @@
 """Quantising to fp8 with descales that calls take, and the rotation of q and k that spreads outliers. In NumPy, or in operations of torch.
 
 The scale of elements that share one is their largest magnitude over the largest number of the type, so that nothing is cut off: 1 for
-zeros, else a normal float32. NaN stays NaN and has no part in it. One by token depends on no other token; one by tensor, (batch, KV head)
-or block of 128 tokens depends on later tokens too, so what is appended to a cache later may not fit it.
+zeros, else a normal float32. NaN stays NaN and has no part in it; an infinite element makes its descale infinite, and all that this
+multiplies NaN. One by token depends on no other token; one by tensor, (batch, KV head) or block of 128 tokens depends on later tokens too,
+so what is appended to a cache later may not fit it.
 """
 
 from __future__ import annotations
@@ -65,16 +66,19 @@ def quantize(
     if not isinstance(unit, ScaleUnit):
         raise ArrayTypeError(f"unit: got {unit!r}; allowed is a ScaleUnit, as ScaleUnit.HEAD")
     packed = cu_seqlens is not None
-    if len(x.shape) != (3 if packed else 4):
-        allowed = "(total, heads, head dim) with cu_seqlens" if packed else "(batch, length, heads, head dim)"
-        raise ShapeError(f"x: got shape {tuple(x.shape)}; allowed is {allowed}")
+    if len(x.shape) != (3 if packed else 4) or not all(x.shape[-2:]):
+        allowed = "(total, heads, head dim) with cu_seqlens" if packed else "(batch, length, heads, head dim), or packed with cu_seqlens"
+        raise ShapeError(f"x: got shape {tuple(x.shape)}; allowed is {allowed}, and at least one head and column")
+    if max_seqlen is not None and not packed:
+        raise CuSeqlensError("max_seqlen: got it without cu_seqlens; allowed is None: a batch of one length has that")
     heads = x.shape[-2]
-    groups = heads if heads_kv is None or unit is ScaleUnit.TOKEN else as_integer(heads_kv)
+    groups = heads if heads_kv is None else as_integer(heads_kv)
     if groups is None or groups < 1 or heads % groups:
         raise HeadCountError(f"heads_kv: got {heads_kv!r} with {heads} heads; allowed is a number that divides them")
+    groups = heads if unit is ScaleUnit.TOKEN else groups
     rows = library.wide(x).reshape(-1, groups, heads // groups * x.shape[-1])
     if packed:
-        batch, longest = _packing(library, cu_seqlens, max_seqlen, unit)
+        batch, longest = _packing(library, cu_seqlens, max_seqlen, unit, x.shape[0])
         sequence, position, owned = library.places(cu_seqlens, x.shape[0], longest)
         rows = library.only(owned[:, None, None], rows)
     else:
@@ -91,7 +95,8 @@ def quantize(
     else:
         found = library.scale(library.gathered(amax, place, batch * blocks), _LARGEST[dtype])
         of_rows, descale = found[place], found.reshape(batch, blocks, groups)
-    values = library.narrow(rows / (of_rows if unit is ScaleUnit.TENSOR else of_rows[..., None]), dtype, _LARGEST[dtype])
+    with np.errstate(invalid="ignore"):  # of infinities, which are NaN
+        values = library.narrow(rows / (of_rows if unit is ScaleUnit.TENSOR else of_rows[..., None]), dtype, _LARGEST[dtype])
     shape = {ScaleUnit.TENSOR: (), ScaleUnit.HEAD: (batch, groups), ScaleUnit.TOKEN: x.shape[:-1]}.get(unit)
     descale = library.contiguous(descale.swapaxes(1, 2)) if shape is None else descale.reshape(shape)
     return Quantized(values.reshape(x.shape), descale)
@@ -133,17 +138,21 @@ def rotate_outliers(x: Any) -> Any:
     return library.as_type(y.reshape(x.shape), x)
 
 
-def _packing(library: _NumPy | _Torch, cu_seqlens: Any, max_seqlen: Any, unit: ScaleUnit) -> tuple[int, int]:
+def _packing(library: _NumPy | _Torch, cu_seqlens: Any, max_seqlen: Any, unit: ScaleUnit, total: int) -> tuple[int, int]:
     """How many packed sequences there are, and their longest length, which is 1 where no descale depends on it.
 
     Raises:
         CuSeqlensError: no offsets, or no longest length where it is needed.
     """
     kind = getattr(cu_seqlens, "dtype", type(cu_seqlens).__qualname__)
-    if not library.owns(cu_seqlens) or len(cu_seqlens.shape) != 1 or "int" not in str(kind):
+    if not library.owns(cu_seqlens) or len(cu_seqlens.shape) != 1 or not len(cu_seqlens) or "int" not in str(kind):
         shape = "" if getattr(cu_seqlens, "shape", None) is None else f" of shape {tuple(cu_seqlens.shape)}"
         raise CuSeqlensError(f"cu_seqlens: got {kind}{shape}; allowed is an int32 array (batch + 1,) of the library of x")
     batch = cu_seqlens.shape[0] - 1
+    if (wrong := library.wrong(cu_seqlens, total)) is not None:
+        raise CuSeqlensError(
+            f"cu_seqlens: got {wrong}; allowed are offsets that begin at 0, never fall, and end within the {total} rows of x"
+        )
     if unit is not ScaleUnit.BLOCK:
         return batch, 1
     longest = as_integer(max_seqlen)
@@ -161,6 +170,11 @@ class _NumPy:
 
     def owns(self, x: Any) -> bool:
         return isinstance(x, np.ndarray)
+
+    def wrong(self, cu_seqlens: Any, total: int) -> list[int] | None:
+        """The offsets, where they are seen to be none."""
+        right = cu_seqlens[0] == 0 and cu_seqlens[-1] <= total and (np.diff(cu_seqlens) >= 0).all()
+        return None if right else cu_seqlens.tolist()
 
     def longest(self, cu_seqlens: Any) -> int:
         return int(np.diff(cu_seqlens).max(initial=0))
@@ -215,6 +229,11 @@ class _Torch:
 
     def owns(self, x: Any) -> bool:
         return isinstance(x, self.torch.Tensor)
+
+    def wrong(self, cu_seqlens: Any, total: int) -> list[int] | None:
+        if cu_seqlens.device.type != "cpu" or self.torch.compiler.is_compiling():
+            return None  # nobody waits for them
+        return _NumPy().wrong(cu_seqlens.numpy(), total)
 
     def longest(self, cu_seqlens: Any) -> int:
         return 0 if cu_seqlens.device.type != "cpu" or len(cu_seqlens) < 2 else int(cu_seqlens.diff().max())

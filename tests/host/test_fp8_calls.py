@@ -106,7 +106,7 @@ def test_head_dims_of_fp8_are_not_padded():
 @pytest.mark.parametrize("call", [fa.flash_attn_func, fa.flash_attn_with_kvcache])
 def test_a_descale_of_16_bits_is_refused(call: Any):
     q = np.zeros((1, 4, H, D), np.float16)
-    with pytest.raises(fa.DescaleError, match="k_descale: got one with float16 in k and float16 in v"):
+    with pytest.raises(fa.DescaleError, match="k_descale: got descales with float16 in k and float16 in v"):
         call(q, q, q, k_descale=scales()["k_descale"])
 
 

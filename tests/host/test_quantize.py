@@ -176,7 +176,7 @@ def test_rows_of_no_sequence_become_zeros_whatever_they_hold(unit: ScaleUnit, sp
 def test_torch_gives_the_bits_of_numpy(unit: ScaleUnit, packed: bool):
     torch = pytest.importorskip("torch")
     x = normal(400, 4, 32) if packed else normal(2, 300, 4, 32)
-    more: dict[str, Any] = {"unit": unit, "heads_kv": 2, "max_seqlen": 260}
+    more: dict[str, Any] = {"unit": unit, "heads_kv": 2, "max_seqlen": 260 if packed else None}
     ours = fa.quantize(x, E5M2, cu_seqlens=ENDS if packed else None, **more)
     theirs = fa.quantize(torch.from_numpy(x), E5M2, cu_seqlens=torch.from_numpy(ENDS) if packed else None, **more)
     assert theirs.values.dtype is torch.float8_e5m2
@@ -225,7 +225,11 @@ def test_nothing_goes_from_the_host_to_the_device_of_a_tensor(unit: ScaleUnit):
         fa.quantize(turned, unit=unit, cu_seqlens=torch.empty(4, dtype=torch.int32, device="meta"), max_seqlen=260)
 
 
-X = np.zeros((1, 4, 4, 16), np.float32)
+def offsets(*numbers: int) -> Any:
+    return np.array(numbers, np.int32)
+
+
+X, PACKED = np.zeros((1, 4, 4, 16), np.float32), np.zeros((400, 4, 16), np.float32)
 REFUSED: dict[str, tuple[type[Exception], str, Any]] = {
     "list": (fa.ArrayTypeError, "x: got builtins.list", lambda: fa.quantize([1.0])),
     "integers": (fa.DTypeError, "x: got type int32", lambda: fa.quantize(X.astype(np.int32))),
@@ -236,7 +240,18 @@ REFUSED: dict[str, tuple[type[Exception], str, Any]] = {
     "packed rank": (fa.ShapeError, r"allowed is \(total, heads", lambda: fa.quantize(X, cu_seqlens=ENDS)),
     "heads": (fa.HeadCountError, "heads_kv: got 3 with 4 heads", lambda: fa.quantize(X, heads_kv=3)),
     "heads of no number": (fa.HeadCountError, "heads_kv: got 2.0 with 4 heads", lambda: fa.quantize(X, heads_kv=2.0)),  # type: ignore[arg-type]
-    "longest": (fa.CuSeqlensError, "max_seqlen: got None", lambda: fa.quantize(X[0], unit=ScaleUnit.BLOCK, cu_seqlens=ENDS)),
+    "longest": (fa.CuSeqlensError, "max_seqlen: got None", lambda: fa.quantize(PACKED, unit=ScaleUnit.BLOCK, cu_seqlens=ENDS)),
+    "longest of a batch": (fa.CuSeqlensError, "max_seqlen: got it without cu_seqlens", lambda: fa.quantize(X, max_seqlen=3)),
+    "offsets that fall": (fa.CuSeqlensError, r"cu_seqlens: got \[0, 30, 12\]", lambda: fa.quantize(PACKED, cu_seqlens=offsets(0, 30, 12))),
+    "offsets past the end": (
+        fa.CuSeqlensError,
+        r"cu_seqlens: got \[0, 401\]; .*400 rows",
+        lambda: fa.quantize(PACKED, cu_seqlens=offsets(0, 401)),
+    ),
+    "a late first": (fa.CuSeqlensError, r"cu_seqlens: got \[5, 40\]", lambda: fa.quantize(PACKED, cu_seqlens=offsets(5, 40))),
+    "no offsets": (fa.CuSeqlensError, "cu_seqlens: got int32 of shape", lambda: fa.quantize(PACKED, cu_seqlens=offsets())),
+    "no columns": (fa.ShapeError, "at least one head and column", lambda: fa.quantize(X[..., :0])),
+    "heads of tokens": (fa.HeadCountError, "heads_kv: got 'x'", lambda: fa.quantize(X, unit=ScaleUnit.TOKEN, heads_kv="x")),  # type: ignore[arg-type]
     "too short": (
         *(fa.CuSeqlensError, "max_seqlen: got 259 with packed sequences of up to 260; allowed is the longest length"),
         lambda: fa.quantize(normal(400, 4, 16), unit=ScaleUnit.BLOCK, cu_seqlens=ENDS, max_seqlen=259),

@@ -289,3 +289,13 @@ def test_a_paged_cache_of_fp8_takes_no_fp8() -> None:
     rows = np.zeros((1, 3, 2, 32), DTYPES[E5M2])
     with pytest.raises(fa.DTypeError, match="k: got float8_e5m2 on cpu; allowed is float16 or bfloat16 or float32 on cpu, to be quantised"):
         cache.append(cache.allocate(), rows, rows)
+
+
+def test_options_of_a_call_over_a_paged_cache_have_no_descales_of_k_and_v() -> None:
+    cache = fa.PagedKvCache(4, 8, 2, 32, dtype=E4M3)
+    q, sequence = np.zeros((1, 1, 2, 32), np.float16), cache.allocate()
+    for wrong in ({"k_descale": None}, np.ones(2)):
+        with pytest.raises(fa.ArrayTypeError, match=r"fp8: got (dict|ndarray); allowed is an Fp8Options, or None"):
+            cache.request(q, sequence, fp8=wrong)
+    with pytest.raises(fa.ShapeError, match="fp8: got a k_descale or a v_descale; allowed are those of the cache"):
+        cache.request(q, sequence, fp8=Fp8Options(v_descale=np.ones((1, 2), np.float32)))

@@ -219,15 +219,15 @@ class TestSequencesThatAreNone:
         again = cache.allocate()
         assert again != sequence
         for wrong, what in (
-            (sequence, "which was freed"),
-            (7, "which was never allocated"),
-            (-1, "never allocated"),
-            ("0", "never allocated"),
-            (None, "never allocated"),
-            ({again}, "never allocated"),
-            ([[again]], "never allocated"),
+            (sequence, "which was freed; allowed are the sequences of this cache"),
+            (7, "which was never allocated; allowed are the sequences of this cache"),
+            (-1, "never allocated; allowed are the sequences of this cache"),
+            ("0", "; allowed is an integer, or a list or an array of NumPy of some"),
+            (None, "; allowed is an integer"),
+            ({again}, "; allowed is an integer"),
+            ([[again]], "; allowed is an integer"),
         ):
-            with pytest.raises(fa.SequenceError, match=rf"sequence: got .*{what}; allowed are the sequences of this cache"):
+            with pytest.raises(fa.SequenceError, match=rf"sequence: got .*{what}"):
                 self.CALLS[name](cache, wrong)
         assert cache.free_blocks == 4
 
@@ -238,6 +238,25 @@ class TestSequencesThatAreNone:
         with pytest.raises(fa.SequenceError, match="in which one stands twice; allowed is each once"):
             self.CALLS[name](cache, [sequence, sequence])
         assert cache.sequences == (sequence,)
+
+
+def test_numbers_in_arrays_are_read_once():
+    size, length = np.array(4), np.array(6)
+    cache = fa.PagedKvCache(4, size, 2, 8, dtype=DType.F16)  # type: ignore[arg-type]
+    tokens = np.zeros((1, 8, 2, 8), np.float16)
+    parent = cache.allocate()
+    cache.append(parent, tokens, tokens)
+    cache.truncate(parent, length)  # type: ignore[arg-type]
+    size[...], length[...] = 2, 3
+    child = cache.fork(parent)
+    cache.append(child, tokens[:, :3], tokens[:, :3])
+    assert (cache.block_size, cache.length(parent), cache.length(child), int(length)) == (4, 6, 9, 3)
+
+
+def test_a_request_has_a_table():
+    pages, lengths = np.zeros((4, 4, 2, 8), np.float16), np.array([3], np.int32)
+    with pytest.raises(fa.BlockTableError, match="block_table: got None; allowed is int32"):
+        fa.PagedAttentionRequest(np.zeros((1, 1, 2, 8), np.float16), pages, pages, None, lengths)
 
 
 REFUSED: dict[str, tuple[type[Exception], str, Any]] = {

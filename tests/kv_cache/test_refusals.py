@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -62,6 +63,11 @@ REFUSED = {
     "slots of v_cache": Refused(fa.ShapeError, r"v_cache: got \(2, 63\) blocks and slots with \(2, 64\)", {"v_cache": K[:, :63]}),
     "rows": Refused(fa.ShapeError, "k_cache: got 1 rows for 2 sequences", {"k_cache": K[:1], "v_cache": K[:1]}),
     "type of a cache": Refused(fa.DTypeError, "k_cache: got type float32 with float16 in q", {"k_cache": K.astype(np.float32)}),
+    "fp8 for a cache of 16 bits": Refused(
+        fa.DTypeError,
+        "k, v: got types float8_e4m3fn and float8_e4m3fn; allowed are those of the cache, float16 and float16$",
+        {"k": NEW.astype(ml_dtypes.float8_e4m3fn), "v": NEW.astype(ml_dtypes.float8_e4m3fn)},
+    ),
     "heads of new": Refused(fa.ShapeError, "k, v: got 1 KV heads", {"k": NEW[:, :, :1], "v": NEW[:, :, :1]}),
     "width of new": Refused(fa.ShapeError, "v head dim 4; allowed are those of the cache", {"v": NEW[..., :4]}),
     "batch of new": Refused(fa.ShapeError, "v: got shape", {"k": NEW[:1], "v": NEW[:1]}),

@@ -22,7 +22,7 @@ from ..requests.options import Fp8Options
 from ..runtime.overflow import check
 from ..types import DType, KvLayout, ScaleUnit
 from .blocks import BlockAllocator
-from .numbers import check_fp8, check_sizes, count_of, counts_of, listed
+from .numbers import check_fp8, count_of, counts_of, listed, sizes_of
 from .request import PagedAttentionRequest
 
 __all__ = ["PagedKvCache"]
@@ -80,8 +80,13 @@ class PagedKvCache:
         layout: KvLayout = KvLayout.NHD,
         like: Any = None,
     ) -> None:
-        width = head_dim if v_head_dim is None else v_head_dim
-        check_sizes(num_blocks=num_blocks, block_size=block_size, heads_kv=heads_kv, head_dim=head_dim, v_head_dim=width)
+        num_blocks, block_size, heads_kv, head_dim, width = sizes_of(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            heads_kv=heads_kv,
+            head_dim=head_dim,
+            v_head_dim=head_dim if v_head_dim is None else v_head_dim,
+        )
         model = read_array(np.empty(0, np.float32) if like is None else like, "like")
         kind = model.dtype if dtype is None and like is not None else dtype
         if kind not in CPU_DTYPES and kind not in FP8_DTYPES:
@@ -179,11 +184,12 @@ class PagedKvCache:
             ShapeError: more tokens than there are.
         """
         held = self._held(sequence)
-        if count_of(length, "length") > held.length:
+        tokens = count_of(length, "length")
+        if tokens > held.length:
             raise ShapeError(f"length: got {length} for a sequence of {held.length} tokens; allowed is at most that")
-        kept = self._pages(length)
+        kept = self._pages(tokens)
         self._blocks.give_back(held.blocks[kept:])
-        held.blocks, held.length = held.blocks[:kept], length
+        held.blocks, held.length = held.blocks[:kept], tokens
 
     def reserve(self, sequences: int | Sequence[int], tokens: int | Sequence[int]) -> None:
         """Make room for ``tokens`` more in each sequence, in pages that it alone holds: then kernels may write where the table says.
@@ -308,7 +314,7 @@ class PagedKvCache:
             q: the queries.
             sequences: their numbers.
             entries: width of the block table, None is that of the longest; the calls of a StepPlan have one of equal width.
-            asked: other arguments of the request. ``fp8`` gets the descales of the cache.
+            asked: other arguments of the request. ``fp8`` gets the descales of the cache, and has none of its own.
 
         Raises:
             SequenceError: a sequence was freed, is none, or is named twice.
@@ -317,8 +323,17 @@ class PagedKvCache:
         """
         table, lengths = self.block_table(sequences, entries), self.seq_lens(sequences)
         if self._descales:
-            asked["fp8"] = replace(asked.get("fp8") or Fp8Options(), k_descale=self.k_descale, v_descale=self.v_descale)
+            asked["fp8"] = self._with_descales(asked.get("fp8"))
         return PagedAttentionRequest(q, self.k, self.v, table, lengths, layout=self.layout, **asked)
+
+    def _with_descales(self, fp8: Any) -> Fp8Options:
+        """Options of a call, with the descales of this cache."""
+        given = Fp8Options() if fp8 is None else fp8
+        if not isinstance(given, Fp8Options):
+            raise ArrayTypeError(f"fp8: got {type(fp8).__qualname__}; allowed is an Fp8Options, or None")
+        if given.k_descale is not None or given.v_descale is not None:
+            raise ShapeError("fp8: got a k_descale or a v_descale; allowed are those of the cache, which its request has already")
+        return replace(given, k_descale=self.k_descale, v_descale=self.v_descale)
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -337,8 +352,9 @@ class PagedKvCache:
         number = as_integer(sequence)
         held = None if number is None else self._sequences.get(number)
         if number is None or held is None:
-            known = number is not None and 0 <= number < self._next
-            what = "which was freed" if known else "which was never allocated"
+            if number is None:
+                raise SequenceError(f"sequence: got {sequence!r}; allowed is an integer, or a list or an array of NumPy of some")
+            what = "which was freed" if 0 <= number < self._next else "which was never allocated"
             raise SequenceError(f"sequence: got {sequence!r}, {what}; allowed are the sequences of this cache that are not freed")
         return number, held
 

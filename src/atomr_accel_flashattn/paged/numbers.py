@@ -13,11 +13,12 @@ from ..errors import DTypeError, HeadDimError, ShapeError
 from ..limits import FP8_HEAD_DIM_STEP, MAX_HEAD_DIM, MAX_LENGTH, as_integer
 from ..problem import ArrayInfo
 
-__all__ = ["check_fp8", "check_sizes", "count_of", "counts_of", "listed"]
+__all__ = ["check_fp8", "count_of", "counts_of", "listed", "sizes_of"]
 
 
-def check_sizes(**sizes: Any) -> None:
-    """Raise ShapeError or HeadDimError where a size is no integer in its range."""
+def sizes_of(**sizes: Any) -> list[int]:
+    """Sizes in the order given; raises ShapeError or HeadDimError where one is no integer in its range."""
+    numbers = []
     for name, size in sizes.items():
         number = as_integer(size)
         least = 0 if name == "num_blocks" else 1
@@ -25,6 +26,8 @@ def check_sizes(**sizes: Any) -> None:
             raise ShapeError(f"{name}: got {size!r}; allowed is an integer in {least}..{MAX_LENGTH}")
         if name.endswith("head_dim") and number > MAX_HEAD_DIM:
             raise HeadDimError(f"{name}: got {size}; allowed are 1..{MAX_HEAD_DIM}")
+        numbers.append(number)
+    return numbers
 
 
 def count_of(value: Any, name: str, also: str = "") -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..errors import BlockTableError
 from ..problem import AttentionProblem
 from ..requests.forward import ForwardRequest
 from ..requests.kv_cache import CacheArguments, cached_problem
@@ -56,6 +57,8 @@ class PagedAttentionRequest(ForwardRequest):
     plan: StepPlan | None = field(default=None, kw_only=True)
 
     def _lowered(self) -> AttentionProblem:
+        if self.block_table is None:
+            raise BlockTableError("block_table: got None; allowed is int32 (batch, entries), the pages of each sequence")
         given = CacheArguments(
             k_cache=self.k_cache,
             v_cache=self.v_cache,

@@ -76,10 +76,10 @@ def read_int32(array: Any, name: str, shape: tuple[int | None, ...], q: ArrayInf
     return info
 
 
-def refuse_gradients(info: ArrayInfo, name: str, *, on_cache: bool = False) -> None:
+def refuse_gradients(info: ArrayInfo, name: str, *, on_cache: bool = False, feature: str = "request_gradients") -> None:
     """A torch tensor that requires grad, or has a tangent, would silently get no derivative from a request.
 
-    ``on_cache``: whether that is one on a KV cache, for which no other call has gradients either.
+    ``on_cache``: whether that is one on a KV cache, for which no other call has gradients either. ``feature``: what else is not built.
     """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(info.source, torch.Tensor):
@@ -88,7 +88,7 @@ def refuse_gradients(info: ArrayInfo, name: str, *, on_cache: bool = False) -> N
         if on_cache:
             reason = NOT_BUILT["cache_gradients"]
             raise FeatureNotBuiltError("cache_gradients", f"{name} requires grad, and {reason}; use torch.no_grad() or {name}.detach()")
-        raise not_built("request_gradients", f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()")
+        raise not_built(feature, f"{name} requires grad and gradients are enabled; use torch.no_grad() or {name}.detach()")
     if tangent_of(info.source) is not None:
         raise not_built("forward_mode", f"{name} is a dual tensor")
 

@@ -65,8 +65,9 @@ def with_fp8(problem: AttentionProblem, options: Fp8Options | None) -> Attention
         if options is not None:
             named = ", ".join(f"{name}_descale" for name in "qkv" if getattr(options, f"{name}_descale") is not None)
             raise DescaleError(
-                f"{named or 'fp8'}: got {'one' if named else 'Fp8Options'} with {problem.k.dtype_name} in k and {problem.v.dtype_name} in v"
-                "; allowed are descales and an out_dtype with fp8 k and v; multiply, or convert o"
+                f"{named or 'fp8'}: got {'descales' if named else 'Fp8Options'} with {problem.k.dtype_name} in k and "
+                f"{problem.v.dtype_name} in v; allowed are descales and an out_dtype with fp8 k and v; leave them out, and multiply or "
+                "convert o yourself"
             )
         return problem
     options = options or _NOTHING
@@ -89,7 +90,7 @@ def _read(x: Any, of: str, problem: AttentionProblem) -> Descale | None:
             f"{name}: got an array with {scaled.dtype_name} in {of}; allowed is None, because only fp8 is scaled; multiply {of}"
         )
     info = read_array(x, name)
-    refuse_gradients(info, name, on_cache=problem.cache is not None)
+    refuse_gradients(info, name, on_cache=problem.cache is not None, feature="fp8_backward")
     if info.dtype is not DType.F32:
         raise DescaleError(f"{name}: got type {info.dtype_name}; allowed is float32; call .float() or .astype('float32')")
     check_device(info, name, problem.q)

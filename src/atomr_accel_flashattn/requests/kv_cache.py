@@ -21,7 +21,7 @@ from ..errors import (
     StepPlanError,
     StrideError,
 )
-from ..limits import GPU_DTYPES, MAX_LENGTH, MAX_SPLITS, as_integer
+from ..limits import FP8_DTYPES, GPU_DTYPES, MAX_LENGTH, MAX_SPLITS, as_integer
 from ..problem import ArrayInfo, AttentionProblem, KvCache, NewTokens, Rotary, Strides
 from ..reference.cache import read_values
 from ..runtime.staleness import arrays_beside
@@ -245,10 +245,8 @@ def _new_tokens(given: CacheArguments, q: ArrayInfo, slots: tuple[ArrayInfo, Arr
         refuse_gradients(info, name, on_cache=True)
         if len(info.shape) != rank:
             raise ShapeError(f"{name}: got shape {info.shape}; allowed is rank {rank}, (batch, new tokens, KV heads, head dim)")
-    fp8 = slots[1].dtype is not None and slots[1].dtype.is_fp8
-    if fp8:
-        _check_quantised(q, (k, v), slots)
-    check_qkv(q, k, v, dtypes=not fp8)
+    _check_types_of_new(q, (k, v), slots)
+    check_qkv(q, k, v, dtypes=False)
     if k.shape[-2] != heads_kv or v.shape[-1] != width:
         raise ShapeError(
             f"k, v: got {k.shape[-2]} KV heads and v head dim {v.shape[-1]}; allowed are those of the cache, {heads_kv} and {width}"
@@ -266,16 +264,18 @@ def _new_tokens(given: CacheArguments, q: ArrayInfo, slots: tuple[ArrayInfo, Arr
     )
 
 
-def _check_quantised(q: ArrayInfo, new: tuple[ArrayInfo, ArrayInfo], slots: tuple[ArrayInfo, ArrayInfo]) -> None:
-    """New tokens of an fp8 cache have its types and are copied, or share one 16-bit type, that of a 16-bit q, and are quantised."""
+def _check_types_of_new(q: ArrayInfo, new: tuple[ArrayInfo, ArrayInfo], slots: tuple[ArrayInfo, ArrayInfo]) -> None:
+    """New tokens have the types of their cache and are copied; those of an fp8 cache may share one of 16 bits, that of a 16-bit q."""
     types = tuple(info.dtype for info in new)
     own = tuple(info.dtype for info in slots)
+    quantised = slots[1].dtype in FP8_DTYPES
     wide = (q.dtype,) if q.dtype in GPU_DTYPES else GPU_DTYPES
-    if types == own or (types[0] is types[1] and types[0] in wide):
+    if types == own or (quantised and types[0] is types[1] and types[0] in wide):
         return
+    also = f", or {' or '.join(map(dtype_name_of, wide))} in both, which is quantised on the way" if quantised else ""
     raise DTypeError(
         f"k, v: got types {new[0].dtype_name} and {new[1].dtype_name}; allowed are those of the cache, {slots[0].dtype_name} and "
-        f"{slots[1].dtype_name}, or {' or '.join(map(dtype_name_of, wide))} in both, which is quantised on the way"
+        f"{slots[1].dtype_name}{also}"
     )
 
 
