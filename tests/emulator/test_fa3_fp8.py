@@ -31,6 +31,11 @@ TILES = (
     Tile(block_m=128, block_n=160, warps=12, stages=2, persistent=True),
     Tile(block_m=64, block_n=64, warps=8, stages=1),
 )
+SINGLE_LEVEL = {
+    64: Tile(block_m=192, block_n=160, warps=16, stages=3, persistent=True),
+    128: Tile(block_m=128, block_n=192, warps=12, stages=2, persistent=True),
+    256: Tile(block_m=128, block_n=128, warps=12, stages=2, ping_pong=True, persistent=True),
+}
 ONE_STEP = Tile(block_m=64, block_n=32, warps=8, stages=1)
 
 
@@ -159,3 +164,25 @@ def test_scores_all_below_or_above_zero(shift: float):
         x[...] = (np.abs(x.astype(np.float32)) * sign).astype(x.dtype)
     call.meant.q[...], call.meant.k[...] = call.q.astype(call.meant.q.dtype), call.k.astype(call.meant.k.dtype)
     check_fp8("signs", call, emulate_fp8(call, DType.F32), DType.F32, wgmma=True)
+
+
+@pytest.mark.parametrize("single_level", [False, True])
+def test_huge_scores(single_level: bool):
+    """Beyond 2048 in log2 units exponents are differences to the reference: of all rows, or of one row of a warp beside ordinary ones."""
+    types = replace(E5M2_TYPES, unit=None)
+    same = fp8_call(Case(seqlen_q=70, seqlen_k=333, heads=2, heads_kv=1), types)
+    same.q[...], same.k[...], same.v[...] = 49152, 49152, 1
+    np.testing.assert_array_equal(emulate_fp8(same, DType.F32, tile=TWO, single_level=single_level).out, 1)
+    mixed = fp8_call(Case(lengths_q=(40, 100), lengths_k=(150, 301), heads=4, heads_kv=2), types)
+    mixed.q[3], mixed.k[::5], mixed.v[...] = 49152, 49152, 1
+    for x in "qkv":
+        getattr(mixed.meant, x)[...] = getattr(mixed, x).astype(getattr(mixed.meant, x).dtype)
+    run = emulate_fp8(mixed, DType.F32, tile=TWO, single_level=single_level)
+    np.testing.assert_allclose(run.out, oracle(mixed.meant).out, atol=0.03 if single_level else 1e-5)
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("name", ["full", "window", "everything"])
+def test_a_single_level_with_its_own_tile(name: str, width: int):
+    """Without turns up to 128 columns; 128 keys and a lean producer with 256."""
+    check(Case(label=name, **FP8_FEATURES[name] | {"head_dim": width, "v_head_dim": width}), single_level=True, tile=SINGLE_LEVEL[width])

@@ -23,6 +23,7 @@ _MOST_COLUMNS: Final = 128  # of O in one product: two of them are faster than o
 _MOST_LOADED: Final = 2  # buffers of V before it is transposed
 _GROUP: Final = 32  # keys of a step of wgmma
 _SUM_COLUMNS: Final = 8
+_WARPS_OF_TWO: Final = 12  # a producer warpgroup and two consumers
 _BOTH_IN_FLIGHT: Final = 8  # registers beside O, S and P where both products run beside the softmax
 
 
@@ -99,9 +100,9 @@ class Fp8Wgmma(Fa3ForwardSpec):
 
     @property
     def lean_producer(self) -> bool:
-        """Whether consumers take registers of the producers, whose transposition of V then spills a few: 4 % faster at 256 columns."""
+        """Whether two consumers take registers of the producers, whose transposition of V then spills a few: 4 % faster at 256 columns."""
         held = self.v_head_dim // 2 + self._scores_and_p + _BOTH_IN_FLIGHT
-        return self.single_level and not consumer_holds(self.tile, held, transposing=True)
+        return self.single_level and self.tile.warps == _WARPS_OF_TWO and not consumer_holds(self.tile, held, transposing=True)
 
     @property
     def expected_instructions(self) -> tuple[str, ...]:
@@ -134,6 +135,8 @@ class Fp8Wgmma(Fa3ForwardSpec):
                 f"block_n: got {keys}; allowed with v of e5m2 are {2 * _GROUP} and more: "
                 "ptxas serialises a single step with columns of ones"
             )
+        if self.block_descales and self.single_level:
+            return "single_level: allowed without factors of blocks, each of which gives O another unit"
         if self.block_descales and SCALED_TOKENS % keys:
             return f"block_n: got {keys}; allowed with factors of blocks are divisors of {SCALED_TOKENS}"
         return ""
@@ -141,7 +144,7 @@ class Fp8Wgmma(Fa3ForwardSpec):
     def registers_suffice(self) -> bool:
         """O and S, or a product P V in its registers, and the sums of the columns of ones, in float32, and P in 8 bits.
 
-        Generous, by the 240 registers beside a lean producer: a tile that spills a few may still be the fastest.
+        Generous, by the 240 registers of 16-bit consumers: a tile that spills a few may still be the fastest.
         """
         columns = self.sum_columns
         wider = 0 if self.single_level else max(0, self.pv_columns + columns - self.tile.block_n)

@@ -179,7 +179,7 @@ _WGMMA_FP8_SUM_KEYS = {128: 192, 256: 96}  # with columns of ones, which take re
 # The same where wgmma adds P V to O.
 _WGMMA_FP8_SINGLE_LEVEL_KEYS = {64: 160, 128: 192, 192: 128, 256: 128}
 _WGMMA_FP8_SINGLE_LEVEL_CROWDED_KEYS = {64: 128, 128: 160, 192: 96, 256: 64}
-_WGMMA_FP8_SINGLE_LEVEL_TAKES_TURNS = {192, 256}  # narrower ones are 1 to 2 % faster without
+_WGMMA_FP8_SINGLE_LEVEL_TAKES_TURNS = {192, 256}  # narrower ones are 1 to 2 % faster without, on average
 _WGMMA_FP8_SINGLE_LEVEL_CACHE_KEYS = {192: 64, 256: 64}  # of which pages are whole parts
 
 

@@ -48,7 +48,7 @@ struct WarpRows : ScoreTile<C, kBlocks> {
   }
 
   // Scores of tile n to unnormalised probabilities, with dropout. Returns whether rescale_output()
-  // is due.
+  // is due, as OnlineSoftmax::update().
   __device__ __forceinline__ bool online_softmax(Scores& rS, int n) {
     bool grew = false;
     if (Score<C>::kHasPolynomial && use_polynomial) {

@@ -51,11 +51,10 @@ struct OnlineSoftmax {
   float max[kBlocks][2];  // reference maximum, in score units; -inf before the first visible key
   float sum[kBlocks][2];  // this lane's part of the denominator
 
-  // Lazy rescale: the output is rescaled only if a maximum grew by more than 8 in log2 units (fp8:
-  // ProbabilityRange). Until then the old one stays the reference, and probabilities reach 256
-  // instead of 1, which f16, bf16 and float32 hold. That is rare after the first tiles: each lane
-  // compares its own scores, and the quads exchange maxima only if some lane of the warp exceeded
-  // the threshold. Scores of the polynomial softcap, of which no maximum is taken, may exceed their
+  // Lazy rescale: the output is rescaled only if a maximum grew by more than 8 in log2 units. Until
+  // then the old one stays the reference, and probabilities reach 256 instead of 1, which f16, bf16
+  // and float32 hold. That is rare after the first tiles: each lane compares its own scores, and the
+  // quads exchange maxima only if some lane of the warp exceeded the threshold (fp8: raise_often()). Scores of the polynomial softcap, of which no maximum is taken, may exceed their
   // reference by 15: f16 holds it.
   static constexpr float kRescaleThreshold = Range::kRescaleThreshold, kOverflowThreshold = Range::kOverflowThreshold;
 
@@ -63,7 +62,8 @@ struct OnlineSoftmax {
   // drops is common to a row and cancels in the normalisation, unless it is large: 2^-13 at this
   // limit in log2 units, which shows in no output, and 64 at 2^30, which overflows. Beyond the
   // limit, scores become differences to their reference first, which is exact for equal scores.
-  // Such a warp looks at every tile (look_above is -inf), others pay nothing: a branch around the
+  // Such a warp looks at every tile (look_above is -inf; fp8 always does), others pay nothing: a
+  // branch around the
   // exponentials would cost 3 to 5 % at d 64 and 128, because they move below the wait of wgmma.
   static constexpr float kLargestFused = 2048.f;
   float look_above = kRescaleThreshold;
@@ -77,7 +77,8 @@ struct OnlineSoftmax {
   }
 
   // In place: scores to unnormalised probabilities. Returns whether a reference maximum changed, which
-  // anywhere() makes warp-uniform; `rescale` is then the factor of the output accumulated so far. With
+  // anywhere() makes warp-uniform; `rescale` is then the factor of the output accumulated so far, with
+  // kGrowsOften in any case. With
   // kHasRowBias, `row_bias` is a per-row bias not yet added to the scores; it is folded into the
   // maximum and the exponent.
   // `decides` says of a row whether it is the sequence's own.

@@ -27,6 +27,7 @@ struct Fa3Forward : Fa3Producer<C, Source> {
   using typename Block::Params, typename Block::TileQ, typename Block::TileK, typename Block::TileV, typename Block::Values;
   static constexpr bool kDescaled = Score<C>::kDescaled;
   using Rows = WarpRows<C, 1>;
+  static_assert(C.pv_sum == PvSum::InO || ProbabilityRange<C.p_dtype()>::kGrowsOften, "rescale is there in every tile");
   using Product = PvProduct<C, Rows>;
   using Scales = BlockDescales<C, Params>;
   static constexpr int kStepsQK = C.head_dim / MmaTraits<C.dtype>::kStep;   // of Q K^T
@@ -178,7 +179,8 @@ struct Fa3Forward : Fa3Producer<C, Source> {
     return {work, seq, walk, n};
   }
 
-  // P of tile n in place of S, which is there; releases K. Whether rows.rescale of O is due.
+  // P of tile n in place of S, which is there; releases K. Whether rows.rescale of O is due, as
+  // OnlineSoftmax::update().
   __device__ __forceinline__ bool softmax(Rows& rows, Fragments& r, Scales& scales, int n, int next) {
     ptx::warpgroup_fence_operand(r.S[0]);
     pipe_k.consumer_release();
