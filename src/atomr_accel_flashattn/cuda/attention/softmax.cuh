@@ -54,8 +54,9 @@ struct OnlineSoftmax {
   // Lazy rescale: the output is rescaled only if a maximum grew by more than 8 in log2 units. Until
   // then the old one stays the reference, and probabilities reach 256 instead of 1, which f16, bf16
   // and float32 hold. That is rare after the first tiles: each lane compares its own scores, and the
-  // quads exchange maxima only if some lane of the warp exceeded the threshold (fp8: raise_often()). Scores of the polynomial softcap, of which no maximum is taken, may exceed their
-  // reference by 15: f16 holds it.
+  // quads exchange maxima only if some lane of the warp exceeded the threshold (fp8: raise_often()).
+  // Scores of the polynomial softcap, of which no maximum is taken, may exceed their reference by 15:
+  // f16 holds it.
   static constexpr float kRescaleThreshold = Range::kRescaleThreshold, kOverflowThreshold = Range::kOverflowThreshold;
 
   // Huge scores: the exponent is one FMA, x * factor - round(max * factor). What that rounding
@@ -63,8 +64,8 @@ struct OnlineSoftmax {
   // limit in log2 units, which shows in no output, and 64 at 2^30, which overflows. Beyond the
   // limit, scores become differences to their reference first, which is exact for equal scores.
   // Such a warp looks at every tile (look_above is -inf; fp8 always does), others pay nothing: a
-  // branch around the
-  // exponentials would cost 3 to 5 % at d 64 and 128, because they move below the wait of wgmma.
+  // branch around the exponentials would cost 3 to 5 % at d 64 and 128, because they move below the
+  // wait of wgmma.
   static constexpr float kLargestFused = 2048.f;
   float look_above = kRescaleThreshold;
 
@@ -77,11 +78,10 @@ struct OnlineSoftmax {
   }
 
   // In place: scores to unnormalised probabilities. Returns whether a reference maximum changed, which
-  // anywhere() makes warp-uniform; `rescale` is then the factor of the output accumulated so far, with
-  // kGrowsOften in any case. With
-  // kHasRowBias, `row_bias` is a per-row bias not yet added to the scores; it is folded into the
-  // maximum and the exponent.
-  // `decides` says of a row whether it is the sequence's own.
+  // anywhere() makes warp-uniform; `rescale` is then the factor of the output accumulated so far, and
+  // with kGrowsOften in any case. With kHasRowBias, `row_bias` is a per-row bias not yet added to the
+  // scores; it is folded into the maximum and the exponent. `decides` says of a row whether it is the
+  // sequence's own.
   template <bool kHasRowBias, int kTiles, class Decides>
   __device__ __forceinline__ bool update(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2], float (&rescale)[kBlocks][2],
                                          float factor, Decides decides) {
@@ -197,7 +197,8 @@ struct OnlineSoftmax {
     return fabsf(reference * factor) > kLargestFused && reference != negative_infinity();
   }
 
-  // Whether a row of the warp that decides has such a one.
+  // Whether a row of the warp that decides has such a one. (Not by is_huge(), after which ptxas orders
+  // 16-bit kernels otherwise.)
   template <class Decides>
   __device__ __forceinline__ bool any_huge(float factor, Decides decides) const {
     bool huge = false;
