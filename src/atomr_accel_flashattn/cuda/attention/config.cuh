@@ -41,7 +41,8 @@ struct Config {
   // fp8: of ones behind those of V, 8 or none. Their products are the sums of P as it was rounded,
   // added up just as O is.
   int sum_columns = 0;
-  bool lean_producer = false;  // fp8: consumers take registers that the transposition of V would use
+  // fp8: consumers take registers that the transposition of V would use.
+  bool lean_producer = false;
   DType k_dtype = dtype, v_dtype = dtype, out_dtype = dtype;
   // fp8: each slot of a page has a descale of its own, else 128 tokens or more share one.
   bool k_token_scales = false, v_token_scales = false;

@@ -23,7 +23,7 @@ __device__ __forceinline__ float quad_reduce(float x, Op op) {
 template <DType kP>
 struct ProbabilityRange {
   static constexpr float kOffset = 0.f, kRescaleThreshold = 8.f, kOverflowThreshold = 15.f;
-  static constexpr bool kGrowsOften = false;  // update() of each tile raises maxima, without a branch
+  static constexpr bool kGrowsOften = false;  // maxima are raised in each tile, without a branch
 };
 // fp8 has few small numbers: the largest P is as large a power of two as fits. e4m3 ends at 448,
 // e5m2 at 57344. Any growth beyond rounding raises the maximum, so that its own P is not rounded,
@@ -53,10 +53,10 @@ struct OnlineSoftmax {
 
   // Lazy rescale: the output is rescaled only if a maximum grew by more than 8 in log2 units. Until
   // then the old one stays the reference, and probabilities reach 256 instead of 1, which f16, bf16
-  // and float32 hold. That is rare after the first tiles: each lane compares its own scores, and the
-  // quads exchange maxima only if some lane of the warp exceeded the threshold (fp8: raise_often()).
-  // Scores of the polynomial softcap, of which no maximum is taken, may exceed their reference by 15:
-  // f16 holds it.
+  // and float32 hold. That is rare after the first tiles: each lane compares its own scores, and
+  // the quads exchange maxima only if some lane of the warp exceeded the threshold (fp8:
+  // raise_often()). Scores of the polynomial softcap, of which no maximum is taken, may exceed
+  // their reference by 15: f16 holds it.
   static constexpr float kRescaleThreshold = Range::kRescaleThreshold, kOverflowThreshold = Range::kOverflowThreshold;
 
   // Huge scores: the exponent is one FMA, x * factor - round(max * factor). What that rounding
@@ -77,11 +77,11 @@ struct OnlineSoftmax {
     }
   }
 
-  // In place: scores to unnormalised probabilities. Returns whether a reference maximum changed, which
-  // anywhere() makes warp-uniform; `rescale` is then the factor of the output accumulated so far, and
-  // with kGrowsOften in any case. With kHasRowBias, `row_bias` is a per-row bias not yet added to the
-  // scores; it is folded into the maximum and the exponent. `decides` says of a row whether it is the
-  // sequence's own.
+  // In place: scores to unnormalised probabilities. Returns whether a reference maximum changed,
+  // which anywhere() makes warp-uniform; `rescale` is then the factor of the output accumulated so
+  // far, and with kGrowsOften in any case. With kHasRowBias, `row_bias` is a per-row bias not yet
+  // added to the scores; it is folded into the maximum and the exponent. `decides` says of a row
+  // whether it is the sequence's own.
   template <bool kHasRowBias, int kTiles, class Decides>
   __device__ __forceinline__ bool update(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2], float (&rescale)[kBlocks][2],
                                          float factor, Decides decides) {
@@ -197,8 +197,8 @@ struct OnlineSoftmax {
     return fabsf(reference * factor) > kLargestFused && reference != negative_infinity();
   }
 
-  // Whether a row of the warp that decides has such a one. (Not by is_huge(), after which ptxas orders
-  // 16-bit kernels otherwise.)
+  // Whether a row of the warp that decides has such a one. (Not by is_huge(), after which ptxas
+  // orders 16-bit kernels otherwise.)
   template <class Decides>
   __device__ __forceinline__ bool any_huge(float factor, Decides decides) const {
     bool huge = false;
@@ -234,11 +234,11 @@ struct OnlineSoftmax {
     return __any_sync(0xffffffffu, grew);
   }
 
-  // Raises references where some row of a warp grows in most tiles, so that a branch around it would
-  // be taken more often than not: quads exchange maxima in all tiles, and `rescale` is 1 where none
-  // grew. The vote beside that is for rows of which top_by_bits() does not say enough, and for huge
-  // ones. `differences`: scores became those to their references. Returns whether a row of this lane
-  // grew.
+  // Raises references where some row of a warp grows in most tiles, so that a branch around it
+  // would be taken more often than not: quads exchange maxima in all tiles, and `rescale` is 1
+  // where none grew. The vote beside that is for rows of which top_by_bits() does not say enough,
+  // and for huge ones. `differences`: scores became those to their references. Returns whether a
+  // row of this lane grew.
   template <bool kHasRowBias, int kTiles, class Decides>
   __device__ __forceinline__ bool raise_often(float (&s)[kBlocks][kTiles][4], const float (&row_bias)[kBlocks][2],
                                               float (&rescale)[kBlocks][2], float factor, Decides decides, bool& differences) {
