@@ -350,10 +350,10 @@ class PagedKvCache:
     def _find(self, sequence: Any) -> tuple[int, _Held]:
         """Number and pages."""
         number = as_integer(sequence)
-        held = None if number is None else self._sequences.get(number)
-        if number is None or held is None:
-            if number is None:
-                raise SequenceError(f"sequence: got {sequence!r}; allowed is an integer, or a list or an array of NumPy of some")
+        if number is None:
+            raise SequenceError(f"sequence: got {sequence!r}; allowed is an integer, or a list or an array of NumPy of some")
+        held = self._sequences.get(number)
+        if held is None:
             what = "which was freed" if 0 <= number < self._next else "which was never allocated"
             raise SequenceError(f"sequence: got {sequence!r}, {what}; allowed are the sequences of this cache that are not freed")
         return number, held
